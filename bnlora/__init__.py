@@ -1,0 +1,36 @@
+"""Bayesian low-rank adapters for language models, as NumPyro programs.
+
+Data flows one way: load a base, select sites, write a prior, build a guide on it, fit, predict,
+measure, diagnose.
+
+    base  = bl.load("model.gguf")
+    sites = bl.select(base, ["q_proj", "k_proj", "lm_head"], rank=8)
+    data  = bl.text_classification(dataset, base.tokenizer, text=..., label=..., words=[...])
+    model = bl.Classifier(base, sites, bl.priors.sparse_gp(), label_ids=data.label_ids)
+    guide = bl.guides.SiteFlow(model.prior)
+    fit   = bl.fit(key, model, guide, data.train, optax.adam(1e-2), num_steps=300, batch_size=16)
+    pred  = bl.predict(key, fit, data.test)
+    bl.metrics.summary(pred, data.test.labels)
+    tree  = bl.to_arviz(key, fit, data.test)
+"""
+
+from bnlora import guides as guides
+from bnlora import metrics as metrics
+from bnlora import priors as priors
+from bnlora.base import Base as Base
+from bnlora.base import load as load
+from bnlora.cache import cache_prefix as cache_prefix
+from bnlora.data import Batch as Batch
+from bnlora.diagnostics import to_arviz as to_arviz
+from bnlora.model import Classifier as Classifier
+from bnlora.predict import Prediction as Prediction
+from bnlora.predict import predict as predict
+from bnlora.sites import Site as Site
+from bnlora.sites import Sites as Sites
+from bnlora.sites import select as select
+from bnlora.svi import EarlyStopping as EarlyStopping
+from bnlora.svi import Fit as Fit
+from bnlora.svi import FitDiverged as FitDiverged
+from bnlora.svi import fit as fit
+from bnlora.text import TextData as TextData
+from bnlora.text import text_classification as text_classification

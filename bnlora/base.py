@@ -1,0 +1,149 @@
+"""The frozen language model: a Flax module split into its graph and its weights.
+
+The weights are a pytree that is passed to jitted functions as an argument. A closure over them would bake
+them into the compiled program.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bnlora.models import llama
+from bnlora.models.loading import read_checkpoint
+
+# One module per family; each offers `ARCHITECTURE`, `build(checkpoint)` and `modules(config)`.
+FAMILIES = MappingProxyType({"llama": llama})
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Base:
+    """A pretrained model with frozen weights.
+
+    Attributes:
+        name: Where it came from, for reports.
+        family: Key of `FAMILIES`.
+        config: Sizes and constants.
+        graph: Structure of the Flax module.
+        params: Frozen weights; always pass them as an argument of jitted functions.
+        tokenizer: A transformers tokenizer, or None for a model made without one.
+    """
+
+    name: str
+    family: str
+    config: llama.LlamaConfig
+    graph: nnx.GraphDef
+    params: nnx.State
+    tokenizer: Any = None
+
+    @classmethod
+    def from_module(
+        cls, module: llama.Llama, *, name: str, family: str = "llama", tokenizer: Any = None
+    ) -> Self:
+        """Split a Flax module into graph and weights."""
+        graph, params = nnx.split(module)
+        return cls(name, family, module.config, graph, params, tokenizer)
+
+    @classmethod
+    def random(cls, key: jax.Array, config: llama.LlamaConfig, *, tokenizer: Any = None) -> Self:
+        """Make a model with random weights, for tests and dry runs.
+
+        Args:
+            key: Random key.
+            config: Sizes and constants.
+            tokenizer: A transformers tokenizer, or None.
+
+        Returns:
+            A base whose activations have a scale of order one at any width.
+        """
+        module = llama.Llama(config, **_random_weights(key, config))
+        return cls.from_module(module, name="random", tokenizer=tokenizer)
+
+    @property
+    def module(self) -> llama.Llama:
+        """The Flax module with the frozen weights."""
+        return self.bind(self.params)
+
+    def bind(self, params: nnx.State) -> llama.Llama:
+        """Return the Flax module with these weights, for use inside a jitted function."""
+        # Fresh variables around the same arrays: whoever writes into the module leaves the base as it was.
+        return nnx.merge(self.graph, params, copy=True)
+
+    @property
+    def modules(self) -> Mapping[str, tuple[int, int]]:
+        """(d_in, d_out) of every module that can be adapted, "lm_head" included."""
+        return MappingProxyType(FAMILIES[self.family].modules(self.config))
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return self.config.num_layers
+
+    def __repr__(self) -> str:
+        """One line: name, family and sizes."""
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return (
+            f"Base({self.name!r}, family={self.family!r}, num_layers={self.num_layers}, "
+            f"d_model={self.config.d_model}, vocab_size={self.config.vocab_size}, parameters={count:,})"
+        )
+
+
+random_base = Base.random
+
+
+@partial(jax.jit, static_argnums=1)
+def _random_weights(key: jax.Array, config: llama.LlamaConfig) -> dict[str, Any]:
+    shapes = llama.modules(config)
+    keys = dict(zip([*shapes, "embedding"], jax.random.split(key, len(shapes) + 1), strict=True))
+    width, vocab = shapes.pop("lm_head")
+
+    def normal(name: str, *shape: int, fan_in: int) -> jax.Array:
+        return jax.random.normal(keys[name], shape) * fan_in**-0.5
+
+    dense = {name: normal(name, config.num_layers, i, o, fan_in=i) for name, (i, o) in shapes.items()}
+    norms = {name: jnp.ones((config.num_layers, width)) for name in ("attention_norm", "mlp_norm")}
+    return {
+        "embedding": normal("embedding", vocab, width, fan_in=width),
+        "layer_weights": dense | norms,
+        "final_norm": jnp.ones(width),
+        "lm_head": None if config.tied else normal("lm_head", vocab, width, fan_in=width),
+    }
+
+
+def load(source: str | Path) -> Base:
+    """Load a pretrained language model with its tokenizer.
+
+    Args:
+        source: A `.gguf` file, a Hugging Face folder (config.json and safetensors), or a hub name
+            "owner/name".
+
+    Returns:
+        The frozen base, in float32.
+
+    Raises:
+        FileNotFoundError: If there is nothing at `source`, or a file of the model is missing.
+        ValueError: If the architecture is not supported or the files are corrupt or inconsistent.
+        OSError: If the hub cannot be reached.
+    """
+    checkpoint = read_checkpoint(source, accept=_family)
+    family = _family(checkpoint.config)
+    module = FAMILIES[family].build(checkpoint)
+    local = Path(source).expanduser()
+    name = (local.stem if local.is_file() else local.resolve().name) if local.exists() else str(source)
+    return Base.from_module(module, name=name, family=family, tokenizer=checkpoint.tokenizer)
+
+
+def _family(config: Mapping[str, Any]) -> str:
+    # Fine-tuned classifiers keep the model type of their language model, so the class name comes first.
+    stated = config.get("architectures") or [config.get("model_type")]
+    for name, family in FAMILIES.items():
+        if family.ARCHITECTURE in stated or stated == [name]:
+            return name
+    supported = [family.ARCHITECTURE for family in FAMILIES.values()]
+    raise ValueError(f"the architecture {stated} is not supported; supported: {supported}")

@@ -1,0 +1,64 @@
+"""Frozen work done once: the activations below the lowest adapted layer, computed for every row.
+
+They are constants of the data. Training, prediction and Monte Carlo start from them and run only
+the layers above; with an adapted head alone nothing of the transformer is left to run.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from bnlora.data import Batch, padded_batches
+from bnlora.progress import track
+
+
+def prefix_bytes(model: Any, batch: Batch) -> int:
+    """Memory that the cached activations of `batch` take, in bytes (float32)."""
+    rows, length = batch.tokens.shape
+    return rows * length * model.base.config.d_model * 4
+
+
+def cache_prefix(
+    model: Any,
+    batch: Batch,
+    *,
+    batch_size: int = 16,
+    memory_limit: int = 4 * 2**30,
+    console: Console | None = None,
+) -> Batch:
+    """Compute the activations below the lowest adapted layer and keep them with the batch.
+
+    Args:
+        model: The classifier whose sites decide the depth.
+        batch: Rows to cache; returned unchanged where it is cached for this depth already.
+        batch_size: Rows to run at a time.
+        memory_limit: Largest size of the cache in bytes.
+        console: Where to print the size and the progress bar; silent when omitted.
+
+    Returns:
+        The batch with `hidden`, shape `(n, t, d)`, and its `depth`.
+
+    Raises:
+        ValueError: When the cache would exceed `memory_limit`.
+    """
+    depth = model.sites.start
+    if batch.hidden is not None and batch.depth == depth:
+        return batch
+    size = prefix_bytes(model, batch)
+    if size > memory_limit:
+        raise ValueError(
+            f"caching {len(batch)} rows takes {size / 2**20:,.0f} MiB, more than the limit of "
+            f"{memory_limit / 2**20:,.0f} MiB; raise `memory_limit` or fit with prefix_cache='off'"
+        )
+    if console is not None:
+        console.print(f"caching layers 0-{depth - 1} for {len(batch)} rows: {size / 2**20:,.1f} MiB")
+    plain = replace(batch, hidden=None, depth=0)
+    run = jax.jit(model.hidden)
+    chunks = []
+    count = -(-len(batch) // batch_size)
+    for rows, valid in track(padded_batches(plain, batch_size), count, "prefix cache", console):
+        chunks.append(np.asarray(run(model.base.params, rows))[:valid])
+    return replace(batch, hidden=jax.numpy.asarray(np.concatenate(chunks)), depth=depth)

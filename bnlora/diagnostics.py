@@ -1,0 +1,135 @@
+r"""From a fit to ArviZ: one DataTree of draws, densities and the record of the optimisation.
+
+The factors of an adapter are not identifiable: (A, B) and (R A, B R^-1) are one update. The posterior
+group therefore holds functions of the update `alpha / rank * B A` alone, its Frobenius norm and its
+singular values, and the prior's own hyper-parameters.
+
+Draws of a guide are independent by construction, so R-hat and effective sample sizes of this tree
+say nothing about how good the fit is; `log_p` and `log_q` are there for the diagnostics that do
+(`arviz_stats.loo_approximate_posterior`, Pareto k).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from bnlora.data import Batch
+from bnlora.posterior import Draw, adapters_at, draw_sites
+from bnlora.predict import predict_with_draws
+from bnlora.sites import HEAD, Sites
+
+CHAINS = 4  # ArviZ splits draws over chains; four equal parts of independent draws are as good as any
+
+
+def singular_values(a: Float[Array, "... r d_in"], b: Float[Array, "... d_out r"]) -> Float[Array, "... r"]:
+    """Singular values of `b @ a`, largest first, from the triangles of two thin QR factorisations.
+
+    Where `d_out` or `d_in` is below the rank the values beyond it are exactly zero.
+    """
+    inner = jnp.linalg.qr(b)[1] @ jnp.swapaxes(jnp.linalg.qr(jnp.swapaxes(a, -1, -2))[1], -1, -2)
+    values = jnp.linalg.svd(inner, compute_uv=False)
+    missing = a.shape[-2] - values.shape[-1]
+    return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)])
+
+
+def to_arviz(
+    fit: Any, data: Batch, *, num_samples: int = 200, batch_size: int = 32, key: Array | None = None
+) -> Any:
+    """Draws of a fit and their predictions for some rows, as an ArviZ DataTree.
+
+    Args:
+        fit: A fit.
+        data: Rows for the groups over rows.
+        num_samples: Number of draws, a multiple of 4.
+        batch_size: Rows to run at a time.
+        key: Random key of the draws; the fit's own when omitted, so that two calls agree.
+
+    Returns:
+        A DataTree with the groups
+        `posterior`: `update_norm` (adapter), `singular_value` (adapter, rank), with coordinates
+        `layer` and `module` along `adapter`, and the prior's hyper-parameters;
+        `sample_stats`: `log_p` (log prior plus log-likelihood of the training rows), `log_q`, and
+        over optimisation steps `elbo` and its terms;
+        `log_likelihood`, `posterior_predictive`, `observed_data`: `y` over the rows of `data`.
+
+    Raises:
+        ValueError: When `num_samples` is not a positive multiple of 4.
+    """
+    if num_samples < CHAINS or num_samples % CHAINS:
+        raise ValueError(f"num_samples must be a positive multiple of {CHAINS}; got {num_samples}")
+    draws, adapters = _draws(fit.draw_key if key is None else key, fit, num_samples)
+    run = {"batch_size": batch_size}
+    in_training = _label_log_probs(predict_with_draws(fit.model, adapters, fit.train, **run), fit.train)
+    prediction = predict_with_draws(fit.model, adapters, data, **run)
+    stats = {"log_p": np.asarray(draws.log_prior, np.float64) + in_training.sum(1), "log_q": draws.log_q}
+    groups = {
+        "posterior": _summaries(fit.model.sites, adapters) | _hyper_parameters(fit.model.sites, draws.sites),
+        "sample_stats": stats,
+        "log_likelihood": {"y": _label_log_probs(prediction, data)},
+        "posterior_predictive": {"y": _sample_classes(prediction.draw_log_probs)},
+    }
+    return _tree(jax.tree.map(_by_chain, groups), fit, data)
+
+
+def _draws(key: Array, fit: Any, num_samples: int) -> tuple[Draw, Any]:
+    def one(k: Array):
+        draw = draw_sites(k, fit.model, fit.guide, fit.params)
+        return draw, adapters_at(fit.model, fit.params, draw.sites)
+
+    return jax.jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(key, num_samples))
+
+
+def _label_log_probs(prediction: Any, data: Batch) -> np.ndarray:
+    labels = np.asarray(data.labels)[None, :, None]
+    return np.take_along_axis(prediction.draw_log_probs, labels, axis=2)[..., 0]
+
+
+def _sample_classes(log_probs: np.ndarray) -> np.ndarray:
+    """One class for each draw and row, by inverting the distribution function at a fixed uniform stream."""
+    uniform = np.random.default_rng(0).random(log_probs.shape[:2])[..., None]
+    return (np.exp(log_probs).cumsum(-1)[..., :-1] < uniform).sum(-1)
+
+
+def _summaries(sites: Sites, adapters: Any) -> dict[str, np.ndarray]:
+    norms, values = [], []
+    width = max(site.rank for site in sites.values())
+    for name, site in sites.items():
+        s = np.asarray(singular_values(adapters[name]["a"], adapters[name]["b"])) * abs(site.scale)
+        norms.append(np.sqrt((s**2).sum(-1)))
+        values.append(np.pad(s, [(0, 0), (0, 0), (0, width - s.shape[-1])]))
+    return {"update_norm": np.concatenate(norms, 1), "singular_value": np.concatenate(values, 1)}
+
+
+def _hyper_parameters(sites: Sites, draws: dict[str, Array]) -> dict[str, np.ndarray]:
+    """The latent sites that belong to no family, such as a global scale."""
+    return {n: np.asarray(x) for n, x in draws.items() if n.split(".")[0] not in sites}
+
+
+def _by_chain(x: Any) -> np.ndarray:
+    array = np.asarray(x)
+    return array.reshape(CHAINS, -1, *array.shape[1:])
+
+
+def _tree(groups: dict[str, dict[str, np.ndarray]], fit: Any, data: Batch) -> Any:
+    import arviz_base
+    import xarray
+
+    where = [(site, layer) for site in fit.model.sites.values() for layer in site.layers]
+    names = [s.module if s.module == HEAD else f"{s.module}[{layer}]" for s, layer in where]
+    dims = {"update_norm": ["adapter"], "singular_value": ["adapter", "rank"], "y": ["row"]}
+    groups = {**groups, "observed_data": {"y": np.asarray(data.labels)}}
+    tree = arviz_base.from_dict(groups, dims=dims, coords={"adapter": names})
+    labels = {
+        "module": ("adapter", [s.module for s, _ in where]),
+        "layer": ("adapter", [layer for _, layer in where]),
+    }
+    tree["posterior"] = xarray.DataTree(tree["posterior"].to_dataset().assign_coords(labels))
+    trace = {name: ("step", values) for name, values in fit.history.items()}
+    steps = {"step": np.arange(1, len(fit.step_seconds) + 1)}
+    stats = tree["sample_stats"].to_dataset().assign(trace).assign_coords(steps)
+    tree["sample_stats"] = xarray.DataTree(stats)
+    return tree

@@ -1,0 +1,156 @@
+r"""Inducing-point algebra of a matrix-valued Gaussian process: pure functions, no sampling.
+
+A weight factor `W` (d_o x d_i) has independent entries N(0, sigma^2). An inducing matrix `U`
+(m_r x m_c) is attached to it through a row side and a column side, so that
+
+    W | U  =  sigma (F_r V F_c^T + Sigma^{1/2} E),     Sigma = I - P_r (x) P_c,
+    V, E   ~  independent standard normals,            P = F F^T with eigenvalues in [0, 1),
+
+where `V` is the whitened inducing matrix (U = L_r V L_c^T). The marginal of `W` is N(0, sigma^2)
+whatever the sides are: they are variational, and moving them can only tighten the bound.
+
+| paper          | code              | shape        |
+|----------------|-------------------|--------------|
+| V              | `V`               | ... k_r k_c  |
+| E              | `E`               | ... d_o d_i  |
+| F_r, F_c       | `Side.factor`     | ... d k      |
+| F^T F          | `Side.gram`       | ... k (k)    |
+| Z_r, Z_c       | `Z`               | ... m d      |
+| D_r, D_c       | `D`               | ... m        |
+| lambda         | `lam`             | ...          |
+
+A side comes from orthonormal frames (`frame_side`; no Cholesky, no jitter) or from the paper's
+inducing bases (`inducing_side`; K = Z Z^T + D^2). The square root of Sigma is the symmetric one,
+
+    Sigma^{1/2} E = E - F_r H(F_r^T E F_c) F_c^T,
+
+and in the eigenbases of the two Gram matrices H multiplies entry (i, j) by
+g(p_i q_j), g(s) = (1 - sqrt(1 - s)) / s = 1 / (1 + sqrt(1 - s)), which has no singularity at s = 0.
+
+Reference: Lin et al. (2026), Bayesian-LoRA, arXiv 2601.21003; Ritter et al. (2021), Sparse
+uncertainty representation in deep learning with inducing weights, for the joint Gaussian.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Side(NamedTuple):
+    """One side (rows or columns) of the inducing structure.
+
+    Attributes:
+        factor: `F`, of shape `(..., d, k)`, with `F F^T = P`.
+        gram: `F^T F`: `(..., k)` where it is diagonal, otherwise `(..., k, k)`.
+    """
+
+    factor: Float[Array, "... d k"]
+    gram: Array
+
+
+def frame_side(free: Float[Array, "... d k"], reliability: Float[Array, "... k"]) -> Side:
+    """A side from an orthonormal frame `Q` (QR of `free`) and eigenvalues of `P`.
+
+    Args:
+        free: Any full-rank matrix with `k <= d`, shape `(..., d, k)`.
+        reliability: Eigenvalues of `P = Q diag(reliability) Q^T`, each in (0, 1).
+
+    Raises:
+        ValueError: When `k > d`; no frame of more than `d` orthonormal vectors exists.
+    """
+    d, k = free.shape[-2:]
+    if k > d:
+        raise ValueError(f"a frame needs at most as many vectors as dimensions; got {k} vectors for {d}")
+    frame, triangle = jnp.linalg.qr(free)
+    # LAPACK leaves the sign of each column open; with diag(triangle) > 0 the frame is continuous in `free`.
+    frame = frame * jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))[..., None, :]
+    return Side(frame * jnp.sqrt(reliability)[..., None, :], reliability)
+
+
+def inducing_side(Z: Float[Array, "... m d"], D: Float[Array, "... m"]) -> Side:
+    """A side from inducing bases `Z` and inducing noise `D > 0`, `K = Z Z^T + diag(D)^2`.
+
+    `F = Z^T L^{-T}` with `L` the Cholesky factor of `K`, so that `F F^T = Z^T K^{-1} Z`. Any
+    jitter belongs into `D` beforehand: one `K` serves the mean, the noise and the whitening.
+    """
+    identity = jnp.eye(Z.shape[-2], dtype=Z.dtype)
+    K = Z @ jnp.swapaxes(Z, -1, -2) + identity * (D**2)[..., None, :]
+    whitened = jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(K), Z, lower=True)
+    return Side(jnp.swapaxes(whitened, -1, -2), whitened @ jnp.swapaxes(whitened, -1, -2))
+
+
+def conditional_mean(V: Float[Array, "... k_r k_c"], rows: Side, cols: Side) -> Float[Array, "... d_o d_i"]:
+    """Mean of `W / sigma` given the whitened inducing matrix: `F_r V F_c^T`."""
+    return rows.factor @ V @ jnp.swapaxes(cols.factor, -1, -2)
+
+
+def conditional_noise(E: Float[Array, "... d_o d_i"], rows: Side, cols: Side) -> Float[Array, "... d_o d_i"]:
+    """`Sigma^{1/2} E` with the symmetric root of `Sigma = I - P_r (x) P_c`.
+
+    Nothing of size `(d_o d_i)^2` is formed; the cost is that of multiplying `E` by the two factors.
+    """
+    inner = jnp.swapaxes(rows.factor, -1, -2) @ E @ cols.factor
+    if rows.gram.ndim < rows.factor.ndim:
+        shrunk = _gain(rows.gram[..., :, None], cols.gram[..., None, :]) * inner
+    else:
+        shrunk = _shrink(rows.gram, cols.gram, inner)
+    return E - rows.factor @ shrunk @ jnp.swapaxes(cols.factor, -1, -2)
+
+
+def conditional_kl(size: int, lam: Float[Array, "..."]) -> Float[Array, "..."]:
+    """KL of N(M, lam^2 sigma^2 Sigma) from N(M, sigma^2 Sigma) in nats, for `size = d_o d_i` weights.
+
+    `size (lam^2 / 2 - log lam - 1 / 2)`: free of `U` and of the sides, zero only at `lam = 1`.
+    """
+    return size * (0.5 * lam**2 - jnp.log(lam) - 0.5)
+
+
+def _root(p: Array, q: Array) -> Array:
+    """`sqrt(1 - p q)`; rounding may push an eigenvalue past 1 by an ulp, which the floor absorbs."""
+    return jnp.sqrt(jnp.maximum(1.0 - p * q, jnp.finfo(p.dtype).eps))
+
+
+def _gain(p: Array, q: Array) -> Array:
+    return 1.0 / (1.0 + _root(p, q))
+
+
+@jax.custom_jvp
+def _shrink(gram_r: Array, gram_c: Array, inner: Array) -> Array:
+    """`H(inner)`: multiply by g(p_i q_j) in the eigenbases of two symmetric matrices."""
+    (p, R_r), (q, R_c) = jnp.linalg.eigh(gram_r), jnp.linalg.eigh(gram_c)
+    rotated = jnp.swapaxes(R_r, -1, -2) @ inner @ R_c
+    return R_r @ (_gain(p[..., :, None], q[..., None, :]) * rotated) @ jnp.swapaxes(R_c, -1, -2)
+
+
+@_shrink.defjvp
+def _shrink_jvp(primals, tangents):
+    """Daleckii-Krein rule with the divided differences of g in closed form.
+
+    The derivative of an eigenvector has 1 / (p_i - p_k) in it, infinite where two eigenvalues meet;
+    the derivative of H does not. With u = sqrt(1 - p q), (g(p_i q) - g(p_k q)) / (p_i - p_k)
+    = q / ((u_i + u_k)(1 + u_i)(1 + u_k)).
+    """
+    gram_r, gram_c, inner = primals
+    (p, R_r), (q, R_c) = jnp.linalg.eigh(gram_r), jnp.linalg.eigh(gram_c)
+
+    def to_eigen(left, x, right):
+        return jnp.swapaxes(left, -1, -2) @ x @ right
+
+    rotated = to_eigen(R_r, inner, R_c)
+    d_r, d_c, d_inner = (to_eigen(*x) for x in zip((R_r, R_c, R_r), tangents, (R_r, R_c, R_c), strict=True))
+    u = _root(p[..., :, None], q[..., None, :])
+
+    def divided(u_1, u_2, other):
+        return other / ((u_1 + u_2) * (1.0 + u_1) * (1.0 + u_2))
+
+    by_row = divided(u[..., :, None, :], u[..., None, :, :], q[..., None, None, :])  # i k j
+    by_col = divided(u[..., :, :, None], u[..., :, None, :], p[..., :, None, None])  # i l j
+    tangent = (
+        d_inner / (1.0 + u)
+        + jnp.einsum("...ikj,...ik,...kj->...ij", by_row, d_r, rotated)
+        + jnp.einsum("...ilj,...il,...lj->...ij", by_col, rotated, d_c)
+    )
+    back = jnp.swapaxes(R_c, -1, -2)
+    return R_r @ (rotated / (1.0 + u)) @ back, R_r @ tangent @ back

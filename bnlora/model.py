@@ -1,0 +1,145 @@
+r"""The NumPyro model: a prior over adapters and a likelihood read off a frozen language model.
+
+    adapters ~ prior(sites),      y_i | adapters ~ Categorical(softmax(logits_i[label tokens]))
+
+The softmax runs over the label tokens alone, so the likelihood is normalised over the classes, and
+it is the same for every prior, guide and number of draws. Base weights enter as an argument: never
+a parameter, never a closure. Minibatches are scaled by N / B through the one plate, `"data"`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jax import Array
+from jaxtyping import Float, Int
+
+from bnlora.data import Batch
+from bnlora.sites import HEAD, Sites
+from bnlora.typing import Adapters, Prior
+
+
+class LanguageModel(Protocol):
+    """What a classifier needs of a base model: frozen weights and a module to bind them to."""
+
+    @property
+    def params(self) -> Any:
+        """The frozen weights, a pytree."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        ...
+
+    def bind(self, params: Any) -> Any:
+        """The module with these weights, offering `embed`, `blocks` and `head`."""
+        ...
+
+
+@dataclass(frozen=True)
+class AdapterPrior:
+    """A prior program bound to its sites, callable with the model's arguments (it ignores them).
+
+    Guides are built on this object, so that building one never traces the language model.
+    """
+
+    sites: Sites
+    program: Prior
+
+    def __call__(self, *args, **kwargs) -> Adapters:
+        """Run the prior and return adapters whose families and shapes are checked."""
+        adapters = self.program(self.sites)
+        if not isinstance(adapters, Mapping):
+            raise ValueError(f"a prior must return adapters by family; got {type(adapters).__name__}")
+        self.sites.check(adapters)
+        return adapters
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A classifier whose classes are label words, as a plain NumPyro model `model(params, batch)`.
+
+    Where the head is adapted, only its label rows enter `sites` and the prior: the likelihood reads
+    no other row, and the others would stay exactly at their prior.
+
+    Args:
+        base: The loaded base model.
+        sites: Where the adapters are, from `bnlora.select`.
+        prior: NumPyro program from sites to adapters.
+        label_ids: Token id of each class's word, shape `(class,)`, e.g. `data.label_ids`.
+
+    Raises:
+        ValueError: With fewer than two label ids, or equal ones.
+    """
+
+    base: LanguageModel
+    sites: Sites
+    prior: AdapterPrior
+    label_ids: tuple[int, ...]
+
+    def __init__(self, base: LanguageModel, sites: Sites, prior: Prior, *, label_ids: Int[Any, " c"]):
+        ids = tuple(int(i) for i in label_ids)
+        if len(ids) < 2 or len(set(ids)) < len(ids):
+            raise ValueError(f"label_ids must be at least two different token ids; got {ids}")
+        read = sites.with_head_rows(len(ids))
+        for name, value in {
+            "base": base,
+            "sites": read,
+            "prior": AdapterPrior(read, prior),
+            "label_ids": ids,
+        }.items():
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        return f"Classifier({len(self.label_ids)} classes, {self.base!r})\n{self.sites!r}"
+
+    def __call__(self, params: Any, batch: Batch, n_total: int | None = None) -> None:
+        """Sample adapters and observe labels.
+
+        Args:
+            params: The frozen base weights, `model.base.params`.
+            batch: Rows with labels.
+            n_total: Size of the data set that `batch` is a random part of; the likelihood is scaled
+                by `n_total / len(batch)`. Omitted, the batch is the whole data set.
+        """
+        logits = self.logits(params, self.prior(), batch)
+        rows = len(batch)
+        size = rows if n_total is None else n_total
+        with numpyro.plate("data", size, subsample_size=rows if rows < size else None):
+            numpyro.sample("y", dist.Categorical(logits=logits), obs=batch.labels)
+
+    def hidden(self, params: Any, batch: Batch) -> Float[Array, "n t d"]:
+        """Activations below the lowest adapted layer: the batch's cached ones, or computed here.
+
+        Raises:
+            ValueError: When the cached ones belong to another depth than these sites need.
+        """
+        if batch.hidden is not None:
+            if batch.depth != self.sites.start:
+                raise ValueError(
+                    f"the batch caches activations of depth {batch.depth}, but the lowest adapted layer is "
+                    f"{self.sites.start}; cache it again for these sites"
+                )
+            return batch.hidden
+        module = self.base.bind(params)
+        return module.blocks(module.embed(batch.tokens), batch.mask, start=0, stop=self.sites.start)
+
+    def logits(self, params: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n c"]:
+        """Logits of the label tokens after the last real token of each row."""
+        placed = self.sites.place(adapters)
+        head = placed.pop(HEAD, None)
+        module = self.base.bind(params)
+        top = module.blocks(
+            self.hidden(params, batch),
+            batch.mask,
+            start=self.sites.start,
+            stop=self.base.num_layers,
+            adapters=placed,
+        )
+        last = batch.mask.shape[1] - 1 - jnp.argmax(batch.mask[:, ::-1], axis=1)
+        final = jnp.take_along_axis(top, last[:, None, None], axis=1)[:, 0]
+        return module.head(final, rows=jnp.asarray(self.label_ids), adapter=head)

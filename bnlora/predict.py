@@ -1,0 +1,117 @@
+r"""Posterior prediction: the mixture over draws of the softmax over the label words.
+
+    p(y | x) = 1/S sum_s softmax(logits(x; adapters_s))
+
+One definition for every number of draws and for deterministic fits, where it is a single softmax.
+What no draw changes (the layers below the lowest adapted one) runs once a row; draws go through the
+layers above one after the other, so memory does not grow with their number.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+from rich.console import Console
+
+from bnlora.data import Batch, padded_batches
+from bnlora.posterior import draw_adapters, log_probs_by_draw
+from bnlora.progress import track
+from bnlora.typing import Adapters
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predictive distribution of every row.
+
+    Attributes:
+        draw_log_probs: Log-probabilities of the classes under each draw, shape (draw, row, class).
+    """
+
+    draw_log_probs: Float[np.ndarray, "s n c"]
+
+    @property
+    def log_probs(self) -> Float[np.ndarray, "n c"]:
+        """Log of the mixture over draws, normalised over the classes."""
+        return np.logaddexp.reduce(self.draw_log_probs, axis=0) - np.log(len(self.draw_log_probs))
+
+    @property
+    def probs(self) -> Float[np.ndarray, "n c"]:
+        """Probabilities of the mixture."""
+        return np.exp(self.log_probs)
+
+    @property
+    def entropy(self) -> Float[np.ndarray, " n"]:
+        """Entropy of the mixture in nats: total uncertainty."""
+        return _entropy(self.log_probs)
+
+    @property
+    def mutual_information(self) -> Float[np.ndarray, " n"]:
+        """Mutual information of class and adapters in nats: the epistemic part of the entropy."""
+        return np.maximum(self.entropy - _entropy(self.draw_log_probs).mean(0), 0.0)
+
+    @property
+    def stderr(self) -> Float[np.ndarray, "n c"]:
+        """Monte Carlo standard error of `probs`; NaN for a single draw, which has no spread."""
+        draws = len(self.draw_log_probs)
+        if draws < 2:
+            return np.full(self.draw_log_probs.shape[1:], np.nan)
+        return np.exp(self.draw_log_probs).std(0, ddof=1) / draws**0.5
+
+    def __repr__(self) -> str:
+        draws, rows, classes = self.draw_log_probs.shape
+        return f"Prediction({rows} rows, {classes} classes, {draws} draws)"
+
+
+def predict(
+    key: Array,
+    fit: Any,
+    data: Batch,
+    *,
+    num_samples: int = 32,
+    batch_size: int = 32,
+    console: Console | None = None,
+) -> Prediction:
+    """Predict the classes of every row from posterior draws.
+
+    Args:
+        key: Random key of the draws; the same key gives the same draws for any data.
+        fit: A fit, with `model`, `guide` and `params`.
+        data: Rows to predict; labels are not read.
+        num_samples: Number of posterior draws S.
+        batch_size: Rows to run at a time; peak memory is that of one draw of so many rows.
+        console: Where to draw a progress bar; silent when omitted.
+
+    Returns:
+        Log-probabilities by draw, and the mixture's summaries.
+
+    Raises:
+        ValueError: When there are no rows, or fewer than one draw or row at a time is asked for.
+    """
+    if min(len(data), num_samples, batch_size) < 1:
+        raise ValueError(
+            f"prediction needs at least one row, draw and row at a time; got {len(data)} rows, "
+            f"num_samples={num_samples}, batch_size={batch_size}"
+        )
+    model = fit.model
+    draws = jax.jit(lambda k, p: draw_adapters(k, model, fit.guide, p, num_samples))(key, fit.params)
+    return predict_with_draws(model, draws, data, batch_size=batch_size, console=console)
+
+
+def predict_with_draws(
+    model: Any, draws: Adapters, data: Batch, *, batch_size: int = 32, console: Console | None = None
+) -> Prediction:
+    """Predict with given adapters, whose factors carry a leading draw axis; otherwise like `predict`."""
+    run = jax.jit(lambda frozen, batch, adapters: log_probs_by_draw(model, frozen, batch, adapters))
+    chunks = []
+    count = -(-len(data) // batch_size)
+    for rows, valid in track(padded_batches(data, batch_size), count, "predict", console):
+        chunks.append(np.asarray(run(model.base.params, rows, draws), np.float64)[:, :valid])
+    return Prediction(np.concatenate(chunks, axis=1))
+
+
+def _entropy(log_probs: np.ndarray) -> np.ndarray:
+    return -(np.exp(log_probs) * log_probs).sum(-1)

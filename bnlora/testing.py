@@ -1,0 +1,67 @@
+r"""Small exact problems to hold priors and guides against.
+
+`LinearGaussian`: Y = X W^T + noise with W of shape (d_o, d_i). Where the prior makes the entries of W
+independent N(0, sigma^2), the evidence and the posterior are known in closed form, and no valid bound
+may exceed the evidence.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from jax import Array
+from jaxtyping import Float
+
+
+@dataclass(frozen=True)
+class LinearGaussian:
+    """A conjugate regression on a matrix of weights, as a NumPyro model with a `prior`.
+
+    Attributes:
+        X: Inputs, shape (n, d_i).
+        Y: Responses, shape (n, d_o).
+        noise: Standard deviation of the responses around `X W^T`.
+        program: NumPyro program that samples `W`, shape (1, d_o, d_i), with a layer axis of one.
+    """
+
+    X: Float[Array, "n d_i"]
+    Y: Float[Array, "n d_o"]
+    noise: float
+    program: Callable[[], Array]
+
+    def prior(self, *args, **kwargs) -> Array:
+        """The prior program; arguments are ignored."""
+        return self.program()
+
+    def __call__(self, *args, **kwargs) -> None:
+        """Sample `W` and observe `Y`."""
+        mean = self.X @ self.prior()[0].T
+        numpyro.sample("Y", dist.Normal(mean, self.noise).to_event(2), obs=self.Y)
+
+    def log_evidence(self, sigma: float) -> float:
+        """Exact `log p(Y)` when the entries of `W` are independent N(0, sigma^2)."""
+        X, Y = np.asarray(self.X, np.float64), np.asarray(self.Y, np.float64)
+        covariance = sigma**2 * X @ X.T + self.noise**2 * np.eye(len(X))
+        _, logdet = np.linalg.slogdet(2 * np.pi * covariance)
+        quadratic = np.einsum("nd,nm,md->", Y, np.linalg.inv(covariance), Y)
+        return float(-0.5 * (Y.shape[1] * logdet + quadratic))
+
+    def posterior(self, sigma: float) -> tuple[np.ndarray, np.ndarray]:
+        """Exact posterior mean of `W`, shape (d_o, d_i), and covariance of each row, (d_i, d_i)."""
+        X, Y = np.asarray(self.X, np.float64), np.asarray(self.Y, np.float64)
+        covariance = np.linalg.inv(X.T @ X / self.noise**2 + np.eye(X.shape[1]) / sigma**2)
+        return (covariance @ X.T @ Y).T / self.noise**2, covariance
+
+
+def linear_gaussian(
+    key: Array, program: Callable[[], Array], *, shape: tuple[int, int] = (3, 4), rows: int = 12, noise: float = 0.5
+) -> LinearGaussian:
+    """A `LinearGaussian` with data from a standard normal `W` of the given shape (d_o, d_i)."""
+    k_x, k_w, k_y = jax.random.split(key, 3)
+    X = jax.random.normal(k_x, (rows, shape[1]))
+    mean = X @ jax.random.normal(k_w, shape).T
+    return LinearGaussian(X, mean + noise * jax.random.normal(k_y, mean.shape), noise, program)

@@ -1,0 +1,218 @@
+"""Building blocks of decoder-only language models, as pure functions on arrays.
+
+    RMSNorm      n(x) = g * x / sqrt(mean(x^2) + eps)
+    rotary       pairs (x_i, x_{i + d/2}) are rotated by the angle position * theta^(-2 i / d)
+    dense        y = x W (+ (x A^T) B^T when the layer is adapted)
+    attention    softmax(q k^T / sqrt(d) + mask) v, with several query heads sharing one key/value head
+
+Statistics (means of squares, softmax) are computed in float32 whatever the inputs are.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from bnlora.kernels import api
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Frequency-dependent stretching of rotary angles (Llama 3.1 and later).
+
+    Wavelengths above `original_length / low_frequency_factor` are stretched by `factor`, those below
+    `original_length / high_frequency_factor` are kept, and the ones between are interpolated.
+    """
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_length: int
+
+
+def rotary_settings(config: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
+    """Read the rotary base and scaling from a Hugging Face configuration, in its old or its new spelling.
+
+    Args:
+        config: Parsed config.json, with `rope_theta` and `rope_scaling`, or with `rope_parameters`.
+
+    Returns:
+        The base theta, and the Llama 3 scaling or None.
+
+    Raises:
+        ValueError: If the kind of scaling is not supported, or its keys are missing.
+    """
+    settings = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = float(settings.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise ValueError(f"rotary scaling {kind!r} is not supported; supported are 'default' and 'llama3'")
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    missing = [key for key in keys if key not in settings]
+    if missing:
+        raise ValueError(f"the 'llama3' rotary scaling in the model configuration lacks the keys {missing}")
+    return theta, Llama3Scaling(*(settings[key] for key in keys))
+
+
+def rms_norm(x: Float[Array, "*batch d"], gain: Float[Array, " d"], eps: float) -> Float[Array, "*batch d"]:
+    """Divide by the root mean square over the last axis and multiply by a gain."""
+    x32 = x.astype(jnp.float32)
+    normal = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return gain * normal.astype(x.dtype)
+
+
+def rotary_frequencies(
+    head_dim: int, theta: float, scaling: Llama3Scaling | None = None
+) -> Float[np.ndarray, " half"]:
+    """Angular frequency of each of the head_dim / 2 rotated pairs, in radians per position."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
+    if scaling is None:
+        return frequencies
+    # The number of full turns within the original context decides how much a pair is stretched.
+    turns = scaling.original_length * frequencies / (2 * np.pi)
+    span = scaling.high_frequency_factor - scaling.low_frequency_factor
+    keep = np.clip((turns - scaling.low_frequency_factor) / span, 0.0, 1.0)
+    return ((1 - keep) * frequencies / scaling.factor + keep * frequencies).astype(np.float32)
+
+
+def rotary_tables(
+    positions: Int[Array, "b t"], frequencies: Float[np.ndarray, " half"]
+) -> tuple[Float[Array, "b t 1 half"], Float[Array, "b t 1 half"]]:
+    """Cosines and sines of the rotation angles, with an axis of length 1 for the heads."""
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "b t heads dim"], cosine: Float[Array, "b t 1 half"], sine: Float[Array, "b t 1 half"]
+) -> Float[Array, "b t heads dim"]:
+    """Apply rotary position embedding; pair i is made of the components i and i + dim / 2."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def dense(
+    x: Float[Array, "*batch d_in"],
+    kernel: Float[Array, "d_in d_out"],
+    adapter: Mapping[str, Array] | None,
+) -> Float[Array, "*batch d_out"]:
+    """Multiply by a frozen kernel, plus the low-rank update when there is an adapter.
+
+    Args:
+        x: Inputs, (..., d_in).
+        kernel: Frozen weights, (d_in, d_out).
+        adapter: None, or {"a": (rank, d_in), "b": (d_out, rank)} with every scale already inside.
+
+    Returns:
+        Outputs, (..., d_out).
+    """
+    if adapter is None:
+        return x @ kernel
+    return api.lora_matmul(x, kernel, adapter["a"], adapter["b"])
+
+
+def grouped_query_attention(
+    query: Float[Array, "b t heads dim"],
+    key: Float[Array, "b t kv_heads dim"],
+    value: Float[Array, "b t kv_heads dim"],
+    mask: Bool[Array, "b t"],
+) -> Float[Array, "b t heads dim"]:
+    """Causal attention in which heads / kv_heads query heads share each key/value head.
+
+    Args:
+        query: Rotated queries.
+        key: Rotated keys.
+        value: Values.
+        mask: True at real tokens; padding is never attended to.
+
+    Returns:
+        Attended values. A query that may see no key at all (padding on the left) gets zeros, never NaN.
+    """
+    batch, length, heads, dim = query.shape
+    groups = query.reshape(batch, length, key.shape[2], heads // key.shape[2], dim)
+    scores = jnp.einsum("btkgd,bskd->bkgts", groups, key, preferred_element_type=jnp.float32) * dim**-0.5
+    causal = jnp.tril(jnp.ones((length, length), dtype=bool))
+    allowed = causal & mask[:, None, None, None, :]
+    # A finite floor instead of -inf keeps rows without any key finite; the second `where` empties them.
+    weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    weights = jnp.where(allowed, weights, 0.0).astype(value.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(batch, length, heads, dim)
+
+
+def scan_layers(
+    layer: Callable[[Array, Mapping[str, Array], Mapping[str, Mapping[str, Array]]], Array],
+    hidden: Float[Array, "b t d"],
+    weights: Mapping[str, Array],
+    adapters: Mapping[str, Mapping[str, Array]],
+    *,
+    start: int,
+    stop: int,
+) -> Float[Array, "b t d"]:
+    """Run the layers [start, stop) of a stack in one `jax.lax.scan`.
+
+    Args:
+        layer: Maps (hidden, weights of one layer, adapters of one layer) to hidden.
+        hidden: What enters layer `start`.
+        weights: Stacked over all layers of the model.
+        adapters: Stacked over the stop - start layers that run.
+        start: First layer.
+        stop: One past the last layer.
+
+    Returns:
+        What leaves layer stop - 1.
+    """
+
+    # Each step takes its layer out of the whole stack: slicing the stack to [start, stop) would copy it.
+    # The backward pass takes it out once more (the policy) rather than storing a copy of every layer.
+    @partial(jax.checkpoint, policy=_keep_all_but_slices, prevent_cse=False)
+    def apply(hidden: Array, index: Array, adapter: Mapping[str, Mapping[str, Array]]) -> Array:
+        one = {name: jax.lax.dynamic_index_in_dim(w, index, keepdims=False) for name, w in weights.items()}
+        return layer(hidden, one, adapter)
+
+    def step(hidden: Array, inputs: tuple[Array, Mapping[str, Mapping[str, Array]]]) -> tuple[Array, None]:
+        return apply(hidden, *inputs), None
+
+    return jax.lax.scan(step, hidden, (jnp.arange(start, stop), adapters))[0]
+
+
+def _keep_all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name not in ("dynamic_slice", "squeeze")
+
+
+def check_adapters(
+    adapters: Mapping[str, Mapping[str, Array]], shapes: Mapping[str, tuple[int, int]], count: int
+) -> None:
+    """Check that stacked adapters fit the modules they are named after.
+
+    Args:
+        adapters: {module: {"a": (count, rank, d_in), "b": (count, d_out, rank)}}.
+        shapes: (d_in, d_out) of each module that may be adapted.
+        count: Number of layers the adapters are stacked over.
+
+    Raises:
+        ValueError: If a module is unknown (the nearest name is given) or a shape does not fit.
+    """
+    for name, pair in adapters.items():
+        if name not in shapes:
+            near = difflib.get_close_matches(name, shapes, n=1, cutoff=0.0)[0]
+            raise ValueError(f"no module {name!r} to adapt here; modules: {list(shapes)}, nearest: {near!r}")
+        if set(pair) != {"a", "b"}:
+            raise ValueError(f"the adapter of {name!r} must have the keys 'a' and 'b'; got {sorted(pair)}")
+        d_in, d_out = shapes[name]
+        a, b = pair["a"].shape, pair["b"].shape
+        rank = a[1] if len(a) == 3 else "rank"
+        if a != (count, rank, d_in) or b != (count, d_out, rank):
+            raise ValueError(
+                f"the adapter of {name!r} must have a ({count}, {rank}, {d_in}) and "
+                f"b ({count}, {d_out}, {rank}); got {a} and {b}"
+            )

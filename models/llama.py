@@ -1,0 +1,338 @@
+"""The Llama family as a Flax NNX module: RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
+
+One layer maps h to
+    h <- h + o_proj(attention(rotate(q_proj n), rotate(k_proj n), v_proj n)),   n = rms_norm(h)
+    h <- h + down_proj(silu(gate_proj n) * up_proj n),                          n = rms_norm(h)
+The weights of all layers are stacked on a leading axis and the layers run in one `jax.lax.scan`, so tracing
+and compiling cost the same at any depth. Adapters are an input of the call, not part of the module.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from bnlora.models import layers
+from bnlora.models.loading import Checkpoint, TensorReader
+
+ARCHITECTURE = "LlamaForCausalLM"
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+_DENSE = {
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and constants of a Llama model.
+
+    Attributes:
+        vocab_size: Rows of the embedding.
+        d_model: Width of the residual stream.
+        d_ff: Width inside the feed-forward part.
+        num_layers: Number of layers.
+        num_heads: Query heads.
+        num_kv_heads: Key/value heads; divides num_heads.
+        head_dim: Width of one head.
+        rope_theta: Base of the rotary frequencies.
+        rms_eps: Added to the mean square in every RMSNorm.
+        tied: Whether the output layer is the embedding.
+        max_length: Longest sequence the model was trained for.
+        rope_scaling: Llama 3 stretching of the rotary angles, or None.
+    """
+
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rms_eps: float = 1e-6
+    tied: bool = False
+    max_length: int = 2048
+    rope_scaling: layers.Llama3Scaling | None = None
+
+    def __post_init__(self) -> None:
+        """Raise a ValueError when the heads cannot be grouped or a head cannot be rotated."""
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads; got {self.num_heads} and {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embedding; got {self.head_dim}")
+
+    @classmethod
+    def from_huggingface(cls, config: Mapping[str, Any]) -> Self:
+        """Read the keys of a Hugging Face config.json.
+
+        Args:
+            config: The parsed config.json; absent optional keys take transformers' defaults.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: If required keys are missing (all are named) or the model needs something unsupported
+                (biases, another activation, another kind of rotary scaling).
+        """
+        missing = [key for key in _REQUIRED if config.get(key) is None]
+        if missing:
+            raise ValueError(f"the model configuration lacks the keys {missing}")
+        _check_supported(config)
+        heads = config["num_attention_heads"]
+        rope_theta, rope_scaling = layers.rotary_settings(config)
+        return cls(
+            vocab_size=config["vocab_size"],
+            d_model=config["hidden_size"],
+            d_ff=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            rope_theta=rope_theta,
+            rms_eps=float(config.get("rms_norm_eps", 1e-6)),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            max_length=config.get("max_position_embeddings", 2048),
+            rope_scaling=rope_scaling,
+        )
+
+
+def modules(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Return (d_in, d_out) of every adaptable module: the per-layer dense ones, then "lm_head"."""
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "q_proj": (config.d_model, query),
+        "k_proj": (config.d_model, key),
+        "v_proj": (config.d_model, key),
+        "o_proj": (query, config.d_model),
+        "gate_proj": (config.d_model, config.d_ff),
+        "up_proj": (config.d_model, config.d_ff),
+        "down_proj": (config.d_ff, config.d_model),
+        "lm_head": (config.d_model, config.vocab_size),
+    }
+
+
+def _layer_modules(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    return {name: shape for name, shape in modules(config).items() if name != "lm_head"}
+
+
+class Llama(nnx.Module):
+    """A Llama model over given weights; it never draws random ones."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        embedding: Float[Array, "vocab d"],
+        layer_weights: Mapping[str, Array],
+        final_norm: Float[Array, " d"],
+        lm_head: Float[Array, "vocab d"] | None,
+    ) -> None:
+        """Wrap weights that exist already (arrays or `jax.ShapeDtypeStruct`s).
+
+        Args:
+            config: Sizes and constants.
+            embedding: One row per token, (vocab, d).
+            layer_weights: Stacked over layers: dense kernels (layer, d_in, d_out) under the names of
+                `modules`, gains "attention_norm" and "mlp_norm" (layer, d).
+            final_norm: Gain before the output layer, (d,).
+            lm_head: Output layer, one row per token, (vocab, d); None when it is tied to the embedding.
+
+        Raises:
+            ValueError: If `lm_head` is given for a tied model or absent for an untied one.
+        """
+        if config.tied != (lm_head is None):
+            raise ValueError("lm_head must be None for a tied model and given for an untied one")
+        self.config = config
+        self.embedding = nnx.Param(embedding)
+        self.layers = nnx.Dict({name: nnx.Param(value) for name, value in layer_weights.items()})
+        self.final_norm = nnx.Param(final_norm)
+        self.lm_head = None if lm_head is None else nnx.Param(lm_head)
+
+    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Look the tokens up in the embedding."""
+        return self.embedding[...][tokens]
+
+    def blocks(
+        self,
+        hidden: Float[Array, "b t d"],
+        mask: Bool[Array, "b t"],
+        *,
+        start: int,
+        stop: int,
+        adapters: Mapping[str, Mapping[str, Array]] | None = None,
+    ) -> Float[Array, "b t d"]:
+        """Run the layers [start, stop).
+
+        Args:
+            hidden: Residual stream that enters layer `start`.
+            mask: True at real tokens. Positions count real tokens, so padding on either side changes nothing.
+            start: First layer.
+            stop: One past the last layer.
+            adapters: {module: {"a": (n, rank, d_in), "b": (n, d_out, rank)}}, stacked over the
+                n = stop - start layers, with alpha / rank already folded into b.
+
+        Returns:
+            The residual stream after layer stop - 1.
+
+        Raises:
+            ValueError: If the range is not within the model or an adapter does not fit.
+        """
+        if not 0 <= start <= stop <= self.config.num_layers:
+            raise ValueError(f"layers [{start}, {stop}) are not within [0, {self.config.num_layers})")
+        adapters = {name: dict(pair) for name, pair in (adapters or {}).items()}
+        layers.check_adapters(adapters, _layer_modules(self.config), stop - start)
+        positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
+        config = self.config
+        frequencies = layers.rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        layer = partial(_layer, config, mask=mask, tables=layers.rotary_tables(positions, frequencies))
+        weights = {name: weight[...] for name, weight in self.layers.items()}
+        return layers.scan_layers(layer, hidden, weights, adapters, start=start, stop=stop)
+
+    def head(
+        self,
+        hidden: Float[Array, "*batch d"],
+        *,
+        rows: Int[Array | np.ndarray, " c"] | None = None,
+        adapter: Mapping[str, Array] | None = None,
+    ) -> Float[Array, "*batch c"]:
+        """Apply the final norm and the output layer, or only some of its rows.
+
+        Args:
+            hidden: Residual stream after the last layer, (..., d).
+            rows: Token ids to score, (c,), taken before the product; None scores the whole vocabulary.
+            adapter: {"a": (rank, d), "b": (c, rank)}; the rows of b correspond to `rows` (to the vocabulary
+                if `rows` is None).
+
+        Returns:
+            Logits, (..., c).
+
+        Raises:
+            ValueError: If the adapter does not fit.
+        """
+        table = (self.embedding if self.lm_head is None else self.lm_head)[...]
+        table = table if rows is None else table[rows]
+        if adapter is not None:
+            stacked = {"lm_head": {name: value[None] for name, value in adapter.items()}}
+            layers.check_adapters(stacked, {"lm_head": (table.shape[1], table.shape[0])}, 1)
+        normal = layers.rms_norm(hidden, self.final_norm[...], self.config.rms_eps)
+        return layers.dense(normal, table.T, adapter)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],
+        mask: Bool[Array, "b t"] | None = None,
+        *,
+        adapters: Mapping[str, Mapping[str, Array]] | None = None,
+    ) -> Float[Array, "b t vocab"]:
+        """Return the logits of the next token at every position.
+
+        Args:
+            tokens: Token ids, (b, t).
+            mask: True at real tokens; None means all are.
+            adapters: {module: {"a": ..., "b": ...}} stacked over all layers; "lm_head" has a leading axis
+                of 1.
+
+        Returns:
+            Logits, (b, t, vocab). Those at padding are finite and meaningless.
+
+        Raises:
+            ValueError: If an adapter does not fit.
+        """
+        mask = jnp.ones(tokens.shape, dtype=bool) if mask is None else mask
+        inner = dict(adapters or {})
+        outer = inner.pop("lm_head", None)
+        hidden = self.blocks(self.embed(tokens), mask, start=0, stop=self.config.num_layers, adapters=inner)
+        if outer is None:
+            return self.head(hidden)
+        layers.check_adapters({"lm_head": outer}, modules(self.config), 1)
+        return self.head(hidden, adapter={name: value[0] for name, value in outer.items()})
+
+
+def build(checkpoint: Checkpoint) -> Llama:
+    """Build a Llama from a checkpoint.
+
+    Args:
+        checkpoint: Configuration and tensors under their Hugging Face names.
+
+    Returns:
+        The model, with float32 weights.
+
+    Raises:
+        ValueError: If the configuration is not supported, or tensors are missing, unexpected or of another
+            shape than the configuration implies (all of them are named at once).
+    """
+    config = LlamaConfig.from_huggingface(checkpoint.config)
+    reader = TensorReader(checkpoint.tensors)
+    vocab = (config.vocab_size, config.d_model)
+    weights = {
+        name: reader.stack(config.num_layers, path, shape[::-1])
+        for (name, shape), path in zip(_layer_modules(config).items(), _DENSE.values(), strict=True)
+    }
+    weights |= {name: reader.stack(config.num_layers, path, vocab[1:]) for name, path in _NORMS.items()}
+    embedding = reader.take("model.embed_tokens.weight", vocab)
+    norm = reader.take("model.norm.weight", vocab[1:])
+    # Some files store the tied output layer a second time; it is read so that a different one is noticed.
+    stored = "lm_head.weight" in checkpoint.tensors or not config.tied
+    lm_head = reader.take("lm_head.weight", vocab) if stored else None
+    reader.finish()
+    if config.tied and lm_head is not None and not np.array_equal(lm_head, embedding):
+        raise ValueError(
+            "the configuration ties the output layer to the embedding, but lm_head.weight differs"
+        )
+    return Llama(
+        config,
+        embedding=jnp.asarray(embedding),
+        layer_weights={name: jnp.asarray(weight) for name, weight in weights.items()},
+        final_norm=jnp.asarray(norm),
+        lm_head=None if config.tied else jnp.asarray(lm_head),
+    )
+
+
+def _check_supported(config: Mapping[str, Any]) -> None:
+    if config.get("hidden_act", "silu") != "silu":
+        raise ValueError(
+            f"the activation {config['hidden_act']!r} is not supported in Llama models, only 'silu'"
+        )
+    biased = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
+    if biased:
+        raise ValueError(f"Llama models with biases are not supported; the configuration sets {biased}")
+
+
+def _layer(
+    config: LlamaConfig,
+    hidden: Array,
+    weights: Mapping[str, Array],
+    adapters: Mapping[str, Mapping[str, Array]],
+    *,
+    mask: Array,
+    tables: tuple[Array, Array],
+) -> Array:
+    def dense(name: str, x: Array) -> Array:
+        return layers.dense(x, weights[name], adapters.get(name))
+
+    def heads(name: str, x: Array) -> Array:
+        return dense(name, x).reshape(*x.shape[:2], -1, config.head_dim)
+
+    normal = layers.rms_norm(hidden, weights["attention_norm"], config.rms_eps)
+    query = layers.rotate(heads("q_proj", normal), *tables)
+    key = layers.rotate(heads("k_proj", normal), *tables)
+    attended = layers.grouped_query_attention(query, key, heads("v_proj", normal), mask)
+    hidden = hidden + dense("o_proj", attended.reshape(*hidden.shape[:2], -1))
+    normal = layers.rms_norm(hidden, weights["mlp_norm"], config.rms_eps)
+    return hidden + dense("down_proj", jax.nn.silu(dense("gate_proj", normal)) * dense("up_proj", normal))
