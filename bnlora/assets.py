@@ -146,9 +146,7 @@ def vader_domain(name: str) -> Dataset:
         if abs(rating) >= 0.5 and text not in elsewhere
     }
     ratings = np.array(list(kept.values()))
-    return Dataset.from_dict(
-        {"text": list(kept), "label": (ratings > 0).astype(int), "mean_rating": ratings}
-    )
+    return Dataset.from_dict({"text": list(kept), "label": (ratings > 0).astype(int), "mean_rating": ratings})
 
 
 def vader_splits(*, seed: int, train: int, validation: int, test: int) -> DatasetDict:

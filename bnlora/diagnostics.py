@@ -9,6 +9,7 @@ say nothing about how good the fit is; `log_p` and `log_q` are there for the dia
 (`arviz_stats.loo_approximate_posterior`, Pareto k).
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,9 +63,9 @@ def to_arviz(
     if num_samples < CHAINS or num_samples % CHAINS:
         raise ValueError(f"num_samples must be a positive multiple of {CHAINS}; got {num_samples}")
     draws, adapters = _draws(fit.draw_key if key is None else key, fit, num_samples)
-    run = {"batch_size": batch_size}
-    in_training = _label_log_probs(predict_with_draws(fit.model, adapters, fit.train, **run), fit.train)
-    prediction = predict_with_draws(fit.model, adapters, data, **run)
+    predicted = partial(predict_with_draws, fit.model, adapters, batch_size=batch_size)
+    in_training = _label_log_probs(predicted(fit.train), fit.train)
+    prediction = predicted(data)
     stats = {"log_p": np.asarray(draws.log_prior, np.float64) + in_training.sum(1), "log_q": draws.log_q}
     groups = {
         "posterior": _summaries(fit.model.sites, adapters) | _hyper_parameters(fit.model.sites, draws.sites),

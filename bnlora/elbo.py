@@ -110,10 +110,15 @@ def initial_parameters(
         if site["type"] == "param"
     }
     transforms = {
-        n: biject_to(s["kwargs"].get("constraint", constraints.real) or constraints.real) for n, s in sites.items()
+        n: biject_to(s["kwargs"].get("constraint", constraints.real) or constraints.real)
+        for n, s in sites.items()
     }
-    unconstrained = {n: transforms[n].inv(jnp.asarray(s["value"])) for n, s in sites.items()}
-    return unconstrained, lambda values: {n: transforms[n](x) for n, x in values.items()}
+    # A parameter may be a tree of arrays: NumPyro's flows keep a whole network under one name.
+    unconstrained = {
+        n: jax.tree.map(lambda x, n=n: transforms[n].inv(jnp.asarray(x)), s["value"])
+        for n, s in sites.items()
+    }
+    return unconstrained, lambda values: {n: jax.tree.map(transforms[n], x) for n, x in values.items()}
 
 
 def _parameters(trace: dict) -> dict[str, Array]:

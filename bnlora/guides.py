@@ -30,6 +30,7 @@ from numpyro.infer import init_to_sample
 
 from bnlora.flows import Conditioner, RowSharedAffine
 
+
 def init_to_base(site: Mapping[str, Any] | None = None):
     """NumPyro start strategy: the value that a prior marked as `start`, else a draw of the prior.
 
@@ -129,7 +130,9 @@ class SiteFlow:
 
         def start(key: Array) -> Array:
             with handlers.block(), handlers.seed(rng_seed=key):
-                value = self.init_loc_fn({**site, "value": None, "kwargs": {**site["kwargs"], "rng_key": key}})
+                value = self.init_loc_fn(
+                    {**site, "value": None, "kwargs": {**site["kwargs"], "rng_key": key}}
+                )
             return jnp.broadcast_to(to_support.inv(value), shape)
 
         loc = numpyro.param(f"{name}.q.loc", start)

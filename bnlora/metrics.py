@@ -15,6 +15,7 @@ intervals here are percentile bootstrap intervals over rows and inherit that bia
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
+from io import StringIO
 from typing import Any
 
 import numpy as np
@@ -144,9 +145,10 @@ class Summary(Mapping[str, Estimate]):
         return table
 
     def __repr__(self) -> str:
-        console = Console(width=80, record=True, file=_Nowhere(), legacy_windows=False)
-        console.print(self)
-        return console.export_text().rstrip()
+        console = Console(width=80, file=StringIO())
+        with console.capture() as text:
+            console.print(self)
+        return text.get().rstrip()
 
     def _repr_html_(self) -> str:
         cells = "".join(
@@ -315,13 +317,3 @@ def _width_bin(confidence: np.ndarray, bins: int) -> np.ndarray:
     if bins < 1:
         raise ValueError(f"bins must be at least 1; got {bins}")
     return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-
-
-class _Nowhere:
-    """A file that swallows what is written; the console records it."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass

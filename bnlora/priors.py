@@ -35,8 +35,10 @@ from bnlora.typing import FACTORS, Adapters, Prior
 
 Inducing = Literal["frames", "bases"]
 Oversize = Literal["clip", "keep"]
+Start = Literal["draw", "zero"]
 
-_START = {"a": "draw", "b": "zero"}  # LoRA's start: A informative, B zero, so that step 0 is the base model
+# LoRA's start: A informative, B zero, so that step 0 is the base model.
+_START: dict[str, Start] = {"a": "draw", "b": "zero"}
 _JITTER = 1e-6  # on D^2, relative to Z Z^T which starts near the identity; part of K wherever K is used
 
 
@@ -78,21 +80,20 @@ def sparse_gp(
         `KL(q(W|U) || p(W|U))` the closed-form KL of two normals.
     """
     scales = _scales(scale)
-    options = {
-        "rows": rows,
-        "cols": cols,
-        "inducing": inducing,
-        "oversize": oversize,
-        "reliability": reliability,
-    }
-    _check_sparse_gp(**options)
+    _check_sparse_gp(rows, cols, inducing, oversize, reliability)
+    matrices = partial(
+        sparse_gp_matrices,
+        rows=rows,
+        cols=cols,
+        inducing=inducing,
+        oversize=oversize,
+        reliability=reliability,
+    )
 
     def factor(site: Site, name: str) -> Array:
         shape = site.shapes[name]
         prefix, sigma = f"{site.name}.{name}", scales[name] / shape[-1] ** 0.5
-        return sparse_gp_matrices(
-            prefix, shape, sigma=sigma, plate=f"{site.name}.layer", start=_START[name], **options
-        )
+        return matrices(prefix, shape, sigma=sigma, plate=f"{site.name}.layer", start=_START[name])
 
     return _each_factor(factor)
 
@@ -103,7 +104,7 @@ def sparse_gp_matrices(
     *,
     sigma: float | Array,
     plate: str,
-    start: Literal["draw", "zero"] = "draw",
+    start: Start = "draw",
     rows: int = 9,
     cols: int = 9,
     inducing: Inducing = "frames",
@@ -217,7 +218,7 @@ def _side(
     return gp.inducing_side(Z, jnp.sqrt(D**2 + _JITTER))
 
 
-def _check_sparse_gp(*, rows: int, cols: int, inducing: str, oversize: str, reliability: float) -> None:
+def _check_sparse_gp(rows: int, cols: int, inducing: str, oversize: str, reliability: float) -> None:
     _require_option("inducing", inducing, get_args(Inducing))
     _require_option("oversize", oversize, get_args(Oversize))
     if min(rows, cols) < 1:

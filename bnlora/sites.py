@@ -126,7 +126,7 @@ class Sites(Mapping[str, Site]):
                 got, expected = jnp.shape(adapters[name][factor]), site.shapes[factor]
                 if got != expected:
                     raise ValueError(
-                        f"factor {factor!r} of {name!r} must have shape {expected} (layer axis first); got {got}"
+                        f"factor {factor!r} of {name!r} needs shape {expected}, layer axis first; got {got}"
                     )
 
     def place(self, adapters: Adapters) -> dict[str, dict[str, Array]]:
@@ -208,7 +208,9 @@ def select(
 
 def _rules(targets: Sequence[str] | Mapping[str, int], rank: int | None) -> dict[str, int]:
     if isinstance(targets, str):
-        raise ValueError(f"targets must be a list of names or a mapping from pattern to rank; got {targets!r}")
+        raise ValueError(
+            f"targets must be a list of names or a mapping from pattern to rank; got {targets!r}"
+        )
     if isinstance(targets, Mapping):
         if rank is not None:
             raise ValueError("give the rank either as `rank` or in the mapping of `targets`, not in both")

@@ -8,7 +8,7 @@ when more than the budget are, the fit stops and hands over what it had.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -61,7 +61,7 @@ class Fit:
     @property
     def num_parameters(self) -> int:
         """Number of trained parameters."""
-        return sum(int(np.size(p)) for p in self.params.values())
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
     def __repr__(self) -> str:
         tail = {name: values[-min(len(values), 50) :].mean() for name, values in self.history.items()}
@@ -169,8 +169,8 @@ def fit(
             show(loop)
             if int(state.skipped) > skip_budget:
                 raise FitDiverged(
-                    f"{int(state.skipped)} of {step + 1} steps gave a bound or gradient that is not finite, more "
-                    f"than skip_budget={skip_budget}; lower the learning rate or the prior's scale "
+                    f"{int(state.skipped)} of {step + 1} steps gave a bound or gradient that is not finite, "
+                    f"more than skip_budget={skip_budget}; lower the learning rate or the prior's scale "
                     "(the last finite state is in this error's `fit`)",
                     loop.result(state, look, draw_key),
                 )
@@ -200,7 +200,10 @@ def _by_group(
     clip_norm: float,
 ) -> optax.GradientTransformation:
     """One optimiser for locations, one for scales; each clips its own gradient."""
-    labels = {name: "scale" if name.endswith(SCALE_SUFFIXES) else "location" for name in params}
+    labels = {
+        name: jax.tree.map(lambda _, n=name: "scale" if n.endswith(SCALE_SUFFIXES) else "location", value)
+        for name, value in params.items()
+    }
     clip = optax.clip_by_global_norm(clip_norm)
     groups = {"location": optax.chain(clip, optimizer), "scale": optax.chain(clip, scale_optimizer)}
     return optax.multi_transform(groups, labels)
@@ -238,7 +241,12 @@ class _Loop:
         def loss(params):
             arguments = (frozen, batch, n_total)
             terms = elbo_terms(
-                key, self.constrain(params), self.model, self.guide, *arguments, num_particles=self.num_particles
+                key,
+                self.constrain(params),
+                self.model,
+                self.guide,
+                *arguments,
+                num_particles=self.num_particles,
             )
             return -terms["elbo"] / n_total, terms
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -58,7 +57,12 @@ class LinearGaussian:
 
 
 def linear_gaussian(
-    key: Array, program: Callable[[], Array], *, shape: tuple[int, int] = (3, 4), rows: int = 12, noise: float = 0.5
+    key: Array,
+    program: Callable[[], Array],
+    *,
+    shape: tuple[int, int] = (3, 4),
+    rows: int = 12,
+    noise: float = 0.5,
 ) -> LinearGaussian:
     """A `LinearGaussian` with data from a standard normal `W` of the given shape (d_o, d_i)."""
     k_x, k_w, k_y = jax.random.split(key, 3)

@@ -58,7 +58,9 @@ class TextData:
         return self["test"]
 
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{name} {len(batch)} x {batch.tokens.shape[1]}" for name, batch in self.splits.items())
+        sizes = ", ".join(
+            f"{name} {len(batch)} x {batch.tokens.shape[1]}" for name, batch in self.splits.items()
+        )
         return f"TextData({sizes}; words {list(self.words)})"
 
 
@@ -158,7 +160,9 @@ def _label_ids(tokenizer: Any, words: Sequence[str], template: str) -> np.ndarra
         ids.append(with_word[-1])
     for i, word in enumerate(words):
         if ids[i] in ids[:i]:
-            raise ValueError(f"label words {words[ids.index(ids[i])]!r} and {word!r} are the same token {ids[i]}")
+            raise ValueError(
+                f"label words {words[ids.index(ids[i])]!r} and {word!r} are the same token {ids[i]}"
+            )
     return np.asarray(ids, np.int32)
 
 
@@ -168,7 +172,9 @@ def _tokenise(
     texts = list(texts)
     for row, value in enumerate(texts):
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"the text in row {row} of split {split!r} must be a non-empty string; got {value!r}")
+            raise ValueError(
+                f"the text in row {row} of split {split!r} must be a non-empty string; got {value!r}"
+            )
     rows = tokenizer([template.format(text=t) for t in texts])["input_ids"]
     too_long = [i for i, ids in enumerate(rows) if len(ids) > limit]
     if not too_long:
@@ -176,8 +182,8 @@ def _tokenise(
     if truncate == "error":
         longest = max(len(rows[i]) for i in too_long)
         raise ValueError(
-            f"{len(too_long)} of {len(rows)} texts of split {split!r} are longer than {limit} tokens (first: row "
-            f"{too_long[0]}, longest: {longest}); pass truncate='left' or 'right', or a larger max_length"
+            f"{len(too_long)} of {len(rows)} texts of split {split!r} are longer than {limit} tokens (first: "
+            f"row {too_long[0]}, longest: {longest}); pass truncate='left' or 'right', or a larger max_length"
         )
     if truncate not in ("left", "right"):
         raise ValueError(f"truncate must be 'error', 'left' or 'right'; got {truncate!r}")

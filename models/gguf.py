@@ -140,8 +140,8 @@ def _tokenizer(path: Path, metadata: Mapping[str, Any]) -> PreTrainedTokenizerFa
     cut = values.get("pre")
     if values.get("model") != "gpt2" or cut not in _CUTS:
         raise ValueError(
-            f"{str(path)!r} has a tokenizer of the kind {values.get('model')!r} with the cut {cut!r}; supported is "
-            f"'gpt2' with one of {sorted(_CUTS)}, otherwise use the Hugging Face folder of the same model"
+            f"{str(path)!r} has a tokenizer of kind {values.get('model')!r} with the cut {cut!r}; supported "
+            f"is 'gpt2' with one of {sorted(_CUTS)}, otherwise use the Hugging Face folder of the same model"
         )
     tokens = values["tokens"]
     merges = [(left, right) for left, right in (merge.split(" ") for merge in values["merges"])]

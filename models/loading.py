@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,7 @@ def _safetensors_readers(path: Path) -> dict[str, Callable[[], np.ndarray]]:
         raise ValueError(
             f"{str(path)!r} is corrupt or truncated, copy or download it again ({_first_line(error)})"
         ) from error
-    return {name: lambda name=name: file.get_tensor(name) for name in file.keys()}
+    return {name: partial(file.get_tensor, name) for name in file.keys()}
 
 
 def _folder_tokenizer(folder: Path) -> Any:

@@ -172,12 +172,12 @@ def test_flow_logdet_is_the_difference_between_base_and_flow_densities():
     guide = guides.SiteFlow(model.prior)
     start, constrain = initial_parameters(jax.random.key(9), model, guide)
     key = jax.random.key(10)
-    noisy = {
-        n: x + 0.3 * jax.random.normal(key, x.shape) if ".flow." in n else x for n, x in start.items()
-    }
+    noisy = {n: x + 0.3 * jax.random.normal(key, x.shape) if ".flow." in n else x for n, x in start.items()}
     params = constrain(noisy)
     terms = elbo_terms(key, params, model, guide)
-    sub = numpyro.handlers.substitute(numpyro.handlers.seed(guide, jax.random.split(jax.random.split(key, 1)[0])[1]), params)
+    sub = numpyro.handlers.substitute(
+        numpyro.handlers.seed(guide, jax.random.split(jax.random.split(key, 1)[0])[1]), params
+    )
     site = numpyro.handlers.trace(sub).get_trace()["w.V"]
     base = dist.Normal(params["w.V.q.loc"], params["w.V.q.scale"]).to_event(2)
     v0 = site["fn"].transforms[0].inv(site["value"])
@@ -205,9 +205,7 @@ def test_lam_to_zero_and_scale_to_zero_is_the_deterministic_adapter():
     params |= {"w.V.q.scale": jnp.full((1, 2, 3), 1e-12), "w.E.q.lam": jnp.full((1,), 1e-12)}
     draws = draw_adapters(jax.random.key(14), model, guide, params, 5)
     np.testing.assert_allclose(draws, jnp.broadcast_to(draws[:1], draws.shape), atol=1e-6)
-    sides = [
-        gp.frame_side(params[f"w.{s}.frame"], params[f"w.{s}.reliability"]) for s in ("rows", "cols")
-    ]
+    sides = [gp.frame_side(params[f"w.{s}.frame"], params[f"w.{s}.reliability"]) for s in ("rows", "cols")]
     V = draw_sites(jax.random.key(15), model, guide, params).sites["w.V"]
     np.testing.assert_allclose(draws[0], SIGMA * gp.conditional_mean(V, *sides), atol=1e-6)
     sites = {"w.V": V, "w.E": jnp.zeros((1, *SHAPE))}

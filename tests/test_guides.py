@@ -20,7 +20,9 @@ from bnlora.sites import select
 from bnlora.testing import linear_gaussian
 
 SITES = select(
-    SimpleNamespace(modules={"q_proj": (12, 6), "lm_head": (12, 3)}, num_layers=3), ["q_proj", "lm_head"], rank=2
+    SimpleNamespace(modules={"q_proj": (12, 6), "lm_head": (12, 3)}, num_layers=3),
+    ["q_proj", "lm_head"],
+    rank=2,
 )
 
 
@@ -65,7 +67,9 @@ def test_density_of_a_draw_agrees_with_the_change_of_variables():
     start, constrain = initial_parameters(jax.random.key(3), model, guide)
     start = {n: x + 0.2 * jax.random.normal(jax.random.key(4), x.shape) for n, x in start.items()}
     params = constrain(start)
-    site = handlers.trace(handlers.substitute(handlers.seed(guide, jax.random.key(5)), params)).get_trace()["w"]
+    site = handlers.trace(handlers.substitute(handlers.seed(guide, jax.random.key(5)), params)).get_trace()[
+        "w"
+    ]
     flow = site["fn"].transforms[0]
     base = flow.inv(site["value"])
     for layer in range(2):

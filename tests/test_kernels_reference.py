@@ -22,7 +22,7 @@ def test_equals_the_product_with_the_merged_kernel(function, batch):
     x, w, a, b = operands(*batch)
     x64, w64, a64, b64 = (np.asarray(value, np.float64) for value in (x, w, a, b))
     expected = x64 @ (w64 + 0.5 * (b64 @ a64).T)
-    # Each entry is a sum of at most d_in + rank products; its rounding error is bounded by the sum of magnitudes.
+    # An entry sums at most d_in + rank products; its rounding error is bounded by the sum of magnitudes.
     magnitude = np.abs(x64) @ (np.abs(w64) + 0.5 * (np.abs(b64) @ np.abs(a64)).T)
     error = np.abs(np.asarray(function(x, w, a, b, scale=0.5)) - expected)
     assert (error <= (12 + 3 + 2) * EPS * magnitude).all()

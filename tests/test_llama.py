@@ -286,6 +286,6 @@ def test_adapters_that_do_not_fit(base, tokens):
         module(tokens, adapters={"q_proj": {"a": adapters(["q_proj"], 4)["q_proj"]["a"]}})
     with pytest.raises(ValueError, match=r"layers \[2, 5\) are not within \[0, 4\)"):
         module.blocks(hidden, mask, start=2, stop=5)
+    adapter = {name: value[0] for name, value in adapters(["lm_head"], 1)["lm_head"].items()}
     with pytest.raises(ValueError, match=r"'lm_head' must have .* b \(1, 2, 3\); got .* \(1, 53, 3\)"):
-        adapter = {name: value[0] for name, value in adapters(["lm_head"], 1)["lm_head"].items()}
         module.head(hidden, rows=jnp.array([1, 2]), adapter=adapter)

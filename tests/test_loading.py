@@ -1,4 +1,4 @@
-"""Checkpoints from every kind of source give the same model, and every broken one gives one clear sentence."""
+"""Checkpoints from every kind of source give the same model, and a broken one gives one clear sentence."""
 
 import json
 import runpy
@@ -215,7 +215,7 @@ def test_hub_out_of_reach(monkeypatch, error):
         read_checkpoint("someone/tiny")
 
 
-# Bad input ------------------------------------------------------------------------------------------------------
+# Bad input ----------------------------------------------------------------------------------------
 
 
 def test_missing_folder_names_the_nearest(tmp_path):
@@ -364,7 +364,7 @@ def test_rotary_buffers_of_old_checkpoints_are_ignored():
     assert llama.build(Checkpoint(CONFIG, tensors, None)).config.num_layers == 3
 
 
-# SmolLM2 --------------------------------------------------------------------------------------------------------
+# SmolLM2 ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -385,6 +385,6 @@ def test_smollm2_tokenizer_equals_that_of_transformers():
     message = [{"role": "user", "content": "Is this film good?"}]
     options = {"tokenize": False, "add_generation_prompt": True}
     assert ours.apply_chat_template(message, **options) == theirs.apply_chat_template(message, **options)
-    # Digits are cut off before anything else, so the two spaces stay together (token 256). transformers 5.24 leaves
-    # this rule of "smollm" files out and cuts them apart, which is why no text above has a run of spaces there.
+    # Digits are cut off before anything else, so the two spaces stay together (token 256). transformers 5.24
+    # leaves this rule of "smollm" files out and cuts them apart, so no text above has a run of spaces there.
     assert ours("a  1").input_ids == [81, 256, 33]

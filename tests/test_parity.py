@@ -1,8 +1,8 @@
 """Logits against transformers' torch model: stored numbers always, the live model where torch is installed.
 
-Tolerance: `rounding` is the largest error of torch's own float32 logits against the same model in float64. Two
-float32 programs that sum in different orders differ by a few times that; ten times is the limit. It must itself
-be below 1e-3 of the largest logit, which is what the project asks for; for SmolLM2 it is 1.4e-5 of it.
+Tolerance: `rounding` is the largest error of torch's own float32 logits against the same model in float64.
+Two float32 programs that sum in different orders differ by a few times that; ten times is the limit. It must
+itself be below 1e-3 of the largest logit, which is what the project asks for; for SmolLM2 it is 1.4e-5 of it.
 """
 
 import json

@@ -12,7 +12,11 @@ from scipy import stats
 from bnlora import priors
 from bnlora.sites import select
 
-SITES = select(SimpleNamespace(modules={"q_proj": (12, 6), "lm_head": (12, 3)}, num_layers=3), ["q_proj", "lm_head"], rank=2)
+SITES = select(
+    SimpleNamespace(modules={"q_proj": (12, 6), "lm_head": (12, 3)}, num_layers=3),
+    ["q_proj", "lm_head"],
+    rank=2,
+)
 
 PRIORS = {
     "sparse_gp": priors.sparse_gp(rows=3, cols=4, scale={"a": 0.5, "b": 2.0}),

@@ -104,7 +104,7 @@ def test_head_rows_shrink_the_head_only():
     [
         (lambda x: x.pop("q_proj"), "one adapter for each family"),
         (lambda x: x["q_proj"].pop("b"), "lacks factor 'b'"),
-        (lambda x: x["q_proj"].update(a=jnp.ones((6, 16, 2))), r"must have shape \(6, 2, 16\)"),
+        (lambda x: x["q_proj"].update(a=jnp.ones((6, 16, 2))), r"needs shape \(6, 2, 16\)"),
     ],
 )
 def test_adapters_of_the_wrong_form_are_named(change, message):

@@ -1,4 +1,4 @@
-"""Re-create the committed reference logits with transformers' torch models: python tests/data/make_reference.py.
+"""Make the committed reference logits with transformers' torch models: python tests/data/make_reference.py.
 
 Two tiny random models (grouped heads with an untied head; Llama 3 rotary scaling with a tied head) and
 SmolLM2-135M-Instruct. Weights of the tiny models come from a seeded generator, so only logits are stored.

@@ -1,0 +1,34 @@
+# Every target sets itself up from a plain python3: `make demo`, `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+WORKERS ?= 2
+
+# The reference implementations that parity tests run live; wheels of this version are CPU builds on 3.11 alone.
+PARITY := $(shell $(PYTHON) -c 'import sys; print(",parity" if sys.version_info[:2] == (3, 11) else "")')
+
+.PHONY: demo test fast lint clean
+
+demo: $(READY)
+	$(BIN)/bnlora demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+fast: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[test,lint$(PARITY)]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
