@@ -285,7 +285,8 @@ def _checked(log_probs: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"labels must lie in 0..{log_probs.shape[1] - 1}; got {labels.min()}..{labels.max()}"
         )
-    total = np.logaddexp.reduce(log_probs, axis=1)
+    with np.errstate(invalid="ignore"):  # NaN is reported below, with its row
+        total = np.logaddexp.reduce(log_probs, axis=1)
     worst = int(np.argmax(np.where(np.isnan(total), np.inf, np.abs(total))))
     if not abs(total[worst]) < 1e-4:
         raise ValueError(

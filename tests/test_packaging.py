@@ -1,0 +1,60 @@
+"""The built wheel and source archive hold the whole library, under one name, and nothing else."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """Source archive, and the wheel built from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-m", "build", "--outdir", folder, ROOT], check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.slow
+def test_wheel_holds_every_module_once(built):
+    (wheel,) = built.glob("*.whl")
+    names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    expected = {f"bnlora/{path.name}" for path in (ROOT / "bnlora").glob("*.py")} | {"bnlora/py.typed"}
+    for part in ("models", "kernels"):
+        expected |= {f"bnlora/{part}/{path.name}" for path in (ROOT / part).glob("*.py")}
+    assert names == expected
+    assert wheel.stat().st_size < 1e6
+
+
+@pytest.mark.slow
+def test_source_archive_holds_the_real_folders(built):
+    (archive,) = built.glob("*.tar.gz")
+    names = {name.split("/", 1)[-1] for name in tarfile.open(archive).getnames()}
+    assert {"models/llama.py", "kernels/api.py", "bnlora/svi.py", "LICENSE", "README.md"} <= names
+
+
+@pytest.mark.slow
+def test_wheel_is_imported_from_elsewhere(built, tmp_path):
+    (wheel,) = built.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        "import bnlora, bnlora.models.llama as m, bnlora.kernels.api as k; print(bnlora.__file__, m.__file__)"
+    )
+    # Isolated from the checkout: the folder of the unpacked wheel comes first, the dependencies from this Python.
+    run = [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {code}"]
+    out = subprocess.run(run, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    assert out.count(str(tmp_path / "site")) == 2
+
+
+def test_importing_allocates_nothing_on_a_device():
+    code = "import bnlora, jax; assert not jax._src.xla_bridge._backends, 'a backend was started'"
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True)
+
+
+def test_bare_names_of_the_folders_are_not_importable(tmp_path):
+    code = "import importlib.util as u; assert not (u.find_spec('models') or u.find_spec('kernels'))"
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, cwd=tmp_path)
