@@ -31,7 +31,8 @@ Reference: Lin et al. (2026), Bayesian-LoRA, arXiv 2601.21003; Ritter et al. (20
 uncertainty representation in deep learning with inducing weights, for the joint Gaussian.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ def frame_side(free: Float[Array, "... d k"], reliability: Float[Array, "... k"]
     d, k = free.shape[-2:]
     if k > d:
         raise ValueError(f"a frame needs at most as many vectors as dimensions; got {k} vectors for {d}")
-    frame, triangle = jnp.linalg.qr(free)
+    frame, triangle = _one_by_one(jnp.linalg.qr, free)
     # LAPACK leaves the sign of each column open; with diag(triangle) > 0 the frame is continuous in `free`.
     frame = frame * jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))[..., None, :]
     return Side(frame * jnp.sqrt(reliability)[..., None, :], reliability)
@@ -75,10 +76,25 @@ def inducing_side(Z: Float[Array, "... m d"], D: Float[Array, "... m"]) -> Side:
     `F = Z^T L^{-T}` with `L` the Cholesky factor of `K`, so that `F F^T = Z^T K^{-1} Z`. Any
     jitter belongs into `D` beforehand: one `K` serves the mean, the noise and the whitening.
     """
-    identity = jnp.eye(Z.shape[-2], dtype=Z.dtype)
-    K = Z @ jnp.swapaxes(Z, -1, -2) + identity * (D**2)[..., None, :]
-    whitened = jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(K), Z, lower=True)
+    each = jnp.arange(Z.shape[-2])
+    K = (Z @ jnp.swapaxes(Z, -1, -2)).at[..., each, each].add(D**2)
+    whitened = _one_by_one(_whiten, K, Z)
     return Side(jnp.swapaxes(whitened, -1, -2), whitened @ jnp.swapaxes(whitened, -1, -2))
+
+
+def _whiten(K: Array, Z: Array) -> Array:
+    return jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(K), Z, lower=True)
+
+
+def _one_by_one(function: Callable[..., Any], *stacks: Array) -> Any:
+    """Apply a factorisation to each matrix of some stacks in turn.
+
+    jaxlib splits a batched LAPACK call over XLA's threads and blocks its own until the parts are done, so
+    two of them in one program hang a machine with two cores (jaxlib 0.10.2). A single matrix is not split.
+    """
+    batch = stacks[0].shape[:-2]
+    results = jax.lax.map(lambda one: function(*one), [x.reshape(-1, *x.shape[-2:]) for x in stacks])
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), results)
 
 
 def conditional_mean(V: Float[Array, "... k_r k_c"], rows: Side, cols: Side) -> Float[Array, "... d_o d_i"]:
@@ -119,7 +135,7 @@ def _gain(p: Array, q: Array) -> Array:
 @jax.custom_jvp
 def _shrink(gram_r: Array, gram_c: Array, inner: Array) -> Array:
     """`H(inner)`: multiply by g(p_i q_j) in the eigenbases of two symmetric matrices."""
-    (p, R_r), (q, R_c) = jnp.linalg.eigh(gram_r), jnp.linalg.eigh(gram_c)
+    (p, R_r), (q, R_c) = (_one_by_one(jnp.linalg.eigh, gram) for gram in (gram_r, gram_c))
     rotated = jnp.swapaxes(R_r, -1, -2) @ inner @ R_c
     return R_r @ (_gain(p[..., :, None], q[..., None, :]) * rotated) @ jnp.swapaxes(R_c, -1, -2)
 
@@ -133,7 +149,7 @@ def _shrink_jvp(primals, tangents):
     = q / ((u_i + u_k)(1 + u_i)(1 + u_k)).
     """
     gram_r, gram_c, inner = primals
-    (p, R_r), (q, R_c) = jnp.linalg.eigh(gram_r), jnp.linalg.eigh(gram_c)
+    (p, R_r), (q, R_c) = (_one_by_one(jnp.linalg.eigh, gram) for gram in (gram_r, gram_c))
 
     def to_eigen(left, x, right):
         return jnp.swapaxes(left, -1, -2) @ x @ right

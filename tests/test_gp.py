@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.test_util import check_grads
 
 from bnlora import gp
@@ -164,3 +165,30 @@ def test_gradient_of_the_conditional_kl():
 def test_a_frame_larger_than_its_side_is_refused():
     with pytest.raises(ValueError, match="at most as many vectors as dimensions; got 5 vectors for 3"):
         gp.frame_side(jnp.ones((3, 5)), jnp.ones(5))
+
+
+FACTORISATIONS = {"qr", "geqrf", "householder_product", "cholesky", "eigh", "triangular_solve", "svd"}
+
+
+def factorised(jaxpr):
+    """Ranks of the operands of every matrix factorisation in a program and in its parts."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in FACTORISATIONS:
+            yield equation.primitive.name, max(v.aval.ndim for v in equation.invars)
+        for part in jaxprs_in_params(equation.params):
+            yield from factorised(part)
+
+
+@pytest.mark.parametrize("make", [gp.frame_side, gp.inducing_side])
+def test_factorisations_take_one_matrix_at_a_time(make):
+    """Batched LAPACK calls can hang a machine with two cores (jaxlib 0.10.2); none may be in a program."""
+    shape = (2, 5, 3) if make is gp.frame_side else (2, 3, 5)
+
+    def total(free, diagonal, E):
+        side = make(free, diagonal)
+        return jnp.sum(gp.conditional_noise(E, side, side) ** 3)
+
+    arguments = jnp.ones(shape), 0.5 * jnp.ones((2, 3)), jnp.ones((2, 5, 5))
+    found = list(factorised(jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2)))(*arguments).jaxpr))
+    assert found
+    assert {ndim for _, ndim in found} == {2}
