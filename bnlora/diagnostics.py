@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float
@@ -26,15 +25,16 @@ from bnlora.sites import HEAD, Sites
 CHAINS = 4  # ArviZ splits draws over chains; four equal parts of independent draws are as good as any
 
 
-def singular_values(a: Float[Array, "... r d_in"], b: Float[Array, "... d_out r"]) -> Float[Array, "... r"]:
+def singular_values(a: Float[Any, "... r d_in"], b: Float[Any, "... d_out r"]) -> Float[np.ndarray, "... r"]:
     """Singular values of `b @ a`, largest first, from the triangles of two thin QR factorisations.
 
     Where `d_out` or `d_in` is below the rank the values beyond it are exactly zero.
     """
-    inner = jnp.linalg.qr(b)[1] @ jnp.swapaxes(jnp.linalg.qr(jnp.swapaxes(a, -1, -2))[1], -1, -2)
-    values = jnp.linalg.svd(inner, compute_uv=False)
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    inner = np.linalg.qr(b).R @ np.swapaxes(np.linalg.qr(np.swapaxes(a, -1, -2)).R, -1, -2)
+    values = np.linalg.svd(inner, compute_uv=False)
     missing = a.shape[-2] - values.shape[-1]
-    return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)])
+    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)])
 
 
 def to_arviz(
@@ -99,7 +99,7 @@ def _summaries(sites: Sites, adapters: Any) -> dict[str, np.ndarray]:
     norms, values = [], []
     width = max(site.rank for site in sites.values())
     for name, site in sites.items():
-        s = np.asarray(singular_values(adapters[name]["a"], adapters[name]["b"])) * abs(site.scale)
+        s = singular_values(adapters[name]["a"], adapters[name]["b"]) * abs(site.scale)
         norms.append(np.sqrt((s**2).sum(-1)))
         values.append(np.pad(s, [(0, 0), (0, 0), (0, width - s.shape[-1])]))
     return {"update_norm": np.concatenate(norms, 1), "singular_value": np.concatenate(values, 1)}

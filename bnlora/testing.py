@@ -3,17 +3,24 @@ r"""Small exact problems to hold priors and guides against.
 `LinearGaussian`: Y = X W^T + noise with W of shape (d_o, d_i). Where the prior makes the entries of W
 independent N(0, sigma^2), the evidence and the posterior are known in closed form, and no valid bound
 may exceed the evidence.
+
+`tiny_base` and `tiny_rows`: a language model and a task so small that a fit takes seconds.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import Array
 from jaxtyping import Float
+
+from bnlora.base import Base
+from bnlora.data import Batch
+from bnlora.models.llama import LlamaConfig
 
 
 @dataclass(frozen=True)
@@ -69,3 +76,29 @@ def linear_gaussian(
     X = jax.random.normal(k_x, (rows, shape[1]))
     mean = X @ jax.random.normal(k_w, shape).T
     return LinearGaussian(X, mean + noise * jax.random.normal(k_y, mean.shape), noise, program)
+
+
+def tiny_base(key: Array, *, num_layers: int = 4) -> Base:
+    """A Llama of a few thousand random weights, with grouped heads, for trying a prior or a guide."""
+    config = LlamaConfig(
+        vocab_size=40,
+        d_model=16,
+        d_ff=24,
+        num_layers=num_layers,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+        rope_theta=1e4,
+        rms_eps=1e-5,
+        tied=True,
+        max_length=64,
+    )
+    return Base.random(key, config)
+
+
+def tiny_rows(key: Array, num_rows: int, *, length: int = 8, vocabulary: int = 40) -> Batch:
+    """Random rows of two to `length` tokens, padded on the right; the class is the first token's parity."""
+    k_tokens, k_length = jax.random.split(key)
+    tokens = jax.random.randint(k_tokens, (num_rows, length), 0, vocabulary)
+    lengths = jax.random.randint(k_length, (num_rows, 1), 2, length + 1)
+    return Batch(tokens, jnp.arange(length)[None, :] < lengths, tokens[:, 0] % 2)

@@ -69,7 +69,7 @@ def text_classification(
     tokenizer: Any,
     *,
     text: str,
-    label: str,
+    label: str | None,
     words: Sequence[str],
     template: str = "{text}",
     max_length: int | None = None,
@@ -82,6 +82,7 @@ def text_classification(
         tokenizer: The base model's tokenizer.
         text: Column of the texts.
         label: Column of the labels: integers 0 .. C-1, or strings equal to the words (spaces aside).
+            None for rows to predict whose class nobody knows; their labels are -1.
         words: Word of each class, with a leading space where the template ends in none.
         template: Text around each row, with `{text}` in it; it may hold chat markup.
         max_length: Longest row in tokens; the tokenizer's own limit when omitted.
@@ -92,8 +93,9 @@ def text_classification(
         Batches padded on the right, the words and their token ids.
 
     Raises:
-        ValueError: When a column is missing, a split is empty or has labels of one class only, a
-            label is unknown, a word is not a single token of its own, or a text is too long.
+        ValueError: When a column is missing, a split is empty, the split `"train"` has labels of one
+            class only, a label is unknown, a word is not a single token of its own, or a text is too
+            long.
     """
     splits = {"train": dataset} if isinstance(dataset, Dataset) else dict(dataset)
     if not splits:
@@ -104,8 +106,8 @@ def text_classification(
     limit = max_length or min(int(tokenizer.model_max_length), 2**20)
     batches = {}
     for name, rows in splits.items():
-        _check_columns(name, rows, text, label)
-        labels = _labels(name, rows[label], words)
+        _check_columns(name, rows, *[column for column in (text, label) if column is not None])
+        labels = np.full(len(rows), -1, np.int32) if label is None else _labels(name, rows[label], words)
         tokens = _tokenise(name, rows[text], tokenizer, template, limit, truncate)
         batches[name] = _pad(tokens, labels, tokenizer)
     return TextData(batches, tuple(words), ids)
@@ -136,7 +138,7 @@ def _labels(split: str, column: Any, words: Sequence[str]) -> np.ndarray:
                 f"{len(words) - 1} nor one of {names}"
             )
     labels = np.asarray(values, np.int32)
-    if len(np.unique(labels)) < 2:
+    if split == "train" and len(np.unique(labels)) < 2:
         raise ValueError(f"split {split!r} has rows of one class only ({names[labels[0]]!r}); two are needed")
     return labels
 
@@ -175,7 +177,7 @@ def _tokenise(
             raise ValueError(
                 f"the text in row {row} of split {split!r} must be a non-empty string; got {value!r}"
             )
-    rows = tokenizer([template.format(text=t) for t in texts])["input_ids"]
+    rows = tokenizer([template.replace("{text}", t) for t in texts])["input_ids"]
     too_long = [i for i, ids in enumerate(rows) if len(ids) > limit]
     if not too_long:
         return rows
@@ -197,7 +199,7 @@ def _shorten(text: str, tokenizer: Any, template: str, limit: int, truncate: Tru
     pieces = tokenizer(text, add_special_tokens=False)["input_ids"]
     for size in range(min(len(pieces), limit), 0, -1):
         part = tokenizer.decode(pieces[:size] if truncate == "right" else pieces[-size:])
-        ids = tokenizer(template.format(text=part))["input_ids"]
+        ids = tokenizer(template.replace("{text}", part))["input_ids"]
         if len(ids) <= limit:
             return ids
     raise ValueError(f"the template alone is longer than {limit} tokens; shorten it or raise max_length")

@@ -66,7 +66,7 @@ def rms_norm(x: Float[Array, "*batch d"], gain: Float[Array, " d"], eps: float) 
     """Divide by the root mean square over the last axis and multiply by a gain."""
     x32 = x.astype(jnp.float32)
     normal = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return gain * normal.astype(x.dtype)
+    return gain.reshape((1,) * (x.ndim - 1) + (-1,)) * normal.astype(x.dtype)
 
 
 def rotary_frequencies(
@@ -88,7 +88,7 @@ def rotary_tables(
     positions: Int[Array, "b t"], frequencies: Float[np.ndarray, " half"]
 ) -> tuple[Float[Array, "b t 1 half"], Float[Array, "b t 1 half"]]:
     """Cosines and sines of the rotation angles, with an axis of length 1 for the heads."""
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -142,7 +142,7 @@ def grouped_query_attention(
     groups = query.reshape(batch, length, key.shape[2], heads // key.shape[2], dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", groups, key, preferred_element_type=jnp.float32) * dim**-0.5
     causal = jnp.tril(jnp.ones((length, length), dtype=bool))
-    allowed = causal & mask[:, None, None, None, :]
+    allowed = causal[None, None, None, :, :] & mask[:, None, None, None, :]
     # A finite floor instead of -inf keeps rows without any key finite; the second `where` empties them.
     weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1)
     weights = jnp.where(allowed, weights, 0.0).astype(value.dtype)

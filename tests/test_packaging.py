@@ -44,7 +44,7 @@ def test_wheel_is_imported_from_elsewhere(built, tmp_path):
     code = (
         "import bnlora, bnlora.models.llama as m, bnlora.kernels.api as k; print(bnlora.__file__, m.__file__)"
     )
-    # Isolated from the checkout: the folder of the unpacked wheel comes first, the dependencies from this Python.
+    # The unpacked wheel comes first on the path; the dependencies are those of this Python.
     run = [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {code}"]
     out = subprocess.run(run, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
     assert out.count(str(tmp_path / "site")) == 2

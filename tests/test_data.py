@@ -1,0 +1,58 @@
+"""The order of rows: every one once an epoch, minibatches of one shape, and estimates without bias."""
+
+from functools import partial
+from itertools import islice
+
+import jax
+import numpy as np
+import pytest
+
+from bnlora import guides, priors
+from bnlora.data import minibatches, padded_batches
+from bnlora.elbo import elbo_terms, initial_parameters
+from bnlora.model import Classifier
+from bnlora.sites import select
+from bnlora.testing import tiny_base, tiny_rows
+
+
+@pytest.mark.parametrize(("rows", "size"), [(7, 3), (6, 3), (2, 5), (1, 1)])
+def test_every_row_comes_once_an_epoch(rows, size):
+    stream = minibatches(jax.random.key(0), rows, size)
+    joined = np.concatenate(list(islice(stream, rows)))  # `size` epochs
+    for epoch in joined.reshape(size, rows):
+        assert sorted(epoch) == list(range(rows))
+
+
+def test_order_depends_on_the_key_alone():
+    first, same, other = (next(minibatches(jax.random.key(k), 50, 20)) for k in (1, 1, 2))
+    np.testing.assert_array_equal(first, same)
+    assert (first != other).any()
+
+
+def test_scaled_minibatches_average_to_the_full_data_term():
+    """7 rows in batches of 3: over three whole epochs the mean of N/B-scaled terms is the full term."""
+    base, data = tiny_base(jax.random.key(0)), tiny_rows(jax.random.key(1), 7)
+    sites = select(base, ["q_proj", "lm_head"], rank=2, layers=[3])
+    model = Classifier(base, sites, priors.point(), label_ids=(3, 5))
+    guide = guides.SiteFlow(model.prior)
+    params, constrain = initial_parameters(jax.random.key(2), model, guide)
+    params = jax.tree.map(lambda x: x + 0.5, params)
+    term = jax.jit(partial(_data_term, model=model, guide=guide, constrain=constrain), static_argnums=3)
+    whole = term(params, base.params, data, 7)
+    parts = [term(params, base.params, data[i], 7) for i in islice(minibatches(jax.random.key(3), 7, 3), 7)]
+    np.testing.assert_allclose(np.mean(parts), whole, rtol=1e-5)
+    assert np.std(parts) > 0.01 * abs(whole)
+
+
+def _data_term(params, frozen, batch, n_total, *, model, guide, constrain):
+    return elbo_terms(jax.random.key(4), constrain(params), model, guide, frozen, batch, n_total)["data"]
+
+
+def test_padding_fills_the_last_batch_and_says_how_much_is_valid():
+    data = tiny_rows(jax.random.key(5), 5)
+    parts = list(padded_batches(data, 2))
+    assert [valid for _, valid in parts] == [2, 2, 1]
+    assert {len(part) for part, _ in parts} == {2}
+    tokens = np.concatenate([part.tokens[:valid] for part, valid in parts])
+    np.testing.assert_array_equal(tokens, data.tokens)
+    np.testing.assert_array_equal(parts[-1][0].tokens[1], data.tokens[0])
