@@ -56,9 +56,8 @@ def cache_prefix(
     if console is not None:
         console.print(f"caching layers 0-{depth - 1} for {len(batch)} rows: {size / 2**20:,.1f} MiB")
     plain = replace(batch, hidden=None, depth=0)
-    run = jax.jit(model.hidden)
     chunks = []
     count = -(-len(batch) // batch_size)
     for rows, valid in track(padded_batches(plain, batch_size), count, "prefix cache", console):
-        chunks.append(np.asarray(run(model.base.params, rows))[:valid])
+        chunks.append(np.asarray(model.compiled_hidden(model.base.params, rows))[:valid])
     return replace(batch, hidden=jax.numpy.asarray(np.concatenate(chunks)), depth=depth)

@@ -23,8 +23,10 @@ from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import biject_to
 from numpyro.infer import TraceMeanField_ELBO
+from numpyro.infer.autoguide import AutoGuide
 
 from bnlora.flows import RowSharedAffine
+from bnlora.typing import NOISE
 
 TERMS = ("elbo", "data", "inducing_kl", "conditional_kl", "flow_logdet")
 """Names of the reported terms, in nats over the whole data set."""
@@ -46,38 +48,47 @@ def elbo_terms(
     Returns:
         A scalar for each of `TERMS`; `elbo = data - inducing_kl - conditional_kl`.
     """
+    if num_particles == 1:  # a loop of one turn would double the time to compile
+        return _one_draw(key, params, model, guide, args)
     keys = jax.random.split(key, num_particles)
     terms = jax.lax.map(lambda k: _one_draw(k, params, model, guide, args), keys)
     return jax.tree.map(lambda x: x.mean(0), terms)
 
 
 def _one_draw(key: Array, params: dict, model: Callable, guide: Callable, args: tuple) -> dict[str, Array]:
-    by_site = TraceMeanField_ELBO(sum_sites=False).loss(key, params, model, guide, *args)
-    # The same key and parameters give the same guide draw as inside the bound; XLA merges the two.
-    seeded = handlers.substitute(handlers.seed(guide, jax.random.split(key)[1]), data=params)
-    guide_trace = handlers.trace(seeded).get_trace(*args)
-    latent = latent_sites(model)
-    noise = {n for n, site in latent.items() if site["infer"].get("conditional_noise")}
-    observed = set(by_site) - set(latent) - set(guide_trace)
+    # The two programs record their sites while the bound runs them, so that each of them runs once.
+    recorded_model, recorded_guide = handlers.trace(model), handlers.trace(guide)
+    by_site = TraceMeanField_ELBO(sum_sites=False).loss(key, params, recorded_model, recorded_guide, *args)
+    sites, noise = recorded_model.trace, noise_sites(model)
 
-    def total(names) -> Array:
-        return sum((by_site[n] for n in names), start=jnp.zeros(()))
+    # In the order of the trace: a sum over a set would round differently from one process to the next.
+    def total(belongs: Callable[[str], bool]) -> Array:
+        return sum((by_site[name] for name in by_site if belongs(name)), start=jnp.zeros(()))
 
-    data, conditional_kl = -total(observed), total(noise)
-    inducing_kl = total(set(by_site) - observed - noise)
+    def observed(name: str) -> bool:
+        return name in sites and sites[name]["is_observed"]
+
+    data, conditional_kl = -total(observed), total(lambda name: name in noise)
+    inducing_kl = total(lambda name: not observed(name) and name not in noise)
     return {
         "elbo": data - inducing_kl - conditional_kl,
         "data": data,
         "inducing_kl": inducing_kl,
         "conditional_kl": conditional_kl,
-        "flow_logdet": -sum((_logdet(site) for site in guide_trace.values()), start=jnp.zeros(())),
+        "flow_logdet": -sum((_logdet(s) for s in recorded_guide.trace.values()), start=jnp.zeros(())),
     }
 
 
-def latent_sites(model: Any) -> dict[str, dict]:
-    """The latent sites of `model.prior`, as NumPyro trace entries by name."""
-    trace = handlers.trace(handlers.seed(model.prior, jax.random.key(0))).get_trace()
-    return {n: s for n, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}
+def noise_sites(model: Any) -> frozenset[str]:
+    """Names of the latent sites of `model.prior` that only complete a conditional W | U."""
+    names: set[str] = set()
+
+    def run(key: Array) -> None:
+        trace = handlers.trace(handlers.seed(model.prior, key)).get_trace()
+        names.update(n for n, s in trace.items() if s["type"] == "sample" and s["infer"].get(NOISE))
+
+    jax.eval_shape(run, jax.random.key(0))  # names alone: nothing is compiled or computed
+    return frozenset(names)
 
 
 def _logdet(site: dict) -> Array:
@@ -100,24 +111,24 @@ def initial_parameters(
         The unconstrained values by name and the map from them to the constrained ones.
     """
     guide_key, prior_key = jax.random.split(key)
-    guide_trace = handlers.trace(handlers.seed(guide, guide_key)).get_trace(*args)
-    prior = handlers.replay(handlers.seed(model.prior, prior_key), guide_trace)
-    prior_trace = handlers.trace(handlers.substitute(prior, data=_parameters(guide_trace))).get_trace()
-    sites = {
-        name: site
-        for trace in (guide_trace, prior_trace)
-        for name, site in trace.items()
-        if site["type"] == "param"
-    }
-    transforms = {
-        n: biject_to(s["kwargs"].get("constraint", constraints.real) or constraints.real)
-        for n, s in sites.items()
-    }
-    # A parameter may be a tree of arrays: NumPyro's flows keep a whole network under one name.
-    unconstrained = {
-        n: jax.tree.map(lambda x, n=n: transforms[n].inv(jnp.asarray(x)), s["value"])
-        for n, s in sites.items()
-    }
+    transforms: dict[str, Any] = {}
+    if isinstance(guide, AutoGuide):
+        # It keeps what its first call computes; inside the jitted function that would be tracers.
+        handlers.seed(guide, guide_key)(*args)
+
+    def start_values(guide_key: Array, prior_key: Array) -> dict[str, Array]:
+        guide_trace = handlers.trace(handlers.seed(guide, guide_key)).get_trace(*args)
+        prior = handlers.replay(handlers.seed(model.prior, prior_key), guide_trace)
+        prior_trace = handlers.trace(handlers.substitute(prior, data=_parameters(guide_trace))).get_trace()
+        sites = {n: s for t in (guide_trace, prior_trace) for n, s in t.items() if s["type"] == "param"}
+        for name, site in sites.items():
+            transforms[name] = biject_to(site["kwargs"].get("constraint", constraints.real))
+        # A parameter may be a tree of arrays: NumPyro's flows keep a whole network under one name.
+        start = {n: jax.tree.map(transforms[n].inv, s["value"]) for n, s in sites.items()}
+        # Without JAX's mark for literals, which the first update would remove: a second trace of the step.
+        return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), start)
+
+    unconstrained = jax.jit(start_values)(guide_key, prior_key)
     return unconstrained, lambda values: {n: jax.tree.map(transforms[n], x) for n, x in values.items()}
 
 

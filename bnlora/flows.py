@@ -9,6 +9,7 @@ Reference: Germain et al. (2015), MADE, for the masks; Kingma et al. (2016), inv
 flow; Lin et al. (2026), arXiv 2601.21003, for sharing one flow over the rows of an inducing matrix.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -26,12 +27,35 @@ LOG_SCALE_BOUND = 3.0
 class Conditioner(NamedTuple):
     """Weights of a masked residual network from a row of `f` entries to its shifts and log-scales.
 
-    Leading axes (the layers of a family) are batch axes, each with its own network.
+    Each part is a weight and a bias. Leading axes (the layers of a family) are batch axes, each with its own
+    network. `hidden` stacks the two layers of every residual block: weight `(..., block, 2, h, h)`, bias
+    `(..., block, 2, h)`.
     """
 
     first: tuple[Array, Array]
-    hidden: tuple[tuple[Array, Array], ...]
+    hidden: tuple[Array, Array]
     last: tuple[Array, Array]
+
+
+def near_identity(
+    key: Array, *, batch: tuple[int, ...], features: int, hidden: int, blocks: int
+) -> Conditioner:
+    """Random weights of a conditioner whose shifts and log-scales are near zero.
+
+    Args:
+        key: Random key.
+        batch: Batch axes, each entry with a network of its own.
+        features: Entries of a row.
+        hidden: Width of the hidden layers.
+        blocks: Number of residual blocks.
+    """
+    shapes = [(features, hidden), (blocks, 2, hidden, hidden), (hidden, 2 * features)]
+    sizes = [features**-0.5, hidden**-0.5, 1e-3]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    # One draw for all three: a generator apiece would take most of the time to compile.
+    parts = jnp.split(jax.random.normal(key, (*batch, ends[-1])), ends[:-1], axis=-1)
+    weights = [s * x.reshape(*batch, *shape) for s, x, shape in zip(sizes, parts, shapes, strict=True)]
+    return Conditioner(*((w, jnp.zeros((*w.shape[:-2], w.shape[-1]))) for w in weights))
 
 
 def conditioner_masks(features: int, hidden: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -55,15 +79,17 @@ def shift_and_log_scale(x: Float[Array, "... rows f"], net: Conditioner) -> tupl
     features, hidden = net.first[0].shape[-2:]
     mask_in, mask_hidden, mask_out = conditioner_masks(features, hidden)
 
-    def dense(h, layer, mask):
-        weight, bias = layer
+    def dense(h, weight, bias, mask):
         return h @ (weight * mask) + bias[..., None, :]
 
-    h = dense(x, net.first, mask_in)
-    for first, second in zip(net.hidden[::2], net.hidden[1::2], strict=True):
-        inner = dense(jax.nn.relu(h), first, mask_hidden)
-        h = h + dense(jax.nn.relu(inner), second, mask_hidden)
-    shift, raw = jnp.split(dense(h, net.last, mask_out), 2, axis=-1)
+    def block(h, layers):
+        weight, bias = (jnp.moveaxis(x, axis, 0) for x, axis in zip(layers, (-3, -2), strict=True))
+        inner = dense(jax.nn.relu(h), weight[0], bias[0], mask_hidden)
+        return h + dense(jax.nn.relu(inner), weight[1], bias[1], mask_hidden), None
+
+    blocks = tuple(jnp.moveaxis(x, axis, 0) for x, axis in zip(net.hidden, (-4, -3), strict=True))
+    h, _ = jax.lax.scan(block, dense(x, *net.first, mask_in), blocks, unroll=True)
+    shift, raw = jnp.split(dense(h, *net.last, mask_out), 2, axis=-1)
     return shift, LOG_SCALE_BOUND * jnp.tanh(raw / LOG_SCALE_BOUND)
 
 

@@ -12,7 +12,6 @@ r"""Normalizing-flow guides built on the prior alone, one small flow a family.
 Reference: Lin et al. (2026), arXiv 2601.21003 (row-shared flow on the inducing matrix).
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +27,8 @@ from numpyro.distributions import constraints
 from numpyro.distributions.transforms import biject_to
 from numpyro.infer import init_to_sample
 
-from bnlora.flows import Conditioner, RowSharedAffine
+from bnlora.flows import Conditioner, RowSharedAffine, near_identity
+from bnlora.typing import NOISE
 
 
 def init_to_base(site: Mapping[str, Any] | None = None):
@@ -112,7 +112,7 @@ class SiteFlow:
     def _counts(self) -> dict[str, int]:
         """Number of parameters by site."""
         trace = jax.eval_shape(lambda key: _param_values(handlers.seed(self, key)), jax.random.key(0))
-        sizes = {name: math.prod(value.shape) for name, value in trace.items()}
+        sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(value)) for name, value in trace.items()}
         return {s: sum(n for name, n in sizes.items() if name.startswith(f"{s}.q.")) for s in self.latent}
 
     def _noise(self, name: str, site: Mapping[str, Any]) -> dist.Distribution:
@@ -142,29 +142,19 @@ class SiteFlow:
         base = dist.Normal(loc, scale).to_event(event_dim)
         transforms = []
         if event_dim:
-            batch = shape[: len(shape) - event_dim]
-            transforms.append(RowSharedAffine(self._conditioner(name, batch, shape[-1]), event_dim))
+            batch, features = shape[: len(shape) - event_dim], shape[-1]
+            init = partial(
+                near_identity, batch=batch, features=features, hidden=self.hidden, blocks=self.blocks
+            )
+            net = Conditioner(*numpyro.param(f"{name}.q.flow", init))
+            transforms.append(RowSharedAffine(Conditioner(*net), event_dim))
         if fn.support is not constraints.real and not _is_real(fn.support):
             transforms.append(to_support)
         return dist.TransformedDistribution(base, transforms) if transforms else base
 
-    def _conditioner(self, name: str, batch: tuple[int, ...], features: int) -> Conditioner:
-        def layer(label: str, d_in: int, d_out: int, size: float) -> tuple[Array, Array]:
-            def init(key: Array) -> Array:
-                return size * jax.random.normal(key, (*batch, d_in, d_out))
-
-            weight = numpyro.param(f"{name}.q.flow.{label}.weight", init)
-            return weight, numpyro.param(f"{name}.q.flow.{label}.bias", jnp.zeros((*batch, d_out)))
-
-        hidden = [
-            layer(f"hidden{i}", self.hidden, self.hidden, self.hidden**-0.5) for i in range(2 * self.blocks)
-        ]
-        first = layer("first", features, self.hidden, features**-0.5)
-        return Conditioner(first, tuple(hidden), layer("last", self.hidden, 2 * features, 1e-3))
-
 
 def _is_noise(site: Mapping[str, Any]) -> bool:
-    return bool(site["infer"].get("conditional_noise"))
+    return bool(site["infer"].get(NOISE))
 
 
 def _is_real(support: constraints.Constraint) -> bool:

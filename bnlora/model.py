@@ -7,10 +7,12 @@ it is the same for every prior, guide and number of draws. Base weights enter as
 a parameter, never a closure. Minibatches are scaled by N / B through the one plate, `"data"`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
@@ -143,3 +145,21 @@ class Classifier:
         last = batch.mask.shape[1] - 1 - jnp.argmax(batch.mask[:, ::-1], axis=1)
         final = jnp.take_along_axis(top, last[:, None, None], axis=1)[:, 0]
         return module.head(final, rows=jnp.asarray(self.label_ids), adapter=head)
+
+    def log_probs_by_draw(self, params: Any, adapters: Adapters, batch: Batch) -> Float[Array, "s n c"]:
+        """Log-probabilities of the classes under each draw of the adapters, which have a leading draw axis.
+
+        The part below the adapters runs once for all draws, and draws go one after the other.
+        """
+        prepared = replace(batch, hidden=self.hidden(params, batch), depth=self.sites.start)
+        return jax.lax.map(lambda one: jax.nn.log_softmax(self.logits(params, one, prepared)), adapters)
+
+    @cached_property
+    def compiled_log_probs(self) -> Callable[..., Array]:
+        """`log_probs_by_draw`, compiled once for all callers."""
+        return jax.jit(self.log_probs_by_draw)
+
+    @cached_property
+    def compiled_hidden(self) -> Callable[..., Array]:
+        """`hidden`, compiled once for all callers."""
+        return jax.jit(self.hidden)

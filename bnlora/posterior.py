@@ -1,16 +1,13 @@
 """Draws from a fitted guide: latent sites, adapters, and their log-densities under prior and guide."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
 from numpyro import handlers
 
-from bnlora.data import Batch
 from bnlora.typing import Adapters, Parameters
 
 
@@ -53,13 +50,6 @@ def draw_adapters(key: Array, model: Any, guide: Callable, params: Parameters, n
         return adapters_at(model, params, draw_sites(k, model, guide, params).sites)
 
     return jax.lax.map(one, jax.random.split(key, num_samples))
-
-
-def log_probs_by_draw(model: Any, frozen: Any, batch: Batch, draws: Adapters) -> Float[Array, "s n c"]:
-    """Class log-probabilities of each draw; the part below the adapters runs once for all draws."""
-    hidden = model.hidden(frozen, batch)
-    prepared = replace(batch, hidden=hidden, depth=model.sites.start)
-    return jax.lax.map(lambda adapters: jax.nn.log_softmax(model.logits(frozen, adapters, prepared)), draws)
 
 
 def _log_density(trace: dict) -> Array:

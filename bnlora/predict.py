@@ -10,14 +10,12 @@ layers above one after the other, so memory does not grow with their number.
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 from jax import Array
 from jaxtyping import Float
 from rich.console import Console
 
 from bnlora.data import Batch, padded_batches
-from bnlora.posterior import draw_adapters, log_probs_by_draw
 from bnlora.progress import track
 from bnlora.typing import Adapters
 
@@ -78,7 +76,7 @@ def predict(
 
     Args:
         key: Random key of the draws; the same key gives the same draws for any data.
-        fit: A fit, with `model`, `guide` and `params`.
+        fit: A fit, with `model` and `draw_adapters`.
         data: Rows to predict; labels are not read.
         num_samples: Number of posterior draws S.
         batch_size: Rows to run at a time; peak memory is that of one draw of so many rows.
@@ -95,22 +93,22 @@ def predict(
             f"prediction needs at least one row, draw and row at a time; got {len(data)} rows, "
             f"num_samples={num_samples}, batch_size={batch_size}"
         )
-    model = fit.model
-    draws = jax.jit(lambda k, p: draw_adapters(k, model, fit.guide, p, num_samples))(key, fit.params)
-    return predict_with_draws(model, draws, data, batch_size=batch_size, console=console)
+    draws = fit.draw_adapters(key, num_samples)
+    return predict_with_draws(fit.model, draws, data, batch_size=batch_size, console=console)
 
 
 def predict_with_draws(
     model: Any, draws: Adapters, data: Batch, *, batch_size: int = 32, console: Console | None = None
 ) -> Prediction:
     """Predict with given adapters, whose factors carry a leading draw axis; otherwise like `predict`."""
-    run = jax.jit(lambda frozen, batch, adapters: log_probs_by_draw(model, frozen, batch, adapters))
     chunks = []
     count = -(-len(data) // batch_size)
     for rows, valid in track(padded_batches(data, batch_size), count, "predict", console):
-        chunks.append(np.asarray(run(model.base.params, rows, draws), np.float64)[:, :valid])
+        log_probs = model.compiled_log_probs(model.base.params, draws, rows)
+        chunks.append(np.asarray(log_probs, np.float64)[:, :valid])
     return Prediction(np.concatenate(chunks, axis=1))
 
 
 def _entropy(log_probs: np.ndarray) -> np.ndarray:
-    return -(np.exp(log_probs) * log_probs).sum(-1)
+    # 0 log 0 = 0: a class of probability zero adds nothing.
+    return -(np.exp(log_probs) * np.maximum(log_probs, np.finfo(np.float64).min)).sum(-1)

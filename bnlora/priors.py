@@ -31,7 +31,7 @@ from numpyro.distributions import constraints
 
 from bnlora import gp
 from bnlora.sites import Site, Sites
-from bnlora.typing import FACTORS, Adapters, Prior
+from bnlora.typing import FACTORS, NOISE, Adapters, Prior
 
 Inducing = Literal["frames", "bases"]
 Oversize = Literal["clip", "keep"]
@@ -136,7 +136,7 @@ def sparse_gp_matrices(
     k_r, k_c = row_side.factor.shape[-1], col_side.factor.shape[-1]
     with numpyro.plate(plate, depth):
         V = _standard_normal(f"{name}.V", (depth, k_r, k_c), start=start)
-        E = _standard_normal(f"{name}.E", (depth, d_o, d_i), start="zero", conditional_noise=True)
+        E = _standard_normal(f"{name}.E", (depth, d_o, d_i), start="zero", **{NOISE: True})
     inside = gp.conditional_mean(V, row_side, col_side) + gp.conditional_noise(E, row_side, col_side)
     return sigma * inside
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,8 +22,9 @@ from rich.console import Console
 from bnlora.cache import cache_prefix
 from bnlora.data import Batch, minibatches
 from bnlora.elbo import TERMS, elbo_terms, initial_parameters
-from bnlora.posterior import draw_adapters, log_probs_by_draw
+from bnlora.posterior import draw_adapters
 from bnlora.progress import progress_bar
+from bnlora.typing import Adapters, Parameters
 
 SCALE_SUFFIXES = (".lam", ".scale", "_scale")
 """Endings of the parameter names that form the scale group, with their own optimiser."""
@@ -39,6 +41,7 @@ class Fit:
         history: One array over steps for each term of the bound, in nats over the whole data set.
         validation: Steps and mean negative log-likelihood on the validation rows, where given.
         train: The rows that were fitted, with cached activations.
+        last_params: Parameters after the last step; those of `params` unless validation rows picked others.
         best_step: Number of steps behind `params`.
         skipped_steps: Steps that were skipped because something was not finite.
         num_traces: How many times the step was traced; 1 unless something is wrong.
@@ -49,6 +52,7 @@ class Fit:
     model: Any
     guide: Callable
     params: dict[str, Array]
+    last_params: dict[str, Array]
     history: dict[str, np.ndarray]
     validation: dict[str, np.ndarray]
     train: Batch
@@ -62,6 +66,17 @@ class Fit:
     def num_parameters(self) -> int:
         """Number of trained parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
+        """Posterior adapters with a leading draw axis; the same key gives the same draws."""
+        return self._compiled_draw(key, self.params, num_samples)
+
+    @cached_property
+    def _compiled_draw(self) -> Callable[..., Adapters]:
+        def draw(key: Array, params: Parameters, num_samples: int) -> Adapters:
+            return draw_adapters(key, self.model, self.guide, params, num_samples)
+
+        return jax.jit(draw, static_argnums=2)
 
     def __repr__(self) -> str:
         tail = {name: values[-min(len(values), 50) :].mean() for name, values in self.history.items()}
@@ -189,6 +204,8 @@ def _check(num_steps: int, batch_size: int, num_particles: int, train: Batch, pr
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
+    if int(train.labels.min()) < 0:
+        raise ValueError("the training rows have no labels (-1); read them with `label=` naming their column")
     if prefix_cache not in ("memory", "off"):
         raise ValueError(f"prefix_cache must be 'memory' or 'off'; got {prefix_cache!r}")
 
@@ -254,7 +271,7 @@ class _Loop:
         updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
         moved = State(optax.apply_updates(state.params, updates), optimizer, state.skipped)
         stayed = state._replace(skipped=state.skipped + 1)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, stayed), terms
 
@@ -264,6 +281,7 @@ class _Loop:
             model=self.model,
             guide=self.guide,
             params=self.constrain(best),
+            last_params=self.constrain(state.params),
             history={n: np.array([t[n] for t in self.terms]) for n in TERMS},
             validation={"step": np.array(look.steps), "nll": np.array(look.losses)},
             train=self.train,
@@ -305,7 +323,7 @@ class _Validation:
 
     def _traced_nll(self, params: dict[str, Array], frozen: Any, rows: Batch) -> Array:
         draws = draw_adapters(self.key, self.model, self.guide, self.constrain(params), self.rule.num_samples)
-        log_probs = log_probs_by_draw(self.model, frozen, rows, draws)
+        log_probs = self.model.log_probs_by_draw(frozen, draws, rows)
         mixture = jax.nn.logsumexp(log_probs, axis=0) - jnp.log(self.rule.num_samples)
         return -jnp.take_along_axis(mixture, rows.labels[:, None], axis=1).mean()
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 FACTORS = ("a", "b")
 """The two factors of an adapter, in the order in which the input passes through them."""
 
+NOISE = "conditional_noise"
+"""Mark in the `infer` of a site that only completes a conditional W | U: a standard normal given one."""
+
 Adapters = Mapping[str, Mapping[str, Array]]
 """`{family: {"a": (layer, rank, d_in), "b": (layer, d_out, rank)}}`."""
 

@@ -13,11 +13,12 @@ LAYERS, ROWS, FEATURES, HIDDEN = 2, 3, 4, 6
 def random_net(key, batch=(LAYERS,), features=FEATURES, size=0.5):
     keys = iter(jax.random.split(key, 12))
 
-    def layer(d_in, d_out):
-        return tuple(size * jax.random.normal(next(keys), (*batch, *s)) for s in [(d_in, d_out), (d_out,)])
+    def part(*shape):
+        biases = (*shape[:-2], shape[-1])
+        return tuple(size * jax.random.normal(next(keys), (*batch, *s)) for s in (shape, biases))
 
-    hidden = tuple(layer(HIDDEN, HIDDEN) for _ in range(4))
-    return Conditioner(layer(features, HIDDEN), hidden, layer(HIDDEN, 2 * features))
+    hidden = part(2, 2, HIDDEN, HIDDEN)
+    return Conditioner(part(features, HIDDEN), hidden, part(HIDDEN, 2 * features))
 
 
 @pytest.mark.parametrize("features", [1, 2, 4, 9])

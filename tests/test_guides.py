@@ -65,7 +65,7 @@ def test_density_of_a_draw_agrees_with_the_change_of_variables():
     model = SimpleNamespace(prior=prior)
     guide = guides.SiteFlow(prior, init_scale=0.5)
     start, constrain = initial_parameters(jax.random.key(3), model, guide)
-    start = {n: x + 0.2 * jax.random.normal(jax.random.key(4), x.shape) for n, x in start.items()}
+    start = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(4), x.shape), start)
     params = constrain(start)
     site = handlers.trace(handlers.substitute(handlers.seed(guide, jax.random.key(5)), params)).get_trace()[
         "w"
@@ -124,7 +124,7 @@ def test_parameter_counts_of_the_paper_on_llama_2_7b_shapes():
 
 def test_repr_counts_what_a_fit_trains():
     model, guide, params = start_of(priors.sparse_gp(rows=3, cols=3))
-    own = sum(x.size for n, x in params.items() if ".q." in n)
+    own = sum(x.size for n, v in params.items() if ".q." in n for x in jax.tree.leaves(v))
     assert f"SiteFlow({own:,} parameters)" in repr(guide)
     assert "noise with lam in (0, 1]" in repr(guide)
 

@@ -1,0 +1,242 @@
+"""The fit: what it trains and what it leaves alone, its record, and how it ends."""
+
+from dataclasses import replace
+from functools import partial
+from io import StringIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.extend.core import jaxprs_in_params
+from numpyro import handlers
+from numpyro.infer.autoguide import AutoNormal
+from rich.console import Console
+
+import bnlora as bl
+from bnlora.elbo import TERMS, elbo_terms
+from bnlora.testing import tiny_base, tiny_rows
+
+KEY = jax.random.key(0)
+BASE = tiny_base(jax.random.key(1))
+TRAIN = tiny_rows(jax.random.key(2), 50)
+
+
+def make(prior=None, base=BASE, targets=("q_proj",), **options):
+    """A model and guide whose step compiles quickly: one family, a small flow."""
+    sites = bl.select(base, targets, rank=2, layers=[2, 3])
+    model = bl.Classifier(base, sites, prior or bl.priors.normal(), label_ids=(3, 5))
+    return model, bl.guides.SiteFlow(model.prior, hidden=4, blocks=1, **options)
+
+
+def run(model, guide, train=TRAIN, optimizer=None, num_steps=6, batch_size=16, **options):
+    optimizer = optimizer or optax.adam(1e-2)
+    return bl.fit(KEY, model, guide, train, optimizer, num_steps=num_steps, batch_size=batch_size, **options)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """A fit with the prior of the method on two kinds of module."""
+    return run(*make(bl.priors.sparse_gp(rows=2, cols=2), targets=("q_proj", "lm_head")))
+
+
+def same_tree(first, second):
+    return all(map(np.array_equal, jax.tree.leaves(first), jax.tree.leaves(second)))
+
+
+def test_one_compilation_and_a_base_that_stays_as_it_was():
+    base = tiny_base(jax.random.key(1))
+    before = jax.tree.map(lambda x: np.array(x), base.params)
+    fit = run(*make(base=base))  # 50 rows in batches of 16: the fourth batch straddles two epochs
+    assert fit.num_traces == 1
+    jax.tree.map(np.testing.assert_array_equal, before, base.params)
+
+
+def test_trained_are_the_parameters_of_guide_and_prior_alone(whole):
+    guide, prior = (
+        {n for n, s in handlers.trace(handlers.seed(f, KEY)).get_trace().items() if s["type"] == "param"}
+        for f in (whole.guide, whole.model.prior)
+    )
+    assert set(whole.params) == guide | prior
+    assert whole.num_traces == 1
+
+
+def test_the_step_forms_no_gradient_of_the_base(whole):
+    """No operation of the backward pass has the shape of a frozen kernel beside a batch of rows."""
+    model, guide = whole.model, whole.guide
+    args = (model.base.params, TRAIN[:4], 50)
+    loss = lambda p: elbo_terms(KEY, p, model, guide, *args)["elbo"]  # noqa: E731
+    kernel = model.base.params["layers"]["down_proj"][...].shape[1:]
+    made = [
+        equation
+        for equation in walk(jax.make_jaxpr(jax.grad(loss))(whole.params).jaxpr)
+        if equation.primitive.name == "dot_general"
+        and equation.outvars[0].aval.shape in (kernel, kernel[::-1])
+    ]
+    assert not made
+
+
+def walk(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for part in jaxprs_in_params(equation.params):
+            yield from walk(part)
+
+
+def test_record_has_every_term_of_every_step_and_they_add_up(whole):
+    assert set(whole.history) == set(TERMS)
+    h = whole.history
+    assert len(h["elbo"]) == len(whole.step_seconds) == 6
+    np.testing.assert_allclose(h["elbo"], h["data"] - h["inducing_kl"] - h["conditional_kl"], rtol=1e-5)
+    assert "6 steps, 0 skipped" in repr(whole)
+
+
+def test_same_key_same_fit():
+    first, second = run(*make()), run(*make())
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+
+
+def test_bound_rises():
+    fit = run(*make(), num_steps=150, optimizer=optax.adam(2e-2))
+    assert fit.history["elbo"][-20:].mean() > fit.history["elbo"][:20].mean()
+
+
+def test_point_estimate_learns_the_task():
+    fit = run(
+        *make(bl.priors.point(), targets=("q_proj", "lm_head")), num_steps=300, optimizer=optax.adam(2e-2)
+    )
+    prediction = bl.predict(KEY, fit, TRAIN, num_samples=1)
+    assert bl.metrics.accuracy(prediction.log_probs, TRAIN.labels) > 0.9
+
+
+def test_prefix_cache_changes_nothing():
+    cached, plain = (run(*make(), prefix_cache=where) for where in ("memory", "off"))
+    np.testing.assert_allclose(cached.history["elbo"], plain.history["elbo"], rtol=1e-4)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-4), cached.params, plain.params
+    )
+    predictions = [bl.predict(KEY, cached, rows, num_samples=2) for rows in (TRAIN, cached.train)]
+    np.testing.assert_allclose(predictions[0].log_probs, predictions[1].log_probs, atol=1e-5)
+
+
+def test_prefix_cache_says_its_size_and_refuses_to_exceed_the_limit():
+    console = Console(record=True, width=120, file=StringIO())
+    model, _ = make()
+    cached = bl.cache_prefix(model, TRAIN, console=console)
+    assert cached.hidden.nbytes == 50 * 8 * 16 * 4
+    assert "caching layers 0-1 for 50 rows: 0.0 MiB" in console.export_text()
+    assert bl.cache_prefix(model, cached) is cached
+    with pytest.raises(ValueError, match="more than the limit of 0 MiB; raise `memory_limit` or fit with"):
+        bl.cache_prefix(model, TRAIN, memory_limit=1000)
+    with pytest.raises(ValueError, match="caches activations of depth 1, but the lowest adapted layer is 2"):
+        model.hidden(BASE.params, replace(cached, depth=1))
+
+
+def test_head_alone_leaves_nothing_of_the_layers_to_run():
+    model, guide = make(targets=("lm_head",))
+    cached = bl.cache_prefix(model, TRAIN)
+    assert cached.depth == BASE.num_layers
+    fit = run(model, guide)
+    assert np.isfinite(fit.history["elbo"]).all()
+
+
+def test_scales_have_their_own_optimizer():
+    model, guide = make(bl.priors.sparse_gp(rows=2, cols=2), targets=("lm_head",))
+    rates = jnp.float32(0.0), jnp.float32(0.1)  # arrays, so that both fits are one program
+    start, moved = (
+        run(model, guide, optimizer=optax.sgd(0.0), scale_optimizer=optax.sgd(rate), num_steps=2)
+        for rate in rates
+    )
+    changed = {n for n in moved.params if not same_tree(moved.params[n], start.params[n])}
+    assert changed == {n for n in moved.params if n.endswith((".lam", ".q.scale"))}
+    np.testing.assert_allclose(start.params["lm_head.a.E.q.lam"], 0.01, rtol=1e-5)
+
+
+def test_each_group_is_clipped_to_its_own_norm():
+    """Plain gradient descent with rate 1 moves each group by at most the clipping norm."""
+    options = {"optimizer": optax.sgd(1.0), "scale_optimizer": optax.sgd(1.0), "num_steps": 1}
+    start = run(*make(), optimizer=optax.sgd(0.0), scale_optimizer=optax.sgd(0.0), num_steps=1)
+    fit = run(*make(), clip_norm=1e-3, **options)
+    locations = [n for n in fit.params if n.endswith((".loc", ".flow", ".frame"))]
+    moves = {n: jax.tree.map(jnp.subtract, fit.params[n], start.params[n]) for n in locations}
+    assert 0.5e-3 < float(optax.tree.norm(moves)) <= 1.0001e-3
+
+
+def test_validation_picks_the_best_look_and_stops():
+    rule = bl.EarlyStopping(every=2, patience=2, num_samples=2)
+    options = {"validation": tiny_rows(jax.random.key(5), 20), "early_stopping": rule, "num_steps": 200}
+    fit = run(*make(bl.priors.point()), optimizer=optax.adam(0.3), **options)
+    losses = fit.validation["nll"]
+    assert fit.best_step == fit.validation["step"][np.argmin(losses)]
+    assert len(fit.step_seconds) == fit.best_step + 2 * 2 < 200
+    assert not same_tree(fit.params, fit.last_params)
+    best = replace(fit, params=fit.params)
+    prediction = bl.predict(fit.draw_key, best, options["validation"], num_samples=2)
+    nll = bl.metrics.nll(prediction.log_probs, options["validation"].labels)
+    np.testing.assert_allclose(nll, losses.min(), rtol=1e-4)  # a point estimate has no other draws
+
+
+def test_particles_average_independent_draws():
+    model, guide = make()
+    fit = run(model, guide, num_steps=1, num_particles=2)
+
+    @partial(jax.jit, static_argnums=1)
+    def bound(key, num_particles):
+        args = (model, guide, BASE.params, TRAIN, 50)
+        return elbo_terms(key, fit.params, *args, num_particles=num_particles)["elbo"]
+
+    both = [bound(k, 1) for k in jax.random.split(KEY, 2)]
+    np.testing.assert_allclose(bound(KEY, 2), np.mean(both), rtol=1e-5)
+    assert both[0] != both[1]
+
+
+def test_any_autoguide_fits():
+    model, _ = make(bl.priors.normal())
+    fit = run(model, AutoNormal(model.prior, init_loc_fn=bl.guides.init_to_base))
+    assert np.isfinite(fit.history["elbo"]).all()
+    assert bl.predict(KEY, fit, TRAIN[:4], num_samples=3).draw_log_probs.shape == (3, 4, 2)
+
+
+# Bad input ------------------------------------------------------------------------------------------
+
+
+class Fragile:
+    """A prior whose adapters turn to NaN as soon as an update has moved them far away."""
+
+    def __call__(self, sites):
+        adapters = bl.priors.point()(sites)
+        return jax.tree.map(lambda x: jnp.where(jnp.abs(x) > 1e3, jnp.nan, x), adapters)
+
+
+def test_divergence_keeps_the_last_finite_state():
+    model, guide = make(Fragile())
+    with pytest.raises(
+        bl.FitDiverged, match=r"3 of 4 steps gave .* skip_budget=2; lower the learning rate"
+    ) as e:
+        run(model, guide, optimizer=optax.sgd(1e6), skip_budget=2, num_steps=50)
+    assert e.value.fit.skipped_steps == 3
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(e.value.fit.params))
+    assert len(e.value.fit.history["elbo"]) == 4
+
+
+def test_skipped_steps_within_the_budget_are_counted():
+    fit = run(*make(Fragile()), optimizer=optax.sgd(1e6), skip_budget=10, num_steps=4)
+    assert fit.skipped_steps == 3
+    assert "3 skipped" in repr(fit)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be at least 1; got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"train": TRAIN[:0]}, "number of rows must be at least 1; got 0"),
+        ({"train": replace(TRAIN, labels=-jnp.ones(50, jnp.int32))}, "training rows have no labels"),
+        ({"prefix_cache": "disk"}, "prefix_cache must be 'memory' or 'off'; got 'disk'"),
+        ({"early_stopping": bl.EarlyStopping()}, "early_stopping needs validation rows"),
+    ],
+)
+def test_bad_input(changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(*make(), **changes)
