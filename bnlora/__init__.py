@@ -11,7 +11,7 @@ measure, diagnose.
     fit   = bl.fit(key, model, guide, data.train, optax.adam(1e-2), num_steps=300, batch_size=16)
     pred  = bl.predict(key, fit, data.test)
     bl.metrics.summary(pred, data.test.labels)
-    tree  = bl.to_arviz(key, fit, data.test)
+    tree  = bl.to_arviz(fit, data.test)
 """
 
 from bnlora import guides as guides
@@ -20,6 +20,8 @@ from bnlora import priors as priors
 from bnlora.base import Base as Base
 from bnlora.base import load as load
 from bnlora.cache import cache_prefix as cache_prefix
+from bnlora.checkpoint import load_fit as load_fit
+from bnlora.checkpoint import save_fit as save_fit
 from bnlora.data import Batch as Batch
 from bnlora.diagnostics import to_arviz as to_arviz
 from bnlora.model import Classifier as Classifier
@@ -28,9 +30,9 @@ from bnlora.predict import predict as predict
 from bnlora.sites import Site as Site
 from bnlora.sites import Sites as Sites
 from bnlora.sites import select as select
-from bnlora.svi import EarlyStopping as EarlyStopping
 from bnlora.svi import Fit as Fit
 from bnlora.svi import FitDiverged as FitDiverged
 from bnlora.svi import fit as fit
 from bnlora.text import TextData as TextData
 from bnlora.text import text_classification as text_classification
+from bnlora.validation import EarlyStopping as EarlyStopping

@@ -7,12 +7,12 @@ the layers above; with an adapted head alone nothing of the transformer is left 
 from dataclasses import replace
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from bnlora.data import Batch, padded_batches
-from bnlora.progress import track
+from bnlora.data import Batch, parts
+from bnlora.progress import speaker, track
 
 
 def prefix_bytes(model: Any, batch: Batch) -> int:
@@ -36,7 +36,7 @@ def cache_prefix(
         batch: Rows to cache; returned unchanged where it is cached for this depth already.
         batch_size: Rows to run at a time.
         memory_limit: Largest size of the cache in bytes.
-        console: Where to print the size and the progress bar; silent when omitted.
+        console: Where to print the size and the progress bar; the terminal or notebook when omitted.
 
     Returns:
         The batch with `hidden`, shape `(n, t, d)`, and its `depth`.
@@ -53,11 +53,11 @@ def cache_prefix(
             f"caching {len(batch)} rows takes {size / 2**20:,.0f} MiB, more than the limit of "
             f"{memory_limit / 2**20:,.0f} MiB; raise `memory_limit` or fit with prefix_cache='off'"
         )
-    if console is not None:
-        console.print(f"caching layers 0-{depth - 1} for {len(batch)} rows: {size / 2**20:,.1f} MiB")
+    speaker(console).print(f"caching layers 0-{depth - 1} for {len(batch)} rows: {size / 2**20:,.1f} MiB")
     plain = replace(batch, hidden=None, depth=0)
-    chunks = []
+    hidden = np.zeros((*batch.tokens.shape, model.base.config.d_model), np.float32)
     count = -(-len(batch) // batch_size)
-    for rows, valid in track(padded_batches(plain, batch_size), count, "prefix cache", console):
-        chunks.append(np.asarray(model.compiled_hidden(model.base.params, rows))[:valid])
-    return replace(batch, hidden=jax.numpy.asarray(np.concatenate(chunks)), depth=depth)
+    for part in track(parts(plain, batch_size), count, "prefix cache", console):
+        computed = np.asarray(model.compiled_hidden(model.base.params, part.batch))
+        hidden[part.rows, part.columns] = computed[: len(part.rows)]
+    return replace(batch, hidden=jnp.asarray(hidden), depth=depth)

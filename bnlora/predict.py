@@ -10,12 +10,13 @@ layers above one after the other, so memory does not grow with their number.
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from jax import Array
 from jaxtyping import Float
 from rich.console import Console
 
-from bnlora.data import Batch, padded_batches
+from bnlora.data import Batch, parts
 from bnlora.progress import track
 from bnlora.typing import Adapters
 
@@ -80,7 +81,7 @@ def predict(
         data: Rows to predict; labels are not read.
         num_samples: Number of posterior draws S.
         batch_size: Rows to run at a time; peak memory is that of one draw of so many rows.
-        console: Where to draw a progress bar; silent when omitted.
+        console: Where to draw a progress bar; the terminal or notebook when omitted.
 
     Returns:
         Log-probabilities by draw, and the mixture's summaries.
@@ -101,12 +102,12 @@ def predict_with_draws(
     model: Any, draws: Adapters, data: Batch, *, batch_size: int = 32, console: Console | None = None
 ) -> Prediction:
     """Predict with given adapters, whose factors carry a leading draw axis; otherwise like `predict`."""
-    chunks = []
-    count = -(-len(data) // batch_size)
-    for rows, valid in track(padded_batches(data, batch_size), count, "predict", console):
-        log_probs = model.compiled_log_probs(model.base.params, draws, rows)
-        chunks.append(np.asarray(log_probs, np.float64)[:, :valid])
-    return Prediction(np.concatenate(chunks, axis=1))
+    sizes = len(jax.tree.leaves(draws)[0]), len(data), len(model.label_ids)
+    log_probs = np.empty(sizes, np.float64)
+    for part in track(parts(data, batch_size), -(-len(data) // batch_size), "predict", console):
+        computed = np.asarray(model.compiled_log_probs(model.base.params, draws, part.batch))
+        log_probs[:, part.rows] = computed[:, : len(part.rows)]
+    return Prediction(log_probs)
 
 
 def _entropy(log_probs: np.ndarray) -> np.ndarray:

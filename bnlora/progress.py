@@ -3,22 +3,32 @@
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from rich import get_console
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Item = TypeVar("Item")
 
 
+def speaker(console: Console | None) -> Console:
+    """The console to speak on: the given one, else rich's own where somebody watches it, else a mute one."""
+    if console is not None:
+        return console
+    own = get_console()
+    return own if own.is_terminal or own.is_jupyter else Console(quiet=True)
+
+
 def progress_bar(console: Console | None, *fields: str) -> Progress:
     """A bar with a description, a count, the named text fields and the time left.
 
     Args:
-        console: Where to draw; nothing is drawn without one or where it is no terminal.
+        console: Where to draw (see `speaker`); nothing is drawn where it is no terminal or notebook.
         *fields: Names of task fields to show as text.
     """
     columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn()]
     columns += [TextColumn(f"{{task.fields[{name}]}}") for name in fields]
-    shown = console is not None and (console.is_terminal or console.is_jupyter)
+    console = speaker(console)
+    shown = console.is_terminal or console.is_jupyter
     return Progress(*columns, TimeRemainingColumn(), console=console, disable=not shown)
 
 

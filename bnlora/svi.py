@@ -25,9 +25,10 @@ from bnlora.elbo import TERMS, elbo_terms, initial_parameters
 from bnlora.posterior import draw_adapters
 from bnlora.progress import progress_bar
 from bnlora.typing import Adapters, Parameters
+from bnlora.validation import EarlyStopping, Validation
 
-SCALE_SUFFIXES = (".lam", ".scale", "_scale")
-"""Endings of the parameter names that form the scale group, with their own optimiser."""
+GROUPS = {"lam": (".lam",), "scale": (".scale", "_scale")}
+"""Endings of the names of parameters with an optimiser of their own; all others are locations."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Fit:
         num_traces: How many times the step was traced; 1 unless something is wrong.
         step_seconds: Wall time of each step; the first contains compilation.
         draw_key: Random key of the draws that summaries of this fit use.
+        stopped: Why it ended: "steps" (all done), "patience", "interrupted" or "diverged".
     """
 
     model: Any
@@ -61,6 +63,7 @@ class Fit:
     num_traces: int
     step_seconds: np.ndarray
     draw_key: Array
+    stopped: str
 
     @property
     def num_parameters(self) -> int:
@@ -91,8 +94,12 @@ class Fit:
 class FitDiverged(ValueError):
     """Too many steps were not finite. `fit` holds the last finite state and the whole record."""
 
-    def __init__(self, message: str, fit: Fit):
-        super().__init__(message)
+    def __init__(self, fit: Fit, skip_budget: int):
+        super().__init__(
+            f"{fit.skipped_steps} of {len(fit.step_seconds)} steps gave a bound or gradient that is not "
+            f"finite, more than skip_budget={skip_budget}; lower the learning rate or the prior's scale "
+            "(the last finite state is in this error's `fit`)"
+        )
         self.fit = fit
 
 
@@ -102,21 +109,6 @@ class State(NamedTuple):
     params: dict[str, Array]
     optimizer: Any
     skipped: Array
-
-
-@dataclass(frozen=True)
-class EarlyStopping:
-    """When to look at validation rows and when to stop; `fit` then returns the best parameters seen.
-
-    Attributes:
-        every: Steps between looks.
-        patience: Looks without a better negative log-likelihood before stopping.
-        num_samples: Posterior draws at each look, the same ones each time.
-    """
-
-    every: int = 50
-    patience: int = 5
-    num_samples: int = 8
 
 
 def fit(
@@ -148,66 +140,80 @@ def fit(
         num_steps: Number of steps.
         batch_size: Rows in a minibatch. Batches come from a stream of shuffled epochs and may
             straddle two, so that every one has this size and an unbiased scale N / B.
-        scale_optimizer: Optimiser of the scale group (every `lam` and `scale`); Adam with rate 0.01
-            when omitted.
-        clip_norm: Each group's gradient is clipped to this global norm, separately.
+        scale_optimizer: Optimiser of every `lam` and every scale; Adam with rate 0.01 when omitted.
+        clip_norm: The gradient of each group (locations, scales, `lam`) is clipped to this norm, separately.
         num_particles: Guide draws averaged in a step.
         validation: Rows whose negative log-likelihood picks the best step.
         early_stopping: How often to look at them, and when to stop.
         skip_budget: Steps that may be skipped as not finite before the fit stops.
         prefix_cache: Where activations below the adapters are kept, or `"off"`.
-        console: Where to draw the progress bar; silent when omitted.
+        console: Where to draw the progress bar; the terminal or notebook when omitted, and
+            `rich.console.Console(quiet=True)` for silence.
 
     Returns:
-        The fit. With `validation`, its parameters are those of the best look.
+        The fit. With `validation`, its parameters are those of the best look. An interrupt (Ctrl-C, or the
+        stop button of a notebook) ends the fit early and returns what there is.
 
     Raises:
-        ValueError: On sizes below one, or an early-stopping rule without validation rows.
+        ValueError: On sizes below one, rows without labels or with labels that the model has no class for,
+            or an early-stopping rule without validation rows.
         FitDiverged: When more than `skip_budget` steps were not finite.
     """
-    _check(num_steps, batch_size, num_particles, train, prefix_cache)
-    if early_stopping is not None and validation is None:
+    sizes = {"num_steps": num_steps, "batch_size": batch_size, "num_particles": num_particles}
+    _check_sizes(sizes | {"number of rows": len(train)}, prefix_cache)
+    _check_labels("training", train, len(model.label_ids))
+    if validation is not None:
+        _check_labels("validation", validation, len(model.label_ids))
+    elif early_stopping is not None:
         raise ValueError("early_stopping needs validation rows; pass validation=...")
     if prefix_cache == "memory":
         train = cache_prefix(model, train, console=console)
-        validation = validation and cache_prefix(model, validation, console=console)
+        validation = None if validation is None else cache_prefix(model, validation, console=console)
     start_key, data_key, step_key, look_key, draw_key = jax.random.split(key, 5)
     params, constrain = initial_parameters(start_key, model, guide, model.base.params, train[:1], len(train))
     grouped = _by_group(params, optimizer, scale_optimizer or optax.adam(1e-2), clip_norm)
     loop = _Loop(model, guide, train, constrain, grouped, num_particles)
     state = State(params, grouped.init(params), jnp.zeros((), jnp.int32))
-    look = _Validation(model, guide, constrain, validation, early_stopping or EarlyStopping(), look_key)
+    rule = early_stopping or EarlyStopping()
+    look = Validation(model, guide, constrain, validation, rule, look_key, num_steps)
     rows = minibatches(data_key, len(train), batch_size)
-    with _bar(console, num_steps) as show:
-        for step in range(num_steps):
-            state = loop.run(state, jax.random.fold_in(step_key, step), next(rows))
-            show(loop)
-            if int(state.skipped) > skip_budget:
-                raise FitDiverged(
-                    f"{int(state.skipped)} of {step + 1} steps gave a bound or gradient that is not finite, "
-                    f"more than skip_budget={skip_budget}; lower the learning rate or the prior's scale "
-                    "(the last finite state is in this error's `fit`)",
-                    loop.result(state, look, draw_key),
-                )
-            if look.should_stop(step + 1, state.params):
-                break
-    return loop.result(state, look, draw_key)
+    stopped = "steps"
+    try:
+        with _bar(console, num_steps) as show:
+            for step in range(num_steps):
+                state = loop.run(state, jax.random.fold_in(step_key, step), next(rows))
+                show(loop)
+                if int(state.skipped) > skip_budget:
+                    stopped = "diverged"
+                elif look.should_stop(step + 1, state.params):
+                    stopped = "patience"
+                if stopped != "steps":
+                    break
+    except KeyboardInterrupt:
+        stopped = "interrupted"
+    result = loop.result(state, look, draw_key, stopped)
+    if stopped == "diverged":
+        raise FitDiverged(result, skip_budget)
+    return result
 
 
-def _check(num_steps: int, batch_size: int, num_particles: int, train: Batch, prefix_cache: str) -> None:
-    sizes = {
-        "num_steps": num_steps,
-        "batch_size": batch_size,
-        "num_particles": num_particles,
-        "number of rows": len(train),
-    }
+def _check_sizes(sizes: dict[str, int], prefix_cache: str) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
-    if int(train.labels.min()) < 0:
-        raise ValueError("the training rows have no labels (-1); read them with `label=` naming their column")
     if prefix_cache not in ("memory", "off"):
         raise ValueError(f"prefix_cache must be 'memory' or 'off'; got {prefix_cache!r}")
+
+
+def _check_labels(name: str, rows: Batch, classes: int) -> None:
+    labels = np.asarray(rows.labels)
+    if labels.min() < 0:
+        raise ValueError(f"the {name} rows have no labels (-1); read them with `label=` naming their column")
+    if labels.max() >= classes:
+        raise ValueError(
+            f"the {name} rows have labels up to {labels.max()}, but the model has {classes} classes; give it "
+            "the label ids of the same data"
+        )
 
 
 def _by_group(
@@ -216,14 +222,19 @@ def _by_group(
     scale_optimizer: optax.GradientTransformation,
     clip_norm: float,
 ) -> optax.GradientTransformation:
-    """One optimiser for locations, one for scales; each clips its own gradient."""
-    labels = {
-        name: jax.tree.map(lambda _, n=name: "scale" if n.endswith(SCALE_SUFFIXES) else "location", value)
-        for name, value in params.items()
-    }
+    """One optimiser for locations, one for scales and `lam`; every group clips its own gradient.
+
+    The conditional KL drives `lam` with a gradient of the order of the number of weights: clipped together
+    with anything else, it would leave nothing of the other's gradient.
+    """
+
+    def group(name: str) -> str:
+        return next((g for g, endings in GROUPS.items() if name.endswith(endings)), "location")
+
+    labels = {name: jax.tree.map(lambda _, n=name: group(n), value) for name, value in params.items()}
     clip = optax.clip_by_global_norm(clip_norm)
-    groups = {"location": optax.chain(clip, optimizer), "scale": optax.chain(clip, scale_optimizer)}
-    return optax.multi_transform(groups, labels)
+    rules = {"location": optimizer, **dict.fromkeys(GROUPS, scale_optimizer)}
+    return optax.multi_transform({g: optax.chain(clip, rule) for g, rule in rules.items()}, labels)
 
 
 @dataclass
@@ -237,18 +248,17 @@ class _Loop:
     optimizer: optax.GradientTransformation
     num_particles: int
     num_traces: int = 0
-    terms: list[dict[str, float]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    steps: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self):
-        self._step = jax.jit(self._traced_step, donate_argnums=0)
+        self._step = jax.jit(self._traced_step)
 
     def run(self, state: State, key: Array, rows: np.ndarray) -> State:
         """One step, recorded."""
         began = time.perf_counter()
         state, terms = self._step(state, key, self.model.base.params, self.train, jnp.asarray(rows))
-        self.terms.append({name: float(value) for name, value in terms.items()})
-        self.seconds.append(time.perf_counter() - began)
+        record = {name: float(value) for name, value in terms.items()}
+        self.steps.append(record | {"seconds": time.perf_counter() - began})
         return state
 
     def _traced_step(self, state: State, key: Array, frozen: Any, train: Batch, rows: Array):
@@ -275,57 +285,26 @@ class _Loop:
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, stayed), terms
 
-    def result(self, state: State, look: "_Validation", draw_key: Array) -> Fit:
+    def result(self, state: State, look: Validation, draw_key: Array, stopped: str) -> Fit:
         best = look.best_params if look.best_params is not None else state.params
         return Fit(
             model=self.model,
             guide=self.guide,
             params=self.constrain(best),
             last_params=self.constrain(state.params),
-            history={n: np.array([t[n] for t in self.terms]) for n in TERMS},
+            history={n: self._column(n) for n in TERMS},
             validation={"step": np.array(look.steps), "nll": np.array(look.losses)},
             train=self.train,
-            best_step=look.best_step or len(self.terms),
+            best_step=look.best_step or len(self.steps),
             skipped_steps=int(state.skipped),
             num_traces=self.num_traces,
-            step_seconds=np.array(self.seconds),
+            step_seconds=self._column("seconds"),
             draw_key=draw_key,
+            stopped=stopped,
         )
 
-
-@dataclass
-class _Validation:
-    """Looks at the validation rows and remembers the best parameters."""
-
-    model: Any
-    guide: Callable
-    constrain: Callable[[dict], dict]
-    rows: Batch | None
-    rule: EarlyStopping
-    key: Array
-    steps: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    best_params: dict[str, Array] | None = None
-    best_step: int = 0
-
-    def __post_init__(self):
-        self._nll = jax.jit(self._traced_nll)
-
-    def should_stop(self, step: int, params: dict[str, Array]) -> bool:
-        if self.rows is None or step % self.rule.every:
-            return False
-        loss = float(self._nll(params, self.model.base.params, self.rows))
-        if not self.losses or loss < min(self.losses):
-            self.best_params, self.best_step = jax.tree.map(jnp.copy, params), step
-        self.steps.append(step)
-        self.losses.append(loss)
-        return (step - self.best_step) // self.rule.every >= self.rule.patience
-
-    def _traced_nll(self, params: dict[str, Array], frozen: Any, rows: Batch) -> Array:
-        draws = draw_adapters(self.key, self.model, self.guide, self.constrain(params), self.rule.num_samples)
-        log_probs = self.model.log_probs_by_draw(frozen, draws, rows)
-        mixture = jax.nn.logsumexp(log_probs, axis=0) - jnp.log(self.rule.num_samples)
-        return -jnp.take_along_axis(mixture, rows.labels[:, None], axis=1).mean()
+    def _column(self, name: str) -> np.ndarray:
+        return np.array([step[name] for step in self.steps])
 
 
 @contextmanager
@@ -334,7 +313,7 @@ def _bar(console: Console | None, num_steps: int) -> Iterator[Callable[[_Loop], 
         task = bar.add_task("fit", total=num_steps, terms="compiling")
 
         def show(loop: _Loop) -> None:
-            t, recent = loop.terms[-1], loop.seconds[1:][-20:]
+            t, recent = loop.steps[-1], [step["seconds"] for step in loop.steps[1:][-20:]]
             speed = f"{1 / np.mean(recent):.2f} steps/s" if recent else "compiled"
             text = (
                 f"ELBO {t['elbo']:,.0f} = data {t['data']:,.0f} - inducing KL {t['inducing_kl']:,.0f} "

@@ -1,14 +1,17 @@
 """The order of rows: every one once an epoch, minibatches of one shape, and estimates without bias."""
 
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bnlora import guides, priors
-from bnlora.data import minibatches, padded_batches
+from bnlora.data import _columns, minibatches, parts
 from bnlora.elbo import elbo_terms, initial_parameters
 from bnlora.model import Classifier
 from bnlora.sites import select
@@ -48,11 +51,27 @@ def _data_term(params, frozen, batch, n_total, *, model, guide, constrain):
     return elbo_terms(jax.random.key(4), constrain(params), model, guide, frozen, batch, n_total)["data"]
 
 
-def test_padding_fills_the_last_batch_and_says_how_much_is_valid():
-    data = tiny_rows(jax.random.key(5), 5)
-    parts = list(padded_batches(data, 2))
-    assert [valid for _, valid in parts] == [2, 2, 1]
-    assert {len(part) for part, _ in parts} == {2}
-    tokens = np.concatenate([part.tokens[:valid] for part, valid in parts])
-    np.testing.assert_array_equal(tokens, data.tokens)
-    np.testing.assert_array_equal(parts[-1][0].tokens[1], data.tokens[0])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_parts_hold_every_row_once_and_every_real_token(side):
+    data = tiny_rows(jax.random.key(5), 23, length=60)
+    if side == "left":
+        data = replace(data, tokens=data.tokens[:, ::-1], mask=data.mask[:, ::-1])
+    found = list(parts(data, 4))
+    assert sorted(np.concatenate([part.rows for part in found])) == list(range(23))
+    assert {len(part.batch) for part in found} == {4}
+    for part in found:
+        valid = part.batch[: len(part.rows)]
+        np.testing.assert_array_equal(valid.mask, data.mask[part.rows, part.columns])
+        np.testing.assert_array_equal(valid.tokens, data.tokens[part.rows, part.columns])
+        assert valid.mask.sum() == data.mask[part.rows].sum()
+    assert {part.batch.tokens.shape[1] for part in found} <= {8, 16, 24, 32, 48, 60}
+    assert found[0].batch.tokens.shape[1] < found[-1].batch.tokens.shape[1]
+
+
+@given(st.integers(1, 300), st.integers(0, 300), st.integers(0, 300))
+def test_widths_are_few_and_hold_what_is_needed(needed, before, after):
+    columns = _columns(before, before + needed, before + needed + after)
+    assert columns.start <= before < before + needed <= columns.stop <= before + needed + after
+    width = columns.stop - columns.start
+    assert width in (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, before + needed + after)
+    assert width < max(2 * needed, 9)
