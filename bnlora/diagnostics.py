@@ -10,7 +10,7 @@ say nothing about how good the fit is; `log_p` and `log_q` are there for the dia
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -51,8 +51,8 @@ def to_arviz(
 
     Returns:
         A DataTree with the groups
-        `posterior`: `update_norm` (adapter), `singular_value` (adapter, rank), with coordinates
-        `layer` and `module` along `adapter`, and the prior's hyper-parameters;
+        `posterior`: `update_norm` (module, layer) and `singular_value` (module, layer, rank), the same
+        with the ending `_lm_head` for an adapted head, and the prior's hyper-parameters;
         `sample_stats`: `log_p` (log prior plus log-likelihood of the training rows), `log_q`, and
         over optimisation steps `elbo` and its terms;
         `log_likelihood`, `posterior_predictive`, `observed_data`: `y` over the rows of `data`.
@@ -67,13 +67,14 @@ def to_arviz(
     in_training = _label_log_probs(predicted(fit.train), fit.train)
     prediction = predicted(data)
     stats = {"log_p": np.asarray(draws.log_prior, np.float64) + in_training.sum(1), "log_q": draws.log_q}
+    summaries = _summaries(fit.model.sites, adapters)
     groups = {
-        "posterior": _summaries(fit.model.sites, adapters) | _hyper_parameters(fit.model.sites, draws.sites),
+        "posterior": summaries.values | _hyper_parameters(fit.model.sites, draws.sites),
         "sample_stats": stats,
         "log_likelihood": {"y": _label_log_probs(prediction, data)},
         "posterior_predictive": {"y": _sample_classes(prediction.draw_log_probs)},
     }
-    return _tree(jax.tree.map(_by_chain, groups), fit, data)
+    return _tree(jax.tree.map(_by_chain, groups), summaries, fit, data)
 
 
 def _draws(key: Array, fit: Any, num_samples: int) -> tuple[Draw, Any]:
@@ -95,14 +96,37 @@ def _sample_classes(log_probs: np.ndarray) -> np.ndarray:
     return (np.exp(log_probs).cumsum(-1)[..., :-1] < uniform).sum(-1)
 
 
-def _summaries(sites: Sites, adapters: Any) -> dict[str, np.ndarray]:
-    norms, values = [], []
-    width = max(site.rank for site in sites.values())
+class Summaries(NamedTuple):
+    """Draws of identifiable functions of the updates, with the names of their dimensions."""
+
+    values: dict[str, np.ndarray]
+    dims: dict[str, list[str]]
+    coords: dict[str, list]
+
+
+def _summaries(sites: Sites, adapters: Any) -> Summaries:
+    """Norms and singular values, on one grid of module, layer and rank where the families allow it.
+
+    Families of other layers or another rank get variables and dimensions of their own, named after them; so
+    does the head, which has no layer.
+    """
+    grids: dict[tuple, list[str]] = {}
     for name, site in sites.items():
-        s = singular_values(adapters[name]["a"], adapters[name]["b"]) * abs(site.scale)
-        norms.append(np.sqrt((s**2).sum(-1)))
-        values.append(np.pad(s, [(0, 0), (0, 0), (0, width - s.shape[-1])]))
-    return {"update_norm": np.concatenate(norms, 1), "singular_value": np.concatenate(values, 1)}
+        grids.setdefault((site.module == HEAD, site.layers, site.rank), []).append(name)
+    several = sum(not head for head, *_ in grids) > 1
+    found = Summaries({}, {}, {})
+    for (head, layers, rank), names in grids.items():
+        pairs = [adapters[name] for name in names]
+        scales = [abs(sites[name].scale) for name in names]
+        grid = np.stack([c * singular_values(x["a"], x["b"]) for c, x in zip(scales, pairs, strict=True)], 1)
+        own = f"_{'_'.join(names)}" if head or several else ""
+        dims = [] if head else [f"module{own}", f"layer{own}"]
+        grid = grid[:, 0, 0] if head else grid
+        found.values.update({f"update_norm{own}": np.sqrt((grid**2).sum(-1)), f"singular_value{own}": grid})
+        found.dims.update({f"update_norm{own}": dims, f"singular_value{own}": [*dims, f"rank{own}"]})
+        found.coords.update(dict(zip(dims, (names, list(layers)), strict=False)))
+        found.coords[f"rank{own}"] = list(range(1, rank + 1))
+    return found
 
 
 def _hyper_parameters(sites: Sites, draws: dict[str, Array]) -> dict[str, np.ndarray]:
@@ -115,20 +139,12 @@ def _by_chain(x: Any) -> np.ndarray:
     return array.reshape(CHAINS, -1, *array.shape[1:])
 
 
-def _tree(groups: dict[str, dict[str, np.ndarray]], fit: Any, data: Batch) -> Any:
+def _tree(groups: dict[str, dict[str, np.ndarray]], summaries: Summaries, fit: Any, data: Batch) -> Any:
     import arviz_base
     import xarray
 
-    where = [(site, layer) for site in fit.model.sites.values() for layer in site.layers]
-    names = [s.module if s.module == HEAD else f"{s.module}[{layer}]" for s, layer in where]
-    dims = {"update_norm": ["adapter"], "singular_value": ["adapter", "rank"], "y": ["row"]}
     groups = {**groups, "observed_data": {"y": np.asarray(data.labels)}}
-    tree = arviz_base.from_dict(groups, dims=dims, coords={"adapter": names})
-    labels = {
-        "module": ("adapter", [s.module for s, _ in where]),
-        "layer": ("adapter", [layer for _, layer in where]),
-    }
-    tree["posterior"] = xarray.DataTree(tree["posterior"].to_dataset().assign_coords(labels))
+    tree = arviz_base.from_dict(groups, dims=summaries.dims | {"y": ["row"]}, coords=summaries.coords)
     trace = {name: ("step", values) for name, values in fit.history.items()}
     steps = {"step": np.arange(1, len(fit.step_seconds) + 1)}
     stats = tree["sample_stats"].to_dataset().assign(trace).assign_coords(steps)
