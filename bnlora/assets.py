@@ -5,7 +5,6 @@ with its dependencies), its sha256 is compared with the pinned one, and the memb
 are unpacked into a cache folder, `$BNLORA_CACHE` or `~/.cache/bnlora`.
 """
 
-import difflib
 import hashlib
 import os
 import subprocess
@@ -13,6 +12,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -119,34 +119,25 @@ def _check(asset: Asset, archive: Path) -> None:
         raise ValueError(f"{archive.name} must have sha256 {asset.sha256}; got {got}, so it was not unpacked")
 
 
-def vader_domain(name: str) -> Dataset:
-    """One domain of the VADER sentences, binary by the sign of the mean rating.
+def vader_domains() -> DatasetDict:
+    """The VADER sentences of each of `DOMAINS`, binary by the sign of the mean rating.
 
-    The rule was fixed beforehand: a sentence is kept when its mean rating (-4 to 4) is at least 0.5
-    away from zero; texts that occur in two domains are dropped from both, repeats within one are
-    kept once.
-
-    Args:
-        name: One of `DOMAINS`.
+    The rule was fixed beforehand: a sentence is kept when its mean rating (-4 to 4) is at least 0.5 away from
+    zero; texts that occur in two domains are dropped from both, repeats within one are kept once.
 
     Returns:
         Columns `text`, `label` (0 negative, 1 positive), `mean_rating`.
-
-    Raises:
-        ValueError: On an unknown domain.
     """
-    if name not in DOMAINS:
-        near = difflib.get_close_matches(name, DOMAINS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"domain must be one of {', '.join(DOMAINS)}; got {name!r}, nearest is {near!r}")
-    sentences = {domain: _sentences(domain) for domain in DOMAINS}
-    elsewhere = {text for domain in DOMAINS if domain != name for text in sentences[domain]}
-    kept = {
-        text: rating
-        for text, rating in sentences[name].items()
-        if abs(rating) >= 0.5 and text not in elsewhere
-    }
-    ratings = np.array(list(kept.values()))
-    return Dataset.from_dict({"text": list(kept), "label": (ratings > 0).astype(int), "mean_rating": ratings})
+    with tarfile.open(fetch(VADER)) as archive:
+        sentences = {name: _sentences(archive, stem) for name, stem in DOMAINS.items()}
+    count = Counter(text for rated in sentences.values() for text in rated)
+    domains = {}
+    for name, rated in sentences.items():
+        kept = {text: r for text, r in rated.items() if abs(r) >= 0.5 and count[text] == 1}
+        ratings = np.array(list(kept.values()))
+        columns = {"text": list(kept), "label": (ratings > 0).astype(int), "mean_rating": ratings}
+        domains[name] = Dataset.from_dict(columns)
+    return DatasetDict(domains)
 
 
 def vader_splits(*, seed: int, train: int, validation: int, test: int) -> DatasetDict:
@@ -157,16 +148,13 @@ def vader_splits(*, seed: int, train: int, validation: int, test: int) -> Datase
     Raises:
         ValueError: When a domain has fewer rows than asked for.
     """
-    sizes = {"train": train, "validation": validation, "movies": test}
+    domains = {name: rows.shuffle(seed=seed) for name, rows in vader_domains().items()}
     splits, start = {}, 0
-    movies = vader_domain("movies").shuffle(seed=seed)
-    for name, size in sizes.items():
-        splits[name] = _take(movies, start, size, "movies")
+    for name, size in {"train": train, "validation": validation, "movies": test}.items():
+        splits[name] = _take(domains["movies"], start, size, "movies")
         start += size
-    for name in DOMAINS:
-        if name != "movies":
-            splits[name] = _take(vader_domain(name).shuffle(seed=seed), 0, test, name)
-    return DatasetDict(splits)
+    others = [name for name in DOMAINS if name != "movies"]
+    return DatasetDict(splits | {name: _take(domains[name], 0, test, name) for name in others})
 
 
 def _take(rows: Dataset, start: int, size: int, domain: str) -> Dataset:
@@ -175,12 +163,11 @@ def _take(rows: Dataset, start: int, size: int, domain: str) -> Dataset:
     return rows.select(range(start, start + size))
 
 
-def _sentences(domain: str) -> dict[str, float]:
+def _sentences(archive: tarfile.TarFile, stem: str) -> dict[str, float]:
     """Mean rating by text; latin-1 files of identifier, rating and text between tabs."""
-    with tarfile.open(fetch(VADER)) as archive:
-        member = archive.extractfile(f"hutto_ICWSM_2014/{DOMAINS[domain]}_GroundTruth.txt")
-        if member is None:
-            raise ValueError(f"the VADER archive has no file for {domain!r}")
-        lines = member.read().decode("latin-1").splitlines()
+    member = archive.extractfile(f"hutto_ICWSM_2014/{stem}_GroundTruth.txt")
+    if member is None:
+        raise ValueError(f"the VADER archive has no file for {stem!r}")
+    lines = member.read().decode("latin-1").splitlines()
     rows = [line.split("\t", 2) for line in lines if line.count("\t") >= 2]
     return {text.strip(): float(rating) for _, rating, text in rows}
