@@ -14,14 +14,12 @@ intervals here are percentile bootstrap intervals over rows and inherit that bia
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from html import escape
-from io import StringIO
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from rich.console import Console
-from rich.table import Table
+
+from bnlora.display import Table
 
 BINS = 15
 
@@ -138,31 +136,32 @@ class Summary(Mapping[str, Estimate]):
     def __len__(self) -> int:
         return len(self.estimates)
 
-    def __rich__(self) -> Table:
-        table = Table("metric", "value", f"{self.level:.0%} interval", title=f"{self.num_rows} rows")
-        for name, e in self.items():
-            table.add_row(name, f"{e.value:.4f}", f"[{e.low:.4f}, {e.high:.4f}]".replace("[", r"\["))
-        return table
+    @property
+    def table(self) -> Table:
+        """The estimates as rows of text."""
+        rows = tuple((name, f"{e.value:.4f}", f"[{e.low:.4f}, {e.high:.4f}]") for name, e in self.items())
+        return Table(f"{self.num_rows} rows", ("metric", "value", f"{self.level:.0%} interval"), rows)
+
+    def __rich__(self) -> Any:
+        return self.table.__rich__()
 
     def __repr__(self) -> str:
-        console = Console(width=80, file=StringIO())
-        with console.capture() as text:
-            console.print(self)
-        return text.get().rstrip()
+        return repr(self.table)
 
     def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><td>{escape(name)}</td><td>{e.value:.4f}</td><td>[{e.low:.4f}, {e.high:.4f}]</td></tr>"
-            for name, e in self.items()
-        )
-        head = f"<tr><th>metric</th><th>value</th><th>{self.level:.0%} interval</th></tr>"
-        return f"<table><caption>{self.num_rows} rows</caption>{head}{cells}</table>"
+        return self.table._repr_html_()
 
 
 def summary(
-    prediction: Any, labels: Labels, *, level: float = 0.95, resamples: int = 1000, seed: int = 0
+    prediction: Any,
+    labels: Labels,
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+    metrics: Mapping[str, Callable[..., float]] = METRICS,
 ) -> Summary:
-    """All metrics with percentile bootstrap intervals over rows.
+    """Metrics with percentile bootstrap intervals over rows.
 
     Args:
         prediction: A `Prediction`, or log-probabilities of shape `(n, c)`.
@@ -170,6 +169,7 @@ def summary(
         level: Probability of the intervals.
         resamples: Number of bootstrap samples; every metric sees the same ones.
         seed: Seed of the resampling.
+        metrics: Functions of log-probabilities and labels by name; all of this module when omitted.
 
     Raises:
         ValueError: On shapes that do not fit, rows that are no probabilities, or classes out of range.
@@ -177,7 +177,7 @@ def summary(
     log_probs, labels = _checked(_log_probs(prediction), labels)
     rows = _bootstrap_rows(len(labels), resamples, seed)
     estimates = {}
-    for name, metric in METRICS.items():
+    for name, metric in metrics.items():
         replicates = np.array([metric(log_probs[r], labels[r]) for r in rows])
         estimates[name] = _estimate(metric(log_probs, labels), replicates, level)
     return Summary(estimates, level, len(labels))
