@@ -203,16 +203,14 @@ def _side(
     """Declare the parameters of one side of all layers of a family and build the side."""
     k = min(size, d) if oversize == "clip" else size
 
-    def spread(*shape: int):
-        return lambda key: jax.random.normal(key, shape) * d**-0.5
-
     if inducing == "frames":
-        free = numpyro.param(f"{prefix}.frame", spread(depth, d, k))
+        # Only directions matter. Entries of order one suit the learning rates that suit V.
+        free = numpyro.param(f"{prefix}.frame", lambda key: jax.random.normal(key, (depth, d, k)))
         p = numpyro.param(
             f"{prefix}.reliability", jnp.full((depth, k), reliability), constraint=constraints.unit_interval
         )
         return gp.frame_side(free, p)
-    Z = numpyro.param(f"{prefix}.Z", spread(depth, k, d))
+    Z = numpyro.param(f"{prefix}.Z", lambda key: jax.random.normal(key, (depth, k, d)) * d**-0.5)
     noise = (1 / reliability - 1) ** 0.5  # Z Z^T starts near the identity, where p = 1 / (1 + D^2)
     D = numpyro.param(f"{prefix}.D", jnp.full((depth, k), noise), constraint=constraints.softplus_positive)
     return gp.inducing_side(Z, jnp.sqrt(D**2 + _JITTER))

@@ -1,12 +1,51 @@
-"""Settings of every test: JAX on the CPU, programs compiled once for all tests, pictures without a screen."""
+"""Settings of every test, and a tiny model on disk whose tokenizer knows a few words.
 
+JAX runs on the CPU, programs are compiled once for all tests, pictures need no screen.
+"""
+
+import json
+import runpy
 from pathlib import Path
 
 import jax
 import matplotlib as mpl
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 jax.config.update("jax_platforms", "cpu")
 # Many tests build the same small program anew; a cache on disk serves all of them and all workers.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 mpl.use("agg")
+
+CORPUS = ["the plot is good", "the film was bad", "Review: good", "Sentiment: bad good"] * 20
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that has every word of `CORPUS` as one token."""
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["<|end|>"], show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|end|>", model_max_length=64)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, tokenizer) -> Path:
+    """A Hugging Face folder of a random Llama with three layers and that tokenizer."""
+    reference = runpy.run_path(str(Path(__file__).parent / "data" / "make_reference.py"))
+    config = reference["CONFIGS"]["grouped"] | {"vocab_size": len(tokenizer)}
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer.save_pretrained(folder)
+    tensors = {name: np.ascontiguousarray(x) for name, x in reference["tiny_tensors"](config).items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder

@@ -3,13 +3,9 @@
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
 
 from bnlora.text import text_classification
 
-CORPUS = ["the plot is good", "the film was bad", "Review: good", "Sentiment: bad good"] * 20
 ROWS = {"sentence": ["the film was good", "bad plot", "the the the plot is bad"], "label": [1, 0, 0]}
 OPTIONS = {
     "text": "sentence",
@@ -17,17 +13,6 @@ OPTIONS = {
     "words": [" bad", " good"],
     "template": "Review: {text}\nSentiment:",
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    backend = Tokenizer(BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["<|end|>"], show_progress=False)
-    backend.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|end|>", model_max_length=64)
 
 
 def read(tokenizer, rows=ROWS, **changes):

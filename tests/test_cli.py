@@ -1,0 +1,146 @@
+"""The commands on a tiny model: what they print, write and refuse."""
+
+import json
+import random
+
+import pytest
+from datasets import Dataset
+from typer.testing import CliRunner
+
+from bnlora import cli, recipe
+from bnlora.checkpoint import RECORD, load_fit
+from bnlora.recipe import Recipe
+from bnlora.tables import read_table, write_table
+
+RUN = CliRunner()
+WORDS = ["--word", " bad", "--word", " good"]
+SMALL = ["--steps", "3", "--batch-size", "4", "--rank", "2", "--top-layers", "1", "--target", "lm_head"]
+
+
+def reviews(size: int, seed: int = 0) -> Dataset:
+    """Sentences whose label is whether the word good stands in them."""
+    stream = random.Random(seed)
+    labels = [i % 2 for i in range(size)]
+    texts = [
+        f"the {stream.choice(['plot', 'film'])} {stream.choice(['is', 'was'])} {['bad', 'good'][i]}"
+        for i in labels
+    ]
+    return Dataset.from_dict({"text": texts, "label": labels})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_folder):
+    """A folder with tables and a fit."""
+    folder = tmp_path_factory.mktemp("work")
+    write_table(reviews(12), folder / "train.csv")
+    write_table(reviews(8, seed=1), folder / "test.jsonl")
+    done = call("fit", folder / "train.csv", "--out", folder / "fit", "--base", tiny_folder, *WORDS, *SMALL)
+    assert done.exit_code == 0, done.output
+    assert "3 steps, 0 skipped" in done.output
+    assert "bnlora predict" in done.output
+    return folder
+
+
+def call(*words):
+    return RUN.invoke(cli.app, [str(word) for word in words])
+
+
+def test_fit_keeps_what_it_was_made_with(place, tiny_folder):
+    made = Recipe.from_folder(place / "fit")
+    assert made.words == (" bad", " good")
+    assert made.base == str(tiny_folder)
+    assert made.template == "Review: {text}\nSentiment:"
+    base = made.load_base()
+    data = made.read(reviews(4), base, text="text", label="label")
+    assert len(load_fit(place / "fit", *made.build(base, data.label_ids)).step_seconds) == 3
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_predict_adds_columns_to_the_table(place, ending):
+    done = call(
+        "predict", place / "fit", place / "test.jsonl", "--out", place / f"out.{ending}", "--draws", 4
+    )
+    assert done.exit_code == 0, done.output
+    rows = read_table(place / f"out.{ending}")
+    assert rows["text"][:] == reviews(8, seed=1)["text"][:]
+    for row in rows:
+        assert row["probability bad"] + row["probability good"] == pytest.approx(1)
+        assert (row["prediction"] == "good") == (row["probability good"] > 0.5)
+        assert 0 <= row["mutual information"] <= row["entropy"]
+
+
+def test_predict_needs_no_labels(place):
+    write_table(reviews(3).remove_columns("label"), place / "bare.csv")
+    done = call("predict", place / "fit", place / "bare.csv", "--out", place / "bare-out.csv", "--draws", 2)
+    assert done.exit_code == 0, done.output
+
+
+def test_evaluate_prints_the_metrics_and_writes_a_page(place):
+    page = place / "reports" / "page.html"
+    done = call("evaluate", place / "fit", place / "test.jsonl", "--draws", 2, "--report", page)
+    assert done.exit_code == 0, done.output
+    assert "accuracy" in done.output
+    assert "95% interval" in done.output
+    assert "data:image/png;base64," in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["predict", "nowhere", "test.jsonl"], "'nowhere' holds no recipe.json"),
+        (["predict", "fit", "tset.jsonl"], "there is no file 'tset.jsonl'; the nearest is 'test.jsonl'"),
+        (["predict", "fit", "test.jsonl", "--out", "out.txt"], "must end in one of"),
+        (["evaluate", "fit", "test.jsonl", "--text", "txt"], "no column 'txt'; its columns are"),
+        (
+            ["evaluate", "fit", "test.jsonl", "--label", "text"],
+            "is neither an integer from 0 to 1 nor one of",
+        ),
+        (["fit", "train.csv", "--out", "fit", *WORDS], "'fit' holds a fit already"),
+        (
+            ["fit", "train.csv", "--out", "new", "--word", " bad", "--word", " superb"],
+            "must be a single token",
+        ),
+        (
+            ["fit", "train.csv", "--out", "new", "--base", "tinny", *WORDS],
+            "there is no file or folder 'tinny'",
+        ),
+        (["fit", "train.csv", "--out", "new", *WORDS, "--target", "q_prj"], "nearest names: "),
+        (["fit", "train.csv", "--out", "new", *WORDS, "--rank", "0"], "must be at least 1; got 0"),
+        (["fit", "train.csv", "--out", "new", *WORDS, "--rank", "99"], "must be at most"),
+        (["fit", "train.csv", "--out", "new", *WORDS, "--lam-max", "2"], "lam_max <= 1"),
+        (["fit", "train.csv", "--out", "new", *WORDS, "--max-length", "5"], "are longer than 5 tokens"),
+    ],
+)
+def test_what_goes_wrong_is_one_sentence(place, tiny_folder, monkeypatch, words, message):
+    monkeypatch.chdir(place)
+    base = ["--base", tiny_folder] if words[0] == "fit" and "--base" not in words else []
+    done = call(*words, *base)
+    assert done.exit_code == 1
+    assert message in done.output.replace("\n", " ")
+    assert done.output.startswith("error: ")
+    assert "Traceback" not in done.output
+    assert not (place / "new").exists()
+
+
+def test_a_fit_that_diverges_is_kept_as_far_as_it_came(place, tiny_folder):
+    options = ["--prior", "none", "--learning-rate", "1e30", *SMALL, "--steps", "30"]
+    done = call("fit", place / "train.csv", "--out", place / "wild", "--base", tiny_folder, *WORDS, *options)
+    assert done.exit_code == 1
+    assert "lower the learning rate" in done.output.replace("\n", " ")
+    assert json.loads((place / "wild" / RECORD).read_text())["stopped"] == "diverged"
+    assert call("predict", place / "wild", place / "test.jsonl", "--out", place / "w.csv").exit_code == 0
+
+
+def test_help_names_every_command_and_option():
+    shown = call("--help").output
+    assert all(command in shown for command in ("demo", "fit", "predict", "evaluate"))
+    for command in ("demo", "fit", "predict", "evaluate"):
+        assert call(command, "--help").exit_code == 0
+
+
+def test_recipes_of_another_version_and_unknown_priors_are_refused(tmp_path):
+    (tmp_path / recipe.FILE).write_text('{"words": [" bad", " good"], "colour": "red"}')
+    with pytest.raises(ValueError, match="is not a recipe of this version .*colour"):
+        Recipe.from_folder(tmp_path)
+    with pytest.raises(ValueError, match="got 'sparse_gp', nearest is 'sparse-gp'"):
+        Recipe((" bad", " good"), prior="sparse_gp")
