@@ -136,7 +136,10 @@ def load(source: str | Path) -> Base:
     module = FAMILIES[family].build(checkpoint)
     local = Path(source).expanduser()
     name = (local.stem if local.is_file() else local.resolve().name) if local.exists() else str(source)
-    return Base.from_module(module, name=name, family=family, tokenizer=checkpoint.tokenizer)
+    tokenizer = checkpoint.tokenizer
+    # Many tokenizers state no limit of their own; what the model was trained for is one.
+    tokenizer.model_max_length = min(tokenizer.model_max_length, module.config.max_length)
+    return Base.from_module(module, name=name, family=family, tokenizer=tokenizer)
 
 
 def _family(config: Mapping[str, Any]) -> str:

@@ -33,7 +33,8 @@ def cache_prefix(
 
     Args:
         model: The classifier whose sites decide the depth.
-        batch: Rows to cache; returned unchanged where it is cached for this depth already.
+        batch: Rows to cache; returned unchanged where it is cached for this depth already, or no layer is
+            below the adapters.
         batch_size: Rows to run at a time.
         memory_limit: Largest size of the cache in bytes.
         console: Where to print the size and the progress bar; the terminal or notebook when omitted.
@@ -45,7 +46,7 @@ def cache_prefix(
         ValueError: When the cache would exceed `memory_limit`.
     """
     depth = model.sites.start
-    if batch.hidden is not None and batch.depth == depth:
+    if depth == 0 or (batch.hidden is not None and batch.depth == depth):
         return batch
     size = prefix_bytes(model, batch)
     if size > memory_limit:
@@ -53,7 +54,9 @@ def cache_prefix(
             f"caching {len(batch)} rows takes {size / 2**20:,.0f} MiB, more than the limit of "
             f"{memory_limit / 2**20:,.0f} MiB; raise `memory_limit` or fit with prefix_cache='off'"
         )
-    speaker(console).print(f"caching layers 0-{depth - 1} for {len(batch)} rows: {size / 2**20:,.1f} MiB")
+    through = f"{depth} of {model.base.num_layers} layers"
+    text = f"prefix cache: {len(batch)} rows through {through}, {size / 2**20:,.1f} MiB"
+    speaker(console).print(text, highlight=False)
     plain = replace(batch, hidden=None, depth=0)
     hidden = np.zeros((*batch.tokens.shape, model.base.config.d_model), np.float32)
     count = -(-len(batch) // batch_size)

@@ -88,7 +88,7 @@ class Recipe:
     base: str = SMOLLM2
     template: str = "Review: {text}\nSentiment:"
     targets: tuple[str, ...] = ("q_proj", "k_proj", "lm_head")
-    top_layers: int | None = 6
+    top_layers: int | None = 2
     rank: int = 8
     alpha: float | None = None
     prior: PriorName = "sparse-gp"

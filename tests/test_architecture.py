@@ -16,7 +16,7 @@ FLOORS = {
     "base": 3, "model": 3, "guides": 3, "elbo": 3, "posterior": 3, "cache": 3,
     "svi": 4, "predict": 4, "validation": 4, "testing": 4,
     "diagnostics": 5, "checkpoint": 5, "report": 5, "recipe": 5, "experiment": 5,
-    "__init__": 6, "cli": 6, "demo": 6,
+    "__init__": 6, "cli": 6, "demo": 6, "__main__": 7,
 }  # fmt: skip
 # Within a floor these pairs are allowed: the right one is part of the left one's own job.
 SAME_FLOOR = {

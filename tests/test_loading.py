@@ -177,6 +177,12 @@ def test_load_names_the_base_and_keeps_the_tokenizer(tmp_path):
     assert load(write_gguf(tmp_path / "small.gguf")).name == "small"
 
 
+def test_the_tokenizer_knows_the_context_of_the_model(tmp_path):
+    folder = write_folder(tmp_path / "tiny")
+    assert read_checkpoint(folder).tokenizer.model_max_length > 10**6
+    assert load(folder).tokenizer.model_max_length == CONFIG["max_position_embeddings"]
+
+
 def test_writing_into_a_module_leaves_the_base_as_it_was(tmp_path):
     base = load(write_folder(tmp_path / "tiny"))
     module = base.module

@@ -125,12 +125,17 @@ def test_prefix_cache_says_its_size_and_refuses_to_exceed_the_limit():
     model, _ = make()
     cached = bl.cache_prefix(model, TRAIN, console=console)
     assert cached.hidden.nbytes == 50 * 8 * 16 * 4
-    assert "caching layers 0-1 for 50 rows: 0.0 MiB" in console.export_text()
+    assert "prefix cache: 50 rows through 2 of 4 layers, 0.0 MiB" in console.export_text()
     assert bl.cache_prefix(model, cached) is cached
     with pytest.raises(ValueError, match="more than the limit of 0 MiB; raise `memory_limit` or fit with"):
         bl.cache_prefix(model, TRAIN, memory_limit=1000)
     with pytest.raises(ValueError, match="caches activations of depth 1, but the lowest adapted layer is 2"):
         model.hidden(BASE.params, replace(cached, depth=1))
+
+
+def test_nothing_is_cached_where_the_lowest_layer_is_adapted():
+    model = bl.Classifier(BASE, bl.select(BASE, ["q_proj"], rank=1), bl.priors.point(), label_ids=(3, 5))
+    assert bl.cache_prefix(model, TRAIN) is TRAIN
 
 
 def test_head_alone_leaves_nothing_of_the_layers_to_run():

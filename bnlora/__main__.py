@@ -1,0 +1,6 @@
+"""`python -m bnlora` is the command `bnlora`."""
+
+from bnlora.cli import main
+
+if __name__ == "__main__":
+    main()
