@@ -8,6 +8,7 @@ at its best step (which early stopping would return).
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
 import jax
 import numpy as np
@@ -86,9 +87,10 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=320)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--skip", type=int, default=0, help="settings to leave out, to go on after a stop")
     arguments = parser.parse_args()
     base, rows, cached = RECIPE.load_base(), [], {}
-    for recipe, schedule in settings(arguments):
+    for recipe, schedule in islice(settings(arguments), arguments.skip, None):
         if schedule.seed not in cached:
             splits = vader_splits(
                 seed=schedule.seed, train=arguments.train, validation=arguments.validation, test=1

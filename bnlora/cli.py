@@ -18,7 +18,8 @@ from bnlora.assets import cache_folder
 from bnlora.base import Base
 from bnlora.checkpoint import RECORD, load_fit, save_fit
 from bnlora.data import Batch
-from bnlora.demo import demo_page, run_demo
+from bnlora.demo import LEARNING_RATES, demo_page, run_demo
+from bnlora.experiment import BAYES, LORA
 from bnlora.predict import Prediction, predict
 from bnlora.recipe import SMOLLM2, Recipe, Schedule
 from bnlora.report import RELIABILITY_CAPTION, page, reliability_figure
@@ -64,11 +65,11 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 @app.command()
 def demo(
     report: Annotated[Path, typer.Option(help="Where to write the report.")] = Path("report.html"),
-    train: Annotated[int, typer.Option(help="Movie sentences to fit.", min=2)] = 480,
+    train: Annotated[int, typer.Option(help="Movie sentences to fit.", min=2)] = 320,
     validation: Annotated[int, typer.Option(help="Movie sentences to watch while fitting.", min=1)] = 240,
     test: Annotated[int, typer.Option(help="Test sentences of each domain.", min=1)] = 400,
-    steps: Annotated[int, typer.Option(help="Steps of each fit.", min=1)] = 180,
-    draws: Draws = 8,
+    steps: Annotated[int, typer.Option(help="Steps of each fit.", min=1)] = 400,
+    draws: Draws = 16,
     seed: Seed = 0,
 ) -> None:
     """Compare plain LoRA with Bayesian-LoRA on SmolLM2-135M and sentences of four domains.
@@ -111,16 +112,18 @@ def fit_command(
         r"Review: {text}\nSentiment:"
     ),
     target: Annotated[list[str], typer.Option(help="Modules to adapt.")] = ["q_proj", "k_proj", "lm_head"],  # noqa: B006
-    top_layers: Annotated[int, typer.Option(help="Adapt so many of the uppermost layers.", min=1)] = 6,
+    top_layers: Annotated[int, typer.Option(help="Adapt so many of the uppermost layers.", min=1)] = 2,
     rank: Annotated[int, typer.Option(help="Rank of every update.")] = 8,
     prior: Annotated[
         PriorChoice, typer.Option(help="Prior of the adapters; none is plain LoRA.")
     ] = PriorChoice.sparse_gp,
     scale: Annotated[float, typer.Option(help="Prior scale of an update for unit-variance input.")] = 3.0,
     lam_max: Annotated[float, typer.Option(help="Cap on the guide's lam, at most 1.")] = 0.03,
-    steps: Annotated[int, typer.Option(help="Number of steps.", min=1)] = 180,
+    steps: Annotated[int, typer.Option(help="Number of steps.", min=1)] = 400,
     batch_size: Annotated[int, typer.Option(help="Rows of a step.", min=1)] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Adam's rate.")] = 1e-2,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Adam's rate.", min=0, show_default="0.03; without a prior 0.001")
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Longest row in tokens.", show_default="the base's")
     ] = None,
@@ -151,7 +154,8 @@ def fit_command(
             tables["validation"] = read_table(validation)
         model = recipe.load_base()
         data = recipe.read(tables, model, text=text, label=label)
-        schedule = Schedule(steps, batch_size, learning_rate, seed=seed)
+        rate = LEARNING_RATES[LORA if prior is PriorChoice.none else BAYES]
+        schedule = Schedule(steps, batch_size, rate if learning_rate is None else learning_rate, seed=seed)
         made = _fit_and_save(recipe, schedule, model, data, out, progress)
         Console().print(made, highlight=False)
         Console().print(f"next: bnlora predict {out} TABLE --text {text}", highlight=False)

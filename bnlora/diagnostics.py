@@ -144,7 +144,9 @@ def _tree(groups: dict[str, dict[str, np.ndarray]], summaries: Summaries, fit: A
     import xarray
 
     groups = {**groups, "observed_data": {"y": np.asarray(data.labels)}}
-    tree = arviz_base.from_dict(groups, dims=summaries.dims | {"y": ["row"]}, coords=summaries.coords)
+    dims = summaries.dims | {"y": ["row"]}
+    # ArviZ's convention that a chain is longer than the number of chains is about MCMC; these draws are few.
+    tree = arviz_base.from_dict(groups, dims=dims, coords=summaries.coords, check_conventions=False)
     trace = {name: ("step", values) for name, values in fit.history.items()}
     steps = {"step": np.arange(1, len(fit.step_seconds) + 1)}
     stats = tree["sample_stats"].to_dataset().assign(trace).assign_coords(steps)

@@ -39,9 +39,9 @@ class Schedule:
         seed: Seed of start values, order of rows and guide draws.
     """
 
-    num_steps: int = 180
+    num_steps: int = 400
     batch_size: int = 16
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-2
     scale_learning_rate: float = 5e-2
     seed: int = 0
 

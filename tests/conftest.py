@@ -20,6 +20,8 @@ jax.config.update("jax_platforms", "cpu")
 # Many tests build the same small program anew; a cache on disk serves all of them and all workers.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+# Programs here are tiny and run once or twice: most of a test's time is their compilation.
+jax.config.update("jax_disable_most_optimizations", True)
 mpl.use("agg")
 
 CORPUS = ["the plot is good", "the film was bad", "Review: good", "Sentiment: bad good"] * 20
