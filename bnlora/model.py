@@ -20,8 +20,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from bnlora.data import Batch
+from bnlora.priors import Prior
 from bnlora.sites import HEAD, Sites
-from bnlora.typing import Adapters, Prior
+from bnlora.typing import Adapters
 
 
 class LanguageModel(Protocol):

@@ -1,4 +1,4 @@
-r"""Priors over adapters: each is a NumPyro program from sites to adapters.
+r"""Priors over adapters: any function from sites to adapters that calls `numpyro.sample` on the way.
 
 | prior       | law of a factor W (d_o x d_i)                             | random variables            |
 |-------------|-----------------------------------------------------------|-----------------------------|
@@ -19,7 +19,7 @@ Reference: Lin et al. (2026), Bayesian-LoRA, arXiv 2601.21003; Hu et al. (2021),
 import difflib
 from collections.abc import Mapping
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from numpyro.distributions import constraints
 
 from bnlora import gp
 from bnlora.sites import Site, Sites
-from bnlora.typing import FACTORS, NOISE, Adapters, Prior
+from bnlora.typing import FACTORS, NOISE, Adapters
 
 Inducing = Literal["frames", "bases"]
 Oversize = Literal["clip", "keep"]
@@ -40,6 +40,14 @@ Start = Literal["draw", "zero"]
 # LoRA's start: A informative, B zero, so that step 0 is the base model.
 _START: dict[str, Start] = {"a": "draw", "b": "zero"}
 _JITTER = 1e-6  # on D^2, relative to Z Z^T which starts near the identity; part of K wherever K is used
+
+
+class Prior(Protocol):
+    """A NumPyro program over the adapters of the selected sites."""
+
+    def __call__(self, sites: Sites) -> Adapters:
+        """Sample (or declare) every adapter of `sites` and return them."""
+        ...
 
 
 def sparse_gp(

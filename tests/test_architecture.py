@@ -34,23 +34,15 @@ def sources() -> dict[str, Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """Full names of everything a file imports at run time, `from x import y` counting as `x.y`."""
+    """Full names of everything a file imports, `from x import y` counting as `x.y`."""
     found = set()
-    for node in _outside_type_checking(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
-
-
-def _outside_type_checking(tree: ast.AST):
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            continue
-        yield node
-        yield from _outside_type_checking(node)
 
 
 def inside(name: str) -> str | None:
