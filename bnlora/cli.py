@@ -67,7 +67,7 @@ def demo(
     report: Annotated[Path, typer.Option(help="Where to write the report.")] = Path("report.html"),
     train: Annotated[int, typer.Option(help="Movie sentences to fit.", min=2)] = 320,
     validation: Annotated[int, typer.Option(help="Movie sentences to watch while fitting.", min=1)] = 240,
-    test: Annotated[int, typer.Option(help="Test sentences of each domain.", min=1)] = 400,
+    test: Annotated[int, typer.Option(help="Test sentences of each domain.", min=1)] = 320,
     steps: Annotated[int, typer.Option(help="Steps of each fit.", min=1)] = 400,
     draws: Draws = 16,
     seed: Seed = 0,
