@@ -31,7 +31,7 @@ app = typer.Typer(
     help="Bayesian low-rank adapters for language models: fit, predict, and measure calibration.",
     no_args_is_help=True,
     add_completion=True,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 
