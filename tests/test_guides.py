@@ -30,7 +30,7 @@ def start_of(prior, **options):
     model = SimpleNamespace(prior=AdapterPrior(SITES, prior))
     guide = guides.SiteFlow(model.prior, **options)
     start, constrain = initial_parameters(jax.random.key(0), model, guide)
-    return model, guide, constrain(start)
+    return model, guide, jax.jit(constrain)(start)
 
 
 def test_start_is_the_prior_mark_b_zero_and_a_informative():

@@ -1,5 +1,6 @@
 """Priors: their law, their start, their options and what they refuse."""
 
+from functools import cache
 from types import SimpleNamespace
 
 import jax
@@ -28,21 +29,25 @@ PRIORS = {
 }
 
 
-def draws(prior, size, key=0):
-    """Draws with the parameters fixed at one start, as in a fit."""
-    trace = handlers.trace(handlers.seed(prior, jax.random.key(99))).get_trace(SITES)
-    params = {n: s["value"] for n, s in trace.items() if s["type"] == "param"}
-    fixed = handlers.substitute(prior, data=params)
+@cache
+def draws(prior):
+    """4,000 draws with the parameters fixed at one start, as in a fit."""
+
+    @jax.jit
+    def start(key):
+        trace = handlers.trace(handlers.seed(prior, key)).get_trace(SITES)
+        return {n: s["value"] for n, s in trace.items() if s["type"] == "param"}
+
+    fixed = handlers.substitute(prior, data=start(jax.random.key(99)))
     return jax.jit(jax.vmap(lambda k: handlers.seed(fixed, k)(SITES)))(
-        jax.random.split(jax.random.key(key), size)
+        jax.random.split(jax.random.key(0), 4000)
     )
 
 
 @pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS)
 def test_weights_are_independent_normals_of_the_stated_scale(prior):
     """Marginal by Kolmogorov-Smirnov; correlation of all pairs of weights by their null spread."""
-    size = 4000
-    adapters = draws(prior, size)
+    adapters, size = draws(prior), 4000
     for name, site in SITES.items():
         for factor, scale in {"a": 0.5, "b": 2.0}.items():
             w = np.asarray(adapters[name][factor]).reshape(size, -1) / (scale / site.shapes[factor][2] ** 0.5)
@@ -55,15 +60,18 @@ def test_weights_are_independent_normals_of_the_stated_scale(prior):
 
 @pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS)
 def test_shapes_and_support_under_jit(prior):
-    adapters = draws(prior, 2)
+    adapters = draws(prior)
     SITES.check(jax.tree.map(lambda x: x[0], adapters))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(adapters))
 
 
 def test_inducing_sizes_are_clipped_to_each_side_or_kept():
     def shapes(prior):
-        trace = handlers.trace(handlers.seed(prior, jax.random.key(0))).get_trace(SITES)
-        return {n: s["value"].shape for n, s in trace.items() if n.endswith(".V")}
+        def inducing(key):
+            trace = handlers.trace(handlers.seed(prior, key)).get_trace(SITES)
+            return {n: s["value"] for n, s in trace.items() if n.endswith(".V")}
+
+        return {n: v.shape for n, v in jax.eval_shape(inducing, jax.random.key(0)).items()}
 
     assert shapes(priors.sparse_gp(rows=9, cols=9)) == {
         "q_proj.a.V": (3, 2, 9),
