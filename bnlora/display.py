@@ -28,7 +28,7 @@ class Table:
     groups: frozenset[int] = frozenset()
 
     def __rich__(self) -> RichTable:
-        table = RichTable(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
+        table = RichTable(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for index, name in enumerate(self.header):
             table.add_column(name, justify="right" if index else "left")
         for index, row in enumerate(self.rows):
