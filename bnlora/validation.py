@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -64,7 +63,7 @@ class Validation:
         prediction = predict_with_draws(self.model, draws, self.rows, batch_size=self.rule.batch_size)
         loss = metrics.nll(prediction.log_probs, np.asarray(self.rows.labels))
         if not self.losses or loss < min(self.losses):
-            self.best_params, self.best_step = jax.tree.map(jnp.copy, params), step
+            self.best_params, self.best_step = params, step
         self.steps.append(step)
         self.losses.append(loss)
         return (step - self.best_step) // self.rule.every >= self.rule.patience
