@@ -10,11 +10,9 @@ import numpy as np
 from rich.console import Console
 
 from bnlora import metrics
-from bnlora.demo import run_demo
+from bnlora.demo import SIZES, run_demo
 from bnlora.display import Table
 from bnlora.experiment import BAYES, EARLY, LORA, SHOWN, Comparison
-
-SIZES = {"train": 320, "validation": 240, "test": 320, "num_steps": 400, "num_samples": 16}
 
 
 def scores(comparison: Comparison) -> dict[tuple[str, str], list[float]]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -18,14 +17,14 @@ from bnlora.assets import cache_folder
 from bnlora.base import Base
 from bnlora.checkpoint import RECORD, load_fit, save_fit
 from bnlora.data import Batch
-from bnlora.demo import LEARNING_RATES, demo_page, run_demo
+from bnlora.demo import LEARNING_RATES, SIZES, demo_page, run_demo
 from bnlora.experiment import BAYES, LORA
 from bnlora.predict import Prediction, predict
-from bnlora.recipe import SMOLLM2, Recipe, Schedule
+from bnlora.recipe import PriorName, Recipe, Schedule
 from bnlora.report import RELIABILITY_CAPTION, page, reliability_figure
 from bnlora.svi import Fit, FitDiverged
 from bnlora.tables import read_table, require_writable, write_table
-from bnlora.text import TextData
+from bnlora.text import TextData, Truncate
 
 app = typer.Typer(
     help="Bayesian low-rank adapters for language models: fit, predict, and measure calibration.",
@@ -36,21 +35,9 @@ app = typer.Typer(
 )
 
 
-class PriorChoice(StrEnum):
-    """Priors that the command line knows by name."""
-
-    sparse_gp = "sparse-gp"
-    normal = "normal"
-    none = "none"
-
-
-class TruncateChoice(StrEnum):
-    """What to do with a text that is too long."""
-
-    error = "error"
-    left = "left"
-    right = "right"
-
+TEMPLATE = Recipe.template.replace("\n", r"\n")  # as one types it in a shell
+TARGETS = list(Recipe.targets)
+RATES = f"{LEARNING_RATES[BAYES]:g}; without a prior {LEARNING_RATES[LORA]:g}"
 
 Folder = Annotated[Path, typer.Argument(help="Folder that `bnlora fit` wrote.", show_default=False)]
 Table = Annotated[
@@ -65,11 +52,13 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 @app.command()
 def demo(
     report: Annotated[Path, typer.Option(help="Where to write the report.")] = Path("report.html"),
-    train: Annotated[int, typer.Option(help="Movie sentences to fit.", min=2)] = 320,
-    validation: Annotated[int, typer.Option(help="Movie sentences to watch while fitting.", min=1)] = 240,
-    test: Annotated[int, typer.Option(help="Test sentences of each domain.", min=1)] = 320,
-    steps: Annotated[int, typer.Option(help="Steps of each fit.", min=1)] = 400,
-    draws: Draws = 16,
+    train: Annotated[int, typer.Option(help="Movie sentences to fit.", min=2)] = SIZES["train"],
+    validation: Annotated[int, typer.Option(help="Movie sentences to watch while fitting.", min=1)] = SIZES[
+        "validation"
+    ],
+    test: Annotated[int, typer.Option(help="Test sentences of each domain.", min=1)] = SIZES["test"],
+    steps: Annotated[int, typer.Option(help="Steps of each fit.", min=1)] = SIZES["num_steps"],
+    draws: Draws = SIZES["num_samples"],
     seed: Seed = 0,
 ) -> None:
     """Compare plain LoRA with Bayesian-LoRA on SmolLM2-135M and sentences of four domains.
@@ -107,29 +96,31 @@ def fit_command(
     ] = None,
     base: Annotated[
         str, typer.Option(help="smollm2, a .gguf file, a Hugging Face folder, or a hub name.")
-    ] = SMOLLM2,
-    template: Annotated[str, typer.Option(help="Text around each row; \\n is a new line.")] = (
-        r"Review: {text}\nSentiment:"
-    ),
-    target: Annotated[list[str], typer.Option(help="Modules to adapt.")] = ["q_proj", "k_proj", "lm_head"],  # noqa: B006
-    top_layers: Annotated[int, typer.Option(help="Adapt so many of the uppermost layers.", min=1)] = 2,
-    rank: Annotated[int, typer.Option(help="Rank of every update.")] = 8,
+    ] = Recipe.base,
+    template: Annotated[str, typer.Option(help="Text around each row; \\n is a new line.")] = TEMPLATE,
+    target: Annotated[list[str], typer.Option(help="Modules to adapt.")] = TARGETS,
+    top_layers: Annotated[
+        int | None, typer.Option(help="Adapt so many of the uppermost layers.", min=1)
+    ] = Recipe.top_layers,
+    rank: Annotated[int, typer.Option(help="Rank of every update.")] = Recipe.rank,
     prior: Annotated[
-        PriorChoice, typer.Option(help="Prior of the adapters; none is plain LoRA.")
-    ] = PriorChoice.sparse_gp,
-    scale: Annotated[float, typer.Option(help="Prior scale of an update for unit-variance input.")] = 3.0,
-    lam_max: Annotated[float, typer.Option(help="Cap on the guide's lam, at most 1.")] = 0.03,
-    steps: Annotated[int, typer.Option(help="Number of steps.", min=1)] = 400,
-    batch_size: Annotated[int, typer.Option(help="Rows of a step.", min=1)] = 16,
+        PriorName, typer.Option(help="Prior of the adapters; none is plain LoRA.")
+    ] = Recipe.prior,
+    scale: Annotated[
+        float, typer.Option(help="Prior scale of an update for unit-variance input.")
+    ] = Recipe.scale_b,
+    lam_max: Annotated[float, typer.Option(help="Cap on the guide's lam, at most 1.")] = Recipe.lam_max,
+    steps: Annotated[int, typer.Option(help="Number of steps.", min=1)] = Schedule.num_steps,
+    batch_size: Annotated[int, typer.Option(help="Rows of a step.", min=1)] = Schedule.batch_size,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Adam's rate.", min=0, show_default="0.03; without a prior 0.001")
+        float | None, typer.Option(help="Adam's rate.", min=0, show_default=RATES)
     ] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Longest row in tokens.", show_default="the base's")
     ] = None,
     truncate: Annotated[
-        TruncateChoice, typer.Option(help="Cut longer texts on this side, or refuse them.")
-    ] = TruncateChoice.error,
+        Truncate, typer.Option(help="Cut longer texts on this side, or refuse them.")
+    ] = Recipe.truncate,
     seed: Seed = 0,
 ) -> None:
     """Fit adapters on a table of texts and labels."""
@@ -143,18 +134,18 @@ def fit_command(
             targets=tuple(target),
             top_layers=top_layers,
             rank=rank,
-            prior=prior.value,
+            prior=prior,
             scale_b=scale,
             lam_max=lam_max,
             max_length=max_length,
-            truncate=truncate.value,
+            truncate=truncate,
         )
         tables = {"train": read_table(table)}
         if validation is not None:
             tables["validation"] = read_table(validation)
         model = recipe.load_base()
         data = recipe.read(tables, model, text=text, label=label)
-        rate = LEARNING_RATES[LORA if prior is PriorChoice.none else BAYES]
+        rate = LEARNING_RATES[LORA if prior == "none" else BAYES]
         schedule = Schedule(steps, batch_size, rate if learning_rate is None else learning_rate, seed=seed)
         made = _fit_and_save(recipe, schedule, model, data, out, progress)
         Console().print(made, highlight=False)

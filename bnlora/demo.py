@@ -14,6 +14,9 @@ RECIPE = Recipe(words=tuple(f" {label}" for label in LABELS))
 LEARNING_RATES = {LORA: 1e-3, BAYES: 3e-2}
 """Adam's rates, chosen there too."""
 
+SIZES = {"train": 320, "validation": 240, "test": 320, "num_steps": 400, "num_samples": 16}
+"""Sizes of the demonstration, as `run_demo` takes them."""
+
 
 def run_demo(
     *,
