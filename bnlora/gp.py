@@ -64,7 +64,7 @@ def frame_side(free: Float[Array, "... d k"], reliability: Float[Array, "... k"]
     d, k = free.shape[-2:]
     if k > d:
         raise ValueError(f"a frame needs at most as many vectors as dimensions; got {k} vectors for {d}")
-    frame, triangle = _one_by_one(jnp.linalg.qr, free)
+    frame, triangle = one_by_one(jnp.linalg.qr, free)
     # LAPACK leaves the sign of each column open; with diag(triangle) > 0 the frame is continuous in `free`.
     frame = frame * jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))[..., None, :]
     return Side(frame * jnp.sqrt(reliability)[..., None, :], reliability)
@@ -76,17 +76,30 @@ def inducing_side(Z: Float[Array, "... m d"], D: Float[Array, "... m"]) -> Side:
     `F = Z^T L^{-T}` with `L` the Cholesky factor of `K`, so that `F F^T = Z^T K^{-1} Z`. Any
     jitter belongs into `D` beforehand: one `K` serves the mean, the noise and the whitening.
     """
-    each = jnp.arange(Z.shape[-2])
-    K = (Z @ jnp.swapaxes(Z, -1, -2)).at[..., each, each].add(D**2)
-    whitened = _one_by_one(_whiten, K, Z)
+    whitened = one_by_one(_solve, inducing_root(Z, D), Z)
     return Side(jnp.swapaxes(whitened, -1, -2), whitened @ jnp.swapaxes(whitened, -1, -2))
 
 
-def _whiten(K: Array, Z: Array) -> Array:
-    return jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(K), Z, lower=True)
+def inducing_root(Z: Float[Array, "... m d"], D: Float[Array, "... m"]) -> Float[Array, "... m m"]:
+    """`L` with `L L^T = K = Z Z^T + diag(D)^2`, lower triangular."""
+    each = jnp.arange(Z.shape[-2])
+    K = (Z @ jnp.swapaxes(Z, -1, -2)).at[..., each, each].add(D**2)
+    return one_by_one(jnp.linalg.cholesky, K)
 
 
-def _one_by_one(function: Callable[..., Any], *stacks: Array) -> Any:
+def whiten(
+    U: Float[Array, "... m_r m_c"], L_r: Float[Array, "... m_r m_r"], L_c: Float[Array, "... m_c m_c"]
+) -> Float[Array, "... m_r m_c"]:
+    """`V = L_r^{-1} U L_c^{-T}`: standard normal where `U` is matrix normal with these roots."""
+    half = one_by_one(_solve, L_r, U)
+    return jnp.swapaxes(one_by_one(_solve, L_c, jnp.swapaxes(half, -1, -2)), -1, -2)
+
+
+def _solve(L: Array, right: Array) -> Array:
+    return jax.scipy.linalg.solve_triangular(L, right, lower=True)
+
+
+def one_by_one(function: Callable[..., Any], *stacks: Array) -> Any:
     """Apply a factorisation to each matrix of some stacks in turn.
 
     jaxlib splits a batched LAPACK call over XLA's threads and blocks its own until the parts are done, so
@@ -115,6 +128,11 @@ def conditional_noise(E: Float[Array, "... d_o d_i"], rows: Side, cols: Side) ->
     return E - rows.factor @ shrunk @ jnp.swapaxes(cols.factor, -1, -2)
 
 
+def conditional_gap(p: Float[Array, "..."], q: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Eigenvalues `1 - p q` of `Sigma`; rounding may push `p q` past 1 by an ulp, which a floor absorbs."""
+    return jnp.maximum(1.0 - p * q, jnp.finfo(p.dtype).eps)
+
+
 def conditional_kl(size: int, lam: Float[Array, "..."]) -> Float[Array, "..."]:
     """KL of N(M, lam^2 sigma^2 Sigma) from N(M, sigma^2 Sigma) in nats, for `size = d_o d_i` weights.
 
@@ -124,8 +142,7 @@ def conditional_kl(size: int, lam: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _root(p: Array, q: Array) -> Array:
-    """`sqrt(1 - p q)`; rounding may push an eigenvalue past 1 by an ulp, which the floor absorbs."""
-    return jnp.sqrt(jnp.maximum(1.0 - p * q, jnp.finfo(p.dtype).eps))
+    return jnp.sqrt(conditional_gap(p, q))
 
 
 def _gain(p: Array, q: Array) -> Array:
@@ -135,7 +152,7 @@ def _gain(p: Array, q: Array) -> Array:
 @jax.custom_jvp
 def _shrink(gram_r: Array, gram_c: Array, inner: Array) -> Array:
     """`H(inner)`: multiply by g(p_i q_j) in the eigenbases of two symmetric matrices."""
-    (p, R_r), (q, R_c) = (_one_by_one(jnp.linalg.eigh, gram) for gram in (gram_r, gram_c))
+    (p, R_r), (q, R_c) = (one_by_one(jnp.linalg.eigh, gram) for gram in (gram_r, gram_c))
     rotated = jnp.swapaxes(R_r, -1, -2) @ inner @ R_c
     return R_r @ (_gain(p[..., :, None], q[..., None, :]) * rotated) @ jnp.swapaxes(R_c, -1, -2)
 
@@ -149,7 +166,7 @@ def _shrink_jvp(primals, tangents):
     = q / ((u_i + u_k)(1 + u_i)(1 + u_k)).
     """
     gram_r, gram_c, inner = primals
-    (p, R_r), (q, R_c) = (_one_by_one(jnp.linalg.eigh, gram) for gram in (gram_r, gram_c))
+    (p, R_r), (q, R_c) = (one_by_one(jnp.linalg.eigh, gram) for gram in (gram_r, gram_c))
 
     def to_eigen(left, x, right):
         return jnp.swapaxes(left, -1, -2) @ x @ right

@@ -5,6 +5,7 @@ leading layer axis. The names of random variables, and the time to compile, do n
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +46,7 @@ class Site:
         d_out: Width of the output.
         rank: Rank of the update.
         alpha: LoRA's alpha; the update is `alpha / rank * b @ a`.
+        factors: The factors that a prior is asked for; both, unless `Sites.only` left one out.
     """
 
     name: str
@@ -54,6 +56,12 @@ class Site:
     d_out: int
     rank: int
     alpha: float
+    factors: tuple[str, ...] = FACTORS
+
+    @property
+    def depth(self) -> int:
+        """Number of adapted layers, the length of the layer axis."""
+        return len(self.layers)
 
     @property
     def scale(self) -> float:
@@ -63,8 +71,8 @@ class Site:
     @property
     def shapes(self) -> dict[str, tuple[int, int, int]]:
         """Shapes of the stacked factors by name, layer axis first."""
-        depth = len(self.layers)
-        return {"a": (depth, self.rank, self.d_in), "b": (depth, self.d_out, self.rank)}
+        both = {"a": (self.depth, self.rank, self.d_in), "b": (self.depth, self.d_out, self.rank)}
+        return {factor: both[factor] for factor in self.factors}
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,23 @@ class Sites(Mapping[str, Site]):
     @property
     def num_parameters(self) -> int:
         """Number of weights in all factors."""
-        return sum(d * (s.d_in + s.d_out) * s.rank for s in self.families for d in [len(s.layers)])
+        return sum(math.prod(shape) for site in self.families for shape in site.shapes.values())
+
+    def only(self, *, factors: Iterable[str] = FACTORS, families: Iterable[str] | None = None) -> "Sites":
+        """Part of the sites, which a prior fills like any others: the way to compose priors.
+
+        Args:
+            factors: Factors to keep, of `"a"` and `"b"`.
+            families: Names of families to keep; all when omitted.
+        """
+        wanted = set(self if families is None else families)
+        kept = set(factors)
+        chosen = (
+            replace(s, factors=tuple(f for f in s.factors if f in kept))
+            for s in self.families
+            if s.name in wanted
+        )
+        return replace(self, families=tuple(chosen))
 
     def with_head_rows(self, rows: int) -> "Sites":
         """The same sites with `rows` output rows in the head.
@@ -120,10 +144,11 @@ class Sites(Mapping[str, Site]):
                 f"the prior must return one adapter for each family {sorted(self)}; got {sorted(adapters)}"
             )
         for name, site in self.items():
-            for factor in FACTORS:
-                if factor not in adapters[name]:
-                    raise ValueError(f"the adapter of {name!r} lacks factor {factor!r}; expected 'a' and 'b'")
-                got, expected = jnp.shape(adapters[name][factor]), site.shapes[factor]
+            if set(adapters[name]) != set(site.factors):
+                expected, got = " and ".join(map(repr, site.factors)), sorted(adapters[name])
+                raise ValueError(f"the adapter of {name!r} needs the factors {expected}; got {got}")
+            for factor, expected in site.shapes.items():
+                got = jnp.shape(adapters[name][factor])
                 if got != expected:
                     raise ValueError(
                         f"factor {factor!r} of {name!r} needs shape {expected}, layer axis first; got {got}"

@@ -1,0 +1,44 @@
+r"""Priors over adapters: any function from sites to adapters that calls `numpyro.sample` on the way.
+
+| prior                                | law of a factor W (d_o x d_i), sigma = scale / sqrt(d_i)          |
+|--------------------------------------|-------------------------------------------------------------------|
+| `sparse_gp`                          | iid N(0, sigma^2), inducing variables inside the weights          |
+| `normal`                             | iid N(0, sigma^2)                                                 |
+| `laplace`                            | iid Laplace of standard deviation sigma                           |
+| `spike_and_slab`                     | iid mixture of a narrow and a wide normal                         |
+| `matrix_normal`                      | N(0, (sigma r_i c_j)^2)                                           |
+| `ard`                                | columns of `b` scaled by a gain for each rank                     |
+| `horseshoe`, `regularized_horseshoe` | the gains are half-Cauchy, one global scale a family              |
+| `pooled_scales`, `pooled_sparse_gp`  | layers share scales, or inducing matrices, in part                |
+| `centered`                           | any of these around adapters that exist                           |
+| `subspace`                           | one random gain a rank between learned projections                |
+| `point`                              | none: plain LoRA, fitted by maximum likelihood                    |
+
+Hyper-parameters are constants, `learned(start)` (type II), or NumPyro distributions (`hyper`). `per_factor`
+and `by_family` compose priors (`compose`); `sparse_gp_matrices` is the sparse GP of one stack of matrices.
+"""
+
+from bnlora.priors.ard import ard as ard
+from bnlora.priors.base import Prior as Prior
+from bnlora.priors.base import each_factor as each_factor
+from bnlora.priors.base import layers as layers
+from bnlora.priors.base import sample_matrices as sample_matrices
+from bnlora.priors.base import width_factor as width_factor
+from bnlora.priors.centered import centered as centered
+from bnlora.priors.compose import by_family as by_family
+from bnlora.priors.compose import per_factor as per_factor
+from bnlora.priors.hierarchy import pooled_scales as pooled_scales
+from bnlora.priors.hierarchy import pooled_sparse_gp as pooled_sparse_gp
+from bnlora.priors.horseshoe import horseshoe as horseshoe
+from bnlora.priors.horseshoe import regularized_horseshoe as regularized_horseshoe
+from bnlora.priors.hyper import Hyper as Hyper
+from bnlora.priors.hyper import hyper_value as hyper_value
+from bnlora.priors.hyper import learned as learned
+from bnlora.priors.laplace import laplace as laplace
+from bnlora.priors.matrix_normal import matrix_normal as matrix_normal
+from bnlora.priors.mixture import spike_and_slab as spike_and_slab
+from bnlora.priors.normal import normal as normal
+from bnlora.priors.point import point as point
+from bnlora.priors.sparse_gp import sparse_gp as sparse_gp
+from bnlora.priors.sparse_gp import sparse_gp_matrices as sparse_gp_matrices
+from bnlora.priors.subspace import subspace as subspace

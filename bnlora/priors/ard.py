@@ -1,0 +1,42 @@
+r"""Automatic relevance determination: every rank of every layer has a scale of its own.
+
+    b[:, k] = gain_lk z[:, k]
+
+A learned gain (type-II maximum likelihood) of a rank that the data say nothing for goes to zero.
+
+Reference: MacKay (1994); Neal (1996), Bayesian learning for neural networks; Bishop (1999), Bayesian PCA.
+"""
+
+from jax import Array
+
+from bnlora.priors.base import Prior, Width
+from bnlora.priors.hyper import ByFactor, Hyper, hyper_value, learned, require_positive
+from bnlora.priors.ranks import rank_gains
+from bnlora.sites import Site
+
+
+def ard(
+    *,
+    gain: Hyper = learned(1.0),  # noqa: B008 a frozen mark, the same for every call
+    scale: ByFactor = 1.0,
+    width: Width = "scaled",
+) -> Prior:
+    """Normal factors with a gain for each rank, learned or random.
+
+    Args:
+        gain: `learned(start)`, the distribution of each gain (such as `HalfNormal(1)`), or a number.
+        scale: Scale of the normals, as in `normal`.
+        width: As in `normal`.
+
+    Returns:
+        A prior with the sites of `normal` and `<family>.gain`, shape (layer, rank).
+
+    Raises:
+        ValueError: When a scale or gain may not be positive.
+    """
+    require_positive("gain", gain)
+
+    def gains(site: Site) -> Array:
+        return hyper_value(f"{site.name}.gain", gain, event=(site.rank,), site=site)
+
+    return rank_gains(gains, scale=scale, width=width)

@@ -1,0 +1,85 @@
+"""What every prior is made of: a law for one stack of matrices, run over the factors of all families.
+
+A *law* samples one factor of one family, all its layers at once: `law(site, factor) -> (layer, d_o, d_i)`.
+A *prior* runs a law over every factor that its sites ask for. Sites may ask for part of the factors or
+families (`Sites.only`), which is how priors are composed.
+
+Sites may carry two marks in `infer`, which guides of this library read: `start` is where optimisation
+starts ("zero", "draw" of the prior, or "median" of it), and `conditional_noise` marks a standard normal that
+only completes the conditional W | U, for which one learned scale `lam` per matrix suffices.
+"""
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jax import Array
+from jaxtyping import Float
+
+from bnlora.priors.hyper import Hyper, is_random
+from bnlora.sites import Site, Sites
+from bnlora.typing import Adapters
+
+Start = Literal["draw", "zero", "median"]
+Width = Literal["scaled", "unscaled"]
+Law = Callable[[Site, str], Float[Array, "layer d_o d_i"]]
+
+START: dict[str, Start] = {"a": "draw", "b": "zero"}
+"""LoRA's start: `a` informative, `b` zero, so that step 0 is the base model."""
+
+
+class Prior(Protocol):
+    """A NumPyro program over the adapters of the selected sites."""
+
+    def __call__(self, sites: Sites) -> Adapters:
+        """Sample (or declare) every adapter of `sites` and return them."""
+        ...
+
+
+def each_factor(law: Law) -> Prior:
+    """The prior that runs `law` over every factor of every family, independently."""
+
+    def prior(sites: Sites) -> Adapters:
+        return {name: {factor: law(site, factor) for factor in site.factors} for name, site in sites.items()}
+
+    return prior
+
+
+def layers(site: Site) -> numpyro.plate:
+    """The plate over the layers of a family; everything in it has the layer axis first."""
+    return numpyro.plate(f"{site.name}.layer", site.depth)
+
+
+def width_factor(site: Site, factor: str, width: Width) -> float:
+    """`1 / sqrt(d_i)` where spreads are scaled to the width, so that a unit input gives a unit output."""
+    return site.shapes[factor][-1] ** -0.5 if width == "scaled" else 1.0
+
+
+def sample_matrices(
+    site: Site,
+    factor: str,
+    unit: Callable[[Array], dist.Distribution],
+    sigma: Array,
+    *,
+    hyper: Hyper | None = None,
+) -> Float[Array, "layer d_o d_i"]:
+    """Sample one factor whose law is a scale family: `W = sigma z`.
+
+    Args:
+        site: The family.
+        factor: `"a"` or `"b"`.
+        unit: The law of one entry as a function of its standard deviation.
+        sigma: Standard deviation of the entries, broadcasting against the factor's shape.
+        hyper: What `sigma` was made of. Where that is random, the site is `<family>.<factor>.z` of unit
+            spread and `W = sigma z`: a random scale and weights of that scale make a funnel, which guides and
+            samplers handle badly. Otherwise the site is `<family>.<factor>` itself.
+    """
+    shape, name, infer = site.shapes[factor], f"{site.name}.{factor}", {"start": START[factor]}
+    with layers(site):
+        if is_random(hyper):
+            z = numpyro.sample(f"{name}.z", unit(jnp.ones(shape)).to_event(2), infer=infer)
+            return sigma * z
+        law = unit(jnp.broadcast_to(jnp.asarray(sigma, jnp.result_type(float)), shape))
+        return numpyro.sample(name, law.to_event(2), infer=infer)

@@ -1,0 +1,137 @@
+r"""Partial pooling across the layers of a family: of scales, or of inducing matrices.
+
+Scales: every layer's factor is multiplied by tau_l, with log tau_l ~ N(0, spread^2), one spread a family. At
+spread zero all layers share one scale; a large spread leaves each on its own.
+
+Inducing matrices: with one set of frames for all layers of a family,
+
+    V_l = sqrt(rho) V_0 + sqrt(1 - rho) V'_l,      V_0, V'_l standard normal,
+
+so that each layer's law is that of the sparse GP, iid N(0, sigma^2), whatever `rho` is, and two layers'
+weights have covariance rho sigma^2 P_r (x) P_c. At `rho = 1` they share their inducing matrix.
+
+Reference: Gelman and Hill (2007) for partial pooling; Lin et al. (2026), arXiv 2601.21003, for the inducing
+matrix.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jax import Array
+from numpyro.distributions import constraints
+
+from bnlora import gp
+from bnlora.priors.base import START, Prior, Width, each_factor, layers, width_factor
+from bnlora.priors.hyper import (
+    ByFactor,
+    Hyper,
+    Learned,
+    by_factor,
+    hyper_value,
+    is_random,
+    learned,
+    require_positive,
+)
+from bnlora.priors.sides import frames_side
+from bnlora.priors.sparse_gp import standard_normal
+from bnlora.sites import Site, Sites
+from bnlora.typing import NOISE, Adapters
+
+
+def pooled_scales(prior: Prior, *, spread: Hyper = learned(0.5), factor: str = "b") -> Prior:  # noqa: B008
+    """Another prior whose layers have scales of their own, partially pooled.
+
+    Args:
+        prior: The prior whose factor is scaled.
+        spread: Standard deviation of the log-scales: a number, `learned(start)` or a distribution; one a
+            family.
+        factor: The factor that is scaled.
+
+    Returns:
+        A prior with the sites of `prior`, and `<family>.pool`, shape (layer,), standard normal.
+
+    Raises:
+        ValueError: When the factor is unknown or the spread may not be positive.
+    """
+    require_positive("spread", spread)
+    if factor not in START:
+        raise ValueError(f"factor must be 'a' or 'b'; got {factor!r}")
+
+    def pooled(sites: Sites) -> Adapters:
+        adapters = {name: dict(pair) for name, pair in prior(sites).items()}
+        for name, site in sites.items():
+            if factor in site.factors:
+                width = hyper_value(f"{name}.pool.spread", spread)
+                with layers(site):
+                    z = numpyro.sample(f"{name}.pool", dist.Normal(jnp.zeros(site.depth), 1.0), infer=_ZERO)
+                adapters[name][factor] = jnp.exp(width * z)[:, None, None] * adapters[name][factor]
+        return adapters
+
+    return pooled
+
+
+def pooled_sparse_gp(
+    *,
+    rho: Hyper = 0.5,
+    rows: int = 9,
+    cols: int = 9,
+    scale: ByFactor = 1.0,
+    width: Width = "scaled",
+    reliability: float = 0.95,
+) -> Prior:
+    """Sparse GP with learned frames shared by the layers of a family and correlated inducing matrices.
+
+    Args:
+        rho: Correlation of the inducing matrices of two layers: a number in (0, 1), `learned(start,
+            constraints.unit_interval)`, or a distribution on (0, 1).
+        rows: Inducing rows, clipped to their side.
+        cols: Inducing columns, clipped to their side.
+        scale: As in `sparse_gp`.
+        width: As in `sparse_gp`.
+        reliability: Eigenvalue of `P` at the start, in (0, 1).
+
+    Returns:
+        A prior with sample sites `<family>.<factor>.V_0`, shape (k_r, k_c), `.V` and `.E` as in `sparse_gp`.
+
+    Raises:
+        ValueError: When a scale is not positive, or `rho` or `reliability` lies outside (0, 1).
+    """
+    scales = by_factor("scale", scale)
+    _require_unit("rho", rho)
+    _require_unit("reliability", reliability)
+
+    def law(site: Site, factor: str) -> Array:
+        name, shape = f"{site.name}.{factor}", site.shapes[factor]
+        sigma = hyper_value(f"{name}.scale", scales[factor]) * width_factor(site, factor, width)
+        kinds: dict[str, Any] = {"frames": "learned", "reliability": reliability}
+        row_side = frames_side(name, "rows", 1, shape[1], rows, **kinds)
+        col_side = frames_side(name, "cols", 1, shape[2], cols, **kinds)
+        k = (row_side.factor.shape[-1], col_side.factor.shape[-1])
+        correlation = hyper_value(f"{name}.rho", rho)
+        common = standard_normal(f"{name}.V_0", k, start=START[factor])
+        with layers(site):
+            own = standard_normal(f"{name}.V", (site.depth, *k), start="zero")
+            E = standard_normal(f"{name}.E", shape, start="zero", **{NOISE: True})
+        V = jnp.sqrt(correlation) * common + jnp.sqrt(1 - correlation) * own
+        inside = gp.conditional_mean(V, row_side, col_side) + gp.conditional_noise(E, row_side, col_side)
+        return sigma * inside
+
+    return each_factor(law)
+
+
+_ZERO = {"start": "zero"}
+
+
+def _require_unit(name: str, hyper: Hyper) -> None:
+    if isinstance(hyper, Learned):
+        valid = hyper.constraint is constraints.unit_interval and 0 < hyper.start < 1
+    elif is_random(hyper):
+        upper = getattr(hyper.support, "upper_bound", None)
+        require_positive(name, hyper)
+        valid = upper is not None and bool(jnp.all(jnp.asarray(upper) <= 1))
+    else:
+        valid = bool(jnp.all((jnp.asarray(hyper) > 0) & (jnp.asarray(hyper) < 1)))
+    if not valid:
+        raise ValueError(f"{name} must lie strictly between 0 and 1; got {hyper}")

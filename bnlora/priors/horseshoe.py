@@ -1,0 +1,91 @@
+r"""The horseshoe over ranks, plain and regularised: the number of ranks is inferred.
+
+    b[:, k] = tau lambda_lk z[:, k],      lambda_lk ~ C+(0, 1),     tau ~ C+(0, tau_0)     one tau a family
+
+The regularised horseshoe replaces lambda by lambda~ with
+
+    lambda~^2 = c^2 lambda^2 / (c^2 + tau^2 lambda^2),      c^2 ~ Inv-Gamma(nu / 2, nu slab^2 / 2),
+
+so that tau lambda~ never exceeds c: ranks far from zero are shrunk like a Student-t slab of scale `slab`.
+
+Reference: Carvalho, Polson and Scott (2010), The horseshoe estimator for sparse signals; Piironen and Vehtari
+(2017), Sparsity information and regularization in the horseshoe and other shrinkage priors, section 2.3.
+"""
+
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jax import Array
+
+from bnlora.priors.base import Prior, Width, layers
+from bnlora.priors.hyper import ByFactor, require_positive
+from bnlora.priors.ranks import rank_gains
+from bnlora.sites import Site
+
+
+def horseshoe(*, global_scale: float = 0.5, scale: ByFactor = 1.0, width: Width = "scaled") -> Prior:
+    """Horseshoe over the ranks of every layer, with one global scale a family.
+
+    Args:
+        global_scale: Scale `tau_0` of the half-Cauchy law of `tau`.
+        scale: Scale of the normals that the gains multiply, as in `normal`.
+        width: As in `normal`.
+
+    Returns:
+        A prior with the sites of `normal`, `<family>.tau` (a scalar) and `<family>.local`, shape (layer,
+        rank).
+
+    Raises:
+        ValueError: When a scale is not positive.
+    """
+    require_positive("global_scale", global_scale)
+
+    def gains(site: Site) -> Array:
+        tau, local = _global_and_local(site, global_scale)
+        return tau * local
+
+    return rank_gains(gains, scale=scale, width=width)
+
+
+def regularized_horseshoe(
+    *,
+    global_scale: float = 0.5,
+    slab: float = 2.0,
+    slab_df: float = 4.0,
+    scale: ByFactor = 1.0,
+    width: Width = "scaled",
+) -> Prior:
+    """Regularised horseshoe over the ranks of every layer.
+
+    Args:
+        global_scale: Scale `tau_0` of the half-Cauchy law of `tau`.
+        slab: Scale of the slab.
+        slab_df: Degrees of freedom `nu` of the slab.
+        scale: Scale of the normals that the gains multiply, as in `normal`.
+        width: As in `normal`.
+
+    Returns:
+        A prior with the sites of `horseshoe` and `<family>.slab`, the scalar c^2.
+
+    Raises:
+        ValueError: When a scale or `slab_df` is not positive.
+    """
+    for name, value in {"global_scale": global_scale, "slab": slab, "slab_df": slab_df}.items():
+        require_positive(name, value)
+
+    def gains(site: Site) -> Array:
+        tau, local = _global_and_local(site, global_scale)
+        law = dist.InverseGamma(slab_df / 2, slab_df * slab**2 / 2)
+        c2 = numpyro.sample(f"{site.name}.slab", law, infer={"start": "median"})
+        # c tau lambda / sqrt(c^2 + tau^2 lambda^2), written so that a large lambda does not overflow.
+        return tau * local / jnp.sqrt(1 + (tau * local) ** 2 / c2)
+
+    return rank_gains(gains, scale=scale, width=width)
+
+
+def _global_and_local(site: Site, global_scale: float) -> tuple[Array, Array]:
+    infer = {"start": "median"}
+    tau = numpyro.sample(f"{site.name}.tau", dist.HalfCauchy(global_scale), infer=infer)
+    with layers(site):
+        law = dist.HalfCauchy(jnp.ones((site.depth, site.rank))).to_event(1)
+        return tau, numpyro.sample(f"{site.name}.local", law, infer=infer)

@@ -1,0 +1,38 @@
+r"""Independent Laplace weights: p(W_ij) = exp(-|W_ij| / s) / (2 s), with s = sigma / sqrt(2).
+
+`sigma = scale / sqrt(d_i)` is the standard deviation, as everywhere; the mode of the posterior is sparse.
+
+Reference: Tibshirani (1996) for the mode; Park and Casella (2008), The Bayesian lasso.
+"""
+
+import numpyro.distributions as dist
+from jax import Array
+
+from bnlora.priors.base import Prior, Width, each_factor, sample_matrices, width_factor
+from bnlora.priors.hyper import ByFactor, by_factor, hyper_value
+from bnlora.sites import Site
+
+
+def laplace(*, scale: ByFactor = 1.0, width: Width = "scaled") -> Prior:
+    """Independent Laplace laws with standard deviation `scale / sqrt(d_i)` on every weight.
+
+    Args:
+        scale: Standard deviation of a factor's output for a unit-variance input; as in `normal`.
+        width: `"scaled"` to divide by `sqrt(d_i)`, `"unscaled"` for the standard deviation of a weight.
+
+    Returns:
+        A prior with sample sites `<family>.<factor>` (or `.z`, where `scale` is random).
+
+    Raises:
+        ValueError: When a scale is not positive.
+    """
+    scales = by_factor("scale", scale)
+
+    def law(site: Site, factor: str) -> Array:
+        spread = hyper_value(f"{site.name}.{factor}.scale", scales[factor])
+        sigma = spread * width_factor(site, factor, width)
+        return sample_matrices(
+            site, factor, lambda s: dist.Laplace(0.0, s * 0.5**0.5), sigma, hyper=scales[factor]
+        )
+
+    return each_factor(law)

@@ -1,0 +1,62 @@
+r"""A spike and a slab, both continuous: W_ij ~ pi N(0, sigma^2) + (1 - pi) N(0, (epsilon sigma)^2).
+
+`sigma = scale / sqrt(d_i)` is the slab, `pi` the share of weights in it, `epsilon` the width of the spike
+relative to the slab. The membership of a weight is summed out, so every site is continuous.
+
+Reference: George and McCulloch (1993), variable selection via Gibbs sampling; Blundell et al. (2015), scale
+mixture priors on network weights.
+"""
+
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax import Array
+from numpyro.distributions import constraints
+
+from bnlora.priors.base import Prior, Width, each_factor, sample_matrices, width_factor
+from bnlora.priors.hyper import ByFactor, Hyper, Learned, by_factor, hyper_value
+from bnlora.sites import Site
+
+
+def spike_and_slab(
+    *,
+    scale: ByFactor = 1.0,
+    inclusion: Hyper = 0.1,
+    spike: float = 0.01,
+    width: Width = "scaled",
+) -> Prior:
+    """Mixture of a narrow and a wide normal on every weight.
+
+    Args:
+        scale: Scale of the slab; as in `normal`, but a number or `learned`.
+        inclusion: Probability `pi` of the slab: a number in (0, 1), `learned(start,
+            constraints.unit_interval)`, or a distribution on (0, 1), one for each family and factor.
+        spike: Standard deviation of the spike relative to the slab, in (0, 1).
+        width: `"scaled"` to divide by `sqrt(d_i)`, `"unscaled"` for the standard deviation of a weight.
+
+    Returns:
+        A prior with sample sites `<family>.<factor>` (or `.z`, where `scale` is random).
+
+    Raises:
+        ValueError: When a scale is not positive, or `spike` or `inclusion` lies outside (0, 1).
+    """
+    scales = by_factor("scale", scale)
+    start = inclusion.start if isinstance(inclusion, Learned) else inclusion
+    for name, value in {"spike": spike, "inclusion": start}.items():
+        if not isinstance(value, dist.Distribution) and not 0 < value < 1:
+            raise ValueError(f"{name} must lie strictly between 0 and 1; got {value}")
+    if isinstance(inclusion, Learned) and inclusion.constraint is not constraints.unit_interval:
+        raise ValueError("a learned inclusion needs `learned(start, constraints.unit_interval)`")
+
+    def law(site: Site, factor: str) -> Array:
+        name = f"{site.name}.{factor}"
+        pi = hyper_value(f"{name}.inclusion", inclusion)
+        weights = dist.Categorical(probs=jnp.stack([pi, 1 - pi]))
+        spread = hyper_value(f"{name}.scale", scales[factor]) * width_factor(site, factor, width)
+
+        def unit(s: Array) -> dist.Distribution:
+            parts = dist.Normal(0.0, s[..., None] * jnp.array([1.0, spike]))
+            return dist.MixtureSameFamily(weights, parts)
+
+        return sample_matrices(site, factor, unit, spread, hyper=scales[factor])
+
+    return each_factor(law)

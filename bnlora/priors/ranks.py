@@ -1,0 +1,41 @@
+r"""The skeleton of priors that weigh ranks: one gain multiplies each rank's part of the update.
+
+    a ~ iid N(0, s_a^2 / d_i),     b[:, k] = gain_lk z[:, k],     z ~ iid N(0, s_b^2 / rank)
+
+The update of a layer is a sum over its ranks of outer products b[:, k] a[k, :], so a gain near zero removes
+one.
+"""
+
+from collections.abc import Callable
+
+import numpyro.distributions as dist
+from jax import Array
+from jaxtyping import Float
+
+from bnlora.priors.base import Prior, Width, each_factor, sample_matrices, width_factor
+from bnlora.priors.hyper import ByFactor, by_factor, hyper_value
+from bnlora.sites import Site
+
+Gain = Callable[[Site], Float[Array, "layer rank"]]
+
+
+def rank_gains(gain: Gain, *, scale: ByFactor, width: Width) -> Prior:
+    """Normal factors, the columns of `b` multiplied by a gain for each layer and rank.
+
+    Args:
+        gain: Samples or declares the gains of a family, shape (layer, rank).
+        scale: Scale of the normals, as in `normal`.
+        width: As in `normal`.
+
+    Raises:
+        ValueError: When a scale is not positive.
+    """
+    scales = by_factor("scale", scale)
+
+    def law(site: Site, factor: str) -> Array:
+        spread = hyper_value(f"{site.name}.{factor}.scale", scales[factor])
+        sigma = spread * width_factor(site, factor, width)
+        z = sample_matrices(site, factor, lambda s: dist.Normal(0.0, s), sigma, hyper=scales[factor])
+        return gain(site)[:, None, :] * z if factor == "b" else z
+
+    return each_factor(law)

@@ -1,0 +1,74 @@
+"""The sides of an inducing matrix as a prior declares them: learned, random or given frames, or Z and D."""
+
+import zlib
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpyro
+from jax import Array
+from numpyro.distributions import constraints
+
+from bnlora import gp
+
+Inducing = Literal["frames", "bases"]
+Oversize = Literal["clip", "keep"]
+Frames = Literal["learned"] | Array | Mapping[str, tuple[Array, Array]]
+"""`"learned"`; a random key, for frames drawn once from it; or `{"<family>.<factor>": (rows, columns)}`."""
+
+JITTER = 1e-6  # on D^2, relative to Z Z^T which starts near the identity; part of K wherever K is used
+
+
+def frames_side(
+    name: str, which: str, depth: int, d: int, size: int, *, frames: Frames, reliability: float
+) -> gp.Side:
+    """A side of orthonormal frames.
+
+    Args:
+        name: `<family>.<factor>`.
+        which: `"rows"` or `"cols"`.
+        depth: Number of layers.
+        d: Length of the side.
+        size: Inducing size, clipped to `d`.
+        frames: Where the frames come from. Only learned ones have parameters, `<name>.<which>.frame` and
+            `.reliability`; otherwise the eigenvalues stay at `reliability`.
+        reliability: Eigenvalue of `P`, at the start or for good.
+
+    Raises:
+        ValueError: When given frames lack this factor or have another shape.
+    """
+    k, prefix = min(size, d), f"{name}.{which}"
+    p = jnp.full((depth, k), reliability)
+    if isinstance(frames, str):
+        # Only directions matter. Entries of order one suit the learning rates that suit V.
+        free = numpyro.param(f"{prefix}.frame", lambda key: jax.random.normal(key, (depth, d, k)))
+        p = numpyro.param(f"{prefix}.reliability", p, constraint=constraints.unit_interval)
+        return gp.frame_side(free, p)
+    if isinstance(frames, Mapping):
+        return gp.frame_side(_given(frames, name, which, (depth, d, k)), p)
+    key = jax.random.fold_in(frames, zlib.crc32(prefix.encode()))
+    return gp.frame_side(jax.random.normal(key, (depth, d, k)), p)
+
+
+def _given(frames: Mapping[str, tuple[Array, Array]], name: str, which: str, shape: tuple[int, ...]) -> Array:
+    if name not in frames:
+        raise ValueError(f"frames has none for {name!r}; it has {', '.join(map(repr, frames))}")
+    free = jnp.asarray(frames[name][which == "cols"])
+    if free.shape != shape:
+        raise ValueError(f"the {which} frame of {name!r} needs shape {shape}; got {free.shape}")
+    return free
+
+
+def bases(
+    prefix: str, depth: int, d: int, size: int, *, oversize: Oversize, reliability: float
+) -> tuple[Array, Array]:
+    """The paper's inducing bases `Z`, (layer, m, d), and inducing noise, (layer, m), as parameters.
+
+    The jitter is in the noise that is returned: one `K` serves mean, conditional and whitening.
+    """
+    m = min(size, d) if oversize == "clip" else size
+    Z = numpyro.param(f"{prefix}.Z", lambda key: jax.random.normal(key, (depth, m, d)) * d**-0.5)
+    noise = (1 / reliability - 1) ** 0.5  # Z Z^T starts near the identity, where p = 1 / (1 + D^2)
+    D = numpyro.param(f"{prefix}.D", jnp.full((depth, m), noise), constraint=constraints.softplus_positive)
+    return Z, jnp.sqrt(D**2 + JITTER)

@@ -1,0 +1,248 @@
+r"""Sparse Gaussian process: an inducing matrix inside every factor, whose law of W stays iid N(0, sigma^2).
+
+    W = sigma (F_r V F_c^T + lam Sigma^{1/2} E),     Sigma = I - P_r (x) P_c,     V, E standard normal
+
+with lam = 1. Three forms have the same law of W and other sites, for guides that suit them:
+
+| form         | sites                  | in the guide of the paper                                     |
+|--------------|------------------------|---------------------------------------------------------------|
+| "whitened"   | `<name>.V`, `<name>.E` | any q(V); E ~ N(0, lam_q^2)                                   |
+| "unwhitened" | `<name>.U`, `<name>.E` | any q(U), U = L_r V L_c^T ~ MN(0, K_r, K_c); E ~ N(0, lam_q^2) |
+| "weights"    | `<name>.V`, `<name>.W` | any q(V); W ~ N(sigma F_r V F_c^T, lam_q^2 sigma^2 Sigma)      |
+
+A prior `lam` below one is another model: conditional weights that can stray less from their mean. At zero
+only the inducing matrix is left. A learned `lam` makes frames and `lam` model parameters (type II), as in the
+paper's text; evidences of two such fits may then not be compared.
+
+Reference: Lin et al. (2026), Bayesian-LoRA, arXiv 2601.21003; Ritter et al. (2021) for inducing weights.
+"""
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jax import Array
+from jaxtyping import Float
+from numpyro.distributions import constraints
+
+from bnlora import gp
+from bnlora.distributions import MatrixConditional
+from bnlora.priors.base import START, Prior, Start, Width, each_factor, width_factor
+from bnlora.priors.hyper import ByFactor, Hyper, Learned, by_factor, hyper_value, require_positive
+from bnlora.priors.sides import Frames, Inducing, Oversize, bases, frames_side
+from bnlora.sites import Site
+from bnlora.typing import NOISE
+
+Form = Literal["whitened", "unwhitened", "weights"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the inducing structure of a matrix is built.
+
+    Attributes:
+        rows: Inducing rows `m_r`.
+        cols: Inducing columns `m_c`.
+        inducing: `"frames"`: orthonormal frames and eigenvalues, free of Cholesky factors. `"bases"`: the
+            paper's `Z` and `D` with `K = Z Z^T + D^2`.
+        frames: With `"frames"`: `"learned"`, a random key for frames drawn once from it, or
+            `{"<family>.<factor>": (rows, columns)}` with matrices of shape (layer, d, k).
+        form: Which sites carry the law: see the top of this file.
+        lam: Prior scale of the conditional noise in [0, 1]; a number, `learned`, or a distribution. 1 is the
+            sparse GP, 0 leaves its mean alone.
+        oversize: Where an inducing size exceeds its side: `"clip"` it to the side, or `"keep"` it as the
+            published code does (only with `"bases"`; a frame cannot be larger than its side).
+        reliability: Eigenvalue of `P` at the start, in (0, 1).
+
+    Raises:
+        ValueError: On an unknown option, a size below one, or a number outside its range.
+    """
+
+    rows: int = 9
+    cols: int = 9
+    inducing: Inducing = "frames"
+    frames: Frames = "learned"
+    form: Form = "whitened"
+    lam: Hyper = 1.0
+    oversize: Oversize = "clip"
+    reliability: float = 0.95
+
+    def __post_init__(self):
+        for name, known in {"inducing": Inducing, "oversize": Oversize, "form": Form}.items():
+            _require_option(name, getattr(self, name), get_args(known))
+        if isinstance(self.frames, str):
+            _require_option("frames", self.frames, ("learned",))
+        if min(self.rows, self.cols) < 1:
+            raise ValueError(f"inducing sizes must be at least 1; got rows={self.rows}, cols={self.cols}")
+        if not 0 < self.reliability < 1:
+            raise ValueError(f"reliability must lie strictly between 0 and 1; got {self.reliability}")
+        _require_lam(self.lam)
+        if self.inducing == "frames" and self.oversize == "keep":
+            raise ValueError("oversize='keep' needs inducing='bases'; a frame cannot exceed its side")
+        if self.inducing == "bases" and not isinstance(self.frames, str):
+            raise ValueError("frames of your own need inducing='frames'; with 'bases' Z and D are learned")
+        if self.form != "whitened" and (self.inducing == "bases") != (self.form == "unwhitened"):
+            needed = "bases" if self.form == "unwhitened" else "frames"
+            raise ValueError(f"form={self.form!r} needs inducing={needed!r}; got {self.inducing!r}")
+        if self.form == "weights" and isinstance(self.lam, float | int) and self.lam == 0:
+            raise ValueError("form='weights' needs lam > 0: at 0 the weights have no density")
+
+
+def sparse_gp(*, scale: ByFactor = 1.0, width: Width = "scaled", **options) -> Prior:
+    """Sparse-GP prior with an inducing matrix for every factor of every adapter.
+
+    Args:
+        scale: Standard deviation of a factor's output for a unit-variance input, one for both factors or one
+            for each as `{"a": ..., "b": ...}`: a number, `learned(start)`, or a distribution.
+        width: `"scaled"` to divide by `sqrt(d_i)`, `"unscaled"` for the standard deviation of a weight.
+        **options: The attributes of `Options`: rows, cols, inducing, frames, form, lam, oversize,
+            reliability.
+
+    Returns:
+        A prior with sample sites `<family>.<factor>.V`, shape (layer, k_r, k_c), and `<family>.<factor>.E`,
+        shape (layer, d_o, d_i), in the default form.
+
+    Raises:
+        ValueError: On an unknown option, a size below one, a scale that is not positive, or a reliability
+            outside (0, 1).
+
+    Reference: Lin et al. (2026), arXiv 2601.21003, section 3; the E-site form makes
+        `KL(q(W|U) || p(W|U))` the closed-form KL of two normals.
+    """
+    scales = by_factor("scale", scale)
+    structure = _options(options)
+
+    def law(site: Site, factor: str) -> Array:
+        name = f"{site.name}.{factor}"
+        sigma = hyper_value(f"{name}.scale", scales[factor]) * width_factor(site, factor, width)
+        plate = f"{site.name}.layer"
+        return _matrices(name, site.shapes[factor], sigma, plate, START[factor], structure)
+
+    return each_factor(law)
+
+
+def sparse_gp_matrices(
+    name: str,
+    shape: tuple[int, int, int],
+    *,
+    sigma: float | Array,
+    plate: str,
+    start: Start = "draw",
+    **options,
+) -> Float[Array, "layer d_o d_i"]:
+    """Sample a stack of matrices under the sparse GP: the building block for priors of your own.
+
+    Args:
+        name: Prefix of the sites `<name>.V` and `<name>.E` and of the parameters.
+        shape: `(layer, d_o, d_i)`.
+        sigma: Prior standard deviation of an entry; a number, or a random variable of your prior that
+            broadcasts against `shape`.
+        plate: Name of the plate over layers.
+        start: Where guides of this library start `V`: at a draw of the prior or at zero.
+        **options: The attributes of `Options`.
+
+    Returns:
+        `W = sigma (F_r V F_c^T + lam Sigma^{1/2} E)`.
+    """
+    return _matrices(name, shape, jnp.asarray(sigma), plate, start, _options(options))
+
+
+def _matrices(
+    name: str, shape: tuple[int, int, int], sigma: Array, plate: str, start: Start, options: Options
+) -> Array:
+    depth, d_o, d_i = shape
+    lam = hyper_value(f"{name}.lam", options.lam)
+    if options.form == "unwhitened":
+        return _from_unwhitened(name, shape, sigma, plate, start, options, lam)
+    rows, cols = (
+        _side(name, which, depth, d, size, options)
+        for which, d, size in (("rows", d_o, options.rows), ("cols", d_i, options.cols))
+    )
+    with numpyro.plate(plate, depth):
+        V = standard_normal(f"{name}.V", (depth, rows.factor.shape[-1], cols.factor.shape[-1]), start=start)
+        if options.form == "weights":
+            law = MatrixConditional(V, rows, cols, sigma, jnp.broadcast_to(lam, (depth,)))
+            return numpyro.sample(f"{name}.W", law, infer={NOISE: True})
+    return sigma * (gp.conditional_mean(V, rows, cols) + _noise(name, shape, plate, rows, cols, options, lam))
+
+
+def _from_unwhitened(
+    name: str,
+    shape: tuple[int, int, int],
+    sigma: Array,
+    plate: str,
+    start: Start,
+    options: Options,
+    lam: Array,
+) -> Array:
+    depth, d_o, d_i = shape
+    (Z_r, D_r), (Z_c, D_c) = (
+        bases(f"{name}.{which}", depth, d, size, oversize=options.oversize, reliability=options.reliability)
+        for which, d, size in (("rows", d_o, options.rows), ("cols", d_i, options.cols))
+    )
+    L_r, L_c = gp.inducing_root(Z_r, D_r), gp.inducing_root(Z_c, D_c)
+    rows, cols = gp.inducing_side(Z_r, D_r), gp.inducing_side(Z_c, D_c)
+    with numpyro.plate(plate, depth):
+        zero = jnp.zeros((depth, L_r.shape[-1], L_c.shape[-1]))
+        U = numpyro.sample(f"{name}.U", dist.MatrixNormal(zero, L_r, L_c), infer={"start": start})
+    V = gp.whiten(U, L_r, L_c)
+    return sigma * (gp.conditional_mean(V, rows, cols) + _noise(name, shape, plate, rows, cols, options, lam))
+
+
+def _noise(
+    name: str,
+    shape: tuple[int, int, int],
+    plate: str,
+    rows: gp.Side,
+    cols: gp.Side,
+    options: Options,
+    lam: Array,
+) -> Array | float:
+    if isinstance(options.lam, float | int) and options.lam == 0:
+        return 0.0
+    with numpyro.plate(plate, shape[0]):
+        E = standard_normal(f"{name}.E", shape, start="zero", **{NOISE: True})
+    return lam * gp.conditional_noise(E, rows, cols)
+
+
+def standard_normal(name: str, shape: tuple[int, ...], **infer) -> Array:
+    """A stack of matrices of standard normals, the layer axis first."""
+    return numpyro.sample(name, dist.Normal(jnp.zeros(shape), 1.0).to_event(2), infer=infer)
+
+
+def _side(name: str, which: str, depth: int, d: int, size: int, options: Options) -> gp.Side:
+    reliability = options.reliability
+    if options.inducing == "frames":
+        return frames_side(name, which, depth, d, size, frames=options.frames, reliability=reliability)
+    return gp.inducing_side(
+        *bases(f"{name}.{which}", depth, d, size, oversize=options.oversize, reliability=reliability)
+    )
+
+
+def _options(given: dict) -> Options:
+    known = tuple(Options.__dataclass_fields__)
+    for name in given:
+        _require_option("an option of the sparse GP", name, known)
+    return Options(**given)
+
+
+def _require_lam(lam: Hyper) -> None:
+    if isinstance(lam, Learned):
+        if lam.constraint is not constraints.unit_interval:
+            raise ValueError("a learned lam needs `learned(start, constraints.unit_interval)`")
+    elif isinstance(lam, dist.Distribution):
+        require_positive("lam", lam)
+    elif not isinstance(lam, jax.core.Tracer) and not bool(
+        jnp.all((jnp.asarray(lam) >= 0) & (jnp.asarray(lam) <= 1))
+    ):
+        raise ValueError(f"lam must lie between 0 and 1; got {lam}")
+
+
+def _require_option(name: str, got: str, options: tuple[str, ...]) -> None:
+    if got not in options:
+        near = difflib.get_close_matches(str(got), options, n=1, cutoff=0.0)
+        raise ValueError(f"{name} must be one of {options}; got {got!r}, nearest is {near[0]!r}")

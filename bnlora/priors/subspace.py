@@ -1,0 +1,53 @@
+r"""A random core in a learned subspace: the update is B diag(s) A with s random and A, B parameters.
+
+    s_lk ~ N(0, scale^2),     b[:, k] = B[:, k] (1 + s_lk)
+
+The random part of the posterior has one number a rank and layer, so any guide is cheap; `A` and `B` are
+fitted by maximum likelihood, and the bound is one on log p(y | A, B), not on the evidence of a prior over all
+weights.
+
+Reference: Samplawski et al. (2025), Scalable Bayesian low-rank adaptation of large language models via
+stochastic variational subspace inference, arXiv 2506.21408, for a variational core between fitted
+projections.
+"""
+
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+
+from bnlora.priors.base import Prior, layers
+from bnlora.priors.hyper import Hyper, hyper_value, require_positive
+from bnlora.priors.point import parameter
+from bnlora.sites import Sites
+from bnlora.typing import Adapters
+
+
+def subspace(*, scale: Hyper = 1.0) -> Prior:
+    """Adapters that are plain LoRA but for one random gain for each rank of each layer.
+
+    Args:
+        scale: Standard deviation of the gains around one: a number, `learned(start)`, or a distribution.
+
+    Returns:
+        A prior with one sample site `<family>.core` of shape (layer, rank) for each family, standard normal,
+        and the parameters `<family>.a`, `<family>.b`.
+
+    Raises:
+        ValueError: When the scale is not positive.
+    """
+    require_positive("scale", scale)
+
+    def prior(sites: Sites) -> Adapters:
+        adapters = {}
+        for name, site in sites.items():
+            factors = {factor: parameter(site, factor) for factor in site.factors}
+            if "b" in factors:
+                spread = hyper_value(f"{name}.core.scale", scale)
+                with layers(site):
+                    law = dist.Normal(jnp.zeros((site.depth, site.rank)), 1.0).to_event(1)
+                    core = numpyro.sample(f"{name}.core", law, infer={"start": "zero"})
+                factors["b"] = factors["b"] * (1 + spread * core)[:, None, :]
+            adapters[name] = factors
+        return adapters
+
+    return prior
