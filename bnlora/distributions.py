@@ -14,9 +14,13 @@ alone have KL(lam_q || lam_p) = d_o d_i (rho^2 / 2 - log rho - 1 / 2), rho = lam
 the sides.
 
 Reference: Lin et al. (2026), Bayesian-LoRA, arXiv 2601.21003; Ritter et al. (2021) for the joint Gaussian.
+
+Two more laws that NumPyro has in forms that do not fit here: `LowRankGaussian`, whose factorisations take one
+matrix at a time (`gp.one_by_one` says why), and `MatrixAffine`, the map behind a matrix normal.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +29,7 @@ from jax import Array
 from jaxtyping import Float
 from numpyro.distributions import constraints
 from numpyro.distributions.kl import kl_divergence
+from numpyro.distributions.transforms import Transform
 
 from bnlora import gp
 
@@ -99,3 +104,90 @@ def _kl_of_two_scales(q: MatrixConditional, p: MatrixConditional) -> Array:
     """Closed form, which holds where both share `V`, sides and `sigma`, as guide and prior do."""
     kl = gp.conditional_kl(math.prod(q.event_shape), q.lam / p.lam)
     return jnp.broadcast_to(kl, q.batch_shape)
+
+
+class LowRankGaussian(dist.Distribution):
+    """`x = loc + scale (z_1 + F z_2)`: covariance `diag(scale) (I + F F^T) diag(scale)`.
+
+    Args:
+        loc: Mean, shape `(..., size)`.
+        scale: Positive scales, shape `(..., size)`.
+        factor: `F`, shape `(..., size, rank)`.
+    """
+
+    support = constraints.real_vector
+    pytree_data_fields = ("loc", "scale", "factor")
+
+    def __init__(
+        self,
+        loc: Float[Array, "... size"],
+        scale: Float[Array, "... size"],
+        factor: Float[Array, "... size rank"],
+        *,
+        validate_args: bool | None = None,
+    ):
+        self.loc, self.scale, self.factor = loc, scale, factor
+        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=validate_args)
+
+    @property
+    def mean(self) -> Array:
+        """`loc`."""
+        return self.loc
+
+    @property
+    def covariance_matrix(self) -> Array:
+        """The whole covariance, shape `(..., size, size)`."""
+        inner = jnp.eye(self.event_shape[0]) + self.factor @ jnp.swapaxes(self.factor, -1, -2)
+        return self.scale[..., :, None] * inner * self.scale[..., None, :]
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        """Draws of shape `sample_shape + (..., size)`."""
+        size, rank = self.factor.shape[-2:]
+        z = jax.random.normal(key, (*sample_shape, *self.batch_shape, size + rank), self.loc.dtype)
+        correlated = (self.factor @ z[..., size:, None])[..., 0]
+        return self.loc + self.scale * (z[..., :size] + correlated)
+
+    def log_prob(self, value: Array) -> Array:
+        """Log-density by the Woodbury identity: a matrix of side `rank` is the largest factorised."""
+        R = (value - self.loc) / self.scale
+        F_t = jnp.swapaxes(self.factor, -1, -2)
+        root = gp.one_by_one(jnp.linalg.cholesky, jnp.eye(F_t.shape[-2]) + F_t @ self.factor)
+        inner = F_t @ R[..., None]
+        root = jnp.broadcast_to(root, (*inner.shape[:-2], *root.shape[-2:]))
+        solved = gp.one_by_one(gp.lower_solve, root, inner)
+        logdet = jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)).sum(-1) + jnp.log(self.scale).sum(-1)
+        quadratic = (R**2).sum(-1) - (solved**2).sum((-2, -1))
+        return -0.5 * (quadratic + self.event_shape[0] * math.log(2 * math.pi)) - logdet
+
+
+class MatrixAffine(Transform):
+    """`z -> loc + R z C^T`: a standard normal matrix becomes matrix normal with these roots.
+
+    Args:
+        loc: Mean, shape `(..., m, n)`.
+        R: Lower triangular root of the row covariance, shape `(..., m, m)`.
+        C: Lower triangular root of the column covariance, shape `(..., n, n)`.
+    """
+
+    domain = codomain = constraints.real_matrix
+
+    def __init__(self, loc: Float[Array, "... m n"], R: Float[Array, "... m m"], C: Float[Array, "... n n"]):
+        self.loc, self.R, self.C = loc, R, C
+
+    def __call__(self, x: Array) -> Array:
+        """Map a standard normal matrix to the matrix normal."""
+        return self.loc + self.R @ x @ jnp.swapaxes(self.C, -1, -2)
+
+    def _inverse(self, y: Array) -> Array:
+        shift = y - self.loc
+        R, C = (jnp.broadcast_to(L, (*shift.shape[:-2], *L.shape[-2:])) for L in (self.R, self.C))
+        return gp.whiten(shift, R, C)
+
+    def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: Any = None) -> Array:
+        """`n log|R| + m log|C|`, shape of the batch."""
+        rows, cols = (jnp.log(jnp.abs(jnp.diagonal(L, axis1=-2, axis2=-1))).sum(-1) for L in (self.R, self.C))
+        return self.loc.shape[-1] * rows + self.loc.shape[-2] * cols
+
+    def tree_flatten(self):
+        """All three matrices are leaves."""
+        return (self.loc, self.R, self.C), (("loc", "R", "C"), {})

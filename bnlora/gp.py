@@ -76,7 +76,7 @@ def inducing_side(Z: Float[Array, "... m d"], D: Float[Array, "... m"]) -> Side:
     `F = Z^T L^{-T}` with `L` the Cholesky factor of `K`, so that `F F^T = Z^T K^{-1} Z`. Any
     jitter belongs into `D` beforehand: one `K` serves the mean, the noise and the whitening.
     """
-    whitened = one_by_one(_solve, inducing_root(Z, D), Z)
+    whitened = one_by_one(lower_solve, inducing_root(Z, D), Z)
     return Side(jnp.swapaxes(whitened, -1, -2), whitened @ jnp.swapaxes(whitened, -1, -2))
 
 
@@ -91,11 +91,12 @@ def whiten(
     U: Float[Array, "... m_r m_c"], L_r: Float[Array, "... m_r m_r"], L_c: Float[Array, "... m_c m_c"]
 ) -> Float[Array, "... m_r m_c"]:
     """`V = L_r^{-1} U L_c^{-T}`: standard normal where `U` is matrix normal with these roots."""
-    half = one_by_one(_solve, L_r, U)
-    return jnp.swapaxes(one_by_one(_solve, L_c, jnp.swapaxes(half, -1, -2)), -1, -2)
+    half = one_by_one(lower_solve, L_r, U)
+    return jnp.swapaxes(one_by_one(lower_solve, L_c, jnp.swapaxes(half, -1, -2)), -1, -2)
 
 
-def _solve(L: Array, right: Array) -> Array:
+def lower_solve(L: Array, right: Array) -> Array:
+    """`L^{-1} right` for one lower triangular matrix."""
     return jax.scipy.linalg.solve_triangular(L, right, lower=True)
 
 

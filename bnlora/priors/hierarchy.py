@@ -17,6 +17,7 @@ matrix.
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import Array
@@ -130,8 +131,8 @@ def _require_unit(name: str, hyper: Hyper) -> None:
     elif is_random(hyper):
         upper = getattr(hyper.support, "upper_bound", None)
         require_positive(name, hyper)
-        valid = upper is not None and bool(jnp.all(jnp.asarray(upper) <= 1))
+        valid = upper is not None and bool(np.all(np.asarray(upper) <= 1))
     else:
-        valid = bool(jnp.all((jnp.asarray(hyper) > 0) & (jnp.asarray(hyper) < 1)))
+        valid = bool(np.all((np.asarray(hyper) > 0) & (np.asarray(hyper) < 1)))
     if not valid:
         raise ValueError(f"{name} must lie strictly between 0 and 1; got {hyper}")

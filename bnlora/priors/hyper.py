@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import Array
@@ -94,11 +95,11 @@ def require_positive(name: str, hyper: Hyper) -> None:
         return  # a value inside a compiled function: nothing to look at
     if isinstance(hyper, dist.Distribution):
         lower = getattr(hyper.support, "lower_bound", None)
-        if lower is None or not bool(jnp.all(jnp.asarray(lower) >= 0)):
+        if lower is None or not np.all(np.asarray(lower) >= 0):
             raise ValueError(
                 f"{name} must be positive; got {type(hyper).__name__}, which has other values too"
             )
         return
     value = hyper.start if isinstance(hyper, Learned) else hyper
-    if isinstance(value, str) or not bool(jnp.all(jnp.asarray(value) > 0)):
+    if isinstance(value, str) or not np.all(np.asarray(value) > 0):
         raise ValueError(f"{name} must be a positive number, `learned`, or a distribution; got {hyper}")

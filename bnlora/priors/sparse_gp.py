@@ -23,6 +23,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import Array
@@ -236,9 +237,7 @@ def _require_lam(lam: Hyper) -> None:
             raise ValueError("a learned lam needs `learned(start, constraints.unit_interval)`")
     elif isinstance(lam, dist.Distribution):
         require_positive("lam", lam)
-    elif not isinstance(lam, jax.core.Tracer) and not bool(
-        jnp.all((jnp.asarray(lam) >= 0) & (jnp.asarray(lam) <= 1))
-    ):
+    elif not isinstance(lam, jax.core.Tracer) and not np.all((np.asarray(lam) >= 0) & (np.asarray(lam) <= 1)):
         raise ValueError(f"lam must lie between 0 and 1; got {lam}")
 
 

@@ -1,0 +1,36 @@
+r"""Guides: variational families for the latent sites of a prior, mixed by name.
+
+    guide = Guide(model.prior, {r"lm_head\..*": full(), ".*": row_shared()}, noise=noise(lam_max=1.0))
+
+| family                                | law of the unconstrained values                                |
+|---------------------------------------|----------------------------------------------------------------|
+| `mean_field`, `blob`                  | independent Gaussians                                          |
+| `matrix_normal`                       | a row and a column covariance                                  |
+| `full`, `low_rank`                    | Gaussian covariance within a layer, a family, or everything    |
+| `row_shared`, `iaf`                   | normalizing flows over a Gaussian base                         |
+| `ensemble`                            | mixture of K mean-field Gaussians over all sites               |
+| `delta`, `dropout`                    | points: no density and no bound                                |
+| `noise`, `prior_noise`                | for conditional noise alone                                    |
+
+`SiteFlow` is the paper's guide. Every one is an ordinary NumPyro guide, and any NumPyro guide of
+`model.prior` does as well. `per_site` makes a family of a function; `repr` of a guide counts its parameters.
+"""
+
+from bnlora.guides.ensemble import ensemble as ensemble
+from bnlora.guides.family import Family as Family
+from bnlora.guides.family import per_site as per_site
+from bnlora.guides.flow import iaf as iaf
+from bnlora.guides.flow import row_shared as row_shared
+from bnlora.guides.gaussian import full as full
+from bnlora.guides.gaussian import low_rank as low_rank
+from bnlora.guides.guide import Guide as Guide
+from bnlora.guides.latent import Latent as Latent
+from bnlora.guides.latent import init_to_base as init_to_base
+from bnlora.guides.matrix_normal import matrix_normal as matrix_normal
+from bnlora.guides.mean_field import blob as blob
+from bnlora.guides.mean_field import mean_field as mean_field
+from bnlora.guides.noise import noise as noise
+from bnlora.guides.noise import prior_noise as prior_noise
+from bnlora.guides.point import delta as delta
+from bnlora.guides.point import dropout as dropout
+from bnlora.guides.site_flow import SiteFlow as SiteFlow

@@ -1,0 +1,39 @@
+"""What a guide is made of: families, and what they do to the sites they are given."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpyro.distributions as dist
+
+from bnlora.guides.latent import Latent
+
+Build = Callable[[Sequence[Latent]], Mapping[str, dist.Distribution]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A variational family for some latent sites.
+
+    Attributes:
+        label: What the guide's repr calls it.
+        build: Declares the parameters and returns the law of every site that it is given, over its support.
+            It may sample auxiliary sites (`infer={"is_auxiliary": True}`), whose density counts towards the
+            bound.
+        joint: Whether it ties its sites together.
+    """
+
+    label: str
+    build: Build
+    joint: bool = False
+
+
+def per_site(label: str, law: Callable[[Latent], dist.Distribution]) -> Family:
+    """The family that treats each site on its own.
+
+    Args:
+        label: What the guide's repr calls it.
+        law: From a site to a distribution of its value, in its support and with its plates as batch axes. It
+            declares parameters by `latent.location()`, `latent.scale(start)` and `latent.parameter(...)`, and
+            carries a law of unconstrained values to the support by `latent.constrained(...)`.
+    """
+    return Family(label, lambda latents: {latent.name: law(latent) for latent in latents})

@@ -1,0 +1,151 @@
+"""A guide put together from families, one for each site or for several sites at once.
+
+    guide = Guide(model.prior, {r"lm_head\\..*": full(), ".*": flow()})
+
+A *family* maps the latent sites that it is given to the distribution of each: an ordinary function of a
+`Latent` for families that treat every site alike (`per_site`), a function of all of them for families that
+tie sites together. Parameters are called `<site>.q.<name>`. Building a guide traces the prior, never the
+language model.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpyro
+import numpyro.distributions as dist
+from jax import Array
+from numpyro import handlers
+
+from bnlora.distributions import MatrixConditional
+from bnlora.guides.family import Family
+from bnlora.guides.latent import Latent, init_to_base
+from bnlora.guides.noise import noise as noise_family
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A NumPyro guide whose sites follow families chosen by name.
+
+    Args:
+        prior: The prior program, `model.prior`. It is traced once for shapes; the language model never is.
+        families: One family for every site, or families by regular expression, which must match a site's
+            whole name; the first match wins.
+        noise: Family of the sites that the prior marks as conditional noise (the `E` of the sparse GP), which
+            no pattern of `families` concerns.
+        init_loc_fn: NumPyro start strategy for locations, e.g. `numpyro.infer.init_to_value(values={...})`;
+            by default the start that the prior marks.
+        name: What the guide calls itself.
+
+    Raises:
+        ValueError: When a latent site is discrete, has no family, or a pattern matches no site, and whatever
+            a family refuses, such as more dimensions than it can hold.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from bnlora.guides import full, mean_field
+        >>> def prior(*_):
+        ...     tau = numpyro.sample("tau", dist.HalfNormal(1.0))
+        ...     return numpyro.sample("w", dist.Normal(0, tau).expand([3, 4]).to_event(2))
+        >>> Guide(prior, {"tau": mean_field(), "w": full()})
+        Guide(92 parameters)
+          tau (): mean-field Gaussian, 2
+          w (3, 4): full-covariance Gaussian over each layer, 90
+    """
+
+    prior: Callable[..., Any]
+    families: Family | Mapping[str, Family]
+    noise: Family = field(default_factory=noise_family)
+    init_loc_fn: Callable[..., Any] = init_to_base
+    name: str = "Guide"
+    latent: Mapping[str, Latent] = field(init=False, compare=False)
+    groups: Sequence[tuple[Family, tuple[str, ...]]] = field(init=False, compare=False)
+    counts: Mapping[str, int] = field(init=False, compare=False)
+
+    def __post_init__(self):
+        trace = handlers.trace(handlers.seed(self.prior, jax.random.key(0))).get_trace()
+        latent = {
+            n: Latent(s, self.init_loc_fn)
+            for n, s in trace.items()
+            if s["type"] == "sample" and not s["is_observed"]
+        }
+        for name, site in latent.items():
+            if site.site["fn"].support.is_discrete:
+                kind = type(site.site["fn"]).__name__
+                raise ValueError(f"{self.name} needs continuous sites; {name!r} is {kind}")
+        object.__setattr__(self, "latent", latent)
+        object.__setattr__(self, "groups", self._assign())
+        object.__setattr__(self, "counts", self._count())
+
+    def __call__(self, *args, **kwargs) -> dict[str, Array]:
+        """Run the guide; arguments (those of the model) are ignored. Returns the draws by site."""
+        laws: dict[str, dist.Distribution] = {}
+        for family, names in self.groups:
+            laws |= family.build([self.latent[name] for name in names])
+        draws: dict[str, Array] = {}
+        # In the order of the prior: NumPyro's mean-field bound wants both programs to agree on it.
+        for name, site in self.latent.items():
+            law = laws[name]
+            if isinstance(law, MatrixConditional):
+                law = self._given(draws, name).scaled_to(law.lam)
+            draws[name] = _sample_inside(site.site["cond_indep_stack"], name, law)
+        return draws
+
+    def __repr__(self) -> str:
+        lines = [f"{self.name}({sum(self.counts.values()):,} parameters)"]
+        for family, names in self.groups:
+            if family.joint:
+                count = sum(self.counts[name] for name in names)
+                lines.append(f"  {', '.join(names)}: {family.label} over all of them, {count:,}")
+                continue
+            for name in names:
+                shape = self.latent[name].site["fn"].shape()
+                lines.append(f"  {name} {shape}: {family.label}, {self.counts[name]:,}")
+        return "\n".join(lines)
+
+    def _given(self, draws: Mapping[str, Array], name: str) -> Any:
+        """The prior's law of a site given the draws of the sites before it."""
+        program = handlers.seed(handlers.substitute(self.prior, data=dict(draws)), jax.random.key(0))
+        with handlers.block(hide_fn=lambda site: site["type"] != "param"):
+            return handlers.trace(program).get_trace()[name]["fn"]
+
+    def _assign(self) -> list[tuple[Family, tuple[str, ...]]]:
+        """Families with the names of their sites."""
+        rules = self.families if isinstance(self.families, Mapping) else {".*": self.families}
+        matched: dict[str, list[str]] = {pattern: [] for pattern in rules}
+        plain = [name for name, site in self.latent.items() if not site.is_noise]
+        for name in plain:
+            pattern = next((p for p in rules if re.fullmatch(p, name)), None)
+            if pattern is None:
+                raise ValueError(f"no family for the site {name!r}; the patterns are {list(rules)}")
+            matched[pattern].append(name)
+        for pattern, names in matched.items():
+            if not names and plain and isinstance(self.families, Mapping):
+                near = difflib.get_close_matches(pattern, plain, n=1, cutoff=0.0)
+                raise ValueError(f"the pattern {pattern!r} matches no site; nearest is {near[0]!r}")
+        groups = [(rules[pattern], tuple(names)) for pattern, names in matched.items() if names]
+        marked = tuple(name for name, site in self.latent.items() if site.is_noise)
+        return groups + ([(self.noise, marked)] if marked else [])
+
+    def _count(self) -> dict[str, int]:
+        """Number of the guide's parameters by site; those of a joint family count with its first site."""
+
+        def values(key: Array) -> dict[str, Any]:
+            trace = handlers.trace(handlers.seed(self, key)).get_trace()
+            return {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
+
+        shapes = jax.eval_shape(values, jax.random.key(0))
+        sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(value)) for name, value in shapes.items()}
+        return {
+            site: sum(n for name, n in sizes.items() if name.startswith(f"{site}.q.")) for site in self.latent
+        }
+
+
+def _sample_inside(frames: Sequence[Any], name: str, law: dist.Distribution) -> Array:
+    if not frames:
+        return numpyro.sample(name, law)
+    with numpyro.plate(frames[0].name, frames[0].size, dim=frames[0].dim):
+        return _sample_inside(frames[1:], name, law)

@@ -1,0 +1,121 @@
+"""A latent site as a guide sees it: unconstrained shape, start, and parameters named after it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jax import Array
+from numpyro import handlers
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import ReshapeTransform, Transform, biject_to
+from numpyro.infer import init_to_median, init_to_sample
+
+from bnlora.typing import NOISE
+
+
+def init_to_base(site: Mapping[str, Any] | None = None):
+    """NumPyro start strategy: what a prior marked as `start`, a draw of the prior where it marked nothing.
+
+    With the priors of this library every guide then starts at the base model with an informative `a`.
+    """
+    if site is None:
+        return partial(init_to_base)  # NumPyro's own strategies do the same, and it reads `.func`
+    if site["type"] == "sample" and not site["is_observed"]:
+        start = site["infer"].get("start")
+        if start == "zero":
+            return jnp.zeros(site["fn"].shape())
+        if start == "median":
+            return init_to_median()(site)
+    return init_to_sample()(site)
+
+
+@dataclass(frozen=True)
+class Latent:
+    """One latent site of a prior.
+
+    Attributes:
+        site: The site's entry in a trace of the prior.
+        init_loc_fn: NumPyro start strategy.
+    """
+
+    site: Mapping[str, Any]
+    init_loc_fn: Callable[..., Any] = init_to_base
+
+    @property
+    def name(self) -> str:
+        """Name of the site."""
+        return self.site["name"]
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the prior marks the site as noise that only completes a conditional."""
+        return bool(self.site["infer"].get(NOISE))
+
+    @cached_property
+    def to_support(self) -> Transform:
+        """The map from real values to the support."""
+        return biject_to(self.site["fn"].support)
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the unconstrained value, the plates' axes first."""
+        return self.to_support.inverse_shape(self.site["fn"].shape())
+
+    @cached_property
+    def event_dim(self) -> int:
+        """Number of axes of the unconstrained value that are not those of plates."""
+        fn = self.site["fn"]
+        return self.to_support.domain.event_dim + fn.event_dim - fn.support.event_dim
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Lengths of the plates, such as `(layer,)`."""
+        return self.shape[: len(self.shape) - self.event_dim]
+
+    @property
+    def event(self) -> tuple[int, ...]:
+        """Unconstrained shape within the plates."""
+        return self.shape[len(self.shape) - self.event_dim :]
+
+    def start(self, key: Array) -> Array:
+        """Unconstrained start value."""
+        with handlers.block(), handlers.seed(rng_seed=key):
+            site = {**self.site, "value": None, "kwargs": {**self.site["kwargs"], "rng_key": key}}
+            value = self.init_loc_fn(site)
+        return jnp.broadcast_to(self.to_support.inv(value), self.shape)
+
+    def parameter(self, suffix: str, start: Any, constraint: Any = constraints.real) -> Any:
+        """Declare the guide's parameter `<site>.q.<suffix>`; `start` is a value, or a function of a key."""
+        return numpyro.param(f"{self.name}.q.{suffix}", start, constraint=constraint)
+
+    def location(self) -> Array:
+        """Parameter `loc` of the site's unconstrained shape, at the start value."""
+        return self.parameter("loc", self.start)
+
+    def scale(self, start: float) -> Array:
+        """Parameter `scale` of the site's unconstrained shape, positive."""
+        return self.parameter("scale", jnp.full(self.shape, start), constraints.softplus_positive)
+
+    def from_vector(self) -> list[Transform]:
+        """Transforms from vectors, with the plates as batch axes, to values in the support."""
+        size = 1
+        for length in self.event:
+            size *= length
+        reshape = [] if self.event == (size,) else [ReshapeTransform(self.event, (size,))]
+        return reshape + self.to_values()
+
+    def to_values(self) -> list[Transform]:
+        """Transforms from unconstrained values to values in the support."""
+        support = self.site["fn"].support
+        return [] if getattr(support, "base_constraint", support) is constraints.real else [self.to_support]
+
+    def constrained(
+        self, q: dist.Distribution, transforms: list[Transform] | None = None
+    ) -> dist.Distribution:
+        """`q` carried through some transforms, by default those from unconstrained values to the support."""
+        chosen = self.to_values() if transforms is None else transforms
+        return dist.TransformedDistribution(q, chosen) if chosen else q

@@ -1,0 +1,57 @@
+r"""Matrix normal: x = M + R Z C^T with Z standard normal, R and C lower triangular.
+
+Covariance of rows R R^T, of columns C C^T: the exact posterior of a matrix of weights under iid normal noise
+and an iid normal prior is of this form. An event of more or fewer than two axes counts as the matrix of its
+last axis.
+
+Reference: Louizos and Welling (2016), Structured and efficient variational deep learning with matrix Gaussian
+posteriors; Lin et al. (2026), arXiv 2601.21003, name it as one of the choices of q(U).
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import ReshapeTransform
+
+from bnlora.distributions import MatrixAffine
+from bnlora.guides.family import Family, per_site
+from bnlora.guides.latent import Latent
+from bnlora.guides.vector import MAX_PARAMETERS
+
+
+def matrix_normal(*, init_scale: float = 0.01, max_parameters: int = MAX_PARAMETERS) -> Family:
+    """A row and a column covariance for every layer of a site.
+
+    Args:
+        init_scale: Standard deviation at the start, in unconstrained space.
+        max_parameters: Refuse to be built with more for one site.
+
+    Raises:
+        ValueError: Building the guide raises it where a side is too long for a covariance.
+    """
+
+    def law(latent: Latent) -> dist.Distribution:
+        cols = latent.event[-1] if latent.event else 1
+        shape = (math.prod(latent.event) // cols, cols)
+        total = math.prod(latent.batch) * sum(d * (d + 1) // 2 for d in shape)
+        if total > max_parameters:
+            raise ValueError(
+                f"a matrix normal over the {shape[0]:,} x {shape[1]:,} matrices of {latent.name!r} has {total:,} "
+                f"parameters, more than max_parameters={max_parameters:,}; low_rank() has no covariance of a whole side"
+            )
+        R, C = (
+            latent.parameter(
+                f"{side}_tril",
+                jnp.broadcast_to(init_scale**0.5 * jnp.eye(d), (*latent.batch, d, d)),
+                constraints.scaled_unit_lower_cholesky,
+            )
+            for side, d in zip(("row", "column"), shape, strict=True)
+        )
+        loc = latent.location().reshape(*latent.batch, *shape)
+        unit = dist.Normal(jnp.zeros(loc.shape), 1.0).to_event(2)
+        reshape = [] if latent.event == shape else [ReshapeTransform(latent.event, shape)]
+        return latent.constrained(unit, [MatrixAffine(loc, R, C), *reshape, *latent.to_values()])
+
+    return per_site("matrix normal", law)

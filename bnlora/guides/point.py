@@ -1,0 +1,57 @@
+r"""Points, and points under dropout: families without a density, whose objective is no bound on the evidence.
+
+`delta` maximises log p(y, x): a maximum a posteriori fit, of the value in the prior's own coordinates.
+`dropout` multiplies each input of a factor by 0 or 1 / (1 - rate), one draw for all rows and tokens, at
+fitting and at prediction alike: Monte Carlo dropout, whose draws are functions as those of any guide are.
+
+Reference: Gal and Ghahramani (2016), Dropout as a Bayesian approximation.
+"""
+
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+
+from bnlora.guides.family import Family, per_site
+from bnlora.guides.latent import Latent
+
+
+def delta() -> Family:
+    """A point for every number: a maximum a posteriori fit, not a bound."""
+
+    def law(latent: Latent) -> dist.Distribution:
+        value = latent.parameter("loc", latent.start)
+        for step in latent.to_values():
+            value = step(value)
+        return dist.Delta(value, event_dim=latent.site["fn"].event_dim)
+
+    return per_site("point (maximum a posteriori, not a bound)", law)
+
+
+def dropout(*, rate: float = 0.1) -> Family:
+    """A point whose input columns are dropped at random: Monte Carlo dropout, not a bound.
+
+    Meant for factors (`{r".*\\.a": dropout(), ".*": delta()}`), whose columns are the inputs of a layer.
+
+    Args:
+        rate: Probability of dropping a column, in (0, 1).
+
+    Raises:
+        ValueError: When the rate lies outside (0, 1), or a site has no columns or is constrained.
+    """
+    if not 0 < rate < 1:
+        raise ValueError(f"the dropout rate must lie strictly between 0 and 1; got {rate}")
+
+    def law(latent: Latent) -> dist.Distribution:
+        if latent.event_dim < 1 or latent.to_values():
+            raise ValueError(f"dropout needs sites of unconstrained matrices; {latent.name!r} is none")
+        columns = (*latent.batch, *(1 for _ in latent.event[:-1]), latent.event[-1])
+        kept = numpyro.sample(
+            f"{latent.name}.q.kept",
+            # Without a density: the masks are part of a randomised likelihood, not of a posterior.
+            dist.Bernoulli(1 - rate).expand(columns).to_event(len(columns)).mask(mask=False),
+            infer={"is_auxiliary": True},
+        )
+        value = latent.location() * kept / (1 - rate)
+        return dist.Delta(jnp.asarray(value), event_dim=latent.event_dim)
+
+    return per_site(f"point under dropout of {rate:g} (not a bound)", law)
