@@ -145,8 +145,10 @@ class Sites(Mapping[str, Site]):
             )
         for name, site in self.items():
             if set(adapters[name]) != set(site.factors):
-                expected, got = " and ".join(map(repr, site.factors)), sorted(adapters[name])
-                raise ValueError(f"the adapter of {name!r} needs the factors {expected}; got {got}")
+                needed = " and ".join(map(repr, site.factors))
+                raise ValueError(
+                    f"the adapter of {name!r} needs the factors {needed}; got {sorted(adapters[name])}"
+                )
             for factor, expected in site.shapes.items():
                 got = jnp.shape(adapters[name][factor])
                 if got != expected:

@@ -1,6 +1,6 @@
-"""A guide put together from families, one for each site or for several sites at once.
+r"""A guide put together from families, one for each site or for several sites at once.
 
-    guide = Guide(model.prior, {r"lm_head\\..*": full(), ".*": flow()})
+    guide = Guide(model.prior, {r"lm_head\..*": full(), ".*": flow()})
 
 A *family* maps the latent sites that it is given to the distribution of each: an ordinary function of a
 `Latent` for families that treat every site alike (`per_site`), a function of all of them for families that

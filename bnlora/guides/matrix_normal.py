@@ -38,8 +38,9 @@ def matrix_normal(*, init_scale: float = 0.01, max_parameters: int = MAX_PARAMET
         total = math.prod(latent.batch) * sum(d * (d + 1) // 2 for d in shape)
         if total > max_parameters:
             raise ValueError(
-                f"a matrix normal over the {shape[0]:,} x {shape[1]:,} matrices of {latent.name!r} has {total:,} "
-                f"parameters, more than max_parameters={max_parameters:,}; low_rank() has no covariance of a whole side"
+                f"a matrix normal over the {shape[0]:,} x {shape[1]:,} matrices of {latent.name!r} has "
+                f"{total:,} parameters, more than max_parameters={max_parameters:,}; low_rank(rank=8) has "
+                f"{math.prod(latent.shape) * 10:,}"
             )
         R, C = (
             latent.parameter(

@@ -30,9 +30,9 @@ def mean_field(*, init_scale: float = 0.01) -> Family:
 
 
 def blob(*, epsilon: float = 0.05) -> Family:
-    """Mean-field Gaussian whose scale is the square of a free parameter.
+    r"""Mean-field Gaussian whose scale is the square of a free parameter.
 
-    BLoB uses it for the factors `a` and points for `b`: `{r".*\\.a": blob(), r".*\\.b": delta()}`.
+    BLoB uses it for the factors `a` and points for `b`: `{r".*\.a": blob(), r".*\.b": delta()}`.
 
     Args:
         epsilon: The roots of the scales start uniform on `[epsilon / sqrt(2), epsilon]`.

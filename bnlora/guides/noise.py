@@ -1,5 +1,4 @@
-r"""Noise that completes a conditional W | U: q(E) = N(0, lam^2), with one `lam` for each layer in (0,
-lam_max].
+r"""Noise that completes a conditional W | U: q(E) = N(0, lam^2), one `lam` in (0, lam_max] for each layer.
 
 KL(q(W|U) || p(W|U)) = d_o d_i (rho^2 / 2 - log rho - 1 / 2), rho = lam over the prior's own: in closed form,
 and the same whether the site is the whitened `E` or the weights `W` themselves.

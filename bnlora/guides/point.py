@@ -28,9 +28,9 @@ def delta() -> Family:
 
 
 def dropout(*, rate: float = 0.1) -> Family:
-    """A point whose input columns are dropped at random: Monte Carlo dropout, not a bound.
+    r"""A point whose input columns are dropped at random: Monte Carlo dropout, not a bound.
 
-    Meant for factors (`{r".*\\.a": dropout(), ".*": delta()}`), whose columns are the inputs of a layer.
+    Meant for factors (`{r".*\.a": dropout(), ".*": delta()}`), whose columns are the inputs of a layer.
 
     Args:
         rate: Probability of dropping a column, in (0, 1).

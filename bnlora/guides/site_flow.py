@@ -51,7 +51,7 @@ def SiteFlow(
         SiteFlow(1,608 parameters)
           w (3, 9): Gaussian with row-shared flow, 1,608
     """
-    options = {"hidden": hidden, "blocks": blocks, "init_scale": init_scale}
+    options: dict[str, Any] = {"hidden": hidden, "blocks": blocks, "init_scale": init_scale}
     variants = {"row-shared": row_shared, "iaf": iaf}
     if flow not in variants:
         near = difflib.get_close_matches(str(flow), get_args(Flow), n=1, cutoff=0.0)[0]

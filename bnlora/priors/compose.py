@@ -61,7 +61,7 @@ def by_family(priors: Mapping[str, Prior]) -> Prior:
         orphans = [name for name, pattern in chosen.items() if pattern is None]
         if orphans:
             raise ValueError(f"no pattern of {list(priors)} matches the families {orphans}")
-        filled = {}
+        filled: dict[str, Mapping] = {}
         for pattern, part in priors.items():
             asked = sites.only(families=[name for name in sites if chosen[name] == pattern])
             filled |= _filled(part, asked, f"the families of {pattern!r}")

@@ -31,7 +31,6 @@ from bnlora.priors.hyper import (
     Learned,
     by_factor,
     hyper_value,
-    is_random,
     learned,
     require_positive,
 )
@@ -128,7 +127,7 @@ _ZERO = {"start": "zero"}
 def _require_unit(name: str, hyper: Hyper) -> None:
     if isinstance(hyper, Learned):
         valid = hyper.constraint is constraints.unit_interval and 0 < hyper.start < 1
-    elif is_random(hyper):
+    elif isinstance(hyper, dist.Distribution):
         upper = getattr(hyper.support, "upper_bound", None)
         require_positive(name, hyper)
         valid = upper is not None and bool(np.all(np.asarray(upper) <= 1))

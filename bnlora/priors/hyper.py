@@ -9,7 +9,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,8 @@ class Learned:
     constraint: Any = field(default_factory=lambda: constraints.softplus_positive)
 
 
-Hyper = float | Array | Learned | dist.Distribution
-ByFactor = Hyper | Mapping[str, Hyper]
+Hyper: TypeAlias = float | Array | Learned | dist.Distribution
+ByFactor: TypeAlias = Hyper | Mapping[str, Hyper]
 """One hyper-parameter for both factors, or one for each as `{"a": ..., "b": ...}`."""
 
 
