@@ -231,9 +231,6 @@ def test_compiled_and_uncompiled_runs_agree():
     np.testing.assert_allclose(y, facts(name, 5)["y"], atol=1e-12)
 
 
-# Affine autoregressive maps.
-
-
 @pytest.mark.parametrize(("features", "hidden"), [(9, 16), (9, 8), (9, 3), (72, 16), (2, 1), (1, 4)])
 def test_masks_reach_earlier_entries_and_nothing_else(features, hidden):
     first, middle, last = autoregressive.conditioner_masks(features, hidden)
@@ -249,9 +246,6 @@ def test_rows_share_weights():
     row = jax.random.normal(jax.random.key(7), (4,))
     y = jax.jit(lambda x: flow(x))(jnp.broadcast_to(row, (LAYERS, 3, 4)))
     np.testing.assert_allclose(y, jnp.broadcast_to(y[:, :1], y.shape), atol=1e-6)
-
-
-# Spline couplings.
 
 
 def test_a_coupling_leaves_one_half_and_bends_the_other_entry_by_entry():
@@ -302,9 +296,6 @@ def test_too_many_bins_and_an_empty_interval_are_refused():
         flows.SplineCoupling((), bound=0)
 
 
-# Block neural maps.
-
-
 def test_block_network_agrees_with_that_of_numpyro():
     """NumPyro normalises columns and scales them back, so its scales are set to the norms."""
     features, widths = 4, [1, 3, 3, 1]
@@ -331,9 +322,6 @@ def test_block_network_agrees_with_that_of_numpyro():
         expected, expected_derivative = theirs(net, x)
         np.testing.assert_allclose(y, expected, atol=1e-12)
         np.testing.assert_allclose(log_derivative, expected_derivative, atol=1e-9)
-
-
-# Sizes.
 
 
 @pytest.mark.parametrize(
