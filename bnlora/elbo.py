@@ -25,7 +25,7 @@ from numpyro.distributions.transforms import biject_to
 from numpyro.infer import TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoGuide
 
-from bnlora.flows import RowSharedAffine
+from bnlora.flows import flow_log_determinant
 from bnlora.typing import NOISE
 
 TERMS = ("elbo", "data", "inducing_kl", "conditional_kl", "flow_logdet")
@@ -96,10 +96,7 @@ def _logdet(site: dict) -> Array:
     if site["type"] != "sample" or not site["intermediates"]:
         return jnp.zeros(())
     steps = zip(site["fn"].transforms, site["intermediates"], strict=True)
-    return sum(
-        (jnp.sum(step[1]) for transform, step in steps if isinstance(transform, RowSharedAffine)),
-        start=jnp.zeros(()),
-    )
+    return sum((flow_log_determinant(transform, step[1]) for transform, step in steps), start=jnp.zeros(()))
 
 
 def initial_parameters(
