@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-import optax
 import pytest
 from jax.test_util import check_grads
 from numpyro.infer import Trace_ELBO
@@ -16,7 +15,7 @@ from numpyro.infer.autoguide import AutoMultivariateNormal
 from bnlora import gp, guides, priors
 from bnlora.elbo import elbo_terms, initial_parameters
 from bnlora.posterior import adapters_at, draw_adapters, draw_sites
-from bnlora.testing import linear_gaussian
+from bnlora.testing import linear_gaussian, maximise_bound
 
 SIGMA, SHAPE = 0.8, (3, 4)
 
@@ -41,23 +40,7 @@ def estimates(model, guide, params, size=400, seed=1):
 
 
 def optimise(model, guide, steps=1500, rate=0.02, learn=lambda name: True):
-    params, constrain = initial_parameters(jax.random.key(2), model, guide)
-    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
-
-    @jax.jit
-    def run(params):
-        def step(carry, key):
-            params, state = carry
-            loss = lambda p: -elbo_terms(key, constrain(p), model, guide, num_particles=4)["elbo"]  # noqa: E731
-            gradient = jax.grad(loss)(params)
-            gradient = {n: g if learn(n) else jnp.zeros_like(g) for n, g in gradient.items()}
-            updates, state = optimizer.update(gradient, state)
-            return (optax.apply_updates(params, updates), state), None
-
-        keys = jax.random.split(jax.random.key(3), steps)
-        return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
-
-    return constrain(run(params))
+    return maximise_bound(jax.random.key(2), model, guide, num_steps=steps, learning_rate=rate, learn=learn)
 
 
 def mean_and_error(x):

@@ -1,10 +1,10 @@
 """Families of vectors: one law over all numbers of a layer, of a family of layers, or of several sites.
 
-| `over`   | what is one vector                        | how it reaches the sites                             |
-|----------|-------------------------------------------|------------------------------------------------------|
-| "layer"  | a layer's part of a site (the default)    | a distribution with the layers as batch axis         |
-| "family" | a site with all its layers                | an auxiliary site `<site>.q.vector`, cut to shape    |
-| "all"    | all the sites that the pattern matches    | the same, cut into all of them                       |
+| `over`   | what is one vector                     | how it reaches the sites                          |
+|----------|----------------------------------------|---------------------------------------------------|
+| "layer"  | a layer's part of a site (the default) | a distribution with the layers as batch axis      |
+| "family" | a site with all its layers             | an auxiliary site `<site>.q.vector`, cut to shape |
+| "all"    | all the sites that the pattern matches | the same, cut into all of them                    |
 """
 
 import math
