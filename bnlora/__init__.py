@@ -15,6 +15,7 @@ measure, diagnose.
 """
 
 from bnlora import guides as guides
+from bnlora import inference as inference
 from bnlora import metrics as metrics
 from bnlora import priors as priors
 from bnlora.base import Base as Base
@@ -24,14 +25,15 @@ from bnlora.checkpoint import load_fit as load_fit
 from bnlora.checkpoint import save_fit as save_fit
 from bnlora.data import Batch as Batch
 from bnlora.diagnostics import to_arviz as to_arviz
+from bnlora.fits import Fit as Fit
+from bnlora.fits import FitDiverged as FitDiverged
 from bnlora.model import Classifier as Classifier
+from bnlora.predict import Posterior as Posterior
 from bnlora.predict import Prediction as Prediction
 from bnlora.predict import predict as predict
 from bnlora.sites import Site as Site
 from bnlora.sites import Sites as Sites
 from bnlora.sites import select as select
-from bnlora.svi import Fit as Fit
-from bnlora.svi import FitDiverged as FitDiverged
 from bnlora.svi import fit as fit
 from bnlora.text import TextData as TextData
 from bnlora.text import text_classification as text_classification

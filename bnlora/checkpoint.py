@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from bnlora.data import Batch
 from bnlora.elbo import initial_parameters
-from bnlora.svi import Fit
+from bnlora.fits import Fit
 
 FORMAT = 1
 ARRAYS, RECORD = "fit.safetensors", "fit.json"

@@ -19,10 +19,10 @@ from bnlora.checkpoint import RECORD, load_fit, save_fit
 from bnlora.data import Batch
 from bnlora.demo import LEARNING_RATES, SIZES, demo_page, run_demo
 from bnlora.experiment import BAYES, LORA
+from bnlora.fits import Fit, FitDiverged
 from bnlora.predict import Prediction, predict
 from bnlora.recipe import PriorName, Recipe, Schedule
 from bnlora.report import RELIABILITY_CAPTION, page, reliability_figure
-from bnlora.svi import Fit, FitDiverged
 from bnlora.tables import read_table, require_writable, write_table
 from bnlora.text import TextData, Truncate
 

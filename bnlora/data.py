@@ -55,6 +55,20 @@ class Batch:
         return f"Batch({len(self)} rows of {self.tokens.shape[1]} positions{cached})"
 
 
+def check_labels(name: str, rows: Batch, classes: int) -> None:
+    """Raise `ValueError` unless there are rows, all with labels below `classes`; `name` says whose."""
+    if not len(rows):
+        raise ValueError(f"the {name} rows must be at least one; got none")
+    labels = np.asarray(rows.labels)
+    if labels.min() < 0:
+        raise ValueError(f"the {name} rows have no labels (-1); read them with `label=` naming their column")
+    if labels.max() >= classes:
+        raise ValueError(
+            f"the {name} rows have labels up to {labels.max()}, but the model has {classes} classes; give it "
+            "the label ids of the same data"
+        )
+
+
 def minibatches(key: Array, num_rows: int, batch_size: int) -> Iterator[np.ndarray]:
     """An endless stream of row indices, `batch_size` at a time, from shuffled epochs.
 

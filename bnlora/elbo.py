@@ -13,6 +13,7 @@ Reference: Lin et al. (2026), arXiv 2601.21003; conditions for the bound: one K 
 `lam` in the guide alone, a normalised likelihood, exact N/B scaling.
 """
 
+import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ from numpyro.infer import TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoGuide
 
 from bnlora.flows import flow_log_determinant
-from bnlora.typing import NOISE
+from bnlora.typing import NOISE, Parameters
 
 TERMS = ("elbo", "data", "inducing_kl", "conditional_kl", "flow_logdet")
 """Names of the reported terms, in nats over the whole data set."""
@@ -100,12 +101,23 @@ def _logdet(site: dict) -> Array:
 
 
 def initial_parameters(
-    key: Array, model: Any, guide: Callable, *args
+    key: Array, model: Any, guide: Callable, *args, start: Parameters | None = None
 ) -> tuple[dict[str, Array], Callable[[dict], dict]]:
     """Start values of every parameter of prior and guide, without running the language model.
 
+    Args:
+        key: Random key of the start values.
+        model: The NumPyro model, with `prior` as an attribute.
+        guide: The NumPyro guide.
+        *args: Arguments of the guide.
+        start: Constrained values to start from instead, one for each parameter.
+
     Returns:
         The unconstrained values by name and the map from them to the constrained ones.
+
+    Raises:
+        ValueError: When `start` lacks a parameter, has another name or shape, or a value that its
+            constraint does not allow.
     """
     guide_key, prior_key = jax.random.split(key)
     transforms: dict[str, Any] = {}
@@ -121,12 +133,38 @@ def initial_parameters(
         for name, site in sites.items():
             transforms[name] = biject_to(site["kwargs"].get("constraint", constraints.real))
         # A parameter may be a tree of arrays: NumPyro's flows keep a whole network under one name.
-        start = {n: jax.tree.map(transforms[n].inv, s["value"]) for n, s in sites.items()}
+        values = {n: jax.tree.map(transforms[n].inv, s["value"]) for n, s in sites.items()}
         # Without JAX's mark for literals, which the first update would remove: a second trace of the step.
-        return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), start)
+        return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), values)
 
     unconstrained = jax.jit(start_values)(guide_key, prior_key)
-    return unconstrained, lambda values: {n: jax.tree.map(transforms[n], x) for n, x in values.items()}
+
+    def constrain(values: dict) -> dict:
+        return {n: jax.tree.map(transforms[n], x) for n, x in values.items()}
+
+    if start is None:
+        return unconstrained, constrain
+    _check_start(jax.eval_shape(constrain, unconstrained), start)
+    given = {n: jax.tree.map(transforms[n].inv, start[n]) for n in unconstrained}
+    for name, value in given.items():
+        if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(value)):
+            raise ValueError(
+                f"the start of {name!r} must lie inside its constraint; it is on its edge or beyond"
+            )
+    return jax.tree.map(lambda like, x: jnp.asarray(x, like.dtype), unconstrained, given), constrain
+
+
+def _check_start(like: Parameters, start: Parameters) -> None:
+    """Raise unless `start` has the names, the trees and the shapes of `like`."""
+    if set(start) != set(like):
+        wrong = sorted(set(start) ^ set(like))[0]
+        problem = "lacks" if wrong in like else "has, beside the parameters of this guide and prior,"
+        near = difflib.get_close_matches(wrong, set(start if wrong in like else like), n=1, cutoff=0.0)
+        raise ValueError(f"the start {problem} {wrong!r}; nearest is {near[0] if near else 'nothing'!r}")
+    for name, value in like.items():
+        wanted, got = (jax.tree.map(jnp.shape, tree) for tree in (value, start[name]))
+        if wanted != got:
+            raise ValueError(f"the start of {name!r} must have shape {wanted}; got {got}")
 
 
 def _parameters(trace: dict) -> dict[str, Array]:

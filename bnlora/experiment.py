@@ -16,9 +16,9 @@ from bnlora import metrics
 from bnlora.base import Base
 from bnlora.cache import cache_prefix
 from bnlora.display import Table
+from bnlora.fits import Fit
 from bnlora.predict import Prediction, predict
 from bnlora.recipe import Recipe, Schedule
-from bnlora.svi import Fit
 from bnlora.text import TextData
 from bnlora.validation import EarlyStopping
 

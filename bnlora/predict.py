@@ -8,7 +8,7 @@ layers above one after the other, so memory does not grow with their number.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -19,6 +19,22 @@ from rich.console import Console
 from bnlora.data import Batch, parts
 from bnlora.progress import track
 from bnlora.typing import Adapters
+
+
+class Posterior(Protocol):
+    """Whatever gives draws of a classifier's adapters: a `Fit`, or a member of `bnlora.inference`.
+
+    Prediction and metrics ask no more of it, so every way of inference is measured by the same code.
+    """
+
+    @property
+    def model(self) -> Any:
+        """The classifier."""
+        ...
+
+    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
+        """Posterior adapters with a leading draw axis; the same key gives the same draws."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +82,7 @@ class Prediction:
 
 def predict(
     key: Array,
-    fit: Any,
+    fit: Posterior,
     data: Batch,
     *,
     num_samples: int = 32,
@@ -77,7 +93,7 @@ def predict(
 
     Args:
         key: Random key of the draws; the same key gives the same draws for any data.
-        fit: A fit, with `model` and `draw_adapters`.
+        fit: A fit, or any other posterior.
         data: Rows to predict; labels are not read.
         num_samples: Number of posterior draws S.
         batch_size: Rows to run at a time; peak memory is that of one draw of so many rows.

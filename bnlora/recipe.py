@@ -16,9 +16,10 @@ from bnlora import guides, priors
 from bnlora.assets import fetch_smollm2
 from bnlora.base import Base, load
 from bnlora.data import Batch
+from bnlora.fits import Fit
 from bnlora.model import Classifier
 from bnlora.sites import select
-from bnlora.svi import Fit, fit
+from bnlora.svi import fit
 from bnlora.text import TextData, Truncate, text_classification
 
 PriorName = Literal["sparse-gp", "normal", "none"]

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from bnlora import metrics
 from bnlora.display import Table
+from bnlora.fits import Fit
 from bnlora.predict import Prediction
-from bnlora.svi import Fit
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,87 +19,15 @@ from jax import Array
 from rich.console import Console
 
 from bnlora.cache import cache_prefix
-from bnlora.data import Batch, minibatches
+from bnlora.data import Batch, check_labels, minibatches
 from bnlora.elbo import TERMS, elbo_terms, initial_parameters
-from bnlora.posterior import draw_adapters
+from bnlora.fits import Fit, FitDiverged
 from bnlora.progress import progress_bar
-from bnlora.typing import Adapters, Parameters
+from bnlora.typing import Parameters
 from bnlora.validation import EarlyStopping, Validation
 
 GROUPS = {"lam": (".lam",), "scale": (".scale", "_scale")}
 """Endings of the names of parameters with an optimiser of their own; all others are locations."""
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A fitted guide, with the record of how it was fitted.
-
-    Attributes:
-        model: The classifier.
-        guide: The guide.
-        params: Fitted NumPyro parameters of prior and guide, constrained, by name.
-        history: One array over steps for each term of the bound, in nats over the whole data set.
-        validation: Steps and mean negative log-likelihood on the validation rows, where given.
-        train: The rows that were fitted, with cached activations.
-        last_params: Parameters after the last step; those of `params` unless validation rows picked others.
-        best_step: Number of steps behind `params`.
-        skipped_steps: Steps that were skipped because something was not finite.
-        num_traces: How many times the step was traced; 1 unless something is wrong.
-        step_seconds: Wall time of each step; the first contains compilation.
-        draw_key: Random key of the draws that summaries of this fit use.
-        stopped: Why it ended: "steps" (all done), "patience", "interrupted" or "diverged".
-    """
-
-    model: Any
-    guide: Callable
-    params: dict[str, Array]
-    last_params: dict[str, Array]
-    history: dict[str, np.ndarray]
-    validation: dict[str, np.ndarray]
-    train: Batch
-    best_step: int
-    skipped_steps: int
-    num_traces: int
-    step_seconds: np.ndarray
-    draw_key: Array
-    stopped: str
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of trained parameters."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
-
-    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
-        """Posterior adapters with a leading draw axis; the same key gives the same draws."""
-        return self._compiled_draw(key, self.params, num_samples)
-
-    @cached_property
-    def _compiled_draw(self) -> Callable[..., Adapters]:
-        def draw(key: Array, params: Parameters, num_samples: int) -> Adapters:
-            return draw_adapters(key, self.model, self.guide, params, num_samples)
-
-        return jax.jit(draw, static_argnums=2)
-
-    def __repr__(self) -> str:
-        tail = {name: values[-min(len(values), 50) :].mean() for name, values in self.history.items()}
-        terms = ", ".join(f"{name} {tail[name]:,.1f}" for name in TERMS)
-        return (
-            f"Fit({len(self.train)} rows, {self.num_parameters:,} parameters, "
-            f"{len(self.step_seconds)} steps, {self.skipped_steps} skipped, best step {self.best_step})\n"
-            f"  nats, mean of the last 50 steps: {terms}"
-        )
-
-
-class FitDiverged(ValueError):
-    """Too many steps were not finite. `fit` holds the last finite state and the whole record."""
-
-    def __init__(self, fit: Fit, skip_budget: int):
-        super().__init__(
-            f"{fit.skipped_steps} of {len(fit.step_seconds)} steps gave a bound or gradient that is not "
-            f"finite, more than skip_budget={skip_budget}; lower the learning rate or the prior's scale "
-            "(the last finite state is in this error's `fit`)"
-        )
-        self.fit = fit
 
 
 class State(NamedTuple):
@@ -125,6 +52,8 @@ def fit(
     num_particles: int = 1,
     validation: Batch | None = None,
     early_stopping: EarlyStopping | None = None,
+    start: Parameters | None = None,
+    on_step: Callable[[int, Parameters], None] | None = None,
     skip_budget: int = 10,
     prefix_cache: Literal["memory", "off"] = "memory",
     console: Console | None = None,
@@ -145,6 +74,10 @@ def fit(
         num_particles: Guide draws averaged in a step.
         validation: Rows whose negative log-likelihood picks the best step.
         early_stopping: How often to look at them, and when to stop.
+        start: Parameters to start from, constrained, such as the `params` of another fit of this model and
+            guide; the start values of guide and prior when omitted.
+        on_step: Called after each step with the number of steps done and the constrained parameters, those
+            before the step where it was skipped.
         skip_budget: Steps that may be skipped as not finite before the fit stops.
         prefix_cache: Where activations below the adapters are kept, or `"off"`.
         console: Where to draw the progress bar; the terminal or notebook when omitted, and
@@ -156,21 +89,23 @@ def fit(
 
     Raises:
         ValueError: On sizes below one, rows without labels or with labels that the model has no class for,
-            or an early-stopping rule without validation rows.
+            an early-stopping rule without validation rows, or a `start` of other names or shapes than the
+            parameters of this guide and prior, or outside their constraints.
         FitDiverged: When more than `skip_budget` steps were not finite.
     """
     sizes = {"num_steps": num_steps, "batch_size": batch_size, "num_particles": num_particles}
     _check_sizes(sizes | {"number of rows": len(train)}, prefix_cache)
-    _check_labels("training", train, len(model.label_ids))
+    check_labels("training", train, len(model.label_ids))
     if validation is not None:
-        _check_labels("validation", validation, len(model.label_ids))
+        check_labels("validation", validation, len(model.label_ids))
     elif early_stopping is not None:
         raise ValueError("early_stopping needs validation rows; pass validation=...")
     if prefix_cache == "memory":
         train = cache_prefix(model, train, console=console)
         validation = None if validation is None else cache_prefix(model, validation, console=console)
     start_key, data_key, step_key, look_key, draw_key = jax.random.split(key, 5)
-    params, constrain = initial_parameters(start_key, model, guide, model.base.params, train[:1], len(train))
+    arguments = (model.base.params, train[:1], len(train))
+    params, constrain = initial_parameters(start_key, model, guide, *arguments, start=start)
     grouped = _by_group(params, optimizer, scale_optimizer or optax.adam(1e-2), clip_norm)
     loop = _Loop(model, guide, train, constrain, grouped, num_particles)
     state = State(params, grouped.init(params), jnp.zeros((), jnp.int32))
@@ -183,6 +118,8 @@ def fit(
             for step in range(num_steps):
                 state = loop.run(state, jax.random.fold_in(step_key, step), next(rows))
                 show(loop)
+                if on_step is not None:
+                    on_step(step + 1, constrain(state.params))
                 if int(state.skipped) > skip_budget:
                     stopped = "diverged"
                 elif look.should_stop(step + 1, state.params):
@@ -203,17 +140,6 @@ def _check_sizes(sizes: dict[str, int], prefix_cache: str) -> None:
             raise ValueError(f"{name} must be at least 1; got {value}")
     if prefix_cache not in ("memory", "off"):
         raise ValueError(f"prefix_cache must be 'memory' or 'off'; got {prefix_cache!r}")
-
-
-def _check_labels(name: str, rows: Batch, classes: int) -> None:
-    labels = np.asarray(rows.labels)
-    if labels.min() < 0:
-        raise ValueError(f"the {name} rows have no labels (-1); read them with `label=` naming their column")
-    if labels.max() >= classes:
-        raise ValueError(
-            f"the {name} rows have labels up to {labels.max()}, but the model has {classes} classes; give it "
-            "the label ids of the same data"
-        )
 
 
 def _by_group(

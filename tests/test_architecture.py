@@ -2,51 +2,62 @@
 
 import ast
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# A package is named after its folder. It stands on the floor given here, with every member that has none of
+# its own: `bnlora/inference/swag.py` is `inference.swag` and stands on the floor of `inference`.
 FLOORS = {
     "typing": 0, "data": 0, "assets": 0, "progress": 0, "display": 0, "tables": 0,
     "kernels": 0, "kernels.api": 0, "kernels.reference": 0,
-    "gp": 1, "sites": 1, "metrics": 1, "text": 1,
+    "gp": 1, "distributions": 1, "sites": 1, "metrics": 1, "text": 1,
     "models": 1, "models.layers": 1, "models.gguf": 1, "models.loading": 1,
     "priors": 2, "flows": 2, "models.llama": 2,
-    "base": 3, "model": 3, "guides": 3, "elbo": 3, "posterior": 3, "cache": 3,
-    "svi": 4, "predict": 4, "validation": 4, "testing": 4,
+    "base": 3, "model": 3, "guides": 3, "elbo": 3, "posterior": 3, "cache": 3, "density": 3,
+    "svi": 4, "fits": 4, "predict": 4, "validation": 4, "testing": 4,
     "diagnostics": 5, "checkpoint": 5, "report": 5, "recipe": 5, "experiment": 5,
+    "inference": 5,
     "__init__": 6, "cli": 6, "demo": 6, "__main__": 7,
 }  # fmt: skip
-# Real folders inside bnlora/: their members stand on the package's floor and know each other.
-PACKAGES = sorted(
-    path.name
-    for path in (ROOT / "bnlora").iterdir()
-    if (path / "__init__.py").exists() and not path.is_symlink()
-)
 # Within a floor these pairs are allowed: the right one is part of the left one's own job.
 SAME_FLOOR = {
-    ("svi", "validation"), ("validation", "predict"), ("cli", "demo"), ("experiment", "recipe"),
-    ("kernels.api", "kernels.reference"), ("models.loading", "models.gguf"),
+    ("distributions", "gp"), ("density", "guides"), ("density", "posterior"), ("svi", "fits"), ("svi", "validation"),
+    ("validation", "predict"), ("cli", "demo"), ("experiment", "recipe"),
+    ("kernels.api", "kernels.reference"), ("models.loading", "models.gguf"), ("guides", "flows"),
 }  # fmt: skip
 
 
 def sources() -> dict[str, Path]:
+    """Every file of the library by the name that follows `bnlora.` when it is imported."""
     found = {path.stem: path for path in (ROOT / "bnlora").glob("*.py")}
-    for folder in (ROOT / "models", ROOT / "kernels", *(ROOT / "bnlora" / name for name in PACKAGES)):
+    for folder in packages():
         for path in folder.glob("*.py"):
             found[folder.name if path.stem == "__init__" else f"{folder.name}.{path.stem}"] = path
     return found
 
 
-def package(module: str) -> str | None:
-    """The package inside bnlora/ that a module is a member of or is itself."""
-    name = module.split(".")[0]
-    return name if name in PACKAGES else None
+def packages() -> list[Path]:
+    """Folders of packages below the library; two of them are links to the top of the repository."""
+    return [path.parent for path in sorted((ROOT / "bnlora").glob("*/__init__.py"))]
 
 
 def floor(module: str) -> int:
-    return FLOORS[package(module) or module]
+    return FLOORS[module] if module in FLOORS else FLOORS[package(module)]
+
+
+def package(module: str) -> str:
+    return module.split(".")[0]
+
+
+def is_allowed(module: str, target: str) -> bool:
+    """Whether a module may import another: from below, or what is part of its own job."""
+    if target == module or (module, target) in SAME_FLOOR or floor(target) < floor(module):
+        return True
+    # A package gathers its members, and they may use each other, but none of them the package as a whole.
+    return package(module) == package(target) != target and floor(target) == floor(module)
 
 
 def imports(path: Path) -> set[str]:
@@ -66,26 +77,39 @@ def inside(name: str) -> str | None:
     parts = name.split(".")
     if parts[0] != "bnlora":
         return None
+    known = sources()
     for end in (3, 2):
-        if ".".join(parts[1:end]) in sources():
+        if ".".join(parts[1:end]) in known:
             return ".".join(parts[1:end])
     return "__init__"
 
 
-def test_every_module_has_a_floor():
-    assert {package(module) or module for module in sources()} == set(FLOORS)
+def test_every_module_has_a_floor_and_every_floor_a_module():
+    found = sources()
+    assert {module for module in found if module not in FLOORS and package(module) not in FLOORS} == set()
+    assert set(FLOORS) <= set(found)
 
 
 @pytest.mark.parametrize("module", sorted(sources()))
 def test_imports_come_from_below(module):
     for name in imports(sources()[module]):
         target = inside(name)
-        if target is None or target == module or (module, target) in SAME_FLOOR:
-            continue
-        # A member may import another one, and the package any of them, but no member the package: a circle.
-        if package(module) is not None and package(module) == package(target) != target:
-            continue
-        assert floor(target) < floor(module), f"{module} imports {target}"
+        assert target is None or is_allowed(module, target), f"{module} imports {target}"
+
+
+def test_members_of_a_package_know_each_other_but_not_the_package():
+    assert is_allowed("inference", "inference.swag")
+    assert is_allowed("inference.swag", "inference.mode")
+    assert is_allowed("inference.swag", "svi")
+    assert not is_allowed("inference.swag", "inference")
+    assert not is_allowed("svi", "inference.swag")
+    assert not is_allowed("inference.swag", "recipe")
+    assert not is_allowed("models.layers", "models.llama")
+
+
+def test_the_project_file_names_every_package():
+    stated = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert set(stated["packages"]) == {"bnlora"} | {f"bnlora.{folder.name}" for folder in packages()}
 
 
 def test_kernels_import_jax_alone():

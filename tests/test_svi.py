@@ -245,3 +245,39 @@ def test_skipped_steps_within_the_budget_are_counted():
 def test_bad_input(changes, message):
     with pytest.raises(ValueError, match=message):
         run(*make(), **changes)
+
+
+def test_start_is_where_a_fit_starts():
+    """Another key and a step of no length: the parameters are those given, scales and `lam` included."""
+    model, guide = make(bl.priors.sparse_gp(rows=2, cols=2), targets=("lm_head",))
+    first = run(model, guide, num_steps=2)
+    still = {"optimizer": optax.sgd(0.0), "scale_optimizer": optax.sgd(0.0), "start": first.params}
+    again = bl.fit(jax.random.key(9), model, guide, TRAIN, num_steps=1, batch_size=16, **still)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), again.params, first.params)
+    assert again.num_traces == 1
+
+
+def test_start_of_other_parameters_is_refused():
+    model, guide = make(targets=("lm_head",))
+    params = run(model, guide, num_steps=1).params
+    name = "lm_head.a.q.scale"
+    renamed = {n.replace("lm_head.a.q.scale", "lm_head.a.scale"): x for n, x in params.items()}
+    for start, message in [
+        ({n: x for n, x in params.items() if n != name}, "the start lacks 'lm_head.a.q.scale'; nearest is"),
+        ({**params, "lm_head.c": 0.0}, "beside the parameters of this guide and prior, 'lm_head.c'; nearest"),
+        ({**params, name: params[name][:, :1, :3]}, r"'lm_head.a.q.scale' must have shape \(1, 2, 16\); got"),
+        ({**params, name: -params[name]}, "'lm_head.a.q.scale' must lie inside its constraint"),
+        (renamed, "nearest is 'lm_head"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(model, guide, num_steps=1, start=start)
+
+
+def test_every_step_is_shown_with_its_parameters():
+    seen = []
+    fit = run(
+        *make(targets=("lm_head",)), num_steps=3, on_step=lambda step, params: seen.append((step, params))
+    )
+    assert [step for step, _ in seen] == [1, 2, 3]
+    assert not same_tree(seen[0][1], seen[1][1])
+    jax.tree.map(np.testing.assert_array_equal, seen[-1][1], fit.last_params)

@@ -1,0 +1,172 @@
+r"""The prior's latent sites as one vector without constraints, and the densities that go with it.
+
+Every latent site x lives on a support; u = T^{-1}(x) with NumPyro's bijection T of that support has none.
+The vector holds the u of all sites, in the order of the trace, and
+
+    log p(u) = log p(T(u)) + log |det dT/du|,      log p(u, y) = log p(y | T(u)) + log p(u)
+
+with the minibatch's likelihood scaled by N / B through the plate of the model. Parameters of the prior are
+held at given values. Samplers and optimisers over vectors (`bnlora.inference`) build on this alone.
+
+Reference: Kucukelbir et al. (2017), Automatic differentiation variational inference, section 2.3.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+from numpyro import handlers
+from numpyro.distributions.transforms import biject_to
+
+from bnlora.guides import init_to_base
+from bnlora.posterior import adapters_at
+from bnlora.typing import Adapters, Parameters
+
+
+@dataclass(frozen=True)
+class Density:
+    """The joint density of a model over the unconstrained vector of its prior's latent sites.
+
+    Attributes:
+        model: The NumPyro model, with `prior` as an attribute.
+        params: Values of the prior's NumPyro parameters.
+        shapes: Unconstrained shape of each latent site by name, in the order of the vector.
+    """
+
+    model: Any
+    params: Parameters
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def size(self) -> int:
+        """Length of the vector."""
+        return sum(int(np.prod(shape)) for shape in self.shapes.values())
+
+    def log_prior(self, vector: Float[Array, " p"]) -> Float[Array, ""]:
+        """Log-density of the vector under the prior, in nats, Jacobians included."""
+        return self._log_density(self.model.prior, vector, ())
+
+    def log_joint(self, vector: Float[Array, " p"], *args: Any) -> Float[Array, ""]:
+        """Log prior plus scaled log-likelihood, in nats; `args` are those of the model."""
+        return self._log_density(self.model, vector, args)
+
+    def sites(self, vector: Float[Array, " p"]) -> dict[str, Array]:
+        """Constrained value of every latent site."""
+        trace, _ = self._at(self.model.prior, vector, ())
+        return {name: trace[name]["value"] for name in self.shapes}
+
+    def adapters(self, vector: Float[Array, " p"]) -> Adapters:
+        """The adapters that the prior makes of the vector."""
+        return adapters_at(self.model, self.params, self.sites(vector))
+
+    def vector(self, sites: Mapping[str, Array]) -> Float[Array, " p"]:
+        """The vector of given constrained sites: the inverse of `sites`.
+
+        Raises:
+            ValueError: When the names are not those of the latent sites, or a value is outside its support.
+        """
+        if set(sites) != set(self.shapes):
+            raise ValueError(f"the latent sites are {sorted(self.shapes)}; got {sorted(sites)}")
+        trace = _trace(self.model.prior, jax.random.key(0), data={**self.params, **sites})
+        parts = [biject_to(trace[n]["fn"].support).inv(jnp.asarray(trace[n]["value"])) for n in self.shapes]
+        joined = jnp.concatenate([part.ravel() for part in parts])
+        if not jnp.isfinite(joined).all():
+            raise ValueError("every site must lie inside its support; a given value is on its edge or beyond")
+        return joined
+
+    def start(self, key: Array) -> Float[Array, " p"]:
+        """Where fits of this library start: at zero where the prior says so, else at a draw of it."""
+        placed = handlers.substitute(self.model.prior, data=dict(self.params))
+        trace = _trace(placed, key, substitute_fn=init_to_base)
+        return self.vector({name: trace[name]["value"] for name in self.shapes})
+
+    def _log_density(self, program: Callable, vector: Array, args: tuple) -> Array:
+        trace, total = self._at(program, vector, args)
+        for site in trace.values():
+            if site["type"] == "sample":
+                scale = 1.0 if site["scale"] is None else site["scale"]
+                total = total + jnp.sum(scale * site["fn"].log_prob(site["value"]))
+        return total
+
+    def _at(self, program: Callable, vector: Array, args: tuple) -> tuple[dict, Array]:
+        """Run a program at the vector; its trace, and the sum of the log-determinants."""
+        free = _split(vector, self.shapes)
+        log_dets = []
+
+        def value(site: dict) -> Array | None:
+            if site["type"] != "sample" or site["name"] not in free:
+                return None
+            transform, u = biject_to(site["fn"].support), free[site["name"]]
+            x = transform(u)
+            log_dets.append(jnp.sum(transform.log_abs_det_jacobian(u, x)))
+            return x
+
+        # A support may depend on the sites before it, so values are made while the program runs.
+        placed = handlers.substitute(program, data=dict(self.params))
+        trace = _trace(placed, jax.random.key(0), *args, substitute_fn=value)
+        return trace, sum(log_dets, start=jnp.zeros(()))
+
+
+def density(model: Any, params: Parameters) -> Density:
+    """The unconstrained view of a model's prior.
+
+    Args:
+        model: A NumPyro model with `prior` as an attribute.
+        params: Values of the prior's NumPyro parameters by name; others in it are ignored, so the `params`
+            of a fit will do, and `{}` where the prior has none.
+
+    Raises:
+        ValueError: When the prior has no latent site, a discrete one, or a parameter without a value.
+    """
+    declared, latent = _declared(model.prior)
+    absent = [name for name in declared if name not in params]
+    if absent:
+        raise ValueError(
+            f"the prior has parameters, of which {absent[0]!r} has no value; pass `params`, such as "
+            "`fit.params`"
+        )
+    if not latent:
+        raise ValueError(
+            "a density needs a prior with latent sites, such as priors.normal(); this one has none"
+        )
+    for name, (kind, shape) in latent.items():
+        if shape is None:
+            raise ValueError(f"latent sites must be continuous; {name!r} is {kind}")
+    return Density(model, {n: params[n] for n in declared}, {n: shape for n, (_, shape) in latent.items()})
+
+
+def _declared(prior: Callable) -> tuple[list[str], dict[str, tuple[str, Any]]]:
+    """Names of the prior's parameters; law and unconstrained shape of each latent site (none if discrete)."""
+    params: list[str] = []
+    latent: dict[str, tuple[str, Any]] = {}
+
+    def run(key: Array) -> None:
+        for name, site in _trace(prior, key).items():
+            if site["type"] == "param":
+                params.append(name)
+            elif site["type"] == "sample" and not site["is_observed"]:
+                fn = site["fn"]
+                free = None if fn.support.is_discrete else biject_to(fn.support).inverse_shape(fn.shape())
+                latent[name] = type(fn).__name__, free
+
+    jax.eval_shape(run, jax.random.key(0))  # names and shapes alone: nothing is computed
+    return params, latent
+
+
+def _trace(program: Callable, key: Array, *args: Any, **values: Any) -> dict[str, dict]:
+    # The key comes inside, for start strategies draw with the key that the site has got by then.
+    placed = (
+        handlers.substitute(handlers.seed(program, key), **values) if values else handlers.seed(program, key)
+    )
+    return handlers.trace(placed).get_trace(*args)
+
+
+def _split(vector: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
+    parts = jnp.split(vector, ends[:-1])
+    return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}

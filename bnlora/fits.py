@@ -1,0 +1,93 @@
+r"""What a fit hands over: the fitted guide, and the record of how it came about.
+
+    q(adapters) = law of prior(sites), sites ~ guide(params)
+
+A `Fit` is the first of the posteriors that `predict` takes (`bnlora.predict.Posterior`); the others are in
+`bnlora.inference`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from bnlora.data import Batch
+from bnlora.elbo import TERMS
+from bnlora.posterior import draw_adapters
+from bnlora.typing import Adapters, Parameters
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted guide, with the record of how it was fitted.
+
+    Attributes:
+        model: The classifier.
+        guide: The guide.
+        params: Fitted NumPyro parameters of prior and guide, constrained, by name.
+        history: One array over steps for each term of the bound, in nats over the whole data set.
+        validation: Steps and mean negative log-likelihood on the validation rows, where given.
+        train: The rows that were fitted, with cached activations.
+        last_params: Parameters after the last step; those of `params` unless validation rows picked others.
+        best_step: Number of steps behind `params`.
+        skipped_steps: Steps that were skipped because something was not finite.
+        num_traces: How many times the step was traced; 1 unless something is wrong.
+        step_seconds: Wall time of each step; the first contains compilation.
+        draw_key: Random key of the draws that summaries of this fit use.
+        stopped: Why it ended: "steps" (all done), "patience", "interrupted" or "diverged".
+    """
+
+    model: Any
+    guide: Callable
+    params: dict[str, Array]
+    last_params: dict[str, Array]
+    history: dict[str, np.ndarray]
+    validation: dict[str, np.ndarray]
+    train: Batch
+    best_step: int
+    skipped_steps: int
+    num_traces: int
+    step_seconds: np.ndarray
+    draw_key: Array
+    stopped: str
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained parameters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
+        """Posterior adapters with a leading draw axis; the same key gives the same draws."""
+        return self._compiled_draw(key, self.params, num_samples)
+
+    @cached_property
+    def _compiled_draw(self) -> Callable[..., Adapters]:
+        def draw(key: Array, params: Parameters, num_samples: int) -> Adapters:
+            return draw_adapters(key, self.model, self.guide, params, num_samples)
+
+        return jax.jit(draw, static_argnums=2)
+
+    def __repr__(self) -> str:
+        tail = {name: values[-min(len(values), 50) :].mean() for name, values in self.history.items()}
+        terms = ", ".join(f"{name} {tail[name]:,.1f}" for name in TERMS)
+        return (
+            f"Fit({len(self.train)} rows, {self.num_parameters:,} parameters, "
+            f"{len(self.step_seconds)} steps, {self.skipped_steps} skipped, best step {self.best_step})\n"
+            f"  nats, mean of the last 50 steps: {terms}"
+        )
+
+
+class FitDiverged(ValueError):
+    """Too many steps were not finite. `fit` holds the last finite state and the whole record."""
+
+    def __init__(self, fit: Fit, skip_budget: int):
+        super().__init__(
+            f"{fit.skipped_steps} of {len(fit.step_seconds)} steps gave a bound or gradient that is not "
+            f"finite, more than skip_budget={skip_budget}; lower the learning rate or the prior's scale "
+            "(the last finite state is in this error's `fit`)"
+        )
+        self.fit = fit

@@ -1,0 +1,25 @@
+"""One sentence for a wrong option or number, in the words that all ways of inference share."""
+
+import difflib
+from collections.abc import Mapping
+
+
+def check_option(name: str, got: object, options: tuple[str, ...]) -> None:
+    """Raise `ValueError` unless `got` is one of the options; the message names the nearest."""
+    if got not in options:
+        near = difflib.get_close_matches(str(got), options, n=1, cutoff=0.0)
+        raise ValueError(f"{name} must be one of {options}; got {got!r}, nearest is {near[0]!r}")
+
+
+def check_at_least(values: Mapping[str, int], least: int) -> None:
+    """Raise `ValueError` unless every value, given by the name of its argument, is at least `least`."""
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}; got {value}")
+
+
+def check_positive(values: Mapping[str, float]) -> None:
+    """Raise `ValueError` unless every value, given by the name of its argument, is positive and finite."""
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be a positive number; got {value}")

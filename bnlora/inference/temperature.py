@@ -1,0 +1,56 @@
+r"""One temperature for every draw, chosen on validation rows.
+
+    p_T(y | x) = 1/S sum_s softmax(logits_s(x) / T)
+
+T minimises the mean negative log-likelihood of the mixture. For a single draw this is the temperature
+scaling of Guo et al. (2017); for several, each draw is divided and the mixture taken after, so that T = 1
+is the posterior's own prediction. T belongs to the report: no posterior is tempered by it.
+
+Reference: Guo et al. (2017), On calibration of modern neural networks, arXiv 1706.04599.
+"""
+
+import numpy as np
+from jaxtyping import Int
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+
+from bnlora import metrics
+from bnlora.inference.checks import check_positive
+from bnlora.predict import Prediction
+
+_LOG_TEMPERATURES = (-5.0, 5.0)  # 0.0067 to 148
+
+
+def tempered(prediction: Prediction, temperature: float) -> Prediction:
+    """The prediction with the log-probabilities of each draw divided by `temperature` and normalised again.
+
+    Raises:
+        ValueError: When the temperature is not positive.
+    """
+    check_positive({"temperature": temperature})
+    return Prediction(log_softmax(prediction.draw_log_probs / temperature, axis=-1))
+
+
+def fit_temperature(prediction: Prediction, labels: Int[np.ndarray, " n"]) -> float:
+    """The temperature of the least mean negative log-likelihood.
+
+    Args:
+        prediction: Prediction of validation rows.
+        labels: Class of each, shape (n,).
+
+    Raises:
+        ValueError: When the labels do not fit the prediction, or the negative log-likelihood has no minimum
+            inside the range searched, as when every row is classified rightly.
+    """
+    low, high = _LOG_TEMPERATURES
+
+    def loss(t: float) -> float:
+        return metrics.nll(tempered(prediction, float(np.exp(t))).log_probs, np.asarray(labels))
+
+    found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6}).x
+    if min(found - low, high - found) < 1e-2:
+        raise ValueError(
+            "the negative log-likelihood of these rows has no minimum between the temperatures "
+            f"{np.exp(low):.2g} and {np.exp(high):.3g}; take more validation rows, not all of one kind"
+        )
+    return float(np.exp(found))

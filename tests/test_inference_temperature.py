@@ -1,0 +1,49 @@
+"""Temperature: against logistic regression, by hand for a mixture, and where there is none."""
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax, softmax
+from sklearn.linear_model import LogisticRegression
+
+from bnlora import metrics
+from bnlora.inference import fit_temperature, tempered
+from bnlora.predict import Prediction
+
+RANDOM = np.random.default_rng(0)
+LOGITS = 4 * RANDOM.normal(size=(2, 200, 2))
+LABELS = (RANDOM.random(200) < softmax(LOGITS[0] / 3, axis=-1)[:, 1]).astype(int)
+
+
+def test_one_draw_is_logistic_regression_on_its_log_odds():
+    """Guo et al. (2017): 1/T is the slope of a regression without intercept or penalty."""
+    log_odds = LOGITS[0][:, 1:] - LOGITS[0][:, :1]
+    regression = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10).fit(log_odds, LABELS)
+    found = fit_temperature(Prediction(log_softmax(LOGITS[:1], axis=-1)), LABELS)
+    np.testing.assert_allclose(found, 1 / regression.coef_[0, 0], rtol=1e-4)
+    assert 2 < found < 4.5  # the labels were drawn at temperature 3
+
+
+def test_mixture_by_hand_and_its_minimum():
+    prediction = Prediction(log_softmax(LOGITS, axis=-1))
+    found = fit_temperature(prediction, LABELS)
+    by_hand = {t: np.mean(softmax(LOGITS / t, axis=-1), axis=0) for t in (found, 0.98 * found, 1.02 * found)}
+    np.testing.assert_allclose(tempered(prediction, found).probs, by_hand[found], atol=1e-12)
+    loss = {t: -np.log(p[np.arange(200), LABELS]).mean() for t, p in by_hand.items()}
+    assert min(loss, key=loss.get) == found
+    np.testing.assert_allclose(metrics.nll(tempered(prediction, found).log_probs, LABELS), loss[found])
+
+
+def test_temperature_one_changes_nothing_and_a_high_one_everything():
+    prediction = Prediction(log_softmax(LOGITS, axis=-1))
+    np.testing.assert_allclose(tempered(prediction, 1.0).draw_log_probs, prediction.draw_log_probs)
+    np.testing.assert_allclose(tempered(prediction, 1e9).probs, 0.5, atol=1e-6)
+
+
+def test_bad_input():
+    prediction = Prediction(log_softmax(LOGITS, axis=-1))
+    with pytest.raises(ValueError, match="temperature must be a positive number; got 0"):
+        tempered(prediction, 0)
+    right = LOGITS.mean(0).argmax(1)
+    separable = Prediction(log_softmax(LOGITS.mean(0, keepdims=True), axis=-1))
+    with pytest.raises(ValueError, match="has no minimum between the temperatures 0.0067 and 148"):
+        fit_temperature(separable, right)
