@@ -16,7 +16,9 @@ measure, diagnose.
 
 from bnlora import guides as guides
 from bnlora import metrics as metrics
+from bnlora import plots as plots
 from bnlora import priors as priors
+from bnlora import sbc as sbc
 from bnlora.base import Base as Base
 from bnlora.base import load as load
 from bnlora.cache import cache_prefix as cache_prefix
@@ -27,6 +29,9 @@ from bnlora.diagnostics import to_arviz as to_arviz
 from bnlora.model import Classifier as Classifier
 from bnlora.predict import Prediction as Prediction
 from bnlora.predict import predict as predict
+from bnlora.prior_predictive import PriorPredictive as PriorPredictive
+from bnlora.prior_predictive import prior_predictive as prior_predictive
+from bnlora.prior_predictive import scale_for_spread as scale_for_spread
 from bnlora.sites import Site as Site
 from bnlora.sites import Sites as Sites
 from bnlora.sites import select as select

@@ -5,10 +5,14 @@ independent N(0, sigma^2), the evidence and the posterior are known in closed fo
 may exceed the evidence.
 
 `tiny_base` and `tiny_rows`: a language model and a task so small that a fit takes seconds.
+
+`frozen_scale`: a guide that is wrong on purpose, which every check of a posterior must find out.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +21,7 @@ import numpyro
 import numpyro.distributions as dist
 from jax import Array
 from jaxtyping import Float
+from numpyro import handlers
 
 from bnlora.base import Base
 from bnlora.data import Batch
@@ -102,3 +107,25 @@ def tiny_rows(key: Array, num_rows: int, *, length: int = 8, vocabulary: int = 4
     tokens = jax.random.randint(k_tokens, (num_rows, length), 0, vocabulary)
     lengths = jax.random.randint(k_length, (num_rows, 1), 2, length + 1)
     return Batch(tokens, jnp.arange(length)[None, :] < lengths, tokens[:, 0] % 2)
+
+
+def frozen_scale(prior: Callable[..., Any], scale: float) -> Callable[..., None]:
+    """A guide of independent normals whose locations are fitted and whose scale never moves.
+
+    Args:
+        prior: The prior program; its latent sites must be real.
+        scale: Standard deviation of every entry. Much below that of the posterior it makes draws too
+            narrow, whatever the optimiser does.
+    """
+    trace = handlers.trace(handlers.seed(prior, jax.random.key(0))).get_trace()
+    latent = {n: s for n, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}
+
+    def guide(*args, **kwargs) -> None:
+        for name, site in latent.items():
+            loc = numpyro.param(f"{name}.q.loc", lambda key, site=site: site["fn"].sample(key))
+            with ExitStack() as plates:
+                for frame in site["cond_indep_stack"]:
+                    plates.enter_context(numpyro.plate(frame.name, frame.size, dim=frame.dim))
+                numpyro.sample(name, dist.Normal(loc, scale).to_event(site["fn"].event_dim))
+
+    return guide
