@@ -12,7 +12,7 @@ from datasets import Dataset
 from rich.console import Console
 from rich.markup import escape
 
-from bnlora import metrics
+from bnlora import metrics, plots
 from bnlora.assets import cache_folder
 from bnlora.base import Base
 from bnlora.checkpoint import RECORD, load_fit, save_fit
@@ -22,7 +22,7 @@ from bnlora.experiment import BAYES, LORA
 from bnlora.fits import Fit, FitDiverged
 from bnlora.predict import Prediction, predict
 from bnlora.recipe import PriorName, Recipe, Schedule
-from bnlora.report import RELIABILITY_CAPTION, page, reliability_figure
+from bnlora.report import page
 from bnlora.tables import read_table, require_writable, write_table
 from bnlora.text import TextData, Truncate
 
@@ -193,9 +193,9 @@ def evaluate(
         summary = metrics.summary(prediction, labels)
         Console().print(summary)
         if report is not None:
-            figure = reliability_figure({recipe.prior: {table.name: prediction}}, {table.name: labels})
+            figure = plots.reliability({recipe.prior: {table.name: prediction}}, {table.name: labels})
             title = f"{folder.name} on {table.name}"
-            _write(report, page(title, [summary.table, (figure, RELIABILITY_CAPTION)]))
+            _write(report, page(title, [summary.table, (figure, plots.RELIABILITY_CAPTION)]))
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 from rich.console import Console
 
+from bnlora import plots
 from bnlora.assets import LABELS, vader_splits
 from bnlora.experiment import BAYES, LORA, Comparison, compare
 from bnlora.recipe import Recipe, Schedule
-from bnlora.report import RELIABILITY_CAPTION, elbo_figure, page, reliability_figure
+from bnlora.report import page
 
 RECIPE = Recipe(words=tuple(f" {label}" for label in LABELS))
 """Adapters and prior of the demonstration, chosen on validation sentences (`benchmarks/README.md`)."""
@@ -63,8 +64,8 @@ def demo_page(comparison: Comparison, command: str) -> str:
             comparison.scores,
             comparison.differences,
             (
-                reliability_figure({m: comparison.predictions[m] for m in (LORA, BAYES)}, comparison.labels),
-                RELIABILITY_CAPTION,
+                plots.reliability({m: comparison.predictions[m] for m in (LORA, BAYES)}, comparison.labels),
+                plots.RELIABILITY_CAPTION,
             ),
             "# The objective",
             f"For plain LoRA it is the log-likelihood, for Bayesian-LoRA a lower bound on the log-evidence. "
@@ -72,9 +73,8 @@ def demo_page(comparison: Comparison, command: str) -> str:
             f"bound, but {gap:,.0f} nats of conditional KL make it loose, and it says nothing about which "
             "model is better.",
             (
-                elbo_figure({LORA: plain, BAYES: made}),
-                "Terms of the objective in nats over all training rows; pale: each step (one minibatch, one "
-                "draw), full: mean of the last 15 steps.",
+                plots.elbo({LORA: plain, BAYES: made}),
+                plots.ELBO_CAPTION,
             ),
             "# Cost",
             comparison.costs,

@@ -8,12 +8,13 @@ import pytest
 from matplotlib.figure import Figure
 
 import bnlora as bl
+from bnlora import plots
 from bnlora.demo import demo_page
 from bnlora.display import Table
 from bnlora.experiment import BAYES, EARLY, LORA, compare
 from bnlora.predict import Prediction
 from bnlora.recipe import Recipe, Schedule
-from bnlora.report import elbo_figure, page, reliability_figure
+from bnlora.report import page
 from bnlora.testing import tiny_base, tiny_rows
 from bnlora.text import TextData
 
@@ -79,7 +80,7 @@ def test_reliability_panels_show_the_error_that_the_metric_has():
     probs = random.dirichlet([1, 1], 300)
     labels = (random.random(300) > probs[:, 0]).astype(int)
     prediction = Prediction(np.log(probs)[None])
-    figure = reliability_figure({"method": {"rows": prediction}}, {"rows": labels})
+    figure = plots.reliability({"method": {"rows": prediction}}, {"rows": labels})
     (axes,) = figure.axes
     texts = [text.get_text() for text in axes.texts]
     assert texts == [f"ECE {bl.metrics.ece(np.log(probs), labels):.3f}"]
@@ -88,7 +89,7 @@ def test_reliability_panels_show_the_error_that_the_metric_has():
 
 
 def test_curves_of_the_objective_are_the_history(comparison):
-    figure = elbo_figure({BAYES: comparison.fits[BAYES]})
+    figure = plots.elbo({BAYES: comparison.fits[BAYES]})
     bound, data, divergences = figure.axes
     np.testing.assert_array_equal(bound.lines[0].get_ydata(), comparison.fits[BAYES].history["elbo"])
     np.testing.assert_array_equal(data.lines[0].get_ydata(), comparison.fits[BAYES].history["data"])

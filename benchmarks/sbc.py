@@ -1,0 +1,132 @@
+"""Which guides are calibrated? Simulation-based calibration on a tiny head: python benchmarks/sbc.py.
+
+A random Llama with its head alone adapted at rank 1, so that the exact posterior is within reach of
+importance resampling from the prior. Truths come from the prior, labels from the likelihood, and every
+guide is fitted anew to every data set. The table has a line for each prior, inference and function, with
+p-values adjusted over the functions; the picture shows the curves. A new guide is one more line in `GUIDES`.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import optax
+from matplotlib.figure import Figure
+from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from rich.console import Console
+
+import bnlora as bl
+from bnlora import plots, sbc
+from bnlora.calibration import Calibration
+from bnlora.display import Table
+from bnlora.testing import frozen_scale, tiny_base, tiny_rows
+
+SCALE = 1.5
+PRIORS: dict[str, Callable[[], bl.priors.Prior]] = {
+    "normal": partial(bl.priors.normal, scale=SCALE),
+    "sparse_gp": partial(bl.priors.sparse_gp, rows=2, cols=4, scale=SCALE),
+}
+# From a prior program to a guide.
+GUIDES: dict[str, Callable[..., Callable]] = {
+    "AutoNormal": partial(AutoNormal, init_loc_fn=bl.guides.init_to_base, init_scale=0.1),
+    "AutoMultivariateNormal": partial(
+        AutoMultivariateNormal, init_loc_fn=bl.guides.init_to_base, init_scale=0.1
+    ),
+    "SiteFlow": partial(bl.guides.SiteFlow, init_scale=0.1, lam_init=0.1),
+    "frozen scale 0.1 (wrong)": partial(frozen_scale, scale=0.1),
+}
+EXACT = "importance (reference)"
+HEADER = ("prior", "inference", "function", "mean p", "spread", "SBC p", "VSBC p", "draws are", "s")
+
+
+def inference(name: str, model: bl.Classifier, arguments: argparse.Namespace) -> sbc.Inference:
+    """The inference of a name: the reference, or SVI with one of the guides."""
+    if name == EXACT:
+        return sbc.importance_inference(
+            model, num_particles=arguments.particles, num_draws=arguments.draws, num_together=512
+        )
+    rate = optax.cosine_decay_schedule(arguments.rate, arguments.steps, alpha=0.05)
+    return sbc.svi_inference(
+        jax.random.key(arguments.seed + 1),
+        model,
+        GUIDES[name](model.prior),
+        optax.adam(rate),
+        num_steps=arguments.steps,
+        num_draws=arguments.draws,
+        num_particles=arguments.per_step,
+    )
+
+
+def rows_of(prior: str, name: str, result: Calibration, seconds: float) -> list[tuple[str, ...]]:
+    """The lines of the table for one inference; p-values are adjusted over its functions."""
+    lines = []
+    for k, row in enumerate(result.table.rows):
+        function, mean, spread, _, uniform, _, symmetric, direction = row
+        first = (prior, name) if k == 0 else ("", "")
+        lost = f", {int(result.failed.sum())} failed" if result.failed.any() and k == 0 else ""
+        lines.append(
+            (
+                *first,
+                function,
+                mean,
+                spread,
+                uniform,
+                symmetric,
+                direction + lost,
+                f"{seconds:.0f}" if k == 0 else "",
+            )
+        )
+    return lines
+
+
+def picture(results: dict[tuple[str, str], Calibration], path: Path) -> None:
+    """One row of panels for each inference."""
+    height, width = len(results), len(next(iter(results.values())).names)
+    figure = Figure(figsize=(2.5 * width, 2.1 * height + 0.8), layout="constrained")
+    for group, ((prior, name), result) in zip(figure.subfigures(height, 1), results.items(), strict=True):
+        axes = group.subplots(1, width, sharey=True)
+        plots.sbc(result, ax=axes)
+        for panel in axes[1:]:
+            panel.set_ylabel("")
+        group.suptitle(f"{name}, {prior} prior", fontsize=10, fontweight="bold")
+    figure.savefig(path, dpi=90)
+    print(f"{path}: ECDF of the ranks minus uniform; grey: simultaneous 95 % band; orange: rejected")
+
+
+def main() -> None:
+    """Calibrate every guide under every prior and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--simulations", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--per-step", type=int, default=1, help="guide draws averaged in a step")
+    parser.add_argument("--draws", type=int, default=63)
+    parser.add_argument("--particles", type=int, default=16384)
+    parser.add_argument("--rate", type=float, default=0.03)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--picture", type=Path, default=Path("sbc.png"))
+    parser.add_argument("--only", nargs="*", default=[EXACT, *GUIDES], help="names of inferences")
+    arguments = parser.parse_args()
+    base = tiny_base(jax.random.key(1), num_layers=2)
+    rows, sites = tiny_rows(jax.random.key(2), arguments.rows), bl.select(base, ["lm_head"], rank=1)
+    results, lines, groups = {}, [], set()
+    for prior, make in PRIORS.items():
+        model = bl.Classifier(base, sites, make(), label_ids=(3, 5))
+        for name in arguments.only:
+            began = time.perf_counter()
+            made = inference(name, model, arguments)
+            key = jax.random.key(arguments.seed)
+            result = sbc.run(key, model, made, rows, num_simulations=arguments.simulations)
+            groups.add(len(lines))
+            lines += rows_of(prior, name, result, time.perf_counter() - began)
+            results[prior, name] = result
+            print(f"{prior}, {name}: {result.verdict}", flush=True)
+    Console(width=130).print(Table(f"{arguments}", HEADER, tuple(lines), frozenset(groups)))
+    picture(results, arguments.picture)
+
+
+if __name__ == "__main__":
+    main()
