@@ -84,7 +84,7 @@ class MatrixConditional(dist.Distribution):
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         """Draws by the symmetric root of `Sigma`, shape `sample_shape + (layer, d_o, d_i)`."""
-        E = jax.random.normal(key, (*sample_shape, *self.batch_shape, *self.event_shape), self.V.dtype)
+        E = jax.random.normal(key, (*sample_shape, *self.V.shape[:-2], *self.event_shape), self.V.dtype)
         return self.mean + self._lam * self.sigma * gp.conditional_noise(E, self.rows, self.cols)
 
     def log_prob(self, value: Array) -> Array:
@@ -94,7 +94,8 @@ class MatrixConditional(dist.Distribution):
         # As F = Q sqrt(p), the square of F^T R F already carries p q: p q / (1 - p q) is 1 / (1 - p q) - 1.
         inner = jnp.swapaxes(self.rows.factor, -1, -2) @ R @ self.cols.factor
         quadratic = (R**2).sum((-2, -1)) + (inner**2 / gap).sum((-2, -1))
-        scale = jnp.broadcast_to(self._lam * self.sigma, (*self.batch_shape, *self.event_shape))
+        # The shape of `R` rather than `batch_shape`, which is that of before when layers are mapped by vmap.
+        scale = jnp.broadcast_to(self._lam * self.sigma, R.shape)
         logdet = jnp.log(gap).sum((-2, -1)) + 2 * jnp.log(scale).sum((-2, -1))
         return -0.5 * (quadratic + logdet + math.prod(self.event_shape) * math.log(2 * math.pi))
 

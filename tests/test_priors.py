@@ -120,7 +120,7 @@ def test_point_prior_has_no_random_variable_and_starts_like_lora():
         ({"inducing": "frame"}, "inducing must be one of .* got 'frame', nearest is 'frames'"),
         ({"oversize": "keep"}, "needs inducing='bases'"),
         ({"rows": 0}, "at least 1; got rows=0"),
-        ({"reliability": 1.0}, "strictly between 0 and 1; got 1.0"),
+        ({"reliability": 1.0}, "number strictly between 0 and 1; got 1.0"),
         ({"scale": -1.0}, "positive number"),
         ({"scale": {"a": 1.0}}, "one each for 'a' and 'b'"),
     ],

@@ -29,7 +29,7 @@ def ard(
         width: As in `normal`.
 
     Returns:
-        A prior with the sites of `normal` and `<family>.gain`, shape (layer, rank).
+        A prior with the sites of `normal` and `<family>.b.gain`, shape (layer, rank).
 
     Raises:
         ValueError: When a scale or gain may not be positive.
@@ -37,6 +37,6 @@ def ard(
     require_positive("gain", gain)
 
     def gains(site: Site) -> Array:
-        return hyper_value(f"{site.name}.gain", gain, event=(site.rank,), site=site)
+        return hyper_value(f"{site.name}.b.gain", gain, event=(site.rank,), site=site)
 
     return rank_gains(gains, scale=scale, width=width)

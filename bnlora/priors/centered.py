@@ -7,17 +7,34 @@ from typing import Any
 
 import jax.numpy as jnp
 from numpyro import handlers
+from numpyro.distributions import constraints
+from numpyro.primitives import Messenger
 
 from bnlora.priors.base import Prior
 from bnlora.sites import Sites
 from bnlora.typing import Adapters
 
 
+class _FactorsAtZero(Messenger):
+    """Factors that are parameters (`point`, `subspace`) start at zero; other parameters where they did."""
+
+    def __init__(self, sites: Sites):
+        super().__init__()
+        self.shapes = {
+            f"{name}.{f}": shape for name, site in sites.items() for f, shape in site.shapes.items()
+        }
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        """Replace the start, unless a value is given."""
+        if msg["type"] == "param" and msg["name"] in self.shapes:
+            msg["fn"], msg["args"] = lambda **_: jnp.zeros(self.shapes[msg["name"]]), ()
+
+
 def centered(prior: Prior, adapters: Adapters) -> Prior:
     """Another prior moved to given adapters.
 
     Args:
-        prior: The law of the deviations; both of its factors start at zero.
+        prior: The law of the deviations, which start at zero in both factors.
         adapters: The centre, by family and factor, of the shapes that the sites have.
 
     Returns:
@@ -26,8 +43,10 @@ def centered(prior: Prior, adapters: Adapters) -> Prior:
     """
 
     def at_zero(site: dict[str, Any]) -> dict[str, Any]:
-        # Hyper-parameters keep their start: a scale of zero is outside its support.
-        return {} if site["infer"].get("start") == "median" else {"start": "zero"}
+        # Only what can be zero starts there: a scale of zero would lie outside its support.
+        support = site["fn"].support
+        can_be_zero = getattr(support, "base_constraint", support) is constraints.real
+        return {"start": "zero"} if can_be_zero else {}
 
     def moved(sites: Sites) -> Adapters:
         centre = {
@@ -45,7 +64,7 @@ def centered(prior: Prior, adapters: Adapters) -> Prior:
             raise ValueError(
                 f"the adapters that the prior is centred on do not fit the sites: {error}"
             ) from error
-        with handlers.infer_config(config_fn=at_zero):
+        with handlers.infer_config(config_fn=at_zero), _FactorsAtZero(sites):
             deviation = prior(sites)
         return {
             name: {factor: centre[name][factor] + moved_by for factor, moved_by in pair.items()}

@@ -17,24 +17,23 @@ matrix.
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import Array
-from numpyro.distributions import constraints
 
 from bnlora import gp
 from bnlora.priors.base import START, Prior, Width, each_factor, layers, width_factor
 from bnlora.priors.hyper import (
     ByFactor,
     Hyper,
-    Learned,
     by_factor,
     hyper_value,
     learned,
+    require_number,
     require_positive,
+    require_unit,
 )
-from bnlora.priors.sides import frames_side
+from bnlora.priors.sides import frames_side, require_sizes
 from bnlora.priors.sparse_gp import standard_normal
 from bnlora.sites import Site, Sites
 from bnlora.typing import NOISE, Adapters
@@ -50,7 +49,7 @@ def pooled_scales(prior: Prior, *, spread: Hyper = learned(0.5), factor: str = "
         factor: The factor that is scaled.
 
     Returns:
-        A prior with the sites of `prior`, and `<family>.pool`, shape (layer,), standard normal.
+        A prior with the sites of `prior`, and `<family>.<factor>.pool`, shape (layer,), standard normal.
 
     Raises:
         ValueError: When the factor is unknown or the spread may not be positive.
@@ -63,9 +62,11 @@ def pooled_scales(prior: Prior, *, spread: Hyper = learned(0.5), factor: str = "
         adapters = {name: dict(pair) for name, pair in prior(sites).items()}
         for name, site in sites.items():
             if factor in site.factors:
-                width = hyper_value(f"{name}.pool.spread", spread)
+                pool = f"{name}.{factor}.pool"
+                width = hyper_value(f"{pool}.spread", spread)
                 with layers(site):
-                    z = numpyro.sample(f"{name}.pool", dist.Normal(jnp.zeros(site.depth), 1.0), infer=_ZERO)
+                    law = dist.Normal(jnp.zeros(site.depth), 1.0)
+                    z = numpyro.sample(pool, law, infer={"start": "zero"})
                 adapters[name][factor] = jnp.exp(width * z)[:, None, None] * adapters[name][factor]
         return adapters
 
@@ -96,11 +97,13 @@ def pooled_sparse_gp(
         A prior with sample sites `<family>.<factor>.V_0`, shape (k_r, k_c), `.V` and `.E` as in `sparse_gp`.
 
     Raises:
-        ValueError: When a scale is not positive, or `rho` or `reliability` lies outside (0, 1).
+        ValueError: When a scale is not positive, `rho` or `reliability` lies outside (0, 1), or an inducing
+            size is below one.
     """
     scales = by_factor("scale", scale)
-    _require_unit("rho", rho)
-    _require_unit("reliability", reliability)
+    require_unit("rho", rho)
+    require_number("reliability", reliability, upper=1.0)
+    require_sizes(rows, cols)
 
     def law(site: Site, factor: str) -> Array:
         name, shape = f"{site.name}.{factor}", site.shapes[factor]
@@ -119,19 +122,3 @@ def pooled_sparse_gp(
         return sigma * inside
 
     return each_factor(law)
-
-
-_ZERO = {"start": "zero"}
-
-
-def _require_unit(name: str, hyper: Hyper) -> None:
-    if isinstance(hyper, Learned):
-        valid = hyper.constraint is constraints.unit_interval and 0 < hyper.start < 1
-    elif isinstance(hyper, dist.Distribution):
-        upper = getattr(hyper.support, "upper_bound", None)
-        require_positive(name, hyper)
-        valid = upper is not None and bool(np.all(np.asarray(upper) <= 1))
-    else:
-        valid = bool(np.all((np.asarray(hyper) > 0) & (np.asarray(hyper) < 1)))
-    if not valid:
-        raise ValueError(f"{name} must lie strictly between 0 and 1; got {hyper}")

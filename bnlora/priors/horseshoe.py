@@ -18,7 +18,7 @@ import numpyro.distributions as dist
 from jax import Array
 
 from bnlora.priors.base import Prior, Width, layers
-from bnlora.priors.hyper import ByFactor, require_positive
+from bnlora.priors.hyper import ByFactor, require_number
 from bnlora.priors.ranks import rank_gains
 from bnlora.sites import Site
 
@@ -32,13 +32,13 @@ def horseshoe(*, global_scale: float = 0.5, scale: ByFactor = 1.0, width: Width 
         width: As in `normal`.
 
     Returns:
-        A prior with the sites of `normal`, `<family>.tau` (a scalar) and `<family>.local`, shape (layer,
-        rank).
+        A prior with the sites of `normal`, `<family>.b.tau` (a scalar) and `<family>.b.local`, shape
+        (layer, rank).
 
     Raises:
         ValueError: When a scale is not positive.
     """
-    require_positive("global_scale", global_scale)
+    require_number("global_scale", global_scale)
 
     def gains(site: Site) -> Array:
         tau, local = _global_and_local(site, global_scale)
@@ -65,27 +65,27 @@ def regularized_horseshoe(
         width: As in `normal`.
 
     Returns:
-        A prior with the sites of `horseshoe` and `<family>.slab`, the scalar c^2.
+        A prior with the sites of `horseshoe` and `<family>.b.slab`, the scalar c^2.
 
     Raises:
         ValueError: When a scale or `slab_df` is not positive.
     """
     for name, value in {"global_scale": global_scale, "slab": slab, "slab_df": slab_df}.items():
-        require_positive(name, value)
+        require_number(name, value)
 
     def gains(site: Site) -> Array:
         tau, local = _global_and_local(site, global_scale)
         law = dist.InverseGamma(slab_df / 2, slab_df * slab**2 / 2)
-        c2 = numpyro.sample(f"{site.name}.slab", law, infer={"start": "median"})
-        # c tau lambda / sqrt(c^2 + tau^2 lambda^2), written so that a large lambda does not overflow.
-        return tau * local / jnp.sqrt(1 + (tau * local) ** 2 / c2)
+        c2 = numpyro.sample(f"{site.name}.b.slab", law, infer={"start": "median"})
+        # c tau lambda / sqrt(c^2 + tau^2 lambda^2), where hypot lets no square of a large lambda overflow.
+        free = tau * local
+        return free / jnp.hypot(1.0, free / jnp.sqrt(c2))
 
     return rank_gains(gains, scale=scale, width=width)
 
 
 def _global_and_local(site: Site, global_scale: float) -> tuple[Array, Array]:
-    infer = {"start": "median"}
-    tau = numpyro.sample(f"{site.name}.tau", dist.HalfCauchy(global_scale), infer=infer)
+    tau = numpyro.sample(f"{site.name}.b.tau", dist.HalfCauchy(global_scale), infer={"start": "median"})
     with layers(site):
         law = dist.HalfCauchy(jnp.ones((site.depth, site.rank))).to_event(1)
-        return tau, numpyro.sample(f"{site.name}.local", law, infer=infer)
+        return tau, numpyro.sample(f"{site.name}.b.local", law, infer={"start": "median"})

@@ -67,12 +67,18 @@ def hyper_value(name: str, hyper: Hyper, *, event: tuple[int, ...] = (), site: S
     if isinstance(hyper, Learned):
         return numpyro.param(name, jnp.full(shape, hyper.start), constraint=hyper.constraint)
     if isinstance(hyper, dist.Distribution):
+        if hyper.event_shape:
+            raise ValueError(f"{name} needs the distribution of a single number; got {_shown(hyper)}")
         law, infer = hyper.expand(shape).to_event(len(event)), {"start": "median"}
         if site is None:
             return numpyro.sample(name, law, infer=infer)
         with numpyro.plate(f"{site.name}.layer", site.depth):
             return numpyro.sample(name, law, infer=infer)
-    return jnp.broadcast_to(jnp.asarray(hyper, jnp.result_type(float)), shape)
+    value = jnp.asarray(hyper, jnp.result_type(float))
+    padded = (1,) * (len(shape) - value.ndim) + value.shape
+    if len(padded) > len(shape) or any(n not in (1, m) for n, m in zip(padded, shape, strict=True)):
+        raise ValueError(f"{name} needs a shape that broadcasts to {shape}; got {value.shape}")
+    return jnp.broadcast_to(value, shape)
 
 
 def by_factor(name: str, hyper: ByFactor) -> dict[str, Hyper]:
@@ -83,23 +89,60 @@ def by_factor(name: str, hyper: ByFactor) -> dict[str, Hyper]:
     """
     values = dict(hyper) if isinstance(hyper, Mapping) else dict.fromkeys(FACTORS, hyper)
     if set(values) != set(FACTORS):
-        raise ValueError(f"{name} must be one value, or one each for 'a' and 'b'; got {hyper}")
+        raise ValueError(f"{name} must be one value, or one each for 'a' and 'b'; got {sorted(values)}")
     for factor, value in values.items():
         require_positive(name if values[factor] is hyper else f"{name} of {factor!r}", value)
     return values
 
 
 def require_positive(name: str, hyper: Hyper) -> None:
-    """Raise `ValueError` unless every value that a hyper-parameter can take is positive."""
+    """Raise `ValueError` unless every value that a hyper-parameter can take is positive and finite."""
+    if not _inside(hyper, np.inf):
+        raise ValueError(
+            f"{name} must be a positive number, `learned`, or a distribution of positive values; "
+            f"got {_shown(hyper)}"
+        )
+
+
+def require_unit(name: str, hyper: Hyper) -> None:
+    """Raise `ValueError` unless every value that a hyper-parameter can take lies in (0, 1)."""
+    if not _inside(hyper, 1.0):
+        raise ValueError(
+            f"{name} must lie strictly between 0 and 1: a number, `learned(start, "
+            f"constraints.unit_interval)`, or a distribution such as `Beta`; got {_shown(hyper)}"
+        )
+
+
+def require_number(name: str, value: float, *, upper: float = np.inf) -> None:
+    """Raise `ValueError` unless a setting that cannot be learned or random is a number in (0, upper)."""
+    if isinstance(value, Learned | dist.Distribution) or not _inside(value, upper):
+        wanted = "a positive number" if upper == np.inf else f"a number strictly between 0 and {upper:g}"
+        raise ValueError(f"{name} must be {wanted}; got {_shown(value)}")
+
+
+def _inside(hyper: Any, upper: float) -> bool:
+    """Whether every value that a hyper-parameter can take lies in (0, upper)."""
     if isinstance(hyper, jax.core.Tracer):
-        return  # a value inside a compiled function: nothing to look at
+        return True  # a value inside a compiled function: nothing to look at
+    if isinstance(hyper, Learned):
+        return _allows_only(hyper.constraint, upper) and _inside(hyper.start, upper)
     if isinstance(hyper, dist.Distribution):
-        lower = getattr(hyper.support, "lower_bound", None)
-        if lower is None or not np.all(np.asarray(lower) >= 0):
-            raise ValueError(
-                f"{name} must be positive; got {type(hyper).__name__}, which has other values too"
-            )
-        return
-    value = hyper.start if isinstance(hyper, Learned) else hyper
-    if isinstance(value, str) or not np.all(np.asarray(value) > 0):
-        raise ValueError(f"{name} must be a positive number, `learned`, or a distribution; got {hyper}")
+        return _allows_only(hyper.support, upper)
+    values = np.asarray(hyper)
+    return values.dtype.kind in "fiu" and bool(np.all((values > 0) & (values < upper)))
+
+
+def _allows_only(constraint: Any, upper: float) -> bool:
+    """Whether a constraint keeps values within [0, upper]; its ends have probability zero."""
+    constraint = getattr(constraint, "base_constraint", constraint)
+    low, high = getattr(constraint, "lower_bound", -np.inf), getattr(constraint, "upper_bound", np.inf)
+    if isinstance(low, jax.core.Tracer) or isinstance(high, jax.core.Tracer):
+        return True
+    return bool(np.all(np.asarray(low) >= 0) and np.all(np.asarray(high) <= upper))
+
+
+def _shown(hyper: Any) -> str:
+    """A hyper-parameter as a message shows it: NumPyro's distributions print their address."""
+    if isinstance(hyper, Learned):
+        return f"learned({hyper.start}, {hyper.constraint})"
+    return type(hyper).__name__ if isinstance(hyper, dist.Distribution) else repr(hyper)

@@ -10,10 +10,9 @@ mixture priors on network weights.
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
-from numpyro.distributions import constraints
 
 from bnlora.priors.base import Prior, Width, each_factor, sample_matrices, width_factor
-from bnlora.priors.hyper import ByFactor, Hyper, Learned, by_factor, hyper_value
+from bnlora.priors.hyper import ByFactor, Hyper, by_factor, hyper_value, require_number, require_unit
 from bnlora.sites import Site
 
 
@@ -40,12 +39,8 @@ def spike_and_slab(
         ValueError: When a scale is not positive, or `spike` or `inclusion` lies outside (0, 1).
     """
     scales = by_factor("scale", scale)
-    start = inclusion.start if isinstance(inclusion, Learned) else inclusion
-    for name, value in {"spike": spike, "inclusion": start}.items():
-        if not isinstance(value, dist.Distribution) and not 0 < value < 1:
-            raise ValueError(f"{name} must lie strictly between 0 and 1; got {value}")
-    if isinstance(inclusion, Learned) and inclusion.constraint is not constraints.unit_interval:
-        raise ValueError("a learned inclusion needs `learned(start, constraints.unit_interval)`")
+    require_unit("inclusion", inclusion)
+    require_number("spike", spike, upper=1.0)
 
     def law(site: Site, factor: str) -> Array:
         name = f"{site.name}.{factor}"

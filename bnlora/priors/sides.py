@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from bnlora import gp
 
 Inducing = Literal["frames", "bases"]
 Oversize = Literal["clip", "keep"]
-Frames = Literal["learned"] | Array | Mapping[str, tuple[Array, Array]]
+Frames: TypeAlias = Literal["learned"] | Array | Mapping[str, tuple[Array, Array]]
 """`"learned"`; a random key, for frames drawn once from it; or `{"<family>.<factor>": (rows, columns)}`."""
 
 JITTER = 1e-6  # on D^2, relative to Z Z^T which starts near the identity; part of K wherever K is used
@@ -58,6 +58,25 @@ def _given(frames: Mapping[str, tuple[Array, Array]], name: str, which: str, sha
     if free.shape != shape:
         raise ValueError(f"the {which} frame of {name!r} needs shape {shape}; got {free.shape}")
     return free
+
+
+def require_sizes(rows: int, cols: int) -> None:
+    """Raise `ValueError` unless both inducing sizes are at least one."""
+    if min(rows, cols) < 1:
+        raise ValueError(f"inducing sizes must be at least 1; got rows={rows}, cols={cols}")
+
+
+def require_frames(frames: Any) -> None:
+    """Raise `ValueError` unless `frames` is one of the three things that it can be."""
+    is_key = isinstance(frames, Array) and (
+        jnp.issubdtype(frames.dtype, jax.dtypes.prng_key)
+        or (frames.dtype == jnp.uint32 and frames.shape == (2,))
+    )
+    if frames != "learned" if isinstance(frames, str) else not (is_key or isinstance(frames, Mapping)):
+        got = repr(frames) if isinstance(frames, str) else type(frames).__name__
+        raise ValueError(
+            f"frames must be 'learned', a random key, or {{'<family>.<factor>': (rows, columns)}}; got {got}"
+        )
 
 
 def bases(

@@ -28,13 +28,28 @@ import numpyro
 import numpyro.distributions as dist
 from jax import Array
 from jaxtyping import Float
-from numpyro.distributions import constraints
 
 from bnlora import gp
-from bnlora.distributions import MatrixConditional
+from bnlora.distributions import MatrixAffine, MatrixConditional
 from bnlora.priors.base import START, Prior, Start, Width, each_factor, width_factor
-from bnlora.priors.hyper import ByFactor, Hyper, Learned, by_factor, hyper_value, require_positive
-from bnlora.priors.sides import Frames, Inducing, Oversize, bases, frames_side
+from bnlora.priors.hyper import (
+    ByFactor,
+    Hyper,
+    Learned,
+    by_factor,
+    hyper_value,
+    require_number,
+    require_unit,
+)
+from bnlora.priors.sides import (
+    Frames,
+    Inducing,
+    Oversize,
+    bases,
+    frames_side,
+    require_frames,
+    require_sizes,
+)
 from bnlora.sites import Site
 from bnlora.typing import NOISE
 
@@ -75,12 +90,9 @@ class Options:
     def __post_init__(self):
         for name, known in {"inducing": Inducing, "oversize": Oversize, "form": Form}.items():
             _require_option(name, getattr(self, name), get_args(known))
-        if isinstance(self.frames, str):
-            _require_option("frames", self.frames, ("learned",))
-        if min(self.rows, self.cols) < 1:
-            raise ValueError(f"inducing sizes must be at least 1; got rows={self.rows}, cols={self.cols}")
-        if not 0 < self.reliability < 1:
-            raise ValueError(f"reliability must lie strictly between 0 and 1; got {self.reliability}")
+        require_frames(self.frames)
+        require_sizes(self.rows, self.cols)
+        require_number("reliability", self.reliability, upper=1.0)
         _require_lam(self.lam)
         if self.inducing == "frames" and self.oversize == "keep":
             raise ValueError("oversize='keep' needs inducing='bases'; a frame cannot exceed its side")
@@ -89,7 +101,7 @@ class Options:
         if self.form != "whitened" and (self.inducing == "bases") != (self.form == "unwhitened"):
             needed = "bases" if self.form == "unwhitened" else "frames"
             raise ValueError(f"form={self.form!r} needs inducing={needed!r}; got {self.inducing!r}")
-        if self.form == "weights" and isinstance(self.lam, float | int) and self.lam == 0:
+        if self.form == "weights" and _is_zero(self.lam):
             raise ValueError("form='weights' needs lam > 0: at 0 the weights have no density")
 
 
@@ -167,7 +179,7 @@ def _matrices(
         V = standard_normal(f"{name}.V", (depth, rows.factor.shape[-1], cols.factor.shape[-1]), start=start)
         if options.form == "weights":
             law = MatrixConditional(V, rows, cols, sigma, jnp.broadcast_to(lam, (depth,)))
-            return numpyro.sample(f"{name}.W", law, infer={NOISE: True})
+            return numpyro.sample(f"{name}.W", law, infer={"start": start, NOISE: True})
     return sigma * (gp.conditional_mean(V, rows, cols) + _noise(name, shape, plate, rows, cols, options, lam))
 
 
@@ -189,7 +201,9 @@ def _from_unwhitened(
     rows, cols = gp.inducing_side(Z_r, D_r), gp.inducing_side(Z_c, D_c)
     with numpyro.plate(plate, depth):
         zero = jnp.zeros((depth, L_r.shape[-1], L_c.shape[-1]))
-        U = numpyro.sample(f"{name}.U", dist.MatrixNormal(zero, L_r, L_c), infer={"start": start})
+        # NumPyro's own MatrixNormal solves all layers in one LAPACK call: see `gp.one_by_one`.
+        law = dist.TransformedDistribution(dist.Normal(zero, 1.0).to_event(2), MatrixAffine(zero, L_r, L_c))
+        U = numpyro.sample(f"{name}.U", law, infer={"start": start})
     V = gp.whiten(U, L_r, L_c)
     return sigma * (gp.conditional_mean(V, rows, cols) + _noise(name, shape, plate, rows, cols, options, lam))
 
@@ -203,7 +217,7 @@ def _noise(
     options: Options,
     lam: Array,
 ) -> Array | float:
-    if isinstance(options.lam, float | int) and options.lam == 0:
+    if _is_zero(options.lam):
         return 0.0
     with numpyro.plate(plate, shape[0]):
         E = standard_normal(f"{name}.E", shape, start="zero", **{NOISE: True})
@@ -232,13 +246,17 @@ def _options(given: dict) -> Options:
 
 
 def _require_lam(lam: Hyper) -> None:
-    if isinstance(lam, Learned):
-        if lam.constraint is not constraints.unit_interval:
-            raise ValueError("a learned lam needs `learned(start, constraints.unit_interval)`")
-    elif isinstance(lam, dist.Distribution):
-        require_positive("lam", lam)
-    elif not isinstance(lam, jax.core.Tracer) and not np.all((np.asarray(lam) >= 0) & (np.asarray(lam) <= 1)):
+    constant = not isinstance(lam, Learned | dist.Distribution | jax.core.Tracer)
+    if constant and not np.all((np.asarray(lam) >= 0) & (np.asarray(lam) <= 1)):
         raise ValueError(f"lam must lie between 0 and 1; got {lam}")
+    if not constant:
+        require_unit("lam", lam)
+
+
+def _is_zero(lam: Hyper) -> bool:
+    return not isinstance(lam, Learned | dist.Distribution | jax.core.Tracer) and bool(
+        np.any(np.asarray(lam) == 0)
+    )
 
 
 def _require_option(name: str, got: str, options: tuple[str, ...]) -> None:

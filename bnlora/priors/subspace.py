@@ -1,4 +1,4 @@
-r"""A random core in a learned subspace: the update is B diag(s) A with s random and A, B parameters.
+r"""A random core in a learned subspace: the update is B diag(1 + s) A with s random and A, B parameters.
 
     s_lk ~ N(0, scale^2),     b[:, k] = B[:, k] (1 + s_lk)
 
@@ -29,7 +29,7 @@ def subspace(*, scale: Hyper = 1.0) -> Prior:
         scale: Standard deviation of the gains around one: a number, `learned(start)`, or a distribution.
 
     Returns:
-        A prior with one sample site `<family>.core` of shape (layer, rank) for each family, standard normal,
+        A prior with one sample site `<family>.b.core` a family, standard normal of shape (layer, rank),
         and the parameters `<family>.a`, `<family>.b`.
 
     Raises:
@@ -42,10 +42,10 @@ def subspace(*, scale: Hyper = 1.0) -> Prior:
         for name, site in sites.items():
             factors = {factor: parameter(site, factor) for factor in site.factors}
             if "b" in factors:
-                spread = hyper_value(f"{name}.core.scale", scale)
+                spread = hyper_value(f"{name}.b.core.scale", scale)
                 with layers(site):
                     law = dist.Normal(jnp.zeros((site.depth, site.rank)), 1.0).to_event(1)
-                    core = numpyro.sample(f"{name}.core", law, infer={"start": "zero"})
+                    core = numpyro.sample(f"{name}.b.core", law, infer={"start": "zero"})
                 factors["b"] = factors["b"] * (1 + spread * core)[:, None, :]
             adapters[name] = factors
         return adapters
