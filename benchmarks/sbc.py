@@ -3,7 +3,8 @@
 A random Llama with its head alone adapted at rank 1, so that the exact posterior is within reach of
 importance resampling from the prior. Truths come from the prior, labels from the likelihood, and every
 guide is fitted anew to every data set. The table has a line for each prior, inference and function, with
-p-values adjusted over the functions; the picture shows the curves. A new guide is one more line in `GUIDES`.
+p-values adjusted over the functions; `sbc.png` and `vsbc.png` show the ranks. A new guide is one more line
+in `GUIDES`.
 """
 
 import argparse
@@ -82,18 +83,24 @@ def rows_of(prior: str, name: str, result: Calibration, seconds: float) -> list[
     return lines
 
 
-def picture(results: dict[tuple[str, str], Calibration], path: Path) -> None:
-    """One row of panels for each inference."""
+def picture(draw: Callable, results: dict[tuple[str, str], Calibration], path: Path) -> None:
+    """One row of panels for each inference, each row on one scale."""
     height, width = len(results), len(next(iter(results.values())).names)
-    figure = Figure(figsize=(2.5 * width, 2.1 * height + 0.8), layout="constrained")
-    for group, ((prior, name), result) in zip(figure.subfigures(height, 1), results.items(), strict=True):
-        axes = group.subplots(1, width, sharey=True)
-        plots.sbc(result, ax=axes)
+    figure = Figure(figsize=(2.4 * width, 1.9 * height + 0.5), layout="constrained")
+    grid = figure.subplots(height, width, squeeze=False, sharey="row", sharex=True)
+    for axes, ((prior, name), result) in zip(grid, results.items(), strict=True):
+        draw(result, ax=axes)
+        axes[0].set_ylabel(f"{name},\n{prior} prior\n{axes[0].get_ylabel()}", fontsize=8)
         for panel in axes[1:]:
             panel.set_ylabel("")
-        group.suptitle(f"{name}, {prior} prior", fontsize=10, fontweight="bold")
+    for panel in grid[:-1].ravel():
+        panel.set_xlabel("")
+    lines = next(iter(results.values())).num_draws, len(next(iter(results.values())).failed)
+    text = (
+        "L = {} draws in each of {} simulations. Orange: the test of the picture rejects. p: by Holm's rule."
+    )
+    figure.supxlabel(text.format(*lines), fontsize=9)
     figure.savefig(path, dpi=90)
-    print(f"{path}: ECDF of the ranks minus uniform; grey: simultaneous 95 % band; orange: rejected")
 
 
 def main() -> None:
@@ -107,7 +114,7 @@ def main() -> None:
     parser.add_argument("--particles", type=int, default=16384)
     parser.add_argument("--rate", type=float, default=0.03)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--picture", type=Path, default=Path("sbc.png"))
+    parser.add_argument("--folder", type=Path, default=Path(), help="where sbc.png and vsbc.png go")
     parser.add_argument("--only", nargs="*", default=[EXACT, *GUIDES], help="names of inferences")
     arguments = parser.parse_args()
     base = tiny_base(jax.random.key(1), num_layers=2)
@@ -125,7 +132,8 @@ def main() -> None:
             results[prior, name] = result
             print(f"{prior}, {name}: {result.verdict}", flush=True)
     Console(width=130).print(Table(f"{arguments}", HEADER, tuple(lines), frozenset(groups)))
-    picture(results, arguments.picture)
+    for name, draw in (("sbc", plots.sbc), ("vsbc", plots.vsbc)):
+        picture(draw, results, arguments.folder / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -270,10 +270,9 @@ def test_numpyro_finds_the_same_probabilities():
     for i in range(3):
         found = theirs.ranks["lm_head.a"][:, 0, 0, i]
         assert ks_2samp(ours.ranks[:, i], found).pvalue > 0.001
-        distance, p_value = ranks.symmetry(found, 64)
+        distance, _ = ranks.symmetry(found, 64)  # p-values differ: tests/test_ranks.py says why
         # 64 draws: 1 - p is exact in binary, so that their ties are ours.
         assert distance == pytest.approx(float(theirs.ks_stats["lm_head.a"][0, 0, i]))
-        assert p_value >= theirs.ks_pvalues["lm_head.a"][0, 0, i]
         assert ks_2samp(found, np.arange(65)).pvalue < 0.01  # or the comparison would say nothing
 
 
