@@ -30,6 +30,8 @@ from bnlora.diagnostics import to_arviz as to_arviz
 from bnlora.fits import Fit as Fit
 from bnlora.fits import FitDiverged as FitDiverged
 from bnlora.model import Classifier as Classifier
+from bnlora.peft import load_peft as load_peft
+from bnlora.peft import save_peft as save_peft
 from bnlora.predict import Posterior as Posterior
 from bnlora.predict import Prediction as Prediction
 from bnlora.predict import predict as predict

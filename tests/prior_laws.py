@@ -87,7 +87,7 @@ Of = Callable[[At], Any]
 
 @dataclass(frozen=True)
 class Member:
-    """A prior and its law."""
+    """A prior and its law; `weights` is the factor as a function of its sites, where that is short."""
 
     prior: Prior
     density: Callable[[At], dict[str, np.ndarray]]
@@ -95,6 +95,7 @@ class Member:
     joint: Callable[[At], np.ndarray] | None = lambda at: np.eye(int(np.prod(at.shape)))
     score: Callable[[np.ndarray, Callable], np.ndarray] = lambda w, cdf: stats.norm.ppf(cdf(w))
     sites: Sites = ONE
+    weights: Callable[[At], np.ndarray] | None = None
 
 
 def signs(w, cdf):
@@ -274,3 +275,44 @@ def scaled(value: float):
 def families(**by_name):
     """A law for each family."""
     return lambda at: by_name[at.site.name](at)
+
+
+# ---- weights as functions of sites ----------------------------------------------------------------------
+
+
+def direct(at):
+    return at[""]
+
+
+def noncentred(at):
+    return at.sigma / SCALE[at.factor] * at[".scale"] * at[".z"]
+
+
+def gained(gain: Of) -> Of:
+    """Priors that weigh ranks: gains of shape (layer, rank) on the columns of `b`."""
+    return factors(a=direct, b=lambda at: gain(at)[:, None, :] * at[""])
+
+
+def regularised(at):
+    """Gains of the regularised horseshoe, as Piironen and Vehtari write them."""
+    local, c2 = at[".local"], at[".slab"]
+    return at[".tau"] * np.sqrt(c2 * local**2 / (c2 + at[".tau"] ** 2 * local**2))
+
+
+def pooled(spread: Of) -> Of:
+    return gained(lambda at: np.exp(spread(at) * at[".pool"])[:, None])
+
+
+def pooled_gp(rho: Of) -> Of:
+    """sigma (F_r V F_c^T + Sigma^{1/2} E), with the symmetric root by an eigendecomposition."""
+
+    def weights(at):
+        layers = []
+        for layer, (V, E) in enumerate(zip(at[".V"], at[".E"], strict=True)):
+            p, Q = np.linalg.eigh(np.eye(E.size) - at.PP(layer))
+            mixed = np.sqrt(rho(at)) * at[".V_0"] + np.sqrt(1 - rho(at)) * V
+            noise = (Q @ (np.sqrt(p) * (Q.T @ E.ravel()))).reshape(E.shape)
+            layers.append(at.F("rows", layer) @ mixed @ at.F("cols", layer).T + noise)
+        return at.sigma * np.array(layers)
+
+    return weights

@@ -9,6 +9,7 @@ language model.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ import numpyro
 import numpyro.distributions as dist
 from jax import Array
 from numpyro import handlers
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import biject_to
 
 from bnlora.distributions import MatrixConditional
 from bnlora.guides.family import Family
@@ -133,12 +136,17 @@ class Guide:
     def _count(self) -> dict[str, int]:
         """Number of the guide's parameters by site; those of a joint family count with its first site."""
 
-        def values(key: Array) -> dict[str, Any]:
-            trace = handlers.trace(handlers.seed(self, key)).get_trace()
-            return {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
+        sizes: dict[str, int] = {}
 
-        shapes = jax.eval_shape(values, jax.random.key(0))
-        sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(value)) for name, value in shapes.items()}
+        def measure(key: Array) -> None:
+            for name, site in handlers.trace(handlers.seed(self, key)).get_trace().items():
+                if site["type"] == "param":
+                    # What is trained is unconstrained: a triangular root counts its triangle alone.
+                    free = biject_to(site["kwargs"].get("constraint", constraints.real)).inverse_shape
+                    leaves = jax.tree.leaves(site["value"])
+                    sizes[name] = sum(math.prod(free(leaf.shape)) for leaf in leaves)
+
+        jax.eval_shape(measure, jax.random.key(0))
         return {
             site: sum(n for name, n in sizes.items() if name.startswith(f"{site}.q.")) for site in self.latent
         }

@@ -1,0 +1,217 @@
+r"""LoRA adapters in the format of the `peft` library, read into stacked adapters and written back.
+
+peft's update of a module is s b a with s = alpha / r, or alpha / sqrt(r) when rank-stabilised; the update of
+a site is `site.scale` b a. The ratio of the two is folded into `b`, so that the update is the same whatever
+alpha the sites have. Whatever would change the update and is not understood is refused by name.
+
+Reference: Hu et al. (2021), LoRA; Kalajdzievski (2023), A rank stabilization scaling factor for fine-tuning
+with LoRA, arXiv 2312.03732.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from safetensors import SafetensorError
+from safetensors.flax import load_file
+from safetensors.numpy import save_file
+
+from bnlora.sites import HEAD, Adaptable, Site, Sites
+from bnlora.typing import Adapters
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+ROOT = "base_model.model."
+PARENTS = {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_attn"}
+"""Where a layer keeps a projection, by the first part of its name; the others are in `mlp`."""
+
+_NAME = re.compile(r"base_model\.model\.(?:(?:model\.)?layers\.(\d+)\.(?:\w+\.)?)?(\w+)\.lora_([AB])\.weight")
+# Beside an adapter of the head peft saves the frozen weights that it stands on, which the base has too.
+_COPIES = re.compile(r"base_model\.model\.(model\.embed_tokens|lm_head)(\.base_layer)?\.weight")
+# Each makes another update of the same tensors, or trains something beside them.
+_REFUSED = (
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
+    "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
+)  # fmt: skip
+# Every other start of peft's moves part of the base weights into the adapter, whose base is then another one.
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+Tensors = Mapping[tuple[str, int | None, str], Array]
+
+
+def load_peft(folder: str | Path, sites: Sites, *, head_rows: Sequence[int] | None = None) -> Adapters:
+    """Read an adapter that `peft` saved.
+
+    Args:
+        folder: Folder with `adapter_config.json` and `adapter_model.safetensors`.
+        sites: Where the adapters are; they must be the modules and layers that the adapter has.
+        head_rows: Token ids whose rows of the head's `b` are kept, where the sites hold the label tokens'
+            rows alone as those of a `Classifier` do: its `label_ids`.
+
+    Returns:
+        Adapters of the sites, in float32, such as `priors.centered` and `sites.place` take them.
+
+    Raises:
+        FileNotFoundError: When the folder holds no adapter.
+        ValueError: When a file is corrupt, the adapter is of a kind that is not supported, sites and adapter
+            are not of the same modules and layers, or a rank or shape differs.
+    """
+    path = Path(folder).expanduser()
+    config = _config(path)
+    tensors = _tensors(path)
+    _require_all_used(tensors, sites)
+    rank = config["r"]
+    scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    adapters = {}
+    for name, site in sites.items():
+        if site.rank != rank:
+            raise ValueError(f"the adapter has rank {rank}; the sites of {name!r} have rank {site.rank}")
+        pairs = [_pair(tensors, site, layer, head_rows) for layer in site.layers]
+        a, b = (jnp.stack([pair[i] for pair in pairs]) for i in (0, 1))
+        adapters[name] = {"a": a, "b": b * (scaling / site.scale)}
+    return adapters
+
+
+def save_peft(folder: str | Path, sites: Sites, adapters: Adapters, *, base: Adaptable) -> None:
+    """Write adapters as `peft` saves them, such that it reads them onto the same base model.
+
+    Args:
+        folder: Folder to write to, which is made if it is not there.
+        sites: Where the adapters are.
+        adapters: One pair of factors a family, without an axis of draws.
+        base: The base model, whose head tells whether the sites have all its rows.
+
+    Raises:
+        ValueError: When the adapters do not fit the sites, families differ in rank or alpha (the format has
+            one of each), or the head's `b` holds the rows of label tokens alone.
+    """
+    sites.check(adapters)
+    kinds = {(site.rank, site.alpha) for site in sites.values()}
+    if len(kinds) != 1:
+        raise ValueError(f"peft's format has one rank and one alpha; the sites have {sorted(kinds)}")
+    tensors: dict[str, np.ndarray] = {}
+    for name, site in sites.items():
+        rows = base.modules[site.module][1]
+        if site.d_out != rows:
+            raise ValueError(
+                f"{name!r} holds {site.d_out} of the {rows} rows of {site.module!r}, those of label tokens; "
+                "an adapter for peft needs them all"
+            )
+        for index, layer in enumerate(site.layers):
+            for factor, letter in (("a", "A"), ("b", "B")):
+                full = f"{ROOT}{_path(site.module, layer)}.lora_{letter}.weight"
+                # A copy of its own: safetensors writes the memory behind a view, not the view.
+                tensors[full] = np.array(adapters[name][factor][index], np.float32, order="C")
+    path = Path(folder).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path / TENSORS, metadata={"format": "pt"})
+    rank, alpha = kinds.pop()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": getattr(base, "name", None),
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(_path(s.module, layer) for s in sites.values() for layer in s.layers),
+    }
+    (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _path(module: str, layer: int) -> str:
+    """Name of a module within transformers' model."""
+    if module == HEAD:
+        return HEAD
+    return f"model.layers.{layer}.{PARENTS.get(module[0], 'mlp')}.{module}"
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{str(folder)!r} is not an adapter folder: it has no {CONFIG}")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        kind, rank, alpha = config["peft_type"], config["r"], config["lora_alpha"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{CONFIG} in {str(folder)!r} is corrupt: {error}") from error
+    if kind != "LORA":
+        raise ValueError(f"only LoRA adapters can be read; this one is {kind!r}")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise ValueError(f"{CONFIG} in {str(folder)!r} is corrupt: r={rank!r}, lora_alpha={alpha!r}")
+    for name in _REFUSED:
+        if config.get(name):
+            raise ValueError(f"adapters with {name}={config[name]!r} are not supported, only plain LoRA")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"adapters with bias={config['bias']!r} are not supported, only plain LoRA")
+    start = config.get("init_lora_weights", True)
+    if start not in _STARTS:
+        raise ValueError(
+            f"adapters with init_lora_weights={start!r} change the base weights; have peft convert it to "
+            "plain LoRA (`path_initial_model_for_weight_conversion`)"
+        )
+    return config
+
+
+def _tensors(folder: Path) -> Tensors:
+    """The factors by module, layer (None for the head) and letter."""
+    if not (folder / TENSORS).is_file():
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no {TENSORS}; pickled adapters (.bin) are not read, have peft save it anew"
+        )
+    try:
+        stored = load_file(folder / TENSORS)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{TENSORS} in {str(folder)!r} is corrupt: {error}") from error
+    found = {}
+    for name, tensor in stored.items():
+        if _COPIES.fullmatch(name):
+            continue
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name!r} in {TENSORS} is no factor of plain LoRA in a layer or the head")
+        layer, module, letter = match.groups()
+        found[module, None if layer is None else int(layer), letter] = tensor.astype(jnp.float32)
+    return found
+
+
+def _require_all_used(tensors: Tensors, sites: Sites) -> None:
+    """Refuse an adapter that has more than the sites: without the rest it would be another model."""
+    wanted = {_place(site, layer) for site in sites.values() for layer in site.layers}
+    extra = sorted({_label(module, layer) for module, layer, _ in tensors if (module, layer) not in wanted})
+    if extra:
+        raise ValueError(f"the adapter also has {', '.join(extra)}, which the sites do not; select them too")
+
+
+def _place(site: Site, layer: int) -> tuple[str, int | None]:
+    return site.module, None if site.module == HEAD else layer
+
+
+def _label(module: str, layer: int | None) -> str:
+    return module if layer is None else f"layers.{layer}.{module}"
+
+
+def _pair(tensors: Tensors, site: Site, layer: int, head_rows: Sequence[int] | None) -> tuple[Array, Array]:
+    place = _place(site, layer)
+    for letter in "AB":
+        if (*place, letter) not in tensors:
+            names = sorted({_label(m, i) for m, i, _ in tensors})
+            near = ", ".join(difflib.get_close_matches(_label(*place), names, n=3, cutoff=0.0)) or "none"
+            raise ValueError(f"the adapter has no lora_{letter} for {_label(*place)!r}; nearest: {near}")
+    a, b = tensors[*place, "A"], tensors[*place, "B"]
+    if site.module == HEAD and head_rows is not None:
+        rows = np.asarray(head_rows)
+        if rows.size and not (0 <= rows.min() and rows.max() < len(b)):
+            raise ValueError(f"head_rows must be token ids below {len(b)}; got {rows.tolist()}")
+        b = b[rows]
+    expected = (site.rank, site.d_in), (site.d_out, site.rank)
+    if (a.shape, b.shape) != expected:
+        hint = "; give the label tokens as head_rows" if site.module == HEAD and head_rows is None else ""
+        raise ValueError(
+            f"the factors of {_label(*place)!r} need shapes {expected}; got {(a.shape, b.shape)}{hint}"
+        )
+    return a, b
