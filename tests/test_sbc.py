@@ -78,17 +78,24 @@ def test_contracted_draws_fail_as_too_narrow():
 
 
 def test_shifted_margins_fail_as_biased():
-    """Draws, which this inference marks, have 0.8 added to their margin."""
+    """Draws are replaced by adapters whose margin at the first row is theirs plus 0.8."""
+
+    def margin(frozen, adapters):
+        value = MODEL.logits(frozen, adapters, ROWS[:1])[0]
+        return value[1] - value[0]
 
     def functions(frozen, adapters, batch):
-        drawn = "drawn" in adapters["lm_head"]
-        value = MODEL.logits(frozen, adapters, ROWS)[0]
-        return {"margin": value[1] - value[0] + 0.8 * drawn}
+        return {"margin": margin(frozen, adapters)}
 
     def infer(key, frozen, batch):
         draws = EXACT(key, frozen, batch)
-        mark = jnp.zeros(31)
-        return {"lm_head": {**draws["lm_head"], "drawn": mark}}
+        b = jnp.array([[[-0.5], [0.5]]])
+        # With this `b` the margin is affine in `a`, so its gradient is the direction to move in.
+        zero = jnp.zeros((1, 1, 16))
+        base, slope = jax.value_and_grad(lambda a: margin(frozen, {"lm_head": {"a": a, "b": b}}))(zero)
+        rise = jax.vmap(lambda one: margin(frozen, one))(draws) - base + 0.8
+        a = rise[:, None, None, None] * slope / jnp.sum(slope**2)
+        return {"lm_head": {"a": a, "b": jnp.broadcast_to(b, (31, *b.shape))}}
 
     result = sbc.run(KEY, MODEL, infer, ROWS, num_simulations=150, functions=functions)
     assert not result.passed

@@ -135,7 +135,6 @@ class Guide:
 
     def _count(self) -> dict[str, int]:
         """Number of the guide's parameters by site; those of a joint family count with its first site."""
-
         sizes: dict[str, int] = {}
 
         def measure(key: Array) -> None:
