@@ -102,7 +102,8 @@ def mean_and_error(x):
 
 @cache
 def exact():
-    model = linear_gaussian(jax.random.key(0), weights, shape=SHAPE)
+    with jax.enable_x64(True):  # the draws of a random key depend on the type
+        model = linear_gaussian(jax.random.key(0), weights, shape=SHAPE)
     mean, row_covariance = model.posterior(SIGMA)
     precision = np.linalg.inv(row_covariance)
     gap = SHAPE[0] * 0.5 * (np.log(np.diag(precision)).sum() - np.linalg.slogdet(precision)[1])
@@ -114,7 +115,7 @@ def exact():
 def fitted(make):
     """Bound at 2,000 draws, and those draws, after a fit in float64."""
     with jax.enable_x64(True):
-        model = linear_gaussian(jax.random.key(0), weights, shape=SHAPE)
+        model = exact()[0]
         guide = Guide(model.prior, make(0.1))
         params = maximise_bound(jax.random.key(1), model, guide, num_steps=2500, learning_rate=0.03)
 
