@@ -51,6 +51,8 @@ MEMBERS = {
     "row_shared": Member(lambda s: guides.row_shared(hidden=8, init_scale=s), "between"),
     "iaf": Member(lambda s: guides.iaf(init_scale=s), "between"),
     "iaf, all": Member(lambda s: guides.iaf(init_scale=s, over="all"), "between"),
+    "spline": Member(lambda s: guides.spline(hidden=4, bins=4, init_scale=s), "between"),
+    "block_neural": Member(lambda s: guides.block_neural(hidden=2, init_scale=s), "between"),
     "ensemble": Member(lambda s: guides.ensemble(size=2, init_scale=s), "between"),
 }
 EACH = pytest.mark.parametrize("member", MEMBERS.values(), ids=MEMBERS)
@@ -165,7 +167,7 @@ def test_density_agrees_with_the_sampler(member):
     """E_q[p / q] = 1 for any q as wide as p: neither draws nor density can be off alone."""
     model = Prior(mixed)
     guide, start, constrain = started(model, member.make(1.6))
-    params = constrain(shaken(start, 0.1))
+    params = constrain(shaken(start, 0.05))
 
     def ratio(key):
         draw = draw_sites(key, model, guide, params)

@@ -7,7 +7,8 @@ r"""Guides: variational families for the latent sites of a prior, mixed by name.
 | `mean_field`, `blob`                  | independent Gaussians                                          |
 | `matrix_normal`                       | a row and a column covariance                                  |
 | `full`, `low_rank`                    | Gaussian covariance within a layer, a family, or everything    |
-| `row_shared`, `iaf`                   | normalizing flows over a Gaussian base                         |
+| `row_shared`                          | a flow over a Gaussian base, one for all rows                  |
+| `iaf`, `spline`, `block_neural`       | flows over a layer, a family, or everything                    |
 | `ensemble`                            | mixture of K mean-field Gaussians over all sites               |
 | `delta`, `dropout`                    | points: no density and no bound                                |
 | `noise`, `prior_noise`                | for conditional noise alone                                    |
@@ -19,8 +20,10 @@ r"""Guides: variational families for the latent sites of a prior, mixed by name.
 from bnlora.guides.ensemble import ensemble as ensemble
 from bnlora.guides.family import Family as Family
 from bnlora.guides.family import per_site as per_site
+from bnlora.guides.flow import block_neural as block_neural
 from bnlora.guides.flow import iaf as iaf
 from bnlora.guides.flow import row_shared as row_shared
+from bnlora.guides.flow import spline as spline
 from bnlora.guides.gaussian import full as full
 from bnlora.guides.gaussian import low_rank as low_rank
 from bnlora.guides.guide import Guide as Guide

@@ -7,20 +7,21 @@ import difflib
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
-from bnlora.guides.flow import iaf, row_shared
+from bnlora.guides.family import Family
+from bnlora.guides.flow import block_neural, iaf, row_shared, spline
 from bnlora.guides.guide import Guide
 from bnlora.guides.latent import init_to_base
 from bnlora.guides.noise import noise
 
-Flow = Literal["row-shared", "iaf"]
+FlowName = Literal["row-shared", "iaf", "spline", "block-neural"]
 
 
 def SiteFlow(
     prior: Callable[..., Any],
     *,
-    flow: Flow = "row-shared",
-    hidden: int = 16,
-    blocks: int = 2,
+    flow: FlowName = "row-shared",
+    hidden: int | None = None,
+    blocks: int | None = None,
     init_scale: float = 0.01,
     lam_init: float = 0.01,
     lam_max: float = 1.0,
@@ -30,9 +31,12 @@ def SiteFlow(
 
     Args:
         prior: The prior program, `model.prior`. It is traced once for shapes; the language model never is.
-        flow: `"row-shared"`, as in the published code, or one flow over all numbers of a layer: `"iaf"`.
-        hidden: Width of the flow's hidden layers.
-        blocks: Residual blocks of the flow's network (16 wide and 2 blocks in the published code).
+        flow: `"row-shared"`, as in the published code, or a flow over all numbers of a layer: `"iaf"`,
+            `"spline"` or `"block-neural"`.
+        hidden: Width of the flow's hidden layers (16 in the published code); its family's own default when
+            omitted.
+        blocks: Residual blocks of the network of an autoregressive flow (2 in the published code); `"spline"`
+            and `"block-neural"` have none.
         init_scale: Standard deviation of the base at the start, in unconstrained space.
         lam_init: Start of every `lam`; small, so that optimisation finds the signal before noise.
         lam_max: Cap on `lam`. 1 is the full family; a smaller one is a restricted family.
@@ -51,14 +55,23 @@ def SiteFlow(
         SiteFlow(1,608 parameters)
           w (3, 9): Gaussian with row-shared flow, 1,608
     """
-    options: dict[str, Any] = {"hidden": hidden, "blocks": blocks, "init_scale": init_scale}
-    variants = {"row-shared": row_shared, "iaf": iaf}
+    variants: dict[str, Callable[..., Family]] = {
+        "row-shared": row_shared,
+        "iaf": iaf,
+        "spline": spline,
+        "block-neural": block_neural,
+    }
     if flow not in variants:
-        near = difflib.get_close_matches(str(flow), get_args(Flow), n=1, cutoff=0.0)[0]
-        raise ValueError(f"flow must be one of {get_args(Flow)}; got {flow!r}, nearest is {near!r}")
+        near = difflib.get_close_matches(str(flow), get_args(FlowName), n=1, cutoff=0.0)[0]
+        raise ValueError(f"flow must be one of {get_args(FlowName)}; got {flow!r}, nearest is {near!r}")
+    options = {
+        name: value for name, value in {"hidden": hidden, "blocks": blocks}.items() if value is not None
+    }
+    if "blocks" in options and flow in ("spline", "block-neural"):
+        raise ValueError(f"flow={flow!r} has no residual blocks; leave `blocks` out")
     return Guide(
         prior,
-        variants[flow](**options),
+        variants[flow](**options, init_scale=init_scale),
         noise=noise(lam_init=lam_init, lam_max=lam_max),
         init_loc_fn=init_loc_fn,
         name="SiteFlow",
