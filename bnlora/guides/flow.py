@@ -1,4 +1,4 @@
-r"""Normalizing flows: a standard normal z through f, which starts near the identity, and a location and scale.
+r"""Normalizing flows: a standard normal z through f, near the identity at the start, and location and scale.
 
 | family         | law                                      | weights of f for d numbers, h hidden units   |
 |----------------|------------------------------------------|----------------------------------------------|
