@@ -1,5 +1,6 @@
 """The code in the documents runs as it stands there."""
 
+import doctest
 import os
 import re
 import subprocess
@@ -46,12 +47,15 @@ def fit_two_steps(names: dict, model, guide) -> bl.Fit:
     )
 
 
-def test_the_prior_of_the_contributing_guide_fits():
-    (code,) = blocks("CONTRIBUTING.md")
+def test_the_examples_of_the_contributing_guide_print_what_they_say_and_fit():
     names = names_of_a_tiny_model()
-    exec(code, names)
-    model = bl.Classifier(names["base"], names["sites"], names["laplace"](0.5), label_ids=(3, 5))
-    assert fit_two_steps(names, model, bl.guides.SiteFlow(model.prior)).skipped_steps == 0
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    test = doctest.DocTestParser().get_doctest(text, names, "CONTRIBUTING.md", None, 0)
+    assert doctest.DocTestRunner().run(test, clear_globs=False).failed == 0
+    ran = test.globs
+    model = bl.Classifier(names["base"], names["sites"], ran["prior"], label_ids=(3, 5))
+    guide = bl.guides.Guide(model.prior, ran["student_guide"](5.0))
+    assert fit_two_steps(names, model, guide).skipped_steps == 0
 
 
 def test_the_prior_and_guide_of_the_readme_fit():
