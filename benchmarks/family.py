@@ -2,14 +2,17 @@
 
 With the head alone adapted the last hidden state of a row is a fixed feature vector, so that the two-class
 problem is a logistic regression whose evidence Laplace's method gives almost exactly. That is what a
-Bayesian treatment of this layer can reach, and the fits of `A` and `B` are held against it. Scored on
-validation sentences.
+Bayesian treatment of this layer can reach, and the fits of `A` and `B` are held against it: the families of
+the demonstration, guides that tie `A` to `B`, and priors with `lam` in them, whose conditional weights stray
+little from their mean. Scored on validation sentences.
 """
 
 import argparse
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +21,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
 import bnlora as bl
+from bnlora import guides
 from bnlora.assets import vader_splits
 from bnlora.demo import RECIPE
 from bnlora.display import Table
@@ -28,27 +32,64 @@ HEAD = replace(RECIPE, targets=("lm_head",), top_layers=None)
 HEADER = ("family", "scale", "bound", "data", "conditional KL", "validation NLL", "ECE")
 
 
-def settings(steps: int) -> Iterator[tuple[str, Recipe, Schedule]]:
+Build = Callable[[bl.Base, bl.TextData], tuple[bl.Classifier, Callable]]
+"""Makes a model and a guide."""
+
+
+class Setting(NamedTuple):
+    """One fit: its name, the scale of the prior of B, what makes it, its schedule, draws of a prediction."""
+
+    name: str
+    scale: str
+    build: Build
+    schedule: Schedule
+    draws: int = 64
+
+
+def of_recipe(recipe: Recipe) -> Build:
+    return lambda base, data: recipe.build(base, data.label_ids)
+
+
+def of_parts(prior: bl.priors.Prior, family: guides.Family, rank: int = 8, **options) -> Build:
+    """A head of the given rank under any prior, with any guide."""
+
+    def build(base, data):
+        sites = bl.select(base, ["lm_head"], rank=rank)
+        model = bl.Classifier(base, sites, prior, label_ids=data.label_ids)
+        return model, guides.Guide(model.prior, family, **options)
+
+    return build
+
+
+def settings(steps: int) -> Iterator[Setting]:
     """Every fit of the comparison."""
     schedule = Schedule(steps, learning_rate=1e-2, scale_learning_rate=2e-2)
     for rate in (1e-3, 3e-3, 1e-2):
-        yield f"LoRA, rate {rate:g}", replace(HEAD, prior="none"), replace(schedule, learning_rate=rate)
+        plain = of_recipe(replace(HEAD, prior="none"))
+        yield Setting(f"LoRA, rate {rate:g}", "", plain, replace(schedule, learning_rate=rate), 1)
     for prior, scale in product(("sparse-gp", "normal"), (0.03, 0.3, 1.0, 3.0, 10.0)):
-        yield f"{prior}, whole family", replace(HEAD, prior=prior, scale_b=scale, lam_max=1.0), schedule
+        whole = of_recipe(replace(HEAD, prior=prior, scale_b=scale, lam_max=1.0))
+        yield Setting(f"{prior}, whole family", f"{scale:g}", whole, schedule)
     for scale in (1.0, 3.0, 10.0):
-        yield "sparse-gp, lam < 0.03", replace(HEAD, scale_b=scale, lam_max=0.03), schedule
+        capped = of_recipe(replace(HEAD, scale_b=scale, lam_max=0.03))
+        yield Setting("sparse-gp, lam < 0.03", f"{scale:g}", capped, schedule)
+    for scale in (1.0, 3.0, 10.0):
+        prior = bl.priors.normal(scale={"a": 1.0, "b": scale})
+        for rank, family in {8: guides.low_rank(rank=8, over="all"), 1: guides.full(over="all")}.items():
+            name = f"normal of rank {rank}, {family.label}, A tied to B"
+            yield Setting(name, f"{scale:g}", of_parts(prior, family, rank), schedule)
+    for lam, scale in product((0.0, 0.03, 0.1), (1.0, 3.0, 10.0)):
+        prior = bl.priors.sparse_gp(scale={"a": 1.0, "b": scale}, lam=lam)
+        part = of_parts(prior, guides.row_shared(), noise=guides.prior_noise())
+        yield Setting(f"sparse-gp with prior lam {lam:g}", f"{scale:g}", part, schedule)
 
 
-def fitted(
-    name: str, recipe: Recipe, schedule: Schedule, base: bl.Base, data: bl.TextData
-) -> tuple[str, ...]:
+def fitted(setting: Setting, base: bl.Base, data: bl.TextData) -> tuple[str, ...]:
     """One row of the table: the mean bound of the last fifty steps, and scores."""
-    fit = schedule.fit(*recipe.build(base, data.label_ids), data.train, console=Console(quiet=True))
-    draws = 1 if recipe.prior == "none" else 64
-    prediction = bl.predict(jax.random.key(1), fit, data["validation"], num_samples=draws)
+    fit = setting.schedule.fit(*setting.build(base, data), data.train, console=Console(quiet=True))
+    prediction = bl.predict(jax.random.key(1), fit, data["validation"], num_samples=setting.draws)
     terms = [fit.history[term][-50:].mean() for term in ("elbo", "data", "conditional_kl")]
-    scale = "" if recipe.prior == "none" else f"{recipe.scale_b:g}"
-    return (name, scale, *(f"{x:.1f}" for x in terms), *scores(prediction.log_probs, data))
+    return (setting.name, setting.scale, *(f"{x:.1f}" for x in terms), *scores(prediction.log_probs, data))
 
 
 def scores(log_probs: np.ndarray, data: bl.TextData) -> tuple[str, str]:
@@ -98,6 +139,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=320)
     parser.add_argument("--validation", type=int, default=320)
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--only", default="", help="regular expression of the families to fit")
     arguments = parser.parse_args()
     base = HEAD.load_base()
     rows = vader_splits(seed=0, train=arguments.train, validation=arguments.validation, test=1)
@@ -110,7 +152,9 @@ def main() -> None:
     table = [("base, no adapter", "", "", "", "", *scores(untouched, data))]
     table += [logistic(tau, base, data) for tau in (0.01, 0.03, 0.1, 0.3)]
     for setting in settings(arguments.steps):
-        table.append(fitted(*setting, base, data))
+        if not re.search(arguments.only, setting.name):
+            continue
+        table.append(fitted(setting, base, data))
         print(" | ".join(table[-1]), flush=True)
     Console(width=110).print(Table(f"{arguments}", HEADER, tuple(table)))
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import jax
 import optax
 from matplotlib.figure import Figure
-from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from numpyro.infer.autoguide import AutoNormal
 from rich.console import Console
 
 import bnlora as bl
-from bnlora import plots, sbc
+from bnlora import guides, plots, sbc
 from bnlora.calibration import Calibration
 from bnlora.display import Table
 from bnlora.testing import frozen_scale, tiny_base, tiny_rows
@@ -30,13 +30,25 @@ PRIORS: dict[str, Callable[[], bl.priors.Prior]] = {
     "normal": partial(bl.priors.normal, scale=SCALE),
     "sparse_gp": partial(bl.priors.sparse_gp, rows=2, cols=4, scale=SCALE),
 }
+
+
+def of_family(family: guides.Family) -> Callable[..., guides.Guide]:
+    """From a prior program to the guide of one family for every site."""
+    return partial(guides.Guide, families=family, noise=guides.noise(lam_init=0.1))
+
+
 # From a prior program to a guide.
 GUIDES: dict[str, Callable[..., Callable]] = {
     "AutoNormal": partial(AutoNormal, init_loc_fn=bl.guides.init_to_base, init_scale=0.1),
-    "AutoMultivariateNormal": partial(
-        AutoMultivariateNormal, init_loc_fn=bl.guides.init_to_base, init_scale=0.1
-    ),
     "SiteFlow": partial(bl.guides.SiteFlow, init_scale=0.1, lam_init=0.1),
+    "mean_field": of_family(guides.mean_field(init_scale=0.1)),
+    "matrix_normal": of_family(guides.matrix_normal(init_scale=0.1)),
+    "full": of_family(guides.full(init_scale=0.1)),
+    "full, all": of_family(guides.full(init_scale=0.1, over="all")),
+    "iaf, all": of_family(guides.iaf(init_scale=0.1, over="all")),
+    "spline, all": of_family(guides.spline(init_scale=0.1, over="all")),
+    "block_neural, all": of_family(guides.block_neural(init_scale=0.1, over="all")),
+    "ensemble of 4": of_family(guides.ensemble(size=4, init_scale=0.1)),
     "frozen scale 0.1 (wrong)": partial(frozen_scale, scale=0.1),
 }
 EXACT = "importance (reference)"
@@ -115,13 +127,14 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.03)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path(), help="where sbc.png and vsbc.png go")
+    parser.add_argument("--priors", nargs="*", default=list(PRIORS), help="names of priors")
     parser.add_argument("--only", nargs="*", default=[EXACT, *GUIDES], help="names of inferences")
     arguments = parser.parse_args()
     base = tiny_base(jax.random.key(1), num_layers=2)
     rows, sites = tiny_rows(jax.random.key(2), arguments.rows), bl.select(base, ["lm_head"], rank=1)
     results, lines, groups = {}, [], set()
-    for prior, make in PRIORS.items():
-        model = bl.Classifier(base, sites, make(), label_ids=(3, 5))
+    for prior in arguments.priors:
+        model = bl.Classifier(base, sites, PRIORS[prior](), label_ids=(3, 5))
         for name in arguments.only:
             began = time.perf_counter()
             made = inference(name, model, arguments)

@@ -47,6 +47,7 @@ def mean_and_error(x):
     return x.mean(), x.std(ddof=1) / len(x) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inducing", ["frames", "bases"])
 @pytest.mark.parametrize("fitted", [False, True], ids=["at the start", "fitted"])
 def test_flow_bound_stays_below_the_exact_evidence(inducing, fitted):
@@ -71,6 +72,7 @@ def test_learning_the_sides_tightens_the_bound():
     assert high - low > 4 * np.hypot(low_error, high_error)
 
 
+@pytest.mark.slow
 def test_bound_equals_evidence_where_the_family_contains_the_posterior():
     """A full-covariance Gaussian over (V, E) holds the posterior, so log p / q is one constant."""
     with jax.enable_x64(True):
@@ -111,6 +113,7 @@ def test_full_inducing_matrix_at_lam_one_reaches_the_evidence():
     assert abs(bound - model.log_evidence(SIGMA)) < 0.02 + 4 * error
 
 
+@pytest.mark.slow
 def test_analytic_and_sampled_conditional_kl_agree_in_mean():
     model = toy()
     guide = guides.SiteFlow(model.prior, lam_init=0.5)
@@ -169,6 +172,7 @@ def test_flow_logdet_is_the_difference_between_base_and_flow_densities():
     np.testing.assert_allclose(terms["flow_logdet"], expected[0], rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("term", ["data", "inducing_kl", "conditional_kl"])
 def test_gradient_of_each_term_against_finite_differences(term):
     with jax.enable_x64(True):

@@ -164,6 +164,7 @@ def test_density_integrates_to_one(name, features):
     np.testing.assert_allclose(total, 1, atol=2e-3)
 
 
+@pytest.mark.slow
 @every_member
 def test_gradients_of_map_determinant_and_inverse_in_double_precision(name):
     with jax.enable_x64(True):

@@ -100,6 +100,7 @@ def test_the_two_forms_agree_on_one_projection(float64):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [1.0, 0.0], ids=["distinct eigenvalues", "equal eigenvalues"])
 def test_gradient_of_the_root_against_finite_differences(spread, float64):
     """Equal eigenvalues make the derivative of an eigenvector infinite; that of the root is finite."""

@@ -169,6 +169,7 @@ def test_posterior_moments_on_the_exact_problem(member):
         np.testing.assert_allclose(spread / expected[member.best], 1, atol=5 / (2 * len(draws)) ** 0.5 + 0.03)
 
 
+@pytest.mark.slow
 @EACH
 def test_density_agrees_with_the_sampler(member):
     """E_q[p / q] = 1 for any q as wide as p: neither draws nor density can be off alone."""
@@ -186,6 +187,7 @@ def test_density_agrees_with_the_sampler(member):
     assert abs(mean - 1) < 4 * error
 
 
+@pytest.mark.slow
 @EACH
 def test_kl_of_the_bound_is_that_of_the_densities(member):
     """The closed forms that the bound takes where they exist, against log-ratios of draws."""
@@ -203,6 +205,7 @@ def test_kl_of_the_bound_is_that_of_the_densities(member):
     assert abs(one - other) < 4 * np.hypot(one_error, other_error)
 
 
+@pytest.mark.slow
 @EACH
 def test_gradient_of_the_bound_against_finite_differences(member):
     with jax.enable_x64(True):
@@ -212,6 +215,7 @@ def test_gradient_of_the_bound_against_finite_differences(member):
         check_grads(value, (shaken(start, 0.1),), order=1, modes=["rev"], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @EACH
 def test_start_is_honoured_and_keys_differ(member):
     model = Prior(mixed)
@@ -236,6 +240,7 @@ def test_repr_counts_the_parameters_and_their_names_carry_the_site(member):
     assert all(site in repr(guide) for site in ("tau", "w"))
 
 
+@pytest.mark.slow
 @EACH
 def test_draws_under_vmap_are_those_of_a_loop(member):
     model = Prior(mixed)

@@ -140,6 +140,7 @@ AUTO = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", AUTO.values(), ids=AUTO)
 def test_any_numpyro_autoguide_works_on_the_prior(make):
     program = partial(priors.sparse_gp_matrices, "w", (1, 3, 4), sigma=0.8, plate="layer", rows=2, cols=3)

@@ -163,6 +163,7 @@ def by_hand():
     return vector, jacobian, np.asarray(jax.nn.softmax(logits(vector)), np.float64), precisions
 
 
+@pytest.mark.slow
 def test_full_structure_of_a_classifier_by_hand():
     """Covariance from the dense matrix; log-evidence from NumPyro's log joint at the mode."""
     vector, jacobian, probs, precisions = by_hand()

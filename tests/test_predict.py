@@ -103,6 +103,7 @@ def test_rows_at_a_time_do_not_matter(fit):
     np.testing.assert_allclose(few.draw_log_probs, all_.draw_log_probs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_spread_one_draw_is_the_deterministic_prediction(fit):
     """lam = s = 0: every number of draws has the negative log-likelihood of the plain adapter."""
     still = {
@@ -129,6 +130,7 @@ def test_point_estimate_has_equal_draws():
     np.testing.assert_allclose(prediction.mutual_information, 0, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_stderr_is_the_spread_of_the_mixture_over_repeats(fit):
     keys = jax.random.split(jax.random.key(7), 60)
     runs = [bl.predict(k, fit, ROWS[:2], num_samples=20, batch_size=2) for k in keys]

@@ -87,6 +87,7 @@ def weights(adapters, at):
 every_member = pytest.mark.parametrize("name", MEMBERS)
 
 
+@pytest.mark.slow
 @every_member
 def test_the_log_density_of_every_site_is_the_oracles_and_no_site_is_without_one(name):
     """Sigma's condition number, below 20 here, and a hundred terms leave 1e-11 of float64."""
@@ -101,6 +102,7 @@ def test_the_log_density_of_every_site_is_the_oracles_and_no_site_is_without_one
         assert got["densities"][site] == pytest.approx(density, rel=1e-10, abs=1e-10), site
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, member in MEMBERS.items() if member.weights])
 def test_weights_are_the_stated_function_of_the_sites(name):
     member, (got, _) = MEMBERS[name], exact(name)
@@ -109,6 +111,7 @@ def test_weights_are_the_stated_function_of_the_sites(name):
         np.testing.assert_allclose(weights, member.weights(at), rtol=1e-9, atol=1e-12, err_msg=prefix)
 
 
+@pytest.mark.slow
 @every_member
 def test_shapes_and_dtype_are_those_of_the_sites_in_float64(name):
     member, (got, _) = MEMBERS[name], exact(name)

@@ -87,6 +87,7 @@ def test_base_logits_are_those_of_the_module():
     np.testing.assert_allclose(np.log(found.probs), log_softmax(found.logits.astype(float), -1), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_parts_change_nothing_and_parameters_may_be_given():
     model = classifier(bl.priors.sparse_gp(rows=2, cols=2))
     whole = bl.prior_predictive(KEY, model, ROWS, num_samples=4)
@@ -115,6 +116,7 @@ def test_verdicts_follow_their_rules():
     assert made(np.full((10, 2), 9.0), np.full(2, 9.0)).verdict.startswith("no change")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [("lm_head",), ("v_proj", "lm_head")])
 def test_the_scale_found_has_the_wanted_spread(targets):
     calls = []

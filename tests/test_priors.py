@@ -74,6 +74,7 @@ def covariance(prior, params):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lam", [1.0, 0.4])
 @pytest.mark.parametrize("form", FORMS)
 def test_all_forms_have_the_law_of_the_formula_for_any_sides(form, lam):

@@ -182,6 +182,7 @@ def test_validation_picks_the_best_look_and_stops():
     np.testing.assert_allclose(nll, losses.min(), rtol=1e-4)  # a point estimate has no other draws
 
 
+@pytest.mark.slow
 def test_particles_average_independent_draws():
     model, guide = make()
     fit = run(model, guide, num_steps=1, num_particles=2)
@@ -196,6 +197,7 @@ def test_particles_average_independent_draws():
     assert both[0] != both[1]
 
 
+@pytest.mark.slow
 def test_any_autoguide_fits():
     model, _ = make(bl.priors.normal())
     fit = run(model, AutoNormal(model.prior, init_loc_fn=bl.guides.init_to_base))
@@ -247,6 +249,7 @@ def test_bad_input(changes, message):
         run(*make(), **changes)
 
 
+@pytest.mark.slow
 def test_start_is_where_a_fit_starts():
     """Another key and a step of no length: the parameters are those given, scales and `lam` included."""
     model, guide = make(bl.priors.sparse_gp(rows=2, cols=2), targets=("lm_head",))
