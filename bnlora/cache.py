@@ -45,7 +45,7 @@ def cache_prefix(
     Raises:
         ValueError: When the cache would exceed `memory_limit`.
     """
-    depth = model.sites.start
+    depth = model.start
     if depth == 0 or (batch.hidden is not None and batch.depth == depth):
         return batch
     size = prefix_bytes(model, batch)

@@ -73,8 +73,7 @@ class Density:
         if set(sites) != set(self.shapes):
             raise ValueError(f"the latent sites are {sorted(self.shapes)}; got {sorted(sites)}")
         trace = _trace(self.model.prior, jax.random.key(0), data={**self.params, **sites})
-        parts = [biject_to(trace[n]["fn"].support).inv(jnp.asarray(trace[n]["value"])) for n in self.shapes]
-        joined = jnp.concatenate([part.ravel() for part in parts])
+        joined = self._joined(trace)
         if not jnp.isfinite(joined).all():
             raise ValueError("every site must lie inside its support; a given value is on its edge or beyond")
         return joined
@@ -84,6 +83,14 @@ class Density:
         placed = handlers.substitute(self.model.prior, data=dict(self.params))
         trace = _trace(placed, key, substitute_fn=init_to_base)
         return self.vector({name: trace[name]["value"] for name in self.shapes})
+
+    def draw(self, key: Array) -> Float[Array, " p"]:
+        """A draw of the prior; pure, so that it can be compiled."""
+        return self._joined(_trace(handlers.substitute(self.model.prior, data=dict(self.params)), key))
+
+    def _joined(self, trace: Mapping[str, dict]) -> Float[Array, " p"]:
+        parts = [biject_to(trace[n]["fn"].support).inv(jnp.asarray(trace[n]["value"])) for n in self.shapes]
+        return jnp.concatenate([part.ravel() for part in parts])
 
     def _log_density(self, program: Callable, vector: Array, args: tuple) -> Array:
         trace, total = self._at(program, vector, args)

@@ -97,6 +97,16 @@ class Classifier:
         }.items():
             object.__setattr__(self, name, value)
 
+    @property
+    def start(self) -> int:
+        """The lowest layer that a draw changes: that of the lowest adapter."""
+        return self.sites.start
+
+    @property
+    def moving(self) -> tuple[str, ...]:
+        """Families whose adapters differ from draw to draw: all."""
+        return tuple(self.sites)
+
     def __repr__(self) -> str:
         return f"Classifier({len(self.label_ids)} classes, {self.base!r})\n{self.sites!r}"
 
@@ -122,24 +132,24 @@ class Classifier:
             ValueError: When the cached ones belong to another depth than these sites need.
         """
         if batch.hidden is not None:
-            if batch.depth != self.sites.start:
+            if batch.depth != self.start:
                 raise ValueError(
                     f"the batch caches activations of depth {batch.depth}, but the lowest adapted layer is "
-                    f"{self.sites.start}; cache it again for these sites"
+                    f"{self.start}; cache it again for these sites"
                 )
             return batch.hidden
         module = self.base.bind(params)
-        return module.blocks(module.embed(batch.tokens), batch.mask, start=0, stop=self.sites.start)
+        return module.blocks(module.embed(batch.tokens), batch.mask, start=0, stop=self.start)
 
     def logits(self, params: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n c"]:
         """Logits of the label tokens after the last real token of each row."""
-        placed = self.sites.place(adapters)
+        placed = self.sites.place(adapters, start=self.start)
         head = placed.pop(HEAD, None)
         module = self.base.bind(params)
         top = module.blocks(
             self.hidden(params, batch),
             batch.mask,
-            start=self.sites.start,
+            start=self.start,
             stop=self.base.num_layers,
             adapters=placed,
         )
@@ -152,7 +162,7 @@ class Classifier:
 
         The part below the adapters runs once for all draws, and draws go one after the other.
         """
-        prepared = replace(batch, hidden=self.hidden(params, batch), depth=self.sites.start)
+        prepared = replace(batch, hidden=self.hidden(params, batch), depth=self.start)
         return jax.lax.map(lambda one: jax.nn.log_softmax(self.logits(params, one, prepared)), adapters)
 
     @cached_property

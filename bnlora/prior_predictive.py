@@ -240,7 +240,7 @@ def scale_for_spread(
     low, high = bounds
     if not (spread > 0 and 0 < low < high):
         raise ValueError(f"expected spread > 0 and 0 < least < greatest scale; got {spread} and {bounds}")
-    prepared = replace(data, hidden=model.compiled_hidden(model.base.params, data), depth=model.sites.start)
+    prepared = replace(data, hidden=model.compiled_hidden(model.base.params, data), depth=model.start)
     params_key, draw_key = jax.random.split(key)
 
     @jax.jit
@@ -295,7 +295,7 @@ def _with_base(model: Classifier, draws: Adapters) -> Adapters:
 
 
 def _logits_by_draw(model: Classifier, frozen: Any, adapters: Adapters, batch: Batch) -> Array:
-    prepared = replace(batch, hidden=model.hidden(frozen, batch), depth=model.sites.start)
+    prepared = replace(batch, hidden=model.hidden(frozen, batch), depth=model.start)
     return jax.lax.map(lambda one: model.logits(frozen, one, prepared), adapters)
 
 

@@ -28,13 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jaxtyping import Float
 from numpyro import handlers
 from numpyro.infer.autoguide import AutoGuide
 
 from bnlora.calibration import Calibration
 from bnlora.data import Batch
 from bnlora.elbo import elbo_terms, initial_parameters
+from bnlora.functions import Functions, identifiable, log_likelihood, with_hidden
 from bnlora.model import Classifier
 from bnlora.posterior import draw_adapters
 from bnlora.prior_predictive import draw_prior, prior_parameters
@@ -50,14 +50,6 @@ class Inference(Protocol):
 
     def __call__(self, key: Array, frozen: Any, batch: Batch) -> Adapters:
         """Adapters with a leading draw axis."""
-        ...
-
-
-class Functions(Protocol):
-    """Scalar functions of one draw of the adapters and of the data."""
-
-    def __call__(self, frozen: Any, adapters: Adapters, batch: Batch) -> Mapping[str, Array]:
-        """Values of shape () by name."""
         ...
 
 
@@ -82,39 +74,6 @@ def simulate(key: Array, model: Classifier, frozen: Any, rows: Batch, params: Pa
     adapters = jax.tree.map(lambda x: x[0], draw_prior(prior_key, model, params, 1))
     labels = jax.random.categorical(label_key, model.logits(frozen, adapters, rows))
     return Simulation(adapters, replace(rows, labels=labels.astype(rows.labels.dtype)))
-
-
-def identifiable(model: Classifier, probe: Batch) -> Functions:
-    """The default functions: margins at probe rows, norms of the updates, log-likelihood of the data.
-
-    Args:
-        model: A `Classifier`.
-        probe: Rows whose margins are looked at, labels unread; each class against class 0.
-
-    Returns:
-        Functions named `margin[row]` (`margin[row, class]` with three classes or more), `norm[family]`
-        (over all layers of a family) and `log_likelihood`.
-    """
-    probe = _with_hidden(model, probe)
-    classes = len(model.label_ids)
-
-    def functions(frozen: Any, adapters: Adapters, batch: Batch) -> dict[str, Array]:
-        logits = model.logits(frozen, adapters, probe)
-        margins = {
-            f"margin[{row}]" if classes == 2 else f"margin[{row}, {c}]": logits[row, c] - logits[row, 0]
-            for row in range(len(probe))
-            for c in range(1, classes)
-        }
-        norms = {f"norm[{n}]": _update_norm(adapters[n], site.scale) for n, site in model.sites.items()}
-        return margins | norms | {"log_likelihood": log_likelihood(model, frozen, adapters, batch)}
-
-    return functions
-
-
-def log_likelihood(model: Classifier, frozen: Any, adapters: Adapters, batch: Batch) -> Float[Array, ""]:
-    """Log-likelihood of the labels of a batch at one draw of the adapters."""
-    log_probs = jax.nn.log_softmax(model.logits(frozen, adapters, batch))
-    return jnp.take_along_axis(log_probs, batch.labels[:, None], axis=1).sum()
 
 
 def svi_inference(
@@ -247,7 +206,7 @@ def run(
     one = _simulation(model, inference, functions)
     program = jax.jit(lambda keys, *shared: jax.lax.map(lambda k: one(k, *shared), keys))
     keys = jax.random.split(run_key, num_simulations)
-    found = program(keys, model.base.params, _with_hidden(model, rows), params)
+    found = program(keys, model.base.params, with_hidden(model, rows), params)
     found = jax.tree.map(np.asarray, found)
     broken = [name for name, ok in found.truth_finite.items() if not ok.all()]
     if broken:
@@ -299,18 +258,6 @@ def _scalars(values: Mapping[str, Array]) -> dict[str, Array]:
     if not values:
         raise ValueError("expected at least one function to rank; got none")
     return dict(values)
-
-
-def _update_norm(adapter: Mapping[str, Array], scale: float) -> Float[Array, ""]:
-    """Frobenius norm of `scale b a` over all layers, through the two rank x rank Gram matrices."""
-    a, b = adapter["a"], adapter["b"]
-    inner = jnp.einsum("lri,lsi->lrs", a, a) * jnp.einsum("lor,los->lrs", b, b)
-    return abs(scale) * jnp.sqrt(jnp.maximum(inner.sum(), 0.0))  # rounding may leave a zero just below it
-
-
-def _with_hidden(model: Classifier, rows: Batch) -> Batch:
-    """The rows with the activations below the adapters, which no simulation changes."""
-    return replace(rows, hidden=model.compiled_hidden(model.base.params, rows), depth=model.sites.start)
 
 
 def _require_positive(**numbers: int) -> None:

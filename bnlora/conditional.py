@@ -1,0 +1,157 @@
+r"""A classifier with some of its latent sites held at given values.
+
+    p(free | y, fixed)  is proportional to  p(y | free, fixed) p(free, fixed)
+
+as a classifier of its own, which every fit and sampler of this library takes. The prior program runs whole,
+with the fixed sites conditioned on, so that their densities still inform hyper-parameters that are free.
+Layers whose adapters no free site moves belong to the frozen trunk: their activations are cached with
+those below, and a gradient costs what is above alone.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+from numpyro import handlers
+
+from bnlora.data import Batch
+from bnlora.density import Density, density
+from bnlora.model import Classifier
+from bnlora.sites import HEAD, Sites
+from bnlora.typing import Adapters, Parameters
+
+
+@dataclass(frozen=True, repr=False)
+class Conditional(Classifier):
+    """A classifier whose prior has some sites fixed; built by `condition`.
+
+    Attributes:
+        fixed: Value of every fixed site by name.
+        lowest: Lowest layer that the free sites change.
+        free: Families that the free sites change.
+        below: Adapters at the fixed values, of which the layers below `lowest` are read.
+    """
+
+    fixed: Mapping[str, Array] = field(default_factory=dict)
+    lowest: int = 0
+    free: tuple[str, ...] = ()
+    below: Adapters = field(default_factory=dict)
+
+    @property
+    def start(self) -> int:
+        """The lowest layer that a draw changes: that of the lowest adapter that is not fixed."""
+        return self.lowest
+
+    @property
+    def moving(self) -> tuple[str, ...]:
+        """Families whose adapters differ from draw to draw: those that the free sites change."""
+        return self.free
+
+    def hidden(self, params: Any, batch: Batch) -> Float[Array, "n t d"]:
+        """Activations below the lowest free layer: the batch's cached ones, or computed here."""
+        if batch.hidden is not None or self.lowest == self.sites.start:
+            return super().hidden(params, batch)
+        first = self.sites.start
+        placed = self.sites.place(self.below)
+        placed.pop(HEAD, None)
+        inner = {m: {f: x[: self.lowest - first] for f, x in pair.items()} for m, pair in placed.items()}
+        module = self.base.bind(params)
+        trunk = module.blocks(module.embed(batch.tokens), batch.mask, start=0, stop=first)
+        return module.blocks(trunk, batch.mask, start=first, stop=self.lowest, adapters=inner)
+
+    def __repr__(self) -> str:
+        held = f"{len(self.fixed)} sites fixed: {', '.join(self.fixed)}"
+        return f"{super().__repr__()}\n  {held}"
+
+
+def condition(model: Classifier, values: Mapping[str, Array], params: Parameters | None = None) -> Classifier:
+    """The classifier with latent sites held at given values.
+
+    Args:
+        model: A `Classifier`.
+        values: Constrained value of each site to fix, by name; the model itself is returned for none.
+        params: Values of the prior's NumPyro parameters, where it has any.
+
+    Raises:
+        ValueError: When a name is no latent site, a shape does not fit, no site is left free, or the prior
+            has a parameter without a value.
+    """
+    if not values:
+        return model
+    whole = density(model, params or {})
+    _check(whole, values)
+    program, fixed = model.prior.program, dict(values)
+
+    def conditioned(sites: Sites) -> Adapters:
+        return handlers.condition(program, data=fixed)(sites)
+
+    plain = Classifier(model.base, model.sites, conditioned, label_ids=model.label_ids)
+    view = density(plain, params or {})
+    first, second = _two_places(view)
+    moving = {
+        name: _moving_layers(site.layers, first[name], second[name])
+        for name, site in view.model.sites.items()
+    }
+    lowest = min([model.base.num_layers, *(layer for layers in moving.values() for layer in layers)])
+    parts = {name: getattr(plain, name) for name in ("base", "sites", "prior", "label_ids")}
+    free = tuple(name for name, layers in moving.items() if layers)
+    made = object.__new__(Conditional)  # the fields of a Classifier are not the arguments that make one
+    for name, value in {**parts, "fixed": fixed, "lowest": lowest, "free": free, "below": first}.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+def matching(latent: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
+    r"""The latent sites that patterns choose, in the order of `latent`.
+
+    Args:
+        latent: Names of all latent sites.
+        wanted: Regular expressions that must match a whole site name, or the names of families and of
+            factors before a dot: `"lm_head"`, `"lm_head.a"`, `"tau"`, `r".*\.V"`.
+
+    Raises:
+        ValueError: When a pattern matches nothing; the message names the nearest sites.
+    """
+    chosen = set()
+    for pattern in wanted:
+        found = {n for n in latent if re.fullmatch(rf"(?:{pattern})(?:\..*)?", n)}
+        if not found:
+            near = difflib.get_close_matches(pattern, latent, n=3, cutoff=0.3) or list(latent)
+            raise ValueError(f"{pattern!r} matches no latent site; nearest are {', '.join(near)}")
+        chosen |= found
+    return tuple(name for name in latent if name in chosen)
+
+
+def _check(view: Density, values: Mapping[str, Array]) -> None:
+    for name in values:
+        matching(tuple(view.shapes), [re.escape(name)])
+    if set(values) >= set(view.shapes):
+        raise ValueError("every latent site is fixed; leave at least one free")
+    shapes = {name: np.shape(x) for name, x in jax.eval_shape(view.sites, np.zeros(view.size)).items()}
+    for name, value in values.items():
+        if np.shape(value) != shapes[name]:
+            raise ValueError(f"the value of {name!r} needs shape {shapes[name]}; got {np.shape(value)}")
+
+
+def _two_places(view: Density) -> tuple[Adapters, Adapters]:
+    """Adapters at two vectors that share no coordinate.
+
+    Prior programs are smooth, so an entry that the free sites move is equal at both with probability zero.
+    """
+    places = np.random.default_rng(0).normal(size=(2, view.size)).astype(np.float32)
+    both = jax.jit(lambda u: jax.lax.map(view.adapters, u))(places)
+    return jax.tree.map(lambda x: x[0], both), jax.tree.map(lambda x: x[1], both)
+
+
+def _moving_layers(
+    layers: tuple[int, ...], first: Mapping[str, Array], second: Mapping[str, Array]
+) -> tuple[int, ...]:
+    """The layers of a family in which a factor differs between two places."""
+    moved = [np.any(np.asarray(first[f] != second[f]), axis=(1, 2)) for f in first]
+    return tuple(layer for layer, m in zip(layers, np.any(moved, axis=0), strict=True) if m)

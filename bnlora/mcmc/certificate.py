@@ -1,0 +1,229 @@
+r"""Is a set of chains good enough to be called a reference? Six questions, on identifiable functions.
+
+    R-hat, rank-normalised and split        below 1.01
+    effective sample size, bulk and tail    above 400, all chains together
+    divergent transitions                   none
+    E-BFMI of every chain                   above 0.3
+    lag-1 autocorrelation                   below 0.05, averaged over chains
+
+The lag-1 autocorrelation is that of the kept draws: thin the chains until it holds (`Chains.thin`). It is
+estimated with a standard error of about 1 / sqrt(draws), so few draws fail it by chance. Kernels without an
+energy have no E-BFMI, and the certificate says that it was not asked. Kernels without an accept step are
+refused whatever the numbers say: no diagnostic of the draws shows their bias.
+
+References: Vehtari et al. (2021), arXiv 1903.08008 (R-hat, effective sample sizes); Betancourt (2016), arXiv
+1604.00695 (E-BFMI); Magnusson et al. (2024), posteriordb, arXiv 2407.04967 (criteria of a reference).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from arviz_stats.base import array_stats
+from jaxtyping import Bool, Float
+
+from bnlora.display import Table
+
+Bias = Literal["none", "step"]
+"""What a kernel's draws converge to: the target, or a law that its step size decides."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What draws must reach; stricter or laxer values are the caller's to defend.
+
+    Attributes:
+        rhat: Largest R-hat.
+        ess: Least effective sample size of bulk and of tail.
+        divergences: Most divergent transitions.
+        bfmi: Least E-BFMI of a chain.
+        autocorrelation: Largest lag-1 autocorrelation of the kept draws.
+    """
+
+    rhat: float = 1.01
+    ess: float = 400.0
+    divergences: int = 0
+    bfmi: float = 0.3
+    autocorrelation: float = 0.05
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a certificate looks at.
+
+    Attributes:
+        names: Names of the functions.
+        values: Their values, shape (chain, draw, function).
+        divergent: Which transitions diverged, shape (chain, transition).
+        energy: Energy of every transition, NaN where the kernel has none.
+        bias: "step" where the kernel has no accept step, so that its draws follow another law.
+    """
+
+    names: tuple[str, ...]
+    values: Float[np.ndarray, "c s k"]
+    divergent: Bool[np.ndarray, "c n"]
+    energy: Float[np.ndarray, "c n"]
+    bias: Bias = "none"
+
+
+@dataclass(frozen=True, repr=False)
+class Certificate:
+    """What was found, and whether it suffices.
+
+    Attributes:
+        names: Names of the functions.
+        rhat: R-hat of each function.
+        ess_bulk: Effective sample size of the bulk of each function.
+        ess_tail: That of its 5 % and 95 % quantiles, the smaller one.
+        autocorrelation: Lag-1 autocorrelation of each function.
+        divergences: Divergent transitions after the warm-up.
+        bfmi: E-BFMI of each chain; empty where the kernel has no energy.
+        thresholds: What had to be reached.
+        bias: "step" where the kernel has no accept step; such draws are never certified.
+    """
+
+    names: tuple[str, ...]
+    rhat: tuple[float, ...]
+    ess_bulk: tuple[float, ...]
+    ess_tail: tuple[float, ...]
+    autocorrelation: tuple[float, ...]
+    divergences: int
+    bfmi: tuple[float, ...]
+    thresholds: Thresholds
+    bias: Bias = "none"
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failures
+
+    @cached_property
+    def failures(self) -> tuple[str, ...]:
+        """One sentence for each failure: what was found, what was asked, and what to change."""
+        t = self.thresholds
+        found = [
+            self._worst("R-hat", self.rhat, max, t.rhat, "run longer chains, or a longer warm-up"),
+            self._worst("bulk ESS", self.ess_bulk, min, t.ess, "draw more"),
+            self._worst("tail ESS", self.ess_tail, min, t.ess, "draw more"),
+            self._worst(
+                "lag-1 autocorrelation",
+                self.autocorrelation,
+                max,
+                t.autocorrelation,
+                "thin the chains, and draw more to make up for it",
+            ),
+        ]
+        if self.divergences > t.divergences:
+            found.append(
+                f"{self.divergences} transitions diverged, at most {t.divergences} may; raise "
+                "target_acceptance, or write the prior non-centred"
+            )
+        if self.bfmi and not min(self.bfmi) >= t.bfmi:
+            found.append(
+                f"the least E-BFMI is {min(self.bfmi):.2f}, must be at least {t.bfmi:g}; a scale has heavy "
+                "tails: write the prior non-centred, or use a lighter-tailed one"
+            )
+        if self.bias == "step":
+            found.append(
+                "the sampler has no accept step, so its draws are off by an amount that its step decides and "
+                "no diagnostic shows; use sample_nuts or sample_hmc"
+            )
+        return tuple(text for text in found if text)
+
+    def _worst(self, what: str, values: tuple[float, ...], worst: Callable, bound: float, remedy: str) -> str:
+        at = worst(range(len(values)), key=lambda k: values[k])
+        value = values[at]
+        fails = not (value <= bound if worst is max else value >= bound)  # so that NaN fails
+        if not all(np.isfinite(values)):
+            at = int(np.argmin(np.isfinite(values)))
+            return f"{what} of {self.names[at]} is not finite: the draws of it are constant; {remedy}"
+        if not fails:
+            return ""
+        side = "at most" if worst is max else "at least"
+        number = f"{value:.3f}" if worst is max else f"{value:.0f}"
+        return f"{what} of {self.names[at]} is {number}, must be {side} {bound:g}; {remedy}"
+
+    @property
+    def table(self) -> Table:
+        """One row for each function."""
+        columns = zip(self.names, self.rhat, self.ess_bulk, self.ess_tail, self.autocorrelation, strict=True)
+        rows = tuple((n, f"{r:.4f}", f"{b:.0f}", f"{t:.0f}", f"{a:.3f}") for n, r, b, t, a in columns)
+        return Table(self.verdict, ("function", "R-hat", "bulk ESS", "tail ESS", "lag-1"), rows)
+
+    @property
+    def verdict(self) -> str:
+        """Certified or not, in a sentence."""
+        energy = f"least E-BFMI {min(self.bfmi):.2f}" if self.bfmi else "no energy, so E-BFMI was not asked"
+        if self.passed:
+            return f"Certified: {len(self.names)} functions, {self.divergences} divergences, {energy}"
+        return "Not certified: " + "; ".join(self.failures)
+
+    def __repr__(self) -> str:
+        return repr(self.table)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as numbers, lists and text."""
+        return asdict(self) | {"passed": self.passed, "failures": list(self.failures)}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "Certificate":
+        """The inverse of `to_json`; whether it passed is found anew."""
+        names = ("names", "rhat", "ess_bulk", "ess_tail", "autocorrelation", "bfmi")
+        parts = {name: tuple(stored[name]) for name in names}
+        thresholds = Thresholds(**stored["thresholds"])
+        divergences, bias = int(stored["divergences"]), stored["bias"]
+        return cls(**parts, divergences=divergences, thresholds=thresholds, bias=bias)
+
+
+def certify(evidence: Evidence, thresholds: Thresholds) -> Certificate:
+    """Compute the six numbers.
+
+    Raises:
+        ValueError: On fewer than two chains or four draws, or a value that is not finite.
+    """
+    values = np.asarray(evidence.values, np.float64)
+    if values.shape[0] < 2 or values.shape[1] < 4:
+        raise ValueError(
+            "a certificate needs at least two chains of four draws, so that they can be held against each "
+            f"other; got {values.shape[0]} of {values.shape[1]}"
+        )
+    if not np.isfinite(values).all():
+        bad = [
+            n
+            for n, v in zip(evidence.names, np.moveaxis(values, 2, 0), strict=True)
+            if not np.isfinite(v).all()
+        ]
+        raise ValueError(f"the functions must be finite at every draw; not so: {', '.join(bad)}")
+    columns = [values[:, :, k] for k in range(values.shape[2])]
+
+    def each(measure: Callable[[np.ndarray], Any]) -> tuple[float, ...]:
+        return tuple(float(measure(column)) for column in columns)
+
+    axes = {"chain_axis": 0, "draw_axis": 1}
+    has_energy = np.isfinite(evidence.energy).all()
+    return Certificate(
+        names=evidence.names,
+        rhat=each(lambda x: array_stats.rhat(x, method="rank", **axes)),
+        ess_bulk=each(lambda x: array_stats.ess(x, method="bulk", **axes)),
+        ess_tail=each(lambda x: array_stats.ess(x, method="tail", prob=(0.05, 0.95), **axes)),
+        autocorrelation=each(autocorrelation),
+        divergences=int(evidence.divergent.sum()),
+        bfmi=tuple(map(bfmi, evidence.energy)) if has_energy else (),
+        thresholds=thresholds,
+        bias=evidence.bias,
+    )
+
+
+def autocorrelation(values: Float[np.ndarray, "c s"]) -> float:
+    """Lag-1 autocorrelation: covariances and variances averaged over chains, each about its own mean."""
+    centred = values - values.mean(1, keepdims=True)
+    variance = (centred**2).mean()
+    return float((centred[:, 1:] * centred[:, :-1]).mean() / variance) if variance > 0 else float("nan")
+
+
+def bfmi(energy: Float[np.ndarray, " n"]) -> float:
+    """Squared jumps of the energy over its variance: about 1 where momentum and position mix equally fast."""
+    energy = np.asarray(energy, np.float64)
+    return float(np.mean(np.diff(energy) ** 2) / np.var(energy))

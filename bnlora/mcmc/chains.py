@@ -1,0 +1,151 @@
+r"""Draws of Markov chains: a posterior for `predict`, and the reference that others are compared with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from bnlora.functions import Functions, evaluate, identifiable
+from bnlora.mcmc.certificate import Certificate, Evidence, Thresholds, certify
+from bnlora.mcmc.target import Target
+from bnlora.samplers import Tuning
+from bnlora.typing import Adapters
+
+PROBES = 8
+"""Rows whose margins the certificate looks at, unless functions are given."""
+
+
+@dataclass(frozen=True, repr=False)
+class Chains:
+    """Draws of several chains of one sampler.
+
+    Attributes:
+        target: What was sampled, and where the other sites were held.
+        vectors: Unconstrained draws, shape (chain, draw, p).
+        stats: `divergent`, `energy`, `acceptance`, `num_gradients` of every draw, each (chain, draw).
+        tuning: What the warm-up of each chain found; leaves have a leading chain axis.
+        record: Sampler, options, seed, seconds, command and versions.
+        thinning: Transitions from one kept draw to the next.
+    """
+
+    target: Target
+    vectors: Float[np.ndarray, "c s p"]
+    stats: Mapping[str, np.ndarray]
+    tuning: Tuning
+    record: Mapping[str, Any]
+    thinning: int = 1
+
+    @property
+    def model(self) -> Any:
+        """The classifier, conditional where sites were held."""
+        return self.target.model
+
+    @property
+    def num_chains(self) -> int:
+        """Number of chains."""
+        return len(self.vectors)
+
+    @property
+    def num_draws(self) -> int:
+        """Kept draws of each chain."""
+        return self.vectors.shape[1]
+
+    @property
+    def num_gradients(self) -> dict[str, int]:
+        """Gradients of the log-density in the warm-up and after it, all chains together."""
+        warm = int(np.sum(self.tuning.num_gradients))
+        return {"warm-up": warm, "sampling": int(self.stats["num_gradients"].sum())}
+
+    def stored_adapters(self) -> Adapters:
+        """Adapters of every kept draw, chain after chain, with a leading draw axis."""
+        rows = self.vectors.reshape(-1, self.vectors.shape[-1])
+        return jax.jit(lambda u: jax.lax.map(self.target.view.adapters, u))(rows)
+
+    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
+        """Adapters of different kept draws, chosen at random, with a leading draw axis.
+
+        Raises:
+            ValueError: When fewer draws are kept.
+        """
+        total = self.num_chains * self.num_draws
+        if num_samples > total:
+            raise ValueError(
+                f"the chains keep {total} draws; num_samples must be at most that, got {num_samples}"
+            )
+        rows = self.vectors.reshape(total, -1)
+        chosen = np.asarray(jax.random.choice(key, total, (num_samples,), replace=False))
+        return jax.jit(lambda u: jax.lax.map(self.target.view.adapters, u))(rows[chosen])
+
+    def sites(self) -> dict[str, np.ndarray]:
+        """Every kept draw of every sampled site, constrained, with leading axes (chain, draw)."""
+        rows = self.vectors.reshape(-1, self.vectors.shape[-1])
+        found = jax.jit(lambda u: jax.lax.map(self.target.view.sites, u))(rows)
+        lead = self.vectors.shape[:2]
+        return {name: np.asarray(x).reshape(*lead, *x.shape[1:]) for name, x in found.items()}
+
+    def values(
+        self, functions: Functions | None = None
+    ) -> tuple[tuple[str, ...], Float[np.ndarray, "c s k"]]:
+        """Names and values of identifiable functions at every kept draw."""
+        if functions is None:
+            return self._default_values
+        return self._evaluated(functions)
+
+    @cached_property
+    def _default_values(self) -> tuple[tuple[str, ...], Float[np.ndarray, "c s k"]]:
+        return self._evaluated(identifiable(self.model, self.target.train[:PROBES]))
+
+    def _evaluated(self, functions: Functions) -> tuple[tuple[str, ...], Float[np.ndarray, "c s k"]]:
+        names, values = evaluate(functions, self.model, self.stored_adapters(), self.target.train)
+        return names, values.reshape(*self.vectors.shape[:2], -1)
+
+    @cached_property
+    def certificate(self) -> Certificate:
+        """The certificate at the default thresholds, on the default functions."""
+        return self.certify()
+
+    def certify(
+        self, *, functions: Functions | None = None, thresholds: Thresholds | None = None
+    ) -> Certificate:
+        """Judge the draws.
+
+        Args:
+            functions: What is looked at; `bnlora.functions.identifiable` at eight rows when omitted.
+            thresholds: What they must reach; the defaults of `Thresholds` when omitted.
+        """
+        names, values = self.values(functions)
+        evidence = Evidence(names, values, self.stats["divergent"], self.stats["energy"], self.record["bias"])
+        return certify(evidence, Thresholds() if thresholds is None else thresholds)
+
+    def thin(self, step: int) -> "Chains":
+        """Every `step`-th draw of each chain; the last draw is kept.
+
+        Raises:
+            ValueError: When fewer than four draws of a chain would be left.
+        """
+        if step < 1 or self.num_draws // step < 4:
+            raise ValueError(
+                f"the step must be at least 1 and leave four of {self.num_draws} draws; got {step}"
+            )
+        kept = slice(self.num_draws - 1 - step * (self.num_draws // step - 1), None, step)
+        # A divergence counts wherever it happened, so no draw's report is dropped with the draw.
+        stats = dict(self.stats)
+        return replace(self, vectors=self.vectors[:, kept], stats=stats, thinning=self.thinning * step)
+
+    def __repr__(self) -> str:
+        gradients = self.num_gradients
+        total = sum(gradients.values())
+        lines = [
+            f"Chains({self.record['sampler']}: {self.num_chains} chains of {self.num_draws} draws, every "
+            f"{self.thinning}, {self.vectors.shape[-1]:,} coordinates)",
+            f"  {total:,} gradients, {gradients['warm-up'] / max(total, 1):.0%} of them in the warm-up; "
+            f"{int(self.stats['divergent'].sum())} divergences; {self.record['seconds']:.0f} s",
+        ]
+        if self.target.held:
+            lines.append(f"  {self.target.held}")
+        return "\n".join(lines)

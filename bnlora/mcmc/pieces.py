@@ -1,0 +1,102 @@
+r"""A run of chains on disk: the warm-up, then piece after piece of draws, each with the state at its end.
+
+A folder holds `run.json` (what is being run), `warm.npz` and `draws-00000.npz`, `draws-00001.npz`, ... Every
+file appears whole or not at all. A run that finds its own pieces goes on behind the last of them; one that
+finds those of another run refuses, and names what differs.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from bnlora.mcmc.target import Target
+
+RUN, WARM = "run.json", "warm.npz"
+_COMPARED = ("sampler", "options", "key", "plan", "versions", "target")
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Where a run keeps its pieces; nowhere without a folder."""
+
+    folder: Path | None
+
+    @classmethod
+    def open(cls, folder: Path | None, record: dict[str, Any], target: Target, starts: Array) -> "Pieces":
+        """Prepare the folder.
+
+        Raises:
+            ValueError: When it holds the pieces of another run.
+        """
+        if folder is None:
+            return cls(None)
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        now = {**record, "target": fingerprint(target, starts)}
+        path = folder / RUN
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            differing = [n for n in _COMPARED if before.get(n) != json.loads(json.dumps(now[n]))]
+            if differing:
+                shown = "; ".join(f"{n}: {before.get(n)} then, {now[n]} now" for n in differing)
+                raise ValueError(
+                    f"{str(folder)!r} holds the pieces of another run ({shown}); give the same arguments to "
+                    "go on with it, or another folder"
+                )
+        else:
+            _write(
+                path, lambda scratch: scratch.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+            )
+        return cls(folder)
+
+    def warm(self, compute: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """Tuning and state after the warm-up: read where it is stored, else computed and stored."""
+        return self._kept(WARM, compute)
+
+    def draws(self, index: int, compute: Callable[[], tuple[Any, Any]], state: Any) -> tuple[Any, Any]:
+        """State and draws of a piece: read where it is stored, else computed and stored."""
+        return self._kept(f"draws-{index:05d}.npz", compute)
+
+    def _kept(self, name: str, compute: Callable[[], Any]) -> Any:
+        if self.folder is None:
+            return compute()
+        path = self.folder / name
+        if path.is_file():
+            shape = jax.eval_shape(compute)
+            with np.load(path) as stored:
+                leaves = [jnp.asarray(stored[f"leaf{i}"]) for i in range(len(stored.files))]
+            return jax.tree.unflatten(jax.tree.structure(shape), leaves)
+        made = compute()
+        arrays = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(made))}
+
+        def write(scratch: Path) -> None:
+            with scratch.open("wb") as file:
+                np.savez(file, allow_pickle=False, **arrays)
+
+        _write(path, write)
+        return made
+
+
+def fingerprint(target: Target, starts: Array) -> str:
+    """Checksum of what is sampled: names and shapes of the sites, parameters, rows and starts."""
+    digest = hashlib.sha256(json.dumps({n: list(s) for n, s in target.view.shapes.items()}).encode())
+    digest.update(target.held.encode())
+    parts = [target.view.params, target.rows.tokens, target.rows.mask, target.rows.labels, starts]
+    for leaf in jax.tree.leaves(parts):
+        digest.update(np.ascontiguousarray(np.asarray(leaf)).tobytes())
+    return digest.hexdigest()
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    scratch = path.with_name(f".{path.name}")
+    write(scratch)
+    os.replace(scratch, path)

@@ -1,0 +1,201 @@
+r"""The loop that every sampler shares: warm up, then draw in pieces that can be kept on disk.
+
+Transition t of chain c has the key `fold_in(key_c, t)`, and a piece starts from the whole state of the kernel
+at the end of the one before. So the draws do not depend on when a run was stopped: a run that was
+killed and started again with the same arguments gives the draws of an unbroken one.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+from rich.console import Console
+
+from bnlora.mcmc.certificate import Bias
+from bnlora.mcmc.chains import Chains
+from bnlora.mcmc.pieces import Pieces
+from bnlora.mcmc.target import Target
+from bnlora.progress import progress_bar
+from bnlora.samplers import LogDensity, Report, Sampler, Tuning
+
+Tune = Callable[[Array, LogDensity, Array], Tuning]
+"""From a key, a log-density and a start to a tuned kernel's numbers."""
+
+Build = Callable[[Tuning, Target, Any], Sampler]
+"""From tuned numbers, the target and its inputs to a kernel."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many chains run for how long.
+
+    Attributes:
+        num_chains: Chains, run together.
+        num_draws: Kept draws of each.
+        thinning: Transitions from one kept draw to the next.
+        piece: Kept draws between two looks at disk and progress bar; divides `num_draws`. The largest
+            divisor up to 100 when omitted.
+        folder: Where pieces are kept; nowhere when omitted.
+    """
+
+    num_chains: int
+    num_draws: int
+    thinning: int = 1
+    piece: int | None = None
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_chains", "num_draws", "thinning"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        piece = self.size
+        if piece < 1 or self.num_draws % piece:
+            divisors = [n for n in range(1, self.num_draws + 1) if self.num_draws % n == 0]
+            near = min(divisors, key=lambda n: abs(n - piece))
+            raise ValueError(
+                f"a checkpoint comes every so many draws as divide num_draws={self.num_draws}; got "
+                f"{piece}, nearest is {near}"
+            )
+
+    @property
+    def size(self) -> int:
+        """Kept draws of a piece."""
+        if self.piece is not None:
+            return self.piece
+        return max(n for n in range(1, min(100, self.num_draws) + 1) if self.num_draws % n == 0)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A sampler by name, with what tunes it and builds it.
+
+    Attributes:
+        name: Name for people.
+        options: Options for the record; a checkpoint made with others is refused.
+        tune: Warms up one chain.
+        build: Makes the kernel of one chain.
+        bias: Whether its draws converge to the target.
+    """
+
+    name: str
+    options: dict[str, Any]
+    tune: Tune
+    build: Build
+    bias: Bias = "none"
+
+
+class _Piece(NamedTuple):
+    position: Array
+    report: Report
+
+
+def run(
+    key: Array,
+    target: Target,
+    method: Method,
+    plan: Plan,
+    starts: Float[Array, "c p"],
+    console: Console | None,
+) -> Chains:
+    """Warm up and draw.
+
+    Raises:
+        ValueError: When the log-density is not finite where a chain starts, or the folder holds pieces of
+            another run.
+    """
+    began = time.perf_counter()
+    _check_starts(target, starts)
+    warm_key, draw_key = jax.random.split(key)
+    keys = jax.random.split(draw_key, plan.num_chains)
+    sizes = {n: getattr(plan, n) for n in ("num_chains", "num_draws", "thinning", "size")}
+    about = record(key, method.name, method.bias, method.options, sizes)
+    pieces = Pieces.open(plan.folder, about, target, starts)
+    number = plan.num_draws // plan.size
+    with progress_bar(console) as bar:
+        task = bar.add_task(f"{method.name}: warm-up of {plan.num_chains} chains", total=number)
+        tuning, state = pieces.warm(lambda: _warm(warm_key, target, method, plan, starts))
+        bar.update(task, description=f"{method.name}: {plan.num_draws} draws of {plan.num_chains} chains")
+        program = _program(target, method, plan)
+        made: list[_Piece] = []
+        for index in range(number):
+            first = jnp.asarray(index * plan.size * plan.thinning)
+
+            def compute(state: Any = state, first: Array = first) -> tuple[Any, _Piece]:
+                return program(tuning, state, keys, first, target.inputs)
+
+            state, piece = pieces.draws(index, compute, state)
+            made.append(_Piece(*jax.tree.map(np.asarray, tuple(piece))))
+            bar.advance(task)
+    joined = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *made)
+    stats = joined.report._asdict()
+    about |= {"seconds": time.perf_counter() - began}
+    return Chains(target, joined.position, stats, jax.tree.map(np.asarray, tuning), about, plan.thinning)
+
+
+def _check_starts(target: Target, starts: Array) -> None:
+    values = jax.jit(lambda u, inputs: jax.lax.map(lambda x: target.log_density(x, inputs), u))(
+        starts, target.inputs
+    )
+    bad = np.flatnonzero(~np.isfinite(np.asarray(values)))
+    if len(bad):
+        raise ValueError(
+            f"the log-density is not finite where chain {bad[0]} starts ({float(values[bad[0]])}); start "
+            "from a fit (`given`, start='fit'), or from start='zero'"
+        )
+
+
+def _warm(key: Array, target: Target, method: Method, plan: Plan, starts: Array) -> tuple[Tuning, Any]:
+    """Tuned numbers and the first state of every chain."""
+    tune_key, init_key = jax.random.split(key)
+
+    def one(tune_key: Array, init_key: Array, start: Array, inputs: Any) -> tuple[Tuning, Any]:
+        tuned = method.tune(tune_key, lambda u: target.log_density(u, inputs), start)
+        return tuned, method.build(tuned, target, inputs).init(init_key, tuned.position)
+
+    program = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, None)))
+    keys = [jax.random.split(k, plan.num_chains) for k in (tune_key, init_key)]
+    return program(*keys, starts, target.inputs)
+
+
+def _program(target: Target, method: Method, plan: Plan) -> Callable[..., tuple[Any, _Piece]]:
+    """One piece of every chain, compiled once."""
+
+    def chain(tuning: Tuning, state: Any, key: Array, first: Array, inputs: Any) -> tuple[Any, _Piece]:
+        sampler = method.build(tuning, target, inputs)
+
+        def move(state: Any, t: Array) -> tuple[Any, Report]:
+            return sampler.step(jax.random.fold_in(key, t), state)
+
+        def draw(state: Any, t: Array) -> tuple[Any, _Piece]:
+            state, reports = jax.lax.scan(move, state, t + jnp.arange(plan.thinning))
+            return state, _Piece(state.position, reports)
+
+        state, made = jax.lax.scan(draw, state, first + plan.thinning * jnp.arange(plan.size))
+        flat = jax.tree.map(lambda x: x.reshape(plan.size * plan.thinning, *x.shape[2:]), made.report)
+        return state, _Piece(made.position, flat)
+
+    return jax.jit(jax.vmap(chain, in_axes=(0, 0, 0, None, None)))
+
+
+def record(
+    key: Array, sampler: str, bias: Bias, options: dict[str, Any], plan: dict[str, Any]
+) -> dict[str, Any]:
+    """What made some draws: sampler, options, seed, sizes, command and versions."""
+    return {
+        "sampler": sampler,
+        "bias": bias,
+        "options": options,
+        "key": np.asarray(jax.random.key_data(key)).tolist(),
+        "plan": plan,
+        "command": " ".join(sys.argv),
+        "versions": {n: version(n) for n in ("bnlora", "jax", "numpyro", "blackjax")},
+    }

@@ -1,0 +1,183 @@
+r"""What a chain samples: the unconstrained density of some latent sites, with the others held fixed.
+
+    log p(u) + log p(y | u)        over all rows at once, no minibatch
+
+with u the vector of `bnlora.density`. The activations below the lowest free adapter are computed once; where
+the head alone is free, those of the last token are all that is kept, and a gradient costs the head.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+from rich.console import Console
+
+from bnlora.cache import cache_prefix
+from bnlora.conditional import condition, matching
+from bnlora.data import Batch, check_labels
+from bnlora.density import Density, density
+from bnlora.fits import Fit
+from bnlora.model import Classifier
+from bnlora.posterior import draw_sites
+from bnlora.samplers import pathfinder
+
+FixAt = Literal["mean", "draw"]
+"""Where sites that are not sampled are held: the mean of 256 draws of a fit, or one draw."""
+
+Start = Literal["fit", "prior", "pathfinder", "zero"]
+"""Where chains start: draws of the fit, of the prior, of Pathfinder, or where fits start, moved a little."""
+
+STARTS: tuple[Start, ...] = ("fit", "prior", "pathfinder", "zero")
+
+MEAN_DRAWS = 256
+
+
+@dataclass(frozen=True)
+class Target:
+    """A density over a vector, with the rows that it reads.
+
+    Attributes:
+        view: The unconstrained view of the (conditional) model.
+        train: The rows, with activations up to the lowest free adapter.
+        rows: The rows as they were given.
+        held: How the sites that are not sampled were fixed, in words; "" where all are sampled.
+    """
+
+    view: Density
+    train: Batch
+    rows: Batch
+    held: str = ""
+
+    @property
+    def model(self) -> Classifier:
+        """The classifier, conditional where sites are fixed."""
+        return self.view.model
+
+    @property
+    def inputs(self) -> tuple[Any, Batch]:
+        """What the density reads beside the vector; to be passed into compiled programs as an argument."""
+        return self.model.base.params, self.train
+
+    def log_density(self, vector: Float[Array, " p"], inputs: tuple[Any, Batch]) -> Float[Array, ""]:
+        """Log prior plus log-likelihood of all rows, in nats."""
+        return self.view.log_joint(vector, *inputs)
+
+    def log_likelihood(self, vector: Float[Array, " p"], inputs: tuple[Any, Batch]) -> Float[Array, ""]:
+        """Log-likelihood of all rows, in nats."""
+        frozen, batch = inputs
+        log_probs = jax.nn.log_softmax(self.model.logits(frozen, self.view.adapters(vector), batch))
+        return jnp.take_along_axis(log_probs, batch.labels[:, None], axis=1).sum()
+
+
+def target(
+    key: Array,
+    model: Classifier,
+    train: Batch,
+    *,
+    sites: Sequence[str] | None,
+    given: Fit | None,
+    fix_at: FixAt,
+    console: Console | None = None,
+) -> Target:
+    """Fix what is not sampled and cache what does not change.
+
+    Args:
+        key: Random key of the draws that fixed sites are held at.
+        model: The classifier.
+        train: Rows with labels.
+        sites: Patterns of the sites to sample (`bnlora.conditional.matching`); all when omitted.
+        given: A fit of the same model, whose parameters of the prior hold here too.
+        fix_at: Where the other sites are held.
+        console: Where to draw the progress bar of the cache.
+
+    Raises:
+        ValueError: When a pattern matches nothing, sites are to be fixed without a fit, labels are missing,
+            or the prior has parameters and there is no fit to give their values.
+    """
+    if isinstance(sites, str):
+        raise ValueError(f"sites must be a list of names or patterns; got {sites!r}, write [{sites!r}]")
+    check_labels("training", train, len(model.label_ids))
+    params = {} if given is None else given.params
+    latent = tuple(density(model, params).shapes)
+    free = latent if sites is None else matching(latent, sites)
+    others = [name for name in latent if name not in free]
+    if others and given is None:
+        raise ValueError(
+            f"{len(others)} sites are not sampled ({', '.join(others)}); pass `given`, a fit whose posterior "
+            "says where to hold them, or sample all"
+        )
+    values, held = _fixed(key, model, given, others, fix_at)
+    conditional = condition(model, values, params)
+    plain = train if train.hidden is None or train.depth == conditional.start else _plain(train)
+    cached = cache_prefix(conditional, plain, console=console)
+    if conditional.start == model.base.num_layers:
+        cached = _last_token(cached)
+    return Target(density(conditional, params), cached, train, held)
+
+
+def starts(key: Array, made: Target, given: Fit | None, start: Start, num_chains: int) -> Float[Array, "c p"]:
+    """Where the chains start, from different keys.
+
+    Raises:
+        ValueError: When they are to start from a fit and there is none.
+    """
+    keys = jax.random.split(key, num_chains)
+    if start == "fit":
+        if given is None:
+            raise ValueError("start='fit' needs `given`, a fit to start from; got none, use start='prior'")
+        return jnp.stack([made.view.vector(_draw(k, made.view, given)) for k in keys])
+    if start == "prior":
+        return jnp.stack([made.view.draw(k) for k in keys])
+    # At zero the density of a bilinear adapter has a saddle, so every chain is moved off it a little.
+    first = jnp.stack([made.view.start(k) for k in keys])
+    first = first + 0.01 * jax.random.normal(jax.random.fold_in(key, 1), first.shape)
+    if start == "zero":
+        return first
+
+    def climb(k: Array, u: Array, inputs: Any) -> Array:
+        return pathfinder(k, lambda v: made.log_density(v, inputs), u)
+
+    return jax.jit(jax.vmap(climb, in_axes=(0, 0, None)))(keys, first, made.inputs)
+
+
+def _draw(key: Array, view: Density, given: Fit) -> dict[str, Array]:
+    drawn = draw_sites(key, given.model, given.guide, given.params).sites
+    return {name: drawn[name] for name in view.shapes}
+
+
+def _fixed(
+    key: Array, model: Classifier, given: Fit | None, names: Sequence[str], fix_at: FixAt
+) -> tuple[Mapping[str, Array], str]:
+    if not names or given is None:
+        return {}, ""
+    count = MEAN_DRAWS if fix_at == "mean" else 1
+
+    def one(k: Array) -> dict[str, Array]:
+        drawn = draw_sites(k, model, given.guide, given.params).sites
+        return {name: drawn[name] for name in names}
+
+    draws = jax.jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(key, count))
+    where = f"the mean of {count} draws" if fix_at == "mean" else "one draw"
+    return {n: x.mean(0) for n, x in draws.items()}, f"{', '.join(names)} held at {where} of a fit"
+
+
+def _plain(batch: Batch) -> Batch:
+    return replace(batch, hidden=None, depth=0)
+
+
+def _last_token(batch: Batch) -> Batch:
+    """The rows cut to the one position that the head reads."""
+    mask = np.asarray(batch.mask)
+    last = mask.shape[1] - 1 - mask[:, ::-1].argmax(1)
+    pick = np.arange(len(batch)), last
+
+    def cut(x: Array) -> Array:
+        return jnp.asarray(np.asarray(x)[pick][:, None])
+
+    hidden = None if batch.hidden is None else cut(batch.hidden)
+    return replace(batch, tokens=cut(batch.tokens), mask=cut(batch.mask), hidden=hidden)

@@ -1,0 +1,278 @@
+r"""BlackJAX's kernels as pairs of pure functions: the one file that imports it.
+
+A `Sampler` starts from an unconstrained vector and moves it:
+
+    state = init(key, position),      state, report = step(key, state)
+
+and every report has the same four numbers, whatever the kernel. BlackJAX is imported inside the functions,
+because importing it starts a device.
+
+References: Hoffman and Gelman (2014), The No-U-Turn sampler; Neal (2011), MCMC using Hamiltonian dynamics;
+Murray, Adams and MacKay (2010), Elliptical slice sampling; Robnik et al. (2023), Microcanonical Hamiltonian
+Monte Carlo, arXiv 2212.08549; Del Moral, Doucet and Jasra (2006), Sequential Monte Carlo samplers; Zhang et
+al. (2022), Pathfinder, arXiv 2108.03782; Carpenter et al. (2017), Stan (the warm-up in windows).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+LogDensity = Callable[[Array], Array]
+"""From a vector to its log-density, up to a constant."""
+
+Mass = Literal["diagonal", "dense"]
+
+
+class Report(NamedTuple):
+    """What one transition says of itself; scalars.
+
+    Attributes:
+        divergent: Whether the energy error of the trajectory was beyond hope.
+        energy: Hamiltonian at the start of the transition, after the momentum was drawn; NaN where there is
+            none.
+        acceptance: Mean acceptance probability; 1 for kernels that never refuse.
+        num_gradients: Gradients of the log-density that it took; evaluations for slice sampling.
+    """
+
+    divergent: Array
+    energy: Array
+    acceptance: Array
+    num_gradients: Array
+
+
+class Sampler(NamedTuple):
+    """A Markov kernel as two pure functions; a state has an attribute `position`."""
+
+    init: Callable[[Array, Array], Any]
+    step: Callable[[Array, Any], tuple[Any, Report]]
+
+
+class Tuning(NamedTuple):
+    """What a warm-up found.
+
+    Attributes:
+        position: Where it ended, shape (p,).
+        step_size: Step of the integrator.
+        inverse_mass: Inverse mass matrix, (p,) where diagonal and (p, p) where dense.
+        length: Distance between refreshments of the momentum for MCLMC; 0 elsewhere.
+        num_gradients: Gradients that the warm-up took.
+    """
+
+    position: Float[Array, " p"]
+    step_size: Float[Array, ""]
+    inverse_mass: Array
+    length: Array
+    num_gradients: Array
+
+
+@dataclass(frozen=True)
+class Nuts:
+    """The No-U-Turn sampler.
+
+    Attributes:
+        max_doublings: Most doublings of a trajectory; 10 allow 1,023 gradients.
+    """
+
+    max_doublings: int = 10
+
+    def options(self) -> dict[str, int]:
+        """Arguments of BlackJAX's kernel."""
+        return {"max_num_doublings": self.max_doublings}
+
+
+@dataclass(frozen=True)
+class Hmc:
+    """Hamiltonian Monte Carlo with trajectories of one length.
+
+    Attributes:
+        integration_steps: Leapfrog steps of a trajectory.
+    """
+
+    integration_steps: int = 32
+
+    def options(self) -> dict[str, int]:
+        """Arguments of BlackJAX's kernel."""
+        return {"num_integration_steps": self.integration_steps}
+
+
+def warm_up(
+    key: Array,
+    method: Nuts | Hmc,
+    log_density: LogDensity,
+    position: Float[Array, " p"],
+    *,
+    num_steps: int,
+    target_acceptance: float,
+    mass: Mass,
+    initial_step_size: float,
+) -> Tuning:
+    """Adapt step and mass matrix of one chain in Stan's windows."""
+    import blackjax
+
+    def kept(state: Any, info: Any, adaptation: Any) -> Any:
+        # The rest would hold every trajectory of the warm-up in memory.
+        return info.num_integration_steps
+
+    warming = blackjax.window_adaptation(
+        _algorithm(method),
+        log_density,
+        is_mass_matrix_diagonal=mass == "diagonal",
+        initial_step_size=initial_step_size,
+        target_acceptance_rate=target_acceptance,
+        adaptation_info_fn=kept,
+        **method.options(),
+    )
+    (state, found), steps = warming.run(key, position, num_steps)
+    return Tuning(
+        state.position,
+        jnp.asarray(found["step_size"]),
+        found["inverse_mass_matrix"],
+        jnp.zeros(()),
+        jnp.sum(steps),
+    )
+
+
+def hamiltonian(method: Nuts | Hmc, log_density: LogDensity, tuning: Tuning) -> Sampler:
+    """NUTS or HMC with a tuned step and mass matrix."""
+    algorithm = _algorithm(method)(log_density, tuning.step_size, tuning.inverse_mass, **method.options())
+
+    def step(key: Array, state: Any) -> tuple[Any, Report]:
+        state, info = algorithm.step(key, state)
+        return state, Report(info.is_divergent, info.energy, info.acceptance_rate, info.num_integration_steps)
+
+    return Sampler(lambda key, position: algorithm.init(position), step)
+
+
+def _algorithm(method: Nuts | Hmc) -> Any:
+    import blackjax
+
+    return blackjax.nuts if isinstance(method, Nuts) else blackjax.hmc
+
+
+def tune_mclmc(
+    key: Array, log_density: LogDensity, position: Float[Array, " p"], *, num_steps: int
+) -> Tuning:
+    """Find the step, the length and the diagonal preconditioner of microcanonical Langevin dynamics."""
+    import blackjax
+
+    start_key, tune_key = jax.random.split(key)
+    state = blackjax.mcmc.mclmc.init(position, log_density, start_key)
+    state, found, used = blackjax.mclmc_find_L_and_step_size(
+        blackjax.mcmc.mclmc.build_kernel(), num_steps, state, tune_key, logdensity_fn=log_density
+    )
+    return Tuning(state.position, found.step_size, found.inverse_mass_matrix, found.L, jnp.asarray(2 * used))
+
+
+def mclmc(log_density: LogDensity, tuning: Tuning, steps_per_draw: int) -> Sampler:
+    """Microcanonical Langevin dynamics without an accept step: its step size biases what it converges to."""
+    import blackjax
+
+    algorithm = blackjax.mclmc(
+        log_density, tuning.length, tuning.step_size, inverse_mass_matrix=tuning.inverse_mass
+    )
+
+    def step(key: Array, state: Any) -> tuple[Any, Report]:
+        state, info = jax.lax.scan(
+            lambda s, k: algorithm.step(k, s), state, jax.random.split(key, steps_per_draw)
+        )
+        # Two gradients a step: the integrator of McLachlan has two stages.
+        gradients = jnp.asarray(2 * steps_per_draw)
+        return state, Report(~info.nonans.all(), jnp.nan * state.logdensity, jnp.ones(()), gradients)
+
+    return Sampler(lambda key, position: algorithm.init(position, key), step)
+
+
+def elliptical(
+    log_likelihood: LogDensity, mean: Float[Array, " p"], variance: Float[Array, " p"], steps_per_draw: int
+) -> Sampler:
+    """Elliptical slice sampling under a normal prior with independent entries; nothing to tune."""
+    import blackjax
+
+    algorithm = blackjax.elliptical_slice(log_likelihood, mean=mean, cov=variance)
+
+    def step(key: Array, state: Any) -> tuple[Any, Report]:
+        state, info = jax.lax.scan(
+            lambda s, k: algorithm.step(k, s), state, jax.random.split(key, steps_per_draw)
+        )
+        used = jnp.sum(info.subiter)
+        return state, Report(jnp.zeros((), bool), jnp.nan * state.logdensity, jnp.ones(()), used)
+
+    return Sampler(lambda key, position: algorithm.init(position), step)
+
+
+def pathfinder(key: Array, log_density: LogDensity, position: Float[Array, " p"]) -> Float[Array, " p"]:
+    """A draw of Pathfinder's normal approximation, found while climbing from a position."""
+    import blackjax
+
+    climb_key, draw_key = jax.random.split(key)
+    state, _ = blackjax.pathfinder.approximate(climb_key, log_density, position)
+    draw, _ = blackjax.pathfinder.sample(draw_key, state)
+    return draw
+
+
+class Particles(NamedTuple):
+    """Weighted particles between prior and posterior.
+
+    Attributes:
+        positions: Vectors, shape (particle, p).
+        weights: Their weights, which sum to one.
+        temperature: Power of the likelihood that the weighted particles have reached, from 0 to 1.
+        log_evidence: Log of the estimated normalising constant up to this power.
+    """
+
+    positions: Float[Array, "n p"]
+    weights: Float[Array, " n"]
+    temperature: Array
+    log_evidence: Array
+
+
+def temper(
+    key: Array,
+    particles: Particles,
+    log_prior: LogDensity,
+    log_likelihood: LogDensity,
+    *,
+    target_ess: float,
+    step_size: Array,
+    integration_steps: int,
+    num_moves: int,
+) -> tuple[Particles, Array]:
+    """Resample, move by HMC under the power reached so far, and weigh for the next power.
+
+    The next power is as high as the effective number allows. At power 1 the weights come out equal, so that
+    one more stage after it is reached gives draws. The mass matrix is that of the weighted variances.
+
+    Returns:
+        The particles, and the mean acceptance probability of the moves.
+    """
+    import blackjax
+    from blackjax.smc.resampling import systematic
+
+    mean = particles.weights @ particles.positions
+    variance = particles.weights @ (particles.positions - mean) ** 2 + 1e-10
+    hmc = blackjax.hmc
+    algorithm = blackjax.adaptive_tempered_smc(
+        log_prior,
+        log_likelihood,
+        hmc.build_kernel(),
+        hmc.init,
+        {
+            "step_size": step_size[None],
+            "inverse_mass_matrix": variance[None],
+            "num_integration_steps": jnp.asarray([integration_steps]),
+        },
+        systematic,
+        target_ess,
+        num_mcmc_steps=num_moves,
+    )
+    state = algorithm.init(particles.positions)
+    state = state._replace(weights=particles.weights, tempering_param=particles.temperature)
+    state, info = algorithm.step(key, state)
+    grown = particles.log_evidence + info.log_likelihood_increment
+    moved = Particles(state.particles, state.weights, state.tempering_param, grown)
+    return moved, jnp.mean(info.update_info.acceptance_rate)
