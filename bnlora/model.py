@@ -39,7 +39,7 @@ class LanguageModel(Protocol):
         ...
 
     def bind(self, params: Any) -> Any:
-        """The module with these weights, offering `embed`, `blocks` and `head`."""
+        """The module with these weights, offering `embed`, `blocks` (all positions, or some) and `head`."""
         ...
 
 
@@ -142,20 +142,23 @@ class Classifier:
         return module.blocks(module.embed(batch.tokens), batch.mask, start=0, stop=self.start)
 
     def logits(self, params: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n c"]:
-        """Logits of the label tokens after the last real token of each row."""
+        """Logits of the label tokens after the last real token of each row.
+
+        The last layer runs at that token alone, beside the keys and values of the others.
+        """
         placed = self.sites.place(adapters, start=self.start)
         head = placed.pop(HEAD, None)
+        last = batch.mask.shape[1] - 1 - jnp.argmax(batch.mask[:, ::-1], axis=1)
         module = self.base.bind(params)
-        top = module.blocks(
+        final = module.blocks(
             self.hidden(params, batch),
             batch.mask,
             start=self.start,
             stop=self.base.num_layers,
             adapters=placed,
+            at=last[:, None],
         )
-        last = batch.mask.shape[1] - 1 - jnp.argmax(batch.mask[:, ::-1], axis=1)
-        final = jnp.take_along_axis(top, last[:, None, None], axis=1)[:, 0]
-        return module.head(final, rows=jnp.asarray(self.label_ids), adapter=head)
+        return module.head(final[:, 0], rows=jnp.asarray(self.label_ids), adapter=head)
 
     def log_probs_by_draw(self, params: Any, adapters: Adapters, batch: Batch) -> Float[Array, "s n c"]:
         """Log-probabilities of the classes under each draw of the adapters, which have a leading draw axis.

@@ -9,10 +9,10 @@ Statistics (means of squares, softmax) are computed in float32 whatever the inpu
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -121,19 +121,30 @@ def dense(
     return api.lora_matmul(x, kernel, adapter["a"], adapter["b"])
 
 
+def causal_mask(mask: Bool[Array, "b t"]) -> Bool[Array, "b t t"]:
+    """Which keys (last axis) each query may see: real tokens up to its own position, never padding."""
+    length = mask.shape[1]
+    return jnp.tril(jnp.ones((length, length), dtype=bool))[None, :, :] & mask[:, None, :]
+
+
+def take_positions(x: Array, at: Int[Array, "b n"] | None) -> Array:
+    """Each row of x, (b, t, ...), at its own positions, (b, n, ...); None takes all of them as they are."""
+    return x if at is None else jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
 def grouped_query_attention(
     query: Float[Array, "b t heads dim"],
-    key: Float[Array, "b t kv_heads dim"],
-    value: Float[Array, "b t kv_heads dim"],
-    mask: Bool[Array, "b t"],
+    key: Float[Array, "b s kv_heads dim"],
+    value: Float[Array, "b s kv_heads dim"],
+    allowed: Bool[Array, "b t s"],
 ) -> Float[Array, "b t heads dim"]:
-    """Causal attention in which heads / kv_heads query heads share each key/value head.
+    """Attention in which heads / kv_heads query heads share each key/value head.
 
     Args:
         query: Rotated queries.
         key: Rotated keys.
         value: Values.
-        mask: True at real tokens; padding is never attended to.
+        allowed: Which keys each query may see, as `causal_mask` says it for queries at all positions.
 
     Returns:
         Attended values. A query that may see no key at all (padding on the left) gets zeros, never NaN.
@@ -141,24 +152,39 @@ def grouped_query_attention(
     batch, length, heads, dim = query.shape
     groups = query.reshape(batch, length, key.shape[2], heads // key.shape[2], dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", groups, key, preferred_element_type=jnp.float32) * dim**-0.5
-    causal = jnp.tril(jnp.ones((length, length), dtype=bool))
-    allowed = causal[None, None, None, :, :] & mask[:, None, None, None, :]
+    allowed = allowed[:, None, None, :, :]
     # A finite floor instead of -inf keeps rows without any key finite; the second `where` empties them.
     weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1)
     weights = jnp.where(allowed, weights, 0.0).astype(value.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(batch, length, heads, dim)
 
 
-def scan_layers(
-    layer: Callable[[Array, Mapping[str, Array], Mapping[str, Mapping[str, Array]]], Array],
+class Layer(Protocol):
+    """One layer of a stack: keys and values at all positions, queries and all that follows them at `at`."""
+
+    def __call__(
+        self,
+        hidden: Array,
+        weights: Mapping[str, Array],
+        adapters: Mapping[str, Mapping[str, Array]],
+        *,
+        at: Int[Array, "b n"] | None = None,
+    ) -> Array:
+        """Map what enters the layer, (b, t, d), to what leaves it: (b, n, d), or (b, t, d) for None."""
+        ...
+
+
+def run_layers(
+    layer: Layer,
     hidden: Float[Array, "b t d"],
     weights: Mapping[str, Array],
     adapters: Mapping[str, Mapping[str, Array]],
     *,
     start: int,
     stop: int,
-) -> Float[Array, "b t d"]:
-    """Run the layers [start, stop) of a stack in one `jax.lax.scan`.
+    at: Int[Array, "b n"] | None = None,
+) -> Float[Array, "b n d"]:
+    """Run the layers [start, stop) of a stack in one `jax.lax.scan`, the last one apart where `at` is given.
 
     Args:
         layer: Maps (hidden, weights of one layer, adapters of one layer) to hidden.
@@ -167,22 +193,30 @@ def scan_layers(
         adapters: Stacked over the stop - start layers that run.
         start: First layer.
         stop: One past the last layer.
+        at: Positions of each row that are wanted; None means all.
 
     Returns:
-        What leaves layer stop - 1.
+        What leaves layer stop - 1 at these positions.
     """
+    if start == stop:
+        return take_positions(hidden, at)
 
     # Each step takes its layer out of the whole stack: slicing the stack to [start, stop) would copy it.
     # The backward pass takes it out once more (the policy) rather than storing a copy of every layer.
     @partial(jax.checkpoint, policy=_keep_all_but_slices, prevent_cse=False)
-    def apply(hidden: Array, index: Array, adapter: Mapping[str, Mapping[str, Array]]) -> Array:
+    def apply(hidden: Array, index: Array, adapter: Mapping[str, Any], at: Array | None = None) -> Array:
         one = {name: jax.lax.dynamic_index_in_dim(w, index, keepdims=False) for name, w in weights.items()}
-        return layer(hidden, one, adapter)
+        return layer(hidden, one, adapter, at=at)
 
     def step(hidden: Array, inputs: tuple[Array, Mapping[str, Mapping[str, Array]]]) -> tuple[Array, None]:
         return apply(hidden, *inputs), None
 
-    return jax.lax.scan(step, hidden, (jnp.arange(start, stop), adapters))[0]
+    steps = (jnp.arange(start, stop), adapters)
+    if at is None:
+        return jax.lax.scan(step, hidden, steps)[0]
+    below, top = jax.tree.map(lambda x: x[:-1], steps), jax.tree.map(lambda x: x[-1], steps)
+    hidden = jax.lax.scan(step, hidden, below)[0] if stop - start > 1 else hidden
+    return apply(hidden, *top, at)
 
 
 def _keep_all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -4,7 +4,8 @@ One layer maps h to
     h <- h + o_proj(attention(rotate(q_proj n), rotate(k_proj n), v_proj n)),   n = rms_norm(h)
     h <- h + down_proj(silu(gate_proj n) * up_proj n),                          n = rms_norm(h)
 The weights of all layers are stacked on a leading axis and the layers run in one `jax.lax.scan`, so tracing
-and compiling cost the same at any depth. Adapters are an input of the call, not part of the module.
+and compiling cost the same at any depth. Adapters are an input of the call, not part of the module. Where few
+positions of the last layer are wanted, it computes keys and values alone at the others.
 """
 
 from collections.abc import Mapping
@@ -176,8 +177,9 @@ class Llama(nnx.Module):
         start: int,
         stop: int,
         adapters: Mapping[str, Mapping[str, Array]] | None = None,
-    ) -> Float[Array, "b t d"]:
-        """Run the layers [start, stop).
+        at: Int[Array, "b n"] | None = None,
+    ) -> Float[Array, "b n d"]:
+        """Run the layers [start, stop), the last one only as far as the wanted positions need it.
 
         Args:
             hidden: Residual stream that enters layer `start`.
@@ -186,9 +188,10 @@ class Llama(nnx.Module):
             stop: One past the last layer.
             adapters: {module: {"a": (n, rank, d_in), "b": (n, d_out, rank)}}, stacked over the
                 n = stop - start layers, with alpha / rank already folded into b.
+            at: Positions of each row that are wanted, as columns of `hidden`; None means all.
 
         Returns:
-            The residual stream after layer stop - 1.
+            The residual stream after layer stop - 1 at these positions.
 
         Raises:
             ValueError: If the range is not within the model or an adapter does not fit.
@@ -200,9 +203,10 @@ class Llama(nnx.Module):
         positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
         config = self.config
         frequencies = layers.rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        layer = partial(_layer, config, mask=mask, tables=layers.rotary_tables(positions, frequencies))
+        tables = layers.rotary_tables(positions, frequencies)
+        layer = partial(_layer, config, allowed=layers.causal_mask(mask), tables=tables)
         weights = {name: weight[...] for name, weight in self.layers.items()}
-        return layers.scan_layers(layer, hidden, weights, adapters, start=start, stop=stop)
+        return layers.run_layers(layer, hidden, weights, adapters, start=start, stop=stop, at=at)
 
     def head(
         self,
@@ -320,8 +324,9 @@ def _layer(
     weights: Mapping[str, Array],
     adapters: Mapping[str, Mapping[str, Array]],
     *,
-    mask: Array,
+    allowed: Array,
     tables: tuple[Array, Array],
+    at: Array | None = None,
 ) -> Array:
     def dense(name: str, x: Array) -> Array:
         return layers.dense(x, weights[name], adapters.get(name))
@@ -330,9 +335,13 @@ def _layer(
         return dense(name, x).reshape(*x.shape[:2], -1, config.head_dim)
 
     normal = layers.rms_norm(hidden, weights["attention_norm"], config.rms_eps)
-    query = layers.rotate(heads("q_proj", normal), *tables)
-    key = layers.rotate(heads("k_proj", normal), *tables)
-    attended = layers.grouped_query_attention(query, key, heads("v_proj", normal), mask)
+    key, value = layers.rotate(heads("k_proj", normal), *tables), heads("v_proj", normal)
+    # Keys and values are needed everywhere; from here on everything belongs to the queries.
+    hidden, normal, allowed, *turns = (
+        layers.take_positions(x, at) for x in (hidden, normal, allowed, *tables)
+    )
+    query = layers.rotate(heads("q_proj", normal), *turns)
+    attended = layers.grouped_query_attention(query, key, value, allowed)
     hidden = hidden + dense("o_proj", attended.reshape(*hidden.shape[:2], -1))
     normal = layers.rms_norm(hidden, weights["mlp_norm"], config.rms_eps)
     return hidden + dense("down_proj", jax.nn.silu(dense("gate_proj", normal)) * dense("up_proj", normal))

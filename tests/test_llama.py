@@ -216,9 +216,11 @@ def test_grouped_heads_equal_repeated_keys():
     keys = jax.random.split(jax.random.key(3), 3)
     query = jax.random.normal(keys[0], (2, 5, 6, 4))
     key, value = (jax.random.normal(k, (2, 5, 2, 4)) for k in keys[1:])
-    mask = jnp.ones((2, 5), bool)
-    repeated = layers.grouped_query_attention(query, *(jnp.repeat(x, 3, axis=2) for x in (key, value)), mask)
-    assert_close(layers.grouped_query_attention(query, key, value, mask), repeated)
+    allowed = layers.causal_mask(jnp.ones((2, 5), bool))
+    repeated = layers.grouped_query_attention(
+        query, *(jnp.repeat(x, 3, axis=2) for x in (key, value)), allowed
+    )
+    assert_close(layers.grouped_query_attention(query, key, value, allowed), repeated)
 
 
 def test_rotation_depends_on_distance_alone():

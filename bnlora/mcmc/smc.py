@@ -3,9 +3,9 @@ r"""Sequential Monte Carlo through powers of the likelihood, for posteriors with
     p_t(u)  is proportional to  p(u) p(y | u)^t,      t from 0 (the prior) to 1 (the posterior)
 
 Each stage raises t until the effective number of particles falls to about a share of all, resamples, and
-moves every particle by HMC under p_t. The product of the mean weights estimates the evidence p(y) without bias (its
-logarithm with some). Separate runs give the R-hat of the certificate something to compare: the particles of
-one run share ancestors.
+moves every particle by HMC under p_t. The product of the mean weights estimates the evidence p(y) without
+bias (its logarithm with some). Separate runs give the R-hat of the certificate something to compare: the
+particles of one run share ancestors.
 
 References: Del Moral, Doucet and Jasra (2006), Sequential Monte Carlo samplers; Chopin and Papaspiliopoulos
 (2020), An introduction to sequential Monte Carlo, chapter 17.
