@@ -199,7 +199,8 @@ def certify(evidence: Evidence, thresholds: Thresholds) -> Certificate:
     columns = [values[:, :, k] for k in range(values.shape[2])]
 
     def each(measure: Callable[[np.ndarray], Any]) -> tuple[float, ...]:
-        return tuple(float(measure(column)) for column in columns)
+        # Nothing is defined for draws that are all equal.
+        return tuple(float(measure(x)) if np.ptp(x) > 0 else float("nan") for x in columns)
 
     axes = {"chain_axis": 0, "draw_axis": 1}
     has_energy = np.isfinite(evidence.energy).all()
@@ -219,11 +220,10 @@ def certify(evidence: Evidence, thresholds: Thresholds) -> Certificate:
 def autocorrelation(values: Float[np.ndarray, "c s"]) -> float:
     """Lag-1 autocorrelation: covariances and variances averaged over chains, each about its own mean."""
     centred = values - values.mean(1, keepdims=True)
-    variance = (centred**2).mean()
-    return float((centred[:, 1:] * centred[:, :-1]).mean() / variance) if variance > 0 else float("nan")
+    return float((centred[:, 1:] * centred[:, :-1]).mean() / (centred**2).mean())
 
 
 def bfmi(energy: Float[np.ndarray, " n"]) -> float:
-    """Squared jumps of the energy over its variance: about 1 where momentum and position mix equally fast."""
+    """Squared jumps of the energy over its variance: 2 for independent energies, near 0 for a slow walk."""
     energy = np.asarray(energy, np.float64)
     return float(np.mean(np.diff(energy) ** 2) / np.var(energy))
