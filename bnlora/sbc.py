@@ -33,6 +33,7 @@ from numpyro import handlers
 from numpyro.infer.autoguide import AutoGuide
 
 from bnlora.calibration import Calibration
+from bnlora.checks import check_at_least
 from bnlora.data import Batch
 from bnlora.elbo import elbo_terms, initial_parameters
 from bnlora.model import Classifier
@@ -144,7 +145,7 @@ def svi_inference(
     Raises:
         ValueError: When a number is below one.
     """
-    _require_positive(num_steps=num_steps, num_draws=num_draws, num_particles=num_particles)
+    check_at_least({"num_steps": num_steps, "num_draws": num_draws, "num_particles": num_particles}, 1)
     if isinstance(guide, AutoGuide):
         # Its first call keeps what it computes, which inside a compiled program would be tracers.
         handlers.seed(guide, key)()
@@ -188,7 +189,8 @@ def importance_inference(
     Raises:
         ValueError: When a number is below one, or there are fewer particles than draws.
     """
-    _require_positive(num_particles=num_particles, num_draws=num_draws, num_together=num_together)
+    sizes = {"num_particles": num_particles, "num_draws": num_draws, "num_together": num_together}
+    check_at_least(sizes, 1)
     if num_particles < num_draws:
         raise ValueError(f"num_particles must be at least num_draws={num_draws}; got {num_particles}")
 
@@ -311,9 +313,3 @@ def _update_norm(adapter: Mapping[str, Array], scale: float) -> Float[Array, ""]
 def _with_hidden(model: Classifier, rows: Batch) -> Batch:
     """The rows with the activations below the adapters, which no simulation changes."""
     return replace(rows, hidden=model.compiled_hidden(model.base.params, rows), depth=model.sites.start)
-
-
-def _require_positive(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")

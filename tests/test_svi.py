@@ -240,7 +240,7 @@ def test_skipped_steps_within_the_budget_are_counted():
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"train": TRAIN[:0]}, "number of rows must be at least 1; got 0"),
         ({"train": replace(TRAIN, labels=-jnp.ones(50, jnp.int32))}, "training rows have no labels"),
-        ({"prefix_cache": "disk"}, "prefix_cache must be 'memory' or 'off'; got 'disk'"),
+        ({"prefix_cache": "disk"}, r"prefix_cache must be one of \('memory', 'off'\); got 'disk', nearest"),
         ({"early_stopping": bl.EarlyStopping()}, "early_stopping needs validation rows"),
     ],
 )

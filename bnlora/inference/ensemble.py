@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from bnlora.checks import check_at_least
 from bnlora.data import Batch
-from bnlora.inference.checks import check_at_least
 from bnlora.predict import Posterior
 from bnlora.svi import fit
 from bnlora.typing import Adapters

@@ -32,9 +32,9 @@ from jaxtyping import Float
 from rich.console import Console
 
 from bnlora.cache import cache_prefix
+from bnlora.checks import check_at_least, check_option, check_positive
 from bnlora.data import Batch, check_labels, minibatches
 from bnlora.density import Density, density
-from bnlora.inference.checks import check_at_least, check_option, check_positive
 from bnlora.typing import Adapters, Parameters
 
 Kernel = Callable[[Array, Array, Batch], Array]

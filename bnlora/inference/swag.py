@@ -21,8 +21,8 @@ from jax import Array
 from jaxtyping import Float
 from rich.console import Console
 
+from bnlora.checks import check_at_least, check_positive
 from bnlora.fits import Fit
-from bnlora.inference.checks import check_at_least, check_positive
 from bnlora.inference.mode import flattened, mode_of, unflattened
 from bnlora.posterior import draw_adapters
 from bnlora.svi import fit as fit_svi

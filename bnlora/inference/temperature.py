@@ -15,7 +15,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 from bnlora import metrics
-from bnlora.inference.checks import check_positive
+from bnlora.checks import check_positive
 from bnlora.predict import Prediction
 
 _LOG_TEMPERATURES = (-5.0, 5.0)  # 0.0067 to 148

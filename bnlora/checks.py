@@ -1,4 +1,4 @@
-"""One sentence for a wrong option or number, in the words that all ways of inference share."""
+"""One sentence for a wrong option or number, in the words that the whole library shares."""
 
 import difflib
 from collections.abc import Mapping
