@@ -35,7 +35,8 @@ from numpyro.infer.autoguide import AutoGuide
 from bnlora.calibration import Calibration
 from bnlora.checks import check_at_least
 from bnlora.data import Batch
-from bnlora.elbo import elbo_terms, initial_parameters
+from bnlora.elbo import initial_parameters
+from bnlora.maximise import maximise
 from bnlora.model import Classifier
 from bnlora.posterior import draw_adapters
 from bnlora.prior_predictive import draw_prior, prior_parameters
@@ -153,20 +154,18 @@ def svi_inference(
     def infer(key: Array, frozen: Any, batch: Batch) -> Adapters:
         start_key, step_key, draw_key = jax.random.split(key, 3)
         arguments = (frozen, batch, len(batch))
-        start, constrain = initial_parameters(start_key, model, guide, *arguments)
-
-        def loss(params: dict, k: Array) -> Array:
-            terms = elbo_terms(k, constrain(params), model, guide, *arguments, num_particles=num_particles)
-            return -terms["elbo"] / len(batch)
-
-        def step(state: tuple, k: Array) -> tuple[tuple, None]:
-            params, memory = state
-            updates, memory = optimizer.update(jax.grad(loss)(params, k), memory, params)
-            return (optax.apply_updates(params, updates), memory), None
-
-        keys = jax.random.split(step_key, num_steps)
-        (params, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), keys)
-        return draw_adapters(draw_key, model, guide, constrain(params), num_draws)
+        params = maximise(
+            step_key,
+            *initial_parameters(start_key, model, guide, *arguments),
+            model,
+            guide,
+            *arguments,
+            optimizer=optimizer,
+            num_steps=num_steps,
+            num_particles=num_particles,
+            num_rows=len(batch),
+        )
+        return draw_adapters(draw_key, model, guide, params, num_draws)
 
     return infer
 
