@@ -1,6 +1,7 @@
 """SWAG: its moments against the whole stream, the law of its draws, and what it takes from a fit."""
 
 import functools
+import importlib
 
 import jax
 import numpy as np
@@ -74,6 +75,27 @@ def test_iterates_come_from_descent_that_starts_at_the_fit():
     np.testing.assert_allclose(found.moments.mean, joined, rtol=1e-5, atol=1e-7)
     assert (found.moments.variance > 0).all()
     assert "3 iterates of 18 weights, 3 deviations kept" in repr(found)
+
+
+@pytest.mark.parametrize("seen", [1, 2])
+def test_an_interrupt_leaves_what_was_collected_or_one_sentence(monkeypatch, seen):
+    def interrupted(moments, iterate, rank):
+        if moments.count == seen:
+            raise KeyboardInterrupt
+        return updated(moments, iterate, rank)
+
+    # By its name in the import system: as an attribute the function hides the module.
+    monkeypatch.setattr(importlib.import_module("bnlora.inference.swag"), "updated", interrupted)
+    options = {"learning_rate": 0.05, "num_steps": 8, "every": 2, "rank": 2, **OPTIONS}
+    if seen < 2:
+        with pytest.raises(ValueError, match="interrupted with 1 iterates; expected at least rank=2 of them"):
+            swag(KEY, fit(), **options)
+        return
+    found = swag(KEY, fit(), **options)
+    assert repr(found) == (
+        "Swag(2 iterates of 18 weights, 2 deviations kept, interrupted before the last step)"
+    )
+    assert np.isfinite(flattened(found.draw_adapters(KEY, 3))).all()
 
 
 def test_predicts_like_a_fit():

@@ -14,6 +14,8 @@ Every member gives a `Posterior`, so `bl.predict` and `bl.metrics` measure it as
 """
 
 from bnlora.inference.ensemble import Ensemble as Ensemble
+from bnlora.inference.ensemble import EnsembleDiverged as EnsembleDiverged
+from bnlora.inference.ensemble import NoMemberFinished as NoMemberFinished
 from bnlora.inference.ensemble import fit_ensemble as fit_ensemble
 from bnlora.inference.laplace import Laplace as Laplace
 from bnlora.inference.laplace import laplace as laplace
