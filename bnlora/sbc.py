@@ -78,7 +78,10 @@ def simulate(key: Array, model: Classifier, frozen: Any, rows: Batch, params: Pa
         model: A `Classifier`.
         frozen: The frozen weights, `model.base.params`.
         rows: Rows; their own labels are replaced.
-        params: Parameters of the prior.
+        params: Parameters of the prior, all of them.
+
+    Raises:
+        ValueError: When a parameter of the prior is missing.
     """
     prior_key, label_key = jax.random.split(key)
     adapters = jax.tree.map(lambda x: x[0], draw_prior(prior_key, model, params, 1))
@@ -228,14 +231,15 @@ def run(
         rows: Rows of each simulated data set; labels are not read.
         num_simulations: Number of simulations.
         functions: What is ranked; `identifiable(model, rows[:3])` when omitted.
-        params: Parameters of the prior that makes the truths; a start drawn from the key when omitted. Where
-            the prior's law depends on them, an inference that learns them answers another question.
+        params: Parameters of the prior that makes the truths, all of them; one start drawn from the key when
+            omitted. Where the prior's law depends on them, an inference that learns them answers another
+            question.
         level: Level of the verdicts.
 
     Raises:
-        ValueError: On fewer than two simulations, no rows, a level outside (0, 1), draws of other shapes
-            than the adapters', a function that is no scalar, a truth that is not finite, or when every
-            simulation failed.
+        ValueError: On fewer than two simulations, no rows, a level outside (0, 1), a parameter of the prior
+            without a value, draws of other shapes than the adapters', a function that is no scalar, a truth
+            that is not finite, or when every simulation failed.
     """
     if num_simulations < 2 or len(rows) < 1 or not 0 < level < 1:
         raise ValueError(

@@ -234,6 +234,9 @@ def test_bad_input_gets_one_sentence():
         sbc.run(KEY, MODEL, from_prior, ROWS, functions=lambda *_: {"bad": jnp.log(-1.0)}, num_simulations=2)
     with pytest.raises(ValueError, match="layer axis first"):
         sbc.run(KEY, MODEL, changed(from_prior, lambda x: x[..., :-1]), ROWS)
+    frames = replace_prior(bl.priors.sparse_gp(rows=2, cols=2))
+    with pytest.raises(ValueError, match="'lm_head.a.rows.frame' is missing, nearest is 'nothing'"):
+        sbc.run(KEY, frames, from_prior, ROWS, params={})
     with pytest.raises(ValueError, match="num_steps must be at least 1; got 0"):
         sbc.svi_inference(KEY, MODEL, lambda: None, optax.adam(0.1), num_steps=0, num_draws=3)
     with pytest.raises(ValueError, match="num_particles must be at least num_draws=9; got 4"):
