@@ -35,6 +35,7 @@ from numpyro.infer.autoguide import AutoGuide
 from bnlora.calibration import Calibration
 from bnlora.checks import check_at_least
 from bnlora.data import Batch
+from bnlora.density import check_parameters
 from bnlora.elbo import initial_parameters
 from bnlora.maximise import maximise
 from bnlora.model import Classifier
@@ -174,7 +175,12 @@ def svi_inference(
 
 
 def importance_inference(
-    model: Classifier, *, num_particles: int, num_draws: int, num_together: int = 1
+    model: Classifier,
+    *,
+    num_particles: int,
+    num_draws: int,
+    num_together: int = 1,
+    params: Parameters | None = None,
 ) -> Inference:
     """Draw from the prior, weigh by the likelihood, resample: exact as the number of particles grows.
 
@@ -187,19 +193,25 @@ def importance_inference(
         num_draws: Draws with replacement from them, L.
         num_together: Particles computed at a time; more than one only for priors that factorise no matrix
             of random numbers.
+        params: Parameters of the prior, the same as those of `run` where they are given; a start drawn from
+            the key when omitted.
 
     Raises:
-        ValueError: When a number is below one, or there are fewer particles than draws.
+        ValueError: When a number is below one, a parameter of the prior is missing, or there are fewer
+            particles than draws.
     """
     sizes = {"num_particles": num_particles, "num_draws": num_draws, "num_together": num_together}
     check_at_least(sizes, 1)
     if num_particles < num_draws:
         raise ValueError(f"num_particles must be at least num_draws={num_draws}; got {num_particles}")
 
+    if params is not None:
+        check_parameters(model.prior, params)
+
     def infer(key: Array, frozen: Any, batch: Batch) -> Adapters:
         params_key, prior_key, pick_key = jax.random.split(key, 3)
-        params = prior_parameters(params_key, model)
-        pool = draw_prior(prior_key, model, params, num_particles, num_together=num_together)
+        held = prior_parameters(params_key, model) if params is None else params
+        pool = draw_prior(prior_key, model, held, num_particles, num_together=num_together)
 
         def weigh(adapters: Adapters) -> Array:
             return log_likelihood(model, frozen, adapters, batch)

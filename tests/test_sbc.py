@@ -113,6 +113,23 @@ def test_a_guide_with_a_frozen_scale_fails():
     assert result.directions == ("too high", *narrow, "too low")  # likelihood of an overfit; margins; norm
 
 
+def test_the_reference_draws_from_the_prior_at_the_given_parameters():
+    """Exact there; with the learned scale at its start, three times as large, it is far too wide."""
+    model = replace_prior(bl.priors.normal(scale=bl.priors.learned(2.4)))
+    params = {f"lm_head.{factor}.scale": 0.8 for factor in ("a", "b")}
+    options = {"num_particles": 512, "num_draws": 31, "num_together": 512}
+
+    def judged(**given):
+        inference = sbc.importance_inference(model, **options, **given)
+        functions = sbc.identifiable(model, ROWS[:1])
+        return sbc.run(KEY, model, inference, ROWS, num_simulations=100, params=params, functions=functions)
+
+    assert judged(params=params).passed
+    assert judged().adjusted.max() < 1e-3
+    with pytest.raises(ValueError, match="'lm_head.b.scale' is missing, nearest is 'lm_head.a.scale'"):
+        sbc.importance_inference(model, **options, params={"lm_head.a.scale": 0.8})
+
+
 def test_draws_of_the_prior_have_uniform_ranks_where_the_data_are_not_read():
     """And the log-likelihood, which reads them, finds the inference out."""
     blind = sbc.run(KEY, MODEL, from_prior, ROWS, num_simulations=300, functions=parameters_alone)
