@@ -92,6 +92,15 @@ def test_record_has_every_term_of_every_step_and_they_add_up(whole):
     assert "6 steps, 0 skipped" in repr(whole)
 
 
+def test_repr_averages_the_finite_ones_of_the_last_steps(whole):
+    history = {name: np.arange(100.0) for name in TERMS}
+    assert "mean of the last 50 steps: elbo 74.5, data 74.5" in repr(replace(whole, history=history))
+    broken = history | {"data": np.where(np.arange(100) == 99, np.nan, np.arange(100.0))}
+    assert "49 finite of the last 50 steps: elbo 74.0, data 74.0" in repr(replace(whole, history=broken))
+    empty = {name: np.zeros(0) for name in TERMS}  # of a fit that was interrupted in its first step
+    assert repr(replace(whole, history=empty)).endswith("mean of the last 50 steps: none")
+
+
 def test_same_key_same_fit():
     first, second = run(*make()), run(*make())
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
