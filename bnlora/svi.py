@@ -19,7 +19,7 @@ from jax import Array
 from rich.console import Console
 
 from bnlora.cache import cache_prefix
-from bnlora.checks import check_at_least, check_option
+from bnlora.checks import check_at_least, check_batch_size, check_option
 from bnlora.data import Batch, check_labels, minibatches
 from bnlora.elbo import TERMS, elbo_terms, initial_parameters
 from bnlora.fits import Fit, FitDiverged
@@ -89,13 +89,14 @@ def fit(
         stop button of a notebook) ends the fit early and returns what there is.
 
     Raises:
-        ValueError: On sizes below one, rows without labels or with labels that the model has no class for,
-            an early-stopping rule without validation rows, or a `start` of other names or shapes than the
-            parameters of this guide and prior, or outside their constraints.
+        ValueError: On sizes below one, more rows in a minibatch than there are, rows without labels or with
+            labels that the model has no class for, an early-stopping rule without validation rows, or a
+            `start` of other names or shapes than the parameters of this guide and prior, or outside their
+            constraints.
         FitDiverged: When more than `skip_budget` steps were not finite.
     """
-    sizes = {"num_steps": num_steps, "batch_size": batch_size, "num_particles": num_particles}
-    check_at_least(sizes | {"number of rows": len(train)}, 1)
+    check_at_least({"num_steps": num_steps, "num_particles": num_particles}, 1)
+    check_batch_size(batch_size, len(train))
     check_option("prefix_cache", prefix_cache, ("memory", "off"))
     check_labels("training", train, len(model.label_ids))
     if validation is not None:

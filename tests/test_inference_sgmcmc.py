@@ -169,6 +169,9 @@ def test_bad_input():
         run(sghmc, step_size=0.2, friction=10.0)
     with pytest.raises(ValueError, match="num_draws must be at least 1; got 0"):
         Schedule(0, 0, 4)
+    for sampler, options in ((sgld, {}), (sghmc, {"friction": 1.0})):
+        with pytest.raises(ValueError, match=f"rows; got {N + 1} for {N} rows, nearest is {N}"):
+            run(sampler, step_size=0.1, batch_size=N + 1, **options)
     with pytest.raises(ValueError, match="burn_in must be at least 0; got -1"):
         Schedule(1, -1, 4)
     with pytest.raises(ValueError, match="draws are finite; lower `step_size`, which must stay below 2 over"):

@@ -112,6 +112,7 @@ def test_predicts_like_a_fit():
         ({"learning_rate": 0.0}, "learning_rate must be a positive number; got 0.0"),
         ({"rank": 1}, "rank must be at least 2; got 1"),
         ({"every": 0}, "every must be at least 1; got 0"),
+        ({"batch_size": 21}, "training rows; got 21 for 20 rows, nearest is 20"),
         ({"rank": 4, "every": 3}, "8 steps give 2 iterates, fewer than rank=4; take at least num_steps=12"),
     ],
 )

@@ -247,6 +247,8 @@ def test_skipped_steps_within_the_budget_are_counted():
     [
         ({"num_steps": 0}, "num_steps must be at least 1; got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"batch_size": 51}, "at most the number of training rows; got 51 for 50 rows, nearest is 50"),
+        ({"train": TRAIN[:1]}, "at most the number of training rows; got 16 for 1 rows, nearest is 1"),
         ({"train": TRAIN[:0]}, "number of rows must be at least 1; got 0"),
         ({"train": replace(TRAIN, labels=-jnp.ones(50, jnp.int32))}, "training rows have no labels"),
         ({"prefix_cache": "disk"}, r"prefix_cache must be one of \('memory', 'off'\); got 'disk', nearest"),

@@ -32,7 +32,7 @@ from jaxtyping import Float
 from rich.console import Console
 
 from bnlora.cache import cache_prefix
-from bnlora.checks import check_at_least, check_option, check_positive
+from bnlora.checks import check_at_least, check_batch_size, check_option, check_positive
 from bnlora.data import Batch, check_labels, minibatches
 from bnlora.density import Density, density
 from bnlora.typing import Adapters, Parameters
@@ -143,8 +143,9 @@ def sgld(
         console: Where to draw the progress bar of that cache.
 
     Raises:
-        ValueError: When a number is out of its range, rows lack labels, the prior has no latent site or a
-            parameter without a value, or the chain leaves the finite numbers.
+        ValueError: When a number is out of its range, a minibatch has more rows than there are, rows lack
+            labels, the prior has no latent site or a parameter without a value, or the chain leaves the
+            finite numbers.
     """
     import blackjax  # importing it starts a device, and must not happen while a function is traced
 
@@ -221,6 +222,7 @@ def _prepared(
     """Checked input, cached activations and the vector to start from."""
     check_option("prefix_cache", prefix_cache, ("memory", "off"))
     check_labels("training", train, len(model.label_ids))
+    check_batch_size(schedule.batch_size, len(train))
     view = density(model, params or {})
     start_key, chain_key = jax.random.split(key)
     vector = view.start(start_key) if start is None else view.vector(start)
