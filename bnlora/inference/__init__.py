@@ -21,6 +21,7 @@ from bnlora.inference.laplace import Laplace as Laplace
 from bnlora.inference.laplace import laplace as laplace
 from bnlora.inference.laplace import linearised as linearised
 from bnlora.inference.sgmcmc import Chain as Chain
+from bnlora.inference.sgmcmc import ChainDiverged as ChainDiverged
 from bnlora.inference.sgmcmc import Schedule as Schedule
 from bnlora.inference.sgmcmc import sghmc as sghmc
 from bnlora.inference.sgmcmc import sgld as sgld
