@@ -69,10 +69,10 @@ def assert_moments(chain, variance, factor):
 
 
 def test_sgld_has_the_moments_of_the_posterior_with_its_stated_bias():
-    step = 0.2 / CURVATURES.max()
+    """At a step that doubles the variance along the steepest axis, of which the errors allow a tenth."""
+    step = 1 / CURVATURES.max()
     variance = 1 / (CURVATURES * (1 - step * CURVATURES / 2))
     assert_moments(run(sgld, step_size=step), variance, 1 - step * CURVATURES)
-    assert (variance * CURVATURES - 1 < 0.12).all()  # the bias of the step, at most eps h / (2 - eps h)
 
 
 def sghmc_law(step, friction, updates):
@@ -88,14 +88,11 @@ def sghmc_law(step, friction, updates):
 
 
 def test_sghmc_has_the_moments_of_its_discretised_chain():
-    """The posterior's variance is its limit: a quarter of the step has about a quarter of the bias."""
     # Here half the friction would move the variance of one axis by eight of its standard errors.
     step, friction, updates = 0.2 / CURVATURES.max() ** 0.5, 10.0, 20
     chain = run(sghmc, step_size=step, friction=friction, integration_steps=updates)
     variance, factor = sghmc_law(step, friction, updates)
     assert_moments(chain, variance, factor)
-    smaller, _ = sghmc_law(step / 4, friction, 4 * updates)
-    np.testing.assert_allclose((smaller * CURVATURES - 1) * 4, variance * CURVATURES - 1, rtol=0.3)
 
 
 def test_a_diverged_chain_hands_over_its_finite_draws():
