@@ -33,9 +33,9 @@ from rich.console import Console
 from scipy.optimize import minimize_scalar
 
 from bnlora import metrics
+from bnlora.checks import check_at_least, check_option, check_positive
 from bnlora.data import Batch, check_labels, parts
 from bnlora.inference import curvature as algebra
-from bnlora.inference.checks import check_at_least, check_option, check_positive
 from bnlora.inference.mode import flattened, mode_of, unflattened
 from bnlora.predict import Posterior, Prediction
 from bnlora.progress import track

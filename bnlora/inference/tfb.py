@@ -28,8 +28,8 @@ from jaxtyping import Float
 from rich.console import Console
 
 from bnlora import metrics
+from bnlora.checks import check_at_least, check_option, check_positive
 from bnlora.data import Batch, check_labels
-from bnlora.inference.checks import check_at_least, check_option, check_positive
 from bnlora.inference.mode import mode_of
 from bnlora.predict import Posterior, predict_with_draws
 from bnlora.typing import Adapters
