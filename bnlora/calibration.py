@@ -74,8 +74,8 @@ class Calibration:
     def directions(self) -> tuple[str, ...]:
         """What is wrong with each function's draws, "" where neither test rejects.
 
-        Bias is named where symmetry is rejected; width where the variance of the ranks is two standard
-        errors off.
+        Bias is named where symmetry is rejected. Width is named only elsewhere, where `dispersion` is two
+        standard errors off: bias raises that too, whatever the width.
         """
         return tuple(self._direction(k) for k in range(len(self.names)))
 
@@ -83,13 +83,12 @@ class Calibration:
         uneven, biased = self.adjusted[k] < self.level, self.symmetry_adjusted[k] < self.level
         if not (uneven or biased):
             return ""
-        _, score = dispersion(self.ranks[:, k], self.num_draws)
-        words = []
         if biased:
-            words.append("too low" if self.probabilities[:, k].mean() > 0.5 else "too high")
+            return "too low" if self.probabilities[:, k].mean() > 0.5 else "too high"
+        _, score = dispersion(self.ranks[:, k], self.num_draws)
         if abs(score) > 2:
-            words.append("too narrow" if score > 0 else "too wide")
-        return ", ".join(words) or "wrong shape"
+            return "too narrow" if score > 0 else "too wide"
+        return "wrong shape"
 
     @property
     def verdict(self) -> str:
@@ -109,7 +108,11 @@ class Calibration:
 
     @property
     def table(self) -> Table:
-        """One row for each function; "spread" is the variance of the ranks over that of uniform ones."""
+        """One row for each function.
+
+        "spread" is the second moment of the ranks about L / 2 over that of uniform ones: narrow draws raise
+        it, wide ones lower it, and bias raises it, whatever the width.
+        """
         tests = (self.p_values, self.adjusted, self.symmetry_p_values, self.symmetry_adjusted)
         rows = []
         for k, name in enumerate(self.names):

@@ -1,4 +1,4 @@
-"""One sentence for a wrong option or number, in the words that all ways of inference share."""
+"""One sentence for a wrong option or number, in the words that the whole library shares."""
 
 import difflib
 from collections.abc import Mapping
@@ -16,6 +16,16 @@ def check_at_least(values: Mapping[str, int], least: int) -> None:
     for name, value in values.items():
         if value < least:
             raise ValueError(f"{name} must be at least {least}; got {value}")
+
+
+def check_batch_size(batch_size: int, num_rows: int) -> None:
+    """Raise `ValueError` unless a minibatch is of one row to all `num_rows` of them."""
+    check_at_least({"batch_size": batch_size, "number of rows": num_rows}, 1)
+    if batch_size > num_rows:
+        raise ValueError(
+            f"batch_size must be at most the number of training rows; got {batch_size} for {num_rows} rows, "
+            f"nearest is {num_rows}"
+        )
 
 
 def check_positive(values: Mapping[str, float]) -> None:

@@ -72,12 +72,14 @@ class Fit:
         return jax.jit(draw, static_argnums=2)
 
     def __repr__(self) -> str:
-        tail = {name: values[-min(len(values), 50) :].mean() for name, values in self.history.items()}
-        terms = ", ".join(f"{name} {tail[name]:,.1f}" for name in TERMS)
+        tail = np.stack([self.history[name][-50:] for name in TERMS])
+        finite = tail[:, np.isfinite(tail).all(0)]
+        means = ", ".join(f"{n} {x.mean():,.1f}" for n, x in zip(TERMS, finite, strict=True) if x.size)
+        some = "" if finite.shape == tail.shape else f"{finite.shape[1]} finite of the "
         return (
             f"Fit({len(self.train)} rows, {self.num_parameters:,} parameters, "
             f"{len(self.step_seconds)} steps, {self.skipped_steps} skipped, best step {self.best_step})\n"
-            f"  nats, mean of the last 50 steps: {terms}"
+            f"  nats, mean of the {some}last 50 steps: {means or 'none'}"
         )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from bnlora.checks import check_at_least
 from bnlora.display import Table
 
 BINS = 15
@@ -315,6 +316,5 @@ def _row_brier(log_probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def _width_bin(confidence: np.ndarray, bins: int) -> np.ndarray:
     """Bin of each confidence; bin b holds (b/bins, (b+1)/bins]."""
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1; got {bins}")
+    check_at_least({"bins": bins}, 1)
     return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)

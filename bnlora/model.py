@@ -122,6 +122,8 @@ class Classifier:
         logits = self.logits(params, self.prior(), batch)
         rows = len(batch)
         size = rows if n_total is None else n_total
+        if rows > size:
+            raise ValueError(f"n_total must be at least the {rows} rows of the batch; got {size}")
         with numpyro.plate("data", size, subsample_size=rows if rows < size else None):
             numpyro.sample("y", dist.Categorical(logits=logits), obs=batch.labels)
 

@@ -31,7 +31,8 @@ PARENTS = {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_attn
 """Where a layer keeps a projection, by the first part of its name; the others are in `mlp`."""
 
 _NAME = re.compile(r"base_model\.model\.(?:(?:model\.)?layers\.(\d+)\.(?:\w+\.)?)?(\w+)\.lora_([AB])\.weight")
-# Beside an adapter of the head peft saves the frozen weights that it stands on, which the base has too.
+# Beside an adapter of the head peft saves the frozen weights that it stands on, which the base has too. Where
+# there is none it saves them if the vocabulary was resized, and the base has others.
 _COPIES = re.compile(r"base_model\.model\.(model\.embed_tokens|lm_head)(\.base_layer)?\.weight")
 # Each makes another update of the same tensors, or trains something beside them.
 _REFUSED = (
@@ -64,8 +65,9 @@ def load_peft(folder: str | Path, sites: Sites, *, head_rows: Sequence[int] | No
     """
     path = Path(folder).expanduser()
     config = _config(path)
-    tensors = _tensors(path)
+    tensors, copies = _tensors(path)
     _require_all_used(tensors, sites)
+    _require_frozen(copies, tensors, sites, head_rows)
     rank = config["r"]
     scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
     adapters = {}
@@ -157,8 +159,8 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _tensors(folder: Path) -> Tensors:
-    """The factors by module, layer (None for the head) and letter."""
+def _tensors(folder: Path) -> tuple[Tensors, dict[str, int]]:
+    """The factors by module, layer (None for the head) and letter; numbers of rows of copied base weights."""
     if not (folder / TENSORS).is_file():
         raise FileNotFoundError(
             f"{str(folder)!r} has no {TENSORS}; pickled adapters (.bin) are not read, have peft save it anew"
@@ -167,16 +169,32 @@ def _tensors(folder: Path) -> Tensors:
         stored = load_file(folder / TENSORS)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{TENSORS} in {str(folder)!r} is corrupt: {error}") from error
-    found = {}
+    found, copies = {}, {}
     for name, tensor in stored.items():
         if _COPIES.fullmatch(name):
+            copies[name] = len(tensor)
             continue
         match = _NAME.fullmatch(name)
         if match is None:
             raise ValueError(f"{name!r} in {TENSORS} is no factor of plain LoRA in a layer or the head")
         layer, module, letter = match.groups()
         found[module, None if layer is None else int(layer), letter] = tensor.astype(jnp.float32)
-    return found
+    return found, copies
+
+
+def _require_frozen(
+    copies: Mapping[str, int], tensors: Tensors, sites: Sites, head_rows: Sequence[int] | None
+) -> None:
+    """Refuse weights that may be others than the base's, as after its vocabulary was resized."""
+    full = {s.d_out for s in sites.values() if s.module == HEAD and head_rows is None}
+    for name, rows in copies.items():
+        if (HEAD, None, "A") not in tensors:
+            raise ValueError(
+                f"{TENSORS} replaces {name!r} of the base without an adapter of {HEAD!r}, as after its "
+                "vocabulary was resized; only adapters of the base as it is are supported"
+            )
+        if full and rows not in full:
+            raise ValueError(f"{name!r} in {TENSORS} must have the {full.pop()} rows of the base; got {rows}")
 
 
 def _require_all_used(tensors: Tensors, sites: Sites) -> None:

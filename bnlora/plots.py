@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.lib.stride_tricks import sliding_window_view
 
 from bnlora import metrics
 from bnlora.calibration import Calibration
@@ -35,7 +36,7 @@ RELIABILITY_CAPTION = (
 
 ELBO_CAPTION = (
     "Terms of the objective in nats over all training rows; pale: each step (one minibatch, one draw), full: "
-    "mean of the last 15 steps."
+    "mean of the last 15 steps, without those that were not finite."
 )
 
 
@@ -132,11 +133,11 @@ def _trace(axes: Axes, values: np.ndarray, colour: str, label: str) -> None:
 
 
 def _smooth(values: np.ndarray, window: int = 15) -> np.ndarray:
-    """Mean over the last steps, fewer at the beginning."""
-    total = np.cumsum(np.concatenate([[0.0], values]))
-    end = np.arange(1, len(values) + 1)
-    start = np.maximum(end - window, 0)
-    return (total[end] - total[start]) / (end - start)
+    """Mean of the finite ones of the last steps, fewer at the beginning; NaN where none is finite."""
+    recent = sliding_window_view(np.concatenate([np.full(window, np.nan), values]), window)[1:]
+    finite = np.isfinite(recent)
+    count = finite.sum(1)
+    return np.where(count > 0, recent.sum(1, where=finite) / np.maximum(count, 1), np.nan)
 
 
 def prior_predictive(
@@ -242,19 +243,22 @@ def sbc(result: Calibration, *, ax: Sequence[Axes] | None = None) -> Figure:
 def vsbc(result: Calibration, *, ax: Sequence[Axes] | None = None) -> Figure:
     """Histogram of p = Pr_q(f < f(truth)) with its mirror image, a panel for each function.
 
+    Dashed is the share of each bin under uniform ranks: p takes L + 1 values, equally many in each bin where
+    the number of bins divides L + 1.
+
     Args:
         result: From `bnlora.sbc.run`.
         ax: One axes for each function; a figure of its own when omitted.
     """
     axes, figure, own = _axes(ax, len(result.names))
+    bins, uniform = _bins(result.num_draws)
     for k, panel in enumerate(axes):
         p = result.probabilities[:, k]
         colour = BLUE if result.symmetry_adjusted[k] >= result.level else ORANGE
         share = np.full(len(p), 1 / len(p))
-        bins = list(np.linspace(0, 1, 17))
         panel.hist(p, bins=bins, weights=share, color=colour, alpha=0.55, label="p")
         panel.hist(1 - p, bins=bins, weights=share, histtype="step", color="black", label="1 - p")
-        panel.axhline(1 / 16, color=GREY, linewidth=1, linestyle="--", label="uniform")
+        panel.plot(bins, uniform, color=GREY, linewidth=1, linestyle="--", drawstyle="steps", label="uniform")
         _name(panel, result.names[k], result.symmetry_adjusted[k], result.directions[k])
         panel.set(xlim=(0, 1), xlabel="p = Pr(draw < truth)", ylabel="share")
     if own:
@@ -267,6 +271,17 @@ def vsbc(result: Calibration, *, ax: Sequence[Axes] | None = None) -> Figure:
             "too narrow; a hill: too wide. p in the titles: adjusted for the number of functions (Holm).",
         )
     return figure
+
+
+def _bins(num_draws: int) -> tuple[list[float], np.ndarray]:
+    """Edges of at most 16 bins of p, and the share of uniform ranks left of each edge, the first repeated."""
+    values = num_draws + 1
+    count = next(n for n in range(16, 0, -1) if values % n == 0)
+    if count < min(5, values):
+        count = 15  # odd, for no value of p, (2 r + 1) / (2 L + 2), lies on an edge then
+    edges = np.linspace(0, 1, count + 1)
+    share = np.histogram((np.arange(values) + 0.5) / values, edges)[0] / values
+    return list(edges), np.concatenate([share[:1], share])
 
 
 def _legend_above(axes: Axes) -> None:

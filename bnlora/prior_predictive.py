@@ -31,6 +31,7 @@ from scipy.optimize import brentq
 from scipy.special import softmax
 
 from bnlora.data import Batch, parts
+from bnlora.density import check_parameters
 from bnlora.model import Classifier
 from bnlora.priors import Prior
 from bnlora.progress import track
@@ -145,11 +146,15 @@ def draw_prior(
     Args:
         key: Random key.
         model: A `Classifier`.
-        params: Parameters of the prior, from `prior_parameters` or a fit.
+        params: Parameters of the prior, all of them, as from `prior_parameters` or a fit, and any others.
         num_samples: Number of draws.
         num_together: Draws made at a time. More than one suits priors that factorise no matrix of random
             numbers.
+
+    Raises:
+        ValueError: When a parameter of the prior is missing.
     """
+    check_parameters(model.prior, params)
 
     def one(k: Array) -> Adapters:
         with handlers.block():
@@ -176,7 +181,7 @@ def prior_predictive(
         data: Rows; labels are not read.
         num_samples: Number of prior draws.
         batch_size: Rows to run at a time.
-        params: Parameters of the prior; a start drawn from the key when omitted.
+        params: Parameters of the prior, all of them; one start drawn from the key when omitted.
         console: Where to draw a progress bar; the terminal or notebook when omitted.
 
     Returns:
@@ -184,7 +189,7 @@ def prior_predictive(
 
     Raises:
         ValueError: When there are no rows, fewer than two draws or one row at a time, a prior without
-            random variables, or logits that are not finite.
+            random variables, a parameter of the prior without a value, or logits that are not finite.
     """
     _check_sizes(data, num_samples, batch_size)
     _check_random(model)

@@ -116,9 +116,10 @@ def symmetry(ranks: Int[np.ndarray, " m"], num_draws: int) -> tuple[float, float
 
 
 def dispersion(ranks: Int[np.ndarray, " m"], num_draws: int) -> tuple[float, float]:
-    """Variance of the ranks about L / 2 over that of uniform ranks, and its normal score.
+    """Second moment of the ranks about L / 2 over that of uniform ranks, and its normal score.
 
-    Above one the truth lies too often in the tails of the draws: they are too narrow.
+    Above one the truth lies too often in the tails of the draws. Unbiased draws are then too narrow, and too
+    wide where it is below one; bias raises the moment too, so of biased draws it does not tell the width.
     """
     _check(ranks, num_draws)
     squares = (2.0 * np.arange(num_draws + 1) - num_draws) ** 2

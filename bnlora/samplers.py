@@ -4,8 +4,8 @@ A `Sampler` starts from an unconstrained vector and moves it:
 
     state = init(key, position),      state, report = step(key, state)
 
-and every report has the same four numbers, whatever the kernel. BlackJAX is imported inside the functions,
-because importing it starts a device.
+and every report has the same four numbers, whatever the kernel. The kernels of stochastic gradients have no
+state but the vector, and no report.
 
 References: Hoffman and Gelman (2014), The No-U-Turn sampler; Neal (2011), MCMC using Hamiltonian dynamics;
 Murray, Adams and MacKay (2010), Elliptical slice sampling; Robnik et al. (2023), Microcanonical Hamiltonian
@@ -24,6 +24,9 @@ from jaxtyping import Float
 
 LogDensity = Callable[[Array], Array]
 """From a vector to its log-density, up to a constant."""
+
+Kernel = Callable[[Array, Array, Any], Array]
+"""From a key, a vector and a minibatch to the next vector."""
 
 Mass = Literal["diagonal", "dense"]
 
@@ -112,7 +115,7 @@ def warm_up(
     initial_step_size: float,
 ) -> Tuning:
     """Adapt step and mass matrix of one chain in Stan's windows."""
-    import blackjax
+    blackjax = _blackjax()
 
     def kept(state: Any, info: Any, adaptation: Any) -> Any:
         # The rest would hold every trajectory of the warm-up in memory.
@@ -149,17 +152,22 @@ def hamiltonian(method: Nuts | Hmc, log_density: LogDensity, tuning: Tuning) -> 
 
 
 def _algorithm(method: Nuts | Hmc) -> Any:
-    import blackjax
+    return _blackjax().nuts if isinstance(method, Nuts) else _blackjax().hmc
 
-    return blackjax.nuts if isinstance(method, Nuts) else blackjax.hmc
+
+def _blackjax() -> Any:
+    # Importing it starts a device, so the library does not; and what it computes then must not be traced.
+    with jax.ensure_compile_time_eval():
+        import blackjax
+
+    return blackjax
 
 
 def tune_mclmc(
     key: Array, log_density: LogDensity, position: Float[Array, " p"], *, num_steps: int
 ) -> Tuning:
     """Find the step, the length and the diagonal preconditioner of microcanonical Langevin dynamics."""
-    import blackjax
-
+    blackjax = _blackjax()
     start_key, tune_key = jax.random.split(key)
     state = blackjax.mcmc.mclmc.init(position, log_density, start_key)
     state, found, used = blackjax.mclmc_find_L_and_step_size(
@@ -170,8 +178,7 @@ def tune_mclmc(
 
 def mclmc(log_density: LogDensity, tuning: Tuning, steps_per_draw: int) -> Sampler:
     """Microcanonical Langevin dynamics without an accept step: its step size biases what it converges to."""
-    import blackjax
-
+    blackjax = _blackjax()
     algorithm = blackjax.mclmc(
         log_density, tuning.length, tuning.step_size, inverse_mass_matrix=tuning.inverse_mass
     )
@@ -191,8 +198,7 @@ def elliptical(
     log_likelihood: LogDensity, mean: Float[Array, " p"], variance: Float[Array, " p"], steps_per_draw: int
 ) -> Sampler:
     """Elliptical slice sampling under a normal prior with independent entries; nothing to tune."""
-    import blackjax
-
+    blackjax = _blackjax()
     algorithm = blackjax.elliptical_slice(log_likelihood, mean=mean, cov=variance)
 
     def step(key: Array, state: Any) -> tuple[Any, Report]:
@@ -207,8 +213,7 @@ def elliptical(
 
 def pathfinder(key: Array, log_density: LogDensity, position: Float[Array, " p"]) -> Float[Array, " p"]:
     """A draw of Pathfinder's normal approximation, found while climbing from a position."""
-    import blackjax
-
+    blackjax = _blackjax()
     climb_key, draw_key = jax.random.split(key)
     state, _ = blackjax.pathfinder.approximate(climb_key, log_density, position)
     draw, _ = blackjax.pathfinder.sample(draw_key, state)
@@ -250,9 +255,7 @@ def temper(
     Returns:
         The particles, and the mean acceptance probability of the moves.
     """
-    import blackjax
-    from blackjax.smc.resampling import systematic
-
+    blackjax = _blackjax()
     mean = particles.weights @ particles.positions
     variance = particles.weights @ (particles.positions - mean) ** 2 + 1e-10
     hmc = blackjax.hmc
@@ -266,7 +269,7 @@ def temper(
             "inverse_mass_matrix": variance[None],
             "num_integration_steps": jnp.asarray([integration_steps]),
         },
-        systematic,
+        blackjax.smc.resampling.systematic,
         target_ess,
         num_mcmc_steps=num_moves,
     )
@@ -276,3 +279,17 @@ def temper(
     grown = particles.log_evidence + info.log_likelihood_increment
     moved = Particles(state.particles, state.weights, state.tempering_param, grown)
     return moved, jnp.mean(info.update_info.acceptance_rate)
+
+
+def langevin(gradient: Callable[[Array, Any], Array], step_size: float) -> Kernel:
+    """Stochastic-gradient Langevin dynamics with a constant step."""
+    step = _blackjax().sgld(gradient).step
+    return lambda key, vector, batch: step(key, vector, batch, step_size)
+
+
+def stochastic_hamiltonian(
+    gradient: Callable[[Array, Any], Array], step_size: float, integration_steps: int, friction: float
+) -> Kernel:
+    """Stochastic-gradient Hamiltonian Monte Carlo with friction."""
+    step = _blackjax().sghmc(gradient, integration_steps, friction).step
+    return lambda key, vector, batch: step(key, vector, batch, step_size)

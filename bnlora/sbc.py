@@ -32,9 +32,12 @@ from numpyro import handlers
 from numpyro.infer.autoguide import AutoGuide
 
 from bnlora.calibration import Calibration
+from bnlora.checks import check_at_least
 from bnlora.data import Batch
-from bnlora.elbo import elbo_terms, initial_parameters
+from bnlora.density import check_parameters
+from bnlora.elbo import initial_parameters
 from bnlora.functions import Functions, identifiable, log_likelihood, with_hidden
+from bnlora.maximise import maximise
 from bnlora.model import Classifier
 from bnlora.posterior import draw_adapters
 from bnlora.prior_predictive import draw_prior, prior_parameters
@@ -68,7 +71,10 @@ def simulate(key: Array, model: Classifier, frozen: Any, rows: Batch, params: Pa
         model: A `Classifier`.
         frozen: The frozen weights, `model.base.params`.
         rows: Rows; their own labels are replaced.
-        params: Parameters of the prior.
+        params: Parameters of the prior, all of them.
+
+    Raises:
+        ValueError: When a parameter of the prior is missing.
     """
     prior_key, label_key = jax.random.split(key)
     adapters = jax.tree.map(lambda x: x[0], draw_prior(prior_key, model, params, 1))
@@ -103,7 +109,7 @@ def svi_inference(
     Raises:
         ValueError: When a number is below one.
     """
-    _require_positive(num_steps=num_steps, num_draws=num_draws, num_particles=num_particles)
+    check_at_least({"num_steps": num_steps, "num_draws": num_draws, "num_particles": num_particles}, 1)
     if isinstance(guide, AutoGuide):
         # Its first call keeps what it computes, which inside a compiled program would be tracers.
         handlers.seed(guide, key)()
@@ -111,26 +117,29 @@ def svi_inference(
     def infer(key: Array, frozen: Any, batch: Batch) -> Adapters:
         start_key, step_key, draw_key = jax.random.split(key, 3)
         arguments = (frozen, batch, len(batch))
-        start, constrain = initial_parameters(start_key, model, guide, *arguments)
-
-        def loss(params: dict, k: Array) -> Array:
-            terms = elbo_terms(k, constrain(params), model, guide, *arguments, num_particles=num_particles)
-            return -terms["elbo"] / len(batch)
-
-        def step(state: tuple, k: Array) -> tuple[tuple, None]:
-            params, memory = state
-            updates, memory = optimizer.update(jax.grad(loss)(params, k), memory, params)
-            return (optax.apply_updates(params, updates), memory), None
-
-        keys = jax.random.split(step_key, num_steps)
-        (params, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), keys)
-        return draw_adapters(draw_key, model, guide, constrain(params), num_draws)
+        params = maximise(
+            step_key,
+            *initial_parameters(start_key, model, guide, *arguments),
+            model,
+            guide,
+            *arguments,
+            optimizer=optimizer,
+            num_steps=num_steps,
+            num_particles=num_particles,
+            num_rows=len(batch),
+        )
+        return draw_adapters(draw_key, model, guide, params, num_draws)
 
     return infer
 
 
 def importance_inference(
-    model: Classifier, *, num_particles: int, num_draws: int, num_together: int = 1
+    model: Classifier,
+    *,
+    num_particles: int,
+    num_draws: int,
+    num_together: int = 1,
+    params: Parameters | None = None,
 ) -> Inference:
     """Draw from the prior, weigh by the likelihood, resample: exact as the number of particles grows.
 
@@ -143,18 +152,25 @@ def importance_inference(
         num_draws: Draws with replacement from them, L.
         num_together: Particles computed at a time; more than one only for priors that factorise no matrix
             of random numbers.
+        params: Parameters of the prior, the same as those of `run` where they are given; a start drawn from
+            the key when omitted.
 
     Raises:
-        ValueError: When a number is below one, or there are fewer particles than draws.
+        ValueError: When a number is below one, a parameter of the prior is missing, or there are fewer
+            particles than draws.
     """
-    _require_positive(num_particles=num_particles, num_draws=num_draws, num_together=num_together)
+    sizes = {"num_particles": num_particles, "num_draws": num_draws, "num_together": num_together}
+    check_at_least(sizes, 1)
     if num_particles < num_draws:
         raise ValueError(f"num_particles must be at least num_draws={num_draws}; got {num_particles}")
 
+    if params is not None:
+        check_parameters(model.prior, params)
+
     def infer(key: Array, frozen: Any, batch: Batch) -> Adapters:
         params_key, prior_key, pick_key = jax.random.split(key, 3)
-        params = prior_parameters(params_key, model)
-        pool = draw_prior(prior_key, model, params, num_particles, num_together=num_together)
+        held = prior_parameters(params_key, model) if params is None else params
+        pool = draw_prior(prior_key, model, held, num_particles, num_together=num_together)
 
         def weigh(adapters: Adapters) -> Array:
             return log_likelihood(model, frozen, adapters, batch)
@@ -186,14 +202,15 @@ def run(
         rows: Rows of each simulated data set; labels are not read.
         num_simulations: Number of simulations.
         functions: What is ranked; `identifiable(model, rows[:3])` when omitted.
-        params: Parameters of the prior that makes the truths; a start drawn from the key when omitted. Where
-            the prior's law depends on them, an inference that learns them answers another question.
+        params: Parameters of the prior that makes the truths, all of them; one start drawn from the key when
+            omitted. Where the prior's law depends on them, an inference that learns them answers another
+            question.
         level: Level of the verdicts.
 
     Raises:
-        ValueError: On fewer than two simulations, no rows, a level outside (0, 1), draws of other shapes
-            than the adapters', a function that is no scalar, a truth that is not finite, or when every
-            simulation failed.
+        ValueError: On fewer than two simulations, no rows, a level outside (0, 1), a parameter of the prior
+            without a value, draws of other shapes than the adapters', a function that is no scalar, a truth
+            that is not finite, or when every simulation failed.
     """
     if num_simulations < 2 or len(rows) < 1 or not 0 < level < 1:
         raise ValueError(
@@ -258,9 +275,3 @@ def _scalars(values: Mapping[str, Array]) -> dict[str, Array]:
     if not values:
         raise ValueError("expected at least one function to rank; got none")
     return dict(values)
-
-
-def _require_positive(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")

@@ -14,6 +14,7 @@ from typing import Protocol
 import jax.numpy as jnp
 from jax import Array
 
+from bnlora.checks import check_at_least
 from bnlora.typing import FACTORS, Adapters
 
 HEAD = "lm_head"
@@ -260,8 +261,7 @@ def _rules(targets: Sequence[str] | Mapping[str, int], rank: int | None) -> dict
             re.compile(rule)
         except re.error as error:
             raise ValueError(f"target {rule!r} is not a valid pattern: {error}") from error
-        if value < 1:
-            raise ValueError(f"the rank of {rule!r} must be at least 1; got {value}")
+        check_at_least({f"the rank of {rule!r}": value}, 1)
     return rules
 
 

@@ -19,6 +19,7 @@ from jax import Array
 from rich.console import Console
 
 from bnlora.cache import cache_prefix
+from bnlora.checks import check_at_least, check_batch_size, check_option
 from bnlora.data import Batch, check_labels, minibatches
 from bnlora.elbo import TERMS, elbo_terms, initial_parameters
 from bnlora.fits import Fit, FitDiverged
@@ -88,13 +89,15 @@ def fit(
         stop button of a notebook) ends the fit early and returns what there is.
 
     Raises:
-        ValueError: On sizes below one, rows without labels or with labels that the model has no class for,
-            an early-stopping rule without validation rows, or a `start` of other names or shapes than the
-            parameters of this guide and prior, or outside their constraints.
+        ValueError: On sizes below one, more rows in a minibatch than there are, rows without labels or with
+            labels that the model has no class for, an early-stopping rule without validation rows, or a
+            `start` of other names or shapes than the parameters of this guide and prior, or outside their
+            constraints.
         FitDiverged: When more than `skip_budget` steps were not finite.
     """
-    sizes = {"num_steps": num_steps, "batch_size": batch_size, "num_particles": num_particles}
-    _check_sizes(sizes | {"number of rows": len(train)}, prefix_cache)
+    check_at_least({"num_steps": num_steps, "num_particles": num_particles}, 1)
+    check_batch_size(batch_size, len(train))
+    check_option("prefix_cache", prefix_cache, ("memory", "off"))
     check_labels("training", train, len(model.label_ids))
     if validation is not None:
         check_labels("validation", validation, len(model.label_ids))
@@ -132,14 +135,6 @@ def fit(
     if stopped == "diverged":
         raise FitDiverged(result, skip_budget)
     return result
-
-
-def _check_sizes(sizes: dict[str, int], prefix_cache: str) -> None:
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
-    if prefix_cache not in ("memory", "off"):
-        raise ValueError(f"prefix_cache must be 'memory' or 'off'; got {prefix_cache!r}")
 
 
 def _by_group(

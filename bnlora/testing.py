@@ -14,6 +14,7 @@ may exceed the evidence.
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,7 +29,8 @@ from numpyro import handlers
 
 from bnlora.base import Base
 from bnlora.data import Batch
-from bnlora.elbo import elbo_terms, initial_parameters
+from bnlora.elbo import initial_parameters
+from bnlora.maximise import maximise
 from bnlora.models.llama import LlamaConfig
 from bnlora.typing import Parameters
 
@@ -111,24 +113,11 @@ def maximise_bound(
     """
     start_key, step_key = jax.random.split(key)
     start, constrain = initial_parameters(start_key, model, guide)
-    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
-
-    def loss(params: dict, key: Array) -> Array:
-        return -elbo_terms(key, constrain(params), model, guide, num_particles=num_particles)["elbo"]
-
-    def step(carry: tuple, key: Array) -> tuple:
-        params, state = carry
-        gradient = jax.grad(loss)(params, key)
-        fixed = {n: x if learn(n) else jax.tree.map(jnp.zeros_like, x) for n, x in gradient.items()}
-        updates, state = optimizer.update(fixed, state)
-        return (optax.apply_updates(params, updates), state), None
-
-    @jax.jit
-    def run(params: dict) -> Parameters:
-        keys = jax.random.split(step_key, num_steps)
-        return constrain(jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0])
-
-    return run(start)
+    adam = optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
+    still = {name: not learn(name) for name in start}
+    optimizer = optax.multi_transform({False: adam, True: optax.set_to_zero()}, still)
+    run = partial(maximise, optimizer=optimizer, num_steps=num_steps, num_particles=num_particles)
+    return jax.jit(lambda start: run(step_key, start, constrain, model, guide))(start)
 
 
 def tiny_base(key: Array, *, num_layers: int = 4) -> Base:

@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from bnlora import metrics
+from bnlora.checks import check_at_least
 from bnlora.data import Batch
 from bnlora.posterior import draw_adapters
 from bnlora.predict import predict_with_draws
@@ -31,9 +32,7 @@ class EarlyStopping:
     batch_size: int = 32
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name} of early stopping must be at least 1; got {value}")
+        check_at_least({f"{name} of early stopping": value for name, value in vars(self).items()}, 1)
 
 
 @dataclass

@@ -11,12 +11,13 @@ ROOT = Path(__file__).parents[1]
 # A package is named after its folder. It stands on the floor given here, with every member that has none of
 # its own: `bnlora/inference/swag.py` is `inference.swag` and stands on the floor of `inference`.
 FLOORS = {
-    "typing": 0, "checks": 0, "data": 0, "assets": 0, "progress": 0, "display": 0, "tables": 0,
+    "typing": 0, "data": 0, "assets": 0, "progress": 0, "display": 0, "tables": 0, "checks": 0,
     "kernels": 0, "kernels.api": 0, "kernels.reference": 0,
     "gp": 1, "distributions": 1, "ranks": 1, "sites": 1, "metrics": 1, "text": 1,
     "models": 1, "models.layers": 1, "models.gguf": 1, "models.loading": 1,
     "priors": 2, "flows": 2, "calibration": 2, "models.llama": 2,
     "base": 3, "model": 3, "guides": 3, "elbo": 3, "posterior": 3, "cache": 3, "density": 3,
+    "maximise": 3,
     "conditional": 4, "svi": 4, "fits": 4, "predict": 4, "functions": 4, "samplers": 4,
     "prior_predictive": 4, "validation": 4, "testing": 4,
     "diagnostics": 5, "plots": 5, "sbc": 5, "checkpoint": 5, "report": 5, "recipe": 5, "experiment": 5,
@@ -27,7 +28,7 @@ FLOORS = {
 SAME_FLOOR = {
     ("distributions", "gp"), ("density", "guides"), ("density", "posterior"), ("svi", "fits"),
     ("svi", "validation"),
-    ("validation", "predict"), ("cli", "demo"), ("experiment", "recipe"),
+    ("validation", "predict"), ("maximise", "elbo"), ("cli", "demo"), ("experiment", "recipe"),
     ("kernels.api", "kernels.reference"), ("models.loading", "models.gguf"), ("guides", "flows"),
     ("report", "plots"),
 }  # fmt: skip

@@ -124,7 +124,7 @@ def test_parameters_of_the_prior_are_held_at_given_values():
     free = free_values(view, points(view, 1)[0])
     expected = -potential_energy(handlers.substitute(handlers.seed(model.prior, KEY), params), (), {}, free)
     np.testing.assert_allclose(view.log_prior(points(view, 1)[0]), expected, rtol=1e-5)
-    with pytest.raises(ValueError, match=r"of which 'lm_head.a.rows.frame' has no value; pass `params`"):
+    with pytest.raises(ValueError, match=r"as `fit.params` has; 'lm_head.a.rows.frame' is missing"):
         density(model, {})
 
 

@@ -12,8 +12,8 @@ from numpyro.infer.autoguide import AutoDelta
 from rich.console import Console
 
 import bnlora as bl
-from bnlora.inference import Ensemble, fit_ensemble
-from bnlora.testing import tiny_base, tiny_rows
+from bnlora.inference import Ensemble, EnsembleDiverged, NoMemberFinished, fit_ensemble
+from bnlora.testing import frozen_scale, tiny_base, tiny_rows
 
 KEY = jax.random.key(0)
 QUIET = Console(quiet=True)
@@ -64,6 +64,56 @@ def test_draws_come_in_equal_shares():
     for wrong, nearest in [(7, 6), (8, 9), (1, 3)]:
         with pytest.raises(ValueError, match=f"multiple of the 3 members; got {wrong}, nearest is {nearest}"):
             three().draw_adapters(KEY, wrong)
+
+
+def two_steps(guide=delta, **options):
+    options = {"num_steps": 2, "batch_size": 6, "console": QUIET, **options}
+    return fit_ensemble(KEY, classifier(), guide, TRAIN, optax.adam(1e-2), size=3, **options)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_interrupt_ends_it_with_the_finished_members(steps):
+    """The first of two steps of the first member, and of the second."""
+    done = []
+
+    def interrupt(step, params):
+        done.append(step)
+        if len(done) == steps:
+            raise KeyboardInterrupt
+
+    if steps == 1:
+        with pytest.raises(NoMemberFinished, match="interrupted after 1 steps of the first member") as error:
+            two_steps(on_step=interrupt)
+        assert error.value.fit.stopped == "interrupted"
+        return
+    found = two_steps(on_step=interrupt)
+    assert repr(found) == "Ensemble(1 members of Fit, interrupted before the next was finished)"
+    assert [found.members[0].stopped, found.unfinished.stopped] == ["steps", "interrupted"]
+    jax.tree.map(np.testing.assert_array_equal, found.members[0].params, three().members[0].params)
+
+
+def test_an_interrupt_between_two_fits_ends_it_too():
+    built = []
+
+    def guide(prior):
+        built.append(prior)
+        if len(built) == 3:
+            raise KeyboardInterrupt
+        return delta(prior)
+
+    found = two_steps(guide)
+    assert len(found.members) == 2
+    assert found.stopped == "interrupted"
+
+
+def test_a_diverged_member_leaves_the_finished_ones():
+    guides = iter([delta, delta, lambda prior: frozen_scale(prior, 1e30)])
+    with pytest.raises(EnsembleDiverged, match="member 3 of 3: 1 of 1 steps gave a bound") as error:
+        two_steps(lambda prior: next(guides)(prior), skip_budget=0)
+    assert isinstance(error.value, bl.FitDiverged)
+    assert error.value.fit.stopped == "diverged"
+    for found, expected in zip(error.value.members, three().members[:2], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
 
 
 @dataclass(frozen=True)

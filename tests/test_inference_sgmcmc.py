@@ -12,7 +12,7 @@ import pytest
 
 import bnlora as bl
 from bnlora.data import Batch, minibatches
-from bnlora.inference import Schedule, sghmc, sgld
+from bnlora.inference import ChainDiverged, Schedule, sghmc, sgld
 from bnlora.testing import tiny_base, tiny_rows
 
 KEY = jax.random.key(0)
@@ -69,10 +69,10 @@ def assert_moments(chain, variance, factor):
 
 
 def test_sgld_has_the_moments_of_the_posterior_with_its_stated_bias():
-    step = 0.2 / CURVATURES.max()
+    """At a step that doubles the variance along the steepest axis, of which the errors allow a tenth."""
+    step = 1 / CURVATURES.max()
     variance = 1 / (CURVATURES * (1 - step * CURVATURES / 2))
     assert_moments(run(sgld, step_size=step), variance, 1 - step * CURVATURES)
-    assert (variance * CURVATURES - 1 < 0.12).all()  # the bias of the step, at most eps h / (2 - eps h)
 
 
 def sghmc_law(step, friction, updates):
@@ -88,14 +88,33 @@ def sghmc_law(step, friction, updates):
 
 
 def test_sghmc_has_the_moments_of_its_discretised_chain():
-    """The posterior's variance is its limit: a quarter of the step has about a quarter of the bias."""
     # Here half the friction would move the variance of one axis by eight of its standard errors.
     step, friction, updates = 0.2 / CURVATURES.max() ** 0.5, 10.0, 20
     chain = run(sghmc, step_size=step, friction=friction, integration_steps=updates)
     variance, factor = sghmc_law(step, friction, updates)
     assert_moments(chain, variance, factor)
-    smaller, _ = sghmc_law(step / 4, friction, 4 * updates)
-    np.testing.assert_allclose((smaller * CURVATURES - 1) * 4, variance * CURVATURES - 1, rtol=0.3)
+
+
+def test_a_diverged_chain_hands_over_its_finite_draws():
+    options = {"burn_in": 0, "step_size": 50.0}
+    with pytest.raises(
+        ChainDiverged, match="draws are finite; lower `step_size`, which must stay below 2 ov"
+    ) as e:
+        run(sgld, num_draws=200, **options)
+    chain = e.value.chain
+    assert 0 < len(chain.vectors) < 200
+    np.testing.assert_allclose(chain.vectors, run(sgld, num_draws=len(chain.vectors), **options).vectors)
+    assert chain.sites()["w"].shape == chain.vectors.shape
+
+
+def test_sghmc_is_stable_up_to_friction_over_the_largest_curvature():
+    """By half on either side of it, where the square of the step is a quarter of what SGLD allows."""
+    steepest = CURVATURES.max()
+    step = 0.7 / steepest**0.5
+    options = {"num_draws": 100, "burn_in": 0, "step_size": step, "integration_steps": 60}
+    assert np.abs(run(sghmc, friction=1.5 * step * steepest, **options).vectors).max() < 100
+    with pytest.raises(ChainDiverged, match="`step_size`, which must stay below `friction` over the largest"):
+        run(sghmc, friction=0.5 * step * steepest, **options)
 
 
 def test_minibatches_are_those_of_fit_and_scaled_to_the_data_set():
@@ -169,9 +188,10 @@ def test_bad_input():
         run(sghmc, step_size=0.2, friction=10.0)
     with pytest.raises(ValueError, match="num_draws must be at least 1; got 0"):
         Schedule(0, 0, 4)
+    for sampler, options in ((sgld, {}), (sghmc, {"friction": 1.0})):
+        with pytest.raises(ValueError, match=f"rows; got {N + 1} for {N} rows, nearest is {N}"):
+            run(sampler, step_size=0.1, batch_size=N + 1, **options)
     with pytest.raises(ValueError, match="burn_in must be at least 0; got -1"):
         Schedule(1, -1, 4)
-    with pytest.raises(ValueError, match="draws are finite; lower `step_size`, which must stay below 2 over"):
-        run(sgld, num_draws=200, burn_in=0, step_size=50.0)
     with pytest.raises(ValueError, match="prefix_cache must be one of .*; got 'disk'"):
         sgld(KEY, Regression(), ROWS, Schedule(1, 0, 4), step_size=0.1, prefix_cache="disk")

@@ -1,6 +1,7 @@
 """SWAG: its moments against the whole stream, the law of its draws, and what it takes from a fit."""
 
 import functools
+import importlib
 
 import jax
 import numpy as np
@@ -76,6 +77,27 @@ def test_iterates_come_from_descent_that_starts_at_the_fit():
     assert "3 iterates of 18 weights, 3 deviations kept" in repr(found)
 
 
+@pytest.mark.parametrize("seen", [1, 2])
+def test_an_interrupt_leaves_what_was_collected_or_one_sentence(monkeypatch, seen):
+    def interrupted(moments, iterate, rank):
+        if moments.count == seen:
+            raise KeyboardInterrupt
+        return updated(moments, iterate, rank)
+
+    # By its name in the import system: as an attribute the function hides the module.
+    monkeypatch.setattr(importlib.import_module("bnlora.inference.swag"), "updated", interrupted)
+    options = {"learning_rate": 0.05, "num_steps": 8, "every": 2, "rank": 2, **OPTIONS}
+    if seen < 2:
+        with pytest.raises(ValueError, match="interrupted with 1 iterates; expected at least rank=2 of them"):
+            swag(KEY, fit(), **options)
+        return
+    found = swag(KEY, fit(), **options)
+    assert repr(found) == (
+        "Swag(2 iterates of 18 weights, 2 deviations kept, interrupted before the last step)"
+    )
+    assert np.isfinite(flattened(found.draw_adapters(KEY, 3))).all()
+
+
 def test_predicts_like_a_fit():
     found = swag(KEY, fit(), learning_rate=0.05, num_steps=4, rank=2, **OPTIONS)
     first, same = (bl.predict(KEY, found, TRAIN, num_samples=3, console=QUIET) for _ in range(2))
@@ -90,6 +112,7 @@ def test_predicts_like_a_fit():
         ({"learning_rate": 0.0}, "learning_rate must be a positive number; got 0.0"),
         ({"rank": 1}, "rank must be at least 2; got 1"),
         ({"every": 0}, "every must be at least 1; got 0"),
+        ({"batch_size": 21}, "training rows; got 21 for 20 rows, nearest is 20"),
         ({"rank": 4, "every": 3}, "8 steps give 2 iterates, fewer than rank=4; take at least num_steps=12"),
     ],
 )

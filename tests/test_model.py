@@ -31,6 +31,14 @@ def test_it_is_a_plain_numpyro_model():
     np.testing.assert_allclose(part, prior + 10 * likelihood, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 6])
+def test_a_batch_is_no_larger_than_the_data_set(rows):
+    """One row would else be broadcast over a data set of none."""
+    model = bl.Classifier(BASE, SITES, bl.priors.normal(), label_ids=(3, 5))
+    with pytest.raises(ValueError, match=f"n_total must be at least the {rows} rows of the batch; got 0"):
+        handlers.seed(model, jax.random.key(3))(BASE.params, ROWS[:rows], 0)
+
+
 def test_a_head_is_read_in_its_label_rows_alone():
     model = bl.Classifier(BASE, SITES, bl.priors.normal(), label_ids=(3, 5, 9))
     assert model.sites["lm_head"].shapes["b"] == (1, 3, 2)

@@ -222,6 +222,28 @@ def test_sites_and_adapter_must_have_the_same_modules_and_layers(folder):
         load_peft(folder, SITES)
 
 
+def test_frozen_weights_beside_the_head_are_skipped_and_replaced_ones_refused(folder):
+    path, copy = folder / "adapter_model.safetensors", "base_model.model.model.embed_tokens.weight"
+    whole = load_file(path)
+    rows = SITES.with_head_rows(2)
+    for height in (40, 41):
+        extra = {copy: np.ones((height, 16), np.float32)}
+        save_file(whole | extra, path)
+        assert load_peft(folder, rows, head_rows=(7, 2)).keys() == rows.keys()
+        if height == 40:
+            jax.tree.map(np.testing.assert_array_equal, load_peft(folder, SITES), ADAPTERS)
+            continue
+        with pytest.raises(
+            ValueError, match=r"embed_tokens.weight' in .* must have the 40 rows of the base; got 41"
+        ):
+            load_peft(folder, SITES)
+        save_file({n: x for n, x in whole.items() if "lm_head" not in n} | extra, path)
+        with pytest.raises(
+            ValueError, match="replaces '.*embed_tokens.weight' of the base without an adapter"
+        ):
+            load_peft(folder, select(BASE, ["q_proj", "down_proj"], rank=4))
+
+
 def test_what_the_format_cannot_hold_is_not_saved(tmp_path):
     rows = SITES.with_head_rows(3)
     adapters = ADAPTERS | {"lm_head": {"a": ADAPTERS["lm_head"]["a"], "b": jnp.ones((1, 3, 4))}}

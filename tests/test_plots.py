@@ -1,5 +1,7 @@
 """Pictures show the numbers they were given, and their captions stand alone."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
@@ -64,6 +66,40 @@ def test_vsbc_shows_probabilities_and_their_mirror_image(calibration):
     assert heights[[0, -1]].sum() == pytest.approx(1)
     assert outline.get_xy()[:, 1].max() == pytest.approx(heights.max())
     assert "mirror image" in caption(figure)
+
+
+@pytest.mark.parametrize(("num_draws", "bins"), [(1, 2), (7, 8), (30, 15), (31, 16), (33, 15), (99, 10)])
+def test_bins_of_the_histogram_hold_uniform_ranks_as_the_dashed_line_says(num_draws, bins):
+    """Every rank three times; an own count of the ranks in each bin, in integers."""
+    ranks = np.repeat(np.arange(num_draws + 1), 3)
+    result = Calibration(("f",), ranks[:, None], num_draws, np.zeros(len(ranks), bool))
+    panel = plots.vsbc(result).axes[0]
+    heights = np.array([bar.get_height() for bar in panel.containers[0]])
+    inside = [(2 * ranks + 1) * bins // (2 * num_draws + 2) == b for b in range(bins)]
+    np.testing.assert_allclose(heights, np.mean(inside, axis=1))
+    uniform = panel.lines[0].get_ydata()
+    np.testing.assert_allclose(uniform, [heights[0], *heights])
+    if (num_draws + 1) % bins == 0:
+        np.testing.assert_allclose(heights, 1 / bins)
+    outline = panel.patches[-1].get_xy()[:, 1]
+    assert outline.max() == pytest.approx(heights.max())
+
+
+def smoothed(values):
+    """The full line of the bound of a fit with this record."""
+    history = dict.fromkeys(("elbo", "data", "inducing_kl", "conditional_kl"), values)
+    made = SimpleNamespace(history=history, validation={"step": np.zeros(0)})
+    return plots.elbo({"fit": made}).subfigs[0].axes[0].lines[1].get_ydata()
+
+
+def test_a_step_that_is_not_finite_leaves_the_smoothed_ones_around_it():
+    """The mean of 15 steps before, at and after it, by hand."""
+    values = np.arange(1.0, 41.0)
+    values[[5, 20]] = np.nan, np.inf
+    expected = [np.mean([x for x in values[max(t - 14, 0) : t + 1] if np.isfinite(x)]) for t in range(40)]
+    np.testing.assert_allclose(smoothed(values), expected)
+    np.testing.assert_array_equal(smoothed(np.full(3, np.nan)), np.nan)
+    assert len(smoothed(np.zeros(0))) == 0
 
 
 @pytest.mark.parametrize("draw", [plots.sbc, plots.vsbc])

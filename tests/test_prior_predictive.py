@@ -9,7 +9,7 @@ import pytest
 from scipy.special import log_softmax
 
 import bnlora as bl
-from bnlora.prior_predictive import PriorPredictive
+from bnlora.prior_predictive import PriorPredictive, prior_parameters
 from bnlora.testing import tiny_base, tiny_rows
 
 KEY = jax.random.key(0)
@@ -88,13 +88,28 @@ def test_base_logits_are_those_of_the_module():
 
 
 @pytest.mark.slow
-def test_parts_change_nothing_and_parameters_may_be_given():
+def test_parts_change_nothing():
     model = classifier(bl.priors.sparse_gp(rows=2, cols=2))
     whole = bl.prior_predictive(KEY, model, ROWS, num_samples=4)
     parts = bl.prior_predictive(KEY, model, ROWS, num_samples=4, batch_size=2)
     np.testing.assert_allclose(parts.logits, whole.logits, atol=1e-5)
-    start = bl.prior_predictive(KEY, model, ROWS, num_samples=4, params={})
-    assert np.abs(start.logits - whole.logits).max() > 1e-3  # other frames, drawn anew for each draw
+
+
+def test_parameters_are_the_given_ones_in_every_draw_or_one_start_of_the_key():
+    model = classifier(bl.priors.sparse_gp(rows=2, cols=2))
+    params_key, draw_key = jax.random.split(KEY)
+    start, others = (prior_parameters(k, model) for k in (params_key, draw_key))
+    options = {"num_samples": 3}
+    whole = bl.prior_predictive(KEY, model, ROWS, **options)
+    given = bl.prior_predictive(KEY, model, ROWS, params={**start, "of.the.guide": 0.0}, **options)
+    np.testing.assert_array_equal(given.logits, whole.logits)
+    moved = bl.prior_predictive(KEY, model, ROWS, params=others, **options)
+    assert np.abs(moved.logits - whole.logits).max() > 1e-3
+    misspelt = {n.replace("rows", "row"): x for n, x in start.items()}
+    message = r"'lm_head.a.rows.frame' is missing, nearest is 'lm_head.a.row.frame'"
+    for wrong, expected in ((misspelt, message), ({}, "is missing, nearest is 'nothing'")):
+        with pytest.raises(ValueError, match=expected):
+            bl.prior_predictive(KEY, model, ROWS, params=wrong, **options)
 
 
 def made(margins, base):

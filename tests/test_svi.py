@@ -92,6 +92,15 @@ def test_record_has_every_term_of_every_step_and_they_add_up(whole):
     assert "6 steps, 0 skipped" in repr(whole)
 
 
+def test_repr_averages_the_finite_ones_of_the_last_steps(whole):
+    history = {name: np.arange(100.0) for name in TERMS}
+    assert "mean of the last 50 steps: elbo 74.5, data 74.5" in repr(replace(whole, history=history))
+    broken = history | {"data": np.where(np.arange(100) == 99, np.nan, np.arange(100.0))}
+    assert "49 finite of the last 50 steps: elbo 74.0, data 74.0" in repr(replace(whole, history=broken))
+    empty = {name: np.zeros(0) for name in TERMS}  # of a fit that was interrupted in its first step
+    assert repr(replace(whole, history=empty)).endswith("mean of the last 50 steps: none")
+
+
 def test_same_key_same_fit():
     first, second = run(*make()), run(*make())
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
@@ -238,9 +247,11 @@ def test_skipped_steps_within_the_budget_are_counted():
     [
         ({"num_steps": 0}, "num_steps must be at least 1; got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"batch_size": 51}, "at most the number of training rows; got 51 for 50 rows, nearest is 50"),
+        ({"train": TRAIN[:1]}, "at most the number of training rows; got 16 for 1 rows, nearest is 1"),
         ({"train": TRAIN[:0]}, "number of rows must be at least 1; got 0"),
         ({"train": replace(TRAIN, labels=-jnp.ones(50, jnp.int32))}, "training rows have no labels"),
-        ({"prefix_cache": "disk"}, "prefix_cache must be 'memory' or 'off'; got 'disk'"),
+        ({"prefix_cache": "disk"}, r"prefix_cache must be one of \('memory', 'off'\); got 'disk', nearest"),
         ({"early_stopping": bl.EarlyStopping()}, "early_stopping needs validation rows"),
     ],
 )

@@ -17,6 +17,7 @@ from jax import Array
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import LowerCholeskyAffine
 
+from bnlora.checks import check_at_least
 from bnlora.distributions import LowRankGaussian
 from bnlora.guides.family import Family
 from bnlora.guides.vector import MAX_PARAMETERS, Over, vector_family
@@ -73,8 +74,7 @@ def low_rank(
     Raises:
         ValueError: When the rank is below one or `over` is unknown.
     """
-    if rank < 1:
-        raise ValueError(f"the rank must be at least 1; got {rank}")
+    check_at_least({"the rank": rank}, 1)
 
     def law(prefix: str, batch: tuple[int, ...], size: int, start) -> dist.Distribution:
         loc = numpyro.param(f"{prefix}.q.loc", start)

@@ -14,11 +14,14 @@ Every member gives a `Posterior`, so `bl.predict` and `bl.metrics` measure it as
 """
 
 from bnlora.inference.ensemble import Ensemble as Ensemble
+from bnlora.inference.ensemble import EnsembleDiverged as EnsembleDiverged
+from bnlora.inference.ensemble import NoMemberFinished as NoMemberFinished
 from bnlora.inference.ensemble import fit_ensemble as fit_ensemble
 from bnlora.inference.laplace import Laplace as Laplace
 from bnlora.inference.laplace import laplace as laplace
 from bnlora.inference.laplace import linearised as linearised
 from bnlora.inference.sgmcmc import Chain as Chain
+from bnlora.inference.sgmcmc import ChainDiverged as ChainDiverged
 from bnlora.inference.sgmcmc import Schedule as Schedule
 from bnlora.inference.sgmcmc import sghmc as sghmc
 from bnlora.inference.sgmcmc import sgld as sgld

@@ -20,6 +20,7 @@ from jax import Array
 
 from bnlora.checks import check_at_least
 from bnlora.data import Batch
+from bnlora.fits import Fit, FitDiverged
 from bnlora.predict import Posterior
 from bnlora.svi import fit
 from bnlora.typing import Adapters
@@ -31,12 +32,16 @@ class Ensemble:
 
     Attributes:
         members: The posteriors. Priors and guides may differ; base, sites and label ids may not.
+        stopped: Why there are no more members: "size" (all fitted) or "interrupted".
+        unfinished: The fit that an interrupt ended, as far as it came; no part of the mixture.
 
     Raises:
         ValueError: Without members, or when their base, sites or label ids differ.
     """
 
     members: tuple[Posterior, ...]
+    stopped: str = "size"
+    unfinished: Posterior | None = None
 
     def __post_init__(self):
         check_at_least({"the number of members": len(self.members)}, 1)
@@ -77,7 +82,30 @@ class Ensemble:
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *draws)
 
     def __repr__(self) -> str:
-        return f"Ensemble({len(self.members)} members of {', '.join(_kinds(self.members))})"
+        early = "" if self.stopped == "size" else f", {self.stopped} before the next was finished"
+        return f"Ensemble({len(self.members)} members of {', '.join(_kinds(self.members))}{early})"
+
+
+class NoMemberFinished(ValueError):
+    """An interrupt came before the first member was finished. `fit` is that member as far as it came."""
+
+    def __init__(self, fit: Fit):
+        super().__init__(
+            f"interrupted after {len(fit.step_seconds)} steps of the first member; expected at least one "
+            "finished member (the unfinished one is in this error's `fit`)"
+        )
+        self.fit = fit
+
+
+class EnsembleDiverged(FitDiverged):
+    """A member diverged. `fit` is that member as far as it came, `members` are those finished before it."""
+
+    def __init__(self, diverged: FitDiverged, members: tuple[Posterior, ...], size: int):
+        ValueError.__init__(
+            self,
+            f"member {len(members) + 1} of {size}: {diverged} (those finished before it are in `members`)",
+        )
+        self.fit, self.members = diverged.fit, members
 
 
 def fit_ensemble(
@@ -102,13 +130,32 @@ def fit_ensemble(
         size: Number of members.
         **options: Those of `fit`: `num_steps`, `batch_size` and so on.
 
+    Returns:
+        The ensemble. An interrupt (Ctrl-C, or the stop button of a notebook) ends it with the members that
+        were finished; the repr says so, and `unfinished` is the one that was not.
+
     Raises:
         ValueError: When `size` is below one, and as `fit` does.
-        FitDiverged: As `fit` does.
+        NoMemberFinished: When an interrupt comes before the first member is finished.
+        EnsembleDiverged: When a member diverges, a `FitDiverged` with the finished ones.
     """
     check_at_least({"size": size}, 1)
-    keys = jax.random.split(key, size)
-    return Ensemble(tuple(fit(k, model, guide(model.prior), train, optimizer, **options) for k in keys))
+    members: list[Fit] = []
+    for k in jax.random.split(key, size):
+        try:
+            member = fit(k, model, guide(model.prior), train, optimizer, **options)
+        except FitDiverged as error:
+            raise EnsembleDiverged(error, tuple(members), size) from error
+        except KeyboardInterrupt:  # before the first step, as while its activations were cached
+            if not members:
+                raise
+            return Ensemble(tuple(members), "interrupted")
+        if member.stopped == "interrupted":
+            if not members:
+                raise NoMemberFinished(member)
+            return Ensemble(tuple(members), "interrupted", member)
+        members.append(member)
+    return Ensemble(tuple(members))
 
 
 def _kinds(members: tuple[Posterior, ...]) -> list[str]:

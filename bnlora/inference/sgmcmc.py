@@ -9,9 +9,9 @@ from a minibatch (its likelihood scaled by N / B), eps the step and xi standard 
 
 Neither has an accept step, so the step biases what they converge to. Where the posterior is normal with
 precision h along an axis and every row is in the batch, SGLD's variance is 1 / (h (1 - eps h / 2)) and not
-1 / h; it is stable for eps h < 2. SGHMC's step takes the gradient before the move, as BlackJAX has it, and
-inflates the variance by an amount of order eps. The noise of a minibatch's gradient adds a variance of
-order eps.
+1 / h; it is stable for eps h < 2. SGHMC's step takes the gradient before the move, as BlackJAX has it. Its
+linear map has the determinant 1 - alpha eps + eps^2 h: it is stable for eps h < alpha, and inflates the
+variance by an amount of order eps. The noise of a minibatch's gradient adds a variance of order eps.
 
 Rows come in the order of `fit`: shuffled epochs joined end to end.
 
@@ -32,13 +32,11 @@ from jaxtyping import Float
 from rich.console import Console
 
 from bnlora.cache import cache_prefix
-from bnlora.checks import check_at_least, check_option, check_positive
+from bnlora.checks import check_at_least, check_batch_size, check_option, check_positive
 from bnlora.data import Batch, check_labels, minibatches
 from bnlora.density import Density, density
+from bnlora.samplers import Kernel, langevin, stochastic_hamiltonian
 from bnlora.typing import Adapters, Parameters
-
-Kernel = Callable[[Array, Array, Batch], Array]
-"""From a key, a vector and a minibatch to the next vector."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,17 @@ class Chain:
 
     def __repr__(self) -> str:
         return f"Chain({len(self.vectors)} draws of {self.density.size:,} coordinates)"
+
+
+class ChainDiverged(ValueError):
+    """The chain left the finite numbers. `chain` has the draws that it stored before."""
+
+    def __init__(self, chain: Chain, num_draws: int, remedy: str):
+        super().__init__(
+            f"only {len(chain.vectors)} of {num_draws} draws are finite; {remedy} (the finite ones are in "
+            "this error's `chain`)"
+        )
+        self.chain = chain
 
 
 @dataclass(frozen=True)
@@ -143,19 +152,18 @@ def sgld(
         console: Where to draw the progress bar of that cache.
 
     Raises:
-        ValueError: When a number is out of its range, rows lack labels, the prior has no latent site or a
-            parameter without a value, or the chain leaves the finite numbers.
+        ValueError: When a number is out of its range, a minibatch has more rows than there are, rows lack
+            labels, or the prior has no latent site or a parameter without a value.
+        ChainDiverged: When the chain leaves the finite numbers.
     """
-    import blackjax  # importing it starts a device, and must not happen while a function is traced
-
     check_positive({"step_size": step_size})
     setup = _prepared(key, model, train, schedule, params, start, prefix_cache, console)
 
     def kernel(gradient: Callable) -> Kernel:
-        step = blackjax.sgld(gradient).step
-        return lambda k, vector, batch: step(k, vector, batch, step_size)
+        return langevin(gradient, step_size)
 
-    return _run(setup, kernel)
+    remedy = "lower `step_size`, which must stay below 2 over the largest curvature of the log-density"
+    return _run(setup, kernel, remedy)
 
 
 def sghmc(
@@ -179,7 +187,8 @@ def sghmc(
         model: A `Classifier` whose prior has latent sites.
         train: Rows to fit.
         schedule: How long to run and what to store; a step is `integration_steps` updates with one minibatch.
-        step_size: `eps`; its square plays the part of SGLD's step.
+        step_size: `eps`, below `friction` over the largest curvature; its square plays the part of SGLD's
+            step.
         friction: `alpha`, so that `alpha * step_size` of the velocity is lost in an update; at most 1.
         integration_steps: Updates `L` from one fresh velocity to the next.
         params: As in `sgld`, like the arguments after it.
@@ -189,9 +198,8 @@ def sghmc(
 
     Raises:
         ValueError: As `sgld`, and when `friction * step_size` exceeds 1.
+        ChainDiverged: As `sgld`.
     """
-    import blackjax  # importing it starts a device, and must not happen while a function is traced
-
     check_positive({"step_size": step_size, "friction": friction})
     check_at_least({"integration_steps": integration_steps}, 1)
     if friction * step_size > 1:
@@ -202,10 +210,13 @@ def sghmc(
     setup = _prepared(key, model, train, schedule, params, start, prefix_cache, console)
 
     def kernel(gradient: Callable) -> Kernel:
-        step = blackjax.sghmc(gradient, integration_steps, friction).step
-        return lambda k, vector, batch: step(k, vector, batch, step_size)
+        return stochastic_hamiltonian(gradient, step_size, integration_steps, friction)
 
-    return _run(setup, kernel)
+    remedy = (
+        "lower `step_size`, which must stay below `friction` over the largest curvature of the log-density, "
+        "or raise `friction`"
+    )
+    return _run(setup, kernel, remedy)
 
 
 def _prepared(
@@ -221,6 +232,7 @@ def _prepared(
     """Checked input, cached activations and the vector to start from."""
     check_option("prefix_cache", prefix_cache, ("memory", "off"))
     check_labels("training", train, len(model.label_ids))
+    check_batch_size(schedule.batch_size, len(train))
     view = density(model, params or {})
     start_key, chain_key = jax.random.split(key)
     vector = view.start(start_key) if start is None else view.vector(start)
@@ -229,8 +241,8 @@ def _prepared(
     return _Setup(chain_key, view, train, vector, schedule)
 
 
-def _run(setup: _Setup, kernel: Callable[[Callable], Kernel]) -> Chain:
-    """Run the chain as one compiled scan over stored draws."""
+def _run(setup: _Setup, kernel: Callable[[Callable], Kernel], remedy: str) -> Chain:
+    """Run the chain as one compiled scan over stored draws; `remedy` says what to do where it diverges."""
     view, schedule, n_total = setup.view, setup.schedule, len(setup.train)
     data_key, noise_key = jax.random.split(setup.key)
     stream = minibatches(data_key, n_total, schedule.batch_size)
@@ -260,8 +272,5 @@ def _run(setup: _Setup, kernel: Callable[[Callable], Kernel]) -> Chain:
     vectors = np.asarray(chain(view.model.base.params, setup.train, rows, setup.vector, spans))
     finite = np.isfinite(vectors).all(1)
     if not finite.all():
-        raise ValueError(
-            f"only {int(finite.argmin())} of {len(vectors)} draws are finite; lower `step_size`, which must "
-            "stay below 2 over the largest curvature of the log-density"
-        )
+        raise ChainDiverged(Chain(view, vectors[: int(finite.argmin())]), len(vectors), remedy)
     return Chain(view, vectors)

@@ -73,11 +73,13 @@ class Swag:
         model: The classifier.
         mode: The adapters that descent started from.
         moments: Moments of the iterates, coordinates in the order of the flattened adapters.
+        stopped: Why descent ended: "steps" (all done) or "interrupted".
     """
 
     model: Any
     mode: Adapters
     moments: Moments
+    stopped: str = "steps"
 
     def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
         """Posterior adapters with a leading draw axis; the same key gives the same draws."""
@@ -90,7 +92,10 @@ class Swag:
 
     def __repr__(self) -> str:
         D = self.moments.deviations
-        return f"Swag({self.moments.count} iterates of {D.shape[1]:,} weights, {len(D)} deviations kept)"
+        early = "" if self.stopped == "steps" else f", {self.stopped} before the last step"
+        return (
+            f"Swag({self.moments.count} iterates of {D.shape[1]:,} weights, {len(D)} deviations kept{early})"
+        )
 
 
 def swag(
@@ -122,9 +127,13 @@ def swag(
         prefix_cache: As in `fit`.
         console: As in `fit`.
 
+    Returns:
+        The Gaussian. An interrupt (Ctrl-C, or the stop button of a notebook) ends descent early; what was
+        collected is returned if it is enough, and the repr says so.
+
     Raises:
         ValueError: When the fit is not of a point, a size is below one, or fewer than `rank` iterates (and at
-            least two) would be collected.
+            least two) would be collected, or were before an interrupt.
         FitDiverged: When descent leaves the finite numbers.
     """
     check_positive({"learning_rate": learning_rate})
@@ -145,7 +154,7 @@ def swag(
             moments = updated(moments, flattened(one_draw(params))[0], rank)
 
     descent = optax.sgd(learning_rate, momentum or None)
-    fit_svi(
+    descended = fit_svi(
         key,
         fit.model,
         fit.guide,
@@ -160,4 +169,9 @@ def swag(
         prefix_cache=prefix_cache,
         console=console,
     )
-    return Swag(fit.model, mode, moments)
+    if moments.count < rank:
+        raise ValueError(
+            f"interrupted with {moments.count} iterates; expected at least rank={rank} of them, after "
+            f"num_steps={rank * every}"
+        )
+    return Swag(fit.model, mode, moments, descended.stopped)
