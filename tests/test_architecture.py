@@ -19,7 +19,7 @@ FLOORS = {
     "base": 3, "model": 3, "guides": 3, "elbo": 3, "posterior": 3, "cache": 3, "density": 3,
     "svi": 4, "fits": 4, "predict": 4, "prior_predictive": 4, "validation": 4, "testing": 4,
     "diagnostics": 5, "plots": 5, "sbc": 5, "checkpoint": 5, "report": 5, "recipe": 5, "experiment": 5,
-    "inference": 5, "peft": 5,
+    "inference": 5, "peft": 5, "comparison": 5,
     "__init__": 6, "cli": 6, "demo": 6, "__main__": 7,
 }  # fmt: skip
 # Within a floor these pairs are allowed: the right one is part of the left one's own job.
@@ -127,7 +127,7 @@ def test_models_know_nothing_of_probability():
             assert not any(name.startswith(("numpyro", "bnlora.sites")) for name in imports(path)), module
 
 
-@pytest.mark.parametrize("library", ["arviz_base", "arviz_stats", "matplotlib", "blackjax"])
+@pytest.mark.parametrize("library", ["arviz_base", "arviz_stats", "matplotlib", "blackjax", "ot", "sklearn"])
 def test_a_heavy_library_is_imported_in_one_file(library):
     users = {m for m, path in sources().items() if any(n.split(".")[0] == library for n in imports(path))}
     assert len(users) <= 1
