@@ -127,10 +127,18 @@ def test_models_know_nothing_of_probability():
             assert not any(name.startswith(("numpyro", "bnlora.sites")) for name in imports(path)), module
 
 
-@pytest.mark.parametrize("library", ["arviz_base", "arviz_stats", "matplotlib", "blackjax", "ot", "sklearn"])
+def users(library: str) -> set[str]:
+    """The modules that import a library."""
+    return {m for m, path in sources().items() if any(n.split(".")[0] == library for n in imports(path))}
+
+
+@pytest.mark.parametrize("library", ["arviz_base", "arviz_stats", "blackjax", "ot", "sklearn"])
 def test_a_heavy_library_is_imported_in_one_file(library):
-    users = {m for m, path in sources().items() if any(n.split(".")[0] == library for n in imports(path))}
-    assert len(users) <= 1
+    assert len(users(library)) <= 1
+
+
+def test_only_the_package_of_plots_imports_matplotlib():
+    assert {package(module) for module in users("matplotlib")} == {"plots"}
 
 
 @pytest.mark.parametrize("module", sorted(sources()))
