@@ -28,7 +28,7 @@ SAME_FLOOR = {
     ("svi", "validation"),
     ("validation", "predict"), ("cli", "demo"), ("experiment", "recipe"),
     ("kernels.api", "kernels.reference"), ("models.loading", "models.gguf"), ("guides", "flows"),
-    ("report", "plots"),
+    ("report", "plots"), ("comparison.compare", "sbc"),
 }  # fmt: skip
 
 

@@ -185,6 +185,14 @@ def test_khat_of_equal_densities_passes_and_of_a_narrow_guide_fails():
     assert khat(norm.logpdf(narrow), norm.logpdf(narrow, scale=0.3)).value > 0.7
 
 
+def test_khat_of_weights_that_vanish_is_large():
+    """Spreads of the log-weights beyond what double precision holds, as in many dimensions."""
+    draws = RANDOM(16).normal(size=1000)
+    for width in (5.0, 30.0, 300.0, 1e5):
+        assert khat(width * draws, np.zeros(1000)).value > 1
+    assert khat(np.zeros(1000), np.zeros(1000)).value == -np.inf
+
+
 def test_khat_threshold_follows_the_number_of_draws():
     draws = RANDOM(15).normal(size=100)
     assert khat(draws, draws + 0.1 * draws**2).threshold == pytest.approx(0.5)
@@ -230,7 +238,7 @@ def test_mutual_information_is_told_apart():
     found = predictive_agreement(
         random, predictions(random, 400, 30, scale=0.2), predictions(random, 400, 30, scale=1.5)
     )
-    assert found.mutual_information_p == 0.002
+    assert found.mutual_information_p == 0.001
     assert found.mutual_information_gap.mean() > 5 * found.mutual_information_gap_null.mean()
 
 

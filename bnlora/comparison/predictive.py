@@ -61,7 +61,7 @@ class PredictiveAgreement:
 
 
 def predictive_agreement(
-    random: np.random.Generator, approx: Prediction, reference: Prediction, *, num_permutations: int = 499
+    random: np.random.Generator, approx: Prediction, reference: Prediction, *, num_permutations: int = 999
 ) -> PredictiveAgreement:
     """Hold two predictions for the same rows against each other.
 
@@ -148,13 +148,13 @@ def _permuted(
     terms = np.where(log_probs > -np.inf, np.exp(log_probs) * np.maximum(log_probs, -1e300), 0.0)
     noise = -terms.sum(-1)  # entropy of each draw's prediction
 
-    def statistics(first: np.ndarray) -> tuple[float, float]:
-        sides = []
-        for own in (first, ~first):
-            weights = own / draws
-            mixed = (weights @ probs).reshape(rows, classes)
-            sides.append((mixed, _entropy(mixed) - weights @ noise))
-        (p, information), (q, other) = sides
+    whole, whole_noise = probs.sum(0) / draws, noise.sum(0) / draws
+
+    def statistics(own: np.ndarray) -> tuple[float, float]:
+        weights = own / draws
+        mixed, spent = weights @ probs, weights @ noise
+        p, q = (x.reshape(rows, classes) for x in (mixed, np.maximum(whole - mixed, 0.0)))
+        information, other = _entropy(p) - spent, _entropy(q) - (whole_noise - spent)
         return 0.5 * np.abs(p - q).sum(-1).mean(), np.abs(information - other).mean()
 
     own = np.arange(2 * draws) < draws
