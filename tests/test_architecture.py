@@ -28,7 +28,7 @@ SAME_FLOOR = {
     ("svi", "validation"),
     ("validation", "predict"), ("cli", "demo"), ("experiment", "recipe"),
     ("kernels.api", "kernels.reference"), ("models.loading", "models.gguf"), ("guides", "flows"),
-    ("report", "plots"), ("comparison.compare", "sbc"),
+    ("report", "plots"), ("comparison.compare", "sbc"), ("plots.comparison", "comparison.report"),
 }  # fmt: skip
 
 

@@ -15,6 +15,10 @@ from bnlora.plots.bound import ELBO_CAPTION as ELBO_CAPTION
 from bnlora.plots.bound import elbo as elbo
 from bnlora.plots.calibration import sbc as sbc
 from bnlora.plots.calibration import vsbc as vsbc
+from bnlora.plots.comparison import forest as forest
+from bnlora.plots.comparison import predictive_scatter as predictive_scatter
+from bnlora.plots.comparison import rank_difference as rank_difference
+from bnlora.plots.comparison import worst_pairs as worst_pairs
 from bnlora.plots.prior import prior_predictive as prior_predictive
 from bnlora.plots.reliability import RELIABILITY_CAPTION as RELIABILITY_CAPTION
 from bnlora.plots.reliability import reliability as reliability
