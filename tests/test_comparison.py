@@ -102,7 +102,7 @@ def test_false_alarms_come_as_rarely_as_promised():
 
 def test_tables_and_frames_hold_the_same_numbers(right):
     text = repr(right)
-    for piece in ("approximation: 1000 independent draws", "4 chains of 1500 draws", right.verdict):
+    for piece in ("approximation: 1000 independent draws", "4 chains of 1500 draws", *right.sentences):
         assert piece in text
     assert f"{right.size} against {right.size} draws" in text
     frame = right.to_dataframe()
@@ -284,5 +284,7 @@ def test_bad_input_is_refused(exact):
         bl.compare(KEY, Stored(exact[0]), Run(exact[1], model=other), ROWS)
     with pytest.raises(ValueError, match="against must be 'reference' or 'anything'; got 'nothing'"):
         bl.compare(KEY, Stored(exact[0]), Run(exact[1]), ROWS, against="nothing")
+    with pytest.raises(ValueError, match="at least 20 draws on each side .* draw more"):
+        bl.compare(KEY, Stored(exact[0]), Run(exact[1]), ROWS, num_samples=12)
     with pytest.raises(ValueError, match="expected 7 chains of one length; got 800 draws in all"):
         bl.compare(KEY, Stored(exact[0]), Run(exact[1], num_chains=7), ROWS)

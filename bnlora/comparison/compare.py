@@ -22,6 +22,7 @@ from rich.console import Console
 from bnlora.cache import cache_prefix
 from bnlora.comparison.draws import Draws, Kind, evenly
 from bnlora.comparison.khat import LEAST_DRAWS, KHat, khat
+from bnlora.comparison.pairs import pairs
 from bnlora.comparison.report import Comparison, compare_draws
 from bnlora.data import Batch, check_labels
 from bnlora.fits import Fit
@@ -124,6 +125,7 @@ def compare(
     own = approx.draw_adapters(approx_key, num_samples)
     others, chains, kind = _other_draws(other_key, reference, num_samples)
     mine, theirs = _evaluate(model, functions, own, others, data, chains, kind)
+    pairs(mine, theirs)  # refuses what is too little before predictions are made
     size = min(num_samples, mine.independent_size, theirs.independent_size)
     predictions = [
         predict_with_draws(model, _thinned(drawn, size), data, batch_size=batch_size, console=console)

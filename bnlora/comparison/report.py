@@ -4,6 +4,7 @@ The rules are those of `bnlora.comparison.verdict`; what each measure is stands 
 """
 
 from dataclasses import dataclass
+from html import escape
 from typing import Any, Literal
 
 import numpy as np
@@ -102,15 +103,20 @@ class Comparison:
         return tuple(finding.aspect for finding in self.findings if finding.differs)
 
     @property
-    def verdict(self) -> str:
-        """What was found in words, by the rules of `bnlora.comparison.verdict`."""
+    def sentences(self) -> tuple[str, ...]:
+        """The findings in words, what k-hat says, and how far an agreement reaches."""
         texts = [finding.text for finding in self.findings] + [say.weights(self.khat)]
         if not self.differences:
             texts.append(
                 f"nothing told the two apart at level {self.level:g}, in these functions and rows and with "
                 "this many draws"
             )
-        return "; ".join(texts)
+        return tuple(texts)
+
+    @property
+    def verdict(self) -> str:
+        """The sentences in one, by the rules of `bnlora.comparison.verdict`."""
+        return "; ".join(self.sentences)
 
     @property
     def measures(self) -> tuple[Measure, ...]:
@@ -158,14 +164,28 @@ class Comparison:
     @property
     def functions_table(self) -> Table:
         """One row for each function."""
-        columns = self._by_function()
-        shown = [[_number(x) for x in column] for column in columns.values()]
-        rows = tuple((name, *cells) for name, cells in zip(self.names, zip(*shown, strict=True), strict=True))
-        title = f"Functions; differences in sd of the {self.other}, p-values adjusted (Holm)"
-        return Table(title, ("function", *(name.replace("_", " ") for name in columns)), rows)
+        found, share = self.moments, self.coverage
+        ninety = int(np.abs(np.array(share.levels) - 0.9).argmin())
+        rows = tuple(
+            (
+                name,
+                f"{found.shift[k]:+.2f} ± {found.shift_mcse[k]:.2f}",
+                say.p_text(found.shift_adjusted[k]),
+                f"{found.ratio[k]:.2f} ± {found.ratio[k] * found.ratio_mcse[k]:.2f}",
+                say.p_text(found.ratio_adjusted[k]),
+                f"{self.transport.marginal[k]:.2f}",
+                f"{self.transport.marginal_null[k]:.2f}",
+                f"{share.share[ninety, k]:.2f} ± {share.mcse[ninety, k]:.2f}",
+            )
+            for k, name in enumerate(self.names)
+        )
+        held = f"in {share.levels[ninety]:.0%}"
+        header = ("function", "mean", "p", "sd ratio", "p", "W1", "null", held)
+        title = f"Functions: differences in sd of the {self.other}, p-values adjusted (Holm)"
+        return Table(title, header, rows)
 
     def to_dataframe(self, of: Literal["functions", "measures"] = "functions") -> Any:
-        """The numbers of `functions_table` or of `table`, as a pandas DataFrame.
+        """Every number by function, or those of `table` by measure, as a pandas DataFrame.
 
         Raises:
             ValueError: When asked for anything else.
@@ -179,26 +199,29 @@ class Comparison:
         raise ValueError(f"`of` must be 'functions' or 'measures'; got {of!r}")
 
     def __repr__(self) -> str:
-        return f"{self.table!r}\n{self.verdict}"
+        return "\n".join([repr(self.table), *self.sentences])
 
     def _repr_html_(self) -> str:
-        said = "".join(f"<li>{text}</li>" for text in self.verdict.split("; "))
+        said = "".join(f"<li>{escape(text)}</li>" for text in self.sentences)
         return f"{self.table._repr_html_()}<ul>{said}</ul>"
 
     def _by_function(self) -> dict[str, np.ndarray]:
-        found = self.moments
-        ninety = int(np.abs(np.array(self.coverage.levels) - 0.9).argmin())
+        found, share = self.moments, self.coverage
+        held = {f"in_{c:.0%}": x for c, x in zip(share.levels, share.share, strict=True)}
         return {
             "mean": self.approx.mean,
-            f"{self.other.split()[0]}_mean": self.reference.mean,
+            "other_mean": self.reference.mean,
+            "sd": self.approx.sd,
+            "other_sd": self.reference.sd,
             "difference": found.shift,
-            "mcse": found.shift_mcse,
-            "p": found.shift_adjusted,
+            "difference_mcse": found.shift_mcse,
+            "difference_p": found.shift_adjusted,
             "sd_ratio": found.ratio,
-            "sd_p": found.ratio_adjusted,
+            "sd_ratio_mcse": found.ratio * found.ratio_mcse,
+            "sd_ratio_p": found.ratio_adjusted,
             "W1": self.transport.marginal,
             "W1_null": self.transport.marginal_null,
-            f"in_{self.coverage.levels[ninety]:.0%}": self.coverage.share[ninety],
+            **held,
         }
 
 
