@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from scipy.stats import genpareto, norm
+from scipy.stats import fisher_exact, genpareto, norm
 
+from bnlora.comparison import classifier
 from bnlora.comparison.classifier import classifier_test
 from bnlora.comparison.coverage import coverage
 from bnlora.comparison.draws import Draws
@@ -130,11 +131,23 @@ def test_classifier_sees_spread():
     assert found.accuracy == pytest.approx(best, abs=3.5 * (0.25 / 8000) ** 0.5 + 0.005)
 
 
+@pytest.mark.slow
 def test_classifier_rejects_as_often_as_it_says():
+    """And the accuracy scatters no more than its bound; a binomial of all draws would be exceeded."""
     random = RANDOM(9)
-    p_values = [classifier_test(random, gaussians(random, 40, 2), num_folds=3).p_value for _ in range(60)]
-    for level in (0.05, 0.2):
-        assert below(p_values, level)
+    made = [classifier_test(random, gaussians(random, 40, 2)) for _ in range(300)]
+    for level in (0.05, 0.2, 0.5):
+        assert below([m.p_value for m in made], level)
+    accuracy = np.array([m.accuracy for m in made])
+    assert abs(accuracy.mean() - 0.5) < 3.5 * accuracy.std(ddof=1) / 300**0.5
+    assert accuracy.std(ddof=1) < made[0].standard_error
+
+
+def test_p_value_of_a_fold_is_fishers():
+    labels, called = np.repeat([0, 1], 6), np.array([0, 0, 0, 0, 1, 0, 1, 1, 1, 1, 0, 1])
+    counts = [[((labels == i) & (called == j)).sum() for j in (0, 1)] for i in (0, 1)]
+    expected = fisher_exact(counts, alternative="greater").pvalue
+    assert classifier._exact(classifier._Fold(labels, called, called)) == pytest.approx(expected)
 
 
 def test_another_classifier_may_be_given():
