@@ -25,6 +25,8 @@ from bnlora.base import load as load
 from bnlora.cache import cache_prefix as cache_prefix
 from bnlora.checkpoint import load_fit as load_fit
 from bnlora.checkpoint import save_fit as save_fit
+from bnlora.comparison import Comparison as Comparison
+from bnlora.comparison import compare as compare
 from bnlora.data import Batch as Batch
 from bnlora.diagnostics import to_arviz as to_arviz
 from bnlora.fits import Fit as Fit

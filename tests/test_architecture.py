@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "typing": 0, "data": 0, "assets": 0, "progress": 0, "display": 0, "tables": 0, "checks": 0,
     "kernels": 0, "kernels.api": 0, "kernels.reference": 0,
-    "gp": 1, "distributions": 1, "ranks": 1, "sites": 1, "metrics": 1, "text": 1,
+    "gp": 1, "distributions": 1, "ranks": 1, "sites": 1, "metrics": 1, "text": 1, "monte_carlo": 1,
     "models": 1, "models.layers": 1, "models.gguf": 1, "models.loading": 1,
     "priors": 2, "flows": 2, "calibration": 2, "models.llama": 2,
     "base": 3, "model": 3, "guides": 3, "elbo": 3, "posterior": 3, "cache": 3, "density": 3,
@@ -21,7 +21,7 @@ FLOORS = {
     "conditional": 4, "svi": 4, "fits": 4, "predict": 4, "functions": 4, "samplers": 4,
     "prior_predictive": 4, "validation": 4, "testing": 4,
     "diagnostics": 5, "plots": 5, "sbc": 5, "checkpoint": 5, "report": 5, "recipe": 5, "experiment": 5,
-    "inference": 5, "mcmc": 5, "peft": 5,
+    "inference": 5, "mcmc": 5, "comparison": 5, "peft": 5,
     "__init__": 6, "cli": 6, "demo": 6, "__main__": 7,
 }  # fmt: skip
 # Within a floor these pairs are allowed: the right one is part of the left one's own job.
@@ -30,7 +30,7 @@ SAME_FLOOR = {
     ("svi", "validation"),
     ("validation", "predict"), ("maximise", "elbo"), ("cli", "demo"), ("experiment", "recipe"),
     ("kernels.api", "kernels.reference"), ("models.loading", "models.gguf"), ("guides", "flows"),
-    ("report", "plots"),
+    ("report", "plots"), ("plots.comparison", "comparison.report"),
 }  # fmt: skip
 
 
@@ -129,10 +129,18 @@ def test_models_know_nothing_of_probability():
             assert not any(name.startswith(("numpyro", "bnlora.sites")) for name in imports(path)), module
 
 
-@pytest.mark.parametrize("library", ["arviz_base", "arviz_stats", "matplotlib", "blackjax"])
+def users(library: str) -> set[str]:
+    """The modules that import a library."""
+    return {m for m, path in sources().items() if any(n.split(".")[0] == library for n in imports(path))}
+
+
+@pytest.mark.parametrize("library", ["arviz_base", "arviz_stats", "blackjax", "ot", "sklearn"])
 def test_a_heavy_library_is_imported_in_one_file(library):
-    users = {m for m, path in sources().items() if any(n.split(".")[0] == library for n in imports(path))}
-    assert len(users) <= 1
+    assert len(users(library)) <= 1
+
+
+def test_only_the_package_of_plots_imports_matplotlib():
+    assert {package(module) for module in users("matplotlib")} == {"plots"}
 
 
 @pytest.mark.parametrize("module", sorted(sources()))

@@ -42,7 +42,7 @@ def test_autocorrelation_is_that_of_the_process():
     # The standard error is sqrt((1 - phi^2) / n) (Bartlett).
     for phi in (0.0, 0.3, -0.5):
         x = ar1(phi, draws=8000)
-        assert abs(autocorrelation(x) - phi) < 4 * ((1 - phi**2) / x.size) ** 0.5 + 2 / 8000
+        assert abs(autocorrelation(x[:, :, None])[0] - phi) < 4 * ((1 - phi**2) / x.size) ** 0.5 + 2 / 8000
 
 
 def test_bfmi_of_white_noise_is_two_and_of_a_slow_walk_small():

@@ -14,7 +14,6 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from arviz_stats.base import array_stats
 from numpyro.infer import MCMC, NUTS
 
 import bnlora as bl
@@ -27,6 +26,7 @@ from bnlora.mcmc.elliptical import normal_moments
 from bnlora.mcmc.hamiltonian import _method
 from bnlora.mcmc.run import Plan, run
 from bnlora.mcmc.target import Target
+from bnlora.monte_carlo import chain_mcse
 from bnlora.posterior import adapters_at
 from bnlora.prior_predictive import draw_prior
 from bnlora.samplers import Hmc, Nuts
@@ -68,10 +68,8 @@ def classifier(prior=None, targets=("lm_head",), rank=1):
 
 def moments(values):
     """Mean, standard deviation and their Monte Carlo standard errors, by function."""
-    axes = {"chain_axis": 0, "draw_axis": 1}
-    columns = np.moveaxis(values, 2, 0)
-    errors = [[array_stats.mcse(x, method=m, **axes) for x in columns] for m in ("mean", "sd")]
-    return values.mean((0, 1)), values.std((0, 1)), *map(np.array, errors)
+    mean_error, sd_error = chain_mcse(values)
+    return values.mean((0, 1)), values.std((0, 1)), mean_error, sd_error
 
 
 def assert_agree(first, second):

@@ -21,10 +21,10 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-from arviz_stats.base import array_stats
 from jaxtyping import Bool, Float
 
 from bnlora.display import Table
+from bnlora.monte_carlo import bulk_ess, rank_rhat, tail_ess
 
 Bias = Literal["none", "step"]
 """What a kernel's draws converge to: the target, or a law that its step size decides."""
@@ -196,19 +196,20 @@ def certify(evidence: Evidence, thresholds: Thresholds) -> Certificate:
             if not np.isfinite(v).all()
         ]
         raise ValueError(f"the functions must be finite at every draw; not so: {', '.join(bad)}")
-    columns = [values[:, :, k] for k in range(values.shape[2])]
+    varies = np.ptp(values, axis=(0, 1)) > 0
 
-    def each(measure: Callable[[np.ndarray], Any]) -> tuple[float, ...]:
-        # Nothing is defined for draws that are all equal.
-        return tuple(float(measure(x)) if np.ptp(x) > 0 else float("nan") for x in columns)
+    def each(measure: Callable[[np.ndarray], np.ndarray]) -> tuple[float, ...]:
+        found = np.full(values.shape[2], np.nan)  # nothing is defined for draws that are all equal
+        if varies.any():
+            found[varies] = measure(values[:, :, varies])
+        return tuple(map(float, found))
 
-    axes = {"chain_axis": 0, "draw_axis": 1}
     has_energy = np.isfinite(evidence.energy).all()
     return Certificate(
         names=evidence.names,
-        rhat=each(lambda x: array_stats.rhat(x, method="rank", **axes)),
-        ess_bulk=each(lambda x: array_stats.ess(x, method="bulk", **axes)),
-        ess_tail=each(lambda x: array_stats.ess(x, method="tail", prob=(0.05, 0.95), **axes)),
+        rhat=each(rank_rhat),
+        ess_bulk=each(bulk_ess),
+        ess_tail=each(tail_ess),
         autocorrelation=each(autocorrelation),
         divergences=int(evidence.divergent.sum()),
         bfmi=tuple(map(bfmi, evidence.energy)) if has_energy else (),
@@ -217,10 +218,10 @@ def certify(evidence: Evidence, thresholds: Thresholds) -> Certificate:
     )
 
 
-def autocorrelation(values: Float[np.ndarray, "c s"]) -> float:
+def autocorrelation(values: Float[np.ndarray, "c s k"]) -> Float[np.ndarray, " k"]:
     """Lag-1 autocorrelation: covariances and variances averaged over chains, each about its own mean."""
     centred = values - values.mean(1, keepdims=True)
-    return float((centred[:, 1:] * centred[:, :-1]).mean() / (centred**2).mean())
+    return (centred[:, 1:] * centred[:, :-1]).mean((0, 1)) / (centred**2).mean((0, 1))
 
 
 def bfmi(energy: Float[np.ndarray, " n"]) -> float:

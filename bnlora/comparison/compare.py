@@ -1,0 +1,239 @@
+r"""`compare`: hold an approximate posterior of a classifier against draws of a certified run of MCMC.
+
+    f_1, ..., f_k  under  q(adapters)   against   f_1, ..., f_k  under  p(adapters | y)
+
+The factors of an adapter are not identifiable, so the functions are those of `bnlora.functions.identifiable`:
+margins at some rows, norms of the updates, log-likelihood. A comparison is worth what its reference is: a
+run whose own checks failed, or that has none, is refused. Both posteriors must be those of the same prior
+and rows, which cannot be checked here: where a fit learned parameters of its prior, sample the reference
+under them.
+
+Reference: Yao, Vehtari, Simpson and Gelman (2018), arXiv 1802.02538, for k-hat and what it leaves unseen.
+"""
+
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from rich.console import Console
+
+from bnlora.cache import cache_prefix
+from bnlora.comparison.draws import Draws, Kind, evenly
+from bnlora.comparison.khat import LEAST_DRAWS, KHat, khat
+from bnlora.comparison.pairs import pairs
+from bnlora.comparison.report import Comparison, compare_draws
+from bnlora.data import Batch, check_labels
+from bnlora.fits import Fit
+from bnlora.functions import Functions, identifiable
+from bnlora.posterior import Draw, adapters_at, draw_sites
+from bnlora.predict import Posterior, predict_with_draws
+from bnlora.typing import Adapters
+
+PROBES = 8
+"""Most rows whose margins are looked at."""
+
+
+class Certificate(Protocol):
+    """What the checks of a run of MCMC concluded."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the run may serve as a reference."""
+        ...
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What failed and what to change, a sentence each."""
+        ...
+
+
+@runtime_checkable
+class Reference(Protocol):
+    """A run of MCMC with the verdict of its own checks."""
+
+    @property
+    def model(self) -> Any:
+        """The classifier."""
+        ...
+
+    @property
+    def num_chains(self) -> int:
+        """Number of chains, all of one length."""
+        ...
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """What its checks concluded; None where they were not run."""
+        ...
+
+    def stored_adapters(self) -> Adapters:
+        """Adapters of every stored draw with one leading axis, chain after chain."""
+        ...
+
+
+class UncertifiedReference(ValueError):
+    """A run that failed its checks, or has none, was given as a reference."""
+
+
+def compare(
+    key: Array,
+    approx: Posterior,
+    reference: Reference | Posterior,
+    data: Batch,
+    *,
+    functions: Functions | None = None,
+    num_samples: int = 400,
+    batch_size: int = 32,
+    level: float = 0.05,
+    against: Literal["reference", "anything"] = "reference",
+    console: Console | None = None,
+) -> Comparison:
+    """Compare an approximate posterior with a reference.
+
+    Args:
+        key: Random key of draws, slices, folds and permutations.
+        approx: A fit or any other posterior. Its draws are taken for independent of each other: where it is
+            itself a chain, what is compared is the law of its stored draws.
+        reference: A run of MCMC with a certificate that it passed.
+        data: Rows with labels, for predictions and for the default functions.
+        functions: Scalar functions; `identifiable(model, data[:8])` when omitted. Those that read all rows,
+            as the log-likelihood does, run all rows of one draw at a time.
+        num_samples: Draws of the approximation, and most draws on either side for predictions.
+        batch_size: Rows to run at a time in predictions.
+        level: Chance of a false alarm, over all aspects together.
+        against: "anything" compares two approximations, or with a run without certificate; nothing is
+            called a reference then.
+        console: Where to draw progress bars; the terminal or notebook when omitted.
+
+    Raises:
+        UncertifiedReference: When the reference has no certificate or did not pass.
+        ValueError: When both sides have different sites or label words, a function is no finite scalar, or
+            there are too few draws.
+    """
+    if against not in ("reference", "anything"):
+        raise ValueError(f"against must be 'reference' or 'anything'; got {against!r}")
+    if against == "reference":
+        _require_certificate(reference)
+    model = approx.model
+    _check_same_model(model, reference.model)
+    check_labels("data", data, len(model.label_ids))
+    data = cache_prefix(model, data, batch_size=batch_size, console=console)
+    functions = identifiable(model, data[:PROBES]) if functions is None else functions
+    approx_key, other_key, weight_key, measure_key = jax.random.split(key, 4)
+    own = approx.draw_adapters(approx_key, num_samples)
+    others, chains, kind = _other_draws(other_key, reference, num_samples)
+    mine, theirs = _evaluate(model, functions, own, others, data, chains, kind)
+    pairs(mine, theirs)  # refuses what is too little before predictions are made
+    size = min(num_samples, mine.independent_size, theirs.independent_size)
+    predictions = [
+        predict_with_draws(model, _thinned(drawn, size), data, batch_size=batch_size, console=console)
+        for drawn in (own, others)
+    ]
+    random = np.random.default_rng(np.asarray(jax.random.bits(measure_key, (4,))))
+    return compare_draws(
+        random,
+        mine,
+        theirs,
+        predictions=(predictions[0], predictions[1]),
+        khat=_khat(weight_key, approx, num_samples, batch_size, console),
+        level=level,
+        other="reference" if against == "reference" else "other posterior",
+    )
+
+
+def _require_certificate(reference: Any) -> None:
+    certificate = getattr(reference, "certificate", None)
+    way_out = "to compare without calling it a reference, pass against='anything'"
+    if certificate is None:
+        raise UncertifiedReference(
+            f"a reference must be a run of MCMC that passed its checks; this {type(reference).__name__} has "
+            f"no certificate: check the run first, or, {way_out}"
+        )
+    if not certificate.passed:
+        said = "; ".join(certificate.failures) or "its certificate does not say why"
+        raise UncertifiedReference(f"this run may not serve as a reference: {said}. Or, {way_out}")
+
+
+def _check_same_model(model: Any, other: Any) -> None:
+    if model.sites != other.sites or model.label_ids != other.label_ids:
+        raise ValueError(
+            "expected both posteriors over the same sites and label words; got\n"
+            f"{model.sites!r}\nwith label ids {model.label_ids}, and\n"
+            f"{other.sites!r}\nwith label ids {other.label_ids}"
+        )
+
+
+def _other_draws(key: Array, reference: Any, num_samples: int) -> tuple[Adapters, int, Kind]:
+    """Adapters of the other side, its number of chains, and what its draws are."""
+    if isinstance(reference, Reference):
+        return reference.stored_adapters(), reference.num_chains, "chains"
+    return reference.draw_adapters(key, num_samples), 1, "independent"
+
+
+def _evaluate(
+    model: Any,
+    functions: Functions,
+    own: Adapters,
+    others: Adapters,
+    data: Batch,
+    chains: int,
+    kind: Kind,
+) -> tuple[Draws, Draws]:
+    """The functions at all draws of both sides, in one compiled program."""
+
+    def one(frozen: Any, adapters: Adapters, batch: Batch) -> dict[str, Array]:
+        return {name: jnp.asarray(x) for name, x in functions(frozen, adapters, batch).items()}
+
+    program = jax.jit(lambda frozen, drawn, batch: jax.lax.map(lambda a: one(frozen, a, batch), drawn))
+    count, total = _length(own), _length(others)
+    if total % chains:
+        raise ValueError(f"expected {chains} chains of one length; got {total} draws in all")
+    both = jax.tree.map(lambda x, y: jnp.concatenate([jnp.asarray(x), jnp.asarray(y)]), own, others)
+    found = {name: np.asarray(x, np.float64) for name, x in program(model.base.params, both, data).items()}
+    for name, values in found.items():
+        if values.shape != (count + total,):
+            raise ValueError(f"a function must be a scalar, shape (); {name!r} has shape {values.shape[1:]}")
+    if not found:
+        raise ValueError("expected at least one function to compare; got none")
+    values = np.stack(list(found.values()), axis=1)
+    names = tuple(found)
+    return (
+        Draws(names, values[None, :count], "independent"),
+        Draws(names, values[count:].reshape(chains, -1, len(names)), kind),
+    )
+
+
+def _khat(key: Array, approx: Any, num_samples: int, batch_size: int, console: Console | None) -> KHat | None:
+    """k-hat of a fit whose guide has a density, over the rows that it was fitted to."""
+    if not isinstance(approx, Fit) or "not a bound" in repr(approx.guide) or num_samples < LEAST_DRAWS:
+        return None
+
+    def one(k: Array) -> tuple[Draw, Adapters]:
+        draw = draw_sites(k, approx.model, approx.guide, approx.params)
+        return draw, adapters_at(approx.model, approx.params, draw.sites)
+
+    drawn, adapters = jax.jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(key, num_samples))
+    if not drawn.sites or any(_has_point(x) for x in drawn.sites.values()):
+        return None
+    rows = approx.train
+    predicted = predict_with_draws(approx.model, adapters, rows, batch_size=batch_size, console=console)
+    labels = np.asarray(rows.labels)[None, :, None]
+    log_likelihood = np.take_along_axis(predicted.draw_log_probs, labels, axis=2).sum((1, 2))
+    return khat(np.asarray(drawn.log_prior, np.float64) + log_likelihood, np.asarray(drawn.log_q))
+
+
+def _has_point(values: Array) -> bool:
+    """Whether some number of a site is the same in every draw, so that its law has no density."""
+    drawn = np.asarray(values)
+    return bool((drawn == drawn[:1]).all(0).any())
+
+
+def _thinned(adapters: Adapters, size: int) -> Adapters:
+    chosen = evenly(_length(adapters), size)
+    return jax.tree.map(lambda x: x[chosen], adapters)
+
+
+def _length(adapters: Adapters) -> int:
+    return len(jax.tree.leaves(adapters)[0])

@@ -1,0 +1,90 @@
+r"""R-hat, effective sample sizes, Monte Carlo errors and the Pareto k of importance weights, by ArviZ.
+
+    MCSE(mean) = sd / sqrt(ESS),    MCSE(sd) = sd(|x - mean|^2) / (2 sd sqrt(ESS of |x - mean|^2))
+
+The one file that imports `arviz_stats`. Arrays have axes (chain, draw, function).
+
+References: Vehtari, Gelman, Simpson, Carpenter and Buerkner (2021), arXiv 1903.08008; Vehtari, Simpson,
+Gelman, Yao and Gabry (2024), arXiv 1507.02646.
+"""
+
+import numpy as np
+from jaxtyping import Float
+
+RANGE = 600.0
+"""Most nats between the weights of a tail; the least double is e^-708 of the largest weight."""
+
+
+def bulk_ess(values: Float[np.ndarray, "chain draw k"]) -> Float[np.ndarray, " k"]:
+    """Effective number of draws for the bulk of each function, at most the number of draws."""
+    from arviz_stats.base import array_stats
+
+    found = np.asarray(array_stats.ess(values, chain_axis=0, draw_axis=1, method="bulk"), np.float64)
+    return np.minimum(found, values.shape[0] * values.shape[1])
+
+
+def tail_ess(values: Float[np.ndarray, "chain draw k"]) -> Float[np.ndarray, " k"]:
+    """Effective number of draws for the 5 % and 95 % quantiles of each function, the smaller one."""
+    from arviz_stats.base import array_stats
+
+    ends = (0.05, 0.95)
+    return np.asarray(
+        array_stats.ess(values, chain_axis=0, draw_axis=1, method="tail", prob=ends), np.float64
+    )
+
+
+def rank_rhat(values: Float[np.ndarray, "chain draw k"]) -> Float[np.ndarray, " k"]:
+    """Rank-normalised split R-hat of each function."""
+    from arviz_stats.base import array_stats
+
+    return np.asarray(array_stats.rhat(values, chain_axis=0, draw_axis=1, method="rank"), np.float64)
+
+
+def chain_mcse(values: Float[np.ndarray, "chain draw k"]) -> tuple[np.ndarray, np.ndarray]:
+    """Standard errors of the mean and of the standard deviation of each function, from dependent draws."""
+    from arviz_stats.base import array_stats
+
+    # `array_stats.mcse(method="sd")` divides by the effective number for the mean. Chains that alternate have
+    # more of these than draws, and the error of the standard deviation would come out too small.
+    for_mean, for_sd = (
+        np.asarray(array_stats.ess(values, chain_axis=0, draw_axis=1, method=method), np.float64)
+        for method in ("mean", "sd")
+    )
+    return _errors(values.reshape(-1, values.shape[2]), for_mean, for_sd)
+
+
+def independent_mcse(values: Float[np.ndarray, "s k"]) -> tuple[np.ndarray, np.ndarray]:
+    """The same from independent draws."""
+    count = np.full(values.shape[1], float(len(values)))
+    return _errors(values, count, count)
+
+
+def _errors(values: np.ndarray, for_mean: np.ndarray, for_sd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both errors by the formulas above, zero for functions that do not vary."""
+    sd = values.std(0, ddof=1)
+    fluctuation = ((values - values.mean(0)) ** 2).std(0, ddof=1)
+    varies = sd > 0
+    mean = sd / np.sqrt(np.where(varies, for_mean, 1.0))
+    by_delta = fluctuation / np.where(varies, 2 * sd * np.sqrt(for_sd), 1.0)
+    return mean, np.where(varies, by_delta, 0.0)
+
+
+def pareto_k(log_weights: Float[np.ndarray, " s"]) -> float:
+    """Shape of the Pareto law fitted to the largest weights.
+
+    Minus infinity where all are equal; infinity where the weights of the fitted tail are more than `RANGE`
+    nats apart. In double precision the lower ones vanish, ArviZ drops them from the tail, and may call the
+    weights harmless. A Pareto law of shape k spreads the logs of n weights over about k log n.
+    """
+    from arviz_stats.base import array_stats
+
+    ordered = np.sort(np.asarray(log_weights, np.float64))
+    count = len(ordered)
+    tail = int(3 * count**0.5) if count > 225 else count // 5  # the tail that ArviZ fits
+    if np.ptp(ordered) < 1e-9:
+        return -np.inf
+    if ordered[-1] - ordered[-tail - 1] > RANGE:
+        return np.inf
+    # ArviZ smooths the weights of leave-one-out, 1 / likelihood, and turns the sign of what it is given.
+    _, shape = array_stats.psislw(-ordered)
+    return float(shape)

@@ -1,0 +1,24 @@
+"""Every picture of this library, and the one package that imports matplotlib.
+
+Each function takes results, draws on given axes or on a figure of its own, and returns the figure. A figure
+of its own carries a caption that stands alone, but for `reliability` and `elbo`, whose captions (constants
+here) a page prints below them.
+"""
+
+from matplotlib.figure import Figure as Figure
+
+from bnlora.plots.base import BLUE as BLUE
+from bnlora.plots.base import GREEN as GREEN
+from bnlora.plots.base import GREY as GREY
+from bnlora.plots.base import ORANGE as ORANGE
+from bnlora.plots.bound import ELBO_CAPTION as ELBO_CAPTION
+from bnlora.plots.bound import elbo as elbo
+from bnlora.plots.calibration import sbc as sbc
+from bnlora.plots.calibration import vsbc as vsbc
+from bnlora.plots.comparison import forest as forest
+from bnlora.plots.comparison import predictive_scatter as predictive_scatter
+from bnlora.plots.comparison import rank_difference as rank_difference
+from bnlora.plots.comparison import worst_pairs as worst_pairs
+from bnlora.plots.prior import prior_predictive as prior_predictive
+from bnlora.plots.reliability import RELIABILITY_CAPTION as RELIABILITY_CAPTION
+from bnlora.plots.reliability import reliability as reliability

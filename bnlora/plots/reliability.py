@@ -1,0 +1,63 @@
+"""Reliability diagrams: how often predictions of a given confidence are right."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bnlora import metrics
+from bnlora.plots.base import BLUE, GREY, make_axes
+from bnlora.predict import Prediction
+
+RELIABILITY_CAPTION = (
+    "Reliability: accuracy against mean confidence in 15 bins of equal width, with 95 % Wilson intervals; "
+    "grey bars: share of the rows in each bin; dashed: perfect calibration. Points below the dashed line are "
+    "too confident."
+)
+
+
+def reliability(
+    predictions: Mapping[str, Mapping[str, Prediction]],
+    labels: Mapping[str, Int[np.ndarray, " n"]],
+    *,
+    ax: Sequence[Axes] | None = None,
+) -> Figure:
+    """Reliability diagrams: a row of panels for each method, a column for each set of rows.
+
+    Args:
+        predictions: Prediction by method and set of rows.
+        labels: True classes by set of rows.
+        ax: Axes to draw on, (method, set of rows); a figure of its own when omitted.
+    """
+    height, width = len(predictions), len(labels)
+    if ax is None:
+        figure = Figure(figsize=(2.6 * width + 0.6, 2.7 * height + 0.5), layout="constrained")
+        grid = figure.subplots(height, width, squeeze=False, sharex=True, sharey=True)
+        figure.supxlabel("confidence")
+        figure.supylabel("accuracy")
+    else:
+        given, figure, _ = make_axes(ax, height * width)
+        grid = np.reshape(np.array(given, object), (height, width))
+    for row, (method, by_rows) in enumerate(predictions.items()):
+        for column, (name, truth) in enumerate(labels.items()):
+            axes = grid[row, column]
+            _reliability(axes, by_rows[name], truth)
+            axes.set_title(f"{method}\n{name}", fontsize=9)
+    return figure
+
+
+def _reliability(axes: Axes, prediction: Prediction, labels: np.ndarray) -> None:
+    curve = metrics.reliability(prediction, labels)
+    lowest = 1 / prediction.log_probs.shape[1]
+    axes.plot([lowest, 1], [lowest, 1], color=GREY, linewidth=1, linestyle="--")
+    axes.bar(
+        curve.confidence, curve.count / curve.count.sum(), width=0.02, color=GREY, alpha=0.35, align="center"
+    )
+    spread = np.abs(np.stack([curve.low, curve.high]) - curve.accuracy)
+    axes.errorbar(
+        curve.confidence, curve.accuracy, yerr=spread, fmt="o", markersize=3.5, linewidth=1, color=BLUE
+    )
+    axes.text(0.04, 0.93, f"ECE {metrics.ece(prediction.log_probs, labels):.3f}", transform=axes.transAxes)
+    axes.set(xlim=(lowest - 0.02, 1.02), ylim=(0, 1.08))
