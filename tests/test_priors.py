@@ -1,5 +1,6 @@
 """Priors one by one: forms of the sparse GP, frames, composition, and what is refused."""
 
+import inspect
 from functools import partial
 from types import SimpleNamespace
 
@@ -28,6 +29,11 @@ SITES = select(
 
 SHAPE = (2, 3, 4)
 FORMS = {"whitened": "frames", "weights": "frames", "unwhitened": "bases", "whitened bases": "bases"}
+
+
+def keywords(function):
+    """Names that a function takes as keywords alone: the options of a prior."""
+    return inspect.getfullargspec(function).kwonlyargs if inspect.isfunction(function) else []
 
 
 def program(form, lam):
@@ -282,6 +288,7 @@ def test_what_does_not_fit_the_sites_gets_one_clear_sentence(prior, message):
 
 
 REAL = learned(0.5, constraints.real)
+WITH_WIDTH = [prior for prior in vars(priors).values() if "width" in keywords(prior)]
 REFUSED = {
     "inducing": (priors.sparse_gp, {"inducing": "frame"}, "inducing must be one of .* nearest is 'frames'"),
     "option": (priors.sparse_gp, {"row": 3}, "option of the sparse GP must be one of .* nearest is 'rows'"),
@@ -334,6 +341,19 @@ REFUSED = {
     "spread": (partial(priors.pooled_scales, priors.normal()), {"spread": -0.1}, "spread must be a positive"),
     "factor": (partial(priors.pooled_scales, priors.normal()), {"factor": "c"}, "'a' or 'b'; got 'c'"),
     "core": (priors.subspace, {"scale": REAL}, "scale must be a positive"),
+    "start": (
+        partial(priors.sparse_gp_matrices, "w", SHAPE, sigma=1.0, plate="layer"),
+        {"start": "zeros"},
+        "start must be one of .*; got 'zeros', nearest is 'zero'",
+    ),
+    **{
+        f"width of {prior.__name__}": (
+            prior,
+            {"width": "scale"},
+            r"width must be one of \('scaled', 'unscaled'\); got 'scale', nearest is 'scaled'",
+        )
+        for prior in WITH_WIDTH
+    },
     "pattern": (priors.by_family, {"priors": {"(": priors.point()}}, "'\\(' is not a valid pattern"),
 }
 

@@ -32,7 +32,7 @@ def ard(
         A prior with the sites of `normal` and `<family>.b.gain`, shape (layer, rank).
 
     Raises:
-        ValueError: When a scale or gain may not be positive.
+        ValueError: When a scale or gain may not be positive or `width` is unknown.
     """
     require_positive("gain", gain)
 

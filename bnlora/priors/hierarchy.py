@@ -22,7 +22,7 @@ import numpyro.distributions as dist
 from jax import Array
 
 from bnlora import gp
-from bnlora.priors.base import START, Prior, Width, each_factor, layers, width_factor
+from bnlora.priors.base import START, Prior, Width, each_factor, layers, require_width, width_factor
 from bnlora.priors.hyper import (
     ByFactor,
     Hyper,
@@ -97,10 +97,11 @@ def pooled_sparse_gp(
         A prior with sample sites `<family>.<factor>.V_0`, shape (k_r, k_c), `.V` and `.E` as in `sparse_gp`.
 
     Raises:
-        ValueError: When a scale is not positive, `rho` or `reliability` lies outside (0, 1), or an inducing
-            size is below one.
+        ValueError: When a scale is not positive, `width` is unknown, `rho` or `reliability` lies outside
+            (0, 1), or an inducing size is below one.
     """
     scales = by_factor("scale", scale)
+    require_width(width)
     require_unit("rho", rho)
     require_number("reliability", reliability, upper=1.0)
     require_sizes(rows, cols)

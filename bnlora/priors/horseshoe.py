@@ -36,7 +36,7 @@ def horseshoe(*, global_scale: float = 0.5, scale: ByFactor = 1.0, width: Width 
         (layer, rank).
 
     Raises:
-        ValueError: When a scale is not positive.
+        ValueError: When a scale is not positive or `width` is unknown.
     """
     require_number("global_scale", global_scale)
 
@@ -68,7 +68,7 @@ def regularized_horseshoe(
         A prior with the sites of `horseshoe` and `<family>.b.slab`, the scalar c^2.
 
     Raises:
-        ValueError: When a scale or `slab_df` is not positive.
+        ValueError: When a scale or `slab_df` is not positive or `width` is unknown.
     """
     for name, value in {"global_scale": global_scale, "slab": slab, "slab_df": slab_df}.items():
         require_number(name, value)

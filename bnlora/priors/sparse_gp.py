@@ -17,7 +17,6 @@ paper's text; evidences of two such fits may then not be compared.
 Reference: Lin et al. (2026), Bayesian-LoRA, arXiv 2601.21003; Ritter et al. (2021) for inducing weights.
 """
 
-import difflib
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -31,7 +30,7 @@ from jaxtyping import Float
 
 from bnlora import gp
 from bnlora.distributions import MatrixAffine, MatrixConditional
-from bnlora.priors.base import START, Prior, Start, Width, each_factor, width_factor
+from bnlora.priors.base import START, Prior, Start, Width, each_factor, require_width, width_factor
 from bnlora.priors.hyper import (
     ByFactor,
     Hyper,
@@ -39,6 +38,7 @@ from bnlora.priors.hyper import (
     by_factor,
     hyper_value,
     require_number,
+    require_option,
     require_unit,
 )
 from bnlora.priors.sides import (
@@ -89,7 +89,7 @@ class Options:
 
     def __post_init__(self):
         for name, known in {"inducing": Inducing, "oversize": Oversize, "form": Form}.items():
-            _require_option(name, getattr(self, name), get_args(known))
+            require_option(name, getattr(self, name), get_args(known))
         require_frames(self.frames)
         require_sizes(self.rows, self.cols)
         require_number("reliability", self.reliability, upper=1.0)
@@ -120,13 +120,14 @@ def sparse_gp(*, scale: ByFactor = 1.0, width: Width = "scaled", **options) -> P
         shape (layer, d_o, d_i), in the default form.
 
     Raises:
-        ValueError: On an unknown option, a size below one, a scale that is not positive, or a reliability
-            outside (0, 1).
+        ValueError: On an unknown option or `width`, a size below one, a scale that is not positive, or a
+            reliability outside (0, 1).
 
     Reference: Lin et al. (2026), arXiv 2601.21003, section 3; the E-site form makes
         `KL(q(W|U) || p(W|U))` the closed-form KL of two normals.
     """
     scales = by_factor("scale", scale)
+    require_width(width)
     structure = _options(options)
 
     def law(site: Site, factor: str) -> Array:
@@ -160,7 +161,11 @@ def sparse_gp_matrices(
 
     Returns:
         `W = sigma (F_r V F_c^T + lam Sigma^{1/2} E)`.
+
+    Raises:
+        ValueError: On an unknown `start`, and as `Options`.
     """
+    require_option("start", start, get_args(Start))
     return _matrices(name, shape, jnp.asarray(sigma), plate, start, _options(options))
 
 
@@ -241,7 +246,7 @@ def _side(name: str, which: str, depth: int, d: int, size: int, options: Options
 def _options(given: dict) -> Options:
     known = tuple(Options.__dataclass_fields__)
     for name in given:
-        _require_option("an option of the sparse GP", name, known)
+        require_option("an option of the sparse GP", name, known)
     return Options(**given)
 
 
@@ -257,9 +262,3 @@ def _is_zero(lam: Hyper) -> bool:
     return not isinstance(lam, Learned | dist.Distribution | jax.core.Tracer) and bool(
         np.any(np.asarray(lam) == 0)
     )
-
-
-def _require_option(name: str, got: str, options: tuple[str, ...]) -> None:
-    if got not in options:
-        near = difflib.get_close_matches(str(got), options, n=1, cutoff=0.0)
-        raise ValueError(f"{name} must be one of {options}; got {got!r}, nearest is {near[0]!r}")
