@@ -10,12 +10,14 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
+from numpyro.distributions import constraints
 from numpyro.infer import init_to_value
 from numpyro.infer.autoguide import AutoIAFNormal, AutoLowRankMultivariateNormal, AutoNormal
 
-from bnlora import guides, priors
+from bnlora import gp, guides, priors
 from bnlora.elbo import elbo_terms, initial_parameters
 from bnlora.model import AdapterPrior
+from bnlora.posterior import draw_adapters
 from bnlora.sites import select
 from bnlora.testing import linear_gaussian
 
@@ -150,6 +152,85 @@ def test_any_numpyro_autoguide_works_on_the_prior(make):
     keys = jax.random.split(jax.random.key(10), 200)
     terms = jax.jit(jax.vmap(lambda k: elbo_terms(k, constrain(start), model, guide)["elbo"]))(keys)
     assert terms.mean() < model.log_evidence(0.8)
+
+
+def gp_prior(form, lam):
+    """A prior with conditional noise as a site `w.E` or inside the weights `w.W`."""
+    return partial(
+        priors.sparse_gp_matrices,
+        "w",
+        (2, 3, 4),
+        sigma=0.8,
+        plate="layer",
+        rows=2,
+        cols=3,
+        form=form,
+        lam=lam,
+    )
+
+
+class Alone:
+    """A model that is its prior alone."""
+
+    def __init__(self, program):
+        self.program = program
+
+    def prior(self, *_):
+        return self.program()
+
+    def __call__(self, *_):
+        self.prior()
+
+
+def at_start(program, families, key=12, **options):
+    """Model, guide and parameters at their start."""
+    model = Alone(program)
+    guide = guides.Guide(model.prior, families, **options)
+    start, constrain = initial_parameters(jax.random.key(key), model, guide)
+    return model, guide, start, constrain
+
+
+def conditional_kl(program, noise, moved=0.0):
+    """The term of the bound with the parameters at their start, or all moved in unconstrained space."""
+    model, guide, start, constrain = at_start(program, guides.mean_field(), noise=noise)
+    params = constrain(jax.tree.map(lambda x: x + moved, start))
+    return elbo_terms(jax.random.key(13), params, model, guide)["conditional_kl"]
+
+
+FORMS = ["whitened", "weights"]
+LAMS = {
+    "fixed": 0.5,
+    "learned": priors.learned(0.5, constraints.unit_interval),
+    "random": dist.Uniform(0.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("lam", LAMS.values(), ids=LAMS)
+def test_the_lam_of_a_guide_is_relative_to_that_of_the_prior_in_every_form(lam):
+    """KL(q(W|U) || p(W|U)) is the closed form in the guide's own lam, whatever that of the prior is."""
+    expected = 2 * gp.conditional_kl(3 * 4, jnp.array(0.3))
+    for form in FORMS:
+        kl = conditional_kl(gp_prior(form, lam), guides.noise(lam_init=0.3))
+        np.testing.assert_allclose(kl, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("lam", LAMS.values(), ids=LAMS)
+def test_noise_as_in_the_prior_costs_nothing_wherever_the_lam_of_the_prior_goes(form, lam):
+    kl = conditional_kl(gp_prior(form, lam), guides.prior_noise(), moved=0.4)
+    np.testing.assert_allclose(kl, 0, atol=1e-5)
+
+
+def test_both_forms_give_the_weights_the_same_spread():
+    spreads, params = [], {}
+    for form in FORMS:
+        families, noise = guides.mean_field(init_scale=1e-6), guides.noise(lam_init=0.6)
+        model, guide, start, constrain = at_start(gp_prior(form, 0.5), families, noise=noise)
+        params = constrain(start) | {n: x for n, x in params.items() if ".E." not in n}
+        draws = draw_adapters(jax.random.key(14), model, guide, params, 4000)
+        spreads.append(np.asarray(draws).std(0))
+    # The standard deviation of n normals is off by sd / sqrt(2 n), so the ratio of two by 1 / sqrt(n).
+    np.testing.assert_allclose(spreads[0] / spreads[1], 1, atol=4.5 / 4000**0.5)
 
 
 def test_building_a_guide_never_runs_the_language_model():

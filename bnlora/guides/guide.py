@@ -93,7 +93,8 @@ class Guide:
         for name, site in self.latent.items():
             law = laws[name]
             if isinstance(law, MatrixConditional):
-                law = self._given(draws, name).scaled_to(law.lam)
+                given = self._given(draws, name)
+                law = given.scaled_to(law.lam * given.lam)  # a guide's lam is relative to the prior's
             draws[name] = _sample_inside(site.site["cond_indep_stack"], name, law)
         return draws
 

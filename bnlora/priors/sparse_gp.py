@@ -4,11 +4,13 @@ r"""Sparse Gaussian process: an inducing matrix inside every factor, whose law o
 
 with lam = 1. Three forms have the same law of W and other sites, for guides that suit them:
 
-| form         | sites                  | in the guide of the paper                                     |
-|--------------|------------------------|---------------------------------------------------------------|
-| "whitened"   | `<name>.V`, `<name>.E` | any q(V); E ~ N(0, lam_q^2)                                   |
+| form         | sites                  | in the guide of the paper                                      |
+|--------------|------------------------|----------------------------------------------------------------|
+| "whitened"   | `<name>.V`, `<name>.E` | any q(V); E ~ N(0, lam_q^2)                                    |
 | "unwhitened" | `<name>.U`, `<name>.E` | any q(U), U = L_r V L_c^T ~ MN(0, K_r, K_c); E ~ N(0, lam_q^2) |
-| "weights"    | `<name>.V`, `<name>.W` | any q(V); W ~ N(sigma F_r V F_c^T, lam_q^2 sigma^2 Sigma)      |
+| "weights"    | `<name>.V`, `<name>.W` | any q(V); W ~ N(sigma F_r V F_c^T, (lam_q lam sigma)^2 Sigma)  |
+
+The guide's lam_q is relative to the prior's lam in every form: at lam_q = 1 the noise is that of the prior.
 
 A prior `lam` below one is another model: conditional weights that can stray less from their mean. At zero
 only the inducing matrix is left. A learned `lam` makes frames and `lam` model parameters (type II), as in the
