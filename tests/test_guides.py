@@ -233,6 +233,16 @@ def test_both_forms_give_the_weights_the_same_spread():
     np.testing.assert_allclose(spreads[0] / spreads[1], 1, atol=4.5 / 4000**0.5)
 
 
+def test_frames_start_where_the_key_says_in_every_form():
+    for form in FORMS:
+        first, again, other = (
+            at_start(gp_prior(form, 0.5), guides.mean_field(), key=key)[2] for key in (0, 0, 1)
+        )
+        for frame in ("w.rows.frame", "w.cols.frame"):
+            np.testing.assert_array_equal(first[frame], again[frame])
+            assert not np.allclose(first[frame], other[frame])
+
+
 def test_building_a_guide_never_runs_the_language_model():
     def forbidden(*_):
         raise AssertionError("the language model was run")

@@ -89,11 +89,14 @@ class Guide:
         for family, names in self.groups:
             laws |= family.build([self.latent[name] for name in names])
         draws: dict[str, Array] = {}
+        # One key for every look at the prior, whose parameters may start at random: each look declares them.
+        conditional = any(isinstance(law, MatrixConditional) for law in laws.values())
+        key = numpyro.prng_key() if conditional else None
         # In the order of the prior: NumPyro's mean-field bound wants both programs to agree on it.
         for name, site in self.latent.items():
             law = laws[name]
             if isinstance(law, MatrixConditional):
-                given = self._given(draws, name)
+                given = self._given(key, draws, name)
                 law = given.scaled_to(law.lam * given.lam)  # a guide's lam is relative to the prior's
             draws[name] = _sample_inside(site.site["cond_indep_stack"], name, law)
         return draws
@@ -110,9 +113,9 @@ class Guide:
                 lines.append(f"  {name} {shape}: {family.label}, {self.counts[name]:,}")
         return "\n".join(lines)
 
-    def _given(self, draws: Mapping[str, Array], name: str) -> Any:
+    def _given(self, key: Array | None, draws: Mapping[str, Array], name: str) -> Any:
         """The prior's law of a site given the draws of the sites before it."""
-        program = handlers.seed(handlers.substitute(self.prior, data=dict(draws)), jax.random.key(0))
+        program = handlers.seed(handlers.substitute(self.prior, data=dict(draws)), key)
         with handlers.block(hide_fn=lambda site: site["type"] != "param"):
             return handlers.trace(program).get_trace()[name]["fn"]
 
