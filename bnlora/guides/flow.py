@@ -42,6 +42,7 @@ from bnlora.flows import spline as spline_flow
 from bnlora.guides.family import Family, per_site
 from bnlora.guides.latent import Latent
 from bnlora.guides.vector import MAX_PARAMETERS, Over, vector_family
+from bnlora.priors.hyper import require_number
 
 Weights = Callable[[Callable[[Array], Any]], Any]
 """Declares the flow's parameter from a function of a key, and returns its value."""
@@ -56,7 +57,12 @@ def row_shared(*, hidden: int = 16, blocks: int = 2, init_scale: float = 0.01) -
         hidden: Width of the flow's hidden layers.
         blocks: Residual blocks of the flow's network (16 wide and 2 blocks in the published code).
         init_scale: Standard deviation of the base at the start, in unconstrained space.
+
+    Raises:
+        ValueError: When `init_scale` is not a positive number. Building the guide raises it where a size is
+            no whole number of at least one.
     """
+    require_number("init_scale", init_scale)
 
     def law(latent: Latent) -> dist.Distribution:
         base = dist.Normal(latent.location(), latent.scale(init_scale)).to_event(latent.event_dim)
@@ -88,7 +94,8 @@ def iaf(
         max_parameters: Refuse to be built with more.
 
     Raises:
-        ValueError: When `over` is unknown. Building the guide raises it where the flow would be too large.
+        ValueError: When `over` is unknown or `init_scale` is not a positive number. Building the guide raises
+            it where a size is no whole number of at least one, or the flow would be too large.
     """
 
     def width(size: int) -> int:
@@ -125,7 +132,8 @@ def spline(
         max_parameters: Refuse to be built with more.
 
     Raises:
-        ValueError: When `over` is unknown. Building the guide raises it where the flow would be too large.
+        ValueError: When `over` is unknown or `init_scale` is not a positive number. Building the guide raises
+            it where a size is no whole number of at least one, or the flow would be too large.
     """
 
     def flow(weights: Weights, batch: tuple[int, ...], size: int) -> Flow:
@@ -167,7 +175,8 @@ def block_neural(
         max_parameters: Refuse to be built with more.
 
     Raises:
-        ValueError: When `over` is unknown. Building the guide raises it where the flow would be too large.
+        ValueError: When `over` is unknown or `init_scale` is not a positive number. Building the guide raises
+            it where a size is no whole number of at least one, or the flow would be too large.
     """
 
     def flow(weights: Weights, batch: tuple[int, ...], size: int) -> Flow:
@@ -188,6 +197,8 @@ def _flow_family(
     init_scale: float,
     max_parameters: int,
 ) -> Family:
+    require_number("init_scale", init_scale)
+
     def law(
         prefix: str, batch: tuple[int, ...], size: int, start: Callable[[Array], Array]
     ) -> dist.Distribution:

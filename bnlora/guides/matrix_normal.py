@@ -19,6 +19,7 @@ from bnlora.distributions import MatrixAffine
 from bnlora.guides.family import Family, per_site
 from bnlora.guides.latent import Latent
 from bnlora.guides.vector import MAX_PARAMETERS
+from bnlora.priors.hyper import require_number
 
 
 def matrix_normal(*, init_scale: float = 0.01, max_parameters: int = MAX_PARAMETERS) -> Family:
@@ -29,8 +30,10 @@ def matrix_normal(*, init_scale: float = 0.01, max_parameters: int = MAX_PARAMET
         max_parameters: Refuse to be built with more for one site.
 
     Raises:
-        ValueError: Building the guide raises it where a side is too long for a covariance.
+        ValueError: When `init_scale` is not a positive number. Building the guide raises it where a side is
+            too long for a covariance.
     """
+    require_number("init_scale", init_scale)
 
     def law(latent: Latent) -> dist.Distribution:
         cols = latent.event[-1] if latent.event else 1

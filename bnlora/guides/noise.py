@@ -17,6 +17,7 @@ from numpyro.distributions import constraints
 from bnlora.distributions import MatrixConditional
 from bnlora.guides.family import Family, per_site
 from bnlora.guides.latent import Latent
+from bnlora.priors.hyper import require_number
 
 
 def noise(*, lam_init: float = 0.01, lam_max: float = 1.0) -> Family:
@@ -30,7 +31,9 @@ def noise(*, lam_init: float = 0.01, lam_max: float = 1.0) -> Family:
     Raises:
         ValueError: When `0 < lam_init < lam_max <= 1` fails.
     """
-    if not 0 < lam_init < lam_max <= 1:
+    require_number("lam_init", lam_init)
+    require_number("lam_max", lam_max)
+    if not lam_init < lam_max <= 1:
         raise ValueError(f"lam needs 0 < lam_init < lam_max <= 1; got lam_init={lam_init}, lam_max={lam_max}")
 
     def law(latent: Latent) -> dist.Distribution:

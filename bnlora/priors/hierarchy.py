@@ -30,13 +30,14 @@ from bnlora.priors.hyper import (
     hyper_value,
     learned,
     require_number,
+    require_option,
     require_positive,
     require_unit,
 )
 from bnlora.priors.sides import frames_side, require_sizes
 from bnlora.priors.sparse_gp import standard_normal
 from bnlora.sites import Site, Sites
-from bnlora.typing import NOISE, Adapters
+from bnlora.typing import FACTORS, NOISE, Adapters
 
 
 def pooled_scales(prior: Prior, *, spread: Hyper = learned(0.5), factor: str = "b") -> Prior:  # noqa: B008
@@ -55,8 +56,7 @@ def pooled_scales(prior: Prior, *, spread: Hyper = learned(0.5), factor: str = "
         ValueError: When the factor is unknown or the spread may not be positive.
     """
     require_positive("spread", spread)
-    if factor not in START:
-        raise ValueError(f"factor must be 'a' or 'b'; got {factor!r}")
+    require_option("factor", factor, FACTORS)
 
     def pooled(sites: Sites) -> Adapters:
         adapters = {name: dict(pair) for name, pair in prior(sites).items()}

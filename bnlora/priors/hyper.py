@@ -10,6 +10,7 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import jax
@@ -119,6 +120,12 @@ def require_number(name: str, value: float, *, upper: float = np.inf) -> None:
     if isinstance(value, Learned | dist.Distribution) or not _inside(value, upper):
         wanted = "a positive number" if upper == np.inf else f"a number strictly between 0 and {upper:g}"
         raise ValueError(f"{name} must be {wanted}; got {_shown(value)}")
+
+
+def require_count(name: str, value: Any) -> None:
+    """Raise `ValueError` unless a setting is a whole number of at least 1."""
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
 
 
 def require_option(name: str, got: Any, options: Sequence[str]) -> None:

@@ -254,10 +254,12 @@ def _options(given: dict) -> Options:
 
 def _require_lam(lam: Hyper) -> None:
     constant = not isinstance(lam, Learned | dist.Distribution | jax.core.Tracer)
-    if constant and not np.all((np.asarray(lam) >= 0) & (np.asarray(lam) <= 1)):
-        raise ValueError(f"lam must lie between 0 and 1; got {lam}")
     if not constant:
-        require_unit("lam", lam)
+        return require_unit("lam", lam)
+    values = np.asarray(lam)
+    if values.dtype.kind not in "fiu" or not np.all((values >= 0) & (values <= 1)):
+        raise ValueError(f"lam must be a number between 0 and 1; got {lam!r}")
+    return None
 
 
 def _is_zero(lam: Hyper) -> bool:
