@@ -334,6 +334,11 @@ REFUSED = NARROW | {
         lambda: guides.Guide(GP, guides.full(max_parameters=2 * 27 - 1)),
         r"6 dimensions of 'w.V' for each of 2 layers has 54 .* more than max_parameters=53; low_rank",
     ),
+    "matrix normal too large": (
+        # Two layers of 2 x 3 numbers: 6 locations and triangles of 3 and 6.
+        lambda: guides.Guide(GP, guides.matrix_normal(max_parameters=2 * 15 - 1)),
+        "2 x 3 matrices of 'w.V' has 30 parameters, more than max_parameters=29; low_rank",
+    ),
 }
 
 
@@ -341,3 +346,8 @@ REFUSED = NARROW | {
 def test_bad_input_gets_one_clear_sentence(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_guide_of_just_the_allowed_size_is_built():
+    for family, size in ((guides.full, 54), (guides.matrix_normal, 30)):
+        assert guides.Guide(GP, family(max_parameters=size)).counts["w.V"] == size

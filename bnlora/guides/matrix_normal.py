@@ -38,7 +38,7 @@ def matrix_normal(*, init_scale: float = 0.01, max_parameters: int = MAX_PARAMET
     def law(latent: Latent) -> dist.Distribution:
         cols = latent.event[-1] if latent.event else 1
         shape = (math.prod(latent.event) // cols, cols)
-        total = math.prod(latent.batch) * sum(d * (d + 1) // 2 for d in shape)
+        total = math.prod(latent.shape) + math.prod(latent.batch) * sum(d * (d + 1) // 2 for d in shape)
         if total > max_parameters:
             raise ValueError(
                 f"a matrix normal over the {shape[0]:,} x {shape[1]:,} matrices of {latent.name!r} has "
