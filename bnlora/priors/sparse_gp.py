@@ -71,7 +71,9 @@ class Options:
             `{"<family>.<factor>": (rows, columns)}` with matrices of shape (layer, d, k).
         form: Which sites carry the law: see the top of this file.
         lam: Prior scale of the conditional noise in [0, 1]; a number, `learned`, or a distribution. 1 is the
-            sparse GP, 0 leaves its mean alone.
+            sparse GP, 0 leaves its mean alone. Below 1 the rows of a factor depend on each other through
+            frames as long as its sides, so that the law of an adapted head is defined on its label rows
+            and is no marginal of one over the whole vocabulary.
         oversize: Where an inducing size exceeds its side: `"clip"` it to the side, or `"keep"` it as the
             published code does (only with `"bases"`; a frame cannot be larger than its side).
         reliability: Eigenvalue of `P` at the start, in (0, 1).
