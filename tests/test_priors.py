@@ -274,6 +274,10 @@ COMPOSED = {
         priors.normal(scale=jnp.ones(3)),
         r"q_proj.a.scale needs a shape that broadcasts to \(\); got \(3,\)",
     ),
+    "a pool of another factor": (
+        priors.per_factor(a=priors.pooled_scales(priors.normal()), b=priors.normal()),
+        r"pooled_scales\(factor='b'\) needs sites that ask for it; these ask for \['a'\]",
+    ),
     "the law of a vector": (
         priors.ard(gain=dist.LogNormal(jnp.zeros(2), 1).to_event(1)),
         "of a single number",

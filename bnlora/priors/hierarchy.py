@@ -50,7 +50,8 @@ def pooled_scales(prior: Prior, *, spread: Hyper = learned(0.5), factor: str = "
         factor: The factor that is scaled.
 
     Returns:
-        A prior with the sites of `prior`, and `<family>.<factor>.pool`, shape (layer,), standard normal.
+        A prior with the sites of `prior`, and `<family>.<factor>.pool`, shape (layer,), standard normal. Run
+        on sites of which none asks for the factor, it raises `ValueError`.
 
     Raises:
         ValueError: When the factor is unknown or the spread may not be positive.
@@ -59,6 +60,11 @@ def pooled_scales(prior: Prior, *, spread: Hyper = learned(0.5), factor: str = "
     require_option("factor", factor, FACTORS)
 
     def pooled(sites: Sites) -> Adapters:
+        asked = sorted({f for site in sites.values() for f in site.factors})
+        if factor not in asked:
+            raise ValueError(
+                f"pooled_scales(factor={factor!r}) needs sites that ask for it; these ask for {asked}"
+            )
         adapters = {name: dict(pair) for name, pair in prior(sites).items()}
         for name, site in sites.items():
             if factor in site.factors:

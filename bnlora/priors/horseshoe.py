@@ -26,6 +26,8 @@ from bnlora.sites import Site
 def horseshoe(*, global_scale: float = 0.5, scale: ByFactor = 1.0, width: Width = "scaled") -> Prior:
     """Horseshoe over the ranks of every layer, with one global scale a family.
 
+    The gains act on `b`: where `a` alone is asked for, as for the part `a` of `per_factor`, this is `normal`.
+
     Args:
         global_scale: Scale `tau_0` of the half-Cauchy law of `tau`.
         scale: Scale of the normals that the gains multiply, as in `normal`.
@@ -56,6 +58,8 @@ def regularized_horseshoe(
     width: Width = "scaled",
 ) -> Prior:
     """Regularised horseshoe over the ranks of every layer.
+
+    The gains act on `b`: where `a` alone is asked for, as for the part `a` of `per_factor`, this is `normal`.
 
     Args:
         global_scale: Scale `tau_0` of the half-Cauchy law of `tau`.
