@@ -145,7 +145,7 @@ def spline(
             bins=bins,
             couplings=couplings,
         )
-        return SplineCoupling(weights(init))
+        return SplineCoupling(weights(init), size)
 
     def count(size: int) -> int:
         half = max(size // 2, 1)
