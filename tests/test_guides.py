@@ -132,6 +132,19 @@ def test_repr_counts_what_a_fit_trains():
     assert "noise with lam in (0, 1]" in repr(guide)
 
 
+def test_labels_say_what_restricts_a_flow():
+    def label(family):
+        return repr(guides.Guide(gp_prior("whitened", 1.0), family)).splitlines()[1]
+
+    bounded, blind = "scales within e^3 of the base's", "beyond 5 numbers blind to some predecessors"
+    assert bounded in label(guides.iaf())
+    assert "blind" not in label(guides.iaf())
+    for family in (guides.iaf(hidden=4), guides.row_shared(hidden=4)):
+        assert bounded in label(family)
+        assert blind in label(family)
+    assert "the identity beyond 5 scales" in label(guides.spline())
+
+
 def make_low_rank(prior):
     return AutoLowRankMultivariateNormal(prior, init_loc_fn=guides.init_to_base, rank=3)
 
@@ -376,10 +389,8 @@ REFUSED = NARROW | {
     "rank": (lambda: guides.low_rank(rank=0), "rank must be a whole number of at least 1; got 0"),
     "half a rank": (lambda: guides.low_rank(rank=1.5), "rank must be a whole number of at least 1; got 1.5"),
     "ensemble": (lambda: guides.ensemble(size=0), "size of an ensemble must be a whole number .*; got 0"),
-    "hidden": (
-        lambda: guides.Guide(GP, guides.iaf(hidden=1.5)),
-        "a whole number of hidden of at least 1; got hidden=1.5",
-    ),
+    "hidden": (lambda: guides.iaf(hidden=1.5), "hidden must be a whole number of at least 1; got 1.5"),
+    "bins": (lambda: guides.spline(bins=0), "bins must be a whole number of at least 1; got 0"),
     "dropout rate": (
         lambda: guides.dropout(rate=1.0),
         "rate must be a number strictly between 0 and 1; got 1.0",
