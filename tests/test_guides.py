@@ -10,15 +10,13 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
-from numpyro.distributions import constraints
 from numpyro.infer import init_to_value
 from numpyro.infer.autoguide import AutoIAFNormal, AutoLowRankMultivariateNormal, AutoNormal
 
-from bnlora import gp, guides, priors
+from bnlora import guides, priors
 from bnlora.density import density
 from bnlora.elbo import elbo_terms, initial_parameters
 from bnlora.model import AdapterPrior
-from bnlora.posterior import draw_adapters, draw_sites
 from bnlora.sites import select
 from bnlora.testing import linear_gaussian, maximise_bound
 
@@ -134,7 +132,7 @@ def test_repr_counts_what_a_fit_trains():
 
 def test_labels_say_what_restricts_a_flow():
     def label(family):
-        return repr(guides.Guide(gp_prior("whitened", 1.0), family)).splitlines()[1]
+        return repr(guides.Guide(AdapterPrior(SITES, priors.normal()), family)).splitlines()[1]
 
     bounded, blind = "scales within e^3 of the base's", "beyond 5 numbers blind to some predecessors"
     assert bounded in label(guides.iaf())
@@ -188,133 +186,6 @@ def test_any_numpyro_autoguide_fits_the_prior(make):
     assert mean + 4 * error + 0.03 > evidence - gap
 
 
-def gp_prior(form, lam):
-    """A prior with conditional noise as a site `w.E` or inside the weights `w.W`."""
-    return partial(
-        priors.sparse_gp_matrices,
-        "w",
-        (2, 3, 4),
-        sigma=0.8,
-        plate="layer",
-        rows=2,
-        cols=3,
-        form=form,
-        lam=lam,
-    )
-
-
-class Alone:
-    """A model that is its prior alone."""
-
-    def __init__(self, program):
-        self.program = program
-
-    def prior(self, *_):
-        return self.program()
-
-    def __call__(self, *_):
-        self.prior()
-
-
-def at_start(program, families, key=12, **options):
-    """Model, guide and parameters at their start."""
-    model = Alone(program)
-    guide = guides.Guide(model.prior, families, **options)
-    start, constrain = initial_parameters(jax.random.key(key), model, guide)
-    return model, guide, start, constrain
-
-
-def conditional_kl(program, noise, moved=0.0):
-    """The term of the bound with the parameters at their start, or all moved in unconstrained space."""
-    model, guide, start, constrain = at_start(program, guides.mean_field(), noise=noise)
-    params = constrain(jax.tree.map(lambda x: x + moved, start))
-    return elbo_terms(jax.random.key(13), params, model, guide)["conditional_kl"]
-
-
-FORMS = ["whitened", "weights"]
-LAMS = {
-    "fixed": 0.5,
-    "learned": priors.learned(0.5, constraints.unit_interval),
-    "random": dist.Uniform(0.0, 1.0),
-}
-
-
-@pytest.mark.parametrize("lam", LAMS.values(), ids=LAMS)
-def test_the_lam_of_a_guide_is_relative_to_that_of_the_prior_in_every_form(lam):
-    """KL(q(W|U) || p(W|U)) is the closed form in the guide's own lam, whatever that of the prior is."""
-    expected = 2 * gp.conditional_kl(3 * 4, jnp.array(0.3))
-    for form in FORMS:
-        kl = conditional_kl(gp_prior(form, lam), guides.noise(lam_init=0.3))
-        np.testing.assert_allclose(kl, expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("lam", LAMS.values(), ids=LAMS)
-def test_noise_as_in_the_prior_costs_nothing_wherever_the_lam_of_the_prior_goes(form, lam):
-    kl = conditional_kl(gp_prior(form, lam), guides.prior_noise(), moved=0.4)
-    np.testing.assert_allclose(kl, 0, atol=1e-5)
-
-
-def test_both_forms_give_the_weights_the_same_spread():
-    spreads, params = [], {}
-    for form in FORMS:
-        families, noise = guides.mean_field(init_scale=1e-6), guides.noise(lam_init=0.6)
-        model, guide, start, constrain = at_start(gp_prior(form, 0.5), families, noise=noise)
-        params = constrain(start) | {n: x for n, x in params.items() if ".E." not in n}
-        draws = draw_adapters(jax.random.key(14), model, guide, params, 4000)
-        spreads.append(np.asarray(draws).std(0))
-    # The standard deviation of n normals is off by sd / sqrt(2 n), so the ratio of two by 1 / sqrt(n).
-    np.testing.assert_allclose(spreads[0] / spreads[1], 1, atol=4.5 / 4000**0.5)
-
-
-def test_frames_start_where_the_key_says_in_every_form():
-    for form in FORMS:
-        first, again, other = (
-            at_start(gp_prior(form, 0.5), guides.mean_field(), key=key)[2] for key in (0, 0, 1)
-        )
-        for frame in ("w.rows.frame", "w.cols.frame"):
-            np.testing.assert_array_equal(first[frame], again[frame])
-            assert not np.allclose(first[frame], other[frame])
-
-
-def matrices():
-    with numpyro.plate("layer", 1):
-        return numpyro.sample("w", dist.Normal(jnp.zeros((1, 3, 4)), 0.8).to_event(2))
-
-
-def test_the_fitted_point_of_delta_is_the_posterior_mean():
-    """The posterior is Gaussian, so that its mode is its mean."""
-    with jax.enable_x64(True):
-        model = linear_gaussian(jax.random.key(15), matrices)
-        guide = guides.Guide(model.prior, guides.delta())
-        params = maximise_bound(jax.random.key(16), model, guide, num_steps=400, learning_rate=0.05)
-    np.testing.assert_allclose(params["w.q.loc"][0], model.posterior(0.8)[0], atol=1e-4)
-
-
-def test_delta_stays_in_the_support_and_is_called_no_bound():
-    model, guide, start, constrain = at_start(scalar, guides.delta())
-    at = draw_sites(jax.random.key(17), model, guide, constrain(jax.tree.map(lambda x: x - 3, start)))
-    assert at.sites["tau"] > 0
-    assert at.log_q == 0
-    assert "not a bound" in repr(guide)
-
-
-def test_dropout_drops_whole_columns_at_its_rate_and_keeps_the_mean():
-    rate, size = 0.3, 4000
-    model, guide, start, constrain = at_start(matrices, guides.dropout(rate=rate))
-    params = constrain(start)
-    draw = jax.jit(jax.vmap(lambda key: draw_sites(key, model, guide, params).sites["w"]))
-    draws, loc = np.asarray(draw(jax.random.split(jax.random.key(18), size))), params["w.q.loc"]
-    dropped = (draws == 0).all(-2)
-    expected = np.where(dropped[..., None, :], 0, loc / (1 - rate))
-    np.testing.assert_allclose(draws, expected, rtol=1e-6)
-    error = (rate * (1 - rate) / size) ** 0.5
-    np.testing.assert_allclose(dropped.mean(0), rate, atol=4 * error)
-    np.testing.assert_array_less(np.abs(draws.mean(0) - loc), 4 * error * np.abs(loc) / (1 - rate))
-    assert len({tuple(row) for row in dropped[:, 0]}) == 2**4, "columns are dropped one by one"
-    assert "not a bound" in repr(guide)
-
-
 def test_building_a_guide_never_runs_the_language_model():
     def forbidden(*_):
         raise AssertionError("the language model was run")
@@ -325,99 +196,3 @@ def test_building_a_guide_never_runs_the_language_model():
     model = Classifier(base, select(base, ["lm_head"], rank=2), priors.sparse_gp(), label_ids=(3, 7))
     for guide in (guides.SiteFlow(model.prior), AutoNormal(model.prior)):
         initial_parameters(jax.random.key(11), model, guide)
-
-
-def coin():
-    numpyro.sample("k", dist.Categorical(jnp.ones(3) / 3))
-
-
-def scalar():
-    numpyro.sample("tau", dist.HalfNormal(1.0))
-
-
-GP = gp_prior("whitened", 1.0)
-NARROW = {
-    f"{getattr(make, '__name__', 'SiteFlow')} {name}": (
-        partial(make, **{name: value}),
-        f"{name} must be a positive number; got {value}",
-    )
-    for make, name, value in [
-        (guides.mean_field, "init_scale", -0.1),
-        (guides.blob, "epsilon", -0.1),
-        (guides.matrix_normal, "init_scale", 0.0),
-        (guides.full, "init_scale", -0.1),
-        (guides.low_rank, "init_scale", float("inf")),
-        (guides.row_shared, "init_scale", -0.1),
-        (guides.iaf, "init_scale", -0.1),
-        (guides.spline, "init_scale", float("nan")),
-        (guides.block_neural, "init_scale", 0),
-        (guides.ensemble, "init_scale", -0.1),
-        (partial(guides.SiteFlow, GP), "init_scale", -0.1),
-        (guides.noise, "lam_init", -0.1),
-    ]
-}
-REFUSED = NARROW | {
-    "discrete site": (lambda: guides.SiteFlow(coin), "'k' is CategoricalProbs"),
-    "cap": (lambda: guides.noise(lam_max=1.5), "0 < lam_init < lam_max <= 1"),
-    "cap in words": (lambda: guides.noise(lam_max="one"), "lam_max must be a positive number; got 'one'"),
-    "flow": (lambda: guides.SiteFlow(GP, flow="splines"), "flow must be one of .* nearest is 'spline'"),
-    "blocks": (lambda: guides.SiteFlow(GP, flow="spline", blocks=2), "'spline' has no residual blocks"),
-    "no family": (
-        lambda: guides.Guide(GP, {r"w\.U": guides.full()}),
-        r"no family for the site 'w.V'; the patterns are \['w",
-    ),
-    "no site": (
-        lambda: guides.Guide(GP, {r"w\.U": guides.full(), ".*": guides.full()}),
-        "matches no site; nearest is 'w.V'",
-    ),
-    "hidden pattern": (
-        lambda: guides.Guide(GP, {".*": guides.full(), r"w\.V": guides.full()}),
-        r"gets no site; '\.\*' before it takes 'w.V'",
-    ),
-    "noise by pattern": (
-        lambda: guides.Guide(GP, {r"w\.E": guides.noise(), ".*": guides.full()}),
-        r"matches conditional noise alone, such as 'w.E'; pass its family as noise=\.\.\.",
-    ),
-    "no pattern": (lambda: guides.Guide(GP, {"(": guides.full()}), r"'\(' is not a valid pattern"),
-    "no call": (
-        lambda: guides.Guide(GP, guides.full),
-        r"'every site', .*; got the function full; call it: full",
-    ),
-    "no call by name": (lambda: guides.Guide(GP, {".*": guides.blob}), r"for '\.\*', .* call it: blob\(\)"),
-    "no noise": (lambda: guides.Guide(GP, guides.full(), noise=0.1), "for 'noise', such as full.*; got 0.1"),
-    "over": (lambda: guides.full(over="layers"), "over must be one of .*; got 'layers', nearest is 'layer'"),
-    "rank": (lambda: guides.low_rank(rank=0), "rank must be a whole number of at least 1; got 0"),
-    "half a rank": (lambda: guides.low_rank(rank=1.5), "rank must be a whole number of at least 1; got 1.5"),
-    "ensemble": (lambda: guides.ensemble(size=0), "size of an ensemble must be a whole number .*; got 0"),
-    "hidden": (lambda: guides.iaf(hidden=1.5), "hidden must be a whole number of at least 1; got 1.5"),
-    "bins": (lambda: guides.spline(bins=0), "bins must be a whole number of at least 1; got 0"),
-    "dropout rate": (
-        lambda: guides.dropout(rate=1.0),
-        "rate must be a number strictly between 0 and 1; got 1.0",
-    ),
-    "dropout of a scalar": (
-        lambda: guides.Guide(scalar, guides.dropout()),
-        "unconstrained matrices; 'tau' is none",
-    ),
-    "too full": (
-        # Two layers of 2 x 3 numbers: 6 locations and 6 * 7 / 2 of a triangle each.
-        lambda: guides.Guide(GP, guides.full(max_parameters=2 * 27 - 1)),
-        r"6 dimensions of 'w.V' for each of 2 layers has 54 .* more than max_parameters=53; low_rank",
-    ),
-    "matrix normal too large": (
-        # Two layers of 2 x 3 numbers: 6 locations and triangles of 3 and 6.
-        lambda: guides.Guide(GP, guides.matrix_normal(max_parameters=2 * 15 - 1)),
-        "2 x 3 matrices of 'w.V' has 30 parameters, more than max_parameters=29; low_rank",
-    ),
-}
-
-
-@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
-def test_bad_input_gets_one_clear_sentence(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-def test_a_guide_of_just_the_allowed_size_is_built():
-    for family, size in ((guides.full, 54), (guides.matrix_normal, 30)):
-        assert guides.Guide(GP, family(max_parameters=size)).counts["w.V"] == size
