@@ -70,7 +70,7 @@ class MatrixConditional(dist.Distribution):
         super().__init__(V.shape[:-2], shape, validate_args=validate_args)
 
     def scaled_to(self, lam: float | Array) -> "MatrixConditional":
-        """The same law with another `lam`: what a guide makes of the prior's."""
+        """The same law with another `lam`."""
         return MatrixConditional(self.V, self.rows, self.cols, self.sigma, lam)
 
     @property

@@ -67,7 +67,9 @@ class Classifier:
     """A classifier whose classes are label words, as a plain NumPyro model `model(params, batch)`.
 
     Where the head is adapted, only its label rows enter `sites` and the prior: the likelihood reads
-    no other row, and the others would stay exactly at their prior.
+    no other row. Under a prior that is consistent under leaving rows out the others would stay exactly at
+    their prior and change nothing; the law of the head under any other prior, such as the sparse GP with
+    `lam` below one, is defined on the label rows (`Sites.with_head_rows`).
 
     Args:
         base: The loaded base model.

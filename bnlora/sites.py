@@ -132,8 +132,11 @@ class Sites(Mapping[str, Site]):
     def with_head_rows(self, rows: int) -> "Sites":
         """The same sites with `rows` output rows in the head.
 
-        A likelihood that reads only some rows of the head leaves the others at their prior; under
-        a prior with independent rows (every prior here) leaving them out changes no other marginal.
+        A likelihood that reads only some rows of the head leaves the others at their prior given these.
+        Leaving them out changes no other marginal under a prior that is consistent under leaving rows out:
+        one whose law of some rows does not depend on how many there are. That is every prior of this library
+        but the sparse GP with `lam` below one, whose rows depend on each other through a frame of the length
+        of the factor: its law of the head is defined on the rows that are kept.
         """
         families = (replace(s, d_out=rows) if s.module == HEAD else s for s in self.families)
         return replace(self, families=tuple(families))

@@ -27,7 +27,7 @@ from bnlora.progress import progress_bar
 from bnlora.typing import Parameters
 from bnlora.validation import EarlyStopping, Validation
 
-GROUPS = {"lam": (".lam",), "scale": (".scale", "_scale")}
+GROUPS = {"lam": (".lam",), "scale": (".scale", "_scale", "_tril")}
 """Endings of the names of parameters with an optimiser of their own; all others are locations."""
 
 

@@ -14,10 +14,11 @@ from numpyro.infer import init_to_value
 from numpyro.infer.autoguide import AutoIAFNormal, AutoLowRankMultivariateNormal, AutoNormal
 
 from bnlora import guides, priors
+from bnlora.density import density
 from bnlora.elbo import elbo_terms, initial_parameters
 from bnlora.model import AdapterPrior
 from bnlora.sites import select
-from bnlora.testing import linear_gaussian
+from bnlora.testing import linear_gaussian, maximise_bound
 
 SITES = select(
     SimpleNamespace(modules={"q_proj": (12, 6), "lm_head": (12, 3)}, num_layers=3),
@@ -129,6 +130,19 @@ def test_repr_counts_what_a_fit_trains():
     assert "noise with lam in (0, 1]" in repr(guide)
 
 
+def test_labels_say_what_restricts_a_flow():
+    def label(family):
+        return repr(guides.Guide(AdapterPrior(SITES, priors.normal()), family)).splitlines()[1]
+
+    bounded, blind = "scales within e^3 of the base's", "beyond 5 numbers blind to some predecessors"
+    assert bounded in label(guides.iaf())
+    assert "blind" not in label(guides.iaf())
+    for family in (guides.iaf(hidden=4), guides.row_shared(hidden=4)):
+        assert bounded in label(family)
+        assert blind in label(family)
+    assert "the identity beyond 5 scales" in label(guides.spline())
+
+
 def make_low_rank(prior):
     return AutoLowRankMultivariateNormal(prior, init_loc_fn=guides.init_to_base, rank=3)
 
@@ -142,14 +156,34 @@ AUTO = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", AUTO.values(), ids=AUTO)
-def test_any_numpyro_autoguide_works_on_the_prior(make):
+def test_any_numpyro_autoguide_fits_the_prior(make):
+    """A fitted bound lies between that of the best independent Gaussian, which each holds, and the evidence.
+
+    With Lambda the precision of the sites' Gaussian posterior at the frames of the fit, the former falls
+    short of the evidence by (sum_i log Lambda_ii - log det Lambda) / 2.
+    """
     program = partial(priors.sparse_gp_matrices, "w", (1, 3, 4), sigma=0.8, plate="layer", rows=2, cols=3)
-    model = linear_gaussian(jax.random.key(8), program)
-    guide = make(model.prior)
-    start, constrain = initial_parameters(jax.random.key(9), model, guide)
-    keys = jax.random.split(jax.random.key(10), 200)
-    terms = jax.jit(jax.vmap(lambda k: elbo_terms(k, constrain(start), model, guide)["elbo"]))(keys)
-    assert terms.mean() < model.log_evidence(0.8)
+    with jax.enable_x64(True):
+        model = linear_gaussian(jax.random.key(8), program)
+        guide = make(model.prior)
+        params = maximise_bound(
+            jax.random.key(9),
+            model,
+            guide,
+            num_steps=2500,
+            learning_rate=0.03,
+            learn=lambda name: "auto" in name,
+        )
+        keys = jax.random.split(jax.random.key(10), 2000)
+        bound = np.asarray(jax.jit(jax.vmap(lambda k: elbo_terms(k, params, model, guide)["elbo"]))(keys))
+        sites = density(model, params)
+        precision = -np.asarray(jax.jit(jax.hessian(sites.log_joint))(jnp.zeros(sites.size)))
+    evidence = model.log_evidence(0.8)
+    gap = 0.5 * (np.log(np.diag(precision)).sum() - np.linalg.slogdet(precision)[1])
+    mean, error = bound.mean(), bound.std(ddof=1) / len(bound) ** 0.5
+    assert mean - 4 * error < evidence
+    # 0.03 nats are left to the optimiser: a decaying rate ends near, not at, the optimum.
+    assert mean + 4 * error + 0.03 > evidence - gap
 
 
 def test_building_a_guide_never_runs_the_language_model():
@@ -162,13 +196,3 @@ def test_building_a_guide_never_runs_the_language_model():
     model = Classifier(base, select(base, ["lm_head"], rank=2), priors.sparse_gp(), label_ids=(3, 7))
     for guide in (guides.SiteFlow(model.prior), AutoNormal(model.prior)):
         initial_parameters(jax.random.key(11), model, guide)
-
-
-def test_discrete_sites_and_impossible_caps_are_refused():
-    def prior(*_):
-        numpyro.sample("k", dist.Categorical(jnp.ones(3) / 3))
-
-    with pytest.raises(ValueError, match="'k' is CategoricalProbs"):
-        guides.SiteFlow(prior)
-    with pytest.raises(ValueError, match="0 < lam_init < lam_max <= 1"):
-        guides.SiteFlow(lambda *_: None, lam_max=1.5)

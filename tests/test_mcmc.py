@@ -1,6 +1,5 @@
 """Markov chains against closed forms, importance sampling, NumPyro's own sampler, and themselves."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pytest
 from numpyro.infer import MCMC, NUTS
 
 import bnlora as bl
-from bnlora import mcmc, sbc
+from bnlora import mcmc
 from bnlora.conditional import condition
 from bnlora.data import Batch
 from bnlora.density import density
@@ -120,6 +119,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path):
 SCRIPT = """
 import sys
 import jax
+import numpy as np
 import bnlora as bl
 from bnlora import mcmc
 from bnlora.testing import tiny_base, tiny_rows
@@ -127,18 +127,24 @@ from bnlora.testing import tiny_base, tiny_rows
 base = tiny_base(jax.random.key(1), num_layers=2)
 sites = bl.select(base, ["lm_head"], rank=1)
 model = bl.Classifier(base, sites, bl.priors.normal(scale=1.0), label_ids=(3, 5))
-rows = tiny_rows(jax.random.key(2), 12)
-mcmc.sample_nuts(jax.random.key(0), model, rows, num_warmup=50, num_draws=4000, piece=20, folder=sys.argv[1])
+options = {"num_warmup": 50, "num_draws": 4000, "piece": 20, "folder": sys.argv[1]}
+chains = mcmc.sample_nuts(jax.random.key(0), model, tiny_rows(jax.random.key(2), 12), **options)
+np.save(sys.argv[2], chains.vectors)
 """
 
 
 @pytest.mark.slow
 def test_a_killed_process_loses_no_piece_and_changes_no_draw(tmp_path):
     """SIGKILL in the middle of a run, then again from the start: the draws of an unbroken run."""
-    killed = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], env=dict(os.environ))
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+
+    def command(folder):
+        return [sys.executable, "-c", SCRIPT, str(folder), f"{folder}.npy"]
+
+    killed = subprocess.Popen(command(broken))
     try:
         deadline = time.monotonic() + 300
-        while len(list(tmp_path.glob("draws-*.npz"))) < 3:
+        while len(list(broken.glob("draws-*.npz"))) < 3:
             assert killed.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline, "no piece was written"
             time.sleep(0.005)
@@ -146,23 +152,43 @@ def test_a_killed_process_loses_no_piece_and_changes_no_draw(tmp_path):
     finally:
         killed.kill()
         killed.wait()
-    before = {p.name: p.read_bytes() for p in tmp_path.glob("draws-*.npz")}
+    before = {p.name: p.read_bytes() for p in broken.glob("draws-*.npz")}
     assert 3 <= len(before) < 200
-    options = {"num_warmup": 50, "num_draws": 4000, "piece": 20}
-    resumed = mcmc.sample_nuts(KEY, classifier(), ROWS, folder=tmp_path, **options)
-    assert all((tmp_path / name).read_bytes() == data for name, data in before.items())
-    whole = mcmc.sample_nuts(KEY, classifier(), ROWS, **options)
-    np.testing.assert_array_equal(resumed.vectors, whole.vectors)
+    for folder in (broken, whole):
+        subprocess.run(command(folder), check=True)
+    assert all((broken / name).read_bytes() == data for name, data in before.items())
+    np.testing.assert_array_equal(np.load(f"{broken}.npy"), np.load(f"{whole}.npy"))
+
+
+def weighted_pool(key, model, rows, *, chunks=20, size=16384):
+    """Prior draws of the adapters by chunks, with the log-likelihood of the rows at each."""
+    weigh = jax.jit(
+        lambda frozen, x: jax.lax.map(lambda a: log_likelihood(model, frozen, a, rows), x, batch_size=512)
+    )
+    pools, weights = [], []
+    for k in jax.random.split(key, chunks):
+        pool = draw_prior(k, model, {}, size, num_together=512)
+        pools.append(jax.tree.map(np.asarray, pool))
+        weights.append(np.asarray(weigh(model.base.params, pool), np.float64))
+    return jax.tree.map(lambda *x: np.concatenate(x), *pools), np.concatenate(weights)
+
+
+def exact_values(key, model, rows, functions):
+    """Functions at 2,000 draws of importance resampling, as four chains."""
+    pool, log_weights = weighted_pool(key, model, rows)
+    share = np.exp(log_weights - log_weights.max())
+    share /= share.sum()
+    assert 1 / (share**2).sum() > 2000  # so that resampling repeats few
+    picked = np.random.default_rng(0).choice(len(share), 2000, p=share)
+    adapters = jax.tree.map(lambda x: jnp.asarray(x[picked]), pool)
+    _, values = evaluate(functions, model, adapters, rows)
+    return values.reshape(4, 500, -1)
 
 
 @pytest.fixture(scope="module")
 def exact():
-    """Functions of the tiny head at draws of importance resampling from the prior, as four chains."""
     model = classifier()
-    infer = sbc.importance_inference(model, num_particles=400_000, num_draws=4000, num_together=4096)
-    draws = jax.jit(infer)(jax.random.key(5), BASE.params, ROWS)
-    _, values = evaluate(identifiable(model, ROWS[:8]), model, draws, ROWS)
-    return values.reshape(4, 1000, -1)
+    return exact_values(jax.random.key(5), model, ROWS, identifiable(model, ROWS[:8]))
 
 
 SAMPLERS = {
@@ -193,11 +219,7 @@ def test_evidence_of_smc_is_that_of_importance_sampling():
     """log of the mean likelihood under the prior, with the delta method's standard error."""
     model = classifier()
     chains = mcmc.sample_smc(KEY, model, ROWS, num_particles=1000)
-    pool = draw_prior(jax.random.key(6), model, {}, 400_000, num_together=4096)
-    weigh = jax.jit(
-        lambda frozen, x: jax.lax.map(lambda a: log_likelihood(model, frozen, a, ROWS), x, batch_size=4096)
-    )
-    log_weights = np.asarray(weigh(BASE.params, pool), np.float64)
+    _, log_weights = weighted_pool(jax.random.key(6), model, ROWS)
     weights = np.exp(log_weights - log_weights.max())
     expected = np.log(weights.mean()) + log_weights.max()
     error = weights.std() / weights.mean() / len(weights) ** 0.5
@@ -221,7 +243,7 @@ def test_microcanonical_draws_are_close_and_never_certified():
 @pytest.mark.slow
 def test_inducing_variables_are_auxiliary():
     """HMC over (V, E) and HMC over W with its marginal N(0, sigma^2) give one posterior of B A and logits."""
-    sparse = classifier(bl.priors.sparse_gp(rows=2, cols=4, scale=1.5, frames="random"))
+    sparse = classifier(bl.priors.sparse_gp(rows=2, cols=4, scale=1.5, frames=jax.random.key(9)))
     plain = classifier(bl.priors.normal(scale=1.5))
     guide = bl.guides.Guide(sparse.prior, bl.guides.mean_field(init_scale=0.1))
     fit = bl.fit(KEY, sparse, guide, ROWS, optax.adam(1e-2), num_steps=50, batch_size=12)
@@ -258,12 +280,9 @@ def test_some_sites_alone_with_the_others_held():
     names, values = chains.values()
     assert "norm[q_proj]" not in names
     fixed = {n: chains.model.fixed[n] for n in ("q_proj.a", "q_proj.b")}
-    infer = sbc.importance_inference(
-        condition(model, fixed), num_particles=200_000, num_draws=2000, num_together=1
-    )
-    draws = jax.jit(infer)(jax.random.key(5), BASE.params, chains.target.rows)
-    _, reference = evaluate(identifiable(chains.model, ROWS[:8]), chains.model, draws, ROWS)
-    assert_agree(values, reference.reshape(4, 500, -1))
+    functions = identifiable(chains.model, ROWS[:8])
+    reference = exact_values(jax.random.key(5), condition(model, fixed), ROWS, functions)
+    assert_agree(values, reference)
 
 
 def test_starts_and_options_are_checked():

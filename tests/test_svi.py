@@ -155,15 +155,31 @@ def test_head_alone_leaves_nothing_of_the_layers_to_run():
     assert np.isfinite(fit.history["elbo"]).all()
 
 
-def test_scales_have_their_own_optimizer():
-    model, guide = make(bl.priors.sparse_gp(rows=2, cols=2), targets=("lm_head",))
+def of_both(a, b):
+    return {r".*\.a\.V": a, r".*\.b\.V": b}
+
+
+SCALED = {
+    "row_shared": bl.guides.row_shared(hidden=4, blocks=1),
+    "full, matrix_normal": of_both(bl.guides.full(), bl.guides.matrix_normal()),
+    "blob, low_rank": of_both(bl.guides.blob(), bl.guides.low_rank(rank=1)),
+    "ensemble, iaf": of_both(bl.guides.ensemble(size=2), bl.guides.iaf(hidden=2)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("families", SCALED.values(), ids=SCALED)
+def test_scales_have_their_own_optimizer(families):
+    model, _ = make(bl.priors.sparse_gp(rows=2, cols=2), targets=("lm_head",))
+    guide = bl.guides.Guide(model.prior, families)
     rates = jnp.float32(0.0), jnp.float32(0.1)  # arrays, so that both fits are one program
     start, moved = (
         run(model, guide, optimizer=optax.sgd(0.0), scale_optimizer=optax.sgd(rate), num_steps=2)
         for rate in rates
     )
     changed = {n for n in moved.params if not same_tree(moved.params[n], start.params[n])}
-    assert changed == {n for n in moved.params if n.endswith((".lam", ".q.scale"))}
+    assert changed == {n for n in moved.params if n.endswith((".lam", "scale", "_tril"))}
+    assert len(changed - {n for n in changed if n.endswith(".lam")}) >= 2
     np.testing.assert_allclose(start.params["lm_head.a.E.q.lam"], 0.01, rtol=1e-5)
 
 

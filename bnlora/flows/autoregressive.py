@@ -42,7 +42,7 @@ def near_identity(
 ) -> Conditioner:
     """Random weights of a conditioner whose shifts and log-scales are near zero.
 
-    The map is near the identity: |f(x) - x| < 0.15 for |x| < 3 at the widths in use. A batch
+    The map is near the identity, |f(x) - x| < 0.15 for |x| < 3, however wide the network is. A batch
     entry has (f+1) h + 2 b h (h+1) + 2 (h+1) f weights for f features, h hidden units and b blocks.
 
     Args:
@@ -57,7 +57,8 @@ def near_identity(
     """
     require_positive(features=features, hidden=hidden, blocks=blocks)
     shapes = [(features, hidden), (blocks, 2, hidden, hidden), (hidden, 2 * features)]
-    sizes = [features**-0.5, hidden**-0.5, 1e-3]
+    # As many units as are beyond 16 would add up to a larger map.
+    sizes = [features**-0.5, hidden**-0.5, 1e-3 * min(1.0, 16 / hidden) ** 0.5]
     weights = [s * x for s, x in zip(sizes, standard_normals(key, batch, shapes), strict=True)]
     return Conditioner(*((w, jnp.zeros((*w.shape[:-2], w.shape[-1]))) for w in weights))
 

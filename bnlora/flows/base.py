@@ -10,6 +10,7 @@ Reference: Papamakarios et al. (2021), Normalizing flows for probabilistic model
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -76,14 +77,14 @@ def standard_normals(key: Array, batch: tuple[int, ...], shapes: Sequence[tuple[
 
 
 def require_positive(**sizes: int) -> None:
-    """Refuse a size below one.
+    """Refuse a size that is no whole number of at least one.
 
     Raises:
         ValueError: Names the first such size.
     """
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"a flow needs {name} of at least 1; got {name}={size}")
+        if not isinstance(size, Integral) or size < 1:
+            raise ValueError(f"a flow needs a whole number of {name} of at least 1; got {name}={size!r}")
 
 
 def require_features(x: Array, features: int) -> None:

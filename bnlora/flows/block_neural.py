@@ -109,6 +109,8 @@ class BlockNeural(Flow):
     The inverse is numerical: bisection entry by entry inside an exact bracket, then Newton's corrections,
     whose derivatives are those of the inverse. It takes 32 d passes in float32 and 61 d in float64 and is for
     checks and densities of given points; a fit needs the density of its own draws alone, which is one pass.
+    The bracket grows as exp(-log_slope), so it is precise only while every `log_slope` (0 at the start) is
+    above about -10 in float32 and -20 in float64.
 
     Args:
         net: The network's weights, with the batch axes of the site in front.

@@ -189,24 +189,26 @@ class SplineCoupling(Flow):
 
     Args:
         nets: A network for each coupling, with the batch axes of the site in front.
+        features: Entries of the vector. The networks do not tell one entry from two.
         bound: Half-width of the interval in which the splines bend. Outside they are the identity, so this
             restricts the family.
 
     Raises:
-        ValueError: When `bound` is not positive, or when called on a vector of another length.
+        ValueError: When `bound` is not positive or `features` below one, or when called on a vector of
+            another length.
     """
 
-    def __init__(self, nets: tuple[Coupling, ...], bound: float = BOUND):
+    def __init__(self, nets: tuple[Coupling, ...], features: int, bound: float = BOUND):
+        require_positive(features=features)
         if not bound > 0:
             raise ValueError(f"bound must be positive; got {bound}")
         self.nets = tuple(Coupling(*net) for net in nets)
+        self.features = features
         self.bound = bound
 
     def _steps(self, x: Array) -> list[tuple[Coupling, slice, slice]]:
-        given, bent = self.nets[0].first[0].shape[-2], self.nets[0].last[0].shape[-2]
-        single = given == bent == x.shape[-1] == 1
-        require_features(x, 1 if single else given + bent)
-        return [(net, *roles(x.shape[-1], step)) for step, net in enumerate(self.nets)]
+        require_features(x, self.features)
+        return [(net, *roles(self.features, step)) for step, net in enumerate(self.nets)]
 
     def call_with_intermediates(self, x: Array) -> tuple[Array, Array]:
         """The image of `x` and the sum of the log-derivatives of all splines on the way, in one pass."""
@@ -222,8 +224,8 @@ class SplineCoupling(Flow):
         return y
 
     def tree_flatten(self):
-        """The weights are leaves; the bound is structure."""
-        return (self.nets,), (("nets",), {"bound": self.bound})
+        """The weights are leaves; the length of the vector and the bound are structure."""
+        return (self.nets,), (("nets",), {"features": self.features, "bound": self.bound})
 
 
 def _table(net: Coupling, given: Array, bound: float) -> Knots:

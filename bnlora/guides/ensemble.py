@@ -22,6 +22,7 @@ from numpyro.distributions import constraints
 from bnlora.guides.family import Family
 from bnlora.guides.latent import Latent
 from bnlora.guides.vector import placed
+from bnlora.priors.hyper import require_count, require_number
 
 
 def ensemble(*, size: int = 4, init_scale: float = 0.01) -> Family:
@@ -32,10 +33,11 @@ def ensemble(*, size: int = 4, init_scale: float = 0.01) -> Family:
         init_scale: Standard deviation at the start, in unconstrained space.
 
     Raises:
-        ValueError: When the size is below one.
+        ValueError: When the size is no whole number of at least one, or `init_scale` is not a positive
+            number.
     """
-    if size < 1:
-        raise ValueError(f"an ensemble needs at least one member; got size={size}")
+    require_count("the size of an ensemble", size)
+    require_number("init_scale", init_scale)
 
     def build(latents: Sequence[Latent]) -> Mapping[str, dist.Distribution]:
         mixed = dist.Categorical(probs=jnp.full(size, 1 / size)).mask(mask=False)

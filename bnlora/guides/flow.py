@@ -9,8 +9,9 @@ r"""Normalizing flows: a standard normal z through f, near the identity at the s
 
 `row_shared` is that of the published code; its rows are independent given the network. The others are
 families of vectors and take `over` (see `vector`): a joint autoregressive flow over all sites is
-`iaf(over="all")`, where that is affordable. Splines bend within five scales of the location and are the
-identity beyond.
+`iaf(over="all")`, where that is affordable. The affine flows multiply a scale by at most e^3 either way, and
+with fewer hidden units than predecessors some entries do not see all of these; splines bend within five
+scales of the location and are the identity beyond. The labels say so.
 
 Reference: Kingma et al. (2016), inverse autoregressive flow; Durkan et al. (2019), neural spline flows; De
 Cao et al. (2020), block neural autoregressive flow; Lin et al. (2026), arXiv 2601.21003, for the row-shared
@@ -39,9 +40,11 @@ from bnlora.flows import (
 )
 from bnlora.flows import block_neural as blocks_flow
 from bnlora.flows import spline as spline_flow
+from bnlora.flows.autoregressive import LOG_SCALE_BOUND
 from bnlora.guides.family import Family, per_site
 from bnlora.guides.latent import Latent
 from bnlora.guides.vector import MAX_PARAMETERS, Over, vector_family
+from bnlora.priors.hyper import require_count, require_number
 
 Weights = Callable[[Callable[[Array], Any]], Any]
 """Declares the flow's parameter from a function of a key, and returns its value."""
@@ -53,10 +56,16 @@ def row_shared(*, hidden: int = 16, blocks: int = 2, init_scale: float = 0.01) -
     A site of scalars has no row and stays Gaussian.
 
     Args:
-        hidden: Width of the flow's hidden layers.
+        hidden: Width of the flow's hidden layers. Rows of more than `hidden + 1` numbers have entries that
+            do not see some of those before them.
         blocks: Residual blocks of the flow's network (16 wide and 2 blocks in the published code).
         init_scale: Standard deviation of the base at the start, in unconstrained space.
+
+    Raises:
+        ValueError: When a size is no whole number of at least one, or `init_scale` is not a positive number.
     """
+    require_number("init_scale", init_scale)
+    _require_sizes(hidden=hidden, blocks=blocks)
 
     def law(latent: Latent) -> dist.Distribution:
         base = dist.Normal(latent.location(), latent.scale(init_scale)).to_event(latent.event_dim)
@@ -67,7 +76,7 @@ def row_shared(*, hidden: int = 16, blocks: int = 2, init_scale: float = 0.01) -
         flow = RowSharedAffine(Conditioner(*latent.parameter("flow", init)), latent.event_dim)
         return latent.constrained(base, [flow, *latent.to_values()])
 
-    return per_site("Gaussian with row-shared flow", law)
+    return per_site(f"Gaussian with row-shared flow{_affine_limits(hidden)}", law)
 
 
 def iaf(
@@ -81,15 +90,18 @@ def iaf(
     """Inverse autoregressive flow over a whole vector.
 
     Args:
-        hidden: Width of the hidden layers; as wide as the vector when omitted.
+        hidden: Width of the hidden layers; as wide as the vector when omitted. In vectors of more than
+            `hidden + 1` numbers some entries do not see some of those before them.
         blocks: Residual blocks of the network.
         over: What is one vector: `"layer"`, `"family"` or `"all"`.
         init_scale: Standard deviation of the base at the start, in unconstrained space.
         max_parameters: Refuse to be built with more.
 
     Raises:
-        ValueError: When `over` is unknown. Building the guide raises it where the flow would be too large.
+        ValueError: When `over` is unknown, a size is no whole number of at least one, or `init_scale` is not
+            a positive number. Building the guide raises it where the flow would be too large.
     """
+    _require_sizes(hidden=1 if hidden is None else hidden, blocks=blocks)
 
     def width(size: int) -> int:
         return size if hidden is None else hidden
@@ -102,7 +114,8 @@ def iaf(
         h = width(size)
         return (size + 1) * h + blocks * 2 * (h + 1) * h + (h + 1) * 2 * size
 
-    return _flow_family("inverse autoregressive flow", flow, count, over, init_scale, max_parameters)
+    label = f"inverse autoregressive flow{_affine_limits(hidden)},"
+    return _flow_family(label, flow, count, over, init_scale, max_parameters)
 
 
 def spline(
@@ -125,8 +138,10 @@ def spline(
         max_parameters: Refuse to be built with more.
 
     Raises:
-        ValueError: When `over` is unknown. Building the guide raises it where the flow would be too large.
+        ValueError: When `over` is unknown, a size is no whole number of at least one, or `init_scale` is not
+            a positive number. Building the guide raises it where the flow would be too large.
     """
+    _require_sizes(hidden=hidden, bins=bins, couplings=couplings)
 
     def flow(weights: Weights, batch: tuple[int, ...], size: int) -> Flow:
         init = partial(
@@ -137,7 +152,7 @@ def spline(
             bins=bins,
             couplings=couplings,
         )
-        return SplineCoupling(weights(init))
+        return SplineCoupling(weights(init), size)
 
     def count(size: int) -> int:
         half = max(size // 2, 1)
@@ -167,8 +182,10 @@ def block_neural(
         max_parameters: Refuse to be built with more.
 
     Raises:
-        ValueError: When `over` is unknown. Building the guide raises it where the flow would be too large.
+        ValueError: When `over` is unknown, a size is no whole number of at least one, or `init_scale` is not
+            a positive number. Building the guide raises it where the flow would be too large.
     """
+    _require_sizes(hidden=hidden)
 
     def flow(weights: Weights, batch: tuple[int, ...], size: int) -> Flow:
         init = partial(blocks_flow.near_identity, batch=batch, features=size, hidden=hidden)
@@ -180,6 +197,18 @@ def block_neural(
     return _flow_family("block neural autoregressive flow", flow, count, over, init_scale, max_parameters)
 
 
+def _require_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        require_count(name, size)
+
+
+def _affine_limits(hidden: int | None) -> str:
+    """What restricts an affine autoregressive flow, for its label."""
+    scales = f", scales within e^{LOG_SCALE_BOUND:g} of the base's"
+    # Fewer hidden units than predecessors leave some of these out: see `conditioner_masks`.
+    return scales if hidden is None else f"{scales}, beyond {hidden + 1} numbers blind to some predecessors"
+
+
 def _flow_family(
     label: str,
     flow: Callable[[Weights, tuple[int, ...], int], Flow],
@@ -188,6 +217,8 @@ def _flow_family(
     init_scale: float,
     max_parameters: int,
 ) -> Family:
+    require_number("init_scale", init_scale)
+
     def law(
         prefix: str, batch: tuple[int, ...], size: int, start: Callable[[Array], Array]
     ) -> dist.Distribution:

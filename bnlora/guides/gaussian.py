@@ -17,10 +17,10 @@ from jax import Array
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import LowerCholeskyAffine
 
-from bnlora.checks import check_at_least
 from bnlora.distributions import LowRankGaussian
 from bnlora.guides.family import Family
 from bnlora.guides.vector import MAX_PARAMETERS, Over, vector_family
+from bnlora.priors.hyper import require_count, require_number
 
 
 def full(*, over: Over = "layer", init_scale: float = 0.01, max_parameters: int = MAX_PARAMETERS) -> Family:
@@ -32,9 +32,10 @@ def full(*, over: Over = "layer", init_scale: float = 0.01, max_parameters: int 
         max_parameters: Refuse to be built with more.
 
     Raises:
-        ValueError: When `over` is unknown. Building the guide raises it where the covariance would be too
-            large.
+        ValueError: When `over` is unknown or `init_scale` is not a positive number. Building the guide raises
+            it where the covariance would be too large.
     """
+    require_number("init_scale", init_scale)
 
     def law(prefix: str, batch: tuple[int, ...], size: int, start) -> dist.Distribution:
         loc = numpyro.param(f"{prefix}.q.loc", start)
@@ -72,9 +73,11 @@ def low_rank(
         max_parameters: Refuse to be built with more.
 
     Raises:
-        ValueError: When the rank is below one or `over` is unknown.
+        ValueError: When the rank is no whole number of at least one, `over` is unknown or `init_scale` is not
+            a positive number.
     """
-    check_at_least({"the rank": rank}, 1)
+    require_count("rank", rank)
+    require_number("init_scale", init_scale)
 
     def law(prefix: str, batch: tuple[int, ...], size: int, start) -> dist.Distribution:
         loc = numpyro.param(f"{prefix}.q.loc", start)

@@ -44,8 +44,9 @@ class Guide:
         name: What the guide calls itself.
 
     Raises:
-        ValueError: When a latent site is discrete, has no family, or a pattern matches no site, and whatever
-            a family refuses, such as more dimensions than it can hold.
+        ValueError: When a latent site is discrete or has no family, a pattern is no regular expression or
+            gets no site, or a family is not a `Family` (such as the function that makes one), and whatever a
+            family refuses, such as more dimensions than it can hold.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -69,6 +70,7 @@ class Guide:
     counts: Mapping[str, int] = field(init=False, compare=False)
 
     def __post_init__(self):
+        _require_families(self.families, self.noise)
         trace = handlers.trace(handlers.seed(self.prior, jax.random.key(0))).get_trace()
         latent = {
             n: Latent(s, self.init_loc_fn)
@@ -89,11 +91,15 @@ class Guide:
         for family, names in self.groups:
             laws |= family.build([self.latent[name] for name in names])
         draws: dict[str, Array] = {}
+        # One key for every look at the prior, whose parameters may start at random: each look declares them.
+        conditional = any(isinstance(law, MatrixConditional) for law in laws.values())
+        key = numpyro.prng_key() if conditional else None
         # In the order of the prior: NumPyro's mean-field bound wants both programs to agree on it.
         for name, site in self.latent.items():
             law = laws[name]
             if isinstance(law, MatrixConditional):
-                law = self._given(draws, name).scaled_to(law.lam)
+                given = self._given(key, draws, name)
+                law = given.scaled_to(law.lam * given.lam)  # a guide's lam is relative to the prior's
             draws[name] = _sample_inside(site.site["cond_indep_stack"], name, law)
         return draws
 
@@ -109,9 +115,9 @@ class Guide:
                 lines.append(f"  {name} {shape}: {family.label}, {self.counts[name]:,}")
         return "\n".join(lines)
 
-    def _given(self, draws: Mapping[str, Array], name: str) -> Any:
+    def _given(self, key: Array | None, draws: Mapping[str, Array], name: str) -> Any:
         """The prior's law of a site given the draws of the sites before it."""
-        program = handlers.seed(handlers.substitute(self.prior, data=dict(draws)), jax.random.key(0))
+        program = handlers.seed(handlers.substitute(self.prior, data=dict(draws)), key)
         with handlers.block(hide_fn=lambda site: site["type"] != "param"):
             return handlers.trace(program).get_trace()[name]["fn"]
 
@@ -127,11 +133,25 @@ class Guide:
             matched[pattern].append(name)
         for pattern, names in matched.items():
             if not names and plain and isinstance(self.families, Mapping):
-                near = difflib.get_close_matches(pattern, plain, n=1, cutoff=0.0)
-                raise ValueError(f"the pattern {pattern!r} matches no site; nearest is {near[0]!r}")
+                raise ValueError(self._unmatched(pattern, rules, plain))
         groups = [(rules[pattern], tuple(names)) for pattern, names in matched.items() if names]
         marked = tuple(name for name, site in self.latent.items() if site.is_noise)
         return groups + ([(self.noise, marked)] if marked else [])
+
+    def _unmatched(self, pattern: str, rules: Mapping[str, Family], plain: Sequence[str]) -> str:
+        """Why a pattern got no site."""
+        found = [name for name in self.latent if re.fullmatch(pattern, name)]
+        taken = next((name for name in found if name in plain), None)
+        if taken is not None:
+            before = next(p for p in rules if re.fullmatch(p, taken))
+            return f"the pattern {pattern!r} gets no site; {before!r} before it takes {taken!r}"
+        if found:
+            return (
+                f"the pattern {pattern!r} matches conditional noise alone, such as {found[0]!r}; "
+                "pass its family as noise=..."
+            )
+        near = difflib.get_close_matches(pattern, plain, n=1, cutoff=0.0)
+        return f"the pattern {pattern!r} matches no site; nearest is {near[0]!r}"
 
     def _count(self) -> dict[str, int]:
         """Number of the guide's parameters by site; those of a joint family count with its first site."""
@@ -149,6 +169,21 @@ class Guide:
         return {
             site: sum(n for name, n in sizes.items() if name.startswith(f"{site}.q.")) for site in self.latent
         }
+
+
+def _require_families(families: Any, noise: Any) -> None:
+    """Raise unless every family is one, and every pattern a regular expression."""
+    given = dict(families) if isinstance(families, Mapping) else {"every site": families}
+    for name, family in (given | {"noise": noise}).items():
+        if not isinstance(family, Family):
+            called = getattr(family, "__name__", None)
+            hint = f"the function {called}; call it: {called}()" if called else repr(family)
+            raise ValueError(f"a guide needs a family for {name!r}, such as full(); got {hint}")
+    for pattern in families if isinstance(families, Mapping) else ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a valid pattern: {error}") from error
 
 
 def _sample_inside(frames: Sequence[Any], name: str, law: dist.Distribution) -> Array:

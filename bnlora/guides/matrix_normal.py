@@ -19,6 +19,7 @@ from bnlora.distributions import MatrixAffine
 from bnlora.guides.family import Family, per_site
 from bnlora.guides.latent import Latent
 from bnlora.guides.vector import MAX_PARAMETERS
+from bnlora.priors.hyper import require_number
 
 
 def matrix_normal(*, init_scale: float = 0.01, max_parameters: int = MAX_PARAMETERS) -> Family:
@@ -29,13 +30,15 @@ def matrix_normal(*, init_scale: float = 0.01, max_parameters: int = MAX_PARAMET
         max_parameters: Refuse to be built with more for one site.
 
     Raises:
-        ValueError: Building the guide raises it where a side is too long for a covariance.
+        ValueError: When `init_scale` is not a positive number. Building the guide raises it where a side is
+            too long for a covariance.
     """
+    require_number("init_scale", init_scale)
 
     def law(latent: Latent) -> dist.Distribution:
         cols = latent.event[-1] if latent.event else 1
         shape = (math.prod(latent.event) // cols, cols)
-        total = math.prod(latent.batch) * sum(d * (d + 1) // 2 for d in shape)
+        total = math.prod(latent.shape) + math.prod(latent.batch) * sum(d * (d + 1) // 2 for d in shape)
         if total > max_parameters:
             raise ValueError(
                 f"a matrix normal over the {shape[0]:,} x {shape[1]:,} matrices of {latent.name!r} has "

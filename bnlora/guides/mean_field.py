@@ -13,6 +13,7 @@ from jax import Array
 
 from bnlora.guides.family import Family, per_site
 from bnlora.guides.latent import Latent
+from bnlora.priors.hyper import require_number
 
 
 def mean_field(*, init_scale: float = 0.01) -> Family:
@@ -20,7 +21,11 @@ def mean_field(*, init_scale: float = 0.01) -> Family:
 
     Args:
         init_scale: Standard deviation at the start, in unconstrained space.
+
+    Raises:
+        ValueError: When it is not a positive number.
     """
+    require_number("init_scale", init_scale)
 
     def law(latent: Latent) -> dist.Distribution:
         q = dist.Normal(latent.location(), latent.scale(init_scale)).to_event(latent.event_dim)
@@ -36,7 +41,11 @@ def blob(*, epsilon: float = 0.05) -> Family:
 
     Args:
         epsilon: The roots of the scales start uniform on `[epsilon / sqrt(2), epsilon]`.
+
+    Raises:
+        ValueError: When it is not a positive number.
     """
+    require_number("epsilon", epsilon)
 
     def law(latent: Latent) -> dist.Distribution:
         def start(key: Array) -> Array:

@@ -1,41 +1,45 @@
-r"""Noise that completes a conditional W | U: q(E) = N(0, lam^2), one `lam` in (0, lam_max] for each layer.
+r"""Noise that completes a conditional W | U: `lam` in (0, lam_max] times that of the prior, by layer.
 
-KL(q(W|U) || p(W|U)) = d_o d_i (rho^2 / 2 - log rho - 1 / 2), rho = lam over the prior's own: in closed form,
-and the same whether the site is the whitened `E` or the weights `W` themselves.
+The guide's `lam` is relative to the prior's conditional noise, whatever scale that has: q(E) = N(0, lam^2)
+where the site is the whitened noise, and where it is the weights themselves, a conditional of lam times the
+prior's own scale lam_p. In both forms, and in closed form,
+
+    KL(q(W|U) || p(W|U)) = d_o d_i (lam^2 / 2 - log lam - 1 / 2).
 
 Reference: Lin et al. (2026), arXiv 2601.21003.
 """
 
 import jax.numpy as jnp
 import numpyro.distributions as dist
+from jax import Array
 from numpyro.distributions import constraints
 
 from bnlora.distributions import MatrixConditional
 from bnlora.guides.family import Family, per_site
 from bnlora.guides.latent import Latent
+from bnlora.priors.hyper import require_number
 
 
 def noise(*, lam_init: float = 0.01, lam_max: float = 1.0) -> Family:
-    """One learned scale a layer for the conditional noise.
+    """One learned scale a layer for the conditional noise, relative to that of the prior.
 
     Args:
         lam_init: Start of every `lam`; small, so that optimisation finds the signal before noise.
-        lam_max: Cap on `lam`. 1 is the full family; a smaller one is a restricted family.
+        lam_max: Cap on `lam`. 1, the prior's own noise, is the full family; a smaller one is a restricted
+            family.
 
     Raises:
         ValueError: When `0 < lam_init < lam_max <= 1` fails.
     """
-    if not 0 < lam_init < lam_max <= 1:
+    require_number("lam_init", lam_init)
+    require_number("lam_max", lam_max)
+    if not lam_init < lam_max <= 1:
         raise ValueError(f"lam needs 0 < lam_init < lam_max <= 1; got lam_init={lam_init}, lam_max={lam_max}")
 
     def law(latent: Latent) -> dist.Distribution:
         start = jnp.full(latent.batch, lam_init)
         lam = latent.parameter("lam", start, constraints.interval(0.0, lam_max))
-        prior = latent.site["fn"]
-        if isinstance(prior, MatrixConditional):
-            return prior.scaled_to(lam)
-        width = jnp.expand_dims(lam, range(-latent.event_dim, 0))
-        return dist.Normal(jnp.zeros(latent.shape), width).to_event(latent.event_dim)
+        return _times_the_prior(latent, lam)
 
     return per_site(f"noise with lam in (0, {lam_max:g}]", law)
 
@@ -44,9 +48,19 @@ def prior_noise() -> Family:
     """Noise exactly as in the prior, nothing learned: KL(q(W|U) || p(W|U)) = 0."""
 
     def law(latent: Latent) -> dist.Distribution:
-        prior = latent.site["fn"]
-        if isinstance(prior, MatrixConditional):
-            return prior.scaled_to(jnp.ones(latent.batch) * prior.lam)
-        return dist.Normal(jnp.zeros(latent.shape), 1.0).to_event(latent.event_dim)
+        return _times_the_prior(latent, jnp.ones(latent.batch))
 
     return per_site("noise as in the prior", law)
+
+
+def _times_the_prior(latent: Latent, lam: Array) -> dist.Distribution:
+    """Noise of `lam` times the prior's scale.
+
+    A conditional law of weights depends on draws and parameters that are not known yet: this one only says
+    its `lam`, and the guide puts it on the prior's law at those (`Guide.__call__`).
+    """
+    prior = latent.site["fn"]
+    if isinstance(prior, MatrixConditional):
+        return prior.scaled_to(lam)
+    width = jnp.expand_dims(lam, range(-latent.event_dim, 0))
+    return dist.Normal(jnp.zeros(latent.shape), width).to_event(latent.event_dim)

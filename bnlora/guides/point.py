@@ -13,6 +13,7 @@ import numpyro.distributions as dist
 
 from bnlora.guides.family import Family, per_site
 from bnlora.guides.latent import Latent
+from bnlora.priors.hyper import require_number
 
 
 def delta() -> Family:
@@ -38,8 +39,7 @@ def dropout(*, rate: float = 0.1) -> Family:
     Raises:
         ValueError: When the rate lies outside (0, 1), or a site has no columns or is constrained.
     """
-    if not 0 < rate < 1:
-        raise ValueError(f"the dropout rate must lie strictly between 0 and 1; got {rate}")
+    require_number("the dropout rate", rate, upper=1.0)
 
     def law(latent: Latent) -> dist.Distribution:
         if latent.event_dim < 1 or latent.to_values():

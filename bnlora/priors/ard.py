@@ -23,6 +23,8 @@ def ard(
 ) -> Prior:
     """Normal factors with a gain for each rank, learned or random.
 
+    The gains act on `b`: where `a` alone is asked for, as for the part `a` of `per_factor`, this is `normal`.
+
     Args:
         gain: `learned(start)`, the distribution of each gain (such as `HalfNormal(1)`), or a number.
         scale: Scale of the normals, as in `normal`.
@@ -32,7 +34,7 @@ def ard(
         A prior with the sites of `normal` and `<family>.b.gain`, shape (layer, rank).
 
     Raises:
-        ValueError: When a scale or gain may not be positive.
+        ValueError: When a scale or gain may not be positive or `width` is unknown.
     """
     require_positive("gain", gain)
 

@@ -10,7 +10,7 @@ only completes the conditional W | U, for which one learned scale `lam` per matr
 """
 
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import jax.numpy as jnp
 import numpyro
@@ -18,7 +18,7 @@ import numpyro.distributions as dist
 from jax import Array
 from jaxtyping import Float
 
-from bnlora.priors.hyper import Hyper, is_random
+from bnlora.priors.hyper import Hyper, is_random, require_option
 from bnlora.sites import Site, Sites
 from bnlora.typing import Adapters
 
@@ -52,8 +52,14 @@ def layers(site: Site) -> numpyro.plate:
     return numpyro.plate(f"{site.name}.layer", site.depth)
 
 
+def require_width(width: Width) -> None:
+    """Raise `ValueError` unless `width` is one of the options of `Width`."""
+    require_option("width", width, get_args(Width))
+
+
 def width_factor(site: Site, factor: str, width: Width) -> float:
     """`1 / sqrt(d_i)` where spreads are scaled to the width, so that a unit input gives a unit output."""
+    require_width(width)
     return site.shapes[factor][-1] ** -0.5 if width == "scaled" else 1.0
 
 

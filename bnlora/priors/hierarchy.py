@@ -22,7 +22,7 @@ import numpyro.distributions as dist
 from jax import Array
 
 from bnlora import gp
-from bnlora.priors.base import START, Prior, Width, each_factor, layers, width_factor
+from bnlora.priors.base import START, Prior, Width, each_factor, layers, require_width, width_factor
 from bnlora.priors.hyper import (
     ByFactor,
     Hyper,
@@ -30,13 +30,14 @@ from bnlora.priors.hyper import (
     hyper_value,
     learned,
     require_number,
+    require_option,
     require_positive,
     require_unit,
 )
 from bnlora.priors.sides import frames_side, require_sizes
 from bnlora.priors.sparse_gp import standard_normal
 from bnlora.sites import Site, Sites
-from bnlora.typing import NOISE, Adapters
+from bnlora.typing import FACTORS, NOISE, Adapters
 
 
 def pooled_scales(prior: Prior, *, spread: Hyper = learned(0.5), factor: str = "b") -> Prior:  # noqa: B008
@@ -49,16 +50,21 @@ def pooled_scales(prior: Prior, *, spread: Hyper = learned(0.5), factor: str = "
         factor: The factor that is scaled.
 
     Returns:
-        A prior with the sites of `prior`, and `<family>.<factor>.pool`, shape (layer,), standard normal.
+        A prior with the sites of `prior`, and `<family>.<factor>.pool`, shape (layer,), standard normal. Run
+        on sites of which none asks for the factor, it raises `ValueError`.
 
     Raises:
         ValueError: When the factor is unknown or the spread may not be positive.
     """
     require_positive("spread", spread)
-    if factor not in START:
-        raise ValueError(f"factor must be 'a' or 'b'; got {factor!r}")
+    require_option("factor", factor, FACTORS)
 
     def pooled(sites: Sites) -> Adapters:
+        asked = sorted({f for site in sites.values() for f in site.factors})
+        if factor not in asked:
+            raise ValueError(
+                f"pooled_scales(factor={factor!r}) needs sites that ask for it; these ask for {asked}"
+            )
         adapters = {name: dict(pair) for name, pair in prior(sites).items()}
         for name, site in sites.items():
             if factor in site.factors:
@@ -97,10 +103,11 @@ def pooled_sparse_gp(
         A prior with sample sites `<family>.<factor>.V_0`, shape (k_r, k_c), `.V` and `.E` as in `sparse_gp`.
 
     Raises:
-        ValueError: When a scale is not positive, `rho` or `reliability` lies outside (0, 1), or an inducing
-            size is below one.
+        ValueError: When a scale is not positive, `width` is unknown, `rho` or `reliability` lies outside
+            (0, 1), or an inducing size is below one.
     """
     scales = by_factor("scale", scale)
+    require_width(width)
     require_unit("rho", rho)
     require_number("reliability", reliability, upper=1.0)
     require_sizes(rows, cols)

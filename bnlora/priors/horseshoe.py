@@ -26,6 +26,8 @@ from bnlora.sites import Site
 def horseshoe(*, global_scale: float = 0.5, scale: ByFactor = 1.0, width: Width = "scaled") -> Prior:
     """Horseshoe over the ranks of every layer, with one global scale a family.
 
+    The gains act on `b`: where `a` alone is asked for, as for the part `a` of `per_factor`, this is `normal`.
+
     Args:
         global_scale: Scale `tau_0` of the half-Cauchy law of `tau`.
         scale: Scale of the normals that the gains multiply, as in `normal`.
@@ -36,7 +38,7 @@ def horseshoe(*, global_scale: float = 0.5, scale: ByFactor = 1.0, width: Width 
         (layer, rank).
 
     Raises:
-        ValueError: When a scale is not positive.
+        ValueError: When a scale is not positive or `width` is unknown.
     """
     require_number("global_scale", global_scale)
 
@@ -57,6 +59,8 @@ def regularized_horseshoe(
 ) -> Prior:
     """Regularised horseshoe over the ranks of every layer.
 
+    The gains act on `b`: where `a` alone is asked for, as for the part `a` of `per_factor`, this is `normal`.
+
     Args:
         global_scale: Scale `tau_0` of the half-Cauchy law of `tau`.
         slab: Scale of the slab.
@@ -68,7 +72,7 @@ def regularized_horseshoe(
         A prior with the sites of `horseshoe` and `<family>.b.slab`, the scalar c^2.
 
     Raises:
-        ValueError: When a scale or `slab_df` is not positive.
+        ValueError: When a scale or `slab_df` is not positive or `width` is unknown.
     """
     for name, value in {"global_scale": global_scale, "slab": slab, "slab_df": slab_df}.items():
         require_number(name, value)

@@ -7,8 +7,10 @@
 | a NumPyro distribution      | `numpyro.sample("<name>", ...)`      | log p(y), the value integrated out  |
 """
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import jax
@@ -118,6 +120,19 @@ def require_number(name: str, value: float, *, upper: float = np.inf) -> None:
     if isinstance(value, Learned | dist.Distribution) or not _inside(value, upper):
         wanted = "a positive number" if upper == np.inf else f"a number strictly between 0 and {upper:g}"
         raise ValueError(f"{name} must be {wanted}; got {_shown(value)}")
+
+
+def require_count(name: str, value: Any) -> None:
+    """Raise `ValueError` unless a setting is a whole number of at least 1."""
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+
+
+def require_option(name: str, got: Any, options: Sequence[str]) -> None:
+    """Raise `ValueError`, which names the nearest option, unless a setting is one of some strings."""
+    if not isinstance(got, str) or got not in options:
+        near = difflib.get_close_matches(str(got), options, n=1, cutoff=0.0)
+        raise ValueError(f"{name} must be one of {tuple(options)}; got {got!r}, nearest is {near[0]!r}")
 
 
 def _inside(hyper: Any, upper: float) -> bool:

@@ -8,7 +8,7 @@ Reference: Tibshirani (1996) for the mode; Park and Casella (2008), The Bayesian
 import numpyro.distributions as dist
 from jax import Array
 
-from bnlora.priors.base import Prior, Width, each_factor, sample_matrices, width_factor
+from bnlora.priors.base import Prior, Width, each_factor, require_width, sample_matrices, width_factor
 from bnlora.priors.hyper import ByFactor, by_factor, hyper_value
 from bnlora.sites import Site
 
@@ -24,9 +24,10 @@ def laplace(*, scale: ByFactor = 1.0, width: Width = "scaled") -> Prior:
         A prior with sample sites `<family>.<factor>` (or `.z`, where `scale` is random).
 
     Raises:
-        ValueError: When a scale is not positive.
+        ValueError: When a scale is not positive or `width` is unknown.
     """
     scales = by_factor("scale", scale)
+    require_width(width)
 
     def law(site: Site, factor: str) -> Array:
         spread = hyper_value(f"{site.name}.{factor}.scale", scales[factor])

@@ -12,7 +12,7 @@ Reference: Louizos and Welling (2016), for matrix normal laws of weights; MacKay
 import numpyro.distributions as dist
 from jax import Array
 
-from bnlora.priors.base import Prior, Width, each_factor, sample_matrices, width_factor
+from bnlora.priors.base import Prior, Width, each_factor, require_width, sample_matrices, width_factor
 from bnlora.priors.hyper import ByFactor, Hyper, by_factor, hyper_value, is_random, learned, require_positive
 from bnlora.sites import Site
 
@@ -38,9 +38,10 @@ def matrix_normal(
         `<family>.<factor>.row_scale` and `.column_scale`.
 
     Raises:
-        ValueError: When a scale may not be positive.
+        ValueError: When a scale may not be positive or `width` is unknown.
     """
     scales = by_factor("scale", scale)
+    require_width(width)
     require_positive("rows", rows)
     require_positive("cols", cols)
 

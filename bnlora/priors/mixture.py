@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 
-from bnlora.priors.base import Prior, Width, each_factor, sample_matrices, width_factor
+from bnlora.priors.base import Prior, Width, each_factor, require_width, sample_matrices, width_factor
 from bnlora.priors.hyper import ByFactor, Hyper, by_factor, hyper_value, require_number, require_unit
 from bnlora.sites import Site
 
@@ -36,9 +36,11 @@ def spike_and_slab(
         A prior with sample sites `<family>.<factor>` (or `.z`, where `scale` is random).
 
     Raises:
-        ValueError: When a scale is not positive, or `spike` or `inclusion` lies outside (0, 1).
+        ValueError: When a scale is not positive, `width` is unknown, or `spike` or `inclusion` lies
+            outside (0, 1).
     """
     scales = by_factor("scale", scale)
+    require_width(width)
     require_unit("inclusion", inclusion)
     require_number("spike", spike, upper=1.0)
 

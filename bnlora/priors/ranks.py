@@ -12,7 +12,7 @@ import numpyro.distributions as dist
 from jax import Array
 from jaxtyping import Float
 
-from bnlora.priors.base import Prior, Width, each_factor, sample_matrices, width_factor
+from bnlora.priors.base import Prior, Width, each_factor, require_width, sample_matrices, width_factor
 from bnlora.priors.hyper import ByFactor, by_factor, hyper_value
 from bnlora.sites import Site
 
@@ -28,9 +28,10 @@ def rank_gains(gain: Gain, *, scale: ByFactor, width: Width) -> Prior:
         width: As in `normal`.
 
     Raises:
-        ValueError: When a scale is not positive.
+        ValueError: When a scale is not positive or `width` is unknown.
     """
     scales = by_factor("scale", scale)
+    require_width(width)
 
     def law(site: Site, factor: str) -> Array:
         spread = hyper_value(f"{site.name}.{factor}.scale", scales[factor])

@@ -11,6 +11,7 @@ from jax import Array
 from numpyro.distributions import constraints
 
 from bnlora import gp
+from bnlora.priors.hyper import require_count
 
 Inducing = Literal["frames", "bases"]
 Oversize = Literal["clip", "keep"]
@@ -61,9 +62,9 @@ def _given(frames: Mapping[str, tuple[Array, Array]], name: str, which: str, sha
 
 
 def require_sizes(rows: int, cols: int) -> None:
-    """Raise `ValueError` unless both inducing sizes are at least one."""
-    if min(rows, cols) < 1:
-        raise ValueError(f"inducing sizes must be at least 1; got rows={rows}, cols={cols}")
+    """Raise `ValueError` unless both inducing sizes are whole numbers of at least one."""
+    require_count("the inducing size rows", rows)
+    require_count("the inducing size cols", cols)
 
 
 def require_frames(frames: Any) -> None:

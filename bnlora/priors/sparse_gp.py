@@ -4,11 +4,13 @@ r"""Sparse Gaussian process: an inducing matrix inside every factor, whose law o
 
 with lam = 1. Three forms have the same law of W and other sites, for guides that suit them:
 
-| form         | sites                  | in the guide of the paper                                     |
-|--------------|------------------------|---------------------------------------------------------------|
-| "whitened"   | `<name>.V`, `<name>.E` | any q(V); E ~ N(0, lam_q^2)                                   |
+| form         | sites                  | in the guide of the paper                                      |
+|--------------|------------------------|----------------------------------------------------------------|
+| "whitened"   | `<name>.V`, `<name>.E` | any q(V); E ~ N(0, lam_q^2)                                    |
 | "unwhitened" | `<name>.U`, `<name>.E` | any q(U), U = L_r V L_c^T ~ MN(0, K_r, K_c); E ~ N(0, lam_q^2) |
-| "weights"    | `<name>.V`, `<name>.W` | any q(V); W ~ N(sigma F_r V F_c^T, lam_q^2 sigma^2 Sigma)      |
+| "weights"    | `<name>.V`, `<name>.W` | any q(V); W ~ N(sigma F_r V F_c^T, (lam_q lam sigma)^2 Sigma)  |
+
+The guide's lam_q is relative to the prior's lam in every form: at lam_q = 1 the noise is that of the prior.
 
 A prior `lam` below one is another model: conditional weights that can stray less from their mean. At zero
 only the inducing matrix is left. A learned `lam` makes frames and `lam` model parameters (type II), as in the
@@ -17,7 +19,6 @@ paper's text; evidences of two such fits may then not be compared.
 Reference: Lin et al. (2026), Bayesian-LoRA, arXiv 2601.21003; Ritter et al. (2021) for inducing weights.
 """
 
-import difflib
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -31,7 +32,7 @@ from jaxtyping import Float
 
 from bnlora import gp
 from bnlora.distributions import MatrixAffine, MatrixConditional
-from bnlora.priors.base import START, Prior, Start, Width, each_factor, width_factor
+from bnlora.priors.base import START, Prior, Start, Width, each_factor, require_width, width_factor
 from bnlora.priors.hyper import (
     ByFactor,
     Hyper,
@@ -39,6 +40,7 @@ from bnlora.priors.hyper import (
     by_factor,
     hyper_value,
     require_number,
+    require_option,
     require_unit,
 )
 from bnlora.priors.sides import (
@@ -69,7 +71,9 @@ class Options:
             `{"<family>.<factor>": (rows, columns)}` with matrices of shape (layer, d, k).
         form: Which sites carry the law: see the top of this file.
         lam: Prior scale of the conditional noise in [0, 1]; a number, `learned`, or a distribution. 1 is the
-            sparse GP, 0 leaves its mean alone.
+            sparse GP, 0 leaves its mean alone. Below 1 the rows of a factor depend on each other through
+            frames as long as its sides, so that the law of an adapted head is defined on its label rows
+            and is no marginal of one over the whole vocabulary.
         oversize: Where an inducing size exceeds its side: `"clip"` it to the side, or `"keep"` it as the
             published code does (only with `"bases"`; a frame cannot be larger than its side).
         reliability: Eigenvalue of `P` at the start, in (0, 1).
@@ -89,7 +93,7 @@ class Options:
 
     def __post_init__(self):
         for name, known in {"inducing": Inducing, "oversize": Oversize, "form": Form}.items():
-            _require_option(name, getattr(self, name), get_args(known))
+            require_option(name, getattr(self, name), get_args(known))
         require_frames(self.frames)
         require_sizes(self.rows, self.cols)
         require_number("reliability", self.reliability, upper=1.0)
@@ -120,13 +124,14 @@ def sparse_gp(*, scale: ByFactor = 1.0, width: Width = "scaled", **options) -> P
         shape (layer, d_o, d_i), in the default form.
 
     Raises:
-        ValueError: On an unknown option, a size below one, a scale that is not positive, or a reliability
-            outside (0, 1).
+        ValueError: On an unknown option or `width`, a size below one, a scale that is not positive, or a
+            reliability outside (0, 1).
 
     Reference: Lin et al. (2026), arXiv 2601.21003, section 3; the E-site form makes
         `KL(q(W|U) || p(W|U))` the closed-form KL of two normals.
     """
     scales = by_factor("scale", scale)
+    require_width(width)
     structure = _options(options)
 
     def law(site: Site, factor: str) -> Array:
@@ -160,7 +165,11 @@ def sparse_gp_matrices(
 
     Returns:
         `W = sigma (F_r V F_c^T + lam Sigma^{1/2} E)`.
+
+    Raises:
+        ValueError: On an unknown `start`, and as `Options`.
     """
+    require_option("start", start, get_args(Start))
     return _matrices(name, shape, jnp.asarray(sigma), plate, start, _options(options))
 
 
@@ -241,25 +250,21 @@ def _side(name: str, which: str, depth: int, d: int, size: int, options: Options
 def _options(given: dict) -> Options:
     known = tuple(Options.__dataclass_fields__)
     for name in given:
-        _require_option("an option of the sparse GP", name, known)
+        require_option("an option of the sparse GP", name, known)
     return Options(**given)
 
 
 def _require_lam(lam: Hyper) -> None:
     constant = not isinstance(lam, Learned | dist.Distribution | jax.core.Tracer)
-    if constant and not np.all((np.asarray(lam) >= 0) & (np.asarray(lam) <= 1)):
-        raise ValueError(f"lam must lie between 0 and 1; got {lam}")
     if not constant:
-        require_unit("lam", lam)
+        return require_unit("lam", lam)
+    values = np.asarray(lam)
+    if values.dtype.kind not in "fiu" or not np.all((values >= 0) & (values <= 1)):
+        raise ValueError(f"lam must be a number between 0 and 1; got {lam!r}")
+    return None
 
 
 def _is_zero(lam: Hyper) -> bool:
     return not isinstance(lam, Learned | dist.Distribution | jax.core.Tracer) and bool(
         np.any(np.asarray(lam) == 0)
     )
-
-
-def _require_option(name: str, got: str, options: tuple[str, ...]) -> None:
-    if got not in options:
-        near = difflib.get_close_matches(str(got), options, n=1, cutoff=0.0)
-        raise ValueError(f"{name} must be one of {options}; got {got!r}, nearest is {near[0]!r}")
