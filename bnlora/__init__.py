@@ -12,6 +12,10 @@ measure, diagnose.
     pred  = bl.predict(key, fit, data.test)
     bl.metrics.summary(pred, data.test.labels)
     tree  = bl.to_arviz(fit, data.test)
+
+    chains = bl.sample_nuts(key, model, data.train, given=fit)
+    chains.certificate
+    bl.compare(key, fit, chains, data.test)
 """
 
 from bnlora import guides as guides
@@ -27,10 +31,22 @@ from bnlora.checkpoint import load_fit as load_fit
 from bnlora.checkpoint import save_fit as save_fit
 from bnlora.comparison import Comparison as Comparison
 from bnlora.comparison import compare as compare
+from bnlora.comparison import load_reference as load_reference
+from bnlora.comparison import save_reference as save_reference
+from bnlora.comparison import store_reference as store_reference
+from bnlora.conditional import condition as condition
 from bnlora.data import Batch as Batch
 from bnlora.diagnostics import to_arviz as to_arviz
 from bnlora.fits import Fit as Fit
 from bnlora.fits import FitDiverged as FitDiverged
+from bnlora.mcmc import Certificate as Certificate
+from bnlora.mcmc import Chains as Chains
+from bnlora.mcmc import Thresholds as Thresholds
+from bnlora.mcmc import sample_elliptical as sample_elliptical
+from bnlora.mcmc import sample_hmc as sample_hmc
+from bnlora.mcmc import sample_mclmc as sample_mclmc
+from bnlora.mcmc import sample_nuts as sample_nuts
+from bnlora.mcmc import sample_smc as sample_smc
 from bnlora.model import Classifier as Classifier
 from bnlora.peft import load_peft as load_peft
 from bnlora.peft import save_peft as save_peft

@@ -20,6 +20,9 @@ from bnlora.data import Batch
 from bnlora.model import Classifier
 from bnlora.typing import Adapters
 
+PROBES = 8
+"""Rows whose margins are looked at, unless functions are given."""
+
 
 class Functions(Protocol):
     """Scalar functions of one draw of the adapters and of the data."""
@@ -63,12 +66,26 @@ def evaluate(
     batch = with_hidden(model, batch)
 
     def one(frozen: Any, drawn: Adapters, rows: Batch) -> dict[str, Array]:
-        return dict(functions(frozen, drawn, rows))
+        return scalars(functions(frozen, drawn, rows))
 
     program = jax.jit(lambda frozen, drawn, rows: jax.lax.map(lambda x: one(frozen, x, rows), drawn))
     found = program(model.base.params, adapters, batch)
-    names = tuple(sorted(found))
+    names = tuple(found)
     return names, np.stack([np.asarray(found[name], np.float64) for name in names], axis=-1)
+
+
+def scalars(values: Mapping[str, Array]) -> dict[str, Array]:
+    """The values of functions by name, in one order whatever theirs was.
+
+    Raises:
+        ValueError: When there are none, or one is no scalar.
+    """
+    for name, value in values.items():
+        if jnp.shape(value) != ():
+            raise ValueError(f"a function must be a scalar, shape (); {name!r} has shape {jnp.shape(value)}")
+    if not values:
+        raise ValueError("expected at least one function; got none")
+    return {name: jnp.asarray(values[name]) for name in sorted(values)}
 
 
 def log_likelihood(model: Classifier, frozen: Any, adapters: Adapters, batch: Batch) -> Float[Array, ""]:

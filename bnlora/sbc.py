@@ -19,7 +19,7 @@ References: Talts, Betancourt, Simpson, Vehtari and Gelman (2018), arXiv 1804.06
 and Gelman (2018), arXiv 1802.02538; Modrak et al. (2023), arXiv 2211.02383; `bnlora.ranks` for the tests.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -36,7 +36,7 @@ from bnlora.checks import check_at_least
 from bnlora.data import Batch
 from bnlora.density import check_parameters
 from bnlora.elbo import initial_parameters
-from bnlora.functions import Functions, identifiable, log_likelihood, with_hidden
+from bnlora.functions import Functions, identifiable, log_likelihood, scalars, with_hidden
 from bnlora.maximise import maximise
 from bnlora.model import Classifier
 from bnlora.posterior import draw_adapters
@@ -250,7 +250,7 @@ def _simulation(model: Classifier, inference: Inference, functions: Functions) -
         adapters, batch = simulate(truth_key, model, frozen, rows, params)
         draws = inference(fit_key, frozen, batch)
         model.sites.check(jax.tree.map(lambda x: x[0], draws))
-        truth = _scalars(functions(frozen, adapters, batch))
+        truth = scalars(functions(frozen, adapters, batch))
         values = jax.lax.map(lambda drawn: dict(functions(frozen, drawn, batch)), draws)
         names = sorted(truth)
         inner, outer = jnp.stack([values[n] for n in names], 1), jnp.stack([truth[n] for n in names])
@@ -266,12 +266,3 @@ def _simulation(model: Classifier, inference: Inference, functions: Functions) -
         )
 
     return one
-
-
-def _scalars(values: Mapping[str, Array]) -> dict[str, Array]:
-    for name, value in values.items():
-        if jnp.shape(value) != ():
-            raise ValueError(f"a function must be a scalar, shape (); {name!r} has shape {jnp.shape(value)}")
-    if not values:
-        raise ValueError("expected at least one function to rank; got none")
-    return dict(values)

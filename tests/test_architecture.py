@@ -15,7 +15,7 @@ FLOORS = {
     "kernels": 0, "kernels.api": 0, "kernels.reference": 0,
     "gp": 1, "distributions": 1, "ranks": 1, "sites": 1, "metrics": 1, "text": 1, "monte_carlo": 1,
     "models": 1, "models.layers": 1, "models.gguf": 1, "models.loading": 1,
-    "priors": 2, "flows": 2, "calibration": 2, "models.llama": 2,
+    "priors": 2, "flows": 2, "calibration": 2, "certificate": 2, "models.llama": 2,
     "base": 3, "model": 3, "guides": 3, "elbo": 3, "posterior": 3, "cache": 3, "density": 3,
     "maximise": 3,
     "conditional": 4, "svi": 4, "fits": 4, "predict": 4, "functions": 4, "samplers": 4,

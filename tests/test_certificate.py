@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from bnlora.mcmc.certificate import Certificate, Evidence, Thresholds, autocorrelation, bfmi, certify
+from bnlora.certificate import Certificate, Evidence, Thresholds, autocorrelation, bfmi, certify
 
 RANDOM = np.random.default_rng(0)
 CHAINS, DRAWS = 4, 2000

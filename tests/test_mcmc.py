@@ -127,7 +127,7 @@ from bnlora.testing import tiny_base, tiny_rows
 base = tiny_base(jax.random.key(1), num_layers=2)
 sites = bl.select(base, ["lm_head"], rank=1)
 model = bl.Classifier(base, sites, bl.priors.normal(scale=1.0), label_ids=(3, 5))
-options = {"num_warmup": 50, "num_draws": 4000, "piece": 20, "folder": sys.argv[1]}
+options = {"num_warmup": 50, "num_draws": 1200, "piece": 20, "folder": sys.argv[1]}
 chains = mcmc.sample_nuts(jax.random.key(0), model, tiny_rows(jax.random.key(2), 12), **options)
 np.save(sys.argv[2], chains.vectors)
 """
@@ -153,7 +153,7 @@ def test_a_killed_process_loses_no_piece_and_changes_no_draw(tmp_path):
         killed.kill()
         killed.wait()
     before = {p.name: p.read_bytes() for p in broken.glob("draws-*.npz")}
-    assert 3 <= len(before) < 200
+    assert 3 <= len(before) < 60
     for folder in (broken, whole):
         subprocess.run(command(folder), check=True)
     assert all((broken / name).read_bytes() == data for name, data in before.items())

@@ -11,6 +11,7 @@
 | `predictive` | total variation, KL divergence and epistemic uncertainty, row by row              |
 
 `compare` takes posteriors of a classifier, `compare_draws` arrays of draws from anywhere.
+`store_reference`, `save_reference` and `load_reference` keep what a comparison reads of a run.
 """
 
 from bnlora.comparison.compare import Certificate as Certificate
@@ -23,3 +24,7 @@ from bnlora.comparison.khat import khat as khat
 from bnlora.comparison.predictive import predictive_agreement as predictive_agreement
 from bnlora.comparison.report import Comparison as Comparison
 from bnlora.comparison.report import compare_draws as compare_draws
+from bnlora.comparison.stored import StoredReference as StoredReference
+from bnlora.comparison.stored import load_reference as load_reference
+from bnlora.comparison.stored import save_reference as save_reference
+from bnlora.comparison.stored import store_reference as store_reference

@@ -11,12 +11,13 @@ under them.
 Reference: Yao, Vehtari, Simpson and Gelman (2018), arXiv 1802.02538, for k-hat and what it leaves unseen.
 """
 
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 from rich.console import Console
 
 from bnlora.cache import cache_prefix
@@ -24,15 +25,13 @@ from bnlora.comparison.draws import Draws, Kind, evenly
 from bnlora.comparison.khat import LEAST_DRAWS, KHat, khat
 from bnlora.comparison.pairs import pairs
 from bnlora.comparison.report import Comparison, compare_draws
+from bnlora.comparison.stored import StoredReference, require_same_problem, values_like
 from bnlora.data import Batch, check_labels
 from bnlora.fits import Fit
-from bnlora.functions import Functions, identifiable
+from bnlora.functions import PROBES, Functions, evaluate, identifiable
 from bnlora.posterior import Draw, adapters_at, draw_sites
 from bnlora.predict import Posterior, predict_with_draws
 from bnlora.typing import Adapters
-
-PROBES = 8
-"""Most rows whose margins are looked at."""
 
 
 class Certificate(Protocol):
@@ -80,7 +79,7 @@ class UncertifiedReference(ValueError):
 def compare(
     key: Array,
     approx: Posterior,
-    reference: Reference | Posterior,
+    reference: Reference | StoredReference | Posterior,
     data: Batch,
     *,
     functions: Functions | None = None,
@@ -96,7 +95,7 @@ def compare(
         key: Random key of draws, slices, folds and permutations.
         approx: A fit or any other posterior. Its draws are taken for independent of each other: where it is
             itself a chain, what is compared is the law of its stored draws.
-        reference: A run of MCMC with a certificate that it passed.
+        reference: A run of MCMC with a certificate that it passed, or one from `load_reference`.
         data: Rows with labels, for predictions and for the default functions.
         functions: Scalar functions; `identifiable(model, data[:8])` when omitted. Those that read all rows,
             as the log-likelihood does, run all rows of one draw at a time.
@@ -117,26 +116,29 @@ def compare(
     if against == "reference":
         _require_certificate(reference)
     model = approx.model
-    _check_same_model(model, reference.model)
     check_labels("data", data, len(model.label_ids))
+    _check_same_problem(model, reference, data, functions)
     data = cache_prefix(model, data, batch_size=batch_size, console=console)
     functions = identifiable(model, data[:PROBES]) if functions is None else functions
+    predicted = partial(predict_with_draws, model, data=data, batch_size=batch_size, console=console)
     approx_key, other_key, weight_key, measure_key = jax.random.split(key, 4)
     own = approx.draw_adapters(approx_key, num_samples)
-    others, chains, kind = _other_draws(other_key, reference, num_samples)
-    mine, theirs = _evaluate(model, functions, own, others, data, chains, kind)
-    pairs(mine, theirs)  # refuses what is too little before predictions are made
-    size = min(num_samples, mine.independent_size, theirs.independent_size)
-    predictions = [
-        predict_with_draws(model, _thinned(drawn, size), data, batch_size=batch_size, console=console)
-        for drawn in (own, others)
-    ]
+    mine = Draws(*_values(model, functions, own, data, chains=1), "independent")
+    if isinstance(reference, StoredReference):
+        mine, theirs = values_like(reference, mine), reference.draws
+        size = _size(mine, theirs, min(num_samples, len(reference.prediction.draw_log_probs)))
+        their_prediction = reference.thinned_prediction(size)
+    else:
+        others, chains, kind = _other_draws(other_key, reference, num_samples)
+        theirs = Draws(*_values(model, functions, others, data, chains=chains), kind)
+        size = _size(mine, theirs, num_samples)
+        their_prediction = predicted(_thinned(others, size))
     random = np.random.default_rng(np.asarray(jax.random.bits(measure_key, (4,))))
     return compare_draws(
         random,
         mine,
         theirs,
-        predictions=(predictions[0], predictions[1]),
+        predictions=(predicted(_thinned(own, size)), their_prediction),
         khat=_khat(weight_key, approx, num_samples, batch_size, console),
         level=level,
         other="reference" if against == "reference" else "other posterior",
@@ -156,13 +158,25 @@ def _require_certificate(reference: Any) -> None:
         raise UncertifiedReference(f"this run may not serve as a reference: {said}. Or, {way_out}")
 
 
-def _check_same_model(model: Any, other: Any) -> None:
+def _check_same_problem(model: Any, reference: Any, data: Batch, functions: Functions | None) -> None:
+    if isinstance(reference, StoredReference):
+        if functions is not None:
+            raise ValueError("a stored reference has the default functions alone; leave `functions` out")
+        require_same_problem(reference, model, data)
+        return
+    other = reference.model
     if model.sites != other.sites or model.label_ids != other.label_ids:
         raise ValueError(
             "expected both posteriors over the same sites and label words; got\n"
             f"{model.sites!r}\nwith label ids {model.label_ids}, and\n"
             f"{other.sites!r}\nwith label ids {other.label_ids}"
         )
+
+
+def _size(mine: Draws, theirs: Draws, num_samples: int) -> int:
+    """Draws of a prediction on either side; what is too little is refused before predictions are made."""
+    pairs(mine, theirs)
+    return min(num_samples, mine.independent_size, theirs.independent_size)
 
 
 def _other_draws(key: Array, reference: Any, num_samples: int) -> tuple[Adapters, int, Kind]:
@@ -172,37 +186,15 @@ def _other_draws(key: Array, reference: Any, num_samples: int) -> tuple[Adapters
     return reference.draw_adapters(key, num_samples), 1, "independent"
 
 
-def _evaluate(
-    model: Any,
-    functions: Functions,
-    own: Adapters,
-    others: Adapters,
-    data: Batch,
-    chains: int,
-    kind: Kind,
-) -> tuple[Draws, Draws]:
-    """The functions at all draws of both sides, in one compiled program."""
-
-    def one(frozen: Any, adapters: Adapters, batch: Batch) -> dict[str, Array]:
-        return {name: jnp.asarray(x) for name, x in functions(frozen, adapters, batch).items()}
-
-    program = jax.jit(lambda frozen, drawn, batch: jax.lax.map(lambda a: one(frozen, a, batch), drawn))
-    count, total = _length(own), _length(others)
+def _values(
+    model: Any, functions: Functions, adapters: Adapters, data: Batch, *, chains: int
+) -> tuple[tuple[str, ...], Float[np.ndarray, "chain draw k"]]:
+    """Names and values of the functions at draws of one side, by chain."""
+    total = _length(adapters)
     if total % chains:
         raise ValueError(f"expected {chains} chains of one length; got {total} draws in all")
-    both = jax.tree.map(lambda x, y: jnp.concatenate([jnp.asarray(x), jnp.asarray(y)]), own, others)
-    found = {name: np.asarray(x, np.float64) for name, x in program(model.base.params, both, data).items()}
-    for name, values in found.items():
-        if values.shape != (count + total,):
-            raise ValueError(f"a function must be a scalar, shape (); {name!r} has shape {values.shape[1:]}")
-    if not found:
-        raise ValueError("expected at least one function to compare; got none")
-    values = np.stack(list(found.values()), axis=1)
-    names = tuple(found)
-    return (
-        Draws(names, values[None, :count], "independent"),
-        Draws(names, values[count:].reshape(chains, -1, len(names)), kind),
-    )
+    names, values = evaluate(functions, model, adapters, data)
+    return names, values.reshape(chains, -1, len(names))
 
 
 def _khat(key: Array, approx: Any, num_samples: int, batch_size: int, console: Console | None) -> KHat | None:

@@ -1,7 +1,7 @@
 """Markov chain Monte Carlo on adapters: chains, the certificate of a reference, and the samplers."""
 
-from bnlora.mcmc.certificate import Certificate as Certificate
-from bnlora.mcmc.certificate import Thresholds as Thresholds
+from bnlora.certificate import Certificate as Certificate
+from bnlora.certificate import Thresholds as Thresholds
 from bnlora.mcmc.chains import Chains as Chains
 from bnlora.mcmc.elliptical import sample_elliptical as sample_elliptical
 from bnlora.mcmc.hamiltonian import sample_hmc as sample_hmc

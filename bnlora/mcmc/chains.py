@@ -10,14 +10,11 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from bnlora.functions import Functions, evaluate, identifiable
-from bnlora.mcmc.certificate import Certificate, Evidence, Thresholds, certify
+from bnlora.certificate import Certificate, Evidence, Thresholds, certify
+from bnlora.functions import PROBES, Functions, evaluate, identifiable
 from bnlora.mcmc.target import Target
 from bnlora.samplers import Tuning
 from bnlora.typing import Adapters
-
-PROBES = 8
-"""Rows whose margins the certificate looks at, unless functions are given."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -20,7 +20,7 @@ from jax import Array
 from jaxtyping import Float
 from rich.console import Console
 
-from bnlora.mcmc.certificate import Bias
+from bnlora.certificate import Bias
 from bnlora.mcmc.chains import Chains
 from bnlora.mcmc.pieces import Pieces
 from bnlora.mcmc.target import Target

@@ -1,0 +1,163 @@
+r"""A certified reference on disk: function values and predictions, without adapters or the language model.
+
+The factors of a head are many and not identifiable; what a comparison reads of them is little. A folder holds
+`certificate.json` (the verdict, the numbers behind it, what was sampled and how) and `draws.nc` (values of
+the functions by chain and draw, and log-probabilities of the classes by draw and row). The rows
+are not stored: a checksum of their tokens and labels is, so that a comparison on others is refused.
+
+The idea of draws that travel with their certificate is that of posteriordb (Magnusson et al. 2024, arXiv
+2407.04967).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bnlora.certificate import Certificate
+from bnlora.comparison.draws import Draws, evenly
+from bnlora.data import Batch
+from bnlora.functions import PROBES, evaluate, identifiable
+from bnlora.predict import Prediction, predict_with_draws
+
+RECORD, DRAWS = "certificate.json", "draws.nc"
+
+
+@dataclass(frozen=True, repr=False)
+class StoredReference:
+    """What a comparison reads of a run of MCMC.
+
+    Attributes:
+        draws: Values of the default functions at every draw, by chain.
+        prediction: Log-probabilities of the rows' classes under some of the draws.
+        certificate: What the checks of the run concluded.
+        record: How it was made: sampler, options, seed, sizes, seconds, command, versions.
+        rows: Checksum of the rows of functions and predictions.
+        sites: The adapted sites and label words, in words.
+    """
+
+    draws: Draws
+    prediction: Prediction
+    certificate: Certificate
+    record: Mapping[str, Any]
+    rows: str
+    sites: str
+
+    def thinned_prediction(self, size: int) -> Prediction:
+        """The prediction from `size` evenly spaced ones of the kept draws."""
+        kept = self.prediction.draw_log_probs
+        return Prediction(kept[evenly(len(kept), size)])
+
+    def __repr__(self) -> str:
+        chains, count, functions = self.draws.values.shape
+        made = self.record.get("sampler", "a sampler")
+        sizes = f"{chains} chains of {count} draws, {functions} functions"
+        return f"StoredReference({made}, {sizes})\n  {self.certificate.verdict}"
+
+
+def store_reference(
+    chains: Any, data: Batch, *, num_predictions: int = 400, batch_size: int = 32
+) -> StoredReference:
+    """Keep of a run what comparisons need.
+
+    Args:
+        chains: A run of MCMC with `model`, `num_chains`, `stored_adapters`, `certificate` and `record`.
+        data: Rows with labels: those of the functions (margins at the first eight) and of the predictions.
+        num_predictions: Most draws whose predictions are kept.
+        batch_size: Rows to run at a time.
+    """
+    model, adapters = chains.model, chains.stored_adapters()
+    names, values = evaluate(identifiable(model, data[:PROBES]), model, adapters, data)
+    chosen = evenly(len(values), min(num_predictions, len(values)))
+    some = jax.tree.map(lambda x: x[chosen], adapters)
+    prediction = predict_with_draws(model, some, data, batch_size=batch_size)
+    draws = Draws(names, values.reshape(chains.num_chains, -1, len(names)), "chains")
+    about = dict(chains.record) | {"held": chains.target.held, "thinning": chains.thinning}
+    return StoredReference(draws, prediction, chains.certificate, about, checksum(data), describe(model))
+
+
+def describe(model: Any) -> str:
+    """Sites and label words of a classifier, in words."""
+    return f"{model.sites!r}\nlabel ids {model.label_ids}"
+
+
+def checksum(data: Batch) -> str:
+    """Checksum of the real tokens and the labels of some rows, whatever their padding."""
+    digest = hashlib.sha256()
+    for tokens, mask, label in zip(*map(np.asarray, (data.tokens, data.mask, data.labels)), strict=True):
+        digest.update(np.asarray([label, *tokens[mask]], np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def save_reference(stored: StoredReference, folder: str | Path) -> None:
+    """Write a reference into a folder, which is made if it is not there."""
+    import xarray
+
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = xarray.Dataset(
+        {
+            "values": (("chain", "draw", "function"), stored.draws.values.astype(np.float32)),
+            "log_probs": (("sample", "row", "class"), stored.prediction.draw_log_probs.astype(np.float32)),
+        },
+        coords={"function": list(stored.draws.names)},
+    )
+    packed = {name: {"zlib": True, "complevel": 9} for name in kept.data_vars}
+    scratch = folder / f".{DRAWS}"
+    kept.to_netcdf(scratch, engine="h5netcdf", encoding=packed)
+    os.replace(scratch, folder / DRAWS)
+    about = {
+        "certificate": stored.certificate.to_json(),
+        "record": dict(stored.record),
+        "rows": stored.rows,
+        "sites": stored.sites,
+    }
+    scratch = folder / f".{RECORD}"
+    scratch.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, folder / RECORD)
+
+
+def load_reference(folder: str | Path) -> StoredReference:
+    """Read a reference back.
+
+    Raises:
+        FileNotFoundError: When the folder holds none.
+        ValueError: When a file is corrupt.
+    """
+    import xarray
+
+    folder = Path(folder).expanduser()
+    absent = [name for name in (RECORD, DRAWS) if not (folder / name).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{str(folder)!r} holds no reference: it lacks {' and '.join(absent)}")
+    try:
+        about = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        with xarray.open_dataset(folder / DRAWS, engine="h5netcdf") as kept:
+            names = tuple(str(name) for name in kept["function"].values)
+            values = np.asarray(kept["values"].values, np.float64)
+            log_probs = np.asarray(kept["log_probs"].values)
+        certificate = Certificate.from_json(about["certificate"])
+        parts = {name: about[name] for name in ("record", "rows", "sites")}
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"the reference in {str(folder)!r} is corrupt: {error}") from error
+    return StoredReference(Draws(names, values, "chains"), Prediction(log_probs), certificate, **parts)
+
+
+def require_same_problem(stored: StoredReference, model: Any, data: Batch) -> None:
+    """Raise `ValueError` unless a reference is of these sites, label words and rows."""
+    if stored.sites != describe(model):
+        raise ValueError(f"expected a posterior over the reference's\n{stored.sites}\ngot\n{describe(model)}")
+    if stored.rows != checksum(data):
+        raise ValueError("the reference was stored for other rows; give the rows that it was stored with")
+
+
+def values_like(stored: StoredReference, draws: Draws) -> Draws:
+    """Values of the reference's functions, in its order."""
+    order = [draws.names.index(name) for name in stored.draws.names]
+    return Draws(stored.draws.names, draws.values[:, :, order], draws.kind)
