@@ -23,6 +23,7 @@ from bnlora.density import density
 from bnlora.functions import evaluate, identifiable, log_likelihood
 from bnlora.mcmc.elliptical import normal_moments
 from bnlora.mcmc.hamiltonian import _method
+from bnlora.mcmc.pieces import Pieces
 from bnlora.mcmc.run import Plan, run
 from bnlora.mcmc.target import Target
 from bnlora.monte_carlo import chain_mcse
@@ -114,6 +115,32 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path):
         mcmc.sample_nuts(KEY, model, ROWS, folder=tmp_path, **{**options, "num_warmup": 31})
     with pytest.raises(ValueError, match="pieces of another run .*target"):
         mcmc.sample_nuts(KEY, model, ROWS[:9], folder=tmp_path, **options)
+
+
+def test_an_interrupt_hands_over_what_was_drawn(monkeypatch):
+    target, method = conjugate(), _method(Hmc(4), 50, 0.8, "diagonal", 0.1)
+    plan, starts = Plan(2, 20, piece=5), jnp.zeros((2, 3))
+    whole = run(KEY, target, method, plan, starts, None)
+    plain = Pieces.draws
+
+    def interrupted(self, index, compute):
+        if index == 2:
+            raise KeyboardInterrupt
+        return plain(self, index, compute)
+
+    monkeypatch.setattr(Pieces, "draws", interrupted)
+    part = run(KEY, target, method, plan, starts, None)
+    np.testing.assert_array_equal(part.vectors, whole.vectors[:, :10])
+    assert "interrupted: 20 draws of each chain were asked for" in repr(part)
+    assert "interrupted" not in repr(whole)
+
+
+def test_a_fit_of_another_prior_is_refused():
+    model, other = classifier(), classifier(bl.priors.sparse_gp(rows=2, cols=4))
+    guide = bl.guides.Guide(other.prior, bl.guides.mean_field())
+    fit = bl.fit(KEY, other, guide, ROWS, optax.adam(1e-2), num_steps=1, batch_size=12)
+    with pytest.raises(ValueError, match="fit of the same prior; it has no site 'lm_head.a', only"):
+        mcmc.sample_nuts(KEY, model, ROWS, given=fit)
 
 
 SCRIPT = """

@@ -143,6 +143,10 @@ class Chains:
             f"  {total:,} gradients, {gradients['warm-up'] / max(total, 1):.0%} of them in the warm-up; "
             f"{int(self.stats['divergent'].sum())} divergences; {self.record['seconds']:.0f} s",
         ]
+        if self.record["stopped"] == "interrupted":
+            lines.append(
+                f"  interrupted: {self.record['plan']['num_draws']} draws of each chain were asked for"
+            )
         if self.target.held:
             lines.append(f"  {self.target.held}")
         return "\n".join(lines)

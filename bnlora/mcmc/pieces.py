@@ -62,7 +62,7 @@ class Pieces:
         """Tuning and state after the warm-up: read where it is stored, else computed and stored."""
         return self._kept(WARM, compute)
 
-    def draws(self, index: int, compute: Callable[[], tuple[Any, Any]], state: Any) -> tuple[Any, Any]:
+    def draws(self, index: int, compute: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
         """State and draws of a piece: read where it is stored, else computed and stored."""
         return self._kept(f"draws-{index:05d}.npz", compute)
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +74,11 @@ class Plan:
             return self.piece
         return max(n for n in range(1, min(100, self.num_draws) + 1) if self.num_draws % n == 0)
 
+    @property
+    def num_pieces(self) -> int:
+        """Number of pieces."""
+        return self.num_draws // self.size
+
 
 @dataclass(frozen=True)
 class Method:
@@ -106,7 +112,7 @@ def run(
     starts: Float[Array, "c p"],
     console: Console | None,
 ) -> Chains:
-    """Warm up and draw.
+    """Warm up and draw; an interrupt after the first piece hands over what has been drawn.
 
     Raises:
         ValueError: When the log-density is not finite where a chain starts, or the folder holds pieces of
@@ -119,26 +125,26 @@ def run(
     sizes = {n: getattr(plan, n) for n in ("num_chains", "num_draws", "thinning", "size")}
     about = record(key, method.name, method.bias, method.options, sizes)
     pieces = Pieces.open(plan.folder, about, target, starts)
-    number = plan.num_draws // plan.size
     with progress_bar(console) as bar:
-        task = bar.add_task(f"{method.name}: warm-up of {plan.num_chains} chains", total=number)
+        task = bar.add_task(f"{method.name}: warm-up of {plan.num_chains} chains", total=plan.num_pieces)
         tuning, state = pieces.warm(lambda: _warm(warm_key, target, method, plan, starts))
         bar.update(task, description=f"{method.name}: {plan.num_draws} draws of {plan.num_chains} chains")
-        program = _program(target, method, plan)
+        program = partial(_program(target, method, plan), tuning)
         made: list[_Piece] = []
-        for index in range(number):
-            first = jnp.asarray(index * plan.size * plan.thinning)
-
-            def compute(state: Any = state, first: Array = first) -> tuple[Any, _Piece]:
-                return program(tuning, state, keys, first, target.inputs)
-
-            state, piece = pieces.draws(index, compute, state)
-            made.append(_Piece(*jax.tree.map(np.asarray, tuple(piece))))
-            bar.advance(task)
+        try:
+            for index in range(plan.num_pieces):
+                first = jnp.asarray(index * plan.size * plan.thinning)
+                state, piece = pieces.draws(index, partial(program, state, keys, first, target.inputs))
+                made.append(_Piece(*jax.tree.map(np.asarray, tuple(piece))))
+                bar.advance(task)
+        except KeyboardInterrupt:
+            if not made:
+                raise
     joined = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *made)
-    stats = joined.report._asdict()
-    about |= {"seconds": time.perf_counter() - began}
-    return Chains(target, joined.position, stats, jax.tree.map(np.asarray, tuning), about, plan.thinning)
+    stopped = "done" if len(made) == plan.num_pieces else "interrupted"
+    about |= {"seconds": time.perf_counter() - began, "stopped": stopped}
+    tuned = jax.tree.map(np.asarray, tuning)
+    return Chains(target, joined.position, joined.report._asdict(), tuned, about, plan.thinning)
 
 
 def _check_starts(target: Target, starts: Array) -> None:

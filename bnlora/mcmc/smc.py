@@ -97,7 +97,7 @@ def sample_smc(
     stages = [count for _, count in runs]
     plan = {"num_runs": num_runs, "num_particles": num_particles, "stages": stages}
     kept = record(key, "SMC", "none", {**options, "step_size": step_size}, plan)
-    kept |= {"log_evidence": evidence, "seconds": time.perf_counter() - began}
+    kept |= {"log_evidence": evidence, "seconds": time.perf_counter() - began, "stopped": "done"}
     return Chains(made, vectors, _stats(vectors, stages, options), _tuning(num_runs), kept)
 
 

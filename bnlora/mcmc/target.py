@@ -105,6 +105,8 @@ def target(
     params = {} if given is None else given.params
     latent = tuple(density(model, params).shapes)
     free = latent if sites is None else matching(latent, sites)
+    if given is not None:
+        _check_sites(given, latent)
     others = [name for name in latent if name not in free]
     if others and given is None:
         raise ValueError(
@@ -164,6 +166,20 @@ def _fixed(
     draws = jax.jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(key, count))
     where = f"the mean of {count} draws" if fix_at == "mean" else "one draw"
     return {n: x.mean(0) for n, x in draws.items()}, f"{', '.join(names)} held at {where} of a fit"
+
+
+def _check_sites(given: Fit, latent: Sequence[str]) -> None:
+    """Raise `ValueError` unless the fit has a law for every latent site of the model."""
+
+    def names(key: Array) -> dict[str, Array]:
+        return draw_sites(key, given.model, given.guide, given.params).sites
+
+    known = jax.eval_shape(names, jax.random.key(0))
+    absent = [name for name in latent if name not in known]
+    if absent:
+        raise ValueError(
+            f"`given` must be a fit of the same prior; it has no site {absent[0]!r}, only {', '.join(known)}"
+        )
 
 
 def _plain(batch: Batch) -> Batch:
