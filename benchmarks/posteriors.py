@@ -44,10 +44,10 @@ HEADER = (
 )
 # Thinning until neighbours are nearly uncorrelated, by head.
 CHAINS = {
-    "two-words": {"num_warmup": 1000, "num_draws": 1000, "thinning": 6},
-    "eight-topics": {"num_warmup": 1000, "num_draws": 1000, "thinning": 6},
-    "queries-rank-1": {"num_warmup": 500, "num_draws": 600, "thinning": 2},
-    "queries-rank-2": {"num_warmup": 500, "num_draws": 600, "thinning": 2},
+    "two-words": {"num_warmup": 1000, "num_draws": 1000, "thinning": 6, "target_acceptance": 0.99},
+    "eight-topics": {"num_warmup": 1000, "num_draws": 1000, "thinning": 6, "target_acceptance": 0.99},
+    "queries-rank-1": {"num_warmup": 300, "num_draws": 600, "thinning": 2, "target_acceptance": 0.9},
+    "queries-rank-2": {"num_warmup": 300, "num_draws": 600, "thinning": 2, "target_acceptance": 0.9},
 }
 
 
@@ -110,12 +110,11 @@ def row(head: str, name: str, found: bl.Comparison, bound: str, seconds: float, 
     )
 
 
-def sample(name: str, base: bl.Base, seed: int) -> None:
+def sample(name: str, base: bl.Base, seed: int, folder: Path | None) -> None:
     """Make the reference of a head anew, and keep it if its certificate passed."""
     model, train, others = HEADS[name].load(base)
-    chains = bl.sample_nuts(
-        jax.random.key(seed), model, train, start="zero", target_acceptance=0.99, **CHAINS[name]
-    )
+    pieces = None if folder is None else folder / name
+    chains = bl.sample_nuts(jax.random.key(seed), model, train, folder=pieces, piece=100, **CHAINS[name])
     print(chains, chains.certificate, sep="\n", flush=True)
     if not chains.certificate.passed:
         raise SystemExit(f"the reference of {name} was not kept: {chains.certificate.verdict}")
@@ -157,6 +156,7 @@ def main() -> None:
     """Make references, or compare every guide with them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sample", action="store_true", help="make the references instead")
+    parser.add_argument("--folder", type=Path, help="where chains are kept, to go on after an interrupt")
     parser.add_argument("--heads", nargs="*", default=list(HEADS), help="names of heads")
     parser.add_argument("--only", nargs="*", default=list(GUIDES), help="names of guides")
     parser.add_argument("--steps", type=int, default=2000)
@@ -165,7 +165,7 @@ def main() -> None:
     base, lines = smollm2(), []
     for name in arguments.heads:
         if arguments.sample:
-            sample(name, base, arguments.seed)
+            sample(name, base, arguments.seed, arguments.folder)
         else:
             lines += compared(name, base, arguments)
     if lines:
