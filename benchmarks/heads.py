@@ -2,7 +2,7 @@
 
 Each is an adapter on SmolLM2 with independent normal weights, so small that a gradient takes milliseconds:
 rows of the output layer for two words of sentiment and for eight topics of news, and the last layer's
-queries at ranks 1 and 2. The prior's scales give the log-odds a spread of about two (`bl.prior_predictive`).
+queries, at ranks 1 and 2. The prior's scales give the log-odds a spread of about two (`bl.prior_predictive`).
 """
 
 from dataclasses import dataclass, replace
@@ -59,6 +59,8 @@ class Head:
 HEADS = {
     "two-words": Head("vader", "lm_head", rank=1, scale=1.0, train=64, length=64),
     "eight-topics": Head("reuters", "lm_head", rank=1, scale=1.0, train=64, length=64),
+    "two-words-rank-2": Head("vader", "lm_head", rank=2, scale=1.0, train=64, length=64),
+    "eight-topics-rank-2": Head("reuters", "lm_head", rank=2, scale=1.0, train=64, length=64),
     "queries-rank-1": Head("vader", "q_proj", rank=1, scale=100.0, train=32, length=32),
     "queries-rank-2": Head("vader", "q_proj", rank=2, scale=100.0, train=32, length=32),
 }

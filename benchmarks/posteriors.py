@@ -46,6 +46,8 @@ HEADER = (
 CHAINS = {
     "two-words": {"num_warmup": 1000, "num_draws": 1000, "thinning": 6, "target_acceptance": 0.99},
     "eight-topics": {"num_warmup": 1000, "num_draws": 1000, "thinning": 6, "target_acceptance": 0.99},
+    "two-words-rank-2": {"num_warmup": 1000, "num_draws": 1000, "thinning": 6, "target_acceptance": 0.99},
+    "eight-topics-rank-2": {"num_warmup": 1000, "num_draws": 1000, "thinning": 6, "target_acceptance": 0.99},
     "queries-rank-1": {"num_warmup": 300, "num_draws": 600, "thinning": 2, "target_acceptance": 0.9},
     "queries-rank-2": {"num_warmup": 300, "num_draws": 600, "thinning": 2, "target_acceptance": 0.9},
 }
