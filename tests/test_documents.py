@@ -58,11 +58,31 @@ def test_the_examples_of_the_contributing_guide_print_what_they_say_and_fit():
     assert fit_two_steps(names, model, guide).skipped_steps == 0
 
 
-def test_the_prior_and_guide_of_the_readme_fit():
-    _, code = blocks("README.md")
+def test_the_prior_and_guides_of_the_readme_fit():
+    _, code, mixed, _ = blocks("README.md")
     names = names_of_a_tiny_model()
     exec(code, names)
     assert fit_two_steps(names, names["model"], names["guide"]).skipped_steps == 0
+    two = bl.select(names["base"], ["q_proj", "lm_head"], rank=2)
+    plain = bl.Classifier(names["base"], two, bl.priors.normal(), label_ids=(3, 5))
+    guide = eval(mixed, {**names, "model": plain})
+    assert fit_two_steps(names, plain, guide).skipped_steps == 0
+
+
+@pytest.mark.slow
+def test_the_gold_standard_of_the_readme_runs(capsys):
+    """With a tiny model, few draws, and so no certificate to ask for."""
+    *_, code = blocks("README.md")
+    code = code.replace("given=fit)", "given=fit, num_warmup=50, num_draws=100)")
+    code = code.replace('data["movies"])', 'data.train, against="anything")')
+    names = names_of_a_tiny_model() | {"key": jax.random.key(3)}
+    names["model"] = bl.Classifier(names["base"], names["sites"], bl.priors.normal(), label_ids=(3, 5))
+    guide = bl.guides.Guide(names["model"].prior, bl.guides.mean_field())
+    names["fit"] = fit_two_steps(names, names["model"], guide)
+    exec(code, names)
+    printed = capsys.readouterr().out
+    assert "R-hat" in printed
+    assert "other posterior" in printed
 
 
 @pytest.mark.slow
