@@ -27,6 +27,13 @@ mpl.use("agg")
 CORPUS = ["the plot is good", "the film was bad", "Review: good", "Sentiment: bad good"] * 20
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Every compiled program holds mapped memory, of which a process may have only so many pieces."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer that has every word of `CORPUS` as one token."""

@@ -245,7 +245,7 @@ def test_bad_input_gets_one_sentence():
         sbc.run(
             KEY, MODEL, from_prior, ROWS, functions=lambda f, a, b: {"margin": MODEL.logits(f, a, b)[:, 0]}
         )
-    with pytest.raises(ValueError, match="at least one function to rank; got none"):
+    with pytest.raises(ValueError, match="at least one function; got none"):
         sbc.run(KEY, MODEL, from_prior, ROWS, functions=lambda *_: {})
     with pytest.raises(ValueError, match="finite at draws of the prior; not so: bad"):
         sbc.run(KEY, MODEL, from_prior, ROWS, functions=lambda *_: {"bad": jnp.log(-1.0)}, num_simulations=2)
