@@ -44,7 +44,6 @@ def split(model, names):
 CASES = {
     "the head is free": (["q_proj.a", "q_proj.b", "k_proj.a", "k_proj.b"], 3),
     "the queries are free": (["k_proj.a", "k_proj.b", "lm_head.a", "lm_head.b"], 0),
-    "one factor is free": (["q_proj.a", "q_proj.b", "k_proj.a", "k_proj.b", "lm_head.a"], 3),
 }
 
 

@@ -91,8 +91,13 @@ def value_and_gradient(logits):
     return jax.value_and_grad(log_likelihood)
 
 
+# All layers, some, the last one, and the head alone; the ends are enough where time counts.
+STARTS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+ENDS = [0, pytest.param(2, marks=pytest.mark.slow), 3]
+
+
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("start", [0, 1, 2, 3])
+@pytest.mark.parametrize("start", STARTS)
 def test_logits_and_gradients_are_those_of_all_positions(start, side):
     model, batch = classifier(start), rows(side)
     adapters = adapters_of(model)
@@ -103,7 +108,7 @@ def test_logits_and_gradients_are_those_of_all_positions(start, side):
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("start", [0, 1, 2, 3])
+@pytest.mark.parametrize("start", STARTS)
 def test_cached_activations_give_the_same(start):
     model, batch = classifier(start), rows("both")
     adapters = adapters_of(model)
@@ -112,7 +117,7 @@ def test_cached_activations_give_the_same(start):
     assert_close(model.logits(BASE.params, adapters, cached), model.logits(BASE.params, adapters, batch))
 
 
-@pytest.mark.parametrize("start", [0, 2, 3])
+@pytest.mark.parametrize("start", ENDS)
 def test_a_row_of_padding_alone_is_as_before(start):
     model, batch = classifier(start), rows("right")
     batch = Batch(batch.tokens, batch.mask.at[1].set(False), batch.labels)
@@ -123,7 +128,7 @@ def test_a_row_of_padding_alone_is_as_before(start):
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-@pytest.mark.parametrize("start", [0, 2, 3])
+@pytest.mark.parametrize("start", ENDS)
 def test_zero_b_is_the_base_bit_for_bit(start, wrap):
     model, batch = classifier(start), rows("both")
     at, ids = (
@@ -141,7 +146,7 @@ def test_zero_b_is_the_base_bit_for_bit(start, wrap):
     assert np.array_equal(got, wrap(plain)(BASE.params))
 
 
-@pytest.mark.parametrize("start", [0, 2, 3])
+@pytest.mark.parametrize("start", ENDS)
 def test_draws_of_adapters_may_be_mapped_over(start):
     model, batch = classifier(start), rows("left")
     draws = [adapters_of(model, seed=seed) for seed in range(3)]
