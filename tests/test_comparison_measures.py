@@ -15,6 +15,7 @@ from bnlora.comparison.predictive import predictive_agreement
 from bnlora.comparison.transport import transport
 from bnlora.predict import Prediction
 
+pytestmark = pytest.mark.slow  # one measure after the other over many repetitions
 RANDOM = np.random.default_rng
 
 

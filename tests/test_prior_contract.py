@@ -121,6 +121,7 @@ def test_shapes_and_dtype_are_those_of_the_sites_in_float64(name):
         assert np.all(np.isfinite(leaf))
 
 
+@pytest.mark.slow
 @every_member
 def test_names_carry_family_and_factor(name):
     member, (got, _) = MEMBERS[name], exact(name)
@@ -129,6 +130,7 @@ def test_names_carry_family_and_factor(name):
         assert factor in member.sites[family].factors
 
 
+@pytest.mark.slow
 @every_member
 def test_guides_start_at_the_base_model_inside_every_support(name):
     """`b @ a` is zero, or that of the adapters which the prior is centred on."""
@@ -140,6 +142,7 @@ def test_guides_start_at_the_base_model_inside_every_support(name):
         np.testing.assert_array_equal(pair["b"] @ pair["a"], centre["b"] @ centre["a"])
 
 
+@pytest.mark.slow
 @every_member
 def test_a_classifier_is_traced_under_the_prior(name):
     member = MEMBERS[name]
