@@ -1,14 +1,14 @@
 """One sentence for a wrong option or number, in the words that the whole library shares."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
-def check_option(name: str, got: object, options: tuple[str, ...]) -> None:
+def check_option(name: str, got: object, options: Sequence[str]) -> None:
     """Raise `ValueError` unless `got` is one of the options; the message names the nearest."""
-    if got not in options:
+    if not isinstance(got, str) or got not in options:
         near = difflib.get_close_matches(str(got), options, n=1, cutoff=0.0)
-        raise ValueError(f"{name} must be one of {options}; got {got!r}, nearest is {near[0]!r}")
+        raise ValueError(f"{name} must be one of {tuple(options)}; got {got!r}, nearest is {near[0]!r}")
 
 
 def check_at_least(values: Mapping[str, int], least: int) -> None:

@@ -1,6 +1,5 @@
 """A model, a guide and a fit by names and numbers: what the command line keeps, to build the same again."""
 
-import difflib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from jaxtyping import Int
 from bnlora import guides, priors
 from bnlora.assets import fetch_smollm2
 from bnlora.base import Base, load
+from bnlora.checks import check_option
 from bnlora.data import Batch
 from bnlora.fits import Fit
 from bnlora.model import Classifier
@@ -103,10 +103,7 @@ class Recipe:
     def __post_init__(self):
         for name in ("words", "targets"):  # JSON knows lists alone
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        known = get_args(PriorName)
-        if self.prior not in known:
-            near = difflib.get_close_matches(self.prior, known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"prior must be one of {known}; got {self.prior!r}, nearest is {near!r}")
+        check_option("prior", self.prior, get_args(PriorName))
 
     def load_base(self) -> Base:
         """The frozen base model."""

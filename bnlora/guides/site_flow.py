@@ -3,10 +3,10 @@
 Reference: Lin et al. (2026), arXiv 2601.21003 (row-shared flow on the inducing matrix).
 """
 
-import difflib
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+from bnlora.checks import check_option
 from bnlora.guides.family import Family
 from bnlora.guides.flow import block_neural, iaf, row_shared, spline
 from bnlora.guides.guide import Guide
@@ -62,9 +62,7 @@ def SiteFlow(
         "spline": spline,
         "block-neural": block_neural,
     }
-    if flow not in variants:
-        near = difflib.get_close_matches(str(flow), get_args(FlowName), n=1, cutoff=0.0)[0]
-        raise ValueError(f"flow must be one of {get_args(FlowName)}; got {flow!r}, nearest is {near!r}")
+    check_option("flow", flow, get_args(FlowName))
     options = {
         name: value for name, value in {"hidden": hidden, "blocks": blocks}.items() if value is not None
     }

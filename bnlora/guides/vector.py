@@ -17,9 +17,9 @@ import numpyro
 import numpyro.distributions as dist
 from jax import Array
 
+from bnlora.checks import check_option
 from bnlora.guides.family import Family, per_site
 from bnlora.guides.latent import Latent
-from bnlora.priors.hyper import require_option
 
 Over = Literal["layer", "family", "all"]
 VectorLaw = Callable[[str, tuple[int, ...], int, Callable[[Array], Array]], dist.Distribution]
@@ -49,7 +49,7 @@ def vector_family(
     Raises:
         ValueError: When `over` is unknown. The family raises it when it would have too many parameters.
     """
-    require_option("over", over, get_args(Over))
+    check_option("over", over, get_args(Over))
 
     def checked(prefix: str, batch: tuple[int, ...], size: int, start: Callable[[Array], Array]):
         _require_feasible(label, prefix, math.prod(batch), size, count, max_parameters)

@@ -18,7 +18,8 @@ import numpyro.distributions as dist
 from jax import Array
 from jaxtyping import Float
 
-from bnlora.priors.hyper import Hyper, is_random, require_option
+from bnlora.checks import check_option
+from bnlora.priors.hyper import Hyper, is_random
 from bnlora.sites import Site, Sites
 from bnlora.typing import Adapters
 
@@ -54,7 +55,7 @@ def layers(site: Site) -> numpyro.plate:
 
 def require_width(width: Width) -> None:
     """Raise `ValueError` unless `width` is one of the options of `Width`."""
-    require_option("width", width, get_args(Width))
+    check_option("width", width, get_args(Width))
 
 
 def width_factor(site: Site, factor: str, width: Width) -> float:

@@ -22,6 +22,7 @@ import numpyro.distributions as dist
 from jax import Array
 
 from bnlora import gp
+from bnlora.checks import check_option
 from bnlora.priors.base import START, Prior, Width, each_factor, layers, require_width, width_factor
 from bnlora.priors.hyper import (
     ByFactor,
@@ -30,7 +31,6 @@ from bnlora.priors.hyper import (
     hyper_value,
     learned,
     require_number,
-    require_option,
     require_positive,
     require_unit,
 )
@@ -57,7 +57,7 @@ def pooled_scales(prior: Prior, *, spread: Hyper = learned(0.5), factor: str = "
         ValueError: When the factor is unknown or the spread may not be positive.
     """
     require_positive("spread", spread)
-    require_option("factor", factor, FACTORS)
+    check_option("factor", factor, FACTORS)
 
     def pooled(sites: Sites) -> Adapters:
         asked = sorted({f for site in sites.values() for f in site.factors})

@@ -7,8 +7,7 @@
 | a NumPyro distribution      | `numpyro.sample("<name>", ...)`      | log p(y), the value integrated out  |
 """
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, TypeAlias
@@ -126,13 +125,6 @@ def require_count(name: str, value: Any) -> None:
     """Raise `ValueError` unless a setting is a whole number of at least 1."""
     if not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
-
-
-def require_option(name: str, got: Any, options: Sequence[str]) -> None:
-    """Raise `ValueError`, which names the nearest option, unless a setting is one of some strings."""
-    if not isinstance(got, str) or got not in options:
-        near = difflib.get_close_matches(str(got), options, n=1, cutoff=0.0)
-        raise ValueError(f"{name} must be one of {tuple(options)}; got {got!r}, nearest is {near[0]!r}")
 
 
 def _inside(hyper: Any, upper: float) -> bool:

@@ -31,6 +31,7 @@ from jax import Array
 from jaxtyping import Float
 
 from bnlora import gp
+from bnlora.checks import check_option
 from bnlora.distributions import MatrixAffine, MatrixConditional
 from bnlora.priors.base import START, Prior, Start, Width, each_factor, require_width, width_factor
 from bnlora.priors.hyper import (
@@ -40,7 +41,6 @@ from bnlora.priors.hyper import (
     by_factor,
     hyper_value,
     require_number,
-    require_option,
     require_unit,
 )
 from bnlora.priors.sides import (
@@ -93,7 +93,7 @@ class Options:
 
     def __post_init__(self):
         for name, known in {"inducing": Inducing, "oversize": Oversize, "form": Form}.items():
-            require_option(name, getattr(self, name), get_args(known))
+            check_option(name, getattr(self, name), get_args(known))
         require_frames(self.frames)
         require_sizes(self.rows, self.cols)
         require_number("reliability", self.reliability, upper=1.0)
@@ -169,7 +169,7 @@ def sparse_gp_matrices(
     Raises:
         ValueError: On an unknown `start`, and as `Options`.
     """
-    require_option("start", start, get_args(Start))
+    check_option("start", start, get_args(Start))
     return _matrices(name, shape, jnp.asarray(sigma), plate, start, _options(options))
 
 
@@ -250,7 +250,7 @@ def _side(name: str, which: str, depth: int, d: int, size: int, options: Options
 def _options(given: dict) -> Options:
     known = tuple(Options.__dataclass_fields__)
     for name in given:
-        require_option("an option of the sparse GP", name, known)
+        check_option("an option of the sparse GP", name, known)
     return Options(**given)
 
 
