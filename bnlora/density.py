@@ -12,7 +12,7 @@ Reference: Kucukelbir et al. (2017), Automatic differentiation variational infer
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,8 +131,8 @@ def density(model: Any, params: Parameters) -> Density:
     Raises:
         ValueError: When the prior has no latent site, a discrete one, or a parameter without a value.
     """
-    check_parameters(model.prior, params)
-    latent = _latent(model.prior)
+    names, latent = _declared(model.prior)
+    _require_values(names, params)
     if not latent:
         raise ValueError(
             "a density needs a prior with latent sites, such as priors.normal(); this one has none"
@@ -140,7 +140,7 @@ def density(model: Any, params: Parameters) -> Density:
     for name, (kind, shape) in latent.items():
         if shape is None:
             raise ValueError(f"latent sites must be continuous; {name!r} is {kind}")
-    held = {name: params[name] for name in _parameter_names(model.prior)}
+    held = {name: params[name] for name in names}
     return Density(model, held, {name: shape for name, (_, shape) in latent.items()})
 
 
@@ -149,7 +149,11 @@ def check_parameters(prior: Callable, params: Parameters) -> None:
 
     Others in it are allowed: the `params` of a fit hold those of the guide too.
     """
-    for name in _parameter_names(prior):
+    _require_values(_declared(prior)[0], params)
+
+
+def _require_values(names: Sequence[str], params: Parameters) -> None:
+    for name in names:
         if name not in params:
             near = difflib.get_close_matches(name, list(params), n=1, cutoff=0.0)
             raise ValueError(
@@ -158,30 +162,22 @@ def check_parameters(prior: Callable, params: Parameters) -> None:
             )
 
 
-def _parameter_names(prior: Callable) -> list[str]:
-    names: list[str] = []
-    _read(prior, lambda trace: names.extend(n for n, site in trace.items() if site["type"] == "param"))
-    return names
-
-
-def _latent(prior: Callable) -> dict[str, tuple[str, Any]]:
-    """Law and unconstrained shape (none if discrete) of each latent site of the prior."""
+def _declared(prior: Callable) -> tuple[list[str], dict[str, tuple[str, Any]]]:
+    """Names of the prior's parameters; law and unconstrained shape of each latent site (none if discrete)."""
+    params: list[str] = []
     latent: dict[str, tuple[str, Any]] = {}
 
-    def note(trace: dict[str, dict]) -> None:
-        for name, site in trace.items():
-            if site["type"] == "sample" and not site["is_observed"]:
+    def run(key: Array) -> None:
+        for name, site in _trace(prior, key).items():
+            if site["type"] == "param":
+                params.append(name)
+            elif site["type"] == "sample" and not site["is_observed"]:
                 fn = site["fn"]
                 free = None if fn.support.is_discrete else biject_to(fn.support).inverse_shape(fn.shape())
                 latent[name] = type(fn).__name__, free
 
-    _read(prior, note)
-    return latent
-
-
-def _read(prior: Callable, note: Callable[[dict[str, dict]], None]) -> None:
-    """Show a trace of the prior that has names and shapes alone: nothing is computed."""
-    jax.eval_shape(lambda key: note(_trace(prior, key)), jax.random.key(0))
+    jax.eval_shape(run, jax.random.key(0))  # names and shapes alone: nothing is computed
+    return params, latent
 
 
 def _trace(program: Callable, key: Array, *args: Any, **values: Any) -> dict[str, dict]:
