@@ -18,7 +18,6 @@ from jax import Array
 from jaxtyping import Float
 
 from bnlora.data import Batch
-from bnlora.posterior import Draw, adapters_at, draw_sites
 from bnlora.predict import predict_with_draws
 from bnlora.sites import HEAD, Sites
 
@@ -62,32 +61,19 @@ def to_arviz(
     """
     if num_samples < CHAINS or num_samples % CHAINS:
         raise ValueError(f"num_samples must be a positive multiple of {CHAINS}; got {num_samples}")
-    draws, adapters = _draws(fit.draw_key if key is None else key, fit, num_samples)
+    draws, adapters = fit.draws(fit.draw_key if key is None else key, num_samples)
     predicted = partial(predict_with_draws, fit.model, adapters, batch_size=batch_size)
-    in_training = _label_log_probs(predicted(fit.train), fit.train)
+    in_training = predicted(fit.train).log_probs_of(fit.train.labels)
     prediction = predicted(data)
     stats = {"log_p": np.asarray(draws.log_prior, np.float64) + in_training.sum(1), "log_q": draws.log_q}
     summaries = _summaries(fit.model.sites, adapters)
     groups = {
         "posterior": summaries.values | _hyper_parameters(fit.model.sites, draws.sites),
         "sample_stats": stats,
-        "log_likelihood": {"y": _label_log_probs(prediction, data)},
+        "log_likelihood": {"y": prediction.log_probs_of(data.labels)},
         "posterior_predictive": {"y": _sample_classes(prediction.draw_log_probs)},
     }
     return _tree(jax.tree.map(_by_chain, groups), summaries, fit, data)
-
-
-def _draws(key: Array, fit: Any, num_samples: int) -> tuple[Draw, Any]:
-    def one(k: Array):
-        draw = draw_sites(k, fit.model, fit.guide, fit.params)
-        return draw, adapters_at(fit.model, fit.params, draw.sites)
-
-    return jax.jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(key, num_samples))
-
-
-def _label_log_probs(prediction: Any, data: Batch) -> np.ndarray:
-    labels = np.asarray(data.labels)[None, :, None]
-    return np.take_along_axis(prediction.draw_log_probs, labels, axis=2)[..., 0]
 
 
 def _sample_classes(log_probs: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ A `Fit` is the first of the posteriors that `predict` takes (`bnlora.predict.Pos
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax import Array
 
 from bnlora.data import Batch
 from bnlora.elbo import TERMS
-from bnlora.posterior import draw_adapters
+from bnlora.posterior import Draw, draw_adapters, draw_both
 from bnlora.typing import Adapters, Parameters
 
 
@@ -63,6 +63,12 @@ class Fit:
     def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
         """Posterior adapters with a leading draw axis; the same key gives the same draws."""
         return self._compiled_draw(key, self.params, num_samples)
+
+    def draws(self, key: Array, num_samples: int) -> tuple[Draw, Adapters]:
+        """Draws of the guide with both log-densities, and the adapters that the prior makes of them."""
+        return jax.jit(partial(draw_both, model=self.model, guide=self.guide, num_samples=num_samples))(
+            key, params=self.params
+        )
 
     @cached_property
     def _compiled_draw(self) -> Callable[..., Adapters]:

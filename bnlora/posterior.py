@@ -43,13 +43,21 @@ def adapters_at(model: Any, params: Parameters, sites: dict[str, Array]) -> Adap
         return handlers.seed(substituted, jax.random.key(0))()
 
 
-def draw_adapters(key: Array, model: Any, guide: Callable, params: Parameters, num_samples: int) -> Adapters:
-    """Posterior adapters with a leading draw axis."""
+def draw_both(
+    key: Array, model: Any, guide: Callable, params: Parameters, num_samples: int
+) -> tuple[Draw, Adapters]:
+    """Draws of the guide and the adapters that the prior makes of them, with a leading draw axis."""
 
-    def one(k: Array) -> Adapters:
-        return adapters_at(model, params, draw_sites(k, model, guide, params).sites)
+    def one(k: Array) -> tuple[Draw, Adapters]:
+        draw = draw_sites(k, model, guide, params)
+        return draw, adapters_at(model, params, draw.sites)
 
     return jax.lax.map(one, jax.random.split(key, num_samples))
+
+
+def draw_adapters(key: Array, model: Any, guide: Callable, params: Parameters, num_samples: int) -> Adapters:
+    """Posterior adapters with a leading draw axis."""
+    return draw_both(key, model, guide, params, num_samples)[1]
 
 
 def _log_density(trace: dict) -> Array:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from rich.console import Console
 
 from bnlora.data import Batch, parts
@@ -56,6 +56,11 @@ class Prediction:
     def probs(self) -> Float[np.ndarray, "n c"]:
         """Probabilities of the mixture."""
         return np.exp(self.log_probs)
+
+    def log_probs_of(self, labels: Int[Any, " n"]) -> Float[np.ndarray, "s n"]:
+        """Log-probability of a class of each row under each draw."""
+        index = np.asarray(labels)[None, :, None]
+        return np.take_along_axis(self.draw_log_probs, index, axis=2)[..., 0]
 
     @property
     def entropy(self) -> Float[np.ndarray, " n"]:

@@ -14,7 +14,6 @@
 `store_reference`, `save_reference` and `load_reference` keep what a comparison reads of a run.
 """
 
-from bnlora.comparison.compare import Certificate as Certificate
 from bnlora.comparison.compare import Reference as Reference
 from bnlora.comparison.compare import UncertifiedReference as UncertifiedReference
 from bnlora.comparison.compare import compare as compare

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from rich.console import Console
 
 from bnlora.cache import cache_prefix
+from bnlora.certificate import Certificate
 from bnlora.comparison.draws import Draws, Kind, evenly
 from bnlora.comparison.khat import LEAST_DRAWS, KHat, khat
 from bnlora.comparison.pairs import pairs
@@ -29,23 +30,8 @@ from bnlora.comparison.stored import StoredReference, require_same_problem, valu
 from bnlora.data import Batch, check_labels
 from bnlora.fits import Fit
 from bnlora.functions import PROBES, Functions, evaluate, identifiable
-from bnlora.posterior import Draw, adapters_at, draw_sites
 from bnlora.predict import Posterior, predict_with_draws
 from bnlora.typing import Adapters
-
-
-class Certificate(Protocol):
-    """What the checks of a run of MCMC concluded."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether the run may serve as a reference."""
-        ...
-
-    @property
-    def failures(self) -> tuple[str, ...]:
-        """What failed and what to change, a sentence each."""
-        ...
 
 
 @runtime_checkable
@@ -201,18 +187,12 @@ def _khat(key: Array, approx: Any, num_samples: int, batch_size: int, console: C
     """k-hat of a fit whose guide has a density, over the rows that it was fitted to."""
     if not isinstance(approx, Fit) or "not a bound" in repr(approx.guide) or num_samples < LEAST_DRAWS:
         return None
-
-    def one(k: Array) -> tuple[Draw, Adapters]:
-        draw = draw_sites(k, approx.model, approx.guide, approx.params)
-        return draw, adapters_at(approx.model, approx.params, draw.sites)
-
-    drawn, adapters = jax.jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(key, num_samples))
+    drawn, adapters = approx.draws(key, num_samples)
     if not drawn.sites or any(_has_point(x) for x in drawn.sites.values()):
         return None
     rows = approx.train
     predicted = predict_with_draws(approx.model, adapters, rows, batch_size=batch_size, console=console)
-    labels = np.asarray(rows.labels)[None, :, None]
-    log_likelihood = np.take_along_axis(predicted.draw_log_probs, labels, axis=2).sum((1, 2))
+    log_likelihood = predicted.log_probs_of(rows.labels).sum(1)
     return khat(np.asarray(drawn.log_prior, np.float64) + log_likelihood, np.asarray(drawn.log_q))
 
 
