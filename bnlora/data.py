@@ -38,6 +38,11 @@ class Batch:
     def __len__(self) -> int:
         return self.labels.shape[0]
 
+    @property
+    def last(self) -> Int[Array, " n"]:
+        """Position of the last real token of each row."""
+        return self.mask.shape[1] - 1 - jnp.argmax(self.mask[:, ::-1], axis=1)
+
     def __getitem__(self, rows: Any) -> "Batch":
         """The given rows, by slice or index array."""
         hidden = None if self.hidden is None else self.hidden[rows]

@@ -7,7 +7,6 @@ the log-likelihood of the data.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Protocol
 
 import jax
@@ -43,7 +42,7 @@ def identifiable(model: Classifier, probe: Batch) -> Functions:
         Functions named `margin[row]` (`margin[row, class]` with three classes or more), `norm[family]`
         (over all layers of a family that is not fixed) and `log_likelihood`.
     """
-    probe = with_hidden(model, probe)
+    probe = model.with_hidden(probe)
     classes = len(model.label_ids)
 
     def functions(frozen: Any, adapters: Adapters, batch: Batch) -> dict[str, Array]:
@@ -63,7 +62,7 @@ def evaluate(
     functions: Functions, model: Classifier, adapters: Adapters, batch: Batch
 ) -> tuple[tuple[str, ...], Float[np.ndarray, "s k"]]:
     """Names of the functions, and their values at adapters with a leading draw axis."""
-    batch = with_hidden(model, batch)
+    batch = model.with_hidden(batch)
 
     def one(frozen: Any, drawn: Adapters, rows: Batch) -> dict[str, Array]:
         return scalars(functions(frozen, drawn, rows))
@@ -99,8 +98,3 @@ def update_norm(adapter: Mapping[str, Array], scale: float) -> Float[Array, ""]:
     a, b = adapter["a"], adapter["b"]
     inner = jnp.einsum("lri,lsi->lrs", a, a) * jnp.einsum("lor,los->lrs", b, b)
     return abs(scale) * jnp.sqrt(jnp.maximum(inner.sum(), 0.0))  # rounding may leave a zero just below it
-
-
-def with_hidden(model: Classifier, rows: Batch) -> Batch:
-    """The rows with the activations below the adapters, which no draw changes."""
-    return replace(rows, hidden=model.compiled_hidden(model.base.params, rows), depth=model.start)

@@ -145,6 +145,10 @@ class Classifier:
         module = self.base.bind(params)
         return module.blocks(module.embed(batch.tokens), batch.mask, start=0, stop=self.start)
 
+    def prepared(self, params: Any, batch: Batch) -> Batch:
+        """The batch with its activations below the lowest adapted layer, which no draw changes."""
+        return replace(batch, hidden=self.hidden(params, batch), depth=self.start)
+
     def logits(self, params: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n c"]:
         """Logits of the label tokens after the last real token of each row.
 
@@ -152,7 +156,6 @@ class Classifier:
         """
         placed = self.sites.place(adapters, start=self.start)
         head = placed.pop(HEAD, None)
-        last = batch.mask.shape[1] - 1 - jnp.argmax(batch.mask[:, ::-1], axis=1)
         module = self.base.bind(params)
         final = module.blocks(
             self.hidden(params, batch),
@@ -160,7 +163,7 @@ class Classifier:
             start=self.start,
             stop=self.base.num_layers,
             adapters=placed,
-            at=last[:, None],
+            at=batch.last[:, None],
         )
         return module.head(final[:, 0], rows=jnp.asarray(self.label_ids), adapter=head)
 
@@ -169,13 +172,17 @@ class Classifier:
 
         The part below the adapters runs once for all draws, and draws go one after the other.
         """
-        prepared = replace(batch, hidden=self.hidden(params, batch), depth=self.start)
+        prepared = self.prepared(params, batch)
         return jax.lax.map(lambda one: jax.nn.log_softmax(self.logits(params, one, prepared)), adapters)
 
     @cached_property
     def compiled_log_probs(self) -> Callable[..., Array]:
         """`log_probs_by_draw`, compiled once for all callers."""
         return jax.jit(self.log_probs_by_draw)
+
+    def with_hidden(self, batch: Batch) -> Batch:
+        """`prepared` with the model's own weights, through `compiled_hidden`."""
+        return replace(batch, hidden=self.compiled_hidden(self.base.params, batch), depth=self.start)
 
     @cached_property
     def compiled_hidden(self) -> Callable[..., Array]:

@@ -16,7 +16,7 @@ Simpson, Vehtari, Betancourt and Gelman (2019), Visualization in Bayesian workfl
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -245,7 +245,7 @@ def scale_for_spread(
     low, high = bounds
     if not (spread > 0 and 0 < low < high):
         raise ValueError(f"expected spread > 0 and 0 < least < greatest scale; got {spread} and {bounds}")
-    prepared = replace(data, hidden=model.compiled_hidden(model.base.params, data), depth=model.start)
+    prepared = model.with_hidden(data)
     params_key, draw_key = jax.random.split(key)
 
     @jax.jit
@@ -300,7 +300,7 @@ def _with_base(model: Classifier, draws: Adapters) -> Adapters:
 
 
 def _logits_by_draw(model: Classifier, frozen: Any, adapters: Adapters, batch: Batch) -> Array:
-    prepared = replace(batch, hidden=model.hidden(frozen, batch), depth=model.start)
+    prepared = model.prepared(frozen, batch)
     return jax.lax.map(lambda one: model.logits(frozen, one, prepared), adapters)
 
 

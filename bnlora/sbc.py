@@ -36,7 +36,7 @@ from bnlora.checks import check_at_least
 from bnlora.data import Batch
 from bnlora.density import check_parameters
 from bnlora.elbo import initial_parameters
-from bnlora.functions import Functions, identifiable, log_likelihood, scalars, with_hidden
+from bnlora.functions import Functions, identifiable, log_likelihood, scalars
 from bnlora.maximise import maximise
 from bnlora.model import Classifier
 from bnlora.posterior import draw_adapters
@@ -223,7 +223,7 @@ def run(
     one = _simulation(model, inference, functions)
     program = jax.jit(lambda keys, *shared: jax.lax.map(lambda k: one(k, *shared), keys))
     keys = jax.random.split(run_key, num_simulations)
-    found = program(keys, model.base.params, with_hidden(model, rows), params)
+    found = program(keys, model.base.params, model.with_hidden(rows), params)
     found = jax.tree.map(np.asarray, found)
     broken = [name for name, ok in found.truth_finite.items() if not ok.all()]
     if broken:
