@@ -184,14 +184,17 @@ def mclmc(log_density: LogDensity, tuning: Tuning, steps_per_draw: int) -> Sampl
     )
 
     def step(key: Array, state: Any) -> tuple[Any, Report]:
-        state, info = jax.lax.scan(
-            lambda s, k: algorithm.step(k, s), state, jax.random.split(key, steps_per_draw)
-        )
+        state, info = _steps(algorithm, key, state, steps_per_draw)
         # Two gradients a step: the integrator of McLachlan has two stages.
         gradients = jnp.asarray(2 * steps_per_draw)
         return state, Report(~info.nonans.all(), jnp.nan * state.logdensity, jnp.ones(()), gradients)
 
     return Sampler(lambda key, position: algorithm.init(position, key), step)
+
+
+def _steps(algorithm: Any, key: Array, state: Any, count: int) -> tuple[Any, Any]:
+    """The state after some steps, and the reports of all of them."""
+    return jax.lax.scan(lambda s, k: algorithm.step(k, s), state, jax.random.split(key, count))
 
 
 def elliptical(
@@ -202,9 +205,7 @@ def elliptical(
     algorithm = blackjax.elliptical_slice(log_likelihood, mean=mean, cov=variance)
 
     def step(key: Array, state: Any) -> tuple[Any, Report]:
-        state, info = jax.lax.scan(
-            lambda s, k: algorithm.step(k, s), state, jax.random.split(key, steps_per_draw)
-        )
+        state, info = _steps(algorithm, key, state, steps_per_draw)
         used = jnp.sum(info.subiter)
         return state, Report(jnp.zeros((), bool), jnp.nan * state.logdensity, jnp.ones(()), used)
 

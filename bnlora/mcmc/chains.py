@@ -1,6 +1,6 @@
 r"""Draws of Markov chains: a posterior for `predict`, and the reference that others are compared with."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -58,10 +58,18 @@ class Chains:
         warm = int(np.sum(self.tuning.num_gradients))
         return {"warm-up": warm, "sampling": int(self.stats["num_gradients"].sum())}
 
+    @property
+    def _rows(self) -> Float[np.ndarray, "n p"]:
+        """Every kept draw, chain after chain."""
+        return self.vectors.reshape(-1, self.vectors.shape[-1])
+
+    @cached_property
+    def _compiled_adapters(self) -> Callable[[np.ndarray], Adapters]:
+        return jax.jit(lambda u: jax.lax.map(self.target.view.adapters, u))
+
     def stored_adapters(self) -> Adapters:
         """Adapters of every kept draw, chain after chain, with a leading draw axis."""
-        rows = self.vectors.reshape(-1, self.vectors.shape[-1])
-        return jax.jit(lambda u: jax.lax.map(self.target.view.adapters, u))(rows)
+        return self._compiled_adapters(self._rows)
 
     def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
         """Adapters of different kept draws, chosen at random, with a leading draw axis.
@@ -69,19 +77,17 @@ class Chains:
         Raises:
             ValueError: When fewer draws are kept.
         """
-        total = self.num_chains * self.num_draws
+        total = len(self._rows)
         if num_samples > total:
             raise ValueError(
                 f"the chains keep {total} draws; num_samples must be at most that, got {num_samples}"
             )
-        rows = self.vectors.reshape(total, -1)
         chosen = np.asarray(jax.random.choice(key, total, (num_samples,), replace=False))
-        return jax.jit(lambda u: jax.lax.map(self.target.view.adapters, u))(rows[chosen])
+        return self._compiled_adapters(self._rows[chosen])
 
     def sites(self) -> dict[str, np.ndarray]:
         """Every kept draw of every sampled site, constrained, with leading axes (chain, draw)."""
-        rows = self.vectors.reshape(-1, self.vectors.shape[-1])
-        found = jax.jit(lambda u: jax.lax.map(self.target.view.sites, u))(rows)
+        found = jax.jit(lambda u: jax.lax.map(self.target.view.sites, u))(self._rows)
         lead = self.vectors.shape[:2]
         return {name: np.asarray(x).reshape(*lead, *x.shape[1:]) for name, x in found.items()}
 
@@ -130,9 +136,8 @@ class Chains:
                 f"the step must be at least 1 and leave four of {self.num_draws} draws; got {step}"
             )
         kept = slice(self.num_draws - 1 - step * (self.num_draws // step - 1), None, step)
-        # A divergence counts wherever it happened, so no draw's report is dropped with the draw.
-        stats = dict(self.stats)
-        return replace(self, vectors=self.vectors[:, kept], stats=stats, thinning=self.thinning * step)
+        # The reports stay: a divergence counts wherever it happened, also between kept draws.
+        return replace(self, vectors=self.vectors[:, kept], thinning=self.thinning * step)
 
     def __repr__(self) -> str:
         gradients = self.num_gradients

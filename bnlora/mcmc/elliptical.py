@@ -57,20 +57,13 @@ def sample_elliptical(
     """
     check_at_least({"num_warmup": num_warmup, "steps_per_draw": steps_per_draw}, 1)
 
-    def kernel(target: Target, inputs: Any, moves: int) -> Sampler:
-        mean, variance = normal_moments(target.view)
-        return elliptical(
-            lambda u: target.log_likelihood(u, inputs), jnp.asarray(mean), jnp.asarray(variance), moves
-        )
-
     def build(tuning: Tuning, target: Target, inputs: Any) -> Sampler:
-        sampler = kernel(target, inputs, steps_per_draw)
-
-        def init(key: Array, position: Array) -> Any:
-            warm = kernel(target, inputs, num_warmup)
-            return warm.step(key, warm.init(key, position))[0]
-
-        return Sampler(init, sampler.step)
+        mean, variance = map(jnp.asarray, normal_moments(target.view))
+        warm, sampler = (
+            elliptical(lambda u: target.log_likelihood(u, inputs), mean, variance, moves)
+            for moves in (num_warmup, steps_per_draw)
+        )
+        return Sampler(lambda key, start: warm.step(key, warm.init(key, start))[0], sampler.step)
 
     def tune(key: Array, log_density: LogDensity, position: Array) -> Tuning:
         nothing = jnp.zeros(())

@@ -7,7 +7,7 @@ References: Neal (2011), MCMC using Hamiltonian dynamics; Hoffman and Gelman (20
 """
 
 from collections.abc import Sequence
-from typing import Unpack
+from typing import Unpack, get_args
 
 from jax import Array
 
@@ -104,7 +104,7 @@ def sample_hmc(
 def _method(
     kind: Nuts | Hmc, num_warmup: int, target_acceptance: float, mass: Mass, initial_step_size: float
 ) -> Method:
-    check_option("mass", mass, ("diagonal", "dense"))
+    check_option("mass", mass, get_args(Mass))
     check_at_least({"num_warmup": num_warmup}, 20)
     check_positive({"initial_step_size": initial_step_size})
     if not 0 < target_acceptance < 1:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, get_args
 
 import jax
 from jax import Array
@@ -13,7 +13,7 @@ from bnlora.data import Batch
 from bnlora.fits import Fit
 from bnlora.mcmc.chains import Chains
 from bnlora.mcmc.run import Method, Plan, run
-from bnlora.mcmc.target import STARTS, FixAt, Start, starts, target
+from bnlora.mcmc.target import FixAt, Start, starts, target
 from bnlora.model import Classifier
 
 
@@ -59,8 +59,7 @@ def sampled(
         check_option("an option", unknown[0], tuple(Options.__annotations__))
     fix_at: FixAt = options.get("fix_at", "mean")
     start: Start = options.get("start", "zero" if given is None else "fit")
-    check_option("fix_at", fix_at, ("mean", "draw"))
-    check_option("start", start, STARTS)
+    check_option("start", start, get_args(Start))
     folder, console = options.get("folder"), options.get("console")
     plan = Plan(
         options.get("num_chains", 4),

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from rich.console import Console
 
 from bnlora.certificate import Bias
+from bnlora.checks import check_at_least
 from bnlora.mcmc.chains import Chains
 from bnlora.mcmc.pieces import Pieces
 from bnlora.mcmc.target import Target
@@ -55,9 +56,7 @@ class Plan:
     folder: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_chains", "num_draws", "thinning"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        check_at_least({n: getattr(self, n) for n in ("num_chains", "num_draws", "thinning")}, 1)
         piece = self.size
         if piece < 1 or self.num_draws % piece:
             divisors = [n for n in range(1, self.num_draws + 1) if self.num_draws % n == 0]

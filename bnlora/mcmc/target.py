@@ -8,7 +8,7 @@ the head alone is free, those of the last token are all that is kept, and a grad
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,12 @@ from jaxtyping import Float
 from rich.console import Console
 
 from bnlora.cache import cache_prefix
+from bnlora.checks import check_option
 from bnlora.conditional import condition, matching
 from bnlora.data import Batch, check_labels
 from bnlora.density import Density, density
 from bnlora.fits import Fit
+from bnlora.functions import log_likelihood
 from bnlora.model import Classifier
 from bnlora.posterior import draw_sites
 from bnlora.samplers import pathfinder
@@ -31,8 +33,6 @@ FixAt = Literal["mean", "draw"]
 
 Start = Literal["fit", "prior", "pathfinder", "zero"]
 """Where chains start: draws of the fit, of the prior, of Pathfinder, or where fits start, moved a little."""
-
-STARTS: tuple[Start, ...] = ("fit", "prior", "pathfinder", "zero")
 
 MEAN_DRAWS = 256
 
@@ -70,8 +70,7 @@ class Target:
     def log_likelihood(self, vector: Float[Array, " p"], inputs: tuple[Any, Batch]) -> Float[Array, ""]:
         """Log-likelihood of all rows, in nats."""
         frozen, batch = inputs
-        log_probs = jax.nn.log_softmax(self.model.logits(frozen, self.view.adapters(vector), batch))
-        return jnp.take_along_axis(log_probs, batch.labels[:, None], axis=1).sum()
+        return log_likelihood(self.model, frozen, self.view.adapters(vector), batch)
 
 
 def target(
@@ -101,6 +100,7 @@ def target(
     """
     if isinstance(sites, str):
         raise ValueError(f"sites must be a list of names or patterns; got {sites!r}, write [{sites!r}]")
+    check_option("fix_at", fix_at, get_args(FixAt))
     check_labels("training", train, len(model.label_ids))
     params = {} if given is None else given.params
     latent = tuple(density(model, params).shapes)
@@ -113,7 +113,7 @@ def target(
             f"{len(others)} sites are not sampled ({', '.join(others)}); pass `given`, a fit whose posterior "
             "says where to hold them, or sample all"
         )
-    values, held = _fixed(key, model, given, others, fix_at)
+    values, held = _fixed(key, given, others, fix_at)
     conditional = condition(model, values, params)
     plain = train if train.hidden is None or train.depth == conditional.start else _plain(train)
     cached = cache_prefix(conditional, plain, console=console)
@@ -132,7 +132,8 @@ def starts(key: Array, made: Target, given: Fit | None, start: Start, num_chains
     if start == "fit":
         if given is None:
             raise ValueError("start='fit' needs `given`, a fit to start from; got none, use start='prior'")
-        return jnp.stack([made.view.vector(_draw(k, made.view, given)) for k in keys])
+        names = tuple(made.view.shapes)
+        return jnp.stack([made.view.vector(_draw(k, given, names)) for k in keys])
     if start == "prior":
         return jnp.stack([made.view.draw(k) for k in keys])
     # At zero the density of a bilinear adapter has a saddle, so every chain is moved off it a little.
@@ -147,34 +148,27 @@ def starts(key: Array, made: Target, given: Fit | None, start: Start, num_chains
     return jax.jit(jax.vmap(climb, in_axes=(0, 0, None)))(keys, first, made.inputs)
 
 
-def _draw(key: Array, view: Density, given: Fit) -> dict[str, Array]:
+def _draw(key: Array, given: Fit, names: Sequence[str] | None = None) -> dict[str, Array]:
+    """A draw of the fit's sites: the named ones, or all."""
     drawn = draw_sites(key, given.model, given.guide, given.params).sites
-    return {name: drawn[name] for name in view.shapes}
+    return drawn if names is None else {name: drawn[name] for name in names}
 
 
 def _fixed(
-    key: Array, model: Classifier, given: Fit | None, names: Sequence[str], fix_at: FixAt
+    key: Array, given: Fit | None, names: Sequence[str], fix_at: FixAt
 ) -> tuple[Mapping[str, Array], str]:
     if not names or given is None:
         return {}, ""
     count = MEAN_DRAWS if fix_at == "mean" else 1
-
-    def one(k: Array) -> dict[str, Array]:
-        drawn = draw_sites(k, model, given.guide, given.params).sites
-        return {name: drawn[name] for name in names}
-
-    draws = jax.jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(key, count))
+    draw = jax.jit(lambda keys: jax.lax.map(lambda k: _draw(k, given, names), keys))
+    draws = draw(jax.random.split(key, count))
     where = f"the mean of {count} draws" if fix_at == "mean" else "one draw"
     return {n: x.mean(0) for n, x in draws.items()}, f"{', '.join(names)} held at {where} of a fit"
 
 
 def _check_sites(given: Fit, latent: Sequence[str]) -> None:
     """Raise `ValueError` unless the fit has a law for every latent site of the model."""
-
-    def names(key: Array) -> dict[str, Array]:
-        return draw_sites(key, given.model, given.guide, given.params).sites
-
-    known = jax.eval_shape(names, jax.random.key(0))
+    known = jax.eval_shape(lambda key: _draw(key, given), jax.random.key(0))
     absent = [name for name in latent if name not in known]
     if absent:
         raise ValueError(
@@ -188,9 +182,7 @@ def _plain(batch: Batch) -> Batch:
 
 def _last_token(batch: Batch) -> Batch:
     """The rows cut to the one position that the head reads."""
-    mask = np.asarray(batch.mask)
-    last = mask.shape[1] - 1 - mask[:, ::-1].argmax(1)
-    pick = np.arange(len(batch)), last
+    pick = np.arange(len(batch)), np.asarray(batch.last)
 
     def cut(x: Array) -> Array:
         return jnp.asarray(np.asarray(x)[pick][:, None])
