@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from bnlora.data import Batch
 from bnlora.elbo import initial_parameters
+from bnlora.files import write_json
 from bnlora.fits import Fit
 
 FORMAT = 1
@@ -46,9 +47,7 @@ def save_fit(fit: Fit, folder: str | Path) -> None:
     save_file({name: np.ascontiguousarray(np.asarray(value)) for name, value in arrays.items()}, scratch)
     (folder / RECORD).unlink(missing_ok=True)
     os.replace(scratch, folder / ARRAYS)
-    scratch = folder / f".{RECORD}"
-    scratch.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, folder / RECORD)
+    write_json(folder / RECORD, record)
 
 
 def load_fit(folder: str | Path, model: Any, guide: Callable) -> Fit:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # A package is named after its folder. It stands on the floor given here, with every member that has none of
 # its own: `bnlora/inference/swag.py` is `inference.swag` and stands on the floor of `inference`.
 FLOORS = {
-    "typing": 0, "data": 0, "assets": 0, "progress": 0, "display": 0, "tables": 0, "checks": 0,
+    "typing": 0, "data": 0, "assets": 0, "progress": 0, "display": 0, "tables": 0, "checks": 0, "files": 0,
     "kernels": 0, "kernels.api": 0, "kernels.reference": 0,
     "gp": 1, "distributions": 1, "ranks": 1, "sites": 1, "metrics": 1, "text": 1, "monte_carlo": 1,
     "models": 1, "models.layers": 1, "models.gguf": 1, "models.loading": 1,

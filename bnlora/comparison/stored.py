@@ -11,7 +11,6 @@ The idea of draws that travel with their certificate is that of posteriordb (Mag
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from bnlora.certificate import Certificate
 from bnlora.comparison.draws import Draws, evenly
 from bnlora.data import Batch
+from bnlora.files import write_json, write_whole
 from bnlora.functions import PROBES, evaluate, identifiable
 from bnlora.predict import Prediction, predict_with_draws
 
@@ -109,18 +109,14 @@ def save_reference(stored: StoredReference, folder: str | Path) -> None:
         coords={"function": list(stored.draws.names)},
     )
     packed = {name: {"zlib": True, "complevel": 9} for name in kept.data_vars}
-    scratch = folder / f".{DRAWS}"
-    kept.to_netcdf(scratch, engine="h5netcdf", encoding=packed)
-    os.replace(scratch, folder / DRAWS)
+    write_whole(folder / DRAWS, lambda scratch: kept.to_netcdf(scratch, engine="h5netcdf", encoding=packed))
     about = {
         "certificate": stored.certificate.to_json(),
         "record": dict(stored.record),
         "rows": stored.rows,
         "sites": stored.sites,
     }
-    scratch = folder / f".{RECORD}"
-    scratch.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, folder / RECORD)
+    write_json(folder / RECORD, about)
 
 
 def load_reference(folder: str | Path) -> StoredReference:

@@ -7,7 +7,6 @@ finds those of another run refuses, and names what differs.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from bnlora.files import write_json, write_whole
 from bnlora.mcmc.target import Target
 
 RUN, WARM = "run.json", "warm.npz"
@@ -53,9 +53,7 @@ class Pieces:
                     "go on with it, or another folder"
                 )
         else:
-            _write(
-                path, lambda scratch: scratch.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-            )
+            write_json(path, now)
         return cls(folder)
 
     def warm(self, compute: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
@@ -82,7 +80,7 @@ class Pieces:
             with scratch.open("wb") as file:
                 np.savez(file, allow_pickle=False, **arrays)
 
-        _write(path, write)
+        write_whole(path, write)
         return made
 
 
@@ -94,9 +92,3 @@ def fingerprint(target: Target, starts: Array) -> str:
     for leaf in jax.tree.leaves(parts):
         digest.update(np.ascontiguousarray(np.asarray(leaf)).tobytes())
     return digest.hexdigest()
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    scratch = path.with_name(f".{path.name}")
-    write(scratch)
-    os.replace(scratch, path)
