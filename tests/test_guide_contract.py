@@ -17,6 +17,7 @@ import numpyro.distributions as dist
 import pytest
 from jax.test_util import check_grads
 from numpyro.infer import init_to_value
+from prior_alone import PriorAlone
 
 from bnlora import guides
 from bnlora.elbo import elbo_terms, initial_parameters
@@ -76,19 +77,6 @@ def independent():
     numpyro.sample("tau", dist.LogNormal(0.0, 0.5), infer={"start": "median"})
     with numpyro.plate("layer", 2):
         numpyro.sample("w", dist.Normal(jnp.zeros((2, 2, 2)), 1.0).to_event(2), infer={"start": "zero"})
-
-
-class Prior:
-    """A model that is its prior alone."""
-
-    def __init__(self, program):
-        self.program = program
-
-    def prior(self, *_):
-        return self.program()
-
-    def __call__(self, *_):
-        self.prior()
 
 
 def started(model, family, key=0, **options):
@@ -173,7 +161,7 @@ def test_posterior_moments_on_the_exact_problem(member):
 @EACH
 def test_density_agrees_with_the_sampler(member):
     """E_q[p / q] = 1 for any q as wide as p: neither draws nor density can be off alone."""
-    model = Prior(independent)
+    model = PriorAlone(independent)
     guide, start, constrain = started(model, member.make(1.6))
     params = constrain(shaken(start, 0.05))
 
@@ -191,7 +179,7 @@ def test_density_agrees_with_the_sampler(member):
 @EACH
 def test_kl_of_the_bound_is_that_of_the_densities(member):
     """The closed forms that the bound takes where they exist, against log-ratios of draws."""
-    model = Prior(mixed)
+    model = PriorAlone(mixed)
     guide, start, constrain = started(model, member.make(0.7))
     params = constrain(shaken(start, 0.2))
 
@@ -209,7 +197,7 @@ def test_kl_of_the_bound_is_that_of_the_densities(member):
 @EACH
 def test_gradient_of_the_bound_against_finite_differences(member):
     with jax.enable_x64(True):
-        model = Prior(mixed)
+        model = PriorAlone(mixed)
         guide, start, constrain = started(model, member.make(0.5))
         value = jax.jit(lambda p: elbo_terms(jax.random.key(5), constrain(p), model, guide)["elbo"])
         check_grads(value, (shaken(start, 0.1),), order=1, modes=["rev"], atol=1e-4, rtol=1e-4)
@@ -218,7 +206,7 @@ def test_gradient_of_the_bound_against_finite_differences(member):
 @pytest.mark.slow
 @EACH
 def test_start_is_honoured_and_keys_differ(member):
-    model = Prior(mixed)
+    model = PriorAlone(mixed)
     value = {"tau": jnp.array(2.0), "w": 1.0 + jnp.arange(8.0).reshape(2, 2, 2)}
     guide, start, constrain = started(model, member.make(1e-3), init_loc_fn=init_to_value(values=value))
     draw = jax.jit(lambda k: draw_sites(k, model, guide, constrain(start)).sites)(jax.random.key(6))
@@ -232,7 +220,7 @@ def test_start_is_honoured_and_keys_differ(member):
 
 @EACH
 def test_repr_counts_the_parameters_and_their_names_carry_the_site(member):
-    guide, start, _ = started(Prior(mixed), member.make(0.1))
+    guide, start, _ = started(PriorAlone(mixed), member.make(0.1))
     size = sum(x.size for x in jax.tree.leaves(start))
     assert sum(guide.counts.values()) == size
     assert f"Guide({size:,} parameters)" in repr(guide)
@@ -243,7 +231,7 @@ def test_repr_counts_the_parameters_and_their_names_carry_the_site(member):
 @pytest.mark.slow
 @EACH
 def test_draws_under_vmap_are_those_of_a_loop(member):
-    model = Prior(mixed)
+    model = PriorAlone(mixed)
     guide, start, constrain = started(model, member.make(0.5))
     params = constrain(shaken(start, 0.1))
     keys = jax.random.split(jax.random.key(8), 3)

@@ -9,6 +9,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro.distributions import constraints
+from prior_alone import PriorAlone
 
 from bnlora import gp, guides, priors
 from bnlora.elbo import elbo_terms, initial_parameters
@@ -31,22 +32,9 @@ def gp_prior(form, lam):
     )
 
 
-class Alone:
-    """A model that is its prior alone."""
-
-    def __init__(self, program):
-        self.program = program
-
-    def prior(self, *_):
-        return self.program()
-
-    def __call__(self, *_):
-        self.prior()
-
-
 def at_start(program, families, key=12, **options):
     """Model, guide and parameters at their start."""
-    model = Alone(program)
+    model = PriorAlone(program)
     guide = guides.Guide(model.prior, families, **options)
     start, constrain = initial_parameters(jax.random.key(key), model, guide)
     return model, guide, start, constrain
