@@ -3,22 +3,38 @@
     y = x W + scale * (x A^T) B^T
 
 All implementations compute this same function; `reference` defines it.
+
+| implementation | what it is | where it runs |
+|---|---|---|
+| "xla" | the reference, with JAX's own derivatives | anywhere |
+| "pallas" | the kernels of `pallas_tpu` or `pallas_gpu`, with the derivative of `derivatives` | TPU, GPU |
+| "interpret" | those of `pallas_tpu`, step by step and slowly | anywhere; for tests |
+| None | "pallas" where the default device is a TPU or GPU and its kernels can, else "xla" | anywhere |
 """
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from functools import partial
+from typing import Any
 
+import jax
 from jaxtyping import Array, Float
 
-from bnlora.kernels import reference
+from bnlora.kernels import pallas_gpu, pallas_tpu, reference
+from bnlora.kernels.derivatives import Implementation, operation
+from bnlora.kernels.limits import common_refusal
+from bnlora.kernels.quantised import Weights
 
-IMPLEMENTATIONS: Mapping[str, Callable[..., Array]] = MappingProxyType({"xla": reference.lora_matmul})
+IMPLEMENTATIONS = ("xla", "pallas", "interpret")
+REFUSALS = {"tpu": pallas_tpu.refusal, "cuda": common_refusal}
+PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cuda": "cuda"}
+"""From JAX's backends to the platforms that programs are lowered for."""
 
 
 def lora_matmul(
     x: Float[Array, "*batch d_in"],
-    w: Float[Array, "d_in d_out"],
+    w: Weights,
     a: Float[Array, "rank d_in"],
     b: Float[Array, "d_out rank"],
     *,
@@ -27,32 +43,95 @@ def lora_matmul(
 ) -> Float[Array, "*batch d_out"]:
     """Multiply by a frozen kernel plus a low-rank update: x @ w + scale * (x @ a.T) @ b.T.
 
+    Under `vmap` over adapters the kernels compute x @ w once for all of them where x is one for all.
+
     Args:
         x: Inputs, (..., d_in).
-        w: Frozen kernel, (d_in, d_out).
+        w: Frozen kernel, (d_in, d_out), or the same in eight bits (`quantised.quantise`).
         a: Down projection, (rank, d_in).
         b: Up projection, (d_out, rank).
-        scale: Factor of the low-rank term.
-        implementation: One of `IMPLEMENTATIONS`, or None for the default, "xla".
+        scale: Factor of the low-rank term, a number known before the program runs.
+        implementation: One of `IMPLEMENTATIONS`, or None for the first of "pallas" and "xla" that can.
 
     Returns:
         Outputs, (..., d_out).
 
     Raises:
-        ValueError: If the implementation is unknown or the shapes do not fit together.
+        ValueError: If the implementation is unknown or cannot multiply such arrays, the shapes do not fit
+            together, or (kernels only) the gradient of w is asked for.
     """
-    name = "xla" if implementation is None else implementation
-    if name not in IMPLEMENTATIONS:
+    check_implementation(implementation)
+    _check_shapes(x, w, a, b)
+    chosen = implementation or choose(x, w, a, b)
+    if chosen == "xla":
+        return reference.lora_matmul(x, w, a, b, scale)
+    rows = x.reshape(-1, x.shape[-1])
+    refused = {name: why for name in _platforms(chosen) if (why := REFUSALS[name](rows, w, a, b))}
+    if refused:
+        raise ValueError(f"implementation {chosen!r} of lora_matmul cannot: {refused}; use 'xla' or None")
+    apply = operation(_interpreted() if chosen == "interpret" else _compiled(), float(scale))
+    return apply(rows, w, a, b).reshape(*x.shape[:-1], w.shape[1])
+
+
+def choose(x: Array, w: Weights, a: Array, b: Array) -> str:
+    """The implementation that None stands for, with such arrays on the default device."""
+    if not _on_accelerator():
+        return "xla"
+    rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
+    return "xla" if any(REFUSALS[name](rows, w, a, b) for name in _platforms("pallas")) else "pallas"
+
+
+def check_implementation(name: str | None) -> None:
+    """Raise `ValueError`, with the nearest name, unless there is such an implementation."""
+    if name is not None and name not in IMPLEMENTATIONS:
         near = difflib.get_close_matches(name, IMPLEMENTATIONS, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"unknown implementation {name!r} of lora_matmul; "
             f"available: {sorted(IMPLEMENTATIONS)}, nearest: {near!r}"
         )
-    _check_shapes(x, w, a, b)
-    return IMPLEMENTATIONS[name](x, w, a, b, scale)
 
 
-def _check_shapes(x: Array, w: Array, a: Array, b: Array) -> None:
+def _on_accelerator() -> bool:
+    return jax.default_backend() in PLATFORMS
+
+
+def _platforms(chosen: str) -> tuple[str, ...]:
+    """Platforms whose kernels a program may need: the default device's, or both where there is none."""
+    if chosen == "interpret":
+        return ("tpu",)
+    return (PLATFORMS[jax.default_backend()],) if _on_accelerator() else tuple(REFUSALS)
+
+
+def _interpreted() -> Implementation:
+    product = partial(pallas_tpu.product, interpret=True)
+    return Implementation(product, partial(pallas_tpu.factor_gradients, interpret=True))
+
+
+def _compiled() -> Implementation:
+    """The kernels of whatever platform the program is lowered for; on a CPU, Pallas itself refuses."""
+
+    def product(x: Array, w: Weights, a: Array, b: Array, **options: Any) -> Array:
+        kernels = {
+            "tpu": partial(pallas_tpu.product, **options),
+            "cuda": partial(pallas_gpu.product, **options),
+        }
+        return _dispatch(kernels, kernels["tpu"], x, w, a, b)
+
+    def factor_gradients(x: Array, cotangent: Array, a: Array, b: Array, **options: Any) -> Any:
+        kernels = {"tpu": partial(pallas_tpu.factor_gradients, **options)}
+        # Two thin products are left: on a GPU they are XLA's.
+        return _dispatch(kernels, partial(reference.factor_gradients, **options), x, cotangent, a, b)
+
+    return Implementation(product, factor_gradients)
+
+
+def _dispatch(kernels: Mapping[str, Callable[..., Any]], other: Callable[..., Any], *arrays: Any) -> Any:
+    if _on_accelerator():
+        return kernels.get(PLATFORMS[jax.default_backend()], other)(*arrays)
+    return jax.lax.platform_dependent(*arrays, default=other, **kernels)
+
+
+def _check_shapes(x: Array, w: Weights, a: Array, b: Array) -> None:
     """Raise one ValueError that shows all four shapes unless they fit together."""
     fits = w.ndim == a.ndim == b.ndim == 2 and x.ndim >= 1
     if fits:
