@@ -8,7 +8,7 @@ WORKERS ?= 2
 # The reference implementations that parity tests run live; wheels of this version are CPU builds on 3.11 alone.
 PARITY := $(shell $(PYTHON) -c 'import sys; print(",parity" if sys.version_info[:2] == (3, 11) else "")')
 
-.PHONY: demo test fast lint clean
+.PHONY: demo test fast lint tpu clean
 
 demo: $(READY)
 	$(BIN)/bnlora demo
@@ -18,6 +18,11 @@ test: $(READY)
 
 fast: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+# The TPU's own compiler, which needs no TPU: 640 MB of a package that nothing else here uses.
+tpu: $(READY)
+	$(BIN)/python -m pip install --quiet --editable ".[tpu]"
+	$(BIN)/python -m pytest -n $(WORKERS) tests/test_kernels_tpu.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

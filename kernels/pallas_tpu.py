@@ -76,7 +76,8 @@ def product(
         raise NotImplementedError(f"no block of a product of {(m, k)} by {(k, n)} fits into VMEM")
     case = _Product(k, scale, summed, tiles)
     run = _shared if x.shape[0] < a.shape[0] else _own
-    return run(x, w, a, b, case, interpret)
+    # A rank that lies along the lanes is padded to 128 of them, in memory too; so it never does.
+    return run(x, w, a, jnp.swapaxes(b, 1, 2), case, interpret)
 
 
 def _values(w: Weights) -> Array:
@@ -93,7 +94,7 @@ def _two_ranks(a: Array, b: Array) -> tuple[Array, Array]:
 
 def _own(x: Array, w: Weights, a: Array, b: Array, case: _Product, interpret: Any) -> Array:
     """Every group with inputs of its own."""
-    (groups, m, k), (n, rank), tiles = x.shape, b.shape[1:], case.tiles
+    (groups, m, k), (rank, n), tiles = x.shape, b.shape[1:], case.tiles
     weights, weight_specs = _weight_blocks(w, case, lambda j, g, i, t: t)
     return pl.pallas_call(
         partial(_own_kernel, case=case, quantised=isinstance(w, QuantisedMatrix)),
@@ -102,7 +103,7 @@ def _own(x: Array, w: Weights, a: Array, b: Array, case: _Product, interpret: An
         in_specs=[
             pl.BlockSpec((None, tiles.rows, tiles.depth), lambda j, g, i, t: (g, i, t)),
             pl.BlockSpec((None, rank, tiles.depth), lambda j, g, i, t: (g, 0, t)),
-            pl.BlockSpec((None, tiles.columns, rank), lambda j, g, i, t: (g, j, 0)),
+            pl.BlockSpec((None, rank, tiles.columns), lambda j, g, i, t: (g, 0, j)),
             *weight_specs,
         ],
         out_specs=pl.BlockSpec((None, tiles.rows, tiles.columns), lambda j, g, i, t: (g, i, j)),
@@ -132,15 +133,16 @@ def _own_kernel(x_ref, a_ref, b_ref, w_ref, *rest, case: _Product, quantised: bo
 
     @pl.when(t == pl.num_programs(3) - 1)
     def finish() -> None:
-        y_ref[...] = _sum(base_ref[...], low_ref[...], b_ref[...], scales, case).astype(y_ref.dtype)
+        low = _dot(low_ref[...].astype(b_ref.dtype), b_ref[...], (1, 0))
+        y_ref[...] = _sum(base_ref[...], low, scales, case).astype(y_ref.dtype)
 
 
 def _shared(x: Array, w: Weights, a: Array, b: Array, case: _Product, interpret: Any) -> Array:
     """The same inputs for all groups: steps over the contraction, then one step for each group."""
-    (_, m, k), (groups, n, rank), tiles = x.shape, b.shape, case.tiles
+    (_, m, k), (groups, rank, n), tiles = x.shape, b.shape, case.tiles
     steps = pl.cdiv(k, tiles.depth)
     # The groups' x A^T together are one thin product, read by every block of columns.
-    low = jnp.einsum("mk,grk->gmr", x[0], a, preferred_element_type=jnp.float32).astype(x.dtype)
+    low = jnp.einsum("mk,grk->grm", x[0], a, preferred_element_type=jnp.float32).astype(x.dtype)
     weights, weight_specs = _weight_blocks(w, case, lambda j, i, t: jnp.minimum(t, steps - 1))
 
     def group(t: Array) -> Array:
@@ -152,8 +154,8 @@ def _shared(x: Array, w: Weights, a: Array, b: Array, case: _Product, interpret:
         grid=(pl.cdiv(n, tiles.columns), pl.cdiv(m, tiles.rows), steps + groups),
         in_specs=[
             pl.BlockSpec((tiles.rows, tiles.depth), lambda j, i, t: (i, jnp.minimum(t, steps - 1))),
-            pl.BlockSpec((None, tiles.rows, rank), lambda j, i, t: (group(t), i, 0)),
-            pl.BlockSpec((None, tiles.columns, rank), lambda j, i, t: (group(t), j, 0)),
+            pl.BlockSpec((None, rank, tiles.rows), lambda j, i, t: (group(t), 0, i)),
+            pl.BlockSpec((None, rank, tiles.columns), lambda j, i, t: (group(t), 0, j)),
             *weight_specs,
         ],
         out_specs=pl.BlockSpec((None, tiles.rows, tiles.columns), lambda j, i, t: (group(t), i, j)),
@@ -179,7 +181,8 @@ def _shared_kernel(x_ref, low_ref, b_ref, w_ref, *rest, case: _Product, steps: i
 
     @pl.when(t >= steps)
     def finish() -> None:
-        y_ref[...] = _sum(base_ref[...], low_ref[...], b_ref[...], scales, case).astype(y_ref.dtype)
+        low = _dot(low_ref[...], b_ref[...], (0, 0))
+        y_ref[...] = _sum(base_ref[...], low, scales, case).astype(y_ref.dtype)
 
 
 def _weight_blocks(w: Weights, case: _Product, depth: Any) -> tuple[tuple[Array, ...], list[pl.BlockSpec]]:
@@ -205,11 +208,11 @@ def _base(x: Array, w_ref: Any, scales: list, t: Array, case: _Product) -> Array
     return _dot(x, _within(w, case.summed, t, case), (1, case.summed))
 
 
-def _sum(base: Array, low: Array, b: Array, scales: list, case: _Product) -> Array:
-    """The output from both sums, in float32."""
+def _sum(base: Array, low: Array, scales: list, case: _Product) -> Array:
+    """The output from both terms, in float32."""
     if scales and case.summed == 0:
         base = base * scales[0][...].astype(jnp.float32)
-    return base + case.scale * _dot(low.astype(b.dtype), b, (1, 1))
+    return base + case.scale * low
 
 
 def _within(block: Array, axis: int, t: Array, case: _Product) -> Array:

@@ -36,8 +36,8 @@ def product_tiles(m: int, k: int, n: int, rank: int, *, itemsize: int, weight_it
     for depth in (k, *_powers(k, 4096, LANES)):
         for columns in _sides(n):
             for rows in _sides(m):
-                blocks = _padded(rows, depth) + _padded(rank, depth) + _padded(columns, rank)
-                held = 2 * itemsize * (blocks + _padded(rows, columns) + _padded(rows, rank))
+                factors = _padded(rank, depth) + _padded(rank, columns) + _padded(rank, rows)
+                held = 2 * itemsize * (_padded(rows, depth) + _padded(rows, columns) + factors)
                 weights = 2 * weight_itemsize * _padded(depth, columns)
                 scratch = 4 * (_padded(rows, columns) + _padded(rows, rank))
                 if held + weights + scratch <= BUDGET:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
 
 from bnlora.kernels import api, pallas_tpu
 from bnlora.kernels.quantised import quantise
@@ -149,11 +149,15 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
+def kernel_calls(function, *args) -> list[dict]:
+    """The parameters of every kernel in a program."""
+    found = equations(jax.make_jaxpr(function)(*args).jaxpr)
+    return [equation.params for equation in found if equation.primitive.name == "pallas_call"]
+
+
 def pallas_calls(function, *args) -> list[tuple[str, tuple[int, ...]]]:
     """Name and grid of every kernel in a program."""
-    found = equations(jax.make_jaxpr(function)(*args).jaxpr)
-    calls = [e.params for e in found if e.primitive.name == "pallas_call"]
-    return [(p["name"], tuple(p["grid_mapping"].grid)) for p in calls]
+    return [(call["name"], tuple(call["grid_mapping"].grid)) for call in kernel_calls(function, *args)]
 
 
 def test_the_gradient_of_the_frozen_kernel_is_refused():
@@ -209,3 +213,26 @@ def test_eight_bit_weights_under_every_transformation(implementation):
     got = jax.jit(run, static_argnums=0)(implementation, small, x, a, b)
     for want, have in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
         assert np.abs(np.asarray(want) - np.asarray(have)).max() <= 40 * EPS * np.abs(np.asarray(want)).max()
+
+
+def fetches(call, position: int) -> int:
+    """How often the pipeline of a kernel copies a block of an argument: whenever its index changes."""
+    mapping, grid = call["grid_mapping"].block_mappings[position], call["grid_mapping"].grid
+    steps = np.stack(np.unravel_index(np.arange(np.prod(grid)), grid), axis=1)
+    index = jaxpr_as_fun(mapping.index_map_jaxpr)
+    blocks = np.stack([np.stack(index(*map(jnp.int32, step))) for step in steps])
+    return 1 + int((np.diff(blocks, axis=0) != 0).any(1).sum())
+
+
+@pytest.mark.parametrize("own_inputs", [False, True])
+def test_every_block_of_the_weights_is_fetched_once_for_all_draws(own_inputs):
+    m, k, n, rank = 600, 576, 1536, 8  # two blocks of rows, three of columns, the contraction whole
+    front = (DRAWS,) if own_inputs else ()
+    shapes = ((*front, m, k), (DRAWS, rank, k), (DRAWS, n, rank))
+    x, a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    w = jax.ShapeDtypeStruct((k, n), jnp.float32)
+    apply = partial(api.lora_matmul, implementation="interpret")
+    mapped = jax.vmap(apply, in_axes=(0 if own_inputs else None, None, 0, 0))
+    (call,) = kernel_calls(mapped, x, w, a, b)
+    assert call["grid_mapping"].grid[0] == 3
+    assert fetches(call, 3) == 3

@@ -1,0 +1,143 @@
+"""What the adapted product costs, on whatever device is there: python benchmarks/kernel.py.
+
+Times "pallas" (the fused kernels) against "xla" (the reference as XLA compiles it) and against x W alone, the
+least that any of them can cost: one adapter and S draws over the same inputs, forwards, and the gradient with
+one adapter. Given the device's peaks (`--tflops`, `--gbs`), also the fraction of the roofline
+max(operations / peak rate, bytes / peak bandwidth). On a host without accelerator only "xla" runs, and
+`--ahead` has the TPU's compiler count what it would move there instead (it needs `libtpu`).
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from bnlora.display import Table
+from bnlora.kernels import ahead, api
+
+# (tokens, d_in, d_out): SmolLM2-135M's queries and feed-forward, and the same of a model of seven billion.
+SIZES = [(512, 576, 576), (512, 576, 1536), (2048, 4096, 4096), (2048, 4096, 11_008)]
+Arrays = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def arrays(size: tuple[int, int, int], rank: int, draws: int, dtype: str) -> Arrays:
+    """Inputs, kernel and adapters, which have a leading axis of draws where there are several."""
+    (m, k, n), front = size, (draws,) if draws > 1 else ()
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((m, k), (k, n), (*front, rank, k), (*front, n, rank))
+    x, w, a, b = (jax.random.normal(key, s, dtype) for key, s in zip(keys, shapes, strict=True))
+    return x, w, a, b
+
+
+def forward(implementation: str, draws: int) -> Callable[..., jax.Array]:
+    """The product, mapped over the adapters where there are several."""
+    apply = partial(api.lora_matmul, implementation=implementation)
+    return jax.vmap(apply, in_axes=(None, None, 0, 0)) if draws > 1 else apply
+
+
+def gradient(implementation: str) -> Callable[..., tuple[jax.Array, ...]]:
+    """Gradients of a sum of squares with respect to inputs and factors."""
+
+    def total(x: jax.Array, a: jax.Array, b: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.square(api.lora_matmul(x, w, a, b, implementation=implementation).astype("float32")).sum()
+
+    return lambda x, w, a, b: jax.grad(total, argnums=(0, 1, 2))(x, a, b, w)
+
+
+def roofline(size: tuple[int, int, int], rank: int, draws: int, itemsize: int) -> tuple[int, int]:
+    """Operations and bytes of the forward pass when every array moves once."""
+    m, k, n = size
+    operations = 2 * m * (k * n + draws * rank * (k + n))
+    return operations, itemsize * (m * k + k * n + draws * (rank * (k + n) + m * n))
+
+
+def timed(functions: dict[str, Callable], inputs: Arrays, rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of every function in turn, round by round in alternating order, after compiling."""
+    compiled = {name: jax.jit(function) for name, function in functions.items()}
+    found: dict[str, list[float]] = {name: [] for name in compiled}
+    for index in range(-1, rounds):
+        for name in sorted(compiled, reverse=bool(index % 2)):
+            began = time.perf_counter()
+            jax.block_until_ready(compiled[name](*inputs))
+            if index >= 0:
+                found[name].append(time.perf_counter() - began)
+    return {name: np.array(seconds) for name, seconds in found.items()}
+
+
+def measured(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
+    """Lines of time: median, spread of the ratio to x W alone, and fraction of the roofline."""
+    names = ["xla"] if jax.default_backend() == "cpu" else ["xla", "pallas"]
+    lines = []
+    for size in SIZES:
+        for draws in arguments.draws:
+            inputs = arrays(size, arguments.rank, draws, arguments.dtype)
+            functions: dict[str, Callable] = {"x W": lambda x, w, a, b: x @ w}
+            functions |= {f"{name}, forward": forward(name, draws) for name in names}
+            functions |= {f"{name}, gradient": gradient(name) for name in names} if draws == 1 else {}
+            seconds = timed(functions, inputs, arguments.rounds)
+            for name, times in seconds.items():
+                low, middle, high = np.quantile(times / seconds["x W"], [0.1, 0.5, 0.9])
+                ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+                share = fraction(arguments, size, draws, inputs[0].dtype.itemsize, np.median(times))
+                known = share if name.endswith("forward") else ""
+                lines.append((str(size), str(draws), name, f"{1e3 * np.median(times):.3f}", ratio, known))
+    return lines
+
+
+def fraction(
+    arguments: argparse.Namespace, size: tuple[int, int, int], draws: int, itemsize: int, seconds: float
+) -> str:
+    """Share of the roofline, where the peaks are given."""
+    if not (arguments.tflops and arguments.gbs):
+        return ""
+    operations, moved = roofline(size, arguments.rank, draws, itemsize)
+    return f"{max(operations / arguments.tflops / 1e12, moved / arguments.gbs / 1e9) / seconds:.2f}"
+
+
+def counted(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
+    """Lines of what the TPU's compiler counts: megabytes moved, and those that must move."""
+    lines = []
+    for size in SIZES:
+        for draws in arguments.draws:
+            shapes = jax.eval_shape(partial(arrays, size, arguments.rank, draws, arguments.dtype))
+            _, least = roofline(size, arguments.rank, draws, shapes[0].dtype.itemsize)
+            found = {}
+            for name in ("xla", "pallas"):
+                found[name] = ahead.cost(ahead.compile_for_tpu(forward(name, draws), *shapes))
+            fused, plain = found["pallas"].bytes_accessed, found["xla"].bytes_accessed
+            weights = shapes[1].size * shapes[1].dtype.itemsize
+            megabytes = [f"{value / 1e6:.1f}" for value in (weights, least, fused, plain)]
+            lines.append((str(size), str(draws), *megabytes, f"{fused / plain:.2f}"))
+    return lines
+
+
+def main() -> None:
+    """Print times, or counts."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--draws", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--tflops", type=float, help="peak rate of the device, 10^12 operations a second")
+    parser.add_argument(
+        "--gbs", type=float, help="peak bandwidth of the device's memory, 10^9 bytes a second"
+    )
+    parser.add_argument("--ahead", action="store_true", help="count for a TPU instead of timing here")
+    arguments = parser.parse_args()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    if arguments.ahead:
+        header = ("m, d_in, d_out", "draws", "W, MB", "least", "fused", "XLA", "ratio")
+        lines = counted(arguments)
+    else:
+        header = ("m, d_in, d_out", "draws", "what", "median ms", "over x W (10 % to 90 %)", "roofline")
+        lines = measured(arguments)
+    Console(width=130).print(Table(f"{arguments}", header, tuple(lines)))
+
+
+if __name__ == "__main__":
+    main()
