@@ -167,18 +167,25 @@ class Classifier:
         )
         return module.head(final[:, 0], rows=jnp.asarray(self.label_ids), adapter=head)
 
-    def log_probs_by_draw(self, params: Any, adapters: Adapters, batch: Batch) -> Float[Array, "s n c"]:
+    def log_probs_by_draw(
+        self, params: Any, adapters: Adapters, batch: Batch, together: int = 1
+    ) -> Float[Array, "s n c"]:
         """Log-probabilities of the classes under each draw of the adapters, which have a leading draw axis.
 
-        The part below the adapters runs once for all draws, and draws go one after the other.
+        The part below the adapters runs once for all draws; `together` of them at a time run in one program,
+        whose adapted products read a kernel once for all of them.
         """
         prepared = self.prepared(params, batch)
-        return jax.lax.map(lambda one: jax.nn.log_softmax(self.logits(params, one, prepared)), adapters)
+
+        def one(draw: Adapters) -> Array:
+            return jax.nn.log_softmax(self.logits(params, draw, prepared))
+
+        return jax.lax.map(one, adapters, batch_size=together if together > 1 else None)
 
     @cached_property
     def compiled_log_probs(self) -> Callable[..., Array]:
         """`log_probs_by_draw`, compiled once for all callers."""
-        return jax.jit(self.log_probs_by_draw)
+        return jax.jit(self.log_probs_by_draw, static_argnums=3)
 
     def with_hidden(self, batch: Batch) -> Batch:
         """`prepared` with the model's own weights, through `compiled_hidden`."""

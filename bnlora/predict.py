@@ -3,8 +3,9 @@ r"""Posterior prediction: the mixture over draws of the softmax over the label w
     p(y | x) = 1/S sum_s softmax(logits(x; adapters_s))
 
 One definition for every number of draws and for deterministic fits, where it is a single softmax.
-What no draw changes (the layers below the lowest adapted one) runs once a row; draws go through the
-layers above one after the other, so memory does not grow with their number.
+What no draw changes (the layers below the lowest adapted one) runs once a row. Draws go through the layers
+above some at a time, so memory does not grow with their number: one on a CPU, which gains nothing from more
+(`benchmarks/step.py`), and several on an accelerator, where they share every read of the weights.
 """
 
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ def predict(
     *,
     num_samples: int = 32,
     batch_size: int = 32,
+    draws_together: int | None = None,
     console: Console | None = None,
 ) -> Prediction:
     """Predict the classes of every row from posterior draws.
@@ -101,7 +103,9 @@ def predict(
         fit: A fit, or any other posterior.
         data: Rows to predict; labels are not read.
         num_samples: Number of posterior draws S.
-        batch_size: Rows to run at a time; peak memory is that of one draw of so many rows.
+        batch_size: Rows to run at a time.
+        draws_together: Draws to run at a time; peak memory is that of so many draws of so many rows. Omitted,
+            one on a CPU and eight on an accelerator.
         console: Where to draw a progress bar; the terminal or notebook when omitted.
 
     Returns:
@@ -110,25 +114,39 @@ def predict(
     Raises:
         ValueError: When there are no rows, or fewer than one draw or row at a time is asked for.
     """
-    if min(len(data), num_samples, batch_size) < 1:
+    together = _together(draws_together)
+    if min(len(data), num_samples, batch_size, together) < 1:
         raise ValueError(
             f"prediction needs at least one row, draw and row at a time; got {len(data)} rows, "
-            f"num_samples={num_samples}, batch_size={batch_size}"
+            f"num_samples={num_samples}, batch_size={batch_size}, draws_together={draws_together}"
         )
     draws = fit.draw_adapters(key, num_samples)
-    return predict_with_draws(fit.model, draws, data, batch_size=batch_size, console=console)
+    return predict_with_draws(
+        fit.model, draws, data, batch_size=batch_size, draws_together=together, console=console
+    )
 
 
 def predict_with_draws(
-    model: Any, draws: Adapters, data: Batch, *, batch_size: int = 32, console: Console | None = None
+    model: Any,
+    draws: Adapters,
+    data: Batch,
+    *,
+    batch_size: int = 32,
+    draws_together: int | None = None,
+    console: Console | None = None,
 ) -> Prediction:
     """Predict with given adapters, whose factors carry a leading draw axis; otherwise like `predict`."""
     sizes = len(jax.tree.leaves(draws)[0]), len(data), len(model.label_ids)
-    log_probs = np.empty(sizes, np.float64)
+    log_probs, together = np.empty(sizes, np.float64), _together(draws_together)
     for part in track(parts(data, batch_size), -(-len(data) // batch_size), "predict", console):
-        computed = np.asarray(model.compiled_log_probs(model.base.params, draws, part.batch))
+        computed = np.asarray(model.compiled_log_probs(model.base.params, draws, part.batch, together))
         log_probs[:, part.rows] = computed[:, : len(part.rows)]
     return Prediction(log_probs)
+
+
+def _together(asked: int | None) -> int:
+    """Draws that run at a time."""
+    return asked if asked is not None else 1 if jax.default_backend() == "cpu" else 8
 
 
 def _entropy(log_probs: np.ndarray) -> np.ndarray:

@@ -164,9 +164,16 @@ def test_draws_given_by_hand(fit):
     np.testing.assert_allclose(same.draw_log_probs, drawn.draw_log_probs, atol=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{"num_samples": 0}, {"batch_size": 0}])
+@pytest.mark.parametrize("changes", [{"num_samples": 0}, {"batch_size": 0}, {"draws_together": 0}])
 def test_bad_input(fit, changes):
     with pytest.raises(ValueError, match="at least one row, draw and row at a time; got 11 rows"):
         bl.predict(KEY, fit, ROWS, **changes)
     with pytest.raises(ValueError, match="got 0 rows"):
         bl.predict(KEY, fit, ROWS[:0])
+
+
+@pytest.mark.parametrize("together", [2, 4])
+def test_draws_that_run_together_give_the_same_predictions(fit, together):
+    alone = bl.predict(KEY, fit, ROWS, num_samples=5)
+    got = bl.predict(KEY, fit, ROWS, num_samples=5, draws_together=together)
+    np.testing.assert_allclose(got.draw_log_probs, alone.draw_log_probs, atol=1e-5)
