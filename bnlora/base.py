@@ -5,7 +5,7 @@ them into the compiled program.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bnlora.models import llama
+from bnlora.models.execution import DEFAULT, Execution
 from bnlora.models.loading import read_checkpoint
 
 # One module per family; each offers `ARCHITECTURE`, `build(checkpoint)` and `modules(config)`.
@@ -76,6 +77,29 @@ class Base:
         return nnx.merge(self.graph, params, copy=True)
 
     @property
+    def execution(self) -> Execution:
+        """How the model runs."""
+        return self.module.execution
+
+    def running(self, **changes: Any) -> Self:
+        """The same model, over the same arrays, that runs in another way.
+
+        Args:
+            **changes: Fields of `bnlora.models.execution.Execution`: `kernel` (implementation of the adapted
+                product, None for the default), `activations` ("float32" or "bfloat16") and `remat` (what
+                the backward pass runs again: "none", "attention" or "layers"). The others stay as they are.
+
+        Returns:
+            The base that runs so.
+
+        Raises:
+            ValueError: If a choice is unknown.
+        """
+        module = self.module
+        module.execution = replace(module.execution, **changes)
+        return replace(self, graph=nnx.split(module)[0])
+
+    @property
     def modules(self) -> Mapping[str, tuple[int, int]]:
         """(d_in, d_out) of every module that can be adapted, "lm_head" included."""
         return MappingProxyType(FAMILIES[self.family].modules(self.config))
@@ -86,11 +110,14 @@ class Base:
         return self.config.num_layers
 
     def __repr__(self) -> str:
-        """One line: name, family and sizes."""
+        """One line: name, family, sizes, and how it runs where that is not the default."""
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        running = dict(asdict(self.execution).items() - asdict(DEFAULT).items())
         return (
             f"Base({self.name!r}, family={self.family!r}, num_layers={self.num_layers}, "
-            f"d_model={self.config.d_model}, vocab_size={self.config.vocab_size}, parameters={count:,})"
+            f"d_model={self.config.d_model}, vocab_size={self.config.vocab_size}, parameters={count:,}"
+            + "".join(f", {name}={value!r}" for name, value in sorted(running.items()))
+            + ")"
         )
 
 

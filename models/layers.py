@@ -5,7 +5,8 @@
     dense        y = x W (+ (x A^T) B^T when the layer is adapted)
     attention    softmax(q k^T / sqrt(d) + mask) v, with several query heads sharing one key/value head
 
-Statistics (means of squares, softmax) are computed in float32 whatever the inputs are.
+Statistics (means of squares, softmax) are computed in float32 whatever the inputs are; weights and adapters
+are rounded to the type of the activations that they meet.
 """
 
 import difflib
@@ -20,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from bnlora.kernels import api
+from bnlora.models.execution import Execution, keep_product, rerun
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def rms_norm(x: Float[Array, "*batch d"], gain: Float[Array, " d"], eps: float) 
     """Divide by the root mean square over the last axis and multiply by a gain."""
     x32 = x.astype(jnp.float32)
     normal = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return gain.reshape((1,) * (x.ndim - 1) + (-1,)) * normal.astype(x.dtype)
+    return (gain.reshape((1,) * (x.ndim - 1) + (-1,)) * normal).astype(x.dtype)
 
 
 def rotary_frequencies(
@@ -105,20 +107,26 @@ def dense(
     x: Float[Array, "*batch d_in"],
     kernel: Float[Array, "d_in d_out"],
     adapter: Mapping[str, Array] | None,
+    *,
+    implementation: str | None = None,
 ) -> Float[Array, "*batch d_out"]:
     """Multiply by a frozen kernel, plus the low-rank update when there is an adapter.
 
     Args:
         x: Inputs, (..., d_in).
-        kernel: Frozen weights, (d_in, d_out).
-        adapter: None, or {"a": (rank, d_in), "b": (d_out, rank)} with every scale already inside.
+        kernel: Frozen weights, (d_in, d_out); rounded to the type of `x`.
+        adapter: None, or {"a": (rank, d_in), "b": (d_out, rank)} with every scale already inside; rounded to
+            the type of `x`.
+        implementation: Which implementation of the adapted product, None for the default.
 
     Returns:
-        Outputs, (..., d_out).
+        Outputs, (..., d_out), of the type of `x`.
     """
+    kernel = kernel.astype(x.dtype)
     if adapter is None:
-        return x @ kernel
-    return api.lora_matmul(x, kernel, adapter["a"], adapter["b"])
+        return keep_product(x @ kernel)
+    a, b = (adapter[factor].astype(x.dtype) for factor in ("a", "b"))
+    return keep_product(api.lora_matmul(x, kernel, a, b, implementation=implementation))
 
 
 def causal_mask(mask: Bool[Array, "b t"]) -> Bool[Array, "b t t"]:
@@ -183,27 +191,30 @@ def run_layers(
     start: int,
     stop: int,
     at: Int[Array, "b n"] | None = None,
+    execution: Execution,
 ) -> Float[Array, "b n d"]:
     """Run the layers [start, stop) of a stack in one `jax.lax.scan`, the last one apart where `at` is given.
 
     Args:
         layer: Maps (hidden, weights of one layer, adapters of one layer) to hidden.
-        hidden: What enters layer `start`.
+        hidden: What enters layer `start`; rounded to the type of the activations.
         weights: Stacked over all layers of the model.
         adapters: Stacked over the stop - start layers that run.
         start: First layer.
         stop: One past the last layer.
         at: Positions of each row that are wanted; None means all.
+        execution: Type of the activations, and what the backward pass runs again.
 
     Returns:
         What leaves layer stop - 1 at these positions.
     """
+    hidden = hidden.astype(execution.dtype)
     if start == stop:
         return take_positions(hidden, at)
 
     # Each step takes its layer out of the whole stack: slicing the stack to [start, stop) would copy it.
-    # The backward pass takes it out once more (the policy) rather than storing a copy of every layer.
-    @partial(jax.checkpoint, policy=_keep_all_but_slices, prevent_cse=False)
+    # The backward pass takes it out once more rather than storing a copy of every layer.
+    @partial(rerun, remat=execution.remat)
     def apply(hidden: Array, index: Array, adapter: Mapping[str, Any], at: Array | None = None) -> Array:
         one = {name: jax.lax.dynamic_index_in_dim(w, index, keepdims=False) for name, w in weights.items()}
         return layer(hidden, one, adapter, at=at)
@@ -217,10 +228,6 @@ def run_layers(
     below, top = jax.tree.map(lambda x: x[:-1], steps), jax.tree.map(lambda x: x[-1], steps)
     hidden = jax.lax.scan(step, hidden, below)[0] if stop - start > 1 else hidden
     return apply(hidden, *top, at)
-
-
-def _keep_all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name not in ("dynamic_slice", "squeeze")
 
 
 def check_adapters(

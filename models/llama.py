@@ -9,9 +9,7 @@ positions of the last layer are wanted, it computes keys and values alone at the
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +18,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from bnlora.models import layers
+from bnlora.models.execution import DEFAULT, Execution
+from bnlora.models.llama_config import LlamaConfig as LlamaConfig
 from bnlora.models.loading import Checkpoint, TensorReader
 
 ARCHITECTURE = "LlamaForCausalLM"
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 _DENSE = {
     "q_proj": "self_attn.q_proj",
@@ -34,83 +33,6 @@ _DENSE = {
     "up_proj": "mlp.up_proj",
     "down_proj": "mlp.down_proj",
 }
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes and constants of a Llama model.
-
-    Attributes:
-        vocab_size: Rows of the embedding.
-        d_model: Width of the residual stream.
-        d_ff: Width inside the feed-forward part.
-        num_layers: Number of layers.
-        num_heads: Query heads.
-        num_kv_heads: Key/value heads; divides num_heads.
-        head_dim: Width of one head.
-        rope_theta: Base of the rotary frequencies.
-        rms_eps: Added to the mean square in every RMSNorm.
-        tied: Whether the output layer is the embedding.
-        max_length: Longest sequence the model was trained for.
-        rope_scaling: Llama 3 stretching of the rotary angles, or None.
-    """
-
-    vocab_size: int
-    d_model: int
-    d_ff: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float = 10000.0
-    rms_eps: float = 1e-6
-    tied: bool = False
-    max_length: int = 2048
-    rope_scaling: layers.Llama3Scaling | None = None
-
-    def __post_init__(self) -> None:
-        """Raise a ValueError when the heads cannot be grouped or a head cannot be rotated."""
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads must be a multiple of num_kv_heads; got {self.num_heads} and {self.num_kv_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary embedding; got {self.head_dim}")
-
-    @classmethod
-    def from_huggingface(cls, config: Mapping[str, Any]) -> Self:
-        """Read the keys of a Hugging Face config.json.
-
-        Args:
-            config: The parsed config.json; absent optional keys take transformers' defaults.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            ValueError: If required keys are missing (all are named) or the model needs something unsupported
-                (biases, another activation, another kind of rotary scaling).
-        """
-        missing = [key for key in _REQUIRED if config.get(key) is None]
-        if missing:
-            raise ValueError(f"the model configuration lacks the keys {missing}")
-        _check_supported(config)
-        heads = config["num_attention_heads"]
-        rope_theta, rope_scaling = layers.rotary_settings(config)
-        return cls(
-            vocab_size=config["vocab_size"],
-            d_model=config["hidden_size"],
-            d_ff=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            rope_theta=rope_theta,
-            rms_eps=float(config.get("rms_norm_eps", 1e-6)),
-            tied=bool(config.get("tie_word_embeddings", False)),
-            max_length=config.get("max_position_embeddings", 2048),
-            rope_scaling=rope_scaling,
-        )
 
 
 def modules(config: LlamaConfig) -> dict[str, tuple[int, int]]:
@@ -143,6 +65,7 @@ class Llama(nnx.Module):
         layer_weights: Mapping[str, Array],
         final_norm: Float[Array, " d"],
         lm_head: Float[Array, "vocab d"] | None,
+        execution: Execution = DEFAULT,
     ) -> None:
         """Wrap weights that exist already (arrays or `jax.ShapeDtypeStruct`s).
 
@@ -153,13 +76,14 @@ class Llama(nnx.Module):
                 `modules`, gains "attention_norm" and "mlp_norm" (layer, d).
             final_norm: Gain before the output layer, (d,).
             lm_head: Output layer, one row per token, (vocab, d); None when it is tied to the embedding.
+            execution: How the model runs.
 
         Raises:
             ValueError: If `lm_head` is given for a tied model or absent for an untied one.
         """
         if config.tied != (lm_head is None):
             raise ValueError("lm_head must be None for a tied model and given for an untied one")
-        self.config = config
+        self.config, self.execution = config, execution
         self.embedding = nnx.Param(embedding)
         self.layers = nnx.Dict({name: nnx.Param(value) for name, value in layer_weights.items()})
         self.final_norm = nnx.Param(final_norm)
@@ -167,7 +91,7 @@ class Llama(nnx.Module):
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Look the tokens up in the embedding."""
-        return self.embedding[...][tokens]
+        return self.embedding[...][tokens].astype(self.execution.dtype)
 
     def blocks(
         self,
@@ -182,7 +106,7 @@ class Llama(nnx.Module):
         """Run the layers [start, stop), the last one only as far as the wanted positions need it.
 
         Args:
-            hidden: Residual stream that enters layer `start`.
+            hidden: Residual stream that enters layer `start`; rounded to the type of the activations.
             mask: True at real tokens. Positions count real tokens, so padding on either side changes nothing.
             start: First layer.
             stop: One past the last layer.
@@ -201,12 +125,14 @@ class Llama(nnx.Module):
         adapters = {name: dict(pair) for name, pair in (adapters or {}).items()}
         layers.check_adapters(adapters, _layer_modules(self.config), stop - start)
         positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
-        config = self.config
+        config, execution = self.config, self.execution
         frequencies = layers.rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         tables = layers.rotary_tables(positions, frequencies)
-        layer = partial(_layer, config, allowed=layers.causal_mask(mask), tables=tables)
+        layer = partial(_layer, config, execution.kernel, allowed=layers.causal_mask(mask), tables=tables)
         weights = {name: weight[...] for name, weight in self.layers.items()}
-        return layers.run_layers(layer, hidden, weights, adapters, start=start, stop=stop, at=at)
+        return layers.run_layers(
+            layer, hidden, weights, adapters, start=start, stop=stop, at=at, execution=execution
+        )
 
     def head(
         self,
@@ -215,7 +141,7 @@ class Llama(nnx.Module):
         rows: Int[Array | np.ndarray, " c"] | None = None,
         adapter: Mapping[str, Array] | None = None,
     ) -> Float[Array, "*batch c"]:
-        """Apply the final norm and the output layer, or only some of its rows.
+        """Apply the final norm and the output layer, or only some of its rows, in float32.
 
         Args:
             hidden: Residual stream after the last layer, (..., d).
@@ -224,7 +150,8 @@ class Llama(nnx.Module):
                 if `rows` is None).
 
         Returns:
-            Logits, (..., c).
+            Logits, (..., c), in float32 whatever the activations are: bfloat16 would round a logit near 20 to
+            one eighth.
 
         Raises:
             ValueError: If the adapter does not fit.
@@ -234,8 +161,8 @@ class Llama(nnx.Module):
         if adapter is not None:
             stacked = {"lm_head": {name: value[None] for name, value in adapter.items()}}
             layers.check_adapters(stacked, {"lm_head": (table.shape[1], table.shape[0])}, 1)
-        normal = layers.rms_norm(hidden, self.final_norm[...], self.config.rms_eps)
-        return layers.dense(normal, table.T, adapter)
+        normal = layers.rms_norm(hidden.astype(jnp.float32), self.final_norm[...], self.config.rms_eps)
+        return layers.dense(normal, table.T, adapter, implementation=self.execution.kernel)
 
     def __call__(
         self,
@@ -308,18 +235,9 @@ def build(checkpoint: Checkpoint) -> Llama:
     )
 
 
-def _check_supported(config: Mapping[str, Any]) -> None:
-    if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(
-            f"the activation {config['hidden_act']!r} is not supported in Llama models, only 'silu'"
-        )
-    biased = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
-    if biased:
-        raise ValueError(f"Llama models with biases are not supported; the configuration sets {biased}")
-
-
 def _layer(
     config: LlamaConfig,
+    kernel: str | None,
     hidden: Array,
     weights: Mapping[str, Array],
     adapters: Mapping[str, Mapping[str, Array]],
@@ -329,7 +247,7 @@ def _layer(
     at: Array | None = None,
 ) -> Array:
     def dense(name: str, x: Array) -> Array:
-        return layers.dense(x, weights[name], adapters.get(name))
+        return layers.dense(x, weights[name], adapters.get(name), implementation=kernel)
 
     def heads(name: str, x: Array) -> Array:
         return dense(name, x).reshape(*x.shape[:2], -1, config.head_dim)

@@ -1,0 +1,99 @@
+"""Sizes and constants of the Llama family, read off a Hugging Face configuration.
+
+A layer has num_heads query heads of width head_dim; num_heads / num_kv_heads of them share a key and a value.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from bnlora.models import layers
+
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and constants of a Llama model.
+
+    Attributes:
+        vocab_size: Rows of the embedding.
+        d_model: Width of the residual stream.
+        d_ff: Width inside the feed-forward part.
+        num_layers: Number of layers.
+        num_heads: Query heads.
+        num_kv_heads: Key/value heads; divides num_heads.
+        head_dim: Width of one head.
+        rope_theta: Base of the rotary frequencies.
+        rms_eps: Added to the mean square in every RMSNorm.
+        tied: Whether the output layer is the embedding.
+        max_length: Longest sequence the model was trained for.
+        rope_scaling: Llama 3 stretching of the rotary angles, or None.
+    """
+
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rms_eps: float = 1e-6
+    tied: bool = False
+    max_length: int = 2048
+    rope_scaling: layers.Llama3Scaling | None = None
+
+    def __post_init__(self) -> None:
+        """Raise a ValueError when the heads cannot be grouped or a head cannot be rotated."""
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads; got {self.num_heads} and {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embedding; got {self.head_dim}")
+
+    @classmethod
+    def from_huggingface(cls, config: Mapping[str, Any]) -> Self:
+        """Read the keys of a Hugging Face config.json.
+
+        Args:
+            config: The parsed config.json; absent optional keys take transformers' defaults.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: If required keys are missing (all are named) or the model needs something unsupported
+                (biases, another activation, another kind of rotary scaling).
+        """
+        missing = [key for key in _REQUIRED if config.get(key) is None]
+        if missing:
+            raise ValueError(f"the model configuration lacks the keys {missing}")
+        _check_supported(config)
+        heads = config["num_attention_heads"]
+        rope_theta, rope_scaling = layers.rotary_settings(config)
+        return cls(
+            vocab_size=config["vocab_size"],
+            d_model=config["hidden_size"],
+            d_ff=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            rope_theta=rope_theta,
+            rms_eps=float(config.get("rms_norm_eps", 1e-6)),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            max_length=config.get("max_position_embeddings", 2048),
+            rope_scaling=rope_scaling,
+        )
+
+
+def _check_supported(config: Mapping[str, Any]) -> None:
+    if config.get("hidden_act", "silu") != "silu":
+        raise ValueError(
+            f"the activation {config['hidden_act']!r} is not supported in Llama models, only 'silu'"
+        )
+    biased = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
+    if biased:
+        raise ValueError(f"Llama models with biases are not supported; the configuration sets {biased}")
