@@ -33,3 +33,13 @@ def check_positive(values: Mapping[str, float]) -> None:
     for name, value in values.items():
         if not 0 < value < float("inf"):
             raise ValueError(f"{name} must be a positive number; got {value}")
+
+
+def check_parts(name: str, parts: int, batch_size: int) -> None:
+    """Raise `ValueError` unless a minibatch falls into that many equal parts; `name` is the argument's."""
+    check_at_least({name: parts}, 1)
+    if batch_size % parts:
+        divisors = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
+        # The larger of two that are equally near: who asks for parts is short of memory.
+        near = min(divisors, key=lambda n: (abs(n - parts), -n))
+        raise ValueError(f"{name} must divide batch_size={batch_size}; got {parts}, nearest is {near}")

@@ -8,9 +8,9 @@ a parameter, never a closure. Minibatches are scaled by N / B through the one pl
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +98,13 @@ class Classifier:
             "label_ids": ids,
         }.items():
             object.__setattr__(self, name, value)
+
+    def over(self, base: LanguageModel) -> Self:
+        """The same classifier over a base of the same weights that runs in another way (`Base.running`)."""
+        made = object.__new__(type(self))  # the fields of a classifier are not the arguments that make one
+        for name in (field.name for field in fields(self)):
+            object.__setattr__(made, name, base if name == "base" else getattr(self, name))
+        return made
 
     @property
     def start(self) -> int:

@@ -18,11 +18,13 @@ import optax
 from jax import Array
 from rich.console import Console
 
+from bnlora.accumulate import InParts
 from bnlora.cache import cache_prefix
-from bnlora.checks import check_at_least, check_batch_size, check_option
+from bnlora.checks import check_at_least, check_batch_size, check_option, check_parts
 from bnlora.data import Batch, check_labels, minibatches
 from bnlora.elbo import TERMS, elbo_terms, initial_parameters
 from bnlora.fits import Fit, FitDiverged
+from bnlora.models.execution import Activations, Remat
 from bnlora.progress import progress_bar
 from bnlora.typing import Parameters
 from bnlora.validation import EarlyStopping, Validation
@@ -51,6 +53,9 @@ def fit(
     scale_optimizer: optax.GradientTransformation | None = None,
     clip_norm: float = 10.0,
     num_particles: int = 1,
+    accumulate: int = 1,
+    activations: Activations | None = None,
+    remat: Remat | None = None,
     validation: Batch | None = None,
     early_stopping: EarlyStopping | None = None,
     start: Parameters | None = None,
@@ -73,6 +78,15 @@ def fit(
         scale_optimizer: Optimiser of every `lam` and every scale; Adam with rate 0.01 when omitted.
         clip_norm: The gradient of each group (locations, scales, `lam`) is clipped to this norm, separately.
         num_particles: Guide draws averaged in a step.
+        accumulate: Equal parts in which a step runs its minibatch, one after the other, so that it keeps
+            the activations of one part alone. The bound is the same: one draw of the guide for all parts, its
+            KL terms counted once. Divides `batch_size`.
+        activations: Type of the activations while a step runs, "float32" or "bfloat16"; as in the base when
+            omitted. Parameters, likelihood and bound stay in float32.
+        remat: What the backward pass of a step runs again instead of keeping it: "none", "attention" or
+            "layers" (`bnlora.models.execution.Execution`); as in the base when omitted. These two are about
+            steps alone: the prefix cache, looks at validation rows and predictions of the fit run as the
+            model's base says (`Base.running`).
         validation: Rows whose negative log-likelihood picks the best step.
         early_stopping: How often to look at them, and when to stop.
         start: Parameters to start from, constrained, such as the `params` of another fit of this model and
@@ -89,20 +103,18 @@ def fit(
         stop button of a notebook) ends the fit early and returns what there is.
 
     Raises:
-        ValueError: On sizes below one, more rows in a minibatch than there are, rows without labels or with
-            labels that the model has no class for, an early-stopping rule without validation rows, or a
-            `start` of other names or shapes than the parameters of this guide and prior, or outside their
-            constraints.
+        ValueError: On sizes below one, more rows in a minibatch than there are, parts that do not divide it,
+            an unknown option, rows without labels or with labels that the model has no class for, an
+            early-stopping rule without validation rows, or a `start` of other names or shapes than the
+            parameters of this guide and prior, or outside their constraints.
         FitDiverged: When more than `skip_budget` steps were not finite.
     """
     check_at_least({"num_steps": num_steps, "num_particles": num_particles}, 1)
     check_batch_size(batch_size, len(train))
+    check_parts("accumulate", accumulate, batch_size)
     check_option("prefix_cache", prefix_cache, ("memory", "off"))
-    check_labels("training", train, len(model.label_ids))
-    if validation is not None:
-        check_labels("validation", validation, len(model.label_ids))
-    elif early_stopping is not None:
-        raise ValueError("early_stopping needs validation rows; pass validation=...")
+    _check_rows(model, train, validation, early_stopping)
+    program = _program(model, accumulate, activations=activations, remat=remat)
     if prefix_cache == "memory":
         train = cache_prefix(model, train, console=console)
         validation = None if validation is None else cache_prefix(model, validation, console=console)
@@ -110,7 +122,7 @@ def fit(
     arguments = (model.base.params, train[:1], len(train))
     params, constrain = initial_parameters(start_key, model, guide, *arguments, start=start)
     grouped = _by_group(params, optimizer, scale_optimizer or optax.adam(1e-2), clip_norm)
-    loop = _Loop(model, guide, train, constrain, grouped, num_particles)
+    loop = _Loop(program, guide, train, constrain, grouped, num_particles)
     state = State(params, grouped.init(params), jnp.zeros((), jnp.int32))
     rule = early_stopping or EarlyStopping()
     look = Validation(model, guide, constrain, validation, rule, look_key, num_steps)
@@ -131,10 +143,27 @@ def fit(
                     break
     except KeyboardInterrupt:
         stopped = "interrupted"
-    result = loop.result(state, look, draw_key, stopped)
+    result = loop.result(model, state, look, draw_key, stopped)
     if stopped == "diverged":
         raise FitDiverged(result, skip_budget)
     return result
+
+
+def _check_rows(
+    model: Any, train: Batch, validation: Batch | None, early_stopping: EarlyStopping | None
+) -> None:
+    check_labels("training", train, len(model.label_ids))
+    if validation is not None:
+        check_labels("validation", validation, len(model.label_ids))
+    elif early_stopping is not None:
+        raise ValueError("early_stopping needs validation rows; pass validation=...")
+
+
+def _program(model: Any, accumulate: int, **running: Any) -> Any:
+    """The model as a step runs it."""
+    changes = {name: value for name, value in running.items() if value is not None}
+    model = model.over(model.base.running(**changes)) if changes else model
+    return model if accumulate == 1 else InParts(model, accumulate)
 
 
 def _by_group(
@@ -160,7 +189,7 @@ def _by_group(
 
 @dataclass
 class _Loop:
-    """The compiled step and its record."""
+    """The compiled step and its record; `model` is as the step runs it."""
 
     model: Any
     guide: Callable
@@ -206,10 +235,10 @@ class _Loop:
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, stayed), terms
 
-    def result(self, state: State, look: Validation, draw_key: Array, stopped: str) -> Fit:
+    def result(self, model: Any, state: State, look: Validation, draw_key: Array, stopped: str) -> Fit:
         best = look.best_params if look.best_params is not None else state.params
         return Fit(
-            model=self.model,
+            model=model,
             guide=self.guide,
             params=self.constrain(best),
             last_params=self.constrain(state.params),

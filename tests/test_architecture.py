@@ -18,7 +18,7 @@ FLOORS = {
     "priors": 2, "flows": 2, "calibration": 2, "certificate": 2,
     "models.llama": 2, "models.llama_config": 2,
     "base": 3, "model": 3, "guides": 3, "elbo": 3, "posterior": 3, "cache": 3, "density": 3,
-    "maximise": 3,
+    "maximise": 3, "accumulate": 3,
     "conditional": 4, "svi": 4, "fits": 4, "predict": 4, "functions": 4, "samplers": 4,
     "prior_predictive": 4, "validation": 4, "testing": 4,
     "diagnostics": 5, "plots": 5, "sbc": 5, "checkpoint": 5, "report": 5, "recipe": 5, "experiment": 5,
