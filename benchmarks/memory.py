@@ -1,0 +1,76 @@
+"""Memory and time of a step at SmolLM2-135M's sizes, every layer adapted: python benchmarks/memory.py.
+
+Weights are random, which changes neither. Memory is what the compiled step takes beside its arguments, by the
+compiler's own account. Times are those of steps run in turn in one process.
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+import bnlora as bl
+from bnlora.base import random_base
+from bnlora.display import Table
+from bnlora.elbo import initial_parameters
+from bnlora.models.llama import LlamaConfig
+from bnlora.svi import State, _by_group, _Loop, _program
+from bnlora.testing import tiny_rows
+
+SIZES = {"d_model": 576, "d_ff": 1536, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64}
+WAYS = [
+    {},
+    {"accumulate": 4},
+    {"remat": "attention"},
+    {"remat": "layers"},
+    {"remat": "layers", "accumulate": 4},
+    {"activations": "bfloat16"},
+    {"activations": "bfloat16", "remat": "layers", "accumulate": 4},
+]
+
+
+def main() -> None:
+    """Compile every way to run the step, then time them in turn."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--length", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    base = random_base(jax.random.key(0), LlamaConfig(vocab_size=49_152, tied=True, **SIZES))
+    train = tiny_rows(jax.random.key(1), arguments.batch_size, length=arguments.length, vocabulary=49_152)
+    sites = bl.select(base, list(base.modules), rank=8)
+    model = bl.Classifier(base, sites, bl.priors.normal(), label_ids=(100, 200))
+    guide = bl.guides.Guide(model.prior, bl.guides.mean_field())
+    params, constrain = initial_parameters(jax.random.key(2), model, guide)
+    optimizer = _by_group(params, optax.adam(1e-3), optax.adam(1e-3), 10.0)
+    state = State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    rows = jnp.arange(arguments.batch_size)
+    step = (state, jax.random.key(3), base.params, train, rows)
+    compiled = []
+    for way in WAYS:
+        program = _program(model, **{"accumulate": 1} | way)
+        loop = _Loop(program, guide, train, constrain, optimizer, 1)
+        compiled.append(loop._step.lower(*step).compile())
+    seconds = np.zeros((arguments.rounds + 1, len(WAYS)))
+    for turn in range(arguments.rounds + 1):
+        for i, run in enumerate(compiled):
+            began = time.perf_counter()
+            jax.block_until_ready(run(*step))
+            seconds[turn, i] = time.perf_counter() - began
+    ratio = seconds[1:] / seconds[1:, :1]
+    cells = []
+    for i, (way, run) in enumerate(zip(WAYS, compiled, strict=True)):
+        mebibytes = run.memory_analysis().temp_size_in_bytes / 2**20
+        spread = f"{np.median(ratio[:, i]):.2f} ({ratio[:, i].min():.2f}-{ratio[:, i].max():.2f})"
+        name = ", ".join(f"{n}={x!r}" for n, x in way.items()) or "default"
+        cells.append((name, f"{mebibytes:,.0f}", f"{seconds[1:, i].min():.2f}", spread))
+    columns = ("step", "MiB", "least s", "ratio to default")
+    Console(width=140).print(Table(f"{arguments}", columns, tuple(cells)))
+
+
+if __name__ == "__main__":
+    main()
