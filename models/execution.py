@@ -34,8 +34,8 @@ class Execution:
     Attributes:
         kernel: Implementation of the adapted product, a key of `bnlora.kernels.api.IMPLEMENTATIONS`; None
             leaves the choice to `lora_matmul`.
-        activations: Type of the residual stream, of the products and of attention: "bfloat16" takes half the
-            memory, and rounds.
+        activations: Type of the residual stream, of the products and of attention. "bfloat16" rounds, and the
+            backward pass keeps half as much, or, as statistics keep their type, two thirds with remat "none".
         remat: What the backward pass runs again. "none": nothing but taking a layer's weights out of the
             stack. "attention": attention and everything elementwise; the outputs of a layer's seven dense
             products are kept. "layers": every layer; only what enters each of them is kept.

@@ -59,7 +59,7 @@ def test_the_examples_of_the_contributing_guide_print_what_they_say_and_fit():
 
 
 def test_the_prior_and_guides_of_the_readme_fit():
-    _, code, mixed, _ = blocks("README.md")
+    _, code, mixed, *_ = blocks("README.md")
     names = names_of_a_tiny_model()
     exec(code, names)
     assert fit_two_steps(names, names["model"], names["guide"]).skipped_steps == 0
@@ -72,7 +72,7 @@ def test_the_prior_and_guides_of_the_readme_fit():
 @pytest.mark.slow
 def test_the_gold_standard_of_the_readme_runs(capsys):
     """With a tiny model, few draws, and so no certificate to ask for."""
-    *_, code = blocks("README.md")
+    _, _, _, code, _ = blocks("README.md")
     code = code.replace("given=fit)", "given=fit, num_warmup=50, num_draws=100)")
     code = code.replace('data["movies"])', 'data.train, against="anything")')
     names = names_of_a_tiny_model() | {"key": jax.random.key(3)}
@@ -83,6 +83,18 @@ def test_the_gold_standard_of_the_readme_runs(capsys):
     printed = capsys.readouterr().out
     assert "R-hat" in printed
     assert "other posterior" in printed
+
+
+def test_what_the_readme_does_where_memory_is_short_runs():
+    *_, code = blocks("README.md")
+    code = code.replace("num_steps=400, batch_size=16, accumulate=4", "**steps, accumulate=3")
+    names = names_of_a_tiny_model()
+    names |= {"key": jax.random.key(3), "adam": optax.adam(0.01), "steps": {"num_steps": 2, "batch_size": 3}}
+    names["model"] = bl.Classifier(names["base"], names["sites"], bl.priors.normal(), label_ids=(3, 5))
+    names["guide"] = bl.guides.Guide(names["model"].prior, bl.guides.mean_field())
+    exec(code, names)
+    assert names["fit"].skipped_steps == 0
+    assert names["half"].execution.activations == "bfloat16"
 
 
 @pytest.mark.slow
