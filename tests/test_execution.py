@@ -11,6 +11,7 @@ import optax
 import pytest
 from jax.extend.core import Literal as Constant
 from jax.extend.core import jaxprs_in_params
+from programs import walk
 
 import bnlora as bl
 from bnlora.accumulate import InParts
@@ -56,13 +57,6 @@ def value_and_gradient(model, params, adapters, batch=ROWS):
         return at_labels.sum(), logits
 
     return jax.value_and_grad(log_likelihood, has_aux=True)(adapters)
-
-
-def walk(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from walk(inner)
 
 
 def equations(function, *args, name: str | None = None) -> list:

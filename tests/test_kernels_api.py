@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
+from jax.extend.core import jaxpr_as_fun
+from programs import kernel_calls, walk
 
 from bnlora.kernels import api, pallas_tpu
 from bnlora.kernels.quantised import quantise
@@ -135,24 +136,11 @@ def test_the_gradient_reads_inputs_and_cotangent_once_and_never_forms_that_of_w(
     calls = [name for name, _ in pallas_calls(gradient, x, a, b)]
     assert sorted(calls) == ["lora_factor_gradients", "lora_matmul", "lora_matmul"]
     program = jax.make_jaxpr(gradient)(x, a, b).jaxpr
-    shapes = [variable.aval.shape for equation in equations(program) for variable in equation.outvars]
+    shapes = [
+        variable.aval.shape for equation in walk(program, into_kernels=False) for variable in equation.outvars
+    ]
     assert (K, N) not in shapes
     assert (N, K) not in shapes
-
-
-def equations(jaxpr):
-    """All equations of a program, those of inner programs included, but not the bodies of kernels."""
-    for equation in jaxpr.eqns:
-        yield equation
-        if equation.primitive.name != "pallas_call":
-            for inner in jaxprs_in_params(equation.params):
-                yield from equations(inner)
-
-
-def kernel_calls(function, *args) -> list[dict]:
-    """The parameters of every kernel in a program."""
-    found = equations(jax.make_jaxpr(function)(*args).jaxpr)
-    return [equation.params for equation in found if equation.primitive.name == "pallas_call"]
 
 
 def pallas_calls(function, *args) -> list[tuple[str, tuple[int, ...]]]:

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax import export
-from jax.extend.core import jaxprs_in_params
+from programs import kernel_calls
 
 import bnlora as bl
 from bnlora.sites import HEAD
@@ -39,16 +39,7 @@ def adapters_of(model: bl.Classifier, *, draws: int = 0) -> dict:
 
 def kernels(function, *args) -> list[str]:
     """Names of all kernels in a program."""
-
-    def walk(jaxpr):
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "pallas_call":
-                yield equation.params["name"]
-            else:
-                for inner in jaxprs_in_params(equation.params):
-                    yield from walk(inner)
-
-    return list(walk(jax.make_jaxpr(function)(*args).jaxpr))
+    return [call["name"] for call in kernel_calls(function, *args)]
 
 
 def value_and_gradient(model: bl.Classifier, params, adapters, batch):
@@ -112,6 +103,7 @@ def test_a_whole_gradient_lowers_for_a_tpu(remat):
     leaves, tree = jax.tree.flatten((BASE.params, adapters_of(model), ROWS))
     flat = jax.jit(lambda *leaves: jax.tree.leaves(run(*jax.tree.unflatten(tree, leaves))))
     text = export.export(flat, platforms=["tpu"], disabled_checks=checks)(*leaves).mlir_module()
-    # Forwards, dx and gradients of the factors: seven products in the loop, seven in the last layer, one head.
+    # Forwards, dx and the gradients of the factors: seven products in the loop, seven in the last layer,
+    # one of the head.
     # Running a layer again repeats all of its products but the last, whose output nothing else needs.
     assert text.count("tpu_custom_call") == 3 * 15 + (2 * 6 if remat == "layers" else 0)

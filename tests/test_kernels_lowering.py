@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import pytest
 from jax import export
 from jax.sharding import AbstractMesh
+from programs import product_shapes
 
 from bnlora.kernels import api
-from bnlora.kernels.quantised import QuantisedMatrix
 
 # Newer versions of JAX announce the end of this route to a GPU; CONTRIBUTING.md says so too.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -40,16 +40,6 @@ def exported(platform: str, function, *arguments) -> str:
     return made.mlir_module()
 
 
-def shapes(sides, dtype, *, draws: int = 0, eight_bits: bool = False) -> tuple:
-    m, k, n, rank = sides
-    front = (draws,) if draws else ()
-    w = jax.ShapeDtypeStruct((k, n), dtype)
-    if eight_bits:
-        w = QuantisedMatrix(jax.ShapeDtypeStruct((k, n), jnp.int8), jax.ShapeDtypeStruct((n,), dtype))
-    x, a, b = (jax.ShapeDtypeStruct(s, dtype) for s in ((m, k), (*front, rank, k), (*front, n, rank)))
-    return x, w, a, b
-
-
 apply = partial(api.lora_matmul, scale=0.5, implementation="pallas")
 
 
@@ -58,7 +48,7 @@ apply = partial(api.lora_matmul, scale=0.5, implementation="pallas")
 @pytest.mark.parametrize("eight_bits", [False, True])
 @pytest.mark.parametrize("sides", SIDES, ids=str)
 def test_the_product_lowers_to_the_kernel(platform, dtype, eight_bits, sides):
-    text = exported(platform, apply, *shapes(sides, dtype, eight_bits=eight_bits))
+    text = exported(platform, apply, *product_shapes(sides, dtype, eight_bits=eight_bits))
     assert text.count(CALLS[platform]) == 1
 
 
@@ -66,7 +56,7 @@ def test_the_product_lowers_to_the_kernel(platform, dtype, eight_bits, sides):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("sides", SIDES, ids=str)
 def test_the_gradient_lowers_to_the_kernels(platform, dtype, sides):
-    x, w, a, b = shapes(sides, dtype)
+    x, w, a, b = product_shapes(sides, dtype)
 
     def gradient(x, w, a, b):
         return jax.grad(lambda x, a, b: jnp.sin(apply(x, w, a, b)).sum(), argnums=(0, 1, 2))(x, a, b)
@@ -78,7 +68,7 @@ def test_the_gradient_lowers_to_the_kernels(platform, dtype, sides):
 @pytest.mark.parametrize("platform", list(CALLS))
 @pytest.mark.parametrize("own_inputs", [False, True])
 def test_draws_lower_to_one_kernel(platform, own_inputs):
-    x, w, a, b = shapes((40, 96, 200, 4), jnp.float32, draws=8)
+    x, w, a, b = product_shapes((40, 96, 200, 4), jnp.float32, draws=8)
     x = jax.ShapeDtypeStruct((8, *x.shape), x.dtype) if own_inputs else x
     mapped = jax.vmap(apply, in_axes=(0 if own_inputs else None, None, 0, 0))
     text = exported(platform, mapped, x, w, a, b)
@@ -89,5 +79,7 @@ def test_draws_lower_to_one_kernel(platform, own_inputs):
 
 @pytest.mark.parametrize("platform", list(CALLS))
 def test_the_reference_has_no_kernel(platform):
-    text = exported(platform, partial(api.lora_matmul, implementation="xla"), *shapes(SIDES[0], jnp.float32))
+    text = exported(
+        platform, partial(api.lora_matmul, implementation="xla"), *product_shapes(SIDES[0], jnp.float32)
+    )
     assert not any(call in text for call in CALLS.values())

@@ -5,25 +5,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+from programs import product_shapes
 
 from bnlora.kernels import ahead, api
-from bnlora.kernels.quantised import QuantisedMatrix
 
 pytest.importorskip("libtpu", reason="the TPU compiler is not installed: make tpu")
 
 apply = partial(api.lora_matmul, scale=0.5, implementation="pallas")
 SIDES = [(5, 12, 7, 3), (1, 64, 2, 1), (37, 96, 200, 9), (600, 576, 1536, 8), (64, 576, 49_152, 8),
          (512, 4096, 4096, 16), (100, 5000, 130, 64), (2048, 8192, 8192, 16)]  # fmt: skip
-
-
-def shapes(sides, dtype, *, draws: int = 0, eight_bits: bool = False) -> tuple:
-    m, k, n, rank = sides
-    front = (draws,) if draws else ()
-    w = jax.ShapeDtypeStruct((k, n), dtype)
-    if eight_bits:
-        w = QuantisedMatrix(jax.ShapeDtypeStruct((k, n), jnp.int8), jax.ShapeDtypeStruct((n,), dtype))
-    x, a, b = (jax.ShapeDtypeStruct(s, dtype) for s in ((m, k), (*front, rank, k), (*front, n, rank)))
-    return x, w, a, b
 
 
 def value_and_gradients(x, w, a, b):
@@ -34,14 +24,16 @@ def value_and_gradients(x, w, a, b):
 @pytest.mark.parametrize("eight_bits", [False, True])
 @pytest.mark.parametrize("sides", SIDES, ids=str)
 def test_forward_and_backward_compile(dtype, eight_bits, sides):
-    compiled = ahead.compile_for_tpu(value_and_gradients, *shapes(sides, dtype, eight_bits=eight_bits))
+    compiled = ahead.compile_for_tpu(
+        value_and_gradients, *product_shapes(sides, dtype, eight_bits=eight_bits)
+    )
     assert compiled.as_text().count("tpu_custom_call") >= 3
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("draws", [1, 8, 32])
 def test_draws_compile_and_move_less_than_the_program_of_xla(dtype, draws):
-    arguments = shapes((512, 2048, 2048, 8), dtype, draws=draws)
+    arguments = product_shapes((512, 2048, 2048, 8), dtype, draws=draws)
     axes = (None, None, 0, 0)
     fused = ahead.cost(ahead.compile_for_tpu(jax.vmap(apply, in_axes=axes), *arguments))
     plain = partial(api.lora_matmul, scale=0.5, implementation="xla")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
+from programs import walk
 
 import bnlora as bl
 from bnlora.data import Batch
@@ -171,13 +171,6 @@ def test_several_positions_in_any_order():
     hidden = BASE.module.embed(batch.tokens)
     run = functools.partial(BASE.module.blocks, hidden, batch.mask, start=0, stop=3, adapters=adapters)
     assert_close(run(at=at), jnp.take_along_axis(run(), at[:, :, None], axis=1))
-
-
-def walk(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from walk(inner)
 
 
 def products(start: int) -> list[tuple[int, ...]]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
+from programs import walk
 
 from bnlora.base import Base, random_base
 from bnlora.models import layers, llama
@@ -39,14 +39,6 @@ def adapters(names, count: int, rank: int = 3, seed: int = 2, b_scale: float = 0
         name: {"a": normal(count, rank, shapes[name][0]), "b": b_scale * normal(count, shapes[name][1], rank)}
         for name in names
     }
-
-
-def walk(jaxpr):
-    """Every equation of a program, those of its loops and calls included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from walk(inner)
 
 
 def assert_close(got, expected, *, operations: float = CONFIG.num_layers * CONFIG.d_ff) -> None:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.extend.core import jaxprs_in_params
 from numpyro import handlers
 from numpyro.infer.autoguide import AutoNormal
+from programs import walk
 from rich.console import Console
 
 import bnlora as bl
@@ -75,13 +75,6 @@ def test_the_step_forms_no_gradient_of_the_base(whole):
         and equation.outvars[0].aval.shape in (kernel, kernel[::-1])
     ]
     assert not made
-
-
-def walk(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for part in jaxprs_in_params(equation.params):
-            yield from walk(part)
 
 
 def test_record_has_every_term_of_every_step_and_they_add_up(whole):
