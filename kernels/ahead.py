@@ -5,6 +5,7 @@ the bytes and operations of the program. It needs the package `libtpu` (`pip ins
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,7 +48,11 @@ def compile_for_tpu(
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     place = jax.sharding.SingleDeviceSharding(device)
     placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
-    return jax.jit(function).trace(*placed).lower(lowering_platforms=("tpu",)).compile()
+    lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=("tpu",))
+    with warnings.catch_warnings():
+        # A cache on disk takes such a program, cannot give it back without a TPU, and then compiles it anew.
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
+        return lowered.compile()
 
 
 def cost(compiled: jax.stages.Compiled) -> Cost:
