@@ -45,6 +45,8 @@ def compile_for_tpu(
     """
     # Without it the runtime asks the cloud which machine this is, and waits for an answer.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # A device belongs to one process; there is none here to fight for.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     place = jax.sharding.SingleDeviceSharding(device)
     placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
