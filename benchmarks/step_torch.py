@@ -1,0 +1,114 @@
+"""A step of plain LoRA against torch and peft, on SmolLM2-135M: python benchmarks/step_torch.py.
+
+Both train the same adapters (q_proj, k_proj, and the label words' rows of the output layer) on the same rows by
+Adam: the loss is the mean cross-entropy of the label words after the last token of each row, in float32, on as
+many threads as the machine has cores. torch gets all that makes it fast: `sdpa` attention, the output layer at
+the last position alone and cut to the label words, no gradient of frozen weights. Its adapters are copied at
+the start, and the losses of the first steps must agree, so that both compute the same thing.
+
+With `--top-layers` ours starts from cached activations below the adapters; peft has no such cache.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from rounds import in_turn, show
+from step import LABEL_IDS, loop_of
+from transformers import AutoModelForCausalLM
+
+import bnlora as bl
+from bnlora.assets import fetch_smollm2
+from bnlora.demo import RECIPE
+from bnlora.testing import tiny_rows
+
+RATE = 1e-3  # that of `loop_of`
+
+
+def peft_model(top_layers: int | None) -> torch.nn.Module:
+    """SmolLM2 with adapters by peft, and an output layer of the label words' rows alone."""
+    path = fetch_smollm2()
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    head = torch.nn.Linear(model.config.hidden_size, len(LABEL_IDS), bias=False)
+    head.weight = torch.nn.Parameter(model.lm_head.weight[torch.tensor(LABEL_IDS)].detach().clone())
+    model.lm_head = head
+    depth = model.config.num_hidden_layers
+    layers = "|".join(map(str, range(0 if top_layers is None else depth - top_layers, depth)))
+    targets = rf"model\.layers\.({layers})\.self_attn\.(q_proj|k_proj)|lm_head"
+    config = LoraConfig(r=RECIPE.rank, lora_alpha=RECIPE.rank, lora_dropout=0.0, target_modules=targets)
+    return get_peft_model(model, config).train()
+
+
+def peft_step(model: torch.nn.Module, train: bl.Batch) -> Callable[[np.ndarray], float]:
+    """A step of torch: takes rows, moves the adapters, returns the loss."""
+    tokens, mask, labels = (torch.tensor(np.asarray(x)).long() for x in (train.tokens, train.mask, train.labels))
+    moving = [p for p in model.parameters() if p.requires_grad]
+    adam = torch.optim.Adam(moving, lr=RATE)
+
+    def step(rows: np.ndarray) -> float:
+        given = {"input_ids": tokens[rows], "attention_mask": mask[rows]}
+        logits = model(**given, logits_to_keep=1, use_cache=False).logits[:, -1]
+        loss = torch.nn.functional.cross_entropy(logits, labels[rows])
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        return loss.item()
+
+    return step
+
+
+def parameters_of(model: torch.nn.Module) -> dict[str, jax.Array]:
+    """The adapters of peft as parameters of `bl.priors.point`: {"<family>.<factor>": (layer, out, in)}."""
+    factors: dict[str, list[np.ndarray]] = {}
+    for name, value in model.named_parameters():
+        if value.requires_grad:  # "...<family>.lora_<factor>.default.weight", layer after layer
+            family, factor = name.split(".")[-4], name.split(".")[-3].removeprefix("lora_").lower()
+            factors.setdefault(f"{family}.{factor}", []).append(value.detach().numpy().copy())
+    return {name: jnp.asarray(np.stack(values)) for name, values in factors.items()}
+
+
+def main() -> None:
+    """Check that both compute the same losses, then time both steps in turn."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--length", type=int, default=32)
+    parser.add_argument("--top-layers", type=int, help="all when omitted")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    size = arguments.batch_size
+    train = tiny_rows(jax.random.key(0), 4 * size, length=arguments.length, vocabulary=49_152)
+    # The label words are read at the last position: padding stands on the left.
+    train = replace(train, tokens=train.tokens[:, ::-1], mask=train.mask[:, ::-1])
+    model = peft_model(arguments.top_layers)
+    theirs = peft_step(model, train)
+    loop, state = loop_of(RECIPE.load_base(), train, "none", top_layers=arguments.top_layers)
+    start = parameters_of(model)
+    jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), start, state.params)
+    states, losses = [state._replace(params=start)], {"torch + peft": [], "bnlora": []}
+
+    def rows_of(step: int) -> np.ndarray:
+        return (np.arange(size) + step) % len(train)
+
+    def ours(step: int) -> None:
+        states[0] = loop.run(states[0], jax.random.key(step), rows_of(step))
+        losses["bnlora"].append(-loop.steps[-1]["elbo"] / len(train))
+
+    programs = {"torch + peft": lambda step: losses["torch + peft"].append(theirs(rows_of(step))), "bnlora": ours}
+    seconds = in_turn(programs, arguments.rounds)
+    first, second = (np.array(values) for values in losses.values())
+    print(f"losses {first[:3]} and {second[:3]}; largest difference of {len(first)} steps "
+          f"{np.abs(first - second).max():.1e}")
+    np.testing.assert_allclose(first, second, rtol=1e-3)
+    which = "all layers" if arguments.top_layers is None else f"the upper {arguments.top_layers} layers"
+    threads = torch.get_num_threads()
+    show(f"{which}, {size} rows of {arguments.length}, {threads} threads", seconds, unit="step")
+
+
+if __name__ == "__main__":
+    main()
