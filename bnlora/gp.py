@@ -64,10 +64,45 @@ def frame_side(free: Float[Array, "... d k"], reliability: Float[Array, "... k"]
     d, k = free.shape[-2:]
     if k > d:
         raise ValueError(f"a frame needs at most as many vectors as dimensions; got {k} vectors for {d}")
-    frame, triangle = one_by_one(jnp.linalg.qr, free)
-    # LAPACK leaves the sign of each column open; with diag(triangle) > 0 the frame is continuous in `free`.
-    frame = frame * jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))[..., None, :]
+    frame, _ = _orthonormal(free)
     return Side(frame * jnp.sqrt(reliability)[..., None, :], reliability)
+
+
+@jax.custom_jvp
+def _orthonormal(free: Array) -> tuple[Array, Array]:
+    """`Q` and `T = R^{-1}` of `free = Q R` with a positive diagonal of `R`, column by column, all layers at once.
+
+    Gram-Schmidt twice over each column is orthonormal to rounding wherever `free` has full rank to rounding
+    (Giraud et al., 2005), and continuous in `free`. LAPACK would do one layer at a time (see `one_by_one`),
+    and its solves with triangles of 8 or more rows wake threads for a few hundred operations.
+    """
+
+    def column(j: Array, done: tuple[Array, Array]) -> tuple[Array, Array]:
+        frame, inverse = done  # columns from j onwards are zero
+        rest = jax.lax.dynamic_slice_in_dim(free, j, 1, axis=-1)
+        unit = (jnp.arange(free.shape[-1]) == j)[:, None]
+        shares = jnp.zeros_like(inverse[..., :1])
+        for _ in range(2):
+            share = jnp.swapaxes(frame, -1, -2) @ rest
+            rest, shares = rest - frame @ share, shares + share
+        length = jnp.linalg.norm(rest, axis=-2, keepdims=True)
+        # Where `unit.T` is true is the one column that is written.
+        frame = jnp.where(unit.T, rest / length, frame)
+        return frame, jnp.where(unit.T, (unit - inverse @ shares) / length, inverse)
+
+    square = jnp.zeros((*free.shape[:-2], free.shape[-1], free.shape[-1]), free.dtype)
+    return jax.lax.fori_loop(0, free.shape[-1], column, (jnp.zeros_like(free), square))
+
+
+@_orthonormal.defjvp
+def _orthonormal_jvp(primals, tangents):
+    """With M = dX T and P = Q^T M: dQ = M - Q (P - O) and dT = -T (P - O), O = tril(P, -1) - tril(P, -1)^T."""
+    frame, inverse = _orthonormal(*primals)
+    moved = tangents[0] @ inverse
+    inside = jnp.swapaxes(frame, -1, -2) @ moved
+    below = jnp.tril(inside, -1)
+    upper = inside - below + jnp.swapaxes(below, -1, -2)
+    return (frame, inverse), (moved - frame @ upper, -inverse @ upper)
 
 
 def inducing_side(Z: Float[Array, "... m d"], D: Float[Array, "... m"]) -> Side:

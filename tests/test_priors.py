@@ -107,8 +107,8 @@ def test_no_form_factorises_two_matrices_in_one_call(form):
         return sum(s["fn"].log_prob(s["value"]).sum() for s in trace.values() if s["type"] == "sample")
 
     found = list(factorised(jax.make_jaxpr(density)(jax.random.key(0)).jaxpr))
-    assert found
-    assert {ndim for _, ndim in found} == {2}
+    assert bool(found) == (FORMS[form] == "bases")  # frames need no LAPACK at all
+    assert {ndim for _, ndim in found} <= {2}
 
 
 def test_inducing_sizes_are_clipped_to_each_side_or_kept():
