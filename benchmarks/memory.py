@@ -25,6 +25,7 @@ SIZES = {"d_model": 576, "d_ff": 1536, "num_layers": 30, "num_heads": 9, "num_kv
 WAYS = [
     {},
     {"accumulate": 4},
+    {"remat": "none"},
     {"remat": "attention"},
     {"remat": "layers"},
     {"remat": "layers", "accumulate": 4},

@@ -87,7 +87,8 @@ class Base:
         Args:
             **changes: Fields of `bnlora.models.execution.Execution`: `kernel` (implementation of the adapted
                 product, None for the default), `activations` ("float32" or "bfloat16") and `remat` (what
-                the backward pass runs again: "none", "attention" or "layers"). The others stay as they are.
+                the backward pass runs again: "none", "elementwise", "attention" or "layers"). The others stay
+                as they are.
 
         Returns:
             The base that runs so.

@@ -83,10 +83,10 @@ def fit(
             KL terms counted once. Divides `batch_size`.
         activations: Type of the activations while a step runs, "float32" or "bfloat16"; as in the base when
             omitted. Parameters, likelihood and bound stay in float32.
-        remat: What the backward pass of a step runs again instead of keeping it: "none", "attention" or
-            "layers" (`bnlora.models.execution.Execution`); as in the base when omitted. These two are about
-            steps alone: the prefix cache, looks at validation rows and predictions of the fit run as the
-            model's base says (`Base.running`).
+        remat: What the backward pass of a step runs again instead of keeping it: "none", "elementwise",
+            "attention" or "layers" (`bnlora.models.execution.Execution`); as in the base when omitted. These
+            two are about steps alone: the prefix cache, looks at validation rows and predictions of the fit
+            run as the model's base says (`Base.running`).
         validation: Rows whose negative log-likelihood picks the best step.
         early_stopping: How often to look at them, and when to stop.
         start: Parameters to start from, constrained, such as the `params` of another fit of this model and

@@ -22,7 +22,7 @@ from bnlora.checks import check_option
 from bnlora.kernels import api
 
 Activations = Literal["float32", "bfloat16"]
-Remat = Literal["none", "attention", "layers"]
+Remat = Literal["none", "elementwise", "attention", "layers"]
 
 _PRODUCT = "product"
 
@@ -37,8 +37,9 @@ class Execution:
         activations: Type of the residual stream, of the products and of attention. "bfloat16" rounds, and the
             backward pass keeps half as much, or, as statistics keep their type, two thirds with remat "none".
         remat: What the backward pass runs again. "none": nothing but taking a layer's weights out of the
-            stack. "attention": attention and everything elementwise; the outputs of a layer's seven dense
-            products are kept. "layers": every layer; only what enters each of them is kept.
+            stack. "elementwise": norms, softmax, silu and the like, which cost less than fresh memory does;
+            products are kept. "attention": also attention; the outputs of a layer's seven dense products
+            are kept. "layers": every layer; only what enters each of them is kept.
 
     Raises:
         ValueError: If a choice is unknown; the nearest is named.
@@ -46,7 +47,7 @@ class Execution:
 
     kernel: str | None = None
     activations: Activations = "float32"
-    remat: Remat = "none"
+    remat: Remat = "elementwise"
 
     def __post_init__(self) -> None:
         """Refuse unknown choices."""
@@ -80,9 +81,9 @@ def rerun(function: Callable[..., Array], remat: Remat) -> Callable[..., Array]:
     Returns:
         The same function, with the residuals that this choice keeps.
     """
-    # Beyond "none" the second run must be one: outside a loop of several layers, the compiler would see that
-    # it equals the first and keep that instead. Sharing a slice of the weights costs nothing.
-    return jax.checkpoint(function, policy=_POLICIES[remat], prevent_cse=remat != "none")
+    # Where memory is short the second run must be one: outside a loop of several layers, the compiler would
+    # see that it equals the first and keep that instead. Sharing what is cheap costs nothing.
+    return jax.checkpoint(function, policy=_POLICIES[remat], prevent_cse=remat in ("attention", "layers"))
 
 
 # Weights of a layer are neither kept as a copy nor as one in another type: what was converted is found again.
@@ -93,11 +94,17 @@ def _keep_all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name not in _CHEAP
 
 
-# A product is kept by its mark, whatever implementation made it. That with A alone is thin, and run again.
+def _keep_contractions(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name == "dot_general"
+
+
+# A dense product is kept by its mark, whatever implementation made it.
+_KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
 _POLICIES: Mapping[Remat, Callable[..., Any]] = MappingProxyType(
     {
         "none": _keep_all_but_slices,
-        "attention": jax.checkpoint_policies.save_only_these_names(_PRODUCT),
+        "elementwise": jax.checkpoint_policies.save_from_both_policies(_KEEP_PRODUCTS, _keep_contractions),
+        "attention": _KEEP_PRODUCTS,
         "layers": jax.checkpoint_policies.nothing_saveable,
     }
 )

@@ -50,7 +50,7 @@ def value_and_gradient(model: bl.Classifier, params, adapters, batch):
     return jax.value_and_grad(log_likelihood)(adapters)
 
 
-@pytest.mark.parametrize("remat", ["none", "attention", "layers"])
+@pytest.mark.parametrize("remat", ["elementwise", "attention", "layers"])
 def test_value_and_gradient_are_those_of_the_reference(remat):
     plain = classifier(BASE)
     model = classifier(BASE.running(kernel="interpret", remat=remat))
@@ -94,7 +94,7 @@ def test_a_fit_through_the_kernels_takes_the_same_steps():
         np.testing.assert_allclose(got.params[name], value, atol=1e-4)
 
 
-@pytest.mark.parametrize("remat", ["none", "layers"])
+@pytest.mark.parametrize("remat", ["elementwise", "layers"])
 def test_a_whole_gradient_lowers_for_a_tpu(remat):
     model = classifier(BASE.running(kernel="pallas", remat=remat))
     run = jax.jit(lambda params, adapters, rows: value_and_gradient(model, params, adapters, rows))
