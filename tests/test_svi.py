@@ -15,7 +15,8 @@ from programs import walk
 from rich.console import Console
 
 import bnlora as bl
-from bnlora.elbo import TERMS, elbo_terms
+from bnlora.elbo import TERMS, elbo_terms, initial_parameters
+from bnlora.svi import State, _by_group, _Loop
 from bnlora.testing import tiny_base, tiny_rows
 
 KEY = jax.random.key(0)
@@ -146,6 +147,21 @@ def test_head_alone_leaves_nothing_of_the_layers_to_run():
     assert cached.depth == BASE.num_layers
     fit = run(model, guide)
     assert np.isfinite(fit.history["elbo"]).all()
+
+
+def test_the_program_of_a_step_does_not_grow_with_depth():
+    def equations(num_layers: int) -> int:
+        base = tiny_base(jax.random.key(1), num_layers=num_layers)
+        sites = bl.select(base, ("q_proj", "lm_head"), rank=2)
+        model = bl.Classifier(base, sites, bl.priors.sparse_gp(rows=2, cols=2), label_ids=(3, 5))
+        guide = bl.guides.SiteFlow(model.prior, hidden=4, blocks=1)
+        params, constrain = initial_parameters(KEY, model, guide)
+        optimizer = _by_group(params, optax.adam(1e-2), optax.adam(1e-2), 10.0)
+        state = State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+        step = _Loop(model, guide, TRAIN, constrain, optimizer, 1)._traced_step
+        return sum(1 for _ in walk(jax.make_jaxpr(step)(state, KEY, base.params, TRAIN, jnp.arange(4)).jaxpr))
+
+    assert equations(2) == equations(5) > 0
 
 
 def of_both(a, b):
