@@ -4,8 +4,8 @@
     predict   prediction with S draws over S predictions with one draw, all from the tokens
     compile   tracing and compiling the Bayesian step of small random models of 12, 24 and 48 layers
 
-What is compared runs in turn, round by round in one process (`rounds.py`). `step_torch.py` compares the step of
-plain LoRA with that of torch and peft.
+What is compared runs in turn, round by round in one process (`rounds.py`). `step_torch.py` compares the step
+of plain LoRA with that of torch and peft.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def predict(arguments: argparse.Namespace) -> None:
 
 def compiling(arguments: argparse.Namespace) -> None:
     """Time tracing and lowering, and compiling, of the Bayesian step at three depths."""
-    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_enable_compilation_cache", False)  # noqa: FBT003
     tiny = {depth: tiny_base(jax.random.key(0), num_layers=depth) for depth in DEPTHS}
     rows = tiny_rows(jax.random.key(0), arguments.batch_size)
     loops = {depth: loop_of(base, rows, "sparse-gp", top_layers=None) for depth, base in tiny.items()}
@@ -110,8 +110,8 @@ def compiling(arguments: argparse.Namespace) -> None:
         lowered[depth].compile()
 
     for what, run in {"tracing and lowering": lower, "compiling": compile_it}.items():
-        programs = {f"{depth} layers": lambda _, d=depth: run(d) for depth in DEPTHS}
-        show(what, in_turn(programs, arguments.rounds), unit="program")
+        programs = {f"{depth} layers": lambda _, d=depth, run=run: run(d) for depth in DEPTHS}
+        show(what, in_turn(programs, arguments.rounds, warm_up=1), unit="program")
     for depth, program in lowered.items():
         print(f"{depth} layers: {len(program.as_text()):,} characters of lowered text")
 

@@ -1,10 +1,10 @@
 """A step of plain LoRA against torch and peft, on SmolLM2-135M: python benchmarks/step_torch.py.
 
-Both train the same adapters (q_proj, k_proj, and the label words' rows of the output layer) on the same rows by
-Adam: the loss is the mean cross-entropy of the label words after the last token of each row, in float32, on as
-many threads as the machine has cores. torch gets all that makes it fast: `sdpa` attention, the output layer at
-the last position alone and cut to the label words, no gradient of frozen weights. Its adapters are copied at
-the start, and the losses of the first steps must agree, so that both compute the same thing.
+Both train the same adapters (q_proj, k_proj, and the label words' rows of the output layer) on the same rows
+by Adam: the loss is the mean cross-entropy of the label words after the last token of each row, in float32,
+on as many threads as the machine has cores. torch gets all that makes it fast: `sdpa` attention, the output
+layer at the last position alone and cut to the label words, no gradient of frozen weights. Its adapters are
+copied at the start, and the losses of the first five steps must agree: both compute the same thing.
 
 With `--top-layers` ours starts from cached activations below the adapters; peft has no such cache.
 """
@@ -46,7 +46,9 @@ def peft_model(top_layers: int | None) -> torch.nn.Module:
 
 def peft_step(model: torch.nn.Module, train: bl.Batch) -> Callable[[np.ndarray], float]:
     """A step of torch: takes rows, moves the adapters, returns the loss."""
-    tokens, mask, labels = (torch.tensor(np.asarray(x)).long() for x in (train.tokens, train.mask, train.labels))
+    tokens, mask, labels = (
+        torch.tensor(np.asarray(x)).long() for x in (train.tokens, train.mask, train.labels)
+    )
     moving = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.Adam(moving, lr=RATE)
 
@@ -99,12 +101,14 @@ def main() -> None:
         states[0] = loop.run(states[0], jax.random.key(step), rows_of(step))
         losses["bnlora"].append(-loop.steps[-1]["elbo"] / len(train))
 
-    programs = {"torch + peft": lambda step: losses["torch + peft"].append(theirs(rows_of(step))), "bnlora": ours}
+    programs = {
+        "torch + peft": lambda step: losses["torch + peft"].append(theirs(rows_of(step))),
+        "bnlora": ours,
+    }
     seconds = in_turn(programs, arguments.rounds)
     first, second = (np.array(values) for values in losses.values())
-    print(f"losses {first[:3]} and {second[:3]}; largest difference of {len(first)} steps "
-          f"{np.abs(first - second).max():.1e}")
-    np.testing.assert_allclose(first, second, rtol=1e-3)
+    np.testing.assert_allclose(first[:5], second[:5], rtol=1e-4)  # Adam enlarges what rounding differs by
+    print(f"losses of the first three steps: {first[:3]} and {second[:3]}")
     which = "all layers" if arguments.top_layers is None else f"the upper {arguments.top_layers} layers"
     threads = torch.get_num_threads()
     show(f"{which}, {size} rows of {arguments.length}, {threads} threads", seconds, unit="step")

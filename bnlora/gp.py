@@ -70,7 +70,7 @@ def frame_side(free: Float[Array, "... d k"], reliability: Float[Array, "... k"]
 
 @jax.custom_jvp
 def _orthonormal(free: Array) -> tuple[Array, Array]:
-    """`Q` and `T = R^{-1}` of `free = Q R` with a positive diagonal of `R`, column by column, all layers at once.
+    """`Q` and `T = R^{-1}` of `free = Q R`, with R_jj > 0: one loop over columns for all layers.
 
     Gram-Schmidt twice over each column is orthonormal to rounding wherever `free` has full rank to rounding
     (Giraud et al., 2005), and continuous in `free`. LAPACK would do one layer at a time (see `one_by_one`),
@@ -96,7 +96,7 @@ def _orthonormal(free: Array) -> tuple[Array, Array]:
 
 @_orthonormal.defjvp
 def _orthonormal_jvp(primals, tangents):
-    """With M = dX T and P = Q^T M: dQ = M - Q (P - O) and dT = -T (P - O), O = tril(P, -1) - tril(P, -1)^T."""
+    """With M = dX T, P = Q^T M and O = tril(P, -1) - tril(P, -1)^T: dQ = M - Q (P - O), dT = -T (P - O)."""
     frame, inverse = _orthonormal(*primals)
     moved = tangents[0] @ inverse
     inside = jnp.swapaxes(frame, -1, -2) @ moved
