@@ -10,7 +10,9 @@ of plain LoRA with that of torch and peft.
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -98,22 +100,25 @@ def compiling(arguments: argparse.Namespace) -> None:
     tiny = {depth: tiny_base(jax.random.key(0), num_layers=depth) for depth in DEPTHS}
     rows = tiny_rows(jax.random.key(0), arguments.batch_size)
     loops = {depth: loop_of(base, rows, "sparse-gp", top_layers=None) for depth, base in tiny.items()}
-    lowered = {}
 
-    def lower(depth: int) -> None:
+    def lower(depth: int) -> jax.stages.Lowered:
         jax.clear_caches()
         loop, state = loops[depth]
         given = (state, jax.random.key(0), loop.model.base.params, loop.train, jnp.arange(len(rows)))
-        lowered[depth] = jax.jit(loop._traced_step).lower(*given)
+        return jax.jit(loop._traced_step).lower(*given)
 
-    def compile_it(depth: int) -> None:
-        lowered[depth].compile()
+    def finish(depth: int) -> None:
+        lower(depth).compile()
 
-    for what, run in {"tracing and lowering": lower, "compiling": compile_it}.items():
-        programs = {f"{depth} layers": lambda _, d=depth, run=run: run(d) for depth in DEPTHS}
-        show(what, in_turn(programs, arguments.rounds, warm_up=1), unit="program")
-    for depth, program in lowered.items():
-        print(f"{depth} layers: {len(program.as_text()):,} characters of lowered text")
+    def call(run: Callable[[int], object], depth: int, _: int) -> None:
+        run(depth)
+
+    jobs = {"tracing and lowering": (lower, 1), "tracing, lowering and compiling": (finish, 0)}
+    for what, (run, warm_up) in jobs.items():
+        programs = {f"{depth} layers": partial(call, run, depth) for depth in DEPTHS}
+        show(what, in_turn(programs, arguments.rounds, warm_up=warm_up), unit="program")
+    for depth in DEPTHS:
+        print(f"{depth} layers: {len(lower(depth).as_text()):,} characters of lowered text")
 
 
 JOBS = {"bayes": bayes, "predict": predict, "compile": compiling}
