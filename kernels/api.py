@@ -2,7 +2,8 @@
 
     y = x W + scale * (x A^T) B^T
 
-All implementations compute this same function; `reference` defines it.
+All implementations compute this same function; `reference` defines it. Products of float32 have the precision
+that a device gives them by default, on accelerators less than float32 (`jax_default_matmul_precision`).
 
 | implementation | what it is | where it runs |
 |---|---|---|

@@ -97,7 +97,7 @@ def _own(x: Array, w: Weights, a: Array, b: Array, case: _Product, interpret: An
     (groups, m, k), (rank, n), tiles = x.shape, b.shape[1:], case.tiles
     weights, weight_specs = _weight_blocks(w, case, lambda j, g, i, t: t)
     return pl.pallas_call(
-        partial(_own_kernel, case=case, quantised=isinstance(w, QuantisedMatrix)),
+        partial(_own_kernel, case=case),
         out_shape=jax.ShapeDtypeStruct((groups, m, n), x.dtype),
         grid=(pl.cdiv(n, tiles.columns), groups, pl.cdiv(m, tiles.rows), pl.cdiv(k, tiles.depth)),
         in_specs=[
@@ -118,7 +118,7 @@ def _own(x: Array, w: Weights, a: Array, b: Array, case: _Product, interpret: An
     )(x, a, b, *weights)
 
 
-def _own_kernel(x_ref, a_ref, b_ref, w_ref, *rest, case: _Product, quantised: bool) -> None:
+def _own_kernel(x_ref, a_ref, b_ref, w_ref, *rest, case: _Product) -> None:
     *scales, y_ref, base_ref, low_ref = rest
     t = pl.program_id(3)
 
