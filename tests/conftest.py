@@ -4,6 +4,7 @@ JAX runs on the CPU, programs are compiled once for all tests, pictures need no 
 """
 
 import json
+import os
 import runpy
 from pathlib import Path
 
@@ -16,12 +17,17 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-jax.config.update("jax_platforms", "cpu")
-# Many tests build the same small program anew; a cache on disk serves all of them and all workers.
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-# Programs here are tiny and run once or twice: most of a test's time is their compilation.
-jax.config.update("jax_disable_most_optimizations", True)
+SETTINGS = {
+    "jax_platforms": "cpu",
+    # Many tests build the same small program anew; a cache on disk serves all of them and all workers.
+    "jax_compilation_cache_dir": str(Path(__file__).parents[1] / ".cache" / "jax"),
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+    # Programs here are tiny and run once or twice: most of a test's time is their compilation.
+    "jax_disable_most_optimizations": True,
+}
+for name, value in SETTINGS.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)  # for the processes that tests start
 mpl.use("agg")
 
 CORPUS = ["the plot is good", "the film was bad", "Review: good", "Sentiment: bad good"] * 20
