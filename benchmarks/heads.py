@@ -61,8 +61,8 @@ HEADS = {
     "eight-topics": Head("reuters", "lm_head", rank=1, scale=1.0, train=64, length=64),
     "two-words-rank-2": Head("vader", "lm_head", rank=2, scale=1.0, train=64, length=64),
     "eight-topics-rank-2": Head("reuters", "lm_head", rank=2, scale=1.0, train=64, length=64),
-    "queries-rank-1": Head("vader", "q_proj", rank=1, scale=100.0, train=32, length=32),
-    "queries-rank-2": Head("vader", "q_proj", rank=2, scale=100.0, train=32, length=32),
+    "queries-rank-1": Head("vader", "q_proj", rank=1, scale=100.0, train=16, length=32),
+    "queries-rank-2": Head("vader", "q_proj", rank=2, scale=100.0, train=16, length=32),
 }
 
 
