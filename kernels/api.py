@@ -61,14 +61,13 @@ def lora_matmul(
         ValueError: If the implementation is unknown or cannot multiply such arrays, the shapes do not fit
             together, or (kernels only) the gradient of w is asked for.
     """
-    check_implementation(implementation)
+    _check_implementation(implementation)
     _check_shapes(x, w, a, b)
     chosen = implementation or choose(x, w, a, b)
     if chosen == "xla":
         return reference.lora_matmul(x, w, a, b, scale)
     rows = x.reshape(-1, x.shape[-1])
-    refused = {name: why for name in _platforms(chosen) if (why := REFUSALS[name](rows, w, a, b))}
-    if refused:
+    if refused := _refusals(chosen, rows, w, a, b):
         raise ValueError(f"implementation {chosen!r} of lora_matmul cannot: {refused}; use 'xla' or None")
     apply = operation(_interpreted() if chosen == "interpret" else _compiled(), float(scale))
     return apply(rows, w, a, b).reshape(*x.shape[:-1], w.shape[1])
@@ -79,10 +78,10 @@ def choose(x: Array, w: Weights, a: Array, b: Array) -> str:
     if not _on_accelerator():
         return "xla"
     rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
-    return "xla" if any(REFUSALS[name](rows, w, a, b) for name in _platforms("pallas")) else "pallas"
+    return "xla" if _refusals("pallas", rows, w, a, b) else "pallas"
 
 
-def check_implementation(name: str | None) -> None:
+def _check_implementation(name: str | None) -> None:
     """Raise `ValueError`, with the nearest name, unless there is such an implementation."""
     if name is not None and name not in IMPLEMENTATIONS:
         near = difflib.get_close_matches(name, IMPLEMENTATIONS, n=1, cutoff=0.0)[0]
@@ -94,6 +93,13 @@ def check_implementation(name: str | None) -> None:
 
 def _on_accelerator() -> bool:
     return jax.default_backend() in PLATFORMS
+
+
+def _refusals(
+    chosen: str, rows: Array | jax.ShapeDtypeStruct, w: Weights, a: Array, b: Array
+) -> dict[str, str]:
+    """Why kernels that a program may need cannot multiply such arrays, by platform; empty where all can."""
+    return {name: why for name in _platforms(chosen) if (why := REFUSALS[name](rows, w, a, b))}
 
 
 def _platforms(chosen: str) -> tuple[str, ...]:

@@ -40,7 +40,6 @@ class _Product(NamedTuple):
     groups: int
     scale: float
     summed: int
-    quantised: bool
 
 
 def product(
@@ -84,7 +83,6 @@ def _case(x: Array, w: Weights, a: Array, b: Array, scale: float, summed: int) -
         groups=a.shape[0],
         scale=scale,
         summed=summed,
-        quantised=isinstance(w, QuantisedMatrix),
     )
 
 
@@ -145,7 +143,7 @@ def _base(
 ) -> Array:
     """One block's part of the sum over the contraction."""
     w = _load(w_ref, None, inner, columns) if case.summed == 0 else _load(w_ref, None, columns, inner).T
-    if case.quantised and case.summed == 1:
+    if scales and case.summed == 1:
         x = x * _load_vector(scales[0], inner)[None, :].astype(x.dtype)
     return _dot(x, w.astype(x.dtype))
 
@@ -154,7 +152,7 @@ def _sum(
     base: Array, low: Array, b: Array, scales: list, columns: tuple[Array, int], case: _Product
 ) -> Array:
     """The output from both sums, in float32."""
-    if case.quantised and case.summed == 0:
+    if scales and case.summed == 0:
         base = base * _load_vector(scales[0], columns)[None, :].astype(jnp.float32)
     return base + case.scale * _dot(low, b.T)
 

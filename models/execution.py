@@ -32,7 +32,7 @@ class Execution:
     """How the frozen model runs, which is no part of what it computes.
 
     Attributes:
-        kernel: Implementation of the adapted product, a key of `bnlora.kernels.api.IMPLEMENTATIONS`; None
+        kernel: Implementation of the adapted product, one of `bnlora.kernels.api.IMPLEMENTATIONS`; None
             leaves the choice to `lora_matmul`.
         activations: Type of the residual stream, of the products and of attention. "bfloat16" rounds, and the
             backward pass keeps half as much, or, as statistics keep their type, two thirds with remat "none".
@@ -52,7 +52,7 @@ class Execution:
     def __post_init__(self) -> None:
         """Refuse unknown choices."""
         if self.kernel is not None:
-            check_option("kernel", self.kernel, tuple(api.IMPLEMENTATIONS))
+            check_option("kernel", self.kernel, api.IMPLEMENTATIONS)
         check_option("activations", self.activations, get_args(Activations))
         check_option("remat", self.remat, get_args(Remat))
 
