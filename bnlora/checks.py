@@ -35,11 +35,15 @@ def check_positive(values: Mapping[str, float]) -> None:
             raise ValueError(f"{name} must be a positive number; got {value}")
 
 
+def divisors(total: int) -> list[int]:
+    """Numbers of equal parts that a total falls into, from one up."""
+    return [n for n in range(1, total + 1) if total % n == 0]
+
+
 def check_parts(name: str, parts: int, batch_size: int) -> None:
     """Raise `ValueError` unless a minibatch falls into that many equal parts; `name` is the argument's."""
     check_at_least({name: parts}, 1)
     if batch_size % parts:
-        divisors = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
         # The larger of two that are equally near: who asks for parts is short of memory.
-        near = min(divisors, key=lambda n: (abs(n - parts), -n))
+        near = min(divisors(batch_size), key=lambda n: (abs(n - parts), -n))
         raise ValueError(f"{name} must divide batch_size={batch_size}; got {parts}, nearest is {near}")

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from rich.console import Console
 
 from bnlora.certificate import Bias
-from bnlora.checks import check_at_least
+from bnlora.checks import check_at_least, divisors
 from bnlora.mcmc.chains import Chains
 from bnlora.mcmc.pieces import Pieces
 from bnlora.mcmc.target import Target
@@ -59,8 +59,7 @@ class Plan:
         check_at_least({n: getattr(self, n) for n in ("num_chains", "num_draws", "thinning")}, 1)
         piece = self.size
         if piece < 1 or self.num_draws % piece:
-            divisors = [n for n in range(1, self.num_draws + 1) if self.num_draws % n == 0]
-            near = min(divisors, key=lambda n: abs(n - piece))
+            near = min(divisors(self.num_draws), key=lambda n: abs(n - piece))
             raise ValueError(
                 f"a checkpoint comes every so many draws as divide num_draws={self.num_draws}; got "
                 f"{piece}, nearest is {near}"
@@ -71,7 +70,7 @@ class Plan:
         """Kept draws of a piece."""
         if self.piece is not None:
             return self.piece
-        return max(n for n in range(1, min(100, self.num_draws) + 1) if self.num_draws % n == 0)
+        return max(n for n in divisors(self.num_draws) if n <= 100)
 
     @property
     def num_pieces(self) -> int:
