@@ -22,10 +22,9 @@ from rounds import in_turn, show
 
 import bnlora as bl
 from bnlora.demo import RECIPE
-from bnlora.elbo import initial_parameters
 from bnlora.predict import predict_with_draws
 from bnlora.recipe import PriorName
-from bnlora.svi import State, _by_group, _Loop
+from bnlora.svi import State, _Loop, _prepare
 from bnlora.testing import tiny_base, tiny_rows
 
 LABEL_IDS = np.array([100, 200])
@@ -39,10 +38,10 @@ def loop_of(
     label_ids = LABEL_IDS % base.config.vocab_size
     model, guide = replace(RECIPE, prior=prior, top_layers=top_layers).build(base, label_ids)
     train = bl.cache_prefix(model, train)
-    params, constrain = initial_parameters(jax.random.key(0), model, guide)
-    optimizer = _by_group(params, optax.adam(1e-3), optax.adam(1e-3), 10.0)
-    loop = _Loop(model, guide, train, constrain, optimizer, particles)
-    return loop, State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    adam = optax.adam(1e-3)
+    return _prepare(
+        jax.random.key(0), model, guide, train, adam, scale_optimizer=adam, num_particles=particles
+    )
 
 
 def bayes(arguments: argparse.Namespace) -> None:

@@ -119,13 +119,19 @@ def fit(
         train = cache_prefix(model, train, console=console)
         validation = None if validation is None else cache_prefix(model, validation, console=console)
     start_key, data_key, step_key, look_key, draw_key = jax.random.split(key, 5)
-    arguments = (model.base.params, train[:1], len(train))
-    params, constrain = initial_parameters(start_key, model, guide, *arguments, start=start)
-    grouped = _by_group(params, optimizer, scale_optimizer or optax.adam(1e-2), clip_norm)
-    loop = _Loop(program, guide, train, constrain, grouped, num_particles)
-    state = State(params, grouped.init(params), jnp.zeros((), jnp.int32))
+    loop, state = _prepare(
+        start_key,
+        program,
+        guide,
+        train,
+        optimizer,
+        scale_optimizer=scale_optimizer or optax.adam(1e-2),
+        clip_norm=clip_norm,
+        num_particles=num_particles,
+        start=start,
+    )
     rule = early_stopping or EarlyStopping()
-    look = Validation(model, guide, constrain, validation, rule, look_key, num_steps)
+    look = Validation(model, guide, loop.constrain, validation, rule, look_key, num_steps)
     rows = minibatches(data_key, len(train), batch_size)
     stopped = "steps"
     try:
@@ -134,7 +140,7 @@ def fit(
                 state = loop.run(state, jax.random.fold_in(step_key, step), next(rows))
                 show(loop)
                 if on_step is not None:
-                    on_step(step + 1, constrain(state.params))
+                    on_step(step + 1, loop.constrain(state.params))
                 if int(state.skipped) > skip_budget:
                     stopped = "diverged"
                 elif look.should_stop(step + 1, state.params):
@@ -164,6 +170,26 @@ def _program(model: Any, accumulate: int, **running: Any) -> Any:
     changes = {name: value for name, value in running.items() if value is not None}
     model = model.over(model.base.running(**changes)) if changes else model
     return model if accumulate == 1 else InParts(model, accumulate)
+
+
+def _prepare(
+    key: Array,
+    program: Any,
+    guide: Callable,
+    train: Batch,
+    optimizer: optax.GradientTransformation,
+    *,
+    scale_optimizer: optax.GradientTransformation,
+    clip_norm: float = 10.0,
+    num_particles: int = 1,
+    start: Parameters | None = None,
+) -> "tuple[_Loop, State]":
+    """The step of a fit, to be compiled when it first runs, and the state that it starts from."""
+    arguments = (program.base.params, train[:1], len(train))
+    params, constrain = initial_parameters(key, program, guide, *arguments, start=start)
+    grouped = _by_group(params, optimizer, scale_optimizer, clip_norm)
+    loop = _Loop(program, guide, train, constrain, grouped, num_particles)
+    return loop, State(params, grouped.init(params), jnp.zeros((), jnp.int32))
 
 
 def _by_group(

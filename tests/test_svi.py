@@ -15,8 +15,8 @@ from programs import walk
 from rich.console import Console
 
 import bnlora as bl
-from bnlora.elbo import TERMS, elbo_terms, initial_parameters
-from bnlora.svi import State, _by_group, _Loop
+from bnlora.elbo import TERMS, elbo_terms
+from bnlora.svi import _prepare
 from bnlora.testing import tiny_base, tiny_rows
 
 KEY = jax.random.key(0)
@@ -155,11 +155,10 @@ def test_the_program_of_a_step_does_not_grow_with_depth():
         sites = bl.select(base, ("q_proj", "lm_head"), rank=2)
         model = bl.Classifier(base, sites, bl.priors.sparse_gp(rows=2, cols=2), label_ids=(3, 5))
         guide = bl.guides.SiteFlow(model.prior, hidden=4, blocks=1)
-        params, constrain = initial_parameters(KEY, model, guide)
-        optimizer = _by_group(params, optax.adam(1e-2), optax.adam(1e-2), 10.0)
-        state = State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-        step = _Loop(model, guide, TRAIN, constrain, optimizer, 1)._traced_step
-        return sum(1 for _ in walk(jax.make_jaxpr(step)(state, KEY, base.params, TRAIN, jnp.arange(4)).jaxpr))
+        adam = optax.adam(1e-2)
+        loop, state = _prepare(KEY, model, guide, TRAIN, adam, scale_optimizer=adam)
+        program = jax.make_jaxpr(loop._traced_step)(state, KEY, base.params, TRAIN, jnp.arange(4)).jaxpr
+        return sum(1 for _ in walk(program))
 
     assert equations(2) == equations(5) > 0
 
