@@ -8,7 +8,6 @@ max(operations / peak rate, bytes / peak bandwidth). On a host without accelerat
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
+from rounds import in_turn, spread
 
 from bnlora.display import Table
 from bnlora.kernels import ahead, api
@@ -56,17 +56,10 @@ def roofline(size: tuple[int, int, int], rank: int, draws: int, itemsize: int) -
     return operations, itemsize * (m * k + k * n + draws * (rank * (k + n) + m * n))
 
 
-def timed(functions: dict[str, Callable], inputs: Arrays, rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of every function in turn, round by round in alternating order, after compiling."""
-    compiled = {name: jax.jit(function) for name, function in functions.items()}
-    found: dict[str, list[float]] = {name: [] for name in compiled}
-    for index in range(-1, rounds):
-        for name in sorted(compiled, reverse=bool(index % 2)):
-            began = time.perf_counter()
-            jax.block_until_ready(compiled[name](*inputs))
-            if index >= 0:
-                found[name].append(time.perf_counter() - began)
-    return {name: np.array(seconds) for name, seconds in found.items()}
+def called(function: Callable, inputs: Arrays) -> Callable[[int], jax.Array]:
+    """The compiled function of these inputs, for `in_turn`."""
+    compiled = jax.jit(function)
+    return lambda _: compiled(*inputs)
 
 
 def measured(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
@@ -79,13 +72,13 @@ def measured(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
             functions: dict[str, Callable] = {"x W": lambda x, w, a, b: x @ w}
             functions |= {f"{name}, forward": forward(name, draws) for name in names}
             functions |= {f"{name}, gradient": gradient(name) for name in names} if draws == 1 else {}
-            seconds = timed(functions, inputs, arguments.rounds)
-            for name, times in seconds.items():
-                low, middle, high = np.quantile(times / seconds["x W"], [0.1, 0.5, 0.9])
-                ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-                share = fraction(arguments, size, draws, inputs[0].dtype.itemsize, np.median(times))
+            programs = {name: called(function, inputs) for name, function in functions.items()}
+            times = {name: taken.wall for name, taken in in_turn(programs, arguments.rounds).items()}
+            for name, seconds in times.items():
+                median, ratio = float(np.median(seconds)), spread(seconds / times["x W"])
+                share = fraction(arguments, size, draws, inputs[0].dtype.itemsize, median)
                 known = share if name.endswith("forward") else ""
-                lines.append((str(size), str(draws), name, f"{1e3 * np.median(times):.3f}", ratio, known))
+                lines.append((str(size), str(draws), name, f"{1e3 * median:.3f}", ratio, known))
     return lines
 
 

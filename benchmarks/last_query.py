@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rounds import in_turn, spread
 
 import bnlora as bl
 from bnlora.assets import fetch_smollm2
@@ -30,8 +31,7 @@ def logits_of_all_positions(model: bl.Classifier, params, adapters, batch: bl.Ba
     head = placed.pop(HEAD, None)
     layers = {"start": model.sites.start, "stop": model.base.num_layers, "adapters": placed}
     top = module.blocks(batch.hidden, batch.mask, **layers)
-    last = batch.mask.shape[1] - 1 - jnp.argmax(batch.mask[:, ::-1], axis=1)
-    final = jnp.take_along_axis(top, last[:, None, None], axis=1)[:, 0]
+    final = jnp.take_along_axis(top, batch.last[:, None, None], axis=1)[:, 0]
     return module.head(final, rows=jnp.asarray(model.label_ids), adapter=head)
 
 
@@ -69,13 +69,9 @@ def measure(base: bl.Base, name: str, arguments: argparse.Namespace) -> None:
         "all": gradient_of(lambda *given: logits_of_all_positions(model, *given)),
     }
     first = {which: seconds(f, adapters, base.params, batch) for which, f in gradients.items()}
-    times = {which: [] for which in gradients}
-    for step in range(arguments.rounds + 1):
-        for which in sorted(gradients, reverse=bool(step % 2)):  # neither is always first
-            times[which].append(seconds(gradients[which], adapters, base.params, batch))
-    last, everywhere = (np.array(times[which][1:]) for which in ("last", "all"))
-    low, middle, high = np.quantile(last / everywhere, [0.1, 0.5, 0.9])
-    print(f"{name}: last over all {middle:.3f}, 10 % to 90 %: {low:.3f} to {high:.3f}")
+    programs = {which: lambda _, f=f: f(adapters, base.params, batch) for which, f in gradients.items()}
+    last, everywhere = (taken.wall for taken in in_turn(programs, arguments.rounds, warm_up=1).values())
+    print(f"{name}: last over all {spread(last / everywhere)}, the middle 80 % of rounds in brackets")
     print(f"  median {np.median(last):.4f} s and {np.median(everywhere):.4f} s; ", end="")
     print(f"first call {first['last']:.1f} s and {first['all']:.1f} s", flush=True)
 

@@ -5,20 +5,19 @@ compiler's own account. Times are those of steps run in turn in one process.
 """
 
 import argparse
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
+from rounds import in_turn
 
 import bnlora as bl
 from bnlora.base import random_base
 from bnlora.display import Table
-from bnlora.elbo import initial_parameters
 from bnlora.models.llama import LlamaConfig
-from bnlora.svi import State, _by_group, _Loop, _program
+from bnlora.svi import _prepare, _program
 from bnlora.testing import tiny_rows
 
 SIZES = {"d_model": 576, "d_ff": 1536, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64}
@@ -46,29 +45,21 @@ def main() -> None:
     sites = bl.select(base, list(base.modules), rank=8)
     model = bl.Classifier(base, sites, bl.priors.normal(), label_ids=(100, 200))
     guide = bl.guides.Guide(model.prior, bl.guides.mean_field())
-    params, constrain = initial_parameters(jax.random.key(2), model, guide)
-    optimizer = _by_group(params, optax.adam(1e-3), optax.adam(1e-3), 10.0)
-    state = State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-    rows = jnp.arange(arguments.batch_size)
-    step = (state, jax.random.key(3), base.params, train, rows)
-    compiled = []
+    rows, adam = jnp.arange(arguments.batch_size), optax.adam(1e-3)
+    compiled = {}
     for way in WAYS:
         program = _program(model, **{"accumulate": 1} | way)
-        loop = _Loop(program, guide, train, constrain, optimizer, 1)
-        compiled.append(loop._step.lower(*step).compile())
-    seconds = np.zeros((arguments.rounds + 1, len(WAYS)))
-    for turn in range(arguments.rounds + 1):
-        for i, run in enumerate(compiled):
-            began = time.perf_counter()
-            jax.block_until_ready(run(*step))
-            seconds[turn, i] = time.perf_counter() - began
-    ratio = seconds[1:] / seconds[1:, :1]
-    cells = []
-    for i, (way, run) in enumerate(zip(WAYS, compiled, strict=True)):
-        mebibytes = run.memory_analysis().temp_size_in_bytes / 2**20
-        spread = f"{np.median(ratio[:, i]):.2f} ({ratio[:, i].min():.2f}-{ratio[:, i].max():.2f})"
+        loop, state = _prepare(jax.random.key(2), program, guide, train, adam, scale_optimizer=adam)
+        step = (state, jax.random.key(3), base.params, train, rows)
         name = ", ".join(f"{n}={x!r}" for n, x in way.items()) or "default"
-        cells.append((name, f"{mebibytes:,.0f}", f"{seconds[1:, i].min():.2f}", spread))
+        compiled[name] = loop._step.lower(*step).compile()
+    times = in_turn({n: lambda _, run=run: run(*step) for n, run in compiled.items()}, arguments.rounds)
+    cells = []
+    for name, run in compiled.items():
+        mebibytes = run.memory_analysis().temp_size_in_bytes / 2**20
+        ratio = times[name].wall / times["default"].wall
+        spread = f"{np.median(ratio):.2f} ({ratio.min():.2f}-{ratio.max():.2f})"
+        cells.append((name, f"{mebibytes:,.0f}", f"{times[name].wall.min():.2f}", spread))
     columns = ("step", "MiB", "least s", "ratio to default")
     Console(width=140).print(Table(f"{arguments}", columns, tuple(cells)))
 
