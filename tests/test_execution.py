@@ -4,11 +4,13 @@ import functools
 import itertools
 from dataclasses import replace
 
+import adapted
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from adapted import adapters_of
 from jax.extend.core import Literal as Constant
 from jax.extend.core import jaxprs_in_params
 from programs import walk
@@ -40,23 +42,8 @@ def classifier(base, targets=(*INNER, HEAD), **options) -> bl.Classifier:
     )
 
 
-def adapters_of(model, *, seed: int = 0) -> dict:
-    generator = np.random.default_rng(seed)
-    return {
-        name: {f: jnp.asarray(0.3 * generator.normal(size=s), jnp.float32) for f, s in site.shapes.items()}
-        for name, site in model.sites.items()
-    }
-
-
 def value_and_gradient(model, params, adapters, batch=ROWS):
-    """Log-likelihood and logits, and the gradient of the former."""
-
-    def log_likelihood(adapters):
-        logits = model.logits(params, adapters, batch)
-        at_labels = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.labels[:, None], axis=1)
-        return at_labels.sum(), logits
-
-    return jax.value_and_grad(log_likelihood, has_aux=True)(adapters)
+    return adapted.value_and_gradient(model, params, adapters, batch)
 
 
 def equations(function, *args, name: str | None = None) -> list:

@@ -1,10 +1,10 @@
 """The kernels inside the model: every adapted layer, a fit, predictions, and whole programs for a device."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from adapted import adapters_of, value_and_gradient
 from jax import export
 from programs import kernel_calls
 
@@ -26,28 +26,9 @@ def classifier(base: bl.Base, targets=tuple(MODULES), **options) -> bl.Classifie
     return bl.Classifier(base, sites, bl.priors.normal(), label_ids=(3, 5))
 
 
-def adapters_of(model: bl.Classifier, *, draws: int = 0) -> dict:
-    generator, front = np.random.default_rng(0), (draws,) if draws else ()
-    return {
-        name: {
-            f: jnp.asarray(0.3 * generator.normal(size=(*front, *shape)), jnp.float32)
-            for f, shape in site.shapes.items()
-        }
-        for name, site in model.sites.items()
-    }
-
-
 def kernels(function, *args) -> list[str]:
     """Names of all kernels in a program."""
     return [call["name"] for call in kernel_calls(function, *args)]
-
-
-def value_and_gradient(model: bl.Classifier, params, adapters, batch):
-    def log_likelihood(adapters):
-        log_probs = jax.nn.log_softmax(model.logits(params, adapters, batch))
-        return jnp.take_along_axis(log_probs, batch.labels[:, None], axis=1).sum()
-
-    return jax.value_and_grad(log_likelihood)(adapters)
 
 
 @pytest.mark.parametrize("remat", ["elementwise", "attention", "layers"])
