@@ -133,26 +133,39 @@ def fit(
     rule = early_stopping or EarlyStopping()
     look = Validation(model, guide, loop.constrain, validation, rule, look_key, num_steps)
     rows = minibatches(data_key, len(train), batch_size)
-    stopped = "steps"
-    try:
-        with _bar(console, num_steps) as show:
-            for step in range(num_steps):
-                state = loop.run(state, jax.random.fold_in(step_key, step), next(rows))
-                show(loop)
-                if on_step is not None:
-                    on_step(step + 1, loop.constrain(state.params))
-                if int(state.skipped) > skip_budget:
-                    stopped = "diverged"
-                elif look.should_stop(step + 1, state.params):
-                    stopped = "patience"
-                if stopped != "steps":
-                    break
-    except KeyboardInterrupt:
-        stopped = "interrupted"
+    with _bar(console, num_steps) as show:
+        state, stopped = _iterate(step_key, loop, state, rows, look, num_steps, skip_budget, on_step, show)
     result = loop.result(model, state, look, draw_key, stopped)
     if stopped == "diverged":
         raise FitDiverged(result, skip_budget)
     return result
+
+
+def _iterate(
+    key: Array,
+    loop: "_Loop",
+    state: State,
+    rows: Iterator[np.ndarray],
+    look: Validation,
+    num_steps: int,
+    skip_budget: int,
+    on_step: Callable[[int, Parameters], None] | None,
+    show: "Callable[[_Loop], None]",
+) -> tuple[State, str]:
+    """The state after all steps, or where an interrupt or a rule stopped, and which of them did."""
+    try:
+        for step in range(num_steps):
+            state = loop.run(state, jax.random.fold_in(key, step), next(rows))
+            show(loop)
+            if on_step is not None:
+                on_step(step + 1, loop.constrain(state.params))
+            if int(state.skipped) > skip_budget:
+                return state, "diverged"
+            if look.should_stop(step + 1, state.params):
+                return state, "patience"
+    except KeyboardInterrupt:
+        return state, "interrupted"
+    return state, "steps"
 
 
 def _check_rows(
