@@ -137,7 +137,7 @@ def initial_parameters(
         # Without JAX's mark for literals, which the first update would remove: a second trace of the step.
         return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), values)
 
-    unconstrained = jax.jit(start_values)(guide_key, prior_key)
+    unconstrained = _run_once(start_values, guide_key, prior_key)
 
     def constrain(values: dict) -> dict:
         return {n: jax.tree.map(transforms[n], x) for n, x in values.items()}
@@ -152,6 +152,13 @@ def initial_parameters(
                 f"the start of {name!r} must lie inside its constraint; it is on its edge or beyond"
             )
     return jax.tree.map(lambda like, x: jnp.asarray(x, like.dtype), unconstrained, given), constrain
+
+
+def _run_once(function: Callable, *keys: Array) -> dict[str, Array]:
+    """A compiled run whose draws would take many times as long to optimise as they would then save."""
+    inside = any(isinstance(key, jax.core.Tracer) for key in keys)  # where options would be another program's
+    hasty = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" and not inside else None
+    return jax.jit(function, compiler_options=hasty)(*keys)
 
 
 def _check_start(like: Parameters, start: Parameters) -> None:

@@ -10,6 +10,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
+from numpyro.distributions.transforms import biject_to
 from numpyro.infer import init_to_value
 from numpyro.infer.autoguide import AutoIAFNormal, AutoLowRankMultivariateNormal, AutoNormal
 
@@ -196,3 +197,30 @@ def test_building_a_guide_never_runs_the_language_model():
     model = Classifier(base, select(base, ["lm_head"], rank=2), priors.sparse_gp(), label_ids=(3, 7))
     for guide in (guides.SiteFlow(model.prior), AutoNormal(model.prior)):
         initial_parameters(jax.random.key(11), model, guide)
+
+
+def test_building_a_guide_computes_nothing():
+    """Shapes are all that it needs; drawing would compile a program for every shape of a site."""
+    seen = []
+
+    def prior(*_):
+        adapters = priors.sparse_gp(rows=3, cols=3)(SITES)
+        seen.extend(jax.tree.leaves(adapters))
+        return adapters
+
+    guides.SiteFlow(prior)
+    assert seen
+    assert all(isinstance(leaf, jax.core.Tracer) for leaf in seen)
+
+
+def test_a_support_whose_ends_are_computed_is_that_of_its_numbers():
+    def prior(*_):
+        top = numpyro.param("top", lambda key: 1 + jax.random.uniform(key, (3,)))
+        numpyro.sample("w", dist.Uniform(jnp.zeros(3), top).to_event(1))
+
+    guide = guides.Guide(prior, guides.mean_field())
+    top = handlers.trace(handlers.seed(prior, jax.random.key(0))).get_trace()["top"]["value"]
+    draws = jax.vmap(lambda key: handlers.seed(guide, key)()["w"])(jax.random.split(jax.random.key(1), 50))
+    assert np.all((draws > 0) & (draws < top))
+    ends = biject_to(guide.latent["w"].support)(jnp.array([-30.0, 30.0])[:, None] * jnp.ones(3))
+    np.testing.assert_allclose(ends[1], top, rtol=1e-6)

@@ -25,7 +25,7 @@ from numpyro.distributions.transforms import biject_to
 
 from bnlora.distributions import MatrixConditional
 from bnlora.guides.family import Family
-from bnlora.guides.latent import Latent, init_to_base
+from bnlora.guides.latent import Latent, init_to_base, latents_of
 from bnlora.guides.noise import noise as noise_family
 
 
@@ -71,14 +71,9 @@ class Guide:
 
     def __post_init__(self):
         _require_families(self.families, self.noise)
-        trace = handlers.trace(handlers.seed(self.prior, jax.random.key(0))).get_trace()
-        latent = {
-            n: Latent(s, self.init_loc_fn)
-            for n, s in trace.items()
-            if s["type"] == "sample" and not s["is_observed"]
-        }
+        latent = latents_of(self.prior, self.init_loc_fn)
         for name, site in latent.items():
-            if site.site["fn"].support.is_discrete:
+            if site.support.is_discrete:
                 kind = type(site.site["fn"]).__name__
                 raise ValueError(f"{self.name} needs continuous sites; {name!r} is {kind}")
         object.__setattr__(self, "latent", latent)

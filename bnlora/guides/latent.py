@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
@@ -38,11 +39,15 @@ class Latent:
     """One latent site of a prior.
 
     Attributes:
-        site: The site's entry in a trace of the prior.
+        site: The site's entry in a trace of the prior for shapes alone: there are no numbers in it.
+        support: The site's support.
+        prior: The prior program, traced again where a start needs the numbers of the site's law.
         init_loc_fn: NumPyro start strategy.
     """
 
     site: Mapping[str, Any]
+    support: constraints.Constraint
+    prior: Callable[..., Any]
     init_loc_fn: Callable[..., Any] = init_to_base
 
     @property
@@ -55,10 +60,10 @@ class Latent:
         """Whether the prior marks the site as noise that only completes a conditional."""
         return bool(self.site["infer"].get(NOISE))
 
-    @cached_property
+    @property
     def to_support(self) -> Transform:
         """The map from real values to the support."""
-        return biject_to(self.site["fn"].support)
+        return biject_to(self.support)
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
@@ -68,8 +73,7 @@ class Latent:
     @cached_property
     def event_dim(self) -> int:
         """Number of axes of the unconstrained value that are not those of plates."""
-        fn = self.site["fn"]
-        return self.to_support.domain.event_dim + fn.event_dim - fn.support.event_dim
+        return self.to_support.domain.event_dim + self.site["fn"].event_dim - self.support.event_dim
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -84,9 +88,15 @@ class Latent:
     def start(self, key: Array) -> Array:
         """Unconstrained start value."""
         with handlers.block(), handlers.seed(rng_seed=key):
-            site = {**self.site, "value": None, "kwargs": {**self.site["kwargs"], "rng_key": key}}
+            found = self.site if self._starts_at_zero else _trace(self.prior, jax.random.key(0))[self.name]
+            site = {**found, "value": None, "kwargs": {**found["kwargs"], "rng_key": key}}
             value = self.init_loc_fn(site)
         return jnp.broadcast_to(self.to_support.inv(value), self.shape)
+
+    @property
+    def _starts_at_zero(self) -> bool:
+        """Whether the start is a matter of shapes, which spares a trace of the prior."""
+        return self.init_loc_fn is init_to_base and self.site["infer"].get("start") == "zero"
 
     def parameter(self, suffix: str, start: Any, constraint: Any = constraints.real) -> Any:
         """Declare the guide's parameter `<site>.q.<suffix>`; `start` is a value, or a function of a key."""
@@ -110,8 +120,8 @@ class Latent:
 
     def to_values(self) -> list[Transform]:
         """Transforms from unconstrained values to values in the support."""
-        support = self.site["fn"].support
-        return [] if getattr(support, "base_constraint", support) is constraints.real else [self.to_support]
+        free = getattr(self.support, "base_constraint", self.support) is constraints.real
+        return [] if free else [self.to_support]
 
     def constrained(
         self, q: dist.Distribution, transforms: list[Transform] | None = None
@@ -119,3 +129,29 @@ class Latent:
         """`q` carried through some transforms, by default those from unconstrained values to the support."""
         chosen = self.to_values() if transforms is None else transforms
         return dist.TransformedDistribution(q, chosen) if chosen else q
+
+
+def latents_of(
+    prior: Callable[..., Any], init_loc_fn: Callable[..., Any] = init_to_base
+) -> dict[str, Latent]:
+    """The latent sites of a prior, in its order, by a trace that compiles and computes nothing.
+
+    The one thing that has to be computed is a support whose ends the prior computes.
+    """
+    sites: dict[str, dict[str, Any]] = {}
+    key = jax.random.key(0)
+
+    def look(key: Array) -> dict[str, constraints.Constraint]:
+        trace = _trace(prior, key)
+        sites.update({n: s for n, s in trace.items() if s["type"] == "sample" and not s["is_observed"]})
+        return {n: s["fn"].support for n, s in sites.items() if jax.tree.leaves(s["fn"].support)}
+
+    computed = jax.jit(look)(key) if jax.eval_shape(look, key) else {}
+    return {
+        name: Latent({**site, "value": None}, computed.get(name, site["fn"].support), prior, init_loc_fn)
+        for name, site in sites.items()
+    }
+
+
+def _trace(prior: Callable[..., Any], key: Array) -> dict[str, dict[str, Any]]:
+    return handlers.trace(handlers.seed(prior, key)).get_trace()
