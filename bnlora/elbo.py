@@ -34,7 +34,7 @@ TERMS = ("elbo", "data", "inducing_kl", "conditional_kl", "flow_logdet")
 
 
 def elbo_terms(
-    key: Array, params: dict, model: Callable, guide: Callable, *args, num_particles: int = 1
+    key: Array, params: dict, model: Callable, guide: Callable, *args: Any, num_particles: int = 1
 ) -> dict[str, Array]:
     """One unbiased estimate of the bound and of its terms.
 
@@ -101,7 +101,7 @@ def _logdet(site: dict) -> Array:
 
 
 def initial_parameters(
-    key: Array, model: Any, guide: Callable, *args, start: Parameters | None = None
+    key: Array, model: Any, guide: Callable, *args: Any, start: Parameters | None = None
 ) -> tuple[dict[str, Array], Callable[[dict], dict]]:
     """Start values of every parameter of prior and guide, without running the language model.
 

@@ -129,8 +129,7 @@ def training_free(
 
     Raises:
         ValueError: When the fit is not of a point or its update is zero, rows lack labels, a number is out
-        of its
-            range, or no sigma passes or fails.
+            of its range, or no sigma passes or fails.
     """
     check_option("criterion", criterion, get_args(Criterion))
     check_positive({"tolerance": tolerance})

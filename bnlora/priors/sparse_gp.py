@@ -20,7 +20,7 @@ Reference: Lin et al. (2026), Bayesian-LoRA, arXiv 2601.21003; Ritter et al. (20
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +109,7 @@ class Options:
             raise ValueError("form='weights' needs lam > 0: at 0 the weights have no density")
 
 
-def sparse_gp(*, scale: ByFactor = 1.0, width: Width = "scaled", **options) -> Prior:
+def sparse_gp(*, scale: ByFactor = 1.0, width: Width = "scaled", **options: Any) -> Prior:
     """Sparse-GP prior with an inducing matrix for every factor of every adapter.
 
     Args:
@@ -150,7 +150,7 @@ def sparse_gp_matrices(
     sigma: float | Array,
     plate: str,
     start: Start = "draw",
-    **options,
+    **options: Any,
 ) -> Float[Array, "layer d_o d_i"]:
     """Sample a stack of matrices under the sparse GP: the building block for priors of your own.
 
