@@ -1,0 +1,80 @@
+"""What MkDocs does beyond its plugins: pages made from the package, code out of other documents, mathematics."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page as SitePage
+
+sys.path.insert(0, str(Path(__file__).parent))  # MkDocs runs this file by its path
+
+from mathematics import with_mathematics  # noqa: E402
+from reference import ROOT, index, load, pages  # noqa: E402
+
+PICTURES = ROOT / "build" / "gallery" / "pictures.json"
+_BLOCK_OF = re.compile(r"^!python-block (?P<file>\S+) (?P<number>\d+)$", re.MULTILINE)
+
+_generated: dict[str, str] = {}
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Make the pages of the reference and append them to the navigation."""
+    package = load()
+    made = pages(package)
+    _generated.clear()
+    _generated.update({page.path: page.markdown() for page in made})
+    _generated["api/index.md"] = index(package, made)
+    for entry in config.nav or []:
+        if "API reference" in entry:
+            entry["API reference"] = ["api/index.md", *({page.title: page.path} for page in made)]
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that were made, and the pictures of the gallery with theirs."""
+    for path, text in _generated.items():
+        files.append(File.generated(config, path, content=text))
+    if not PICTURES.is_file():
+        raise PluginError("the pictures of the gallery are missing: run `make docs`, or docs/gallery.py first")
+    pictures = json.loads(PICTURES.read_text(encoding="utf-8"))
+    for picture in pictures:
+        if picture["file"]:
+            content = (PICTURES.parent / picture["file"]).read_bytes()
+            files.append(File.generated(config, f"pictures/{picture['file']}", content=content))
+    files.append(File.generated(config, "gallery.md", content=_gallery(pictures)))
+    return files
+
+
+def _gallery(pictures: list[dict[str, Any]]) -> str:
+    text = (ROOT / "docs" / "gallery_intro.txt").read_text(encoding="utf-8")
+    parts = [text]
+    for picture in pictures:
+        name = picture["name"]
+        parts.append(f"## {picture['title']} {{ #{name} }}\n")
+        parts.append(f"[`bl.plots.{name}`][bnlora.plots.{name}]: {picture['caption']}\n")
+        if picture["file"]:
+            where = f"pictures/{picture['file']}"
+            parts.append(f"[![{picture['title']}]({where})]({where})\n")
+        else:
+            parts.append(f'<div class="html-picture">{picture["html"]}</div>\n')
+    return "\n".join(parts)
+
+
+def on_page_markdown(markdown: str, page: SitePage, **_: Any) -> str:
+    """Put pieces of Python out of other documents where a page names them."""
+
+    def block(found: re.Match[str]) -> str:
+        text = (ROOT / found["file"]).read_text(encoding="utf-8")
+        return re.findall(r"```python\n.*?```", text, re.DOTALL)[int(found["number"])]
+
+    return _BLOCK_OF.sub(block, markdown)
+
+
+def on_page_content(html: str, page: SitePage, **_: Any) -> str:
+    """Formulas as MathML."""
+    return with_mathematics(html)
