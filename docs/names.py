@@ -1,25 +1,80 @@
-"""A name that a package takes from its module of the same name is what the module holds, not the module.
+"""How griffe, which reads the package without importing it, comes to see names and shapes as a reader does.
 
-`bnlora.priors.normal` is a function for whoever imports it, and a file for whoever reads the folder. This
-extension of griffe settles it for readers as Python does for importers.
+A name that a package takes from its module of the same name is what the module holds: `bnlora.priors.normal` is a
+function for whoever imports it, and a file for whoever looks into the folder.
+
+The shape in a jaxtyping annotation stays a string, `Float[Array, "..."]`, where griffe would read it as code, and a
+name that only abbreviates such an annotation is written out.
 """
 
+from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import griffe
 
+SHAPED = ("jaxtyping.Float", "jaxtyping.Int", "jaxtyping.Bool")
+
 
 class PublicNames(griffe.Extension):
-    """Put members in the place of the modules that they hide."""
+    """Settle names and shapes of a package once it is loaded."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
-        """Settle the names of a package and of those in it."""
-        for name, path in pkg.imports.items():
-            module = pkg.modules.get(name)
-            if module is not None and path == f"{pkg.path}.{name}.{name}":
-                member = module.members[name]
-                member.extra["bnlora"]["module"] = module.docstring.value if module.docstring else ""
-                pkg.set_member(name, member)
-        for module in list(pkg.modules.values()):
-            if module.is_init_module:
-                self.on_package(pkg=module)
+        """Change the package in place."""
+        for module in _modules(pkg):
+            for item, place in _annotated(module):
+                setattr(item, place, _written_out(getattr(item, place), module))
+        for module in _modules(pkg):
+            _uncover(module)
+
+
+def _modules(package: griffe.Module) -> list[griffe.Module]:
+    inner = [found for module in package.modules.values() for found in _modules(module)]
+    return [package, *inner]
+
+
+def _uncover(package: griffe.Module) -> None:
+    """Put members in the place of the modules that hide them."""
+    for name, path in package.imports.items():
+        module = package.modules.get(name)
+        if module is not None and path == f"{package.path}.{name}.{name}":
+            package.set_member(name, module.members[name])
+
+
+def _annotated(scope: griffe.Module | griffe.Class) -> Iterator[tuple[Any, str]]:
+    """Everything with an annotation, and the name of the attribute that has it."""
+    for member in scope.members.values():
+        if isinstance(member, griffe.Class):
+            yield from _annotated(member)
+        elif isinstance(member, griffe.Attribute):
+            yield member, "annotation"
+        elif isinstance(member, griffe.Function):
+            yield member, "returns"
+            yield from ((parameter, "annotation") for parameter in member.parameters)
+
+
+def _written_out(annotation: Any, module: griffe.Module) -> Any:
+    """The annotation with its shapes as strings and without abbreviations of shaped arrays."""
+    if isinstance(annotation, griffe.ExprName):
+        meant = module.members.get(annotation.name)
+        value = meant.value if isinstance(meant, griffe.Attribute) else None
+        return _written_out(value, module) if _is_shaped(value) else annotation
+    if _is_shaped(annotation):
+        kind, shape = annotation.slice.elements
+        annotation.slice.elements = [kind, f'"{str(shape).strip(chr(39) + chr(34)).strip()}"']
+    elif isinstance(annotation, griffe.Expr):
+        for part in fields(annotation):
+            value = getattr(annotation, part.name)
+            if isinstance(value, griffe.Expr):
+                setattr(annotation, part.name, _written_out(value, module))
+            elif isinstance(value, list):
+                setattr(annotation, part.name, [_written_out(x, module) for x in value])
+    return annotation
+
+
+def _is_shaped(annotation: Any) -> bool:
+    return (
+        isinstance(annotation, griffe.ExprSubscript)
+        and annotation.canonical_path in SHAPED
+        and isinstance(annotation.slice, griffe.ExprTuple)
+    )

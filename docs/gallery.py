@@ -1,0 +1,195 @@
+"""Draw every public plot of the library from small examples with fixed seeds.
+
+    python docs/gallery.py build/gallery
+
+writes a picture for each entry of `PICTURES` and `pictures.json`, from which the page is made. A plot that gives
+a figure becomes an SVG, one that gives HTML stays HTML.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import matplotlib as mpl
+import numpy as np
+import optax
+from rich.console import Console
+
+import bnlora as bl
+from bnlora.testing import tiny_base, tiny_rows
+
+SILENT = Console(quiet=True)
+
+
+class Picture(NamedTuple):
+    """A plot with a title, what one reads off it, and how it is drawn here."""
+
+    title: str
+    caption: str
+    draw: Callable[[], Any]
+
+
+@cache
+def problem() -> tuple[bl.Classifier, Mapping[str, bl.Batch]]:
+    """A head of a tiny random model, and rows whose labels one draw of the prior has made."""
+    base = tiny_base(jax.random.key(0), num_layers=1)
+    sites = bl.select(base, ["lm_head"], rank=1)
+    prior = bl.priors.normal(scale={"a": 1.0, "b": 3.0})
+    model = bl.Classifier(base, sites, prior, label_ids=(3, 5))
+    simulated = bl.sbc.simulate(jax.random.key(1), model, base.params, tiny_rows(jax.random.key(2), 256), {})
+    rows = bl.cache_prefix(model, simulated.batch, console=SILENT)
+    return model, {"training rows": rows[:48], "new rows": rows[48:]}
+
+
+@cache
+def fitted() -> bl.Fit:
+    """A mean-field fit with looks at rows that it has not seen."""
+    model, rows = problem()
+    guide = bl.guides.Guide(model.prior, bl.guides.mean_field())
+    return bl.fit(
+        jax.random.key(3),
+        model,
+        guide,
+        rows["training rows"],
+        optax.adam(0.02),
+        num_steps=400,
+        batch_size=16,
+        validation=rows["new rows"],
+        console=SILENT,
+    )
+
+
+@cache
+def predicted() -> Mapping[str, bl.Prediction]:
+    """Predictions of the fit by name of the rows."""
+    _, rows = problem()
+    return {
+        name: bl.predict(jax.random.key(4), fitted(), some, num_samples=64, console=SILENT)
+        for name, some in rows.items()
+    }
+
+
+@cache
+def compared() -> bl.Comparison:
+    """The fit against chains that are long enough for a picture, and too short for a certificate."""
+    model, rows = problem()
+    chains = bl.sample_nuts(
+        jax.random.key(5),
+        model,
+        rows["training rows"],
+        given=fitted(),
+        num_warmup=300,
+        num_draws=300,
+        console=SILENT,
+    )
+    return bl.compare(
+        jax.random.key(6), fitted(), chains, rows["new rows"][:32], against="anything", console=SILENT
+    )
+
+
+@cache
+def calibrated() -> Any:
+    """Sixty simulations of a mean-field fit of too few steps."""
+    model, rows = problem()
+    guide = bl.guides.Guide(model.prior, bl.guides.mean_field())
+    inference = bl.sbc.svi_inference(
+        jax.random.key(7), model, guide, optax.adam(0.05), num_steps=200, num_draws=31
+    )
+    return bl.sbc.run(jax.random.key(8), model, inference, rows["training rows"][:8], num_simulations=60)
+
+
+def believed() -> Any:
+    """Draws of the prior at rows without labels."""
+    model, rows = problem()
+    return bl.prior_predictive(jax.random.key(9), model, rows["new rows"][:40], num_samples=200, console=SILENT)
+
+
+def reliability() -> Any:
+    """One diagram for each set of rows."""
+    _, rows = problem()
+    labels = {name: np.asarray(some.labels) for name, some in rows.items()}
+    return bl.plots.reliability({"mean field": dict(predicted())}, labels)
+
+
+PICTURES: Mapping[str, Picture] = MappingProxyType(
+    {
+        "elbo": Picture(
+            "The bound of a fit and its terms",
+            bl.plots.ELBO_CAPTION,
+            lambda: bl.plots.elbo({"mean field": fitted()}),
+        ),
+        "reliability": Picture("Reliability", bl.plots.RELIABILITY_CAPTION, reliability),
+        "prior_predictive": Picture(
+            "What a prior believes",
+            "before any label is seen, beside the base model. Too wide a prior decides every row in every draw; "
+            "too narrow a one leaves the base as it is.",
+            lambda: bl.plots.prior_predictive(believed()),
+        ),
+        "forest": Picture(
+            "Two posteriors by function",
+            "the fit against chains, in units of the chains. Here the chains are too short for a certificate, "
+            "so that they are called the other posterior and no reference.",
+            lambda: bl.plots.forest(compared()),
+        ),
+        "worst_pairs": Picture(
+            "Where two posteriors differ most",
+            "draws of both in the plane of each two functions: correlation that a factorised guide cannot have "
+            "shows here first.",
+            lambda: bl.plots.worst_pairs(compared()),
+        ),
+        "predictive_scatter": Picture(
+            "Predictions of two posteriors",
+            "row by row: the probability of a class, and how much of the doubt is about the adapters.",
+            lambda: bl.plots.predictive_scatter(compared()),
+        ),
+        "rank_difference": Picture(
+            "Ranks of one posterior within the other",
+            "a curve that leaves its band is a difference that chance does not explain; its shape says which.",
+            lambda: bl.plots.rank_difference(compared()),
+        ),
+        "sbc": Picture(
+            "Simulation-based calibration",
+            "is the inference right on average over data that the prior made? Curves of exact inference stay "
+            "inside the grey band.",
+            lambda: bl.plots.sbc(calibrated()),
+        ),
+        "vsbc": Picture(
+            "Is a variational posterior biased?",
+            "the weaker question: whether the truth lies above and below the draws equally often.",
+            lambda: bl.plots.vsbc(calibrated()),
+        ),
+    }
+)
+"""Every public plot by name; a test refuses a plot that is missing here."""
+
+
+def main(folder: Path) -> None:
+    """Draw every picture into a folder."""
+    mpl.use("agg")
+    mpl.rcParams["svg.hashsalt"] = "bnlora"
+    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for name, picture in PICTURES.items():
+        began = time.perf_counter()
+        made = picture.draw()
+        entry = {"name": name, "title": picture.title, "caption": picture.caption, "file": "", "html": ""}
+        if hasattr(made, "savefig"):
+            entry["file"] = f"{name}.svg"
+            made.savefig(folder / entry["file"], metadata={"Date": None}, facecolor="white")
+        else:
+            entry["html"] = made if isinstance(made, str) else made._repr_html_()
+        found.append(entry)
+        print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
+    (folder / "pictures.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
