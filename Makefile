@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.ready-docs
 WORKERS ?= 2
 
 # The reference implementations that parity tests run live; wheels of this version are CPU builds on 3.11 alone.
 PARITY := $(shell $(PYTHON) -c 'import sys; print(",parity" if sys.version_info[:2] == (3, 11) else "")')
 
-.PHONY: demo test fast lint tpu clean
+.PHONY: demo test fast lint tpu docs clean
 
 demo: $(READY)
 	$(BIN)/bnlora demo
@@ -28,6 +29,20 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation site in build/site, its pictures drawn anew where the library changed, checked link by link and, where
+# there is a Chromium, page by page in it.
+docs: $(DOCS_READY) build/gallery/pictures.json
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python docs/check_site.py build/site
+
+build/gallery/pictures.json: docs/gallery.py $(wildcard bnlora/*.py bnlora/*/*.py) | $(DOCS_READY)
+	$(BIN)/python docs/gallery.py build/gallery
+
+$(DOCS_READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,10 +1,10 @@
-"""Check the built site as a reader meets it: links and anchors, and in a browser what it says, asks and shows.
+"""Check the built site as a reader meets it: its links, and in a browser what it says, asks for and shows.
 
     python docs/check_site.py build/site
 
 Without a browser: every link and anchor within the site resolves, and no page refers to another host for
-anything that a browser would fetch by itself. In headless Chromium, where there is one: no message of an error in the
-console, no request to another host, no failed request, and nothing wider than a phone of 390 pixels.
+anything that a browser would fetch by itself. In headless Chromium, where there is one: no error or warning in
+the console, no request to another host, no failed request, and nothing wider than a phone of 390 pixels.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python docs/gallery.py build/gallery
 
-writes a picture for each entry of `PICTURES` and `pictures.json`, from which the page is made. A plot that gives
-a figure becomes an SVG, one that gives HTML stays HTML.
+writes a picture for each entry of `PICTURES`, and `pictures.json`, from which the page is made. A plot that
+gives a figure becomes an SVG, one that gives HTML stays HTML.
 """
 
 import json
@@ -25,6 +25,12 @@ import bnlora as bl
 from bnlora.testing import tiny_base, tiny_rows
 
 SILENT = Console(quiet=True)
+SETTINGS = {
+    "jax_platforms": "cpu",
+    "jax_compilation_cache_dir": str(Path(__file__).parents[1] / ".cache" / "jax"),
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+    "jax_disable_most_optimizations": True,  # most of the time goes into compiling programs that are tiny
+}
 
 
 class Picture(NamedTuple):
@@ -107,7 +113,9 @@ def calibrated() -> Any:
 def believed() -> Any:
     """Draws of the prior at rows without labels."""
     model, rows = problem()
-    return bl.prior_predictive(jax.random.key(9), model, rows["new rows"][:40], num_samples=200, console=SILENT)
+    return bl.prior_predictive(
+        jax.random.key(9), model, rows["new rows"][:40], num_samples=200, console=SILENT
+    )
 
 
 def reliability() -> Any:
@@ -127,20 +135,20 @@ PICTURES: Mapping[str, Picture] = MappingProxyType(
         "reliability": Picture("Reliability", bl.plots.RELIABILITY_CAPTION, reliability),
         "prior_predictive": Picture(
             "What a prior believes",
-            "before any label is seen, beside the base model. Too wide a prior decides every row in every draw; "
-            "too narrow a one leaves the base as it is.",
+            "before any label is seen, beside the base model. A prior too wide decides every row in every "
+            "draw; one too narrow leaves the base as it is.",
             lambda: bl.plots.prior_predictive(believed()),
         ),
         "forest": Picture(
             "Two posteriors by function",
-            "the fit against chains, in units of the chains. Here the chains are too short for a certificate, "
-            "so that they are called the other posterior and no reference.",
+            "the fit against chains, in units of the chains. Here the chains are too short for a "
+            "certificate, so that they are called the other posterior and no reference.",
             lambda: bl.plots.forest(compared()),
         ),
         "worst_pairs": Picture(
             "Where two posteriors differ most",
-            "draws of both in the plane of each two functions: correlation that a factorised guide cannot have "
-            "shows here first.",
+            "draws of both in the plane of each two functions: correlation that a factorised guide cannot "
+            "have shows here first.",
             lambda: bl.plots.worst_pairs(compared()),
         ),
         "predictive_scatter": Picture(
@@ -150,7 +158,8 @@ PICTURES: Mapping[str, Picture] = MappingProxyType(
         ),
         "rank_difference": Picture(
             "Ranks of one posterior within the other",
-            "a curve that leaves its band is a difference that chance does not explain; its shape says which.",
+            "a curve that leaves its band is a difference that chance does not explain; its shape says "
+            "which.",
             lambda: bl.plots.rank_difference(compared()),
         ),
         "sbc": Picture(
@@ -173,8 +182,8 @@ def main(folder: Path) -> None:
     """Draw every picture into a folder."""
     mpl.use("agg")
     mpl.rcParams["svg.hashsalt"] = "bnlora"
-    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    for name, value in SETTINGS.items():
+        jax.config.update(name, value)
     folder.mkdir(parents=True, exist_ok=True)
     found = []
     for name, picture in PICTURES.items():

@@ -1,4 +1,11 @@
-"""What MkDocs does beyond its plugins: pages made from the package, code out of other documents, mathematics."""
+"""What MkDocs does beyond its plugins: pages made from the package, parts of other documents, mathematics.
+
+A line of a page may ask for a part of another document, which is said once that way:
+
+    !python FILE N         the N-th piece of Python of a document
+    !section FILE TITLE    what stands below a heading of the second level
+    !table FILE N          the N-th table of any file
+"""
 
 import json
 import re
@@ -17,7 +24,7 @@ from mathematics import with_mathematics  # noqa: E402
 from reference import ROOT, index, load, pages  # noqa: E402
 
 PICTURES = ROOT / "build" / "gallery" / "pictures.json"
-_BLOCK_OF = re.compile(r"^!python-block (?P<file>\S+) (?P<number>\d+)$", re.MULTILINE)
+_PART = re.compile(r"^!(?P<kind>python|section|table) (?P<file>\S+) (?P<which>.+)$", re.MULTILINE)
 
 _generated: dict[str, str] = {}
 
@@ -40,7 +47,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, text in _generated.items():
         files.append(File.generated(config, path, content=text))
     if not PICTURES.is_file():
-        raise PluginError("the pictures of the gallery are missing: run `make docs`, or docs/gallery.py first")
+        raise PluginError(
+            "the pictures of the gallery are missing: run `make docs`, or docs/gallery.py first"
+        )
     pictures = json.loads(PICTURES.read_text(encoding="utf-8"))
     for picture in pictures:
         if picture["file"]:
@@ -66,13 +75,23 @@ def _gallery(pictures: list[dict[str, Any]]) -> str:
 
 
 def on_page_markdown(markdown: str, page: SitePage, **_: Any) -> str:
-    """Put pieces of Python out of other documents where a page names them."""
+    """Put parts of other documents where a page asks for them."""
+    return _PART.sub(lambda found: part(found["kind"], found["file"], found["which"]), markdown)
 
-    def block(found: re.Match[str]) -> str:
-        text = (ROOT / found["file"]).read_text(encoding="utf-8")
-        return re.findall(r"```python\n.*?```", text, re.DOTALL)[int(found["number"])]
 
-    return _BLOCK_OF.sub(block, markdown)
+def part(kind: str, file: str, which: str) -> str:
+    """A part of a document; a `PluginError` says where there is none."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    patterns = {
+        "python": r"```python\n.*?```",
+        "section": rf"(?<=^## {re.escape(which)}\n).*?(?=^## |\Z)",
+        "table": r"(?:^\|.*\n)+",
+    }
+    found = re.findall(patterns[kind], text, re.DOTALL | re.MULTILINE if kind != "table" else re.MULTILINE)
+    number = 0 if kind == "section" else int(which)
+    if number >= len(found):
+        raise PluginError(f"{file} has no {kind} {which!r}")
+    return found[number]
 
 
 def on_page_content(html: str, page: SitePage, **_: Any) -> str:

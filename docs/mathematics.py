@@ -1,4 +1,4 @@
-"""LaTeX to MathML while the site is built: browsers show it by themselves, without scripts or fonts from afar."""
+"""LaTeX to MathML while the site is built: browsers show it by themselves, without a script."""
 
 import html
 import re

@@ -1,7 +1,7 @@
 """Pages of the API reference, from the package as it stands: whatever is public gets its entry.
 
-The package is read, never imported. Names at its top go to the page of the group that their module is in, and a
-module that no group names gets a page of its own; a public module at the top is a page of its own too.
+The package is read, never imported. Names at its top go to the page of the group that their module is in, and
+a module that no group names gets a page of its own; a public module at the top is a page of its own too.
 """
 
 from collections.abc import Mapping
@@ -86,7 +86,7 @@ def load() -> griffe.Module:
 
 
 def exported(module: griffe.Module) -> list[str]:
-    """What a module offers and describes: for a package what it takes from its modules, else what it defines."""
+    """What a module offers with a docstring: a package what it takes from its modules, others what they define."""
     if module.is_init_module:
         names = [name for name, path in module.imports.items() if path.startswith(f"{PACKAGE}.")]
     else:
@@ -138,14 +138,16 @@ def index(package: griffe.Module, made: list[Page]) -> str:
     parts = [
         "# API reference\n",
         "Import the library as `import bnlora as bl`. Shapes stand in the annotations, by "
-        "[jaxtyping](https://docs.kidger.site/jaxtyping/): `Float[Array, \"n c\"]` is an array of floats with an "
-        "axis of length `n` and one of length `c`, `...` stands for any leading axes, and a name means one "
+        '[jaxtyping](https://docs.kidger.site/jaxtyping/): `Float[Array, "n c"]` is an array of floats with '
+        "an axis of length `n` and one of length `c`, `...` stands for any leading axes, and a name means one "
         "length throughout a signature. Nothing checks them at run time.\n",
     ]
     for page in made:
         parts += [f"## [{page.title}]({page.path.removeprefix('api/')})\n", "| name | |", "|---|---|"]
         for names in page.modules.values():
-            parts += [f"| [`{name.removeprefix('bnlora.')}`][{name}] | {_first(package, name)} |" for name in names]
+            parts += [
+                f"| [`{name.removeprefix('bnlora.')}`][{name}] | {_first(package, name)} |" for name in names
+            ]
         parts.append("")
     return "\n".join(parts)
 
