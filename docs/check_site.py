@@ -3,8 +3,8 @@
     python docs/check_site.py build/site
 
 Without a browser: every link and anchor within the site resolves, and no page refers to another host for
-anything that a browser would fetch by itself. In headless Chromium, where there is one: no error or warning in
-the console, no request to another host, no failed request, and nothing wider than a phone of 390 pixels.
+anything that a browser would fetch by itself. In headless Chromium, where there is one: no error or warning
+in the console, no request to another host, no failed request, and nothing wider than a phone of 390 pixels.
 """
 
 import argparse

@@ -3,8 +3,8 @@
 A name that a package takes from its module of the same name is what the module holds: `bnlora.priors.normal`
 is a function for whoever imports it, and a file for whoever looks into the folder.
 
-The shape in a jaxtyping annotation stays a string, `Float[Array, "..."]`, where griffe would read it as code, and
-a name that only abbreviates such an annotation is written out.
+The shape in a jaxtyping annotation stays a string, `Float[Array, "..."]`, where griffe would read it as code,
+and a name that only abbreviates such an annotation is written out.
 """
 
 from collections.abc import Iterator

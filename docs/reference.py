@@ -86,7 +86,7 @@ def load() -> griffe.Module:
 
 
 def exported(module: griffe.Module) -> list[str]:
-    """What a module offers with a docstring: a package what it takes from its modules, others what they define."""
+    """What a module offers with a docstring: what a package takes from its modules, what others define."""
     if module.is_init_module:
         names = [name for name, path in module.imports.items() if path.startswith(f"{PACKAGE}.")]
     else:
@@ -139,8 +139,8 @@ def index(package: griffe.Module, made: list[Page]) -> str:
         "# API reference\n",
         "Import the library as `import bnlora as bl`. Shapes stand in the annotations, by "
         '[jaxtyping](https://docs.kidger.site/jaxtyping/): `Float[Array, "n c"]` is an array of floats with '
-        "an axis of length `n` and one of length `c`, `...` stands for any leading axes, and a name means one "
-        "length throughout a signature. Nothing checks them at run time.\n",
+        "an axis of length `n` and one of length `c`, `...` stands for any leading axes, and a name means "
+        "one length throughout a signature. Nothing checks them at run time.\n",
     ]
     for page in made:
         parts += [f"## [{page.title}]({page.path.removeprefix('api/')})\n", "| name | |", "|---|---|"]
