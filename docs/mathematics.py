@@ -6,6 +6,7 @@ import re
 from latex2mathml.converter import convert
 
 _INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
+_THIN = '<mspace width="0.17em"/>'
 _BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTALL)
 
 
@@ -22,6 +23,8 @@ def with_mathematics(page: str) -> str:
 def _mathml(escaped: str, display: str) -> str:
     latex = html.unescape(escaped).strip()
     made = convert(latex, display=display)
-    if unknown := re.search(r"<m[io]>(\\\w+)</m[io]>", made):
+    if unknown := re.search(r"<m[io]>(\\\w+|&amp;)</m[io]>", made):
         raise ValueError(f"the formula {latex!r} has {unknown[1]}, which is not known")
-    return made
+    # As TeX sets them: a thin space after the name of a function, none around a slash.
+    made = re.sub(r"(<mi>(?:log|exp)</mi>)", rf"\1{_THIN}", made)
+    return re.sub(r"<mo>(/|&#x0002F;)</mo>", r'<mo lspace="0" rspace="0">\1</mo>', made)

@@ -15,6 +15,9 @@ import griffe
 
 SHAPED = ("jaxtyping.Float", "jaxtyping.Int", "jaxtyping.Bool")
 
+HIDDEN = "hidden modules"
+"""Key of a package's `extra` under which the modules are that its members hide."""
+
 
 class PublicNames(griffe.Extension):
     """Settle names and shapes of a package once it is loaded."""
@@ -38,6 +41,7 @@ def _uncover(package: griffe.Module) -> None:
     for name, path in package.imports.items():
         module = package.modules.get(name)
         if module is not None and path == f"{package.path}.{name}.{name}":
+            package.extra[HIDDEN][name] = module
             package.set_member(name, module.members[name])
 
 

@@ -7,10 +7,11 @@ a module that no group names gets a page of its own; a public module at the top 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import indent
 from types import MappingProxyType
 
 import griffe
-from names import PublicNames
+from names import HIDDEN, PublicNames
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "bnlora"
@@ -51,10 +52,17 @@ _ALONE = {"members": "false", "show_root_full_path": "true", "heading_level": "2
 
 @dataclass
 class Page:
-    """A page of the reference: its title, and the modules on it with the full names of what they offer."""
+    """A page of the reference.
+
+    Attributes:
+        title: Its title.
+        modules: Modules on it with the full names of what they offer.
+        notes: What the file of a name says at its top, by the first name out of it.
+    """
 
     title: str
     modules: dict[str, list[str]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def path(self) -> str:
@@ -66,7 +74,12 @@ class Page:
         parts = [f"# {self.title}\n"]
         for module, names in self.modules.items():
             parts.append(_entry(module, _ALONE))
-            parts += [_entry(name, {"heading_level": "3"}) for name in names]
+            for name in names:
+                parts.append(_entry(name, {"heading_level": "3"}))
+                if name in self.notes:
+                    parts.append(
+                        f'??? note "From the top of its file"\n\n{indent(self.notes[name], "    ")}\n'
+                    )
         return "\n".join(parts)
 
 
@@ -109,7 +122,8 @@ def pages(package: griffe.Module) -> list[Page]:
     inside = Page("Inside the library")
     for name, path in package.imports.items():
         if package[name].is_module:
-            found[name] = Page(f"{PACKAGE}.{name}", _offered(package, name))
+            offered = _offered(package, name)
+            found[name] = Page(f"{PACKAGE}.{name}", offered, _notes(package[name], offered))
             continue
         home = path.split(".")[1]
         page = found.setdefault(by_module.get(home, home), Page(by_module.get(home, f"{PACKAGE}.{home}")))
@@ -131,6 +145,20 @@ def _place(module: str) -> int:
 def _offered(package: griffe.Module, module: str) -> dict[str, list[str]]:
     path = f"{PACKAGE}.{module}"
     return {path: [f"{path}.{name}" for name in exported(package[module])]}
+
+
+def _notes(package: griffe.Module, offered: Mapping[str, list[str]]) -> dict[str, str]:
+    """The docstrings of the files of a package, each at the first name that is taken from it."""
+    notes: dict[str, str] = {}
+    if not package.is_init_module:
+        return notes
+    files = {**package.modules, **package.extra[HIDDEN]}
+    for name in (name for names in offered.values() for name in names):
+        file = files.get(package.imports[name.rpartition(".")[2]].split(".")[-2])
+        text = file.docstring.value if file is not None and file.docstring else ""
+        if text and text not in notes.values():
+            notes[name] = text
+    return notes
 
 
 def index(package: griffe.Module, made: list[Page]) -> str:
