@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bnlora.display import Showable, Shown, Table, facts
 from bnlora.models import llama
 from bnlora.models.execution import DEFAULT, Execution
 from bnlora.models.loading import read_checkpoint
@@ -24,7 +25,7 @@ FAMILIES = MappingProxyType({"llama": llama})
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Base:
+class Base(Shown):
     """A pretrained model with frozen weights.
 
     Attributes:
@@ -110,10 +111,37 @@ class Base:
         """Number of layers."""
         return self.config.num_layers
 
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """Sizes, how it runs, and what can be adapted."""
+        leaves = jax.tree.leaves(self.params)
+        running = ", ".join(f"{name}={value!r}" for name, value in sorted(self._changes.items()))
+        tokenizer = "none" if self.tokenizer is None else f"{len(self.tokenizer):,} tokens"
+        sizes = {
+            "family": self.family,
+            "layers": str(self.num_layers),
+            "width": str(self.config.d_model),
+            "vocabulary": f"{self.config.vocab_size:,}",
+            "tokenizer": tokenizer,
+            "parameters": f"{sum(leaf.size for leaf in leaves):,}",
+            "memory": f"{sum(leaf.nbytes for leaf in leaves) / 2**20:,.1f} MiB",
+            "runs": running or "as by default",
+        }
+        rows = tuple((name, str(i), str(o)) for name, (i, o) in self.modules.items())
+        return (
+            facts(f"Base {self.name}", sizes),
+            Table("Modules that can be adapted", ("module", "inputs", "outputs"), rows),
+        )
+
+    @property
+    def _changes(self) -> dict[str, Any]:
+        """How it runs, where that is not the default."""
+        return dict(asdict(self.execution).items() - asdict(DEFAULT).items())
+
     def __repr__(self) -> str:
         """One line: name, family, sizes, and how it runs where that is not the default."""
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
-        running = dict(asdict(self.execution).items() - asdict(DEFAULT).items())
+        running = self._changes
         return (
             f"Base({self.name!r}, family={self.family!r}, num_layers={self.num_layers}, "
             f"d_model={self.config.d_model}, vocab_size={self.config.vocab_size}, parameters={count:,}"

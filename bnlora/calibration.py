@@ -12,12 +12,12 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from bnlora.display import Table
+from bnlora.display import Showable, Shown, Table
 from bnlora.ranks import dispersion, holm, symmetry, uniformity
 
 
 @dataclass(frozen=True, repr=False)
-class Calibration:
+class Calibration(Shown):
     """Ranks of the truth among the draws of an inference, over simulations, and what they say.
 
     Attributes:
@@ -125,6 +125,11 @@ class Calibration:
             f"{self.num_draws} draws each"
         )
         return Table(title, header, tuple(rows))
+
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """The table and the verdict."""
+        return (self.table, self.verdict)
 
     def __repr__(self) -> str:
         return f"{self.table!r}\n{self.verdict}"

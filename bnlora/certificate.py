@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float
 
-from bnlora.display import Table
+from bnlora.display import Shown, Table
 from bnlora.monte_carlo import bulk_ess, rank_rhat, tail_ess
 
 Bias = Literal["none", "step"]
@@ -69,7 +69,7 @@ class Evidence:
 
 
 @dataclass(frozen=True, repr=False)
-class Certificate:
+class Certificate(Shown):
     """What was found, and whether it suffices.
 
     Attributes:
@@ -159,6 +159,11 @@ class Certificate:
         if self.passed:
             return f"Certified: {len(self.names)} functions, {self.divergences} divergences, {energy}"
         return "Not certified: " + "; ".join(self.failures)
+
+    @property
+    def overview(self) -> tuple[Table]:
+        """The table, whose title is the verdict."""
+        return (self.table,)
 
     def __repr__(self) -> str:
         return repr(self.table)

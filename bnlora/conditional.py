@@ -22,6 +22,7 @@ from numpyro import handlers
 
 from bnlora.data import Batch
 from bnlora.density import Density, density
+from bnlora.display import Showable
 from bnlora.model import Classifier
 from bnlora.sites import HEAD, Sites
 from bnlora.typing import Adapters, Parameters
@@ -65,9 +66,17 @@ class Conditional(Classifier):
         trunk = module.blocks(module.embed(batch.tokens), batch.mask, start=0, stop=first)
         return module.blocks(trunk, batch.mask, start=first, stop=self.lowest, adapters=inner)
 
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """That of the classifier, and what is fixed."""
+        return (*super().overview, self._held)
+
+    @property
+    def _held(self) -> str:
+        return f"{len(self.fixed)} sites fixed: {', '.join(self.fixed)}"
+
     def __repr__(self) -> str:
-        held = f"{len(self.fixed)} sites fixed: {', '.join(self.fixed)}"
-        return f"{super().__repr__()}\n  {held}"
+        return f"{super().__repr__()}\n  {self._held}"
 
 
 def condition(model: Classifier, values: Mapping[str, Array], params: Parameters | None = None) -> Classifier:

@@ -11,6 +11,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from bnlora.display import Showable, Shown, facts
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -18,7 +20,7 @@ from jaxtyping import Bool, Float, Int
     meta_fields=["depth"],
 )
 @dataclass(frozen=True)
-class Batch:
+class Batch(Shown):
     """Rows of a classification task; a pytree.
 
     Attributes:
@@ -54,6 +56,34 @@ class Batch:
         """The same rows, with some of the columns."""
         hidden = None if self.hidden is None else self.hidden[:, columns]
         return replace(self, tokens=self.tokens[:, columns], mask=self.mask[:, columns], hidden=hidden)
+
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """Sizes, lengths, classes, and what is cached."""
+        arrays = [x for x in (self.tokens, self.mask, self.labels, self.hidden) if x is not None]
+        about = {
+            "positions": str(self.tokens.shape[1]),
+            "tokens in a row": self.lengths,
+            "rows of each class": self.classes,
+            "cached activations": "none" if self.hidden is None else f"after {self.depth} layers",
+            "memory": f"{sum(x.nbytes for x in arrays) / 2**20:,.1f} MiB",
+        }
+        return (facts(f"Batch of {len(self):,} rows", about),)
+
+    @property
+    def lengths(self) -> str:
+        """Fewest, median and most real tokens of a row, in words."""
+        if not len(self):
+            return "none"
+        low, middle, high = np.quantile(np.asarray(self.mask).sum(1), [0.0, 0.5, 1.0])
+        return f"{low:.0f} to {high:.0f}, median {middle:g}"
+
+    @property
+    def classes(self) -> str:
+        """How many rows each class has, in words."""
+        found, count = np.unique(np.asarray(self.labels), return_counts=True)
+        named = {int(c): "unlabelled" if c < 0 else f"class {c}" for c in found}
+        return ", ".join(f"{named[int(c)]}: {n:,}" for c, n in zip(found, count, strict=True)) or "none"
 
     def __repr__(self) -> str:
         cached = "" if self.hidden is None else f", activations of depth {self.depth} cached"

@@ -16,13 +16,14 @@ import numpy as np
 from jax import Array
 
 from bnlora.data import Batch
+from bnlora.display import Showable, Shown, Table, facts
 from bnlora.elbo import TERMS
 from bnlora.posterior import Draw, draw_adapters, draw_both
 from bnlora.typing import Adapters, Parameters
 
 
 @dataclass(frozen=True)
-class Fit:
+class Fit(Shown):
     """A fitted guide, with the record of how it was fitted.
 
     Attributes:
@@ -76,6 +77,30 @@ class Fit:
             return draw_adapters(key, self.model, self.guide, params, num_samples)
 
         return jax.jit(draw, static_argnums=2)
+
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """How it was fitted, and the terms of the bound at the end."""
+        looks, loss = self.validation["step"], self.validation["nll"]
+        lowest = f"{loss.min():.4f} at step {looks[loss.argmin()]}" if len(looks) else "no validation rows"
+        seconds = self.step_seconds[1:] if len(self.step_seconds) > 1 else self.step_seconds
+        about = {
+            "training rows": f"{len(self.train):,}",
+            "parameters": f"{self.num_parameters:,}",
+            "steps": f"{len(self.step_seconds)}, {self.skipped_steps} skipped",
+            "ended": "all steps done" if self.stopped == "steps" else self.stopped,
+            "parameters are those of": f"step {self.best_step}",
+            "lowest validation NLL": lowest,
+            "median step": f"{np.median(seconds):.3g} s" if len(seconds) else "none",
+        }
+        rows = []
+        for name in TERMS:
+            tail = self.history[name][-50:]
+            finite = tail[np.isfinite(tail)]
+            numbers = (f"{finite.mean():,.1f}", f"{finite.std():,.1f}") if finite.size else ("none", "none")
+            rows.append((name.replace("_kl", " KL").replace("_", " "), *numbers))
+        title = "Terms of the bound in nats over all training rows, last 50 steps"
+        return (facts("Fit", about), Table(title, ("term", "mean", "sd"), tuple(rows)))
 
     def __repr__(self) -> str:
         tail = np.stack([self.history[name][-50:] for name in TERMS])

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bnlora.checks import check_at_least
-from bnlora.display import Table
+from bnlora.display import Shown, Table
 
 BINS = 15
 
@@ -121,7 +121,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Summary(Mapping[str, Estimate]):
+class Summary(Shown, Mapping[str, Estimate]):
     """Every metric of one prediction, by name, with bootstrap intervals of one `level`."""
 
     estimates: dict[str, Estimate]
@@ -143,14 +143,13 @@ class Summary(Mapping[str, Estimate]):
         rows = tuple((name, f"{e.value:.4f}", f"[{e.low:.4f}, {e.high:.4f}]") for name, e in self.items())
         return Table(f"{self.num_rows} rows", ("metric", "value", f"{self.level:.0%} interval"), rows)
 
-    def __rich__(self) -> Any:
-        return self.table.__rich__()
+    @property
+    def overview(self) -> tuple[Table]:
+        """The table."""
+        return (self.table,)
 
     def __repr__(self) -> str:
         return repr(self.table)
-
-    def _repr_html_(self) -> str:
-        return self.table._repr_html_()
 
 
 def summary(

@@ -20,6 +20,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from bnlora.data import Batch
+from bnlora.display import Showable, Shown, facts
 from bnlora.priors import Prior
 from bnlora.sites import HEAD, Sites
 from bnlora.typing import Adapters
@@ -63,7 +64,7 @@ class AdapterPrior:
 
 
 @dataclass(frozen=True)
-class Classifier:
+class Classifier(Shown):
     """A classifier whose classes are label words, as a plain NumPyro model `model(params, batch)`.
 
     Where the head is adapted, only its label rows enter `sites` and the prior: the likelihood reads
@@ -115,6 +116,19 @@ class Classifier:
     def moving(self) -> tuple[str, ...]:
         """Families whose adapters differ from draw to draw: all."""
         return tuple(self.sites)
+
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """Its classes, base and prior, and the adapters."""
+        tokenizer = getattr(self.base, "tokenizer", None)
+        named = {} if tokenizer is None else {i: f" {tokenizer.decode([i])!r}" for i in self.label_ids}
+        about = {
+            "label tokens": ", ".join(f"{i}{named.get(i, '')}" for i in self.label_ids),
+            "base": repr(self.base),
+            "prior": _name(self.prior.program),
+            "layers below the adapters": str(self.start),
+        }
+        return (facts(f"Classifier of {len(self.label_ids)} classes", about), *self.sites.overview)
 
     def __repr__(self) -> str:
         return f"Classifier({len(self.label_ids)} classes, {self.base!r})\n{self.sites!r}"
@@ -202,3 +216,8 @@ class Classifier:
     def compiled_hidden(self) -> Callable[..., Array]:
         """`hidden`, compiled once for all callers."""
         return jax.jit(self.hidden)
+
+
+def _name(program: Any) -> str:
+    """What the caller wrote to make a prior: the function, or the one that returned it."""
+    return getattr(program, "__qualname__", type(program).__name__).split(".<locals>")[0]

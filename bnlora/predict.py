@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from rich.console import Console
 
 from bnlora.data import Batch, parts
+from bnlora.display import Showable, Shown, Table
 from bnlora.progress import track
 from bnlora.typing import Adapters
 
@@ -39,7 +40,7 @@ class Posterior(Protocol):
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Shown):
     """Predictive distribution of every row.
 
     Attributes:
@@ -80,6 +81,29 @@ class Prediction:
         if draws < 2:
             return np.full(self.draw_log_probs.shape[1:], np.nan)
         return np.exp(self.draw_log_probs).std(0, ddof=1) / draws**0.5
+
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """Distribution over rows of what is certain and what is not, and the classes."""
+        draws, rows, classes = self.draw_log_probs.shape
+        log_probs, mixture = self.log_probs, self.probs
+        by_row = {
+            "confidence": mixture.max(1),
+            "entropy (nats)": _entropy(log_probs),
+            "mutual information (nats)": self.mutual_information,
+            "Monte Carlo standard error": self.stderr.max(1),
+        }
+        spread = tuple(
+            (name, *(f"{x:.3g}" for x in (values.mean(), *np.quantile(values, [0.05, 0.5, 0.95]))))
+            for name, values in by_row.items()
+        )
+        top = np.bincount(log_probs.argmax(1), minlength=classes)
+        share = tuple((str(c), f"{top[c]:,}", f"{mixture[:, c].mean():.3f}") for c in range(classes))
+        title = f"Prediction: {rows:,} rows, {classes} classes, {draws} draws"
+        return (
+            Table(title, ("over rows", "mean", "5%", "median", "95%"), spread),
+            Table("Classes", ("class", "rows where it is most probable", "mean probability"), share),
+        )
 
     def __repr__(self) -> str:
         draws, rows, classes = self.draw_log_probs.shape

@@ -32,6 +32,7 @@ from scipy.special import softmax
 
 from bnlora.data import Batch, parts
 from bnlora.density import check_parameters
+from bnlora.display import Showable, Shown, Table
 from bnlora.model import Classifier
 from bnlora.priors import Prior
 from bnlora.progress import track
@@ -48,7 +49,7 @@ HARDLY = 0.02
 
 
 @dataclass(frozen=True, repr=False)
-class PriorPredictive:
+class PriorPredictive(Shown):
     """Draws of the logits of some rows under a prior, beside those of the untouched base model.
 
     Attributes:
@@ -119,6 +120,22 @@ class PriorPredictive:
             f"reasonable: {decided:.0%} of draws and rows put more than {NEARLY_ALL:.0%} on one class, and "
             f"probabilities differ from the base model's by {moved:.3f} on average"
         )
+
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """The verdict, and the numbers of draws and base model that it goes by."""
+        draws, rows, classes = self.logits.shape
+        low, middle, high = np.quantile(self.spread, [0.0, 0.5, 1.0])
+        base = self.base_probs.max(-1)
+        numbers = (
+            ("mean confidence", f"{self.mean_confidence:.3f}", f"{base.mean():.3f}"),
+            (f"share above {NEARLY_ALL:g}", f"{self.decided:.3f}", f"{(base > NEARLY_ALL).mean():.3f}"),
+            ("total variation from the base", f"{self.distance_from_base:.3f}", ""),
+            ("spread of the log-odds, median row", f"{middle:.3g}", ""),
+            ("spread of the log-odds, all rows", f"{low:.3g} to {high:.3g}", ""),
+        )
+        title = f"Prior predictive: {draws} draws, {rows:,} rows, {classes} classes"
+        return (Table(title, ("", "prior", "base model"), numbers), self.verdict)
 
     def __repr__(self) -> str:
         draws, rows, classes = self.logits.shape

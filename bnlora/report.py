@@ -16,7 +16,7 @@ div.wide { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; margin: 1rem 0 }
 caption { text-align: left; padding-bottom: .4rem; color: #444 }
 th, td { padding: .2rem .8rem; text-align: right; vertical-align: top }
-th:first-child, td:first-child, td:nth-child(2):not(:last-child) { text-align: left }
+th:first-child, td:first-child, td:nth-child(2):not(:last-child), .text { text-align: left }
 thead th { border-bottom: 2px solid #1a1a1a } tr.group td { border-top: 1px solid #bbb }
 figure { margin: 1rem 0 } img { max-width: 100% } figcaption { color: #444; font-size: .9rem }
 """
@@ -40,7 +40,7 @@ def page(title: str, parts: Sequence[str | Table | tuple[Figure, str]]) -> str:
 
 def _html(part: str | Table | tuple[Figure, str]) -> str:
     if isinstance(part, Table):
-        return f"<div class=wide>{part._repr_html_()}</div>"
+        return f"<div class=wide>{part.html()}</div>"
     if isinstance(part, str):
         return f"<h2>{escape(part[2:])}</h2>" if part.startswith("# ") else f"<p>{escape(part)}</p>"
     figure, caption = part

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bnlora.checks import check_at_least
+from bnlora.display import Shown, Table
 from bnlora.typing import FACTORS, Adapters
 
 HEAD = "lm_head"
@@ -75,9 +76,19 @@ class Site:
         both = {"a": (self.depth, self.rank, self.d_in), "b": (self.depth, self.d_out, self.rank)}
         return {factor: both[factor] for factor in self.factors}
 
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights in its factors."""
+        return sum(map(math.prod, self.shapes.values()))
+
+    @property
+    def where(self) -> str:
+        """The adapted layers in words."""
+        return "head" if self.module == HEAD else f"layers {_ranges(self.layers)}"
+
 
 @dataclass(frozen=True)
-class Sites(Mapping[str, Site]):
+class Sites(Shown, Mapping[str, Site]):
     """The adapted families by name, in the order in which the forward pass meets their modules."""
 
     families: tuple[Site, ...]
@@ -95,12 +106,23 @@ class Sites(Mapping[str, Site]):
     def __len__(self) -> int:
         return len(self.families)
 
+    @property
+    def overview(self) -> tuple[Table]:
+        """One row for each family."""
+        rows = tuple(
+            (name, site.where, *map(str, (site.d_in, site.rank, site.d_out)), f"{site.alpha:g}",
+             f"{site.num_parameters:,}")
+            for name, site in self.items()
+        )  # fmt: skip
+        title = f"Adapters: {self.num_parameters:,} weights, {self.num_layers} layers in the model"
+        header = ("family", "where", "inputs", "rank", "outputs", "alpha", "weights")
+        return (Table(title, header, rows, texts=frozenset({1})),)
+
     def __repr__(self) -> str:
         lines = [f"Sites({self.num_parameters:,} adapter weights)"]
         for site in self.families:
-            where = "head" if site.module == HEAD else f"layers {_ranges(site.layers)}"
             shape = f"{site.d_in} -> {site.rank} -> {site.d_out}"
-            lines.append(f"  {site.name}: {shape}, alpha {site.alpha:g}, {where}")
+            lines.append(f"  {site.name}: {shape}, alpha {site.alpha:g}, {site.where}")
         return "\n".join(lines)
 
     @property
@@ -111,7 +133,7 @@ class Sites(Mapping[str, Site]):
     @property
     def num_parameters(self) -> int:
         """Number of weights in all factors."""
-        return sum(math.prod(shape) for site in self.families for shape in site.shapes.values())
+        return sum(site.num_parameters for site in self.families)
 
     def only(self, *, factors: Iterable[str] = FACTORS, families: Iterable[str] | None = None) -> "Sites":
         """Part of the sites, which a prior fills like any others: the way to compose priors.

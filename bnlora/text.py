@@ -16,6 +16,7 @@ from datasets import Dataset
 from jaxtyping import Int
 
 from bnlora.data import Batch
+from bnlora.display import Shown, Table
 
 Truncate = Literal["error", "left", "right"]
 
@@ -23,7 +24,7 @@ _MULTIPLE = 8  # rows are padded to a multiple of it, so that data sets of simil
 
 
 @dataclass(frozen=True, repr=False)
-class TextData:
+class TextData(Shown):
     """Tokenised splits of a classification task.
 
     Attributes:
@@ -56,6 +57,20 @@ class TextData:
     def test(self) -> Batch:
         """The split `"test"`."""
         return self["test"]
+
+    @property
+    def overview(self) -> tuple[Table, ...]:
+        """One row for each split, and the words of the classes."""
+        splits = tuple(
+            (name, f"{len(rows):,}", str(rows.tokens.shape[1]), rows.lengths, rows.classes)
+            for name, rows in self.splits.items()
+        )
+        header = ("split", "rows", "positions", "tokens in a row", "rows of each class")
+        words = tuple((str(c), repr(w), str(self.label_ids[c])) for c, w in enumerate(self.words))
+        return (
+            Table("Text data", header, splits, texts=frozenset({3, 4})),
+            Table("Classes", ("class", "word", "token"), words, texts=frozenset({1})),
+        )
 
     def __repr__(self) -> str:
         sizes = ", ".join(

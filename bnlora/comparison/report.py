@@ -4,7 +4,6 @@ The rules are those of `bnlora.comparison.verdict`; what each measure is stands 
 """
 
 from dataclasses import dataclass
-from html import escape
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +18,7 @@ from bnlora.comparison.moments import Moments, moments, moments_null
 from bnlora.comparison.pairs import pairs
 from bnlora.comparison.predictive import PredictiveAgreement, predictive_agreement
 from bnlora.comparison.transport import Transport, transport
-from bnlora.display import Table
+from bnlora.display import Showable, Shown, Table
 from bnlora.predict import Prediction
 
 Other = Literal["reference", "other posterior"]
@@ -45,7 +44,7 @@ class Measure:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Comparison:
+class Comparison(Shown):
     """An approximate posterior held against another one.
 
     Attributes:
@@ -159,7 +158,7 @@ class Comparison:
             f"null: between halves of the {self.other}; measures between samples: {self.size} against "
             f"{self.size} draws"
         )
-        return Table(title, ("measure", "value", "null", "p", "note"), rows)
+        return Table(title, ("measure", "value", "null", "p", "note"), rows, texts=frozenset({4}))
 
     @property
     def functions_table(self) -> Table:
@@ -184,6 +183,11 @@ class Comparison:
         title = f"Functions: differences in sd of the {self.other}, p-values adjusted (Holm)"
         return Table(title, header, rows)
 
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """What was found in words, and the numbers behind it."""
+        return (self.sentences, self.table, self.functions_table)
+
     def to_dataframe(self, of: Literal["functions", "measures"] = "functions") -> Any:
         """Every number by function, or those of `table` by measure, as a pandas DataFrame.
 
@@ -200,10 +204,6 @@ class Comparison:
 
     def __repr__(self) -> str:
         return "\n".join([repr(self.table), *self.sentences])
-
-    def _repr_html_(self) -> str:
-        said = "".join(f"<li>{escape(text)}</li>" for text in self.sentences)
-        return f"{self.table._repr_html_()}<ul>{said}</ul>"
 
     def _by_function(self) -> dict[str, np.ndarray]:
         found, share = self.moments, self.coverage

@@ -23,6 +23,7 @@ from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import biject_to
 
+from bnlora.display import Shown, Table
 from bnlora.distributions import MatrixConditional
 from bnlora.guides.family import Family
 from bnlora.guides.latent import Latent, init_to_base, latents_of
@@ -30,7 +31,7 @@ from bnlora.guides.noise import noise as noise_family
 
 
 @dataclass(frozen=True)
-class Guide:
+class Guide(Shown):
     """A NumPyro guide whose sites follow families chosen by name.
 
     Args:
@@ -97,6 +98,22 @@ class Guide:
                 law = given.scaled_to(law.lam * given.lam)  # a guide's lam is relative to the prior's
             draws[name] = _sample_inside(site.site["cond_indep_stack"], name, law)
         return draws
+
+    @property
+    def overview(self) -> tuple[Table]:
+        """One row for each site with its family and what it costs; a joint family counts at its first."""
+        family = {name: family for family, names in self.groups for name in names}
+        rows = tuple(
+            (
+                name,
+                " x ".join(map(str, site.site["fn"].shape())) or "scalar",
+                family[name].label + (", over all its sites together" if family[name].joint else ""),
+                f"{self.counts[name]:,}",
+            )
+            for name, site in self.latent.items()
+        )
+        title = f"{self.name}: {sum(self.counts.values()):,} parameters"
+        return (Table(title, ("site", "shape", "family", "parameters"), rows, texts=frozenset({2})),)
 
     def __repr__(self) -> str:
         lines = [f"{self.name}({sum(self.counts.values()):,} parameters)"]

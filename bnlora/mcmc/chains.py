@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import Float
 
 from bnlora.certificate import Certificate, Evidence, Thresholds, certify
+from bnlora.display import Showable, Shown, facts
 from bnlora.functions import PROBES, Functions, evaluate, identifiable
 from bnlora.mcmc.target import Target
 from bnlora.samplers import Tuning
@@ -18,7 +19,7 @@ from bnlora.typing import Adapters
 
 
 @dataclass(frozen=True, repr=False)
-class Chains:
+class Chains(Shown):
     """Draws of several chains of one sampler.
 
     Attributes:
@@ -138,6 +139,28 @@ class Chains:
         kept = slice(self.num_draws - 1 - step * (self.num_draws // step - 1), None, step)
         # The reports stay: a divergence counts wherever it happened, also between kept draws.
         return replace(self, vectors=self.vectors[:, kept], thinning=self.thinning * step)
+
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """How the draws were made; the certificate where it was asked for already."""
+        gradients, plan = self.num_gradients, self.record.get("plan", {})
+        acceptance = np.asarray(self.stats["acceptance"])
+        cut = f", {plan.get('num_draws')} were asked for" if self.record["stopped"] == "interrupted" else ""
+        about = {
+            "sampler": str(self.record["sampler"]),
+            "chains": str(self.num_chains),
+            "draws of each": f"{self.num_draws:,}, every {self.thinning}{cut}",
+            "coordinates": f"{self.vectors.shape[-1]:,}",
+            "held": self.target.held or "nothing",
+            "gradients": f"{gradients['warm-up']:,} in the warm-up, {gradients['sampling']:,} after it",
+            "mean acceptance": f"{acceptance.mean():.3f}",
+            "divergences": f"{int(self.stats['divergent'].sum()):,}",
+            "time": f"{self.record['seconds']:,.0f} s",
+        }
+        # Judging the draws runs the model at all of them: a look must not.
+        judged = self.__dict__.get("certificate")
+        known = "The draws have not been judged yet: `.certificate` does." if judged is None else judged.table
+        return (facts("Chains", about), known)
 
     def __repr__(self) -> str:
         gradients = self.num_gradients

@@ -45,6 +45,7 @@ def each_factor(law: Law) -> Prior:
     def prior(sites: Sites) -> Adapters:
         return {name: {factor: law(site, factor) for factor in site.factors} for name, site in sites.items()}
 
+    prior.__qualname__ = getattr(law, "__qualname__", prior.__qualname__)  # named after who wrote the law
     return prior
 
 
