@@ -56,6 +56,8 @@ from bnlora.predict import predict as predict
 from bnlora.prior_predictive import PriorPredictive as PriorPredictive
 from bnlora.prior_predictive import prior_predictive as prior_predictive
 from bnlora.prior_predictive import scale_for_spread as scale_for_spread
+from bnlora.reading import Reading as Reading
+from bnlora.reading import read_along as read_along
 from bnlora.sites import Site as Site
 from bnlora.sites import Sites as Sites
 from bnlora.sites import select as select

@@ -16,14 +16,14 @@ References: Vehtari et al. (2021), arXiv 1903.08008 (R-hat, effective sample siz
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from bnlora.display import Shown, Table
+from bnlora.display import Showable, Shown, Table
 from bnlora.monte_carlo import bulk_ess, rank_rhat, tail_ess
 
 Bias = Literal["none", "step"]
@@ -161,9 +161,11 @@ class Certificate(Shown):
         return "Not certified: " + "; ".join(self.failures)
 
     @property
-    def overview(self) -> tuple[Table]:
-        """The table, whose title is the verdict."""
-        return (self.table,)
+    def overview(self) -> tuple[Showable, ...]:
+        """The verdict, with a sentence for each failure, and the table."""
+        if self.passed:
+            return (self.table,)
+        return (replace(self.table, title="Not certified"), self.failures)
 
     def __repr__(self) -> str:
         return repr(self.table)

@@ -28,7 +28,8 @@ _STYLE = f"""<style>
 .bnlora {{ color: inherit; overflow-x: auto }}
 .bnlora table {{ border-collapse: collapse; border: none; margin: .4em 0 .9em; color: inherit;
   background: transparent; font-size: .92em; font-variant-numeric: tabular-nums }}
-.bnlora caption {{ caption-side: top; text-align: left; font-weight: 600; color: inherit; padding: 0 0 .3em }}
+.bnlora caption {{ caption-side: top; text-align: left; color: inherit; padding: 0 0 .3em }}
+.bnlora .title {{ font-weight: 600 }}
 .bnlora th, .bnlora td {{ text-align: right; vertical-align: top; border: none; color: inherit;
   padding: .15em .7em; max-width: 36em; overflow-wrap: anywhere }}
 .bnlora tr > :first-child, .bnlora .text {{ text-align: left }}
@@ -71,7 +72,9 @@ class Table:
             f"<tr{' class=group' if index in self.groups else ''}>{self._cells('td', row)}</tr>"
             for index, row in enumerate(self.rows)
         )
-        return f"<table><caption>{_lines(self.title)}</caption>{head}<tbody>{body}</tbody></table>"
+        name, *more = self.title.split("\n")
+        caption = "<br>".join([f"<span class=title>{escape(name)}</span>", *map(escape, more)])
+        return f"<table><caption>{caption}</caption>{head}<tbody>{body}</tbody></table>"
 
     def __rich__(self) -> RichTable:
         table = RichTable(
@@ -135,8 +138,9 @@ class Shades:
         """The text with its legend, on the background of the page around it."""
         columns = zip(self.pieces, self.depths, self.below, self.notes, strict=True)
         text = "".join(
+            f"{'<br>' * piece.count(chr(10))}"
             f'<span class=piece title="{escape(note)}" style="background:{_rgba(depth)}">'
-            f"{_visible(piece)}<small>{escape(below)}</small></span>{'<br>' * piece.count(chr(10))}"
+            f"{_visible(piece)}<small>{escape(below)}</small></span>"
             for piece, depth, below, note in columns
         )
         ramp = f"linear-gradient(to right, {_rgba(0.0)}, {_rgba(1.0)})"

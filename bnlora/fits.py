@@ -99,7 +99,7 @@ class Fit(Shown):
             finite = tail[np.isfinite(tail)]
             numbers = (f"{finite.mean():,.1f}", f"{finite.std():,.1f}") if finite.size else ("none", "none")
             rows.append((name.replace("_kl", " KL").replace("_", " "), *numbers))
-        title = "Terms of the bound in nats over all training rows, last 50 steps"
+        title = "Bound in nats, last 50 steps"
         return (facts("Fit", about), Table(title, ("term", "mean", "sd"), tuple(rows)))
 
     def __repr__(self) -> str:

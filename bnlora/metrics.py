@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from bnlora.checks import check_at_least
 from bnlora.display import Shown, Table
@@ -89,11 +89,15 @@ def aurc(log_probs: LogProbs, labels: Labels) -> float:
     Rows of equal confidence enter together, so that the value does not depend on their order.
     """
     log_probs, labels = _checked(log_probs, labels)
-    _, first, counts = np.unique(-_confidence(log_probs), return_inverse=True, return_counts=True)
-    wrong = np.bincount(first, weights=~_correct(log_probs, labels))
-    within = wrong / counts  # expected error of a row inside its group of ties
+    return float(selective_risks(-_confidence(log_probs), ~_correct(log_probs, labels)).mean())
+
+
+def selective_risks(doubt: Float[np.ndarray, " n"], wrong: Bool[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Error rate among the i rows of least doubt, over i = 1..n; the expected one where ties are broken."""
+    _, first, counts = np.unique(doubt, return_inverse=True, return_counts=True)
+    within = np.bincount(first, weights=wrong) / counts  # expected error of a row inside its group of ties
     order = np.repeat(within, counts)
-    return float((np.cumsum(order) / np.arange(1, len(order) + 1)).mean())
+    return np.cumsum(order) / np.arange(1, len(order) + 1)
 
 
 METRICS: Mapping[str, Callable[..., float]] = {
@@ -244,11 +248,12 @@ def reliability(prediction: Any, labels: Labels, *, bins: int = BINS) -> Reliabi
     used = count > 0
     mean, hits = (np.bincount(index, weights=w, minlength=bins)[used] for w in (confidence, correct))
     n = count[used]
-    low, high = _wilson(hits, n)
+    low, high = wilson(hits, n)
     return Reliability(n, mean / n, hits / n, low, high)
 
 
-def _wilson(hits: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def wilson(hits: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper end of the 95 % score interval of a share, hits of n (Wilson 1927)."""
     z2 = 1.959963984540054**2
     share = hits / n
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)

@@ -159,8 +159,8 @@ class Chains(Shown):
         }
         # Judging the draws runs the model at all of them: a look must not.
         judged = self.__dict__.get("certificate")
-        known = "The draws have not been judged yet: `.certificate` does." if judged is None else judged.table
-        return (facts("Chains", about), known)
+        unknown = ("The draws have not been judged yet: `.certificate` does.",)
+        return (facts("Chains", about), *(unknown if judged is None else judged.overview))
 
     def __repr__(self) -> str:
         gradients = self.num_gradients

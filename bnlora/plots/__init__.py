@@ -22,3 +22,6 @@ from bnlora.plots.comparison import worst_pairs as worst_pairs
 from bnlora.plots.prior import prior_predictive as prior_predictive
 from bnlora.plots.reliability import RELIABILITY_CAPTION as RELIABILITY_CAPTION
 from bnlora.plots.reliability import reliability as reliability
+from bnlora.plots.spread import posterior_spread as posterior_spread
+from bnlora.plots.uncertainty import domains as domains
+from bnlora.plots.uncertainty import risk_coverage as risk_coverage

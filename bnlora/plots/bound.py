@@ -53,6 +53,7 @@ def _terms(panels: Sequence[Axes], made: Fit) -> None:
         divergences.legend(fontsize=8)
     else:
         divergences.text(0.5, 0.5, "no random variable", ha="center", transform=divergences.transAxes)
+        divergences.set(xticks=[], yticks=[])
     for axes, title in zip(panels, ("ELBO", "data term", "KL divergences"), strict=True):
         axes.set(xlabel="step", ylabel="nats", title=title)
 

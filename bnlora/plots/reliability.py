@@ -44,7 +44,10 @@ def reliability(
         for column, (name, truth) in enumerate(labels.items()):
             axes = grid[row, column]
             _reliability(axes, by_rows[name], truth)
-            axes.set_title(f"{method}\n{name}", fontsize=9)
+            error = metrics.ece(by_rows[name].log_probs, truth)
+            axes.set_title(f"{method}, {name}\nECE {error:.3f}", fontsize=9)
+            if ax is not None:
+                axes.set(xlabel="confidence", ylabel="accuracy")
     return figure
 
 
@@ -59,5 +62,4 @@ def _reliability(axes: Axes, prediction: Prediction, labels: np.ndarray) -> None
     axes.errorbar(
         curve.confidence, curve.accuracy, yerr=spread, fmt="o", markersize=3.5, linewidth=1, color=BLUE
     )
-    axes.text(0.04, 0.93, f"ECE {metrics.ece(prediction.log_probs, labels):.3f}", transform=axes.transAxes)
     axes.set(xlim=(lowest - 0.02, 1.02), ylim=(0, 1.08))
