@@ -76,20 +76,14 @@ class Table:
         caption = "<br>".join([f"<span class=title>{escape(name)}</span>", *map(escape, more)])
         return f"<table><caption>{caption}</caption>{head}<tbody>{body}</tbody></table>"
 
-    def __rich__(self) -> RichTable:
-        table = RichTable(
-            title=Text(self.title),
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            show_header=bool(self.header),
-        )
+    def __rich__(self) -> Group:
+        table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_header=bool(self.header))
         for index in range(len(self.header or (self.rows or ((),))[0])):
             name = self.header[index] if self.header else ""
             table.add_column(Text(name), justify="right" if index and index not in self.texts else "left")
         for index, row in enumerate(self.rows):
             table.add_row(*map(Text, row), end_section=index + 1 in self.groups)
-        return table
+        return Group(Text(self.title, "bold"), table)  # beside the table: its own title is no wider than it
 
     def __repr__(self) -> str:
         return as_text([self])

@@ -2,9 +2,9 @@ r"""How a posterior changes its mind while it reads: its prediction after every 
 
     p_t(y) = 1/S sum_s softmax(logits(template(x_1 ... x_t); adapters_s)),      t = 1, ..., T
 
-Every prefix of the text is filled into the template and predicted as a text of its own, with the same draws of
-the adapters. So the number at a token is what `predict` would say had the text ended there, its tokens made
-anew: nothing is attributed to a token, and the last prefix is the whole text.
+Every prefix of the text is filled into the template and predicted as a text of its own, with the same draws
+of the adapters. So the number at a token is what `predict` would say had the text ended there:
+nothing is attributed to a token, and the last prefix is the whole text.
 """
 
 from collections.abc import Sequence
@@ -69,12 +69,8 @@ class Reading(Shown):
             (repr(piece)[1:-1], *(f"{p:.3f}" for p in probs), f"{entropy:.3f}", f"{information:.4f}")
             for piece, probs, entropy, information in columns
         )
-        header = (
-            "read up to",
-            *(f"p({word.strip()})" for word in self.words),
-            "entropy",
-            "mutual information",
-        )
+        probabilities = tuple(f"p({word.strip()})" for word in self.words)
+        header = ("read up to", *probabilities, "entropy", "mutual information")
         return Table("Predictions after each token, in nats where they are uncertainties", header, rows)
 
     @property
@@ -84,7 +80,7 @@ class Reading(Shown):
         values = getattr(found, self.by)
         probs = found.probs[:, self.shown_class]
         notes = tuple(
-            f"after {piece.strip()!r}: p({word}) = {p:.3f}, entropy {e:.3f} nats, mutual information {m:.4f} nats"
+            f"after {piece.strip()!r}: p({word}) = {p:.3f}, entropy {e:.3f}, mutual information {m:.4f} nats"
             for piece, p, e, m in zip(
                 self.pieces, probs, found.entropy, found.mutual_information, strict=True
             )
@@ -99,7 +95,7 @@ class Reading(Shown):
         )
         end = (
             f"Below each token, where shown: p({word}) in percent had the text ended there; "
-            f"{len(found.draw_log_probs)} posterior draws. After the whole text: p({word}) = {probs[-1]:.3f}, "
+            f"{len(found.draw_log_probs)} draws. After the whole text: p({word}) = {probs[-1]:.3f}, "
             f"entropy {found.entropy[-1]:.3f}, mutual information {found.mutual_information[-1]:.4f} nats."
         )
         return (shades, end)
@@ -141,10 +137,10 @@ def read_along(
             hold `{text}` once, the text is blank or too long, or `by` is unknown.
     """
     check_option("by", by, get_args(Shade))
-    tokenizer = getattr(fit.model.base, "tokenizer", None)
+    tokenizer: Any = getattr(fit.model.base, "tokenizer", None)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            "reading along needs a base with a fast tokenizer, which says where in the text its tokens stand; "
+            "reading along needs a base with a fast tokenizer, which knows where its tokens stand; "
             f"got {type(tokenizer).__name__}"
         )
     if template.count("{text}") != 1:

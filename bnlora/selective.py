@@ -1,4 +1,4 @@
-r"""Acting on uncertainty: what is gained by leaving the doubtful rows to somebody else, and who is a stranger.
+r"""Acting on uncertainty: what leaving the doubtful rows to others gains, and who is a stranger.
 
 With a doubt u_i of every row (one minus the confidence, the entropy, or the mutual information), the rows are
 answered in increasing order of doubt. At coverage i/n,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#000000")
@@ -45,6 +46,7 @@ def caption(figure: Figure, text: str) -> None:
     figure.supxlabel(fill(text, letters), x=0.01, ha="left", fontsize=8, color="#444444")
 
 
-def legend_above(axes: Axes) -> None:
-    """A legend in one line above the axes."""
-    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+def legend_above(axes: Axes, **options: Any) -> Legend:
+    """A legend in one line above the axes, with further options of matplotlib's."""
+    options = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3, **options}
+    return axes.legend(fontsize=8, frameon=False, **options)

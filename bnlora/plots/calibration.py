@@ -74,7 +74,8 @@ def vsbc(result: Calibration, *, ax: Sequence[Axes] | None = None) -> Figure:
         _name(panel, result.names[k], result.symmetry_adjusted[k], result.directions[k])
         panel.set(xlim=(0, 1), xlabel="p = Pr(draw < truth)", ylabel="share")
     if own:
-        axes[0].legend(fontsize=8)
+        shown = axes[0].get_legend_handles_labels()
+        figure.legend(*shown, fontsize=8, loc="outside upper center", ncols=3, frameon=False)
         caption(
             figure,
             f"Variational simulation-based calibration, {_sizes(result)}: probability that a draw lies below "

@@ -77,8 +77,7 @@ def worst_pairs(found: Comparison, *, count: int = 3, ax: Sequence[Axes] | None 
                 values[:, i], values[:, j], ".", color=colour, alpha=0.35, markersize=4, label=label, mew=0
             )
         panel.set(xlabel=found.names[i], ylabel=found.names[j])
-    legend = axes[0].legend(fontsize=8, markerscale=2)
-    for handle in legend.legend_handles:
+    for handle in legend_above(axes[0], markerscale=2).legend_handles:
         if handle is not None:
             handle.set_alpha(1.0)
     if own:

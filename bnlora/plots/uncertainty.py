@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bnlora.checks import check_option
-from bnlora.plots.base import BLUE, COLOURS, GREY, ORANGE, caption, make_axes
+from bnlora.plots.base import BLUE, COLOURS, GREY, ORANGE, caption, legend_above, make_axes
 from bnlora.predict import Prediction
 from bnlora.selective import Doubt, separation
 from bnlora.selective import risk_coverage as curve
@@ -54,8 +54,7 @@ def risk_coverage(
         top = 0.0
         for (method, by_rows), colour in zip(predictions.items(), COLOURS, strict=False):
             found = curve(by_rows[rows], truth, by=by)
-            band = {"color": colour, "alpha": 0.15, "linewidth": 0}
-            panel.fill_between(found.coverage, found.low, found.high, **band)
+            panel.fill_between(found.coverage, found.low, found.high, color=colour, alpha=0.15, linewidth=0)
             label = f"{method}: AURC {found.aurc}"
             panel.plot(found.coverage, found.risk, color=colour, linewidth=1.6, label=label)
             panel.plot([0, 1], [found.risk[-1]] * 2, color=colour, linewidth=1, linestyle=":")
@@ -63,7 +62,7 @@ def risk_coverage(
             top = max(top, found.high[found.coverage >= 0.1].max())
         panel.set(xlim=(0, 1), ylim=(0, min(1.1 * top, 1.0)))
         panel.set(xlabel="share of rows answered", ylabel="error rate among them")
-        panel.legend(title=rows, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+        legend_above(panel, title=rows, ncols=1)
     if own:
         sizes = ", ".join(f"{len(truth)} of {rows}" for rows, truth in labels.items())
         caption(
@@ -115,7 +114,7 @@ def domains(
         caption(
             figure,
             f"Uncertainty of each row by domain, {draws} posterior draws; blue: {inside}, in domain; orange: "
-            "out of domain. Histograms, each of one height, with median, middle 50 % (thick) and 90 % (thin). "
+            "out of domain. Histograms, all of one height, with median, middle 50 % (thick), 90 % (thin). "
             "Left, all uncertainty, at most log(classes) (dashed); right, what more data would remove. "
             f"AUC: probability that a row of the domain is more uncertain than one of {inside}.",
         )
