@@ -31,7 +31,7 @@ SAME_FLOOR = {
     ("svi", "validation"),
     ("validation", "predict"), ("maximise", "elbo"), ("cli", "demo"), ("experiment", "recipe"),
     ("models.loading", "models.gguf"), ("guides", "flows"),
-    ("report", "plots"), ("plots.comparison", "comparison.report"),
+    ("data", "display"), ("report", "plots"), ("plots.comparison", "comparison.report"),
     ("plots.uncertainty", "selective"),
 }  # fmt: skip
 
