@@ -97,6 +97,17 @@ def test_a_data_frame_is_a_table():
     assert grid.count() == 4
 
 
+def test_of_a_table_by_factor_one_factor_is_shown():
+    """As `diagnostics.shrinkage` makes it: a row for each factor, and for their product."""
+    both = {name: [*column, *column] for name, column in TABLE.items()}
+    both |= {"factor": ["a"] * 4 + ["update"] * 4, "ratio": [0.0] * 4 + TABLE["ratio"]}
+    update, a = (plots.posterior_spread(both, **one).axes[0].images[0] for one in ({}, {"factor": "a"}))
+    np.testing.assert_array_equal(update.get_array().compressed(), TABLE["ratio"])
+    np.testing.assert_array_equal(a.get_array().compressed(), 0.0)
+    with pytest.raises(ValueError, match="expected a finite ratio"):
+        plots.posterior_spread(both, factor="c")
+
+
 def test_a_table_that_does_not_fit_gets_one_sentence():
     with pytest.raises(ValueError, match=r"it lacks \['kl'\]"):
         plots.posterior_spread({k: v for k, v in TABLE.items() if k != "kl"}, value="kl")

@@ -1,6 +1,7 @@
 """Where a posterior moved away from its prior: one cell for each module and layer."""
 
 from collections.abc import Mapping
+from itertools import compress
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -24,17 +25,20 @@ _MEANING = {
 }
 
 
-def posterior_spread(table: Mapping[str, Any], *, value: Spread = "ratio", ax: Axes | None = None) -> Figure:
+def posterior_spread(
+    table: Mapping[str, Any], *, value: Spread = "ratio", factor: str = "update", ax: Axes | None = None
+) -> Figure:
     """Heat map of the posterior's spread, a row for each module and a column for each layer.
 
     Args:
         table: Columns `module`, `layer` and the value, as the table of `diagnostics.shrinkage` or any data
             frame or mapping has them; the head stands in a column of its own.
         value: Which column is shown.
+        factor: Which rows are shown of a table with a column `factor`: "update", "a" or "b".
         ax: Axes to draw on, without colour bar; a figure of its own when omitted.
 
     Raises:
-        ValueError: When the table lacks a column or has two rows for one cell.
+        ValueError: When the table lacks a column, has two rows for one cell, or no finite value.
 
     Example:
         >>> table = {"module": ["q_proj", "q_proj"], "layer": [0, 1], "ratio": [0.9, 0.2]}
@@ -45,7 +49,11 @@ def posterior_spread(table: Mapping[str, Any], *, value: Spread = "ratio", ax: A
     missing = [name for name in ("module", "layer", value) if name not in table]
     if missing:
         raise ValueError(f"the table needs the columns module, layer and {value}; it lacks {missing}")
-    modules, columns, grid = _grid(*(list(table[name]) for name in ("module", "layer", value)))
+    shown = [part == factor for part in table["factor"]] if "factor" in table else None
+    named = (list(table[name]) for name in ("module", "layer", value))
+    modules, columns, grid = _grid(*(x if shown is None else list(compress(x, shown)) for x in named))
+    if not np.isfinite(grid).any():
+        raise ValueError(f"expected a finite {value} in some row of the table; got none")
     width, height = max(1.6 + 0.42 * len(columns), 5.0), 0.34 * len(modules) + 0.9
     axes, figure, own = make_axes(ax, 1, width=width, height=height, columns=1)
     panel = axes[0]
@@ -56,11 +64,7 @@ def posterior_spread(table: Mapping[str, Any], *, value: Spread = "ratio", ax: A
     panel.set_yticks(range(len(modules)), modules)
     panel.set_xlabel("layer")
     panel.tick_params(length=0)
-    panel.set_xticks(np.arange(1, len(columns)) - 0.5, minor=True)
-    panel.set_yticks(np.arange(1, len(modules)) - 0.5, minor=True)
-    panel.grid(which="minor", color="white", linewidth=1.5)
-    panel.tick_params(which="minor", length=0)
-    panel.spines[:].set_visible(False)
+    _rule(panel, grid)
     for (row, column), number in np.ndenumerate(grid):
         if np.isfinite(number):
             letters = "white" if norm(number) < 0.55 else "black"
@@ -70,6 +74,15 @@ def posterior_spread(table: Mapping[str, Any], *, value: Spread = "ratio", ax: A
         figure.colorbar(picture, ax=panel, pad=0.02).set_label(name, fontsize=9)
         caption(figure, f"{name}, by module and layer: {meaning}. Grey: no adapter.")
     return figure
+
+
+def _rule(panel: Axes, grid: np.ndarray) -> None:
+    """White lines between the cells in place of a frame."""
+    panel.set_xticks(np.arange(1, grid.shape[1]) - 0.5, minor=True)
+    panel.set_yticks(np.arange(1, grid.shape[0]) - 0.5, minor=True)
+    panel.grid(which="minor", color="white", linewidth=1.5)
+    panel.tick_params(which="minor", length=0)
+    panel.spines[:].set_visible(False)
 
 
 def _grid(modules: list, layers: list, values: list) -> tuple[list[str], list[str], np.ndarray]:
