@@ -18,6 +18,7 @@ measure, diagnose.
     bl.compare(key, fit, chains, data.test)
 """
 
+from bnlora import diagnostics as diagnostics
 from bnlora import guides as guides
 from bnlora import inference as inference
 from bnlora import metrics as metrics

@@ -19,11 +19,15 @@ class Draw(NamedTuple):
         log_prior: Log-density of the draw under the prior, in nats.
         log_q: Log-density of the draw under the guide, in nats. The auxiliary sites of a NumPyro
             autoguide count with the densities of its deltas: it is the density over the sites.
+        log_prior_of: The part of `log_prior` that each site has.
+        log_q_of: The part of `log_q` that each site has, auxiliary ones under their own names.
     """
 
     sites: dict[str, Array]
     log_prior: Array
     log_q: Array
+    log_prior_of: dict[str, Array]
+    log_q_of: dict[str, Array]
 
 
 def draw_sites(key: Array, model: Any, guide: Callable, params: Parameters) -> Draw:
@@ -33,7 +37,8 @@ def draw_sites(key: Array, model: Any, guide: Callable, params: Parameters) -> D
     prior = handlers.replay(_seeded(model.prior, prior_key, params), guide_trace)
     prior_trace = handlers.trace(prior).get_trace()
     sites = {n: s["value"] for n, s in prior_trace.items() if s["type"] == "sample" and not s["is_observed"]}
-    return Draw(sites, _log_density(prior_trace), _log_density(guide_trace))
+    log_prior, log_q = _log_densities(prior_trace), _log_densities(guide_trace)
+    return Draw(sites, _total(log_prior), _total(log_q), log_prior, log_q)
 
 
 def adapters_at(model: Any, params: Parameters, sites: dict[str, Array]) -> Adapters:
@@ -60,13 +65,23 @@ def draw_adapters(key: Array, model: Any, guide: Callable, params: Parameters, n
     return draw_both(key, model, guide, params, num_samples)[1]
 
 
-def _log_density(trace: dict) -> Array:
-    total = jnp.zeros(())
-    for site in trace.values():
+def log_prior_at(model: Any, params: Parameters, sites: dict[str, Array]) -> Array:
+    """Log-density of given latent sites under the prior, in nats."""
+    placed = handlers.substitute(model.prior, data={**params, **sites})
+    return _total(_log_densities(handlers.trace(handlers.seed(placed, jax.random.key(0))).get_trace()))
+
+
+def _log_densities(trace: dict) -> dict[str, Array]:
+    found = {}
+    for name, site in trace.items():
         if site["type"] == "sample":
             extra = (site["intermediates"],) if site["intermediates"] else ()
-            total = total + jnp.sum(site["fn"].log_prob(site["value"], *extra))
-    return total
+            found[name] = jnp.sum(site["fn"].log_prob(site["value"], *extra))
+    return found
+
+
+def _total(parts: dict[str, Array]) -> Array:
+    return sum(parts.values(), start=jnp.zeros(()))
 
 
 def _seeded(program: Callable, key: Array, params: Parameters) -> Callable:

@@ -22,7 +22,7 @@ FLOORS = {
     "conditional": 4, "svi": 4, "fits": 4, "predict": 4, "functions": 4, "samplers": 4,
     "prior_predictive": 4, "validation": 4, "testing": 4,
     "diagnostics": 5, "plots": 5, "sbc": 5, "checkpoint": 5, "report": 5, "recipe": 5, "experiment": 5,
-    "inference": 5, "mcmc": 5, "comparison": 5, "peft": 5, "selective": 5, "reading": 5,
+    "inference": 5, "mcmc": 5, "comparison": 5, "peft": 5, "selective": 5, "reading": 5, "comparison.khat": 4,
     "__init__": 6, "cli": 6, "demo": 6, "__main__": 7,
 }  # fmt: skip
 # Within a floor these pairs are allowed: the right one is part of the left one's own job.

@@ -23,7 +23,7 @@ from rich.console import Console
 from bnlora.cache import cache_prefix
 from bnlora.certificate import Certificate
 from bnlora.comparison.draws import Draws, Kind, evenly
-from bnlora.comparison.khat import LEAST_DRAWS, KHat, khat
+from bnlora.comparison.khat import LEAST_DRAWS, KHat, has_density, khat
 from bnlora.comparison.pairs import pairs
 from bnlora.comparison.report import Comparison, compare_draws
 from bnlora.comparison.stored import StoredReference, require_same_problem, values_like
@@ -185,21 +185,15 @@ def _values(
 
 def _khat(key: Array, approx: Any, num_samples: int, batch_size: int, console: Console | None) -> KHat | None:
     """k-hat of a fit whose guide has a density, over the rows that it was fitted to."""
-    if not isinstance(approx, Fit) or "not a bound" in repr(approx.guide) or num_samples < LEAST_DRAWS:
+    if not isinstance(approx, Fit) or num_samples < LEAST_DRAWS:
         return None
     drawn, adapters = approx.draws(key, num_samples)
-    if not drawn.sites or any(_has_point(x) for x in drawn.sites.values()):
+    if not has_density(approx.guide, drawn.sites):
         return None
     rows = approx.train
     predicted = predict_with_draws(approx.model, adapters, rows, batch_size=batch_size, console=console)
     log_likelihood = predicted.log_probs_of(rows.labels).sum(1)
     return khat(np.asarray(drawn.log_prior, np.float64) + log_likelihood, np.asarray(drawn.log_q))
-
-
-def _has_point(values: Array) -> bool:
-    """Whether some number of a site is the same in every draw, so that its law has no density."""
-    drawn = np.asarray(values)
-    return bool((drawn == drawn[:1]).all(0).any())
 
 
 def _thinned(adapters: Adapters, size: int) -> Adapters:

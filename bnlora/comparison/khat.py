@@ -12,7 +12,9 @@ References: Yao, Vehtari, Simpson and Gelman (2018), arXiv 1802.02538; Vehtari, 
 (2024), arXiv 1507.02646, for the threshold.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -65,3 +67,16 @@ def khat(log_p: Float[np.ndarray, " s"], log_q: Float[np.ndarray, " s"]) -> KHat
     if not (np.isfinite(log_p).all() and np.isfinite(log_q).all()):
         raise ValueError("expected finite log-densities at every draw; got others")
     return KHat(pareto_k(log_p - log_q), len(log_p))
+
+
+def has_density(guide: Any, sites: Mapping[str, Any]) -> bool:
+    """Whether a guide has a density over the sites, whose draws are given with a leading draw axis.
+
+    Not so for families without one, which say "not a bound", nor where a number is the same in every draw.
+    """
+    return bool(sites) and "not a bound" not in repr(guide) and not any(map(_has_point, sites.values()))
+
+
+def _has_point(values: Any) -> bool:
+    drawn = np.asarray(values)
+    return bool((drawn == drawn[:1]).all(0).any())

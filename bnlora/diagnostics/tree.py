@@ -10,30 +10,18 @@ say nothing about how good the fit is; `log_p` and `log_q` are there for the dia
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
-from jaxtyping import Float
 
 from bnlora.data import Batch
+from bnlora.diagnostics.updates import Summaries, summaries
 from bnlora.predict import predict_with_draws
-from bnlora.sites import HEAD, Sites
+from bnlora.sites import Sites
 
 CHAINS = 4  # ArviZ splits draws over chains; four equal parts of independent draws are as good as any
-
-
-def singular_values(a: Float[Any, "... r d_in"], b: Float[Any, "... d_out r"]) -> Float[np.ndarray, "... r"]:
-    """Singular values of `b @ a`, largest first, from the triangles of two thin QR factorisations.
-
-    Where `d_out` or `d_in` is below the rank the values beyond it are exactly zero.
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    inner = np.linalg.qr(b).R @ np.swapaxes(np.linalg.qr(np.swapaxes(a, -1, -2)).R, -1, -2)
-    values = np.linalg.svd(inner, compute_uv=False)
-    missing = a.shape[-2] - values.shape[-1]
-    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)])
 
 
 def to_arviz(
@@ -66,53 +54,20 @@ def to_arviz(
     in_training = predicted(fit.train).log_probs_of(fit.train.labels)
     prediction = predicted(data)
     stats = {"log_p": np.asarray(draws.log_prior, np.float64) + in_training.sum(1), "log_q": draws.log_q}
-    summaries = _summaries(fit.model.sites, adapters)
+    found = summaries(fit.model.sites, adapters)
     groups = {
-        "posterior": summaries.values | _hyper_parameters(fit.model.sites, draws.sites),
+        "posterior": found.values | _hyper_parameters(fit.model.sites, draws.sites),
         "sample_stats": stats,
         "log_likelihood": {"y": prediction.log_probs_of(data.labels)},
         "posterior_predictive": {"y": _sample_classes(prediction.draw_log_probs)},
     }
-    return _tree(jax.tree.map(_by_chain, groups), summaries, fit, data)
+    return _tree(jax.tree.map(_by_chain, groups), found, fit, data)
 
 
 def _sample_classes(log_probs: np.ndarray) -> np.ndarray:
     """One class for each draw and row, by inverting the distribution function at a fixed uniform stream."""
     uniform = np.random.default_rng(0).random(log_probs.shape[:2])[..., None]
     return (np.exp(log_probs).cumsum(-1)[..., :-1] < uniform).sum(-1)
-
-
-class Summaries(NamedTuple):
-    """Draws of identifiable functions of the updates, with the names of their dimensions."""
-
-    values: dict[str, np.ndarray]
-    dims: dict[str, list[str]]
-    coords: dict[str, list]
-
-
-def _summaries(sites: Sites, adapters: Any) -> Summaries:
-    """Norms and singular values, on one grid of module, layer and rank where the families allow it.
-
-    Families of other layers or another rank get variables and dimensions of their own, named after them; so
-    does the head, which has no layer.
-    """
-    grids: dict[tuple, list[str]] = {}
-    for name, site in sites.items():
-        grids.setdefault((site.module == HEAD, site.layers, site.rank), []).append(name)
-    several = sum(not head for head, *_ in grids) > 1
-    found = Summaries({}, {}, {})
-    for (head, layers, rank), names in grids.items():
-        pairs = [adapters[name] for name in names]
-        scales = [abs(sites[name].scale) for name in names]
-        grid = np.stack([c * singular_values(x["a"], x["b"]) for c, x in zip(scales, pairs, strict=True)], 1)
-        own = f"_{'_'.join(names)}" if head or several else ""
-        dims = [] if head else [f"module{own}", f"layer{own}"]
-        grid = grid[:, 0, 0] if head else grid
-        found.values.update({f"update_norm{own}": np.sqrt((grid**2).sum(-1)), f"singular_value{own}": grid})
-        found.dims.update({f"update_norm{own}": dims, f"singular_value{own}": [*dims, f"rank{own}"]})
-        found.coords.update(dict(zip(dims, (names, list(layers)), strict=False)))
-        found.coords[f"rank{own}"] = list(range(1, rank + 1))
-    return found
 
 
 def _hyper_parameters(sites: Sites, draws: dict[str, Array]) -> dict[str, np.ndarray]:
@@ -125,14 +80,14 @@ def _by_chain(x: Any) -> np.ndarray:
     return array.reshape(CHAINS, -1, *array.shape[1:])
 
 
-def _tree(groups: dict[str, dict[str, np.ndarray]], summaries: Summaries, fit: Any, data: Batch) -> Any:
+def _tree(groups: dict[str, dict[str, np.ndarray]], found: Summaries, fit: Any, data: Batch) -> Any:
     import arviz_base
     import xarray
 
     groups = {**groups, "observed_data": {"y": np.asarray(data.labels)}}
-    dims = summaries.dims | {"y": ["row"]}
+    dims = found.dims | {"y": ["row"]}
     # ArviZ's convention that a chain is longer than the number of chains is about MCMC; these draws are few.
-    tree = arviz_base.from_dict(groups, dims=dims, coords=summaries.coords, check_conventions=False)
+    tree = arviz_base.from_dict(groups, dims=dims, coords=found.coords, check_conventions=False)
     trace = {name: ("step", values) for name, values in fit.history.items()}
     steps = {"step": np.arange(1, len(fit.step_seconds) + 1)}
     stats = tree["sample_stats"].to_dataset().assign(trace).assign_coords(steps)
