@@ -37,6 +37,7 @@ from bnlora.comparison import save_reference as save_reference
 from bnlora.comparison import store_reference as store_reference
 from bnlora.conditional import condition as condition
 from bnlora.data import Batch as Batch
+from bnlora.diagnostics import diagnose as diagnose
 from bnlora.diagnostics import to_arviz as to_arviz
 from bnlora.fits import Fit as Fit
 from bnlora.fits import FitDiverged as FitDiverged

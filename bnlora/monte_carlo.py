@@ -1,12 +1,17 @@
-r"""R-hat, effective sample sizes, Monte Carlo errors and the Pareto k of importance weights, by ArviZ.
+r"""R-hat, effective sample sizes, Monte Carlo errors, importance weights and what is read off them, by ArviZ.
 
     MCSE(mean) = sd / sqrt(ESS),    MCSE(sd) = sd(|x - mean|^2) / (2 sd sqrt(ESS of |x - mean|^2))
 
 The one file that imports `arviz_stats`. Arrays have axes (chain, draw, function).
 
 References: Vehtari, Gelman, Simpson, Carpenter and Buerkner (2021), arXiv 1903.08008; Vehtari, Simpson,
-Gelman, Yao and Gabry (2024), arXiv 1507.02646.
+Gelman, Yao and Gabry (2024), arXiv 1507.02646; Margossian et al. (2024), arXiv 2110.13017, for nested R-hat.
 """
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -38,6 +43,15 @@ def rank_rhat(values: Float[np.ndarray, "chain draw k"]) -> Float[np.ndarray, " 
     from arviz_stats.base import array_stats
 
     return np.asarray(array_stats.rhat(values, chain_axis=0, draw_axis=1, method="rank"), np.float64)
+
+
+def nested_rhat(values: Float[np.ndarray, "chain draw k"], *, size: int) -> Float[np.ndarray, " k"]:
+    """Nested R-hat of each function, where every `size` chains in a row form a superchain."""
+    from arviz_stats.base import array_stats
+
+    owner = np.repeat(np.arange(len(values) // size), size)
+    found = [array_stats.rhat_nested(values[..., k], owner) for k in range(values.shape[2])]
+    return np.asarray(found, np.float64)
 
 
 def chain_mcse(values: Float[np.ndarray, "chain draw k"]) -> tuple[np.ndarray, np.ndarray]:
@@ -88,3 +102,71 @@ def pareto_k(log_weights: Float[np.ndarray, " s"]) -> float:
     # ArviZ smooths the weights of leave-one-out, 1 / likelihood, and turns the sign of what it is given.
     _, shape = array_stats.psislw(-ordered)
     return float(shape)
+
+
+def smoothed_weights(log_weights: Float[np.ndarray, "s k"]) -> Float[np.ndarray, "s k"]:
+    """Normalised importance weights of each column, the largest replaced by quantiles of a Pareto law."""
+    from arviz_stats.base import array_stats
+
+    smooth, _ = array_stats.psislw(-np.asarray(log_weights, np.float64), axis=0)
+    weights = np.exp(np.moveaxis(smooth, -1, 0))
+    return weights / weights.sum(0)
+
+
+def power_sensitivity(tree: Any, group: str) -> dict[str, np.ndarray]:
+    """Change of each posterior variable of a DataTree as the prior or the likelihood is raised to a power.
+
+    Args:
+        tree: With the groups `posterior`, `log_prior` and `log_likelihood`.
+        group: "prior" or "likelihood".
+
+    Returns:
+        Sensitivity of each variable: distance of the perturbed distribution functions by change of log2 power.
+    """
+    import arviz_stats
+
+    with _quiet():
+        found = arviz_stats.psense(tree, group=group)
+    return {name: np.asarray(found[name], np.float64) for name in found.data_vars}
+
+
+def approximate_loo(
+    tree: Any,
+    log_p: Float[np.ndarray, " s"],
+    log_q: Float[np.ndarray, " s"],
+    *,
+    observations: int | None = None,
+    seed: int = 0,
+) -> Any:
+    """ArviZ's record of leave-one-out from draws of an approximation, with pointwise values.
+
+    Args:
+        tree: With the group `log_likelihood` of one variable.
+        log_p: Log of the joint density at every draw.
+        log_q: Log-density of every draw under the approximation.
+        observations: How many rows to leave out; all when omitted.
+        seed: Of the choice of rows.
+    """
+    import arviz_stats
+
+    with _quiet():
+        if observations is None:
+            return arviz_stats.loo_approximate_posterior(tree, log_p, log_q, pointwise=True)
+        options = {"log_p": log_p, "log_q": log_q, "reff": 1.0, "seed": seed}
+        return arviz_stats.loo_subsample(tree, observations, pointwise=True, **options)
+
+
+def compare_elpd(records: Mapping[str, Any]) -> Any:
+    """ArviZ's table of several such records, best first, weights by stacking: a pandas DataFrame."""
+    import arviz_stats
+
+    with _quiet():
+        return arviz_stats.compare(dict(records), method="stacking")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without ArviZ's warning of large k, which callers report as a finding, with its rows."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Estimated shape parameter of Pareto")
+        yield

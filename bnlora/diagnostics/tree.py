@@ -9,6 +9,7 @@ say nothing about how good the fit is; `log_p` and `log_q` are there for the dia
 (`arviz_stats.loo_approximate_posterior`, Pareto k).
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -42,6 +43,8 @@ def to_arviz(
         with the ending `_lm_head` for an adapted head, and the prior's hyper-parameters;
         `sample_stats`: `log_p` (log prior plus log-likelihood of the training rows), `log_q`, and
         over optimisation steps `elbo` and its terms;
+        `log_prior`: one variable for each family and for each hyper-parameter, for `arviz_stats.psense`,
+        which wants the training rows as `data`; absent where the prior has no latent sites;
         `log_likelihood`, `posterior_predictive`, `observed_data`: `y` over the rows of `data`.
 
     Raises:
@@ -58,10 +61,35 @@ def to_arviz(
     groups = {
         "posterior": found.values | _hyper_parameters(fit.model.sites, draws.sites),
         "sample_stats": stats,
+        "log_prior": log_prior_by_family(fit.model.sites, draws.log_prior_of),
         "log_likelihood": {"y": prediction.log_probs_of(data.labels)},
         "posterior_predictive": {"y": _sample_classes(prediction.draw_log_probs)},
     }
+    groups = {name: group for name, group in groups.items() if group}
     return _tree(jax.tree.map(_by_chain, groups), found, fit, data)
+
+
+def log_prior_by_family(sites: Sites, log_prior_of: Mapping[str, Array]) -> dict[str, np.ndarray]:
+    """Log prior of every draw, summed over the sites of each family; others under their own names."""
+    found: dict[str, np.ndarray] = {}
+    for name, value in log_prior_of.items():
+        family = name.split(".")[0]
+        group = family if family in sites else name
+        found[group] = found.get(group, 0.0) + np.asarray(value, np.float64)
+    return found
+
+
+def tree_of_draws(groups: Mapping[str, Mapping[str, np.ndarray]], **options: Any) -> Any:
+    """A DataTree of arrays with a leading draw axis, as one chain.
+
+    Args:
+        groups: Arrays by group and name.
+        **options: `dims` and `coords`, as `arviz_base.from_dict` takes them.
+    """
+    import arviz_base
+
+    chains = {g: {n: np.asarray(x)[None] for n, x in group.items()} for g, group in groups.items()}
+    return arviz_base.from_dict(chains, check_conventions=False, **options)
 
 
 def _sample_classes(log_probs: np.ndarray) -> np.ndarray:

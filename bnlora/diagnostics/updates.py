@@ -9,7 +9,6 @@ it does not change with the size of the update.
 Reference: Roy and Vetterli (2007), The effective rank: a measure of effective dimensionality.
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +27,15 @@ def singular_values(a: Float[Any, "... r d_in"], b: Float[Any, "... d_out r"]) -
     values = np.linalg.svd(inner, compute_uv=False)
     missing = a.shape[-2] - values.shape[-1]
     return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)])
+
+
+def effective_rank(values: Float[np.ndarray, "... r"]) -> Float[np.ndarray, "..."]:
+    """Exponential of the entropy of singular values as shares of their sum; zero where all are zero."""
+    values = np.asarray(values, np.float64)
+    total = values.sum(-1, keepdims=True)
+    shares = values / np.where(total > 0, total, 1.0)
+    entropy = -(shares * np.log(np.where(shares > 0, shares, 1.0))).sum(-1)
+    return np.where(total[..., 0] > 0, np.exp(entropy), 0.0)
 
 
 class Summaries(NamedTuple):

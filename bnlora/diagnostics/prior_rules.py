@@ -1,0 +1,140 @@
+"""What prior and posterior say about each other, by rules.
+
+| finding             | problem                                          | caution                                  |
+|---------------------|--------------------------------------------------|------------------------------------------|
+| prior predictive    | the prior leaves the base as it is               | over half of draws and rows are decided  |
+| learned             | every function overlaps the prior by over 0.9    | some family's update is as wide as it was|
+| prior and posterior | the norm of an update is outside of the prior    |                                          |
+| power-scaling       |                                                  | functions that depend on prior and data  |
+| against guessing    | bound below that of guessing by 10 % or more     |                                          |
+| effective rank      |                                                  |                                          |
+"""
+
+import numpy as np
+
+from bnlora.diagnostics.bound import Bound
+from bnlora.diagnostics.finding import Finding
+from bnlora.diagnostics.overlap import Overlap
+from bnlora.diagnostics.sensitivity import THRESHOLD, Sensitivity
+from bnlora.diagnostics.shrinkage import UPDATE, Shrinkage
+from bnlora.diagnostics.spectrum import Spectrum
+from bnlora.prior_predictive import HARDLY, MOST, NEARLY_ALL, PriorPredictive
+
+SAME = 0.9
+"""Overlap of prior and posterior from which they count as one."""
+
+AS_WIDE = 0.97
+"""Ratio of posterior to prior spread from which a layer counts as unlearned."""
+
+OUTSIDE = 0.001
+"""Prior probability beyond the posterior median below which the two are in conflict."""
+
+
+def predictive(found: PriorPredictive) -> Finding:
+    """Whether the prior says something that the data may correct."""
+    moved, decided = found.distance_from_base, found.decided
+    own = float((found.base_probs.max(-1) > NEARLY_ALL).mean())
+    if moved < HARDLY:
+        measured = f"the prior's draws move probabilities by {moved:.4f} on average (at least {HARDLY:g})"
+        remedy = "The prior is far too narrow: raise its scale, bnlora.scale_for_spread finds one."
+        return Finding("prior predictive", "problem", measured, moved, HARDLY, remedy)
+    measured = (
+        f"{decided:.0%} of prior draws and rows put more than {NEARLY_ALL:.0%} on one class (at most {MOST:.0%}); "
+        f"probabilities move by {moved:.2f} on average (at least {HARDLY:g})"
+    )
+    if decided > MOST >= own:
+        remedy = (
+            "The prior believes in confident nonsense: lower its scale, bnlora.scale_for_spread finds one."
+        )
+        return Finding("prior predictive", "caution", measured, decided, MOST, remedy)
+    return Finding("prior predictive", "fine", measured, decided, MOST)
+
+
+def learned(found: Overlap, spread: Shrinkage) -> Finding:
+    """Whether the posterior differs from the prior, and where it does not."""
+    least, k = float(found.value.min()), int(found.value.argmin())
+    cells = [c for c in spread.cells if c.factor == UPDATE and np.isfinite(c.ratio)]
+    measured = (
+        f"least overlap of prior and posterior {least:.2f} ± {found.error[k]:.2f}, in {found.names[k]} (at most "
+        f"{SAME:g}); KL {spread.total_kl:.1f} nats"
+    )
+    if least > SAME:
+        remedy = "The data changed nothing: raise the prior's scale, give more rows or steps, or adapt other layers."
+        return Finding("learned", "problem", measured, least, SAME, remedy)
+    by_family: dict[str, list[float]] = {}
+    for cell in cells:
+        by_family.setdefault(cell.family, []).append(cell.ratio - 2 * cell.ratio_error)
+    idle = [family for family, low in by_family.items() if min(low) > AS_WIDE]
+    if idle:
+        measured += f"; as wide as under the prior in every layer: {', '.join(idle)}"
+        remedy = f"Leave the adapters of {', '.join(idle)} out, or give them a wider prior."
+        return Finding("learned", "caution", measured, least, SAME, remedy)
+    if cells:
+        ratios = [cell.ratio for cell in cells]
+        measured += f"; spread of the updates {min(ratios):.2f} to {max(ratios):.2f} of the prior's"
+    return Finding("learned", "fine", measured, least, SAME)
+
+
+def conflict(found: Overlap) -> Finding:
+    """Whether the sizes of the updates are ones that the prior allows."""
+    norms = [k for k, name in enumerate(found.names) if name.startswith("norm[")]
+    tail = np.minimum(found.position, 1 - found.position)
+    k = min(norms, key=lambda i: tail[i])
+    position = float(found.position[k])
+    measured = (
+        f"the posterior median of {found.names[k]} is at {position:.1%} of the prior (between {OUTSIDE:.1%} and "
+        f"{1 - OUTSIDE:.1%})"
+    )
+    if tail[k] >= OUTSIDE:
+        return Finding("prior and posterior", "fine", measured, position, OUTSIDE)
+    wider = position > 0.5
+    remedy = (
+        f"The updates are {'larger' if wider else 'smaller'} than any draw of the prior: "
+        f"{'raise' if wider else 'lower'} its scale, or learn it with priors.learned(...)."
+    )
+    return Finding("prior and posterior", "problem", measured, position, OUTSIDE, remedy)
+
+
+def scaling(found: Sensitivity, limit: float) -> Finding:
+    """Whether another strength of the prior would change the answer."""
+    worst = max(found.khat_prior, found.khat_likelihood)
+    if worst > limit:
+        measured = f"the weights of a changed power have k-hat {worst:.2f} (at most {limit:.2f})"
+        return Finding("power-scaling", "not asked", measured, worst, limit, "Fit again under another scale.")
+    k = int(found.prior.argmax())
+    measured = (
+        f"{len(found.conflicts)} of {len(found.names)} functions depend on both prior and data, "
+        f"{len(found.prior_alone)} on the prior alone; most on the prior: {found.names[k]}, {found.prior[k]:.2f} "
+        f"(threshold {THRESHOLD:g})"
+    )
+    numbers = (float(found.prior[k]), THRESHOLD)
+    if not (found.conflicts or found.prior_alone):
+        return Finding("power-scaling", "fine", measured, *numbers)
+    remedy = "Say so when you report these, and how they change under another scale of the prior."
+    return Finding("power-scaling", "caution", measured, *numbers, remedy)
+
+
+def guessing(found: Bound, num_rows: int, num_classes: int) -> Finding:
+    """Whether the bound is above the log-evidence of equal probabilities."""
+    guess = -num_rows * float(np.log(num_classes))
+    measured = f"bound {found.value:.1f} nats, guessing among {num_classes} classes {guess:.1f}"
+    if found.value >= 1.1 * guess:
+        return Finding("against guessing", "fine", measured, found.value, guess)
+    remedy = (
+        "The price of the posterior is more than what it earns: fit longer, widen the variational family "
+        "(lam_max=1), or narrow the prior; do not compare evidences."
+    )
+    return Finding("against guessing", "problem", measured, found.value, guess, remedy)
+
+
+def ranks(found: Spectrum) -> Finding:
+    """How much of the rank is used."""
+    shares = [one.effective_rank.mean() / one.rank for one in found.layers]
+    low, high = (found.layers[int(pick(shares))] for pick in (np.argmin, np.argmax))
+    measured = (
+        f"effective rank {low.effective_rank.mean():.1f} of {low.rank} in {low.family} {low.layer} (prior "
+        f"{low.prior_effective_rank.mean():.1f})"
+    )
+    if len(found.layers) > 1:
+        measured += f" to {high.effective_rank.mean():.1f} of {high.rank} in {high.family} {high.layer}"
+    return Finding("effective rank", "fine", measured, float(min(shares)))

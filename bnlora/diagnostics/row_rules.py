@@ -1,0 +1,80 @@
+"""What the rows say: leave-one-out, transforms and counts of the classes, by rules.
+
+| finding       | problem                                       | caution                                        |
+|---------------|-----------------------------------------------|------------------------------------------------|
+| leave-one-out | k-hat too large in a tenth of the rows        | k-hat too large in some row                    |
+| LOO-PIT       |                                               | p below 0.01                                   |
+| class counts  |                                               | p below 0.01                                   |
+"""
+
+import numpy as np
+
+from bnlora.diagnostics.classes import ClassCounts
+from bnlora.diagnostics.finding import Finding
+from bnlora.diagnostics.loo import LeaveOneOut
+from bnlora.diagnostics.pit import Pit
+
+LEVEL = 0.01
+"""P-value below which a check of the predictions raises a caution."""
+
+MANY = 0.1
+
+
+def left_out(found: LeaveOneOut | None, *, whole_failed: bool) -> Finding:
+    """Whether leave-one-out can be believed."""
+    if found is None:
+        return Finding("leave-one-out", "not asked", "the guide has no density, so there are no weights")
+    bad, size = len(found.unreliable), len(found.rows)
+    measured = (
+        f"elpd {found.elpd:.1f} ± {found.error:.1f} nats, {found.p:.1f} effective parameters; k-hat above "
+        f"{found.threshold:.2f} in {bad} of {size} rows"
+    )
+    numbers = (bad / size, MANY)
+    if not bad:
+        return Finding("leave-one-out", "fine", measured, *numbers)
+    if whole_failed:
+        remedy = (
+            "The weights of the whole fit fail (k-hat), so these must: mend that first, or hold rows out."
+        )
+        return Finding("leave-one-out", "not asked", measured, *numbers, remedy)
+    shown = ", ".join(map(str, found.unreliable[:5]))
+    remedy = f"Look at the training rows {shown}, and hold them out in fits of their own."
+    return Finding("leave-one-out", "problem" if bad / size > MANY else "caution", measured, *numbers, remedy)
+
+
+def transforms(found: Pit | None, *, reliable: bool) -> Finding:
+    """Whether the training labels are as random as leave-one-out says."""
+    if found is None or not reliable:
+        return Finding("LOO-PIT", "not asked", "leave-one-out cannot be believed here")
+    where = "within" if found.inside else "outside"
+    measured = (
+        f"{where} the simultaneous {found.level:.0%} band, p {found.p_value:.3f} (at least {LEVEL:g}), "
+        f"{len(found.values)} training rows"
+    )
+    if found.p_value >= LEVEL:
+        return Finding("LOO-PIT", "fine", measured, found.p_value, LEVEL)
+    lean = float(found.values.mean())
+    which = "the last classes" if lean > 0.5 else "the first classes"
+    remedy = (
+        f"The predictions do not fit the labels, {which} come too often: check labels, template and words."
+    )
+    return Finding("LOO-PIT", "caution", measured, found.p_value, LEVEL, remedy)
+
+
+def counted(found: ClassCounts, *, of_training: bool) -> Finding:
+    """Whether the classes of the given rows come as often as predicted."""
+    rows = "training rows, which flatters" if of_training else "given rows"
+    c, b = found.worst
+    measured = (
+        f"p {found.p_value:.3f} (at least {LEVEL:g}) over {int(found.rows[0].sum())} {rows}; furthest: class {c}, "
+        f"bin {b + 1} of {found.rows.shape[1]}, {found.observed[c, b]:.0f} seen, {found.expected[c, b]:.1f} expected "
+        f"(band {found.low[c, b]:.1f} to {found.high[c, b]:.1f})"
+    )
+    if found.p_value >= LEVEL:
+        return Finding("class counts", "fine", measured, found.p_value, LEVEL)
+    short = np.sign(found.observed[c, b] - found.expected[c, b]) < 0
+    remedy = (
+        f"Class {c} comes {'less' if short else 'more'} often than predicted where its probability is in that "
+        "bin: are these rows of the training rows' kind? inference.fit_temperature mends confidence alone."
+    )
+    return Finding("class counts", "caution", measured, found.p_value, LEVEL, remedy)

@@ -1,0 +1,120 @@
+r"""Would another strength of prior or likelihood change the answer? Power-scaling sensitivity.
+
+    p_alpha(theta | y)  proportional to  p(y | theta) p(theta)^alpha     (prior),    p(y | theta)^alpha p(theta)     (likelihood)
+
+near alpha = 1, by importance weights on the draws, smoothed by Pareto laws. The sensitivity of a function is the change of
+its distribution (cumulative Jensen-Shannon distance) for each doubling of alpha. Above 0.05 in both: the prior and
+the data disagree, or the prior simply informs where data do too. Above in the prior alone: the prior decides and the
+data hardly matter. Above in the likelihood alone is what one hopes for.
+
+The draws are those of the guide, taken for the posterior: what is scaled is the posterior that the fit claims. The
+power acts on the density of all latent sites (all adapter weights), whose log varies over draws with the square
+root of half their number. In thousands of dimensions even a power of 0.99 gives uneven weights; `khat_prior` and
+`khat_likelihood` say whether the weights can be believed.
+
+Reference: Kallioinen, Paananen, Buerkner and Vehtari (2024), arXiv 2107.14054.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from bnlora.data import Batch
+from bnlora.diagnostics.overlap import probe_values
+from bnlora.diagnostics.sample import Sample, sample_of
+from bnlora.diagnostics.tree import log_prior_by_family, tree_of_draws
+from bnlora.display import Table
+from bnlora.fits import Fit
+from bnlora.monte_carlo import pareto_k, power_sensitivity
+
+THRESHOLD = 0.05
+ALPHA = 0.99
+
+
+@dataclass(frozen=True, repr=False)
+class Sensitivity:
+    """Power-scaling sensitivity of identifiable functions.
+
+    Attributes:
+        names: Name of each function.
+        prior: Sensitivity of each to the prior.
+        likelihood: Sensitivity of each to the likelihood of the training rows.
+        khat_prior: Pareto k-hat of the weights behind `prior`.
+        khat_likelihood: Of those behind `likelihood`.
+    """
+
+    names: tuple[str, ...]
+    prior: Float[np.ndarray, " k"]
+    likelihood: Float[np.ndarray, " k"]
+    khat_prior: float
+    khat_likelihood: float
+
+    @property
+    def conflicts(self) -> tuple[str, ...]:
+        """Functions that depend on both: prior and data may disagree about them."""
+        both = (self.prior >= THRESHOLD) & (self.likelihood >= THRESHOLD)
+        return tuple(name for name, found in zip(self.names, both, strict=True) if found)
+
+    @property
+    def prior_alone(self) -> tuple[str, ...]:
+        """Functions that depend on the prior and hardly on the data."""
+        alone = (self.prior >= THRESHOLD) & (self.likelihood < THRESHOLD)
+        return tuple(name for name, found in zip(self.names, alone, strict=True) if found)
+
+    @property
+    def table(self) -> Any:
+        """One row for each function, a pandas DataFrame."""
+        import pandas
+
+        columns = {"prior": self.prior, "likelihood": self.likelihood}
+        return pandas.DataFrame(columns, index=pandas.Index(self.names, name="function"))
+
+    def __repr__(self) -> str:
+        return repr(self._shown)
+
+    def _repr_html_(self) -> str:
+        return self._shown._repr_html_()
+
+    @property
+    def _shown(self) -> Table:
+        rows = tuple(
+            (name, f"{self.prior[k]:.3f}", f"{self.likelihood[k]:.3f}") for k, name in enumerate(self.names)
+        )
+        title = (
+            f"Power-scaling sensitivity, threshold {THRESHOLD:g} (k-hat of the weights: prior "
+            f"{self.khat_prior:.2f}, likelihood {self.khat_likelihood:.2f})"
+        )
+        return Table(title, ("function", "prior", "likelihood"), rows)
+
+
+def sensitivity(fit: Fit | Sample, probe: Batch) -> Sensitivity:
+    """Power-scaling sensitivity of margins at probe rows and of the norms of the updates.
+
+    Args:
+        fit: A fit, or a `Sample` of it.
+        probe: Rows whose margins are looked at, the first eight of them; labels are not read.
+
+    Raises:
+        ValueError: When the prior has no latent sites.
+    """
+    drawn = sample_of(fit)
+    if not drawn.has_prior:
+        raise ValueError("power-scaling needs a prior with sample sites; this fit has parameters alone")
+    draw, adapters = drawn.drawn
+    names, values = probe_values(drawn, adapters, probe)
+    by_family = log_prior_by_family(drawn.fit.model.sites, draw.log_prior_of)
+    tree = tree_of_draws(
+        {
+            "posterior": {"value": values},
+            "log_prior": by_family,
+            "log_likelihood": {"y": drawn.log_likelihood},
+        },
+        dims={"value": ["function"], "y": ["row"]},
+        coords={"function": list(names)},
+    )
+    prior, likelihood = (power_sensitivity(tree, group)["value"] for group in ("prior", "likelihood"))
+    log_prior = sum(by_family.values(), start=np.zeros(len(values)))
+    scaled = [pareto_k((ALPHA - 1) * x) for x in (log_prior, drawn.log_likelihood.sum(1))]
+    return Sensitivity(names, prior, likelihood, *scaled)
