@@ -121,7 +121,7 @@ def power_sensitivity(tree: Any, group: str) -> dict[str, np.ndarray]:
         group: "prior" or "likelihood".
 
     Returns:
-        Sensitivity of each variable: distance of the perturbed distribution functions by change of log2 power.
+        Sensitivity of each variable: distance of the distribution functions by change of log2 power.
     """
     import arviz_stats
 

@@ -4,14 +4,14 @@ The rows are put into B bins of equal size by p_i(c), for each class c, and in e
 
     O = number of rows of class c,    E = sum_i p_i(c),    z = (O - E) / (sum_i p_i(c) (1 - p_i(c)))^(1/2)
 
-Labels are simulated from the predictions themselves, all classes of a row together; the band around E holds every
-count of every class at once with probability `level`, and the p-value is the share of simulations whose largest |z|
-exceeds that of the labels. It is a check by predictive replication, on rows that the fit has not seen; with counts
-this discrete a pointwise interval would be crossed somewhere most of the time.
+Labels are simulated from the predictions themselves, all classes of a row together; the band around E holds
+every count of every class at once with probability `level`, and the p-value is the share of simulations
+whose largest |z| exceeds that of the labels. It is a check by predictive replication, on rows that the fit
+has not seen; with counts this discrete a pointwise interval would be crossed somewhere most of the time.
 
 References: Gelman, Meng and Stern (1996), Posterior predictive assessment of model fitness via realized
-discrepancies; Broecker and Smith (2007), Increasing the reliability of reliability diagrams, for bands by resampling
-under calibration.
+discrepancies; Broecker and Smith (2007), Increasing the reliability of reliability diagrams, for bands by
+resampling under calibration.
 """
 
 from dataclasses import dataclass

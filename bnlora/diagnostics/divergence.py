@@ -2,11 +2,11 @@ r"""How many nats each site and layer has learned: KL(q || p), the price of the 
 
     KL(q(x) || p(x)) = E_q[log q(x) - log p(x)]
 
-For a site whose two laws are a pair that NumPyro knows, such as two normals, the integral over the site is taken in
-closed form, given the sites above it; else one log-ratio stands for it. Both are averaged over draws of the
-guide, and the standard error is that of the mean: zero where nothing of it is random. Sites whose plate runs over
-layers have a term for each layer. Sites that a guide ties together (a vector over all layers, or over several
-sites) have one for all of them, and none by layer.
+For a site whose two laws are a pair that NumPyro knows, such as two normals, the integral over the site is
+taken in closed form, given the sites above it; else one log-ratio stands for it. Both are averaged over
+draws of the guide, and the standard error is that of the mean: zero where nothing of it is random. Sites
+whose plate runs over layers have a term for each layer. Sites that a guide ties together (a vector over all
+layers, or over several sites) have one for all of them, and none by layer.
 
 The terms add up to the KL of the bound: `inducing_kl + conditional_kl`.
 
@@ -103,7 +103,7 @@ def tied_sites(fit: Fit) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
 
 
 def points_of(fit: Fit) -> tuple[str, ...]:
-    """Latent sites without a density: of a family that says so, or a Delta without an auxiliary site behind it."""
+    """Latent sites without a density: of a family that says so, or a lone Delta."""
     guide_sites, latent = _guide_sites(fit)
     tied = {name for names, parts in tied_sites(fit) if len(parts) > len(names) for name in names}
     said = {
@@ -186,7 +186,7 @@ def _site(
 
 
 def place(sites: Sites, name: str) -> tuple[str, str]:
-    """Family and factor of a latent site by its name `<family>.<factor>.<symbol>`; empty where it has none."""
+    """Family and factor of a latent site by its name `<family>.<factor>.<symbol>`, or empty."""
     parts = name.split(".")
     family = parts[0] if parts[0] in sites else ""
     return family, parts[1] if family and len(parts) > 1 and parts[1] in FACTORS else ""

@@ -1,13 +1,13 @@
 """What the record of the optimisation and the importance weights say, by rules.
 
-| finding              | problem                                         | caution                                |
-|----------------------|-------------------------------------------------|----------------------------------------|
-| steps                | it diverged                                     | it was interrupted, or steps skipped   |
-| convergence          | still moving, too short, or fallen from its best| too noisy to say                       |
-| last step            | bound there off its recent mean by 3 se + 5 %   |                                        |
-| k-hat                | above 1                                         | above the threshold for so many draws  |
-| k-hat by family      | above 1 in some family                          | above the threshold in some family     |
-| restarts             | nested R-hat of some function above 1.05        |                                        |
+| finding         | problem                                          | caution                               |
+|-----------------|--------------------------------------------------|---------------------------------------|
+| steps           | it diverged                                      | it was interrupted, or steps skipped  |
+| convergence     | still moving, too short, or fallen from its best | too noisy to say                      |
+| last step       | bound there off its recent mean by 3 se + 5 %    |                                       |
+| k-hat           | above 1                                          | above the threshold for so many draws |
+| k-hat by family | above 1 in some family                           | above the threshold in some family    |
+| restarts        | nested R-hat of some function above 1.05         |                                       |
 """
 
 import numpy as np
@@ -41,9 +41,10 @@ def steps(fit: Fit) -> Finding:
 def convergence(found: Bound) -> Finding:
     """Whether the smoothed bound has stopped changing."""
     measured = (
-        f"the bound changed by {found.change:+.2f} ± {found.change_error:.2f} nats ({found.relative_change:+.2%}, "
+        f"the bound changed by {found.change:+.2f} ± {found.change_error:.2f} nats "
+        f"({found.relative_change:+.2%}, "
         f"tolerance {found.tolerance:.0%}) between the last two fifths of {found.num_steps} steps, R-hat "
-        f"{found.rhat:.2f}"
+        f"{found.rhat:.2f}; its KL by {found.kl_change:+.2f} ± {found.kl_change_error:.2f}"
     )
     numbers = (abs(found.relative_change), found.tolerance)
     best = int(found.terms["elbo"].argmax())
@@ -57,13 +58,17 @@ def convergence(found: Bound) -> Finding:
         remedy = "The optimiser left a better place: lower the learning rate, or let it decay."
         return Finding("convergence", "problem", measured, *numbers, remedy)
     if found.verdict == "moving":
-        rising = found.change > 0
-        more = "Fit for more steps, or with a higher learning rate that decays"
-        remedy = f"{more}." if rising else "Lower the learning rate, or let it decay: the bound is falling."
+        falling = found.change < -found.allowed - 2 * found.change_error
+        remedy = (
+            "The bound is falling: lower the learning rate, or let it decay."
+            if falling
+            else "Fit for more steps, or with higher rates that decay (of scales: scale_optimizer)."
+        )
         return Finding("convergence", "problem", measured, *numbers, remedy)
     if found.verdict == "too noisy":
         remedy = (
-            "The noise hides changes of this size: let the learning rate decay, use larger minibatches or more "
+            "The noise hides changes of this size: let the learning rate decay, use larger minibatches or "
+            "more "
             "particles, or more steps."
         )
         return Finding("convergence", "caution", measured, *numbers, remedy)
@@ -81,7 +86,8 @@ def last_step(found: Bound, final: FinalBound | None, fit: Fit) -> Finding:
     gap, error = final.value - found.value, float(np.hypot(final.error, found.errors["elbo"][-1]))
     limit = 3 * error + FALL * found.allowed
     measured = (
-        f"bound {final.value:.1f} ± {final.error:.1f} nats at the fitted parameters, {gap:+.1f} against the mean "
+        f"bound {final.value:.1f} ± {final.error:.1f} nats at the fitted parameters, {gap:+.1f} against "
+        f"the mean "
         f"of the last fifth (at most ± {limit:.1f})"
     )
     if abs(gap) <= limit:
@@ -94,18 +100,24 @@ def last_step(found: Bound, final: FinalBound | None, fit: Fit) -> Finding:
     return Finding("last step", "problem", measured, abs(gap), limit, remedy)
 
 
-def weights(found: KHats) -> Finding:
+def weights(found: KHats, *, converged: bool) -> Finding:
     """Whether the draws can be reweighted to the posterior."""
     if found.overall is None:
         remedy = "Without a density only predictions can be judged: look at held-out rows."
         return Finding("k-hat", "not asked", "the guide sets some site to a point", remedy=remedy)
     k, limit, size = found.overall.value, found.overall.threshold, found.num_dimensions["whole"]
-    measured = f"Pareto k-hat {k:.2f} (at most {limit:.2f} with {found.overall.num_draws} draws) in {size:,} dimensions"
+    measured = (
+        f"Pareto k-hat {k:.2f} (at most {limit:.2f} with {found.overall.num_draws} draws) in {size:,} "
+        "dimensions"
+    )
     if found.overall.passed:
         return Finding("k-hat", "fine", measured, k, limit)
     remedy = (
-        "The guide misses part of the posterior: try full() or low_rank(over='all'), or compare identifiable "
-        "functions with bnlora.sample_nuts; until then do not trust its intervals."
+        "The guide misses part of the posterior: give it a richer family, such as full() or "
+        "low_rank(over='all'), "
+        "or hold identifiable functions against bnlora.sample_nuts before its intervals are used."
+        if converged
+        else "Mend the convergence first; what is left of it then is the guide's."
     )
     return Finding("k-hat", _severity(k), measured, k, limit, remedy)
 
@@ -131,7 +143,8 @@ def agreement(found: Restarts) -> Finding:
     """Whether fits from other keys agree."""
     k = found.worst
     measured = (
-        f"nested R-hat {found.rhat[k]:.2f} in {found.names[k]} (at most {THRESHOLD:g}) over {len(found.bounds)} "
+        f"nested R-hat {found.rhat[k]:.2f} in {found.names[k]} (at most {THRESHOLD:g}) over "
+        f"{len(found.bounds)} "
         f"fits with bounds {', '.join(f'{x:.1f}' for x in found.bounds)} nats"
     )
     numbers = (float(found.rhat[k]), THRESHOLD)

@@ -3,17 +3,18 @@ r"""Leave-one-out from a fit: how well would each training row have been predict
     elpd = sum_i log p(y_i | y_-i),    p(y_i | y_-i) = sum_s w_is p(y_i | theta_s) / sum_s w_is,
     w_is = p(theta_s, y) / (q(theta_s) p(y_i | theta_s)),    theta_s ~ q
 
-The weights correct two things at once: from the guide to the posterior, and from the posterior to the one without
-the row; they are smoothed by Pareto laws, and the k-hat of each row says whether that worked. Where that of the
-fit itself is too large (`khat`), that of every row is. `p` is the effective number of parameters, the log-likelihood
-that is lost by leaving out.
+The weights correct two things at once: from the guide to the posterior, and from the posterior to the one
+without the row; they are smoothed by Pareto laws, and the k-hat of each row says whether that worked. Where
+that of the fit itself is too large (`khat`), that of every row is. `p` is the effective number of
+parameters, the log-likelihood that is lost by leaving out.
 
-Of many rows a random part is left out and the sum over the others estimated by differences to their
-log-likelihood (Magnusson et al. 2019), which adds `subsampling_error`. That saves the smoothing, not the forward
-passes: the joint density in the weights is over all rows.
+Of many rows a random part is left out and the sum over the others estimated by differences to their log-
+likelihood (Magnusson et al. 2019), which adds `subsampling_error`. That saves the smoothing, not the
+forward passes: the joint density in the weights is over all rows.
 
-References: Vehtari, Gelman and Gabry (2017), arXiv 1507.04544; Magnusson, Andersen, Jonasson and Vehtari (2019),
-arXiv 1904.10679, for approximate posteriors and subsampling; Yao et al. (2018), arXiv 1704.02030, for stacking.
+References: Vehtari, Gelman and Gabry (2017), arXiv 1507.04544; Magnusson, Andersen, Jonasson and Vehtari
+(2019), arXiv 1904.10679, for approximate posteriors and subsampling; Yao et al. (2018), arXiv 1704.02030,
+for stacking.
 """
 
 from collections.abc import Mapping

@@ -2,17 +2,19 @@ r"""How much of the prior is left in the posterior, function by function?
 
     overlap(f) = integral min(q(f), p(f)) df = 1 - total variation
 
-of posterior and prior of a scalar function that the data can identify: margins of the logits at probe rows, the norm
-of each family's update. One where the data said nothing about it, near zero where they moved or narrowed it beyond
-the prior. Beside it stands where the posterior median lies in the prior, P_p(f <= median_q f): near 0 or 1 the posterior
-fights the prior, whatever the overlap.
+of posterior and prior of a scalar function that the data can identify: margins of the logits at probe rows,
+the norm of each family's update. One where the data said nothing about it, near zero where they moved or
+narrowed it beyond the prior. Beside it stands where the posterior median lies in the prior, P_p(f <=
+median_q f): near 0 or 1 the posterior fights the prior, whatever the overlap.
 
-Overlap does not change under increasing maps of f. Both samples are therefore mapped by the normal scores of their
-pooled ranks, which no heavy tail upsets, and smoothed there with Gaussian kernels of Scott's width, by which the estimate of
-small overlaps is a little high. Its standard error is that of a jackknife over ten groups of draws.
+Overlap does not change under increasing maps of f. Both samples are therefore mapped by the normal scores
+of their pooled ranks, which no heavy tail upsets, and smoothed there with Gaussian kernels of Scott's
+width, by which the estimate of small overlaps is a little high. Its standard error is that of a jackknife
+over ten groups of draws.
 
-References: Inman and Bradley (1989), The overlapping coefficient as a measure of agreement between probability
-distributions; Garrett and Zeger (2000), Latent class model diagnosis, for overlaps of prior and posterior.
+References: Inman and Bradley (1989), The overlapping coefficient as a measure of agreement between
+probability distributions; Garrett and Zeger (2000), Latent class model diagnosis, for overlaps of prior and
+posterior.
 """
 
 from dataclasses import dataclass

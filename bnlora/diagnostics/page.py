@@ -1,13 +1,13 @@
 """One page about a fit: what is fine, what is not, and what to do about it.
 
-Every diagnostic of this package runs on one set of draws; the rules of `fit_rules`, `prior_rules` and `row_rules`
-turn each into a finding. The page makes no claim beyond its findings: k-hat sees no missed mode, a bound that stands
-still may stand in a poor optimum (give `restarts`), and no check of predictions proves a posterior. A gold standard
-is `bnlora.sample_nuts` with `bnlora.compare`.
+Every diagnostic of this package runs on one set of draws; the rules of `fit_rules`, `prior_rules` and
+`row_rules` turn each into a finding. The page makes no claim beyond its findings: k-hat sees no missed
+mode, a bound that stands still may stand in a poor optimum (give `restarts`), and no check of predictions
+proves a posterior. A gold standard is `bnlora.sample_nuts` with `bnlora.compare`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from io import StringIO
 
@@ -40,6 +40,9 @@ from bnlora.prior_predictive import PriorPredictive
 
 MOST_ROWS = 500
 """Training rows above which leave-one-out takes a random part of them, unless told otherwise."""
+
+LEVEL = 1 - row_rules.LEVEL
+"""Probability of the simultaneous bands, so that they are left when the p-value raises a caution."""
 
 PRIOR_ROWS = 32
 """Rows of the prior predictive."""
@@ -173,13 +176,13 @@ def diagnose(
 
     Args:
         fit: A fit.
-        data: Rows with labels, best ones that were not fitted: for counts of the classes, the first eight for margins
-            and the first 32 for the prior predictive.
+        data: Rows with labels, best ones that were not fitted: for counts of the classes, the first eight for
+            margins and the first 32 for the prior predictive.
         num_samples: Draws of the guide, and of the prior.
         batch_size: Rows to run at a time.
         tolerance: Relative change of the smoothed bound that counts as none.
-        families: Whether k-hat is asked of each family too, which runs the training rows once more for each.
-        leave_out: Training rows for leave-one-out, chosen at random; all of up to 500, else 500, when omitted.
+        families: Whether k-hat is asked of each family too, running the training rows once more for each.
+        leave_out: Training rows for leave-one-out, chosen at random; all, and at most 500, when omitted.
         restarts: Other fits of this model, from other keys, to hold against this one.
         key: Random key; the fit's own when omitted, so that two calls agree.
         console: Where to draw progress bars; the terminal or notebook when omitted.
@@ -195,22 +198,23 @@ def diagnose(
     others = [sample(f, num_samples=num_samples, batch_size=batch_size, console=console) for f in restarts]
     asked = MOST_ROWS if leave_out is None and len(fit.train) > MOST_ROWS else leave_out
     prior = drawn.has_prior
-    parts = {
-        "bound": bound(drawn, tolerance=tolerance) if _long_enough(fit) else None,
-        "final_bound": final_bound(drawn) if drawn.has_density else None,
-        "khat": khat(drawn, families=families),
-        "shrinkage": shrinkage(drawn) if prior else None,
-        "overlap": overlap(drawn, data) if prior else None,
-        "sensitivity": sensitivity(drawn, data) if prior else None,
-        "prior_predictive": _prior_predictive(drawn, data) if prior else None,
-        "spectrum": spectrum(drawn),
-        "loo": loo(drawn, observations=asked) if drawn.has_density else None,
-        "pit": _pit(drawn) if drawn.has_density else None,
-        "class_counts": _class_counts(drawn, data),
-        "restarts": hold_together([drawn, *others], data) if others else None,
-    }
-    page = Diagnosis(findings=(), **parts, num_samples=num_samples)
-    return Diagnosis(findings=tuple(_findings(page, drawn, data)), **parts, num_samples=num_samples)
+    page = Diagnosis(
+        findings=(),
+        bound=bound(drawn, tolerance=tolerance) if _long_enough(fit) else None,
+        final_bound=final_bound(drawn) if drawn.has_density else None,
+        khat=khat(drawn, families=families),
+        shrinkage=shrinkage(drawn) if prior else None,
+        overlap=overlap(drawn, data) if prior else None,
+        sensitivity=sensitivity(drawn, data) if prior else None,
+        prior_predictive=_prior_predictive(drawn, data) if prior else None,
+        spectrum=spectrum(drawn),
+        loo=loo(drawn, observations=asked) if drawn.has_density else None,
+        pit=_pit(drawn) if drawn.has_density else None,
+        class_counts=_class_counts(drawn, data),
+        restarts=hold_together([drawn, *others], data) if others else None,
+        num_samples=num_samples,
+    )
+    return replace(page, findings=tuple(_findings(page, drawn, data)))
 
 
 def _findings(page: Diagnosis, drawn: Sample, data: Batch) -> list[Finding]:
@@ -221,7 +225,8 @@ def _findings(page: Diagnosis, drawn: Sample, data: Batch) -> list[Finding]:
     else:
         measured = f"{len(fit.step_seconds)} steps, too few to smooth"
         found.append(Finding("convergence", "problem", measured, remedy="Fit for hundreds of steps."))
-    found.append(fit_rules.weights(page.khat))
+    converged = found[1].status == "fine"
+    found.append(fit_rules.weights(page.khat, converged=converged))
     found += [one for one in [fit_rules.families(page.khat)] if one is not None]
     if page.restarts is not None:
         found.append(fit_rules.agreement(page.restarts))
@@ -247,14 +252,14 @@ def _long_enough(fit: Fit) -> bool:
 
 
 def _pit(drawn: Sample) -> Pit:
-    return randomised_pit(drawn.random(4), loo_probs(drawn), np.asarray(drawn.fit.train.labels))
+    return randomised_pit(drawn.random(4), loo_probs(drawn), np.asarray(drawn.fit.train.labels), level=LEVEL)
 
 
 def _class_counts(drawn: Sample, data: Batch) -> ClassCounts:
     found = predict_with_draws(
         drawn.fit.model, drawn.drawn[1], data, batch_size=drawn.batch_size, console=drawn.console
     )
-    return class_counts(drawn.random(5), found.probs, np.asarray(data.labels))
+    return class_counts(drawn.random(5), found.probs, np.asarray(data.labels), level=LEVEL)
 
 
 def _prior_predictive(drawn: Sample, data: Batch) -> PriorPredictive:

@@ -2,17 +2,17 @@ r"""Are the labels as random as the predictions say? Randomised probability inte
 
     u_i = F_i(y_i - 1) + v_i p_i(y_i),    F_i(c) = sum_{c' <= c} p_i(c'),    v_i uniform on (0, 1)
 
-If y_i is drawn from p_i, u_i is uniform, exactly, for discrete classes in any fixed order. With p_i the prediction of
-row i by leave-one-out no row is used twice. The distribution function of the u is held against bands that contain
-all of it with probability `level`:
+If y_i is drawn from p_i, u_i is uniform, exactly, for discrete classes in any fixed order. With p_i the
+prediction of row i by leave-one-out no row is used twice. The distribution function of the u is held
+against bands that contain all of it with probability `level`:
 
     P( gamma / 2 <= Bin(n, z).cdf(n ECDF(z)) <= 1 - gamma / 2  for all z ) = level
 
-with gamma found by simulation of uniform samples, and a p-value from the same simulation. Skewed: one end of the
-classes is predicted too often; a hill in the middle: predictions too cautious; a valley: too sure.
+with gamma found by simulation of uniform samples, and a p-value from the same simulation. Skewed: one end
+of the classes is predicted too often; a hill in the middle: predictions too cautious; a valley: too sure.
 
-Reference: Czado, Gneiting and Held (2009), Predictive model assessment for count data; Saeilynoja, Buerkner and
-Vehtari (2022), Graphical test for discrete uniformity, arXiv 2103.10522.
+Reference: Czado, Gneiting and Held (2009), Predictive model assessment for count data; Saeilynoja, Buerkner
+and Vehtari (2022), Graphical test for discrete uniformity, arXiv 2103.10522.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Pit:
         ecdf: Share of the values that are at most z.
         low: Lower end of the simultaneous band.
         high: Upper end of it.
-        p_value: Probability, for uniform values, of leaving a band as narrow as the narrowest that holds these.
+        p_value: Probability that uniform values leave the narrowest band that holds these.
         level: Probability with which uniform values stay in the band everywhere.
     """
 

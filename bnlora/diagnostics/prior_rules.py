@@ -1,13 +1,13 @@
 """What prior and posterior say about each other, by rules.
 
-| finding             | problem                                          | caution                                  |
-|---------------------|--------------------------------------------------|------------------------------------------|
-| prior predictive    | the prior leaves the base as it is               | over half of draws and rows are decided  |
-| learned             | every function overlaps the prior by over 0.9    | some family's update is as wide as it was|
-| prior and posterior | the norm of an update is outside of the prior    |                                          |
-| power-scaling       |                                                  | functions that depend on prior and data  |
-| against guessing    | bound below that of guessing by 10 % or more     |                                          |
-| effective rank      |                                                  |                                          |
+| finding             | problem                                | caution                                    |
+|---------------------|----------------------------------------|--------------------------------------------|
+| prior predictive    | the prior leaves the base as it is     | over half of draws and rows are decided    |
+| learned             | all overlaps of functions above 0.9    | some family's update is as under the prior |
+| prior and posterior | norm of an update outside of the prior |                                            |
+| power-scaling       |                                        | some margin depends on the prior           |
+| against guessing    | bound 10 % below that of guessing      |                                            |
+| effective rank      |                                        |                                            |
 """
 
 import numpy as np
@@ -39,7 +39,8 @@ def predictive(found: PriorPredictive) -> Finding:
         remedy = "The prior is far too narrow: raise its scale, bnlora.scale_for_spread finds one."
         return Finding("prior predictive", "problem", measured, moved, HARDLY, remedy)
     measured = (
-        f"{decided:.0%} of prior draws and rows put more than {NEARLY_ALL:.0%} on one class (at most {MOST:.0%}); "
+        f"{decided:.0%} of prior draws and rows put more than {NEARLY_ALL:.0%} on one class (at most "
+        f"{MOST:.0%}); "
         f"probabilities move by {moved:.2f} on average (at least {HARDLY:g})"
     )
     if decided > MOST >= own:
@@ -55,18 +56,20 @@ def learned(found: Overlap, spread: Shrinkage) -> Finding:
     least, k = float(found.value.min()), int(found.value.argmin())
     cells = [c for c in spread.cells if c.factor == UPDATE and np.isfinite(c.ratio)]
     measured = (
-        f"least overlap of prior and posterior {least:.2f} ± {found.error[k]:.2f}, in {found.names[k]} (at most "
+        f"least overlap of prior and posterior {least:.2f} ± {found.error[k]:.2f}, in {found.names[k]} (at "
+        f"most "
         f"{SAME:g}); KL {spread.total_kl:.1f} nats"
     )
     if least > SAME:
-        remedy = "The data changed nothing: raise the prior's scale, give more rows or steps, or adapt other layers."
+        remedy = "The data changed nothing: raise the prior's scale, give more rows or steps, or adapt others."
         return Finding("learned", "problem", measured, least, SAME, remedy)
     by_family: dict[str, list[float]] = {}
     for cell in cells:
         by_family.setdefault(cell.family, []).append(cell.ratio - 2 * cell.ratio_error)
-    idle = [family for family, low in by_family.items() if min(low) > AS_WIDE]
+    same = {n.split("[")[-1][:-1] for n, x in zip(found.names, found.value, strict=True) if x > SAME}
+    idle = [family for family, low in by_family.items() if min(low) > AS_WIDE and family in same]
     if idle:
-        measured += f"; as wide as under the prior in every layer: {', '.join(idle)}"
+        measured += f"; size and spread of the update as under the prior: {', '.join(idle)}"
         remedy = f"Leave the adapters of {', '.join(idle)} out, or give them a wider prior."
         return Finding("learned", "caution", measured, least, SAME, remedy)
     if cells:
@@ -82,7 +85,8 @@ def conflict(found: Overlap) -> Finding:
     k = min(norms, key=lambda i: tail[i])
     position = float(found.position[k])
     measured = (
-        f"the posterior median of {found.names[k]} is at {position:.1%} of the prior (between {OUTSIDE:.1%} and "
+        f"the posterior median of {found.names[k]} is at {position:.1%} of the prior (between "
+        f"{OUTSIDE:.1%} and "
         f"{1 - OUTSIDE:.1%})"
     )
     if tail[k] >= OUTSIDE:
@@ -101,16 +105,21 @@ def scaling(found: Sensitivity, limit: float) -> Finding:
     if worst > limit:
         measured = f"the weights of a changed power have k-hat {worst:.2f} (at most {limit:.2f})"
         return Finding("power-scaling", "not asked", measured, worst, limit, "Fit again under another scale.")
-    k = int(found.prior.argmax())
+    # Norms hold what is added to all classes alike, which only the prior knows: margins are what is asked.
+    margins = [k for k, name in enumerate(found.names) if name.startswith("margin[")]
+    both, alone = (
+        sum(found.names[k] in names for k in margins) for names in (found.conflicts, found.prior_alone)
+    )
+    k = max(margins, key=lambda i: found.prior[i])
     measured = (
-        f"{len(found.conflicts)} of {len(found.names)} functions depend on both prior and data, "
-        f"{len(found.prior_alone)} on the prior alone; most on the prior: {found.names[k]}, {found.prior[k]:.2f} "
-        f"(threshold {THRESHOLD:g})"
+        f"of {len(margins)} margins {both} depend on prior and data, {alone} on the prior alone; most on the "
+        f"prior: {found.names[k]}, {found.prior[k]:.2f} (below {THRESHOLD:g}; its data "
+        f"{found.likelihood[k]:.2f})"
     )
     numbers = (float(found.prior[k]), THRESHOLD)
-    if not (found.conflicts or found.prior_alone):
+    if not both + alone:
         return Finding("power-scaling", "fine", measured, *numbers)
-    remedy = "Say so when you report these, and how they change under another scale of the prior."
+    remedy = "Report how these predictions change under a wider and a narrower prior: both matter."
     return Finding("power-scaling", "caution", measured, *numbers, remedy)
 
 
@@ -121,8 +130,9 @@ def guessing(found: Bound, num_rows: int, num_classes: int) -> Finding:
     if found.value >= 1.1 * guess:
         return Finding("against guessing", "fine", measured, found.value, guess)
     remedy = (
-        "The price of the posterior is more than what it earns: fit longer, widen the variational family "
-        "(lam_max=1), or narrow the prior; do not compare evidences."
+        "The price of the posterior is more than what it earns: fit until it converges, widen the "
+        "variational "
+        "family (lam_max=1) or mend the prior's scale, and do not compare evidences."
     )
     return Finding("against guessing", "problem", measured, found.value, guess, remedy)
 

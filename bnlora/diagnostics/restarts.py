@@ -1,18 +1,18 @@
 r"""Do fits from other random keys find the same posterior? Nested R-hat of restarts taken as chains.
 
-    nested R-hat = (1 + B / W)^(1/2),    B = variance of the means of the fits,    W = mean variance within a fit
+    nested R-hat = (1 + B / W)^(1/2),    B = variance of the fits' means,    W = mean variance in a fit
 
-on functions that the data can identify: margins of the logits at probe rows, norms of the updates of each family,
-singular values of each layer. A fit is a superchain and its draws are cut into subchains, which for independent draws
-changes nothing but the bookkeeping. At the threshold of 1.05 the fits' means differ by a third of the posterior
-standard deviation. It is the rank-normalised R-hat of values and of their distances to the median, so that fits with
-other spreads are found too.
+on functions that the data can identify: margins of the logits at probe rows, norms of the updates of each
+family, singular values of each layer. A fit is a superchain and its draws are cut into subchains, which for
+independent draws changes nothing but the bookkeeping. At the threshold of 1.05 the fits' means differ by a
+third of the posterior standard deviation. It is the rank-normalised R-hat of values and of their distances
+to the median, so that fits with other spreads are found too.
 
-The bound has an R-hat of its own, over the last fifth of the steps of each fit, and the bounds themselves are given:
-of several optima the one with the highest bound is the closest to the posterior in KL.
+The bound has an R-hat of its own, over the last fifth of the steps of each fit, and the bounds themselves
+are given: of several optima the one with the highest bound is the closest to the posterior in KL.
 
-References: Margossian et al. (2024), Nested R-hat, arXiv 2110.13017; Dhaka et al. (2020), arXiv 2009.00666, for
-R-hat over runs of variational inference.
+References: Margossian et al. (2024), Nested R-hat, arXiv 2110.13017; Dhaka et al. (2020), arXiv 2009.00666,
+for R-hat over runs of variational inference.
 """
 
 from collections.abc import Sequence

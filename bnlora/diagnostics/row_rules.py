@@ -1,10 +1,10 @@
 """What the rows say: leave-one-out, transforms and counts of the classes, by rules.
 
-| finding       | problem                                       | caution                                        |
-|---------------|-----------------------------------------------|------------------------------------------------|
-| leave-one-out | k-hat too large in a tenth of the rows        | k-hat too large in some row                    |
-| LOO-PIT       |                                               | p below 0.01                                   |
-| class counts  |                                               | p below 0.01                                   |
+| finding       | problem                                | caution                     |
+|---------------|----------------------------------------|-----------------------------|
+| leave-one-out | k-hat too large in a tenth of the rows | k-hat too large in some row |
+| LOO-PIT       |                                        | p below 0.01                |
+| class counts  |                                        | p below 0.01                |
 """
 
 import numpy as np
@@ -66,15 +66,18 @@ def counted(found: ClassCounts, *, of_training: bool) -> Finding:
     rows = "training rows, which flatters" if of_training else "given rows"
     c, b = found.worst
     measured = (
-        f"p {found.p_value:.3f} (at least {LEVEL:g}) over {int(found.rows[0].sum())} {rows}; furthest: class {c}, "
-        f"bin {b + 1} of {found.rows.shape[1]}, {found.observed[c, b]:.0f} seen, {found.expected[c, b]:.1f} expected "
+        f"p {found.p_value:.3f} (at least {LEVEL:g}) over {int(found.rows[0].sum())} {rows}; furthest: "
+        f"class {c}, "
+        f"bin {b + 1} of {found.rows.shape[1]}, {found.observed[c, b]:.0f} seen, "
+        f"{found.expected[c, b]:.1f} expected "
         f"(band {found.low[c, b]:.1f} to {found.high[c, b]:.1f})"
     )
     if found.p_value >= LEVEL:
         return Finding("class counts", "fine", measured, found.p_value, LEVEL)
     short = np.sign(found.observed[c, b] - found.expected[c, b]) < 0
     remedy = (
-        f"Class {c} comes {'less' if short else 'more'} often than predicted where its probability is in that "
+        f"Class {c} comes {'less' if short else 'more'} often than predicted where its probability is in "
+        f"that "
         "bin: are these rows of the training rows' kind? inference.fit_temperature mends confidence alone."
     )
     return Finding("class counts", "caution", measured, found.p_value, LEVEL, remedy)

@@ -1,7 +1,7 @@
 """Draws of a fit and of its prior, made once for all diagnostics that look at them.
 
-Every diagnostic takes a fit, or a `Sample` of it: `khat(fit)` draws anew, while `s = sample(fit)` followed by
-`khat(s)` and `shrinkage(s)` draws once. What is expensive is computed when it is first asked for.
+Every diagnostic takes a fit, or a `Sample` of it: `khat(fit)` draws anew, while `s = sample(fit)` followed
+by `khat(s)` and `shrinkage(s)` draws once. What is expensive is computed when it is first asked for.
 """
 
 from dataclasses import dataclass, field
@@ -118,7 +118,8 @@ def sample(
     """
     if not isinstance(fit, Fit):
         raise ValueError(
-            f"diagnostics need a Fit, whose bound and densities they read; got {type(fit).__name__}: for other "
+            f"diagnostics need a Fit, whose bound and densities they read; got {type(fit).__name__}: for "
+            f"other "
             "posteriors use bnlora.compare, predict and metrics"
         )
     check_at_least({"num_samples": num_samples}, LEAST_DRAWS)

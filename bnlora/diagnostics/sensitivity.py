@@ -1,16 +1,18 @@
 r"""Would another strength of prior or likelihood change the answer? Power-scaling sensitivity.
 
-    p_alpha(theta | y)  proportional to  p(y | theta) p(theta)^alpha     (prior),    p(y | theta)^alpha p(theta)     (likelihood)
+    prior:       p_alpha(theta | y)  proportional to  p(y | theta) p(theta)^alpha
+    likelihood:  p_alpha(theta | y)  proportional to  p(y | theta)^alpha p(theta)
 
-near alpha = 1, by importance weights on the draws, smoothed by Pareto laws. The sensitivity of a function is the change of
-its distribution (cumulative Jensen-Shannon distance) for each doubling of alpha. Above 0.05 in both: the prior and
-the data disagree, or the prior simply informs where data do too. Above in the prior alone: the prior decides and the
-data hardly matter. Above in the likelihood alone is what one hopes for.
+near alpha = 1, by importance weights on the draws, smoothed by Pareto laws. The sensitivity of a function
+is the change of its distribution (cumulative Jensen-Shannon distance) for each doubling of alpha. Above
+0.05 in both: the prior and the data disagree, or the prior simply informs where data do too. Above in the
+prior alone: the prior decides and the data hardly matter. Above in the likelihood alone is what one hopes
+for.
 
-The draws are those of the guide, taken for the posterior: what is scaled is the posterior that the fit claims. The
-power acts on the density of all latent sites (all adapter weights), whose log varies over draws with the square
-root of half their number. In thousands of dimensions even a power of 0.99 gives uneven weights; `khat_prior` and
-`khat_likelihood` say whether the weights can be believed.
+The draws are those of the guide, taken for the posterior: what is scaled is the posterior that the fit
+claims. The power acts on the density of all latent sites (all adapter weights), whose log varies over draws
+with the square root of half their number. In thousands of dimensions even a power of 0.99 gives uneven
+weights; `khat_prior` and `khat_likelihood` say whether the weights can be believed.
 
 Reference: Kallioinen, Paananen, Buerkner and Vehtari (2024), arXiv 2107.14054.
 """

@@ -2,18 +2,18 @@ r"""Where the data have narrowed the prior: a map over modules and layers.
 
     ratio = sd_q(dW) / sd_p(dW),    sd(dW)^2 = mean over the entries ij of Var(dW_ij)
 
-for the update dW = alpha / rank * B A of each layer: one where the data said nothing, near zero where they said
-all. The variance is computed from draws,
+for the update dW = alpha / rank * B A of each layer: one where the data said nothing, near zero where they
+said all. The variance is computed from draws,
 
     sum_ij Var(dW_ij) = (sum_s |dW_s|^2 - S |mean_s dW_s|^2) / (S - 1),
 
-and its standard error from the S squared distances to the mean. The same for the factors A and B alone, which are
-not identifiable: a guide's symmetry breaking narrows them without any help by data. Read those of the update.
-Beside it stands the KL divergence of the sites of each factor and layer (`divergence`), whose sum over both
-factors is that of the update.
+and its standard error from the S squared distances to the mean. The same for the factors A and B alone,
+which are not identifiable: a guide's symmetry breaking narrows them without any help by data. Read those of
+the update. Beside it stands the KL divergence of the sites of each factor and layer (`divergence`), whose
+sum over both factors is that of the update.
 
-Reference: Betancourt (2018), Calibrating model-based inferences and decisions, arXiv 1803.08393, for the shrinkage
-of a posterior as the share of the prior's spread that is left.
+Reference: Betancourt (2018), Calibrating model-based inferences and decisions, arXiv 1803.08393, for the
+shrinkage of a posterior as the share of the prior's spread that is left.
 """
 
 from dataclasses import dataclass
@@ -83,7 +83,7 @@ class Shrinkage:
         return pandas.DataFrame([vars(cell) for cell in self.cells])
 
     def grid(self, value: str = "ratio", *, factor: str = UPDATE) -> Any:
-        """One value as a pandas DataFrame of families by layers, for a heat map; NaN where there is no adapter."""
+        """One value as a pandas DataFrame of families by layers, for a heat map; NaN without adapter."""
         chosen = self.table[self.table["factor"] == factor]
         return chosen.pivot(index="family", columns="layer", values=value).reindex(
             dict.fromkeys(chosen["family"])

@@ -1,9 +1,9 @@
 r"""How many directions does the update of each layer use? Posterior singular values and effective rank.
 
-The singular values and the effective rank are functions of each draw (`bnlora.diagnostics.updates`); what is reported
-are their posterior mean and 90 % interval, beside the effective rank under the prior: the rank of a prior draw is
-no evidence for anything. Random matrices have well separated singular values, so that the effective rank of a prior
-draw lies somewhat below the rank.
+The singular values and the effective rank are functions of each draw (`bnlora.diagnostics.updates`); what
+is reported are their posterior mean and 90 % interval, beside the effective rank under the prior: the rank
+of a prior draw is no evidence for anything. Random matrices have well separated singular values, so that
+the effective rank of a prior draw lies somewhat below the rank.
 """
 
 from dataclasses import dataclass

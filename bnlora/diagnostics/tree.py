@@ -1,11 +1,11 @@
 r"""From a fit to ArviZ: one DataTree of draws, densities and the record of the optimisation.
 
-The factors of an adapter are not identifiable: (A, B) and (R A, B R^-1) are one update. The posterior
-group therefore holds functions of the update `alpha / rank * B A` alone, its Frobenius norm and its
-singular values, and the prior's own hyper-parameters.
+The factors of an adapter are not identifiable: (A, B) and (R A, B R^-1) are one update. The posterior group
+therefore holds functions of the update `alpha / rank * B A` alone, its Frobenius norm and its singular
+values, and the prior's own hyper-parameters.
 
-Draws of a guide are independent by construction, so R-hat and effective sample sizes of this tree
-say nothing about how good the fit is; `log_p` and `log_q` are there for the diagnostics that do
+Draws of a guide are independent by construction, so R-hat and effective sample sizes of this tree say
+nothing about how good the fit is; `log_p` and `log_q` are there for the diagnostics that do
 (`arviz_stats.loo_approximate_posterior`, Pareto k).
 """
 

@@ -1,10 +1,11 @@
 r"""Functions of the update that do not depend on how it was split into factors: norm, singular values, rank.
 
-    dW = alpha / rank * B A,    |dW|_F = (sum_i s_i^2)^(1/2),    erank = exp(- sum_i p_i log p_i),  p_i = s_i / sum_j s_j
+    dW = alpha / rank * B A,    |dW|_F = (sum_i s_i^2)^(1/2)
+    erank = exp(- sum_i p_i log p_i),    p_i = s_i / sum_j s_j
 
-with the singular values s of dW. (A, B) and (R A, B R^-1) are one update, so nothing else of the factors can be
-learned from data. The effective rank lies between 1, one direction does everything, and the rank, all do the same;
-it does not change with the size of the update.
+with the singular values s of dW. (A, B) and (R A, B R^-1) are one update, so nothing else of the factors
+can be learned from data. The effective rank lies between 1, one direction does everything, and the rank,
+all do the same; it does not change with the size of the update.
 
 Reference: Roy and Vetterli (2007), The effective rank: a measure of effective dimensionality.
 """

@@ -3,11 +3,12 @@ r"""Pareto k-hat of the whole fit, and of each family of sites with the others h
     whole:       w_s = p(y, theta_s) / q(theta_s)
     family f:    w_s = p(y, theta_f,s, mean_-f) / q_f(theta_f,s),    theta_f,s ~ q_f
 
-The weights of a family are those of q_f as an approximation to the *conditional* posterior of its sites, given the
-posterior means of all others. That is well defined where the guide makes the families independent. It is not
-the k-hat of the marginal posterior of the family, whose density nobody has; it says which family a large whole k-hat
-comes from, and cannot see a missing dependence between families. Where each family passes and the whole does not,
-the number of dimensions or the dependence between families is to blame. Hyper-parameters are a family of their own.
+The weights of a family are those of q_f as an approximation to the *conditional* posterior of its sites,
+given the posterior means of all others. That is well defined where the guide makes the families
+independent. It is not the k-hat of the marginal posterior of the family, whose density nobody has; it says
+which family a large whole k-hat comes from, and cannot see a missing dependence between families. Where
+each family passes and the whole does not, the number of dimensions or the dependence between families is to
+blame. Hyper-parameters are a family of their own.
 
 In high dimension k-hat of the whole is nearly always large: small misfits of many numbers multiply.
 
