@@ -166,7 +166,8 @@ def compare_elpd(records: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without ArviZ's warning of large k, which callers report as a finding, with its rows."""
+    """Without ArviZ's warnings of large k, which callers report with its rows, and of its own choice of a tail."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Estimated shape parameter of Pareto")
+        warnings.filterwarnings("ignore", message="Number of tail draws cannot be")  # power-scaling, always
         yield

@@ -47,6 +47,7 @@ def test_groups_dimensions_and_coordinates(tree):
     assert set(tree.children) == {
         "posterior",
         "sample_stats",
+        "log_prior",
         "log_likelihood",
         "posterior_predictive",
         "observed_data",

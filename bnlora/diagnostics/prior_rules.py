@@ -61,7 +61,7 @@ def learned(found: Overlap, spread: Shrinkage) -> Finding:
         f"{SAME:g}); KL {spread.total_kl:.1f} nats"
     )
     if least > SAME:
-        remedy = "The data changed nothing: raise the prior's scale, give more rows or steps, or adapt others."
+        remedy = "The data changed nothing: raise the prior's scale, give more rows, or adapt other layers."
         return Finding("learned", "problem", measured, least, SAME, remedy)
     by_family: dict[str, list[float]] = {}
     for cell in cells:

@@ -1,0 +1,111 @@
+"""The page of a fit: quiet about a good one, and right about three kinds of bad ones."""
+
+import io
+
+import jax
+import pytest
+from diagnosed import problem
+from rich.console import Console
+
+import bnlora as bl
+
+FULL = {"init_scale": 0.1}
+
+
+@pytest.fixture(scope="module")
+def good():
+    given = problem(scale=1.5)
+    return given, given.fit(bl.guides.full(**FULL), num_steps=600, rate=0.05)
+
+
+@pytest.fixture(scope="module")
+def page(good):
+    given, fit = good
+    return bl.diagnose(fit, given.others)
+
+
+def test_a_good_fit_raises_no_alarm(page):
+    assert page.passed, page
+    assert {f.status for f in page.findings} == {"fine"}
+    assert len({f.name for f in page.findings}) == len(page.findings)
+
+
+def test_it_prints_in_terminals_and_notebooks(page):
+    lines = repr(page).splitlines()
+    assert lines[0].startswith(f"Diagnosis from 400 draws: {len(page.findings)} fine")
+    assert max(map(len, lines)) <= 110
+    html = page._repr_html_()
+    assert html.count("<tr") == len(page.findings)
+    assert "<script" not in html
+    console = Console(file=io.StringIO(), width=90)
+    console.print(page)
+    assert "k-hat" in console.file.getvalue()
+    with pytest.raises(KeyError, match="no finding 'khat'"):
+        page["khat"]
+
+
+def test_the_same_call_gives_the_same_page(good, page):
+    given, fit = good
+    assert bl.diagnose(fit, given.others).findings == page.findings
+    other = bl.diagnose(fit, given.others, key=jax.random.key(5), num_samples=100)
+    assert other["k-hat"].value != page["k-hat"].value
+
+
+def test_restarts_are_held_against_it(good):
+    given, fit = good
+    again = given.fit(bl.guides.full(**FULL), num_steps=600, rate=0.05, seed=1)
+    page = bl.diagnose(fit, given.others, restarts=[again])
+    assert page["restarts"].status == "fine"
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "rate", "decays"),
+    [(40, 0.01, True), (100, 0.001, True), (300, 3.0, False)],
+    ids=["too few", "too slow", "too fast"],
+)
+def test_a_fit_that_has_not_converged(good, num_steps, rate, decays):
+    given, _ = good
+    fit = given.fit(bl.guides.full(**FULL), num_steps=num_steps, rate=rate, decays=decays)
+    page = bl.diagnose(fit, given.others)
+    assert page["convergence"].status == "problem", page
+    assert "convergence" in page["k-hat"].remedy or page["k-hat"].status == "fine"
+
+
+def test_a_prior_that_is_far_too_narrow(good):
+    given = problem(scale=1e-3)
+    page = bl.diagnose(given.fit(bl.guides.full(init_scale=1e-3), num_steps=300, rate=1e-3), given.others)
+    assert page["prior predictive"].status == "problem", page
+    assert "raise its scale" in page["prior predictive"].remedy
+
+
+def test_a_posterior_that_is_the_prior():
+    """Two rows cannot move a prior that is a hundredth of what they ask for."""
+    given = problem(scale=0.01, rows=4)
+    page = bl.diagnose(given.fit(bl.guides.full(init_scale=0.01), num_steps=300, rate=1e-3), given.others)
+    assert page["learned"].status == "problem", page
+    assert page["learned"].value > 0.9
+
+
+def test_a_posterior_that_fights_a_narrow_prior():
+    given = problem(scale=0.02, rows=600, truth=1.0)
+    page = bl.diagnose(given.fit(bl.guides.full(init_scale=0.02), num_steps=400, rate=0.01), given.others)
+    assert page["prior and posterior"].status == "problem", page
+    assert "raise" in page["prior and posterior"].remedy
+
+
+def test_a_prior_that_is_far_too_wide():
+    given = problem(scale=100.0)
+    page = bl.diagnose(given.fit(bl.guides.full(init_scale=1.0), num_steps=400, rate=0.3), given.others)
+    assert page["prior predictive"].status == "caution", page
+    assert "confident nonsense" in page["prior predictive"].remedy
+
+
+def test_a_guide_that_is_too_narrow_for_a_correlated_posterior():
+    given = problem(scale=2.0, angle=0.1)
+    narrow = given.fit(bl.guides.mean_field(**FULL), num_steps=600, rate=0.05)
+    page = bl.diagnose(narrow, given.others)
+    assert page["convergence"].status == "fine", page
+    assert page["k-hat"].status in ("caution", "problem")
+    assert "richer family" in page["k-hat"].remedy
+    wide = given.fit(bl.guides.full(**FULL), num_steps=600, rate=0.05)
+    assert bl.diagnose(wide, given.others)["k-hat"].status == "fine"
