@@ -1,7 +1,7 @@
 """A head whose exact posterior is a logistic regression on few numbers, for the tests of diagnostics.
 
-The factor `a` is given, so that the log-odds are linear in `b`: margin_i = c_i + sum_k h_ik (b_1k - b_0k). The
-differences have the prior N(0, 2 scale^2), and what is added to both classes stays at its prior.
+The factor `a` is given, so that the log-odds are linear in `b`: margin_i = c_i + sum_k h_ik (b_1k - b_0k).
+The differences have the prior N(0, 2 scale^2), and what is added to both classes stays at its prior.
 """
 
 from dataclasses import dataclass, replace

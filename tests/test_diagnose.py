@@ -14,7 +14,7 @@ FULL = {"init_scale": 0.1}
 
 @pytest.fixture(scope="module")
 def good():
-    given = problem(scale=1.5)
+    given = problem(scale=1.0, rows=400, truth=0.3)
     return given, given.fit(bl.guides.full(**FULL), num_steps=600, rate=0.05)
 
 
@@ -59,16 +59,17 @@ def test_restarts_are_held_against_it(good):
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "rate", "decays"),
-    [(40, 0.01, True), (100, 0.001, True), (300, 3.0, False)],
+    ("num_steps", "rate", "decays", "found_by"),
+    [(40, 0.01, True, "convergence"), (100, 0.01, False, "convergence"), (300, 3.0, False, "k-hat")],
     ids=["too few", "too slow", "too fast"],
 )
-def test_a_fit_that_has_not_converged(good, num_steps, rate, decays):
+def test_a_fit_that_has_not_converged(good, num_steps, rate, decays, found_by):
+    """A path that jumps about without a trend is found by the weights of its last parameters."""
     given, _ = good
     fit = given.fit(bl.guides.full(**FULL), num_steps=num_steps, rate=rate, decays=decays)
     page = bl.diagnose(fit, given.others)
-    assert page["convergence"].status == "problem", page
-    assert "convergence" in page["k-hat"].remedy or page["k-hat"].status == "fine"
+    assert page[found_by].status == "problem", page
+    assert "longer fit" in page["k-hat"].remedy or "convergence" in page["k-hat"].remedy
 
 
 def test_a_prior_that_is_far_too_narrow(good):

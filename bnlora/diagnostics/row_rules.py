@@ -2,7 +2,7 @@
 
 | finding       | problem                                | caution                     |
 |---------------|----------------------------------------|-----------------------------|
-| leave-one-out | k-hat too large in a tenth of the rows | k-hat too large in some row |
+| leave-one-out | k-hat above 0.7 in a tenth of the rows | k-hat above 0.7 in some row |
 | LOO-PIT       |                                        | p below 0.01                |
 | class counts  |                                        | p below 0.01                |
 """
@@ -19,18 +19,21 @@ LEVEL = 0.01
 
 MANY = 0.1
 
+HOPELESS = 0.7
+"""k-hat above which no feasible number of draws helps; below, more of them do."""
+
 
 def left_out(found: LeaveOneOut | None, *, whole_failed: bool) -> Finding:
     """Whether leave-one-out can be believed."""
     if found is None:
         return Finding("leave-one-out", "not asked", "the guide has no density, so there are no weights")
-    bad, size = len(found.unreliable), len(found.rows)
+    bad, size = int((found.pareto_k > HOPELESS).sum()), len(found.rows)
     measured = (
         f"elpd {found.elpd:.1f} ± {found.error:.1f} nats, {found.p:.1f} effective parameters; k-hat above "
-        f"{found.threshold:.2f} in {bad} of {size} rows"
+        f"{HOPELESS:g} in {bad} of {size} rows, above {found.threshold:.2f} in {len(found.unreliable)}"
     )
     numbers = (bad / size, MANY)
-    if not bad:
+    if not (bad or whole_failed):
         return Finding("leave-one-out", "fine", measured, *numbers)
     if whole_failed:
         remedy = (
