@@ -1,7 +1,7 @@
 """A head whose exact posterior is a logistic regression on few numbers, for the tests of diagnostics.
 
-The factor `a` is given, so that the log-odds are linear in `b`: margin_i = c_i + sum_k h_ik (b_1k - b_0k).
-The differences have the prior N(0, 2 scale^2), and what is added to both classes stays at its prior.
+The factor `a` is given and the first class has no update, so that the log-odds are linear in the weights of
+the second: margin_i = c_i + sum_k h_ik w_k with w_k ~ N(0, scale^2).
 """
 
 from dataclasses import dataclass, replace
@@ -52,12 +52,12 @@ def inputs(rank: int, angle: float) -> Array:
 def problem(
     *, scale: float, rank: int = 2, angle: float = 1.5, rows: int = 200, truth: float = 0.4
 ) -> Problem:
-    """A head with N(0, scale^2) weights in `b`, and labels from weights of the size `truth`."""
+    """A head with N(0, scale^2) weights, and labels from weights of the size `truth`."""
     a = inputs(rank, angle)
 
     def prior(sites):
-        shape = (1, *sites["lm_head"].shapes["b"][1:])
-        b = numpyro.sample("lm_head.b", dist.Normal(0.0, scale).expand(shape).to_event(3))
+        w = numpyro.sample("lm_head.b", dist.Normal(0.0, scale).expand([1, 1, rank]).to_event(3))
+        b = jnp.concatenate([jnp.zeros_like(w), w], axis=1)
         return {"lm_head": {"a": a, "b": b}}
 
     sites = bl.select(BASE, ["lm_head"], rank=rank)
@@ -71,7 +71,7 @@ def problem(
 
 @dataclass(frozen=True)
 class Exact:
-    """The posterior of `b_1 - b_0` at rank 1, on a fine grid."""
+    """The posterior of the one weight at rank 1, on a fine grid."""
 
     grid: np.ndarray
     log_prior: np.ndarray
@@ -100,4 +100,4 @@ def exact(given: Problem, *, scale: float) -> Exact:
     grid = np.linspace(-12 * scale, 12 * scale, 8001)
     margins = start + grid[:, None] * (margin(1.0) - start)
     sign = np.where(np.asarray(train.labels) == 1, 1.0, -1.0)
-    return Exact(grid, -0.25 * (grid / scale) ** 2, -np.logaddexp(0.0, -sign * margins))
+    return Exact(grid, -0.5 * (grid / scale) ** 2, -np.logaddexp(0.0, -sign * margins))

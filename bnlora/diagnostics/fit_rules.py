@@ -113,9 +113,9 @@ def weights(found: KHats, *, converged: bool) -> Finding:
     if found.overall.passed:
         return Finding("k-hat", "fine", measured, k, limit)
     remedy = (
-        "The guide misses part of the posterior: give it a richer family, such as full() or "
-        "low_rank(over='all'), "
-        "or hold identifiable functions against bnlora.sample_nuts before its intervals are used."
+        "The guide misses part of the posterior, or has not reached its optimum: if k-hat does not fall in a "
+        "longer fit with a decaying rate, give it a richer family, such as full() or low_rank(over='all'), "
+        "and hold identifiable functions against bnlora.sample_nuts before its intervals are used."
         if converged
         else "Mend the convergence first; what is left of it then is the guide's."
     )
