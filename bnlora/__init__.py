@@ -11,6 +11,7 @@ measure, diagnose.
     fit   = bl.fit(key, model, guide, data.train, optax.adam(1e-2), num_steps=300, batch_size=16)
     pred  = bl.predict(key, fit, data.test)
     bl.metrics.summary(pred, data.test.labels)
+    bl.diagnose(fit, data.test)
     tree  = bl.to_arviz(fit, data.test)
 
     chains = bl.sample_nuts(key, model, data.train, given=fit)

@@ -102,7 +102,7 @@ def test_a_prior_that_is_far_too_wide():
 
 
 def test_a_guide_that_is_too_narrow_for_a_correlated_posterior():
-    given = problem(scale=2.0, angle=0.1)
+    given = problem(scale=1.0, angle=0.2, rows=400)
     narrow = given.fit(bl.guides.mean_field(**FULL), num_steps=600, rate=0.05)
     page = bl.diagnose(narrow, given.others)
     assert page["convergence"].status == "fine", page
