@@ -9,7 +9,7 @@ WORKERS ?= 2
 # The reference implementations that parity tests run live; wheels of this version are CPU builds on 3.11 alone.
 PARITY := $(shell $(PYTHON) -c 'import sys; print(",parity" if sys.version_info[:2] == (3, 11) else "")')
 
-.PHONY: demo test fast lint tpu docs clean
+.PHONY: demo test fast lint tpu docs notebooks clean
 
 demo: $(READY)
 	$(BIN)/bnlora demo
@@ -24,6 +24,10 @@ fast: $(READY)
 tpu: $(READY)
 	$(BIN)/python -m pip install --quiet --editable ".[tpu]"
 	$(BIN)/python -m pytest -n $(WORKERS) tests/test_kernels_tpu.py
+
+# Every notebook in full, through a Jupyter kernel, into build/notebooks.
+notebooks: $(READY)
+	$(BIN)/python notebooks/run.py execute
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -47,7 +51,7 @@ $(DOCS_READY): pyproject.toml
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[test,lint$(PARITY)]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,lint,notebooks$(PARITY)]"
 	touch $@
 
 clean:

@@ -1,10 +1,7 @@
 """The code in the documents runs as it stands there."""
 
 import doctest
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,16 +110,3 @@ def test_the_script_of_the_readme_runs(capsys):
 def test_readme_opens_with_the_two_commands_and_a_script():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text.index("make demo") < text.index("make test") < text.index("```python")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.py")), ids=lambda path: path.name)
-def test_notebooks_run(path):
-    done = subprocess.run(
-        [sys.executable, path],
-        env=os.environ | {"BNLORA_FAST": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
