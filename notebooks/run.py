@@ -1,8 +1,8 @@
 """Pair the notebooks and execute them: python notebooks/run.py {pair,execute} [NAME ...].
 
-The percent scripts `NN_name.py` are the source; a notebook beside each, made by `pair`, holds the same cells and
-no outputs. `execute` runs notebooks through a Jupyter kernel and leaves them, with outputs, in `build/notebooks`
-as `.ipynb` and `.html`. A new notebook is a new script; nothing else has to name it.
+The percent scripts `NN_name.py` are the source; a notebook beside each, made by `pair`, holds the same cells
+and no outputs. `execute` runs notebooks through a Jupyter kernel and leaves them, with outputs, in
+`build/notebooks` as `.ipynb` and `.html`. A new notebook is a new script; nothing else has to name it.
 """
 
 import argparse

@@ -49,7 +49,9 @@ def test_no_outputs_are_stored(script):
 
 def test_a_notebook_is_executed_through_a_kernel_and_kept_where_it_fails(run, tmp_path):
     script = tmp_path / "00_sum.py"
-    script.write_text("# %% [markdown]\n# Sum\n\n# %%\n1 + 1\n\n# %%\n1 / 0\n\n# %%\n2 + 2\n", encoding="utf-8")
+    script.write_text(
+        "# %% [markdown]\n# Sum\n\n# %%\n1 + 1\n\n# %%\n1 / 0\n\n# %%\n2 + 2\n", encoding="utf-8"
+    )
     made, problem = run.executed(run.paired(script), tmp_path)
     assert cells(made) == cells(run.paired(script))
     assert made.cells[1].outputs[0]["data"]["text/plain"] == "2"
