@@ -24,7 +24,8 @@
 # whose entries are independent $\mathcal N(0, \sigma^2)$; the few inducing values $V$ are there for the guide to learn. A
 # normalizing flow approximates the posterior of $V$, and predictions average over draws.
 #
-# This file is one half of a pair: open either in Jupyter, or run the script. `BNLORA_FAST=1` takes few rows and steps.
+# This file is one half of a pair: open either in Jupyter, or run the script. `BNLORA_FAST=1` takes few rows and steps, and
+# adapts the head alone.
 
 # %%
 # %matplotlib inline
@@ -40,7 +41,7 @@ from bnlora.assets import fetch_smollm2, vader_splits
 from bnlora.display import Table
 
 fast = bool(os.environ.get("BNLORA_FAST"))
-num_rows, num_steps, num_samples = (32, 4, 4) if fast else (320, 400, 16)
+num_rows, num_steps, num_samples = (32, 60, 4) if fast else (320, 400, 16)
 domains = ("movies", "tweets") if fast else ("movies", "amazon", "nyt", "tweets")
 
 # %% [markdown]
@@ -71,7 +72,8 @@ print(data)
 # these sites; `02_your_own_prior` writes one, and `03_guides_and_the_bound` chooses among guides.
 
 # %%
-sites = bl.select(base, ["q_proj", "k_proj", "lm_head"], rank=8, alpha=8, layers=slice(-2, None))
+targets = ["lm_head"] if fast else ["q_proj", "k_proj", "lm_head"]
+sites = bl.select(base, targets, rank=8, alpha=8, layers=None if fast else slice(-2, None))
 prior = bl.priors.sparse_gp(rows=9, cols=9, scale={"a": 1.0, "b": 3.0})
 model = bl.Classifier(base, sites, prior, label_ids=data.label_ids)
 guide = bl.guides.SiteFlow(model.prior, lam_max=0.03)
@@ -163,9 +165,18 @@ print(bl.plots.RELIABILITY_CAPTION)
 # update, norms and singular values, and whatever ArviZ offers applies to them.
 
 # %%
-tree = bl.to_arviz(fit, data["movies"][:16], num_samples=8 if fast else 80)
-assert tree["posterior"]["singular_value"].dims[-3:] == ("module", "layer", "rank")
+num_draws = 8 if fast else 80
+tree = bl.to_arviz(fit, data["movies"][:16], num_samples=num_draws)
 print(tree["posterior"])
+
+# The norm of the head's update, from its Gram matrices in the tree and from the update itself here.
+head = fit.draw_adapters(fit.draw_key, num_draws)["lm_head"]
+update = sites["lm_head"].scale * np.asarray(head["b"]) @ np.asarray(head["a"])
+np.testing.assert_allclose(
+    np.sort(tree["posterior"]["update_norm_lm_head"].values.ravel()),
+    np.sort(np.linalg.norm(update, axis=(-2, -1)).ravel()),
+    rtol=1e-3,
+)
 
 # %% [markdown]
 # ## What to conclude, and what not
