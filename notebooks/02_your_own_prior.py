@@ -39,7 +39,7 @@ from scipy import stats
 
 import bnlora as bl
 from bnlora.assets import REUTERS_WORDS, fetch_smollm2, reuters_splits, vader_splits
-from bnlora.plots.base import BLUE, GREY, ORANGE, caption, make_axes
+from bnlora.plots.base import BLUE, GREY, ORANGE, caption, legend_above, make_axes
 
 fast = bool(os.environ.get("BNLORA_FAST"))
 num_prior = 100 if fast else 400
@@ -208,8 +208,8 @@ bl.plots.prior_predictive(sensible)
 #
 # $$w \sim \mathcal N\bigl(0, \; \textstyle\sum_k (b_{k1} - b_{k0})^2 \; I / d\bigr) :$$
 #
-# how the total is dealt out among the ranks does not enter. So **two words cannot say how many ranks there are**; what
-# the posterior says of it is the prior's own voice. Eight topics have seven directions to learn.
+# how the total is dealt out among the ranks does not enter. So **two words say how large the update is, and nothing else about
+# the ranks**: the gains move with that total, and the rest is the prior's own voice. Eight topics have seven directions to learn.
 
 # %%
 reviews = classification(vader_splits(**sizes), "Review: {text}\nSentiment:", [" negative", " positive"])
@@ -262,7 +262,7 @@ for offset, (name, g) in zip((-0.2, 0.0, 0.2), gains.items(), strict=True):
         linewidth=1.6,
     )
 panels[0].set(xticks=places, xlabel="rank, by size of its gain", ylabel="gain", ylim=(0, 1.02))
-panels[0].legend(fontsize=8, loc="lower left")
+legend_above(panels[0])
 panels[1].set(xlabel="ranks in use, $m = \\sum_k g_k^2$", ylabel="density")
 caption(
     figure,
@@ -293,8 +293,8 @@ if not fast:
 # - A prior is a short NumPyro function, and a known law of its sites is the way to test it.
 # - Scales belong on the log-odds. The prior predictive shows both failures, certainty and no effect, before a step of any fit.
 # - The horseshoe shrinks ranks until the data object. Where the rows are about many directions they do object, and the
-#   posterior uses ranks that the prior expected to be off; where the task has one direction, they cannot, and the posterior repeats the
-#   prior.
+#   posterior uses ranks that the prior expected to be off; where the task has one direction, they can speak of the size alone,
+#   and ranks that a small update does not need stay shrunk.
 #
 # **Not** to conclude: that the number of ranks in use is a property of the task. It is that of this prior with this slab: a wider one
 # reaches the same size of update with fewer ranks. Nor that a mean-field guide would find the same; a guide that starts at $b = 0$ may stay

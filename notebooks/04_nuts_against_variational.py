@@ -232,9 +232,9 @@ print(
 # %% [markdown]
 # ## What to conclude, and what not
 #
-# - Both guides are told apart from the posterior in every function that shows the size of the update, and in the predictions. The
-#   direction is the same everywhere: updates too small, intervals too narrow, doubt about the adapters understated.
-# - A richer law of each factor does not mend it, for what is missing is the dependence between the factors.
+# - Both guides are told apart from the posterior, in the functions and in the predictions. The
+#   direction is the same for both, as asserted above: updates too small, spread too narrow, doubt about the adapters understated.
+# - A flow for each factor does not mend it here: neither guide has any dependence between the factors.
 # - A comparison without null levels would have called small numbers good and large ones bad; with them, every number says how far
 #   it is from what the exact posterior would show.
 #
