@@ -28,7 +28,7 @@ def progress_bar(console: Console | None, *fields: str) -> Progress:
     columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn()]
     columns += [TextColumn(f"{{task.fields[{name}]}}") for name in fields]
     console = speaker(console)
-    shown = console.is_terminal or console.is_jupyter
+    shown = not console.quiet and (console.is_terminal or console.is_jupyter)
     return Progress(*columns, TimeRemainingColumn(), console=console, disable=not shown)
 
 

@@ -21,7 +21,7 @@ from nbformat import NotebookNode
 FOLDER = Path(__file__).parent
 BUILD = FOLDER.parent / "build" / "notebooks"
 PROGRAMS = FOLDER.parent / ".cache" / "jax"  # where the tests keep compiled programs, too
-QUIET = "import rich\nrich.reconfigure(force_jupyter=False, force_terminal=False)"
+QUIET = "import rich\nrich.reconfigure(quiet=True)"
 
 
 def scripts(names: Sequence[str] = ()) -> list[Path]:
@@ -48,8 +48,7 @@ def paired(script: Path) -> NotebookNode:
 def executed(notebook: NotebookNode, folder: Path) -> tuple[NotebookNode, str]:
     """The notebook with its outputs, and what went wrong, if anything did.
 
-    A cell that is not kept tells rich that nobody watches: a progress bar is for people who wait. Without it
-    rich takes the kernel for a terminal, for kernels set FORCE_COLOR.
+    A cell that is not kept makes rich quiet: a progress bar is for people who wait.
     """
     notebook = nbformat.from_dict(notebook)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(QUIET))

@@ -60,6 +60,16 @@ def test_a_notebook_is_executed_through_a_kernel_and_kept_where_it_fails(run, tm
     assert made.cells[3].outputs == []
 
 
+def test_progress_bars_are_not_kept(run, tmp_path):
+    script = tmp_path / "00_bar.py"
+    code = (
+        "# %%\nfrom bnlora.progress import track\nassert len(list(track(range(3), 3, 'rows', None))) == 3\n"
+    )
+    script.write_text(code, encoding="utf-8")
+    made, problem = run.executed(run.paired(script), tmp_path)
+    assert (problem, made.cells[0].outputs) == ("", [])
+
+
 def test_names_that_fit_no_notebook_are_refused(run):
     assert run.scripts(["01"]) == [FOLDER / "01_quickstart.py"]
     with pytest.raises(ValueError, match="no notebook '77'; there are 01_quickstart"):

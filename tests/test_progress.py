@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 import bnlora as bl
-from bnlora.progress import speaker, track
+from bnlora.progress import progress_bar, speaker, track
 from bnlora.testing import tiny_base, tiny_rows
 
 
@@ -43,6 +43,12 @@ def test_a_pipe_sees_no_bar(make, capfd):
     assert text.getvalue().splitlines() == ["prefix cache: 8 rows through 1 of 2 layers, 0.0 MiB"]
     make(None)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("where", ["force_terminal", "force_jupyter"])
+def test_a_quiet_console_gets_no_bar(where):
+    """Also in a notebook, where rich would make a widget for one that nobody can see."""
+    assert progress_bar(Console(quiet=True, **{where: True})).disable
 
 
 def test_track_yields_every_item():
