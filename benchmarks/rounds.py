@@ -7,8 +7,9 @@ together; the latter hardly feels other work, but counts threads that spin while
 """
 
 import os
+import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,19 @@ def in_turn(
             jax.block_until_ready(programs[name](step))
             taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     return {name: Times(*np.array(values[warm_up:]).T) for name, values in taken.items()}
+
+
+def in_turn_of_processes(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, Times]:
+    """Times of commands that each run in a process of their own, to its end."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for step in range(rounds + WARM_UP):
+        for name in list(commands)[:: 1 if step % 2 else -1]:
+            wall, before = time.perf_counter(), os.times()
+            subprocess.run(commands[name], check=True)
+            after = os.times()
+            cpu = after.children_user + after.children_system - before.children_user - before.children_system
+            taken[name].append((time.perf_counter() - wall, cpu))
+    return {name: Times(*np.array(values[WARM_UP:]).T) for name, values in taken.items()}
 
 
 def spread(values: np.ndarray) -> str:

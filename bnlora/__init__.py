@@ -19,40 +19,20 @@ measure, diagnose.
     bl.compare(key, fit, chains, data.test)
 """
 
-from bnlora import diagnostics as diagnostics
+import difflib as _difflib
+import importlib as _importlib
+from importlib import metadata as _metadata
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from bnlora import guides as guides
-from bnlora import inference as inference
 from bnlora import metrics as metrics
-from bnlora import plots as plots
 from bnlora import priors as priors
-from bnlora import sbc as sbc
-from bnlora.base import Base as Base
-from bnlora.base import load as load
 from bnlora.cache import cache_prefix as cache_prefix
-from bnlora.checkpoint import load_fit as load_fit
-from bnlora.checkpoint import save_fit as save_fit
-from bnlora.comparison import Comparison as Comparison
-from bnlora.comparison import compare as compare
-from bnlora.comparison import load_reference as load_reference
-from bnlora.comparison import save_reference as save_reference
-from bnlora.comparison import store_reference as store_reference
 from bnlora.conditional import condition as condition
 from bnlora.data import Batch as Batch
-from bnlora.diagnostics import diagnose as diagnose
-from bnlora.diagnostics import to_arviz as to_arviz
 from bnlora.fits import Fit as Fit
 from bnlora.fits import FitDiverged as FitDiverged
-from bnlora.mcmc import Certificate as Certificate
-from bnlora.mcmc import Chains as Chains
-from bnlora.mcmc import Thresholds as Thresholds
-from bnlora.mcmc import sample_elliptical as sample_elliptical
-from bnlora.mcmc import sample_hmc as sample_hmc
-from bnlora.mcmc import sample_mclmc as sample_mclmc
-from bnlora.mcmc import sample_nuts as sample_nuts
-from bnlora.mcmc import sample_smc as sample_smc
 from bnlora.model import Classifier as Classifier
-from bnlora.peft import load_peft as load_peft
-from bnlora.peft import save_peft as save_peft
 from bnlora.predict import Posterior as Posterior
 from bnlora.predict import Prediction as Prediction
 from bnlora.predict import predict as predict
@@ -64,7 +44,72 @@ from bnlora.reading import read_along as read_along
 from bnlora.sites import Site as Site
 from bnlora.sites import Sites as Sites
 from bnlora.sites import select as select
-from bnlora.svi import fit as fit
 from bnlora.text import TextData as TextData
 from bnlora.text import text_classification as text_classification
 from bnlora.validation import EarlyStopping as EarlyStopping
+
+if _TYPE_CHECKING:  # what type checkers and editors see of the names in `_LATER`
+    from bnlora import diagnostics as diagnostics
+    from bnlora import inference as inference
+    from bnlora import plots as plots
+    from bnlora import sbc as sbc
+    from bnlora.base import Base as Base
+    from bnlora.base import load as load
+    from bnlora.checkpoint import load_fit as load_fit
+    from bnlora.checkpoint import save_fit as save_fit
+    from bnlora.comparison import Comparison as Comparison
+    from bnlora.comparison import compare as compare
+    from bnlora.comparison import load_reference as load_reference
+    from bnlora.comparison import save_reference as save_reference
+    from bnlora.comparison import store_reference as store_reference
+    from bnlora.diagnostics import diagnose as diagnose
+    from bnlora.diagnostics import to_arviz as to_arviz
+    from bnlora.mcmc import Certificate as Certificate
+    from bnlora.mcmc import Chains as Chains
+    from bnlora.mcmc import Thresholds as Thresholds
+    from bnlora.mcmc import sample_elliptical as sample_elliptical
+    from bnlora.mcmc import sample_hmc as sample_hmc
+    from bnlora.mcmc import sample_mclmc as sample_mclmc
+    from bnlora.mcmc import sample_nuts as sample_nuts
+    from bnlora.mcmc import sample_smc as sample_smc
+    from bnlora.peft import load_peft as load_peft
+    from bnlora.peft import save_peft as save_peft
+    from bnlora.svi import fit as fit
+
+_LATER = {
+    "bnlora.base": "Base load",
+    "bnlora.checkpoint": "load_fit save_fit",
+    "bnlora.comparison": "Comparison compare load_reference save_reference store_reference",
+    "bnlora.diagnostics": "diagnose to_arviz",
+    "bnlora.inference": "",
+    "bnlora.mcmc": "Certificate Chains Thresholds sample_elliptical sample_hmc sample_mclmc sample_nuts "
+    "sample_smc",
+    "bnlora.peft": "load_peft save_peft",
+    "bnlora.plots": "",
+    "bnlora.sbc": "",
+    "bnlora.svi": "fit",
+}
+"""Modules that are imported when one of them, or one of these names out of them, is first used: Flax, Optax,
+matplotlib and their like would make `import bnlora` take several times as long. A name of a module that is a
+function here as well (`predict`) cannot stand in this table, for importing the module would shadow it."""
+_HOME = {name: module for module, names in _LATER.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> object:
+    """A name of `_LATER`, or the version of the installed package."""
+    if name == "__version__":
+        return _metadata.version("bnlora")
+    if name in _HOME:
+        value = getattr(_importlib.import_module(_HOME[name]), name)
+    elif f"bnlora.{name}" in _LATER:
+        value = _importlib.import_module(f"bnlora.{name}")
+    else:
+        near = _difflib.get_close_matches(name, __dir__(), n=1)
+        hint = f"; the nearest is {near[0]!r}" if near else ""
+        raise AttributeError(f"module 'bnlora' has no attribute {name!r}{hint}")
+    return globals().setdefault(name, value)
+
+
+def __dir__() -> list[str]:
+    modules = (module.removeprefix("bnlora.") for module in _LATER)
+    return sorted({*globals(), *_HOME, *modules, "__version__"})

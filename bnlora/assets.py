@@ -15,9 +15,12 @@ import zipfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+
+if TYPE_CHECKING:  # imported where it is used: it takes as long as the rest of the library
+    from datasets import Dataset, DatasetDict
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ def _check(asset: Asset, archive: Path) -> None:
         raise ValueError(f"{archive.name} must have sha256 {asset.sha256}; got {got}, so it was not unpacked")
 
 
-def vader_domains() -> DatasetDict:
+def vader_domains() -> "DatasetDict":
     """The VADER sentences of each of `DOMAINS`, binary by the sign of the mean rating.
 
     The rule was fixed beforehand: a sentence is kept when its mean rating (-4 to 4) is at least 0.5 away from
@@ -175,6 +178,8 @@ def vader_domains() -> DatasetDict:
     Returns:
         Columns `text`, `label` (0 negative, 1 positive), `mean_rating`.
     """
+    from datasets import Dataset, DatasetDict
+
     with tarfile.open(fetch(VADER)) as archive:
         sentences = {name: _sentences(archive, stem) for name, stem in DOMAINS.items()}
     count = Counter(text for rated in sentences.values() for text in rated)
@@ -187,7 +192,7 @@ def vader_domains() -> DatasetDict:
     return DatasetDict(domains)
 
 
-def vader_splits(*, seed: int, train: int, validation: int, test: int) -> DatasetDict:
+def vader_splits(*, seed: int, train: int, validation: int, test: int) -> "DatasetDict":
     """Train, validation and test rows of movies, and `test` rows of each other domain.
 
     The movie sentences carry no review identifier, so the split is by sentence.
@@ -195,6 +200,8 @@ def vader_splits(*, seed: int, train: int, validation: int, test: int) -> Datase
     Raises:
         ValueError: When a domain has fewer rows than asked for.
     """
+    from datasets import DatasetDict
+
     domains = {name: rows.shuffle(seed=seed) for name, rows in vader_domains().items()}
     splits, start = {}, 0
     for name, size in {"train": train, "validation": validation, "movies": test}.items():
@@ -204,7 +211,7 @@ def vader_splits(*, seed: int, train: int, validation: int, test: int) -> Datase
     return DatasetDict(splits | {name: _take(domains[name], 0, test, name) for name in others})
 
 
-def _take(rows: Dataset, start: int, size: int, domain: str) -> Dataset:
+def _take(rows: "Dataset", start: int, size: int, domain: str) -> "Dataset":
     if start + size > len(rows):
         raise ValueError(f"{domain} has {len(rows)} rows; {start + size} were asked for")
     return rows.select(range(start, start + size))
@@ -220,7 +227,7 @@ def _sentences(archive: tarfile.TarFile, stem: str) -> dict[str, float]:
     return {text.strip(): float(rating) for _, rating, text in rows}
 
 
-def reuters_documents() -> DatasetDict:
+def reuters_documents() -> "DatasetDict":
     """Reuters news as the official files hold them: `train`, `test` and `unseen`.
 
     `train` and `test` are R8's files, 5,485 and 2,189 documents; `unseen` are the 379 documents of R52's test
@@ -230,12 +237,14 @@ def reuters_documents() -> DatasetDict:
     Returns:
         Columns `text`, `label` (the index in `REUTERS_CLASSES`, -1 for unseen topics), `topic`.
     """
+    from datasets import DatasetDict
+
     train, test, wider = (_orange_rows(path) for path in fetch_all(*REUTERS.values()))
     unseen = [(topic, text) for topic, text in wider if topic not in REUTERS_CLASSES]
     return DatasetDict({"train": _news(train), "test": _news(test), "unseen": _news(unseen)})
 
 
-def reuters_splits(*, seed: int, train: int, validation: int, test: int) -> DatasetDict:
+def reuters_splits(*, seed: int, train: int, validation: int, test: int) -> "DatasetDict":
     """Train and validation rows of R8's training file, `test` of its test file, and `unseen` topics.
 
     The rule was fixed before any fit. The test file stays whole, with 13 repeats. Of the training file,
@@ -247,6 +256,8 @@ def reuters_splits(*, seed: int, train: int, validation: int, test: int) -> Data
     Raises:
         ValueError: When a file has fewer rows than asked for.
     """
+    from datasets import DatasetDict
+
     files = reuters_documents()
     files["train"] = _distinct(files["train"], files["test"])
     files = DatasetDict({name: rows.shuffle(seed=seed) for name, rows in files.items()})
@@ -260,7 +271,7 @@ def reuters_splits(*, seed: int, train: int, validation: int, test: int) -> Data
     return DatasetDict(splits)
 
 
-def _distinct(rows: Dataset, test: Dataset) -> Dataset:
+def _distinct(rows: "Dataset", test: "Dataset") -> "Dataset":
     """Rows of `_news`, each text once, without those of two topics and those of the test rows."""
     pairs = dict.fromkeys(zip(rows["topic"], rows["text"], strict=True))
     topics = Counter(text for _, text in pairs)
@@ -268,7 +279,9 @@ def _distinct(rows: Dataset, test: Dataset) -> Dataset:
     return _news([(topic, text) for topic, text in pairs if topics[text] == 1 and text not in elsewhere])
 
 
-def _news(rows: list[tuple[str, str]]) -> Dataset:
+def _news(rows: list[tuple[str, str]]) -> "Dataset":
+    from datasets import Dataset
+
     labels = [REUTERS_CLASSES.index(topic) if topic in REUTERS_CLASSES else -1 for topic, _ in rows]
     columns = {"text": [text for _, text in rows], "label": labels, "topic": [topic for topic, _ in rows]}
     return Dataset.from_dict(columns)

@@ -23,12 +23,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy  # whose parts are imported when they are first used
 from jax import Array
 from jaxtyping import Float
 from numpyro import handlers
 from rich.console import Console
-from scipy.optimize import brentq
-from scipy.special import softmax
 
 from bnlora.data import Batch, parts
 from bnlora.density import check_parameters
@@ -63,12 +62,12 @@ class PriorPredictive(Shown):
     @cached_property
     def probs(self) -> Float[np.ndarray, "s n c"]:
         """Label probabilities under each draw."""
-        return softmax(np.asarray(self.logits, np.float64), axis=-1)
+        return scipy.special.softmax(np.asarray(self.logits, np.float64), axis=-1)
 
     @property
     def base_probs(self) -> Float[np.ndarray, "n c"]:
         """Label probabilities of the base model."""
-        return softmax(np.asarray(self.base_logits, np.float64), axis=-1)
+        return scipy.special.softmax(np.asarray(self.base_logits, np.float64), axis=-1)
 
     @property
     def spread(self) -> Float[np.ndarray, " n"]:
@@ -285,7 +284,7 @@ def scale_for_spread(
             f"no scale in the bounds gives a spread of {spread:g}: it is {least:.3g} at scale {low:g} and "
             f"{greatest:.3g} at scale {high:g}; ask for one in between or move the bounds"
         )
-    return float(np.exp(brentq(excess, *ends, xtol=tolerance)))
+    return float(np.exp(scipy.optimize.brentq(excess, *ends, xtol=tolerance)))
 
 
 def _check_random(model: Classifier) -> None:

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+import scipy  # whose parts are imported when they are first used
 from jax import Array
 from jaxtyping import Bool, Float, Int
-from scipy.stats import binom, poisson
 
 GRID = 100
 """Most points at which the distribution function of the ranks is looked at."""
@@ -151,7 +151,8 @@ def _points(num_draws: int) -> np.ndarray:
 def _tails(num_ranks: int, num_draws: int, points: np.ndarray) -> Float[np.ndarray, "j count"]:
     """The smaller one-sided tail of every possible count below every point."""
     counts, z = np.arange(num_ranks + 1), points[:, None] / (num_draws + 1)
-    return np.minimum(binom.cdf(counts, num_ranks, z), binom.sf(counts - 1, num_ranks, z))
+    below = scipy.stats.binom(num_ranks, z)
+    return np.minimum(below.cdf(counts), below.sf(counts - 1))
 
 
 def _stays(inside: Bool[np.ndarray, "j count"], num_ranks: int, num_draws: int, points: np.ndarray) -> float:
@@ -161,9 +162,9 @@ def _stays(inside: Bool[np.ndarray, "j count"], num_ranks: int, num_draws: int, 
     chance = np.zeros(num_ranks + 1)
     chance[0] = 1.0
     for width, allowed in zip(widths[:-1], inside, strict=True):
-        chance = np.convolve(chance, poisson.pmf(counts, width))[: num_ranks + 1] * allowed
-    whole = chance @ poisson.pmf(num_ranks - counts, widths[-1])
-    return float(whole / poisson.pmf(num_ranks, num_ranks))
+        chance = np.convolve(chance, scipy.stats.poisson.pmf(counts, width))[: num_ranks + 1] * allowed
+    whole = chance @ scipy.stats.poisson.pmf(num_ranks - counts, widths[-1])
+    return float(whole / scipy.stats.poisson.pmf(num_ranks, num_ranks))
 
 
 def _walk_reaches(groups: list[int], distance: int) -> float:
@@ -175,6 +176,6 @@ def _walk_reaches(groups: list[int], distance: int) -> float:
     chance = (position == 0).astype(float)
     for steps in groups:
         kernel = np.zeros(2 * steps + 1)
-        kernel[::2] = binom.pmf(np.arange(steps + 1), steps, 0.5)
+        kernel[::2] = scipy.stats.binom.pmf(np.arange(steps + 1), steps, 0.5)
         chance = np.convolve(chance, kernel, mode="same") * (np.abs(position) < distance)
     return float(np.clip(1 - chance.sum(), 0.0, 1.0))

@@ -4,11 +4,10 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import jax
 import optax
-from datasets import Dataset
 from jaxtyping import Int
 
 from bnlora import guides, priors
@@ -21,6 +20,9 @@ from bnlora.model import Classifier
 from bnlora.sites import select
 from bnlora.svi import fit
 from bnlora.text import TextData, Truncate, text_classification
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 PriorName = Literal["sparse-gp", "normal", "none"]
 FILE = "recipe.json"
@@ -110,7 +112,7 @@ class Recipe:
         return load(fetch_smollm2() if self.base == SMOLLM2 else self.base)
 
     def read(
-        self, rows: Dataset | Mapping[str, Dataset], base: Base, *, text: str, label: str | None
+        self, rows: "Dataset | Mapping[str, Dataset]", base: Base, *, text: str, label: str | None
     ) -> TextData:
         """Tokenised rows, from the columns `text` and `label` (None: rows without labels)."""
         return text_classification(

@@ -1,35 +1,27 @@
 """Tables of texts in files: CSV, JSON lines and Parquet, by way of `datasets`."""
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING
 
-from datasets import (
-    Dataset,
-    disable_progress_bars,
-    enable_progress_bars,
-    is_progress_bar_enabled,
+if TYPE_CHECKING:  # imported where it is used: it takes as long as the rest of the library
+    from datasets import Dataset
+
+READERS: Mapping[str, str] = MappingProxyType(
+    {".csv": "from_csv", ".json": "from_json", ".jsonl": "from_json", ".parquet": "from_parquet"}
 )
-from datasets.utils import logging
+"""Constructor of a `Dataset` by the ending of a file's name."""
 
-READERS: Mapping[str, Callable[..., Any]] = MappingProxyType(
-    {
-        ".csv": Dataset.from_csv,
-        ".json": Dataset.from_json,
-        ".jsonl": Dataset.from_json,
-        ".parquet": Dataset.from_parquet,
-    }
+WRITERS: Mapping[str, str] = MappingProxyType(
+    {".csv": "to_csv", ".jsonl": "to_json", ".parquet": "to_parquet"}
 )
-
-WRITERS: Mapping[str, Callable[..., Any]] = MappingProxyType(
-    {".csv": Dataset.to_csv, ".jsonl": Dataset.to_json, ".parquet": Dataset.to_parquet}
-)
+"""Method of a `Dataset` that writes such a file."""
 
 
-def read_table(path: str | Path) -> Dataset:
+def read_table(path: str | Path) -> "Dataset":
     """Read a table from a file, its kind known by the ending of its name.
 
     Args:
@@ -61,18 +53,20 @@ def require_writable(path: Path) -> None:
         raise ValueError(f"{path.name!r} must end in one of {', '.join(WRITERS)}; got {path.suffix!r}")
 
 
-def write_table(rows: Dataset, path: Path) -> None:
+def write_table(rows: "Dataset", path: Path) -> None:
     """Write a table to a `.csv`, `.jsonl` or `.parquet` file, replacing one that is there."""
     require_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _quiet():
-        WRITERS[path.suffix](rows, str(path))
+        getattr(rows, WRITERS[path.suffix])(str(path))
 
 
-def _read(path: Path) -> Dataset:
+def _read(path: Path) -> "Dataset":
+    from datasets import Dataset
+
     try:
         with _quiet():
-            return READERS[path.suffix](str(path), keep_in_memory=True)
+            return getattr(Dataset, READERS[path.suffix])(str(path), keep_in_memory=True)
     except Exception as error:  # datasets wraps what its parsers raise in errors of many kinds
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
@@ -83,6 +77,9 @@ def _read(path: Path) -> Dataset:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Neither bars nor log lines of `datasets`: what goes wrong is said once, in the error."""
+    from datasets import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
+    from datasets.utils import logging
+
     shown, level = is_progress_bar_enabled(), logging.get_verbosity()
     disable_progress_bars()
     logging.set_verbosity(logging.CRITICAL)

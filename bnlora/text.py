@@ -8,15 +8,17 @@ may share it.
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from datasets import Dataset
 from jaxtyping import Int
 
 from bnlora.data import Batch
 from bnlora.display import Shown, Table
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Truncate = Literal["error", "left", "right"]
 
@@ -80,7 +82,7 @@ class TextData(Shown):
 
 
 def text_classification(
-    dataset: Dataset | Mapping[str, Dataset],
+    dataset: "Dataset | Mapping[str, Dataset]",
     tokenizer: Any,
     *,
     text: str,
@@ -112,7 +114,7 @@ def text_classification(
             class only, a label is unknown, a word is not a single token of its own, or a text is too
             long.
     """
-    splits = {"train": dataset} if isinstance(dataset, Dataset) else dict(dataset)
+    splits = dict(dataset) if isinstance(dataset, Mapping) else {"train": dataset}
     if not splits:
         raise ValueError("the data set has no split")
     if template.count("{text}") != 1:
@@ -128,7 +130,7 @@ def text_classification(
     return TextData(batches, tuple(words), ids)
 
 
-def _check_columns(split: str, rows: Dataset, *columns: str) -> None:
+def _check_columns(split: str, rows: "Dataset", *columns: str) -> None:
     for column in columns:
         if column not in rows.column_names:
             near = difflib.get_close_matches(column, rows.column_names, n=1, cutoff=0.0)

@@ -22,15 +22,23 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from bnlora.kernels import pallas_gpu, pallas_tpu, reference
+from bnlora.kernels import reference
 from bnlora.kernels.derivatives import Implementation, operation
 from bnlora.kernels.limits import common_refusal
 from bnlora.kernels.quantised import Weights
 
 IMPLEMENTATIONS = ("xla", "pallas", "interpret")
-REFUSALS = {"tpu": pallas_tpu.refusal, "cuda": common_refusal}
 PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cuda": "cuda"}
 """From JAX's backends to the platforms that programs are lowered for."""
+
+
+def _tpu_refusal(*arrays: Any) -> str | None:
+    from bnlora.kernels import pallas_tpu  # here and below: a fifth of the time to import the library
+
+    return pallas_tpu.refusal(*arrays)
+
+
+REFUSALS = {"tpu": _tpu_refusal, "cuda": common_refusal}
 
 
 def lora_matmul(
@@ -110,12 +118,15 @@ def _platforms(chosen: str) -> tuple[str, ...]:
 
 
 def _interpreted() -> Implementation:
+    from bnlora.kernels import pallas_tpu
+
     product = partial(pallas_tpu.product, interpret=True)
     return Implementation(product, partial(pallas_tpu.factor_gradients, interpret=True))
 
 
 def _compiled() -> Implementation:
     """The kernels of whatever platform the program is lowered for; on a CPU, Pallas itself refuses."""
+    from bnlora.kernels import pallas_gpu, pallas_tpu
 
     def product(x: Array, w: Weights, a: Array, b: Array, **options: Any) -> Array:
         kernels = {

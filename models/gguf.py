@@ -8,13 +8,12 @@ Face rotates (0, d/2), (1, d/2 + 1), ... And vocabulary, merges and chat templat
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf import GGUFReader, dequantize
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:  # imported where it is used: it takes longer than the rest of the library
+    from transformers import PreTrainedTokenizerFast
 
 _TENSORS = {
     "token_embd": "model.embed_tokens",
@@ -46,7 +45,7 @@ _CONTROL, _USER_DEFINED = 3, 4
 
 def read_gguf(
     path: Path,
-) -> tuple[dict[str, Any], dict[str, Callable[[], np.ndarray]], PreTrainedTokenizerFast]:
+) -> "tuple[dict[str, Any], dict[str, Callable[[], np.ndarray]], PreTrainedTokenizerFast]":
     """Read a GGUF file of the Llama family.
 
     Args:
@@ -60,6 +59,8 @@ def read_gguf(
         ValueError: If the file is corrupt or truncated, or its architecture, quantisation or tokenizer is not
             supported.
     """
+    from gguf import GGUFReader
+
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{str(path)!r} is not a GGUF file (it does not start with 'GGUF')")
@@ -116,6 +117,8 @@ def _tensor_reader(
     heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(block[2] if block else "")
 
     def read() -> np.ndarray:
+        from gguf import dequantize
+
         try:
             values = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
@@ -135,7 +138,11 @@ def _unpermute(weights: np.ndarray, heads: int) -> np.ndarray:
     return weights.reshape(heads, -1, 2, weights.shape[-1]).swapaxes(1, 2).reshape(weights.shape)
 
 
-def _tokenizer(path: Path, metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+def _tokenizer(path: Path, metadata: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
     values = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     cut = values.get("pre")
     if values.get("model") != "gpt2" or cut not in _CUTS:

@@ -15,10 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bnlora.models.gguf import read_gguf
 
@@ -106,6 +103,9 @@ def read_checkpoint(
 
 
 def _download(name: str, files: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     try:
         folder = snapshot_download(name, allow_patterns=[*files], ignore_patterns=[*_HUB_EXCLUDED])
     except HFValidationError as error:
@@ -214,6 +214,8 @@ def _safetensors_readers(path: Path) -> dict[str, Callable[[], np.ndarray]]:
 
 
 def _folder_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     # The rules inside tokenizer.json are the truth: `AutoTokenizer` may rebuild them from the class that
     # tokenizer_config.json names, and then loses, for instance, a rule that cuts digits off one by one.
     kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer

@@ -1,5 +1,6 @@
 """The built wheel and source archive hold the whole library, under one name, and nothing else."""
 
+import ast
 import subprocess
 import sys
 import tarfile
@@ -7,6 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import bnlora
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,6 +51,42 @@ def test_wheel_is_imported_from_elsewhere(built, tmp_path):
     run = [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {code}"]
     out = subprocess.run(run, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
     assert out.count(str(tmp_path / "site")) == 2
+
+
+HEAVY = (
+    "arviz_base arviz_plots arviz_stats blackjax datasets flax gguf huggingface_hub IPython "
+    "jax.experimental.pallas jinja2 matplotlib optax ot pandas pyarrow scipy.optimize scipy.stats sklearn "
+    "tokenizers torch transformers typer xarray"
+).split()
+
+
+def test_importing_leaves_what_takes_long_for_later():
+    code = f"import sys, bnlora; print([name for name in {HEAVY} if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_names_that_come_later_are_those_that_type_checkers_see():
+    tree = ast.parse((ROOT / "bnlora" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {(node.module, alias.name) for node in block.body for alias in node.names}
+    later = {(module, name) for module, names in bnlora._LATER.items() for name in names.split()}
+    modules = {("bnlora", module.split(".")[1]) for module, names in bnlora._LATER.items() if not names}
+    assert seen == later | modules
+    for _, name in seen:
+        assert name in dir(bnlora)
+        assert getattr(bnlora, name) is vars(bnlora)[name]  # kept, so that it is looked up once
+
+
+def test_a_function_is_never_shadowed_by_a_module_of_its_name():
+    """Importing `bnlora.svi` puts the module where a name `bl.svi` would be: no name of later may be one."""
+    modules = {path.stem for path in (ROOT / "bnlora").iterdir()}
+    assert not modules & {name for names in bnlora._LATER.values() for name in names.split()}
+
+
+def test_a_name_that_is_not_there_is_answered_with_the_nearest():
+    with pytest.raises(AttributeError, match="has no attribute 'sample_nutz'; the nearest is 'sample_nuts'"):
+        _ = bnlora.sample_nutz
 
 
 def test_importing_allocates_nothing_on_a_device():

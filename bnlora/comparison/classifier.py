@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import hypergeom
+import scipy  # whose parts are imported when they are first used
 
 from bnlora.comparison.pairs import Pairs
 
@@ -129,7 +129,7 @@ def _exact(fold: _Fold) -> float:
     """Chance that as many of the draws called 1 are, were the labels dealt out at random."""
     ones, called = int(fold.labels.sum()), int(fold.called.sum())
     both = int((fold.labels * fold.called).sum())
-    return float(hypergeom.sf(both - 1, len(fold.labels), ones, called))
+    return float(scipy.stats.hypergeom.sf(both - 1, len(fold.labels), ones, called))
 
 
 def _scores(classifier: Any, values: np.ndarray) -> np.ndarray:

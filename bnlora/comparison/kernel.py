@@ -18,8 +18,8 @@ Smyth (2010), Permutation p-values should never be zero.
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # whose parts are imported when they are first used
 from jaxtyping import Float
-from scipy.spatial.distance import pdist, squareform
 
 from bnlora.comparison.pairs import Pairs
 
@@ -68,9 +68,10 @@ def kernel_test(
         )
     width = samples.approx.shape[2]
     approx, reference = samples.approx.reshape(-1, width), samples.reference.reshape(-1, width)
-    squares = pdist(np.concatenate([approx, reference]), "sqeuclidean")
+    squares = scipy.spatial.distance.pdist(np.concatenate([approx, reference]), "sqeuclidean")
     h = float(np.sqrt(np.median(squares))) if bandwidth is None else bandwidth
-    kernel = squareform(np.exp(-squares / (2 * h**2)))  # its diagonal is zero: no draw is paired with itself
+    # The diagonal is zero: no draw is paired with itself.
+    kernel = scipy.spatial.distance.squareform(np.exp(-squares / (2 * h**2)))
     own = np.arange(len(kernel)) < len(approx)
     observed = float(_squared(kernel, own[None])[0])
     shuffled = _squared(kernel, random.permuted(np.tile(own, (num_permutations, 1)), axis=1))

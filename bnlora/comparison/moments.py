@@ -13,8 +13,8 @@ References: Vehtari et al. (2021), arXiv 1903.08008, for the errors; Holm (1979)
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # whose parts are imported when they are first used
 from jaxtyping import Float
-from scipy.stats import norm
 
 from bnlora.comparison.draws import Draws
 from bnlora.comparison.pairs import check_same_functions
@@ -51,16 +51,16 @@ class Moments:
     @property
     def shift_adjusted(self) -> Float[np.ndarray, " k"]:
         """P-values of equal means, adjusted for their number."""
-        return holm(2 * norm.sf(np.abs(self.shift_z)))
+        return holm(2 * scipy.stats.norm.sf(np.abs(self.shift_z)))
 
     @property
     def ratio_adjusted(self) -> Float[np.ndarray, " k"]:
         """P-values of equal standard deviations, adjusted for their number."""
-        return holm(2 * norm.sf(np.abs(self.ratio_z)))
+        return holm(2 * scipy.stats.norm.sf(np.abs(self.ratio_z)))
 
     def detectable_shift(self, level: float) -> Float[np.ndarray, " k"]:
         """The shift that would be found in half of all repetitions at `level`, by Bonferroni's rule."""
-        return norm.isf(level / (2 * len(self.shift))) * self.shift_mcse
+        return scipy.stats.norm.isf(level / (2 * len(self.shift))) * self.shift_mcse
 
 
 def moments(approx: Draws, reference: Draws) -> Moments:

@@ -14,8 +14,8 @@ Flamary et al. (2021), POT: Python optimal transport.
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # whose parts are imported when they are first used
 from jaxtyping import Float
-from scipy.stats import wasserstein_distance
 
 from bnlora.comparison.pairs import Pairs
 
@@ -71,4 +71,4 @@ def transport(random: np.random.Generator, samples: Pairs, *, num_slices: int = 
 
 
 def _marginal(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.array([wasserstein_distance(a, b) for a, b in zip(x.T, y.T, strict=True)])
+    return np.array([scipy.stats.wasserstein_distance(a, b) for a, b in zip(x.T, y.T, strict=True)])

@@ -25,12 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+import scipy  # whose parts are imported when they are first used
 from jax import Array
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
 from numpyro import handlers
 from rich.console import Console
-from scipy.optimize import minimize_scalar
 
 from bnlora import metrics
 from bnlora.checks import check_at_least, check_option, check_positive
@@ -312,7 +312,9 @@ def _flat(adapters: Adapters) -> Float[np.ndarray, " p"]:
 def _maximiser(evidence: Callable[[float], float]) -> float:
     """The precision of the highest log-evidence."""
     low, high = _LOG_PRECISIONS
-    found = minimize_scalar(lambda t: -evidence(np.exp(t)), bounds=(low, high), method="bounded").x
+    found = scipy.optimize.minimize_scalar(
+        lambda t: -evidence(np.exp(t)), bounds=(low, high), method="bounded"
+    ).x
     if min(found - low, high - found) < 1e-2:
         raise ValueError(
             f"the log-evidence has no maximum between the precisions {np.exp(low):.0e} and "

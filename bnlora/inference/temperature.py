@@ -11,9 +11,8 @@ Reference: Guo et al. (2017), On calibration of modern neural networks, arXiv 17
 """
 
 import numpy as np
+import scipy  # whose parts are imported when they are first used
 from jaxtyping import Int
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
 
 from bnlora import metrics
 from bnlora.checks import check_positive
@@ -31,7 +30,7 @@ def tempered(prediction: Prediction, temperature: float) -> Prediction:
         ValueError: When the temperature is not positive.
     """
     check_positive({"temperature": temperature})
-    return Prediction(log_softmax(prediction.draw_log_probs / temperature, axis=-1))
+    return Prediction(scipy.special.log_softmax(prediction.draw_log_probs / temperature, axis=-1))
 
 
 def fit_temperature(prediction: Prediction, labels: Int[np.ndarray, " n"]) -> float:
@@ -60,4 +59,5 @@ def fit_temperature(prediction: Prediction, labels: Int[np.ndarray, " n"]) -> fl
             f"{low:.2g} and {high:.3g}; take more validation rows, not all of one kind"
         )
     around = grid[least - 1], grid[least + 1]
-    return float(np.exp(minimize_scalar(loss, bounds=around, method="bounded", options={"xatol": 1e-6}).x))
+    found = scipy.optimize.minimize_scalar(loss, bounds=around, method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(found.x))
