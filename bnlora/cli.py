@@ -1,18 +1,22 @@
-"""The command line: `bnlora demo`, `fit`, `predict`, `evaluate`."""
+"""The command line: `bnlora demo`, `fit`, `predict`, `evaluate`.
 
-from collections.abc import Iterator
+Results go to standard output, for people or (`--json`) as one JSON object; progress and errors go to standard
+error, where bars are drawn on a terminal alone. `bnlora.outcome` has the exit codes.
+"""
+
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
 import numpy as np
 import typer
-from datasets import Dataset
 from rich.console import Console
 from rich.markup import escape
 
-from bnlora import metrics, plots
+import bnlora
+from bnlora import metrics
 from bnlora.assets import cache_folder
 from bnlora.base import Base
 from bnlora.checkpoint import RECORD, load_fit, save_fit
@@ -20,14 +24,26 @@ from bnlora.data import Batch
 from bnlora.demo import LEARNING_RATES, SIZES, demo_page, run_demo
 from bnlora.experiment import BAYES, LORA
 from bnlora.fits import Fit, FitDiverged
+from bnlora.outcome import (
+    ExitCode,
+    as_json,
+    comparison_result,
+    fit_result,
+    prediction_result,
+    summary_result,
+)
 from bnlora.predict import Prediction, predict
 from bnlora.recipe import PriorName, Recipe, Schedule
-from bnlora.report import page
 from bnlora.tables import read_table, require_writable, write_table
 from bnlora.text import TextData, Truncate
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 app = typer.Typer(
     help="Bayesian low-rank adapters for language models: fit, predict, and measure calibration.",
+    epilog="Exit codes: 0 done; 1 bad input, named in one sentence; 2 usage; 3 the fit diverged; 130 "
+    "interrupted. A fit that diverged or was interrupted is kept as far as it came.",
     no_args_is_help=True,
     add_completion=True,
     rich_markup_mode="markdown",
@@ -37,6 +53,7 @@ app = typer.Typer(
 
 TEMPLATE = Recipe.template.replace("\n", r"\n")  # as one types it in a shell
 TARGETS = list(Recipe.targets)
+MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head".split()  # of every family yet
 RATES = f"{LEARNING_RATES[BAYES]:g}; without a prior {LEARNING_RATES[LORA]:g}"
 
 Folder = Annotated[Path, typer.Argument(help="Folder that `bnlora fit` wrote.", show_default=False)]
@@ -47,6 +64,27 @@ TextColumn = Annotated[str, typer.Option(help="Column of the texts.")]
 LabelColumn = Annotated[str, typer.Option(help="Column of the labels: 0, 1, ... or the words themselves.")]
 Draws = Annotated[int, typer.Option(help="Posterior draws.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"bnlora {bnlora.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def _module_names(incomplete: str) -> list[str]:
+    """Names of modules that begin so, for the completion of a shell."""
+    return [name for name in MODULES if name.startswith(incomplete)]
 
 
 @app.command()
@@ -60,6 +98,7 @@ def demo(
     steps: Annotated[int, typer.Option(help="Steps of each fit.", min=1)] = SIZES["num_steps"],
     draws: Draws = SIZES["num_samples"],
     seed: Seed = 0,
+    json: Json = False,
 ) -> None:
     """Compare plain LoRA with Bayesian-LoRA on SmolLM2-135M and sentences of four domains.
 
@@ -72,9 +111,10 @@ def demo(
         comparison = run_demo(**sizes, num_steps=steps, num_samples=draws, seed=seed, console=progress)
         options = sizes | {"steps": steps, "draws": draws, "seed": seed}
         command = " ".join(["bnlora demo", *(f"--{name} {value}" for name, value in options.items())])
-        for table in (comparison.scores, comparison.differences, comparison.costs):
-            Console().print(table)
         _write(report, demo_page(comparison, command))
+        tables = (comparison.scores, comparison.differences, comparison.costs)
+        _say(comparison_result(comparison, report), *tables, f"report: {report}", json=json)
+        _end_if_interrupted(*comparison.fits.values())
 
 
 @app.command("fit")
@@ -98,7 +138,9 @@ def fit_command(
         str, typer.Option(help="smollm2, a .gguf file, a Hugging Face folder, or a hub name.")
     ] = Recipe.base,
     template: Annotated[str, typer.Option(help="Text around each row; \\n is a new line.")] = TEMPLATE,
-    target: Annotated[list[str], typer.Option(help="Modules to adapt.")] = TARGETS,
+    target: Annotated[
+        list[str], typer.Option(help="Modules to adapt.", autocompletion=_module_names)
+    ] = TARGETS,
     top_layers: Annotated[
         int | None, typer.Option(help="Adapt so many of the uppermost layers.", min=1)
     ] = Recipe.top_layers,
@@ -122,6 +164,7 @@ def fit_command(
         Truncate, typer.Option(help="Cut longer texts on this side, or refuse them.")
     ] = Recipe.truncate,
     seed: Seed = 0,
+    json: Json = False,
 ) -> None:
     """Fit adapters on a table of texts and labels."""
     with _told() as progress:
@@ -147,9 +190,13 @@ def fit_command(
         data = recipe.read(tables, model, text=text, label=label)
         rate = LEARNING_RATES[LORA if prior == "none" else BAYES]
         schedule = Schedule(steps, batch_size, rate if learning_rate is None else learning_rate, seed=seed)
-        made = _fit_and_save(recipe, schedule, model, data, out, progress)
-        Console().print(made, highlight=False)
-        Console().print(f"next: bnlora predict {out} TABLE --text {text}", highlight=False)
+        try:
+            made = _fit_and_save(recipe, schedule, model, data, out, progress)
+        except FitDiverged as error:
+            _say(fit_result(error.fit, out), f"what it had reached: {out}", json=json)
+            raise
+        _say(fit_result(made, out), made, f"next: bnlora predict {out} TABLE --text {text}", json=json)
+        _end_if_interrupted(made)
 
 
 @app.command("predict")
@@ -162,6 +209,7 @@ def predict_command(
     text: TextColumn = "text",
     draws: Draws = 16,
     seed: Seed = 0,
+    json: Json = False,
 ) -> None:
     """Predict the classes of new texts: probabilities, and how much of the doubt is about the adapters."""
     with _told() as progress:
@@ -170,7 +218,8 @@ def predict_command(
         made, recipe, batch = _restored(folder, rows, text, None)
         prediction = predict(jax.random.key(seed), made, batch, num_samples=draws, console=progress)
         write_table(_with_prediction(rows, prediction, recipe.words), out)
-        Console().print(f"{len(rows)} predictions: {out}", highlight=False)
+        result = prediction_result(prediction, recipe.words, out)
+        _say(result, f"{len(rows)} predictions: {out}", json=json)
 
 
 @app.command()
@@ -184,6 +233,7 @@ def evaluate(
     report: Annotated[
         Path | None, typer.Option(help="Also write a page with a reliability diagram.", show_default=False)
     ] = None,
+    json: Json = False,
 ) -> None:
     """Measure accuracy and calibration on texts whose labels are known, with bootstrap intervals."""
     with _told() as progress:
@@ -191,22 +241,44 @@ def evaluate(
         prediction = predict(jax.random.key(seed), made, batch, num_samples=draws, console=progress)
         labels = np.asarray(batch.labels)
         summary = metrics.summary(prediction, labels)
-        Console().print(summary)
+        result: dict[str, Any] = summary_result(summary)
+        shown: list[Any] = [summary]
         if report is not None:
-            figure = plots.reliability({recipe.prior: {table.name: prediction}}, {table.name: labels})
             title = f"{folder.name} on {table.name}"
-            _write(report, page(title, [summary.table, (figure, plots.RELIABILITY_CAPTION)]))
+            _write(report, _evaluation_page(title, summary, {recipe.prior: {table.name: prediction}}, labels))
+            result["report"] = str(report)
+            shown.append(f"report: {report}")
+        _say(result, *shown, json=json)
 
 
 @contextmanager
 def _told() -> Iterator[Console]:
-    """A console for progress; what goes wrong is told in one sentence, with exit code 1."""
+    """A console for progress; what goes wrong is told in one sentence, and by the exit code."""
     progress = Console(stderr=True)
     try:
         yield progress
+    except KeyboardInterrupt as error:
+        progress.print("interrupted")
+        raise typer.Exit(ExitCode.INTERRUPTED) from error
     except (ValueError, OSError) as error:
         progress.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
+        diverged = isinstance(error, FitDiverged)
+        raise typer.Exit(ExitCode.DIVERGED if diverged else ExitCode.BAD_INPUT) from error
+
+
+def _say(result: Mapping[str, Any], *shown: Any, json: bool) -> None:
+    """Print a result on standard output, for machines or for people."""
+    if json:
+        typer.echo(as_json(result))
+        return
+    for part in shown:
+        Console().print(part, highlight=False)
+
+
+def _end_if_interrupted(*fits: Fit) -> None:
+    """Leave with the exit code of an interrupt where one ended a fit, which is reported by now."""
+    if any(made.stopped == "interrupted" for made in fits):
+        raise typer.Exit(ExitCode.INTERRUPTED)
 
 
 def _fit_and_save(
@@ -229,7 +301,7 @@ def _save(made: Fit, recipe: Recipe, out: Path) -> None:
     recipe.save(out)
 
 
-def _restored(folder: Path, rows: Dataset, text: str, label: str | None) -> tuple[Fit, Recipe, Batch]:
+def _restored(folder: Path, rows: "Dataset", text: str, label: str | None) -> tuple[Fit, Recipe, Batch]:
     """The fit in a folder, and some rows as its base reads them."""
     recipe = Recipe.from_folder(folder)
     base = recipe.load_base()
@@ -237,7 +309,7 @@ def _restored(folder: Path, rows: Dataset, text: str, label: str | None) -> tupl
     return load_fit(folder, *recipe.build(base, data.label_ids)), recipe, data["rows"]
 
 
-def _with_prediction(rows: Dataset, prediction: Prediction, words: tuple[str, ...]) -> Dataset:
+def _with_prediction(rows: "Dataset", prediction: Prediction, words: tuple[str, ...]) -> "Dataset":
     names = [word.strip() for word in words]
     columns = {f"probability {name}": prediction.probs[:, i] for i, name in enumerate(names)}
     columns |= {"entropy": prediction.entropy, "mutual information": prediction.mutual_information}
@@ -248,10 +320,24 @@ def _with_prediction(rows: Dataset, prediction: Prediction, words: tuple[str, ..
     return rows
 
 
+def _evaluation_page(
+    title: str,
+    summary: metrics.Summary,
+    predictions: Mapping[str, Mapping[str, Prediction]],
+    labels: np.ndarray,
+) -> str:
+    """The metrics and a reliability diagram of predictions, given by method and table."""
+    from bnlora import plots
+    from bnlora.report import page
+
+    truth = {table: labels for made in predictions.values() for table in made}
+    figure = plots.reliability(predictions, truth)
+    return page(title, [summary.table, (figure, plots.RELIABILITY_CAPTION)])
+
+
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-    Console().print(f"report: {path}", highlight=False)
 
 
 def main() -> None:

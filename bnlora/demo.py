@@ -2,11 +2,9 @@
 
 from rich.console import Console
 
-from bnlora import plots
 from bnlora.assets import LABELS, vader_splits
 from bnlora.experiment import BAYES, LORA, Comparison, compare
 from bnlora.recipe import Recipe, Schedule
-from bnlora.report import page
 
 RECIPE = Recipe(words=tuple(f" {label}" for label in LABELS))
 """Adapters and prior of the demonstration, chosen on validation sentences (`benchmarks/README.md`)."""
@@ -52,6 +50,9 @@ def run_demo(
 
 def demo_page(comparison: Comparison, command: str) -> str:
     """The report: tables, reliability diagrams, the bound over the steps, and what they mean."""
+    from bnlora import plots  # here, so that `bnlora --help` does not wait for matplotlib
+    from bnlora.report import page
+
     made, plain = comparison.fits[BAYES], comparison.fits[LORA]
     gap = made.history["conditional_kl"][-1]
     return page(

@@ -1,16 +1,24 @@
-"""The commands on a tiny model: what they print, write and refuse."""
+"""The commands on a tiny model: what they print, write and refuse, and how they end."""
 
 import json
+import os
 import random
+import subprocess
+import sys
+from functools import partial
 
+import jax
 import pytest
 from datasets import Dataset
 from typer.testing import CliRunner
 
+import bnlora
 from bnlora import cli, recipe
 from bnlora.checkpoint import RECORD, load_fit
-from bnlora.recipe import Recipe
+from bnlora.outcome import ExitCode, as_json
+from bnlora.recipe import Recipe, Schedule
 from bnlora.tables import read_table, write_table
+from bnlora.testing import tiny_base
 
 RUN = CliRunner()
 WORDS = ["--word", " bad", "--word", " good"]
@@ -124,11 +132,105 @@ def test_what_goes_wrong_is_one_sentence(place, tiny_folder, monkeypatch, words,
 
 def test_a_fit_that_diverges_is_kept_as_far_as_it_came(place, tiny_folder):
     options = ["--prior", "none", "--learning-rate", "1e30", *SMALL, "--steps", "30"]
-    done = call("fit", place / "train.csv", "--out", place / "wild", "--base", tiny_folder, *WORDS, *options)
-    assert done.exit_code == 1
-    assert "lower the learning rate" in done.output.replace("\n", " ")
+    named = ["--out", place / "wild", "--base", tiny_folder, "--json"]
+    done = call("fit", place / "train.csv", *named, *WORDS, *options)
+    assert done.exit_code == ExitCode.DIVERGED == 3
+    assert "lower the learning rate" in done.stderr.replace("\n", " ")
+    assert json.loads(done.stdout)["stopped"] == "diverged"
     assert json.loads((place / "wild" / RECORD).read_text())["stopped"] == "diverged"
     assert call("predict", place / "wild", place / "test.jsonl", "--out", place / "w.csv").exit_code == 0
+
+
+def test_a_fit_that_is_interrupted_is_kept_and_the_exit_code_says_so(place, tiny_folder, monkeypatch):
+    def interrupt(step, params):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "Schedule", partial(InterruptedSchedule, interrupt))
+    options = ["--out", place / "half", "--base", tiny_folder, "--json", *WORDS, *SMALL]
+    done = call("fit", place / "train.csv", *options)
+    assert done.exit_code == ExitCode.INTERRUPTED == 130
+    assert json.loads(done.stdout)["stopped"] == "interrupted"
+    assert json.loads((place / "half" / RECORD).read_text())["stopped"] == "interrupted"
+
+
+class InterruptedSchedule(Schedule):
+    """A schedule during which somebody presses Ctrl-C."""
+
+    def __init__(self, on_step, *args, **options):
+        super().__init__(*args, **options)
+        object.__setattr__(self, "on_step", on_step)
+
+    def fit(self, *args, **options):
+        return super().fit(*args, **options, on_step=self.on_step)
+
+
+def test_an_interrupt_elsewhere_ends_without_a_result(place, monkeypatch):
+    def predict(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "predict", predict)
+    done = call("evaluate", place / "fit", place / "test.jsonl", "--json")
+    assert (done.exit_code, done.stdout) == (ExitCode.INTERRUPTED, "")
+
+
+def test_json_is_the_whole_of_standard_output(place):
+    out = place / "machine.csv"
+    done = call("predict", place / "fit", place / "test.jsonl", "--out", out, "--draws", 4, "--json")
+    found = json.loads(done.stdout)
+    assert (found["table"], found["rows"], found["draws"]) == (str(out), 8, 4)
+    predicted = read_table(out)["prediction"][:]
+    assert found["predicted"] == {word: predicted.count(word) for word in ("bad", "good")}
+    done = call("evaluate", place / "fit", place / "test.jsonl", "--draws", 4, "--json")
+    found = json.loads(done.stdout)["metrics"]
+    right = [row["prediction"] == ["bad", "good"][row["label"]] for row in read_table(out)]
+    assert found["accuracy"]["value"] == sum(right) / 8
+    assert found["accuracy"]["low"] <= found["accuracy"]["value"] <= found["accuracy"]["high"]
+
+
+def test_json_has_null_for_what_is_not_finite():
+    assert json.loads(as_json({"a": {"b": float("nan")}, "c": 1.5})) == {"a": {"b": None}, "c": 1.5}
+
+
+def test_wrong_usage_and_the_version_have_their_exit_codes():
+    assert call("fit", "--colour", "red").exit_code == ExitCode.USAGE == 2
+    assert call("fit", "t.csv", "--out", "x", *WORDS, "--prior", "sparse").exit_code == ExitCode.USAGE
+    done = call("--version")
+    assert (done.exit_code, done.stdout) == (0, f"bnlora {bnlora.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("bnlora fit --target q", {"q_proj"}),
+        ("bnlora fit --prior ", {"sparse-gp", "normal", "none"}),
+        ("bnlora ", {"demo", "fit", "predict", "evaluate"}),
+    ],
+)
+def test_a_shell_completes_commands_and_values(words, offered):
+    asked = {
+        "_BNLORA_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split(" ")) - 1),
+    }
+    done = RUN.invoke(cli.app, [], env=asked, prog_name="bnlora")
+    assert set(done.stdout.split()) == offered
+
+
+def test_the_completed_modules_are_those_of_the_models():
+    assert set(cli.MODULES) == set(tiny_base(jax.random.key(0)).modules)
+
+
+def test_a_pipe_gets_plain_lines_and_json_alone(place):
+    """In a process of its own, whose output is no terminal."""
+    words = ["evaluate", place / "fit", place / "test.jsonl", "--draws", "2", "--json"]
+    run = [sys.executable, "-m", "bnlora", *words]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(run, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"] == 8
+    assert not {"\x1b", "\r"} & set(done.stdout + done.stderr)
+    assert len(done.stderr.splitlines()) <= 3, done.stderr
 
 
 def test_help_names_every_command_and_option():

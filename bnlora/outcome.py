@@ -1,0 +1,98 @@
+"""What a command hands to the shell: its exit code, and its result as one JSON object for machines.
+
+| exit code | means |
+|---|---|
+| 0 | done |
+| 1 | bad input: one sentence on standard error says what and what to do |
+| 2 | usage: an unknown command or option, or a value that no option takes |
+| 3 | the fit diverged; what it had reached is kept |
+| 130 | interrupted (Ctrl-C); a fit is kept as far as it came |
+
+Numbers that JSON has no word for (not a number, infinities) are null.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnlora import metrics
+from bnlora.elbo import TERMS
+from bnlora.experiment import Comparison
+from bnlora.fits import Fit
+from bnlora.predict import Prediction
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every command; the module's table says what each means."""
+
+    DONE = 0
+    BAD_INPUT = 1
+    USAGE = 2
+    DIVERGED = 3
+    INTERRUPTED = 130
+
+
+def fit_result(made: Fit, folder: Path) -> dict[str, Any]:
+    """Sizes of a fit, how it ended, and the means of the bound's terms over the last 50 steps, in nats."""
+    return {
+        "folder": str(folder),
+        "rows": len(made.train),
+        "parameters": made.num_parameters,
+        "stopped": made.stopped,
+        "steps": len(made.step_seconds),
+        "skipped_steps": made.skipped_steps,
+        "best_step": made.best_step,
+        "seconds": float(made.step_seconds.sum()),
+        "terms": {name: float(np.mean(made.history[name][-50:])) for name in TERMS},
+    }
+
+
+def prediction_result(prediction: Prediction, words: tuple[str, ...], table: Path) -> dict[str, Any]:
+    """How often each class is the most probable one, and the mean doubt of a row, in nats."""
+    counts = np.bincount(prediction.log_probs.argmax(1), minlength=len(words))
+    return {
+        "table": str(table),
+        "rows": int(counts.sum()),
+        "draws": len(prediction.draw_log_probs),
+        "predicted": {word.strip(): int(count) for word, count in zip(words, counts, strict=True)},
+        "mean_entropy": float(np.mean(prediction.entropy)),
+        "mean_mutual_information": float(np.mean(prediction.mutual_information)),
+    }
+
+
+def summary_result(summary: metrics.Summary) -> dict[str, Any]:
+    """Every metric with its interval."""
+    values = {name: {"value": e.value, "low": e.low, "high": e.high} for name, e in summary.items()}
+    return {"rows": summary.num_rows, "level": summary.level, "metrics": values}
+
+
+def comparison_result(comparison: Comparison, report: Path) -> dict[str, Any]:
+    """Metrics by set of rows and method, and the cost of each fit."""
+    scores = {
+        domain: {
+            method: summary_result(metrics.summary(predictions[domain], labels))
+            for method, predictions in comparison.predictions.items()
+        }
+        for domain, labels in comparison.labels.items()
+    }
+    costs = {
+        method: {"parameters": made.num_parameters, "seconds": float(made.step_seconds.sum())}
+        for method, made in comparison.fits.items()
+    }
+    return {"report": str(report), "scores": scores, "fits": costs}
+
+
+def as_json(result: Mapping[str, Any]) -> str:
+    """One line of JSON, with null for numbers that are not finite."""
+    return json.dumps(_finite(result), allow_nan=False, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
