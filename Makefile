@@ -9,7 +9,7 @@ WORKERS ?= 2
 # The reference implementations that parity tests run live; wheels of this version are CPU builds on 3.11 alone.
 PARITY := $(shell $(PYTHON) -c 'import sys; print(",parity" if sys.version_info[:2] == (3, 11) else "")')
 
-.PHONY: demo test fast lint tpu docs notebooks clean
+.PHONY: demo test fast lint tpu docs notebooks oldest newest clean
 
 demo: $(READY)
 	$(BIN)/bnlora demo
@@ -28,6 +28,20 @@ tpu: $(READY)
 # Every notebook in full, through a Jupyter kernel, into build/notebooks.
 notebooks: $(READY)
 	$(BIN)/python notebooks/run.py execute
+
+# The lowest versions that pyproject.toml admits, of what it names itself. Old releases of one package warn of
+# newer ones of another, so warnings of what is deprecated are no errors here.
+oldest:
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest --resolution lowest-direct --editable ".[test,notebooks]"
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) -m "not slow" -W ignore::DeprecationWarning
+
+newest:
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade pip
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[test,notebooks]"
+	.venv-newest/bin/python -m pytest -n $(WORKERS) -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -55,4 +69,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,17 +1,23 @@
 """The built wheel and source archive hold the whole library, under one name, and nothing else."""
 
 import ast
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 
 import bnlora
 
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +44,7 @@ def test_source_archive_holds_the_real_folders(built):
     names = {name.split("/", 1)[-1] for name in tarfile.open(archive).getnames()}
     own = {"bnlora/svi.py", "bnlora/inference/laplace.py", "LICENSE", "README.md"}
     assert {"models/llama.py", "kernels/api.py"} | own <= names
+    assert not any(name.startswith(("benchmarks/", "bnlora/models/", "bnlora/kernels/")) for name in names)
 
 
 @pytest.mark.slow
@@ -51,6 +58,50 @@ def test_wheel_is_imported_from_elsewhere(built, tmp_path):
     run = [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {code}"]
     out = subprocess.run(run, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
     assert out.count(str(tmp_path / "site")) == 2
+
+
+@pytest.mark.slow
+def test_archives_say_the_version_of_the_tag_or_the_fallback(built):
+    """A tree without git is what the wheel was built from: the version came out of the source archive."""
+    (wheel,), (archive,) = built.glob("*.whl"), built.glob("*.tar.gz")
+    version = wheel.name.split("-")[1]
+    assert archive.name == f"bnlora-{version}.tar.gz"
+    assert re.match(r"\d+\.\d+", version)
+
+
+@pytest.mark.slow
+def test_a_tree_without_git_or_tags_has_a_version(tmp_path):
+    for name in ("bnlora", "models", "kernels", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        path = ROOT / name
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        copy(path, tmp_path / name)
+    run = [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "dist", tmp_path]
+    subprocess.run(run, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert wheel.name.split("-")[1] == PROJECT["tool"]["setuptools_scm"]["fallback_version"]
+
+
+def test_the_version_is_that_of_the_installed_package():
+    assert bnlora.__version__ == metadata.version("bnlora")
+
+
+def test_what_the_library_imports_is_what_it_depends_on():
+    """No module may lean on what another dependency happens to bring along."""
+    sources = [path for pattern in ("*.py", "*/*.py") for path in (ROOT / "bnlora").glob(pattern)]
+    nodes = [node for path in sources for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    named |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    imported = {name.split(".")[0] for name in named} - {"bnlora", *sys.stdlib_module_names}
+    stated = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in PROJECT["project"]["dependencies"]}
+    assert {{"ot": "pot", "sklearn": "scikit_learn"}.get(name, name) for name in imported} <= stated
+
+
+def test_the_citation_file_says_what_the_project_file_says():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["title"] == f"bnlora: {PROJECT['project']['description']}"
+    assert cited["license"] == PROJECT["project"]["license"]
+    assert cited["keywords"] == PROJECT["project"]["keywords"]
+    assert {"cff-version", "message", "authors"} <= set(cited)
 
 
 HEAVY = (
