@@ -34,6 +34,10 @@ def save_fit(fit: Fit, folder: str | Path) -> None:
 
     The record is written last and both files appear at once, so that an interrupted write leaves no fit
     that looks whole.
+
+    Args:
+        fit: The fit.
+        folder: Folder to write; made where there is none.
     """
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +61,9 @@ def load_fit(folder: str | Path, model: Any, guide: Callable) -> Fit:
         folder: A folder that `save_fit` wrote.
         model: The same classifier, built again: equal sites and an equal prior.
         guide: The same guide, built again.
+
+    Returns:
+        The fit, with the same draws as before.
 
     Raises:
         FileNotFoundError: When the folder holds no fit.

@@ -87,6 +87,9 @@ def condition(model: Classifier, values: Mapping[str, Array], params: Parameters
         values: Constrained value of each site to fix, by name; the model itself is returned for none.
         params: Values of the prior's NumPyro parameters, where it has any.
 
+    Returns:
+        A classifier of its own, whose prior has the other sites alone.
+
     Raises:
         ValueError: When a name is no latent site, a shape does not fit, no site is left free, or the prior
             has a parameter without a value.

@@ -1,15 +1,6 @@
-r"""Accuracy and calibration of predicted class probabilities, each with a bootstrap interval.
+"""Metrics of predicted class probabilities (`bnlora.scores`) with bootstrap intervals, and paired differences.
 
-With p the predictive distribution of a row, y its class, k = argmax p and c = max p (confidence):
-
-    accuracy  mean 1[k = y]                          nll    -mean log p_y
-    brier     mean sum_j (p_j - 1[j = y])^2          ece    sum_bins n_b/n |acc_b - conf_b|
-    mce       max over bins |acc_b - conf_b|         auroc  P(c of a right row > c of a wrong row)
-    aurc      mean error rate among the i most confident rows, over i = 1..n
-
-`ece` has bins of equal width (Naeini et al. 2015; Guo et al. 2017), `adaptive_ece` bins of equal count
-(Nguyen & O'Connor 2015). Both are biased upwards in small samples, most of all for a good model;
-intervals here are percentile bootstrap intervals over rows and inherit that bias.
+Intervals are percentile bootstrap intervals over rows; they inherit the bias of a calibration error.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,88 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from bnlora.checks import check_at_least
 from bnlora.display import Shown, Table
-
-BINS = 15
-
-LogProbs = Float[np.ndarray, "n c"]
-Labels = Int[Any, " n"]
-
-
-def accuracy(log_probs: LogProbs, labels: Labels) -> float:
-    """Share of rows whose most probable class is the true one."""
-    return float(_correct(*_checked(log_probs, labels)).mean())
-
-
-def nll(log_probs: LogProbs, labels: Labels) -> float:
-    """Mean negative log-probability of the true class, in nats."""
-    return float(_row_nll(*_checked(log_probs, labels)).mean())
-
-
-def brier(log_probs: LogProbs, labels: Labels) -> float:
-    """Mean squared distance of the probability vector to the true class's corner; in [0, 2]."""
-    return float(_row_brier(*_checked(log_probs, labels)).mean())
-
-
-def ece(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> float:
-    """Expected calibration error of the confidence, over bins of equal width in (0, 1]."""
-    log_probs, labels = _checked(log_probs, labels)
-    confidence, correct = _confidence(log_probs), _correct(log_probs, labels)
-    gap = np.bincount(_width_bin(confidence, bins), weights=correct - confidence, minlength=bins)
-    return float(np.abs(gap).sum() / len(labels))
-
-
-def adaptive_ece(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> float:
-    """Expected calibration error over bins that hold equally many rows (to within one)."""
-    log_probs, labels = _checked(log_probs, labels)
-    confidence, correct = _confidence(log_probs), _correct(log_probs, labels)
-    order = np.argsort(confidence, kind="stable")
-    parts = np.array_split((correct - confidence)[order], min(bins, len(labels)))
-    return float(sum(abs(part.sum()) for part in parts) / len(labels))
-
-
-def mce(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> float:
-    """Largest gap between accuracy and confidence among the non-empty bins of equal width."""
-    log_probs, labels = _checked(log_probs, labels)
-    confidence, correct = _confidence(log_probs), _correct(log_probs, labels)
-    index = _width_bin(confidence, bins)
-    gap = np.bincount(index, weights=correct - confidence, minlength=bins)
-    return float(np.max(np.abs(gap) / np.maximum(np.bincount(index, minlength=bins), 1)))
-
-
-def auroc(log_probs: LogProbs, labels: Labels) -> float:
-    """Probability that a right row is more confident than a wrong one, ties counting half.
-
-    NaN where all rows are right or all are wrong.
-    """
-    log_probs, labels = _checked(log_probs, labels)
-    confidence, correct = _confidence(log_probs), _correct(log_probs, labels)
-    right, wrong = confidence[correct], np.sort(confidence[~correct])
-    if not len(right) or not len(wrong):
-        return float("nan")
-    below, up_to = np.searchsorted(wrong, right, "left"), np.searchsorted(wrong, right, "right")
-    return float((below + up_to).mean() / 2 / len(wrong))
-
-
-def aurc(log_probs: LogProbs, labels: Labels) -> float:
-    """Area under the risk-coverage curve: error rate of the i most confident rows, averaged over i.
-
-    Rows of equal confidence enter together, so that the value does not depend on their order.
-    """
-    log_probs, labels = _checked(log_probs, labels)
-    return float(selective_risks(-_confidence(log_probs), ~_correct(log_probs, labels)).mean())
-
-
-def selective_risks(doubt: Float[np.ndarray, " n"], wrong: Bool[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Error rate among the i rows of least doubt, over i = 1..n; the expected one where ties are broken."""
-    _, first, counts = np.unique(doubt, return_inverse=True, return_counts=True)
-    within = np.bincount(first, weights=wrong) / counts  # expected error of a row inside its group of ties
-    order = np.repeat(within, counts)
-    return np.cumsum(order) / np.arange(1, len(order) + 1)
-
+from bnlora.scores import BINS as BINS
+from bnlora.scores import Labels as Labels
+from bnlora.scores import LogProbs as LogProbs
+from bnlora.scores import accuracy as accuracy
+from bnlora.scores import adaptive_ece as adaptive_ece
+from bnlora.scores import aurc as aurc
+from bnlora.scores import auroc as auroc
+from bnlora.scores import brier as brier
+from bnlora.scores import checked, confidences, is_correct, width_bin
+from bnlora.scores import ece as ece
+from bnlora.scores import mce as mce
+from bnlora.scores import nll as nll
+from bnlora.scores import selective_risks as selective_risks
 
 METRICS: Mapping[str, Callable[..., float]] = {
     "accuracy": accuracy,
@@ -114,7 +39,13 @@ METRICS: Mapping[str, Callable[..., float]] = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its interval."""
+    """A value with its interval.
+
+    Attributes:
+        value: The metric of all rows.
+        low: Lower end of the interval.
+        high: Upper end.
+    """
 
     value: float
     low: float
@@ -126,7 +57,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Summary(Shown, Mapping[str, Estimate]):
-    """Every metric of one prediction, by name, with bootstrap intervals of one `level`."""
+    """Every metric of one prediction, by name, with bootstrap intervals of one `level`.
+
+    Attributes:
+        estimates: Value and interval by the name of the metric.
+        level: Coverage that the intervals aim at.
+        num_rows: Number of rows.
+    """
 
     estimates: dict[str, Estimate]
     level: float
@@ -175,10 +112,13 @@ def summary(
         seed: Seed of the resampling.
         metrics: Functions of log-probabilities and labels by name; all of this module when omitted.
 
+    Returns:
+        Value and interval of every metric; a mapping by name that prints as a table.
+
     Raises:
         ValueError: On shapes that do not fit, rows that are no probabilities, or classes out of range.
     """
-    log_probs, labels = _checked(_log_probs(prediction), labels)
+    log_probs, labels = checked(_log_probs(prediction), labels)
     rows = _bootstrap_rows(len(labels), resamples, seed)
     estimates = {}
     for name, metric in metrics.items():
@@ -210,11 +150,14 @@ def paired_difference(
         resamples: Number of bootstrap samples.
         seed: Seed of the resampling.
 
+    Returns:
+        The difference of both values, first minus second, with its interval.
+
     Raises:
         ValueError: As `summary`.
     """
-    one, labels = _checked(_log_probs(first), labels)
-    two, labels = _checked(_log_probs(second), labels)
+    one, labels = checked(_log_probs(first), labels)
+    two, labels = checked(_log_probs(second), labels)
     rows = _bootstrap_rows(len(labels), resamples, seed)
     replicates = np.array([metric(one[r], labels[r]) - metric(two[r], labels[r]) for r in rows])
     return _estimate(metric(one, labels) - metric(two, labels), replicates, level)
@@ -240,10 +183,22 @@ class Reliability:
 
 
 def reliability(prediction: Any, labels: Labels, *, bins: int = BINS) -> Reliability:
-    """The numbers of a reliability diagram, with 95 % Wilson score intervals (Wilson 1927)."""
-    log_probs, labels = _checked(_log_probs(prediction), labels)
-    confidence, correct = _confidence(log_probs), _correct(log_probs, labels)
-    index = _width_bin(confidence, bins)
+    """The numbers of a reliability diagram, with 95 % Wilson score intervals (Wilson 1927).
+
+    Args:
+        prediction: A `Prediction`, or log-probabilities of shape (n, c).
+        labels: True classes, shape (n,).
+        bins: Number of bins of equal width.
+
+    Returns:
+        Counts, mean confidence, accuracy and its interval in every bin that holds a row.
+
+    Raises:
+        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+    """
+    log_probs, labels = checked(_log_probs(prediction), labels)
+    confidence, correct = confidences(log_probs), is_correct(log_probs, labels)
+    index = width_bin(confidence, bins)
     count = np.bincount(index, minlength=bins)
     used = count > 0
     mean, hits = (np.bincount(index, weights=w, minlength=bins)[used] for w in (confidence, correct))
@@ -277,48 +232,3 @@ def _estimate(value: float, replicates: np.ndarray, level: float) -> Estimate:
 
 def _log_probs(prediction: Any) -> np.ndarray:
     return getattr(prediction, "log_probs", prediction)
-
-
-def _checked(log_probs: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    log_probs, labels = np.asarray(log_probs, np.float64), np.asarray(labels)
-    if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1] or not len(labels):
-        raise ValueError(
-            "expected log-probabilities of shape (n, c) and n >= 1 labels; "
-            f"got shapes {log_probs.shape} and {labels.shape}"
-        )
-    if labels.min() < 0 or labels.max() >= log_probs.shape[1]:
-        raise ValueError(
-            f"labels must lie in 0..{log_probs.shape[1] - 1}; got {labels.min()}..{labels.max()}"
-        )
-    with np.errstate(invalid="ignore"):  # NaN is reported below, with its row
-        total = np.logaddexp.reduce(log_probs, axis=1)
-    worst = int(np.argmax(np.where(np.isnan(total), np.inf, np.abs(total))))
-    if not abs(total[worst]) < 1e-4:
-        raise ValueError(
-            f"row {worst} is no distribution: its probabilities sum to {np.exp(total[worst]):.6g}, not 1 "
-            "(logarithms of probabilities are expected)"
-        )
-    return log_probs, labels
-
-
-def _confidence(log_probs: np.ndarray) -> np.ndarray:
-    return np.exp(log_probs.max(1))
-
-
-def _correct(log_probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return log_probs.argmax(1) == labels
-
-
-def _row_nll(log_probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return -log_probs[np.arange(len(labels)), labels]
-
-
-def _row_brier(log_probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    probs = np.exp(log_probs)
-    return (probs**2).sum(1) - 2 * probs[np.arange(len(labels)), labels] + 1
-
-
-def _width_bin(confidence: np.ndarray, bins: int) -> np.ndarray:
-    """Bin of each confidence; bin b holds (b/bins, (b+1)/bins]."""
-    check_at_least({"bins": bins}, 1)
-    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)

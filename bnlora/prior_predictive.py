@@ -253,6 +253,9 @@ def scale_for_spread(
         num_samples: Number of prior draws.
         tolerance: Relative tolerance of the scale.
 
+    Returns:
+        The scale, to a relative `tolerance`.
+
     Raises:
         ValueError: When the wanted spread is not positive, the bounds are not increasing, or the spread
             lies outside what the bounds give.

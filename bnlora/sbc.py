@@ -73,6 +73,9 @@ def simulate(key: Array, model: Classifier, frozen: Any, rows: Batch, params: Pa
         rows: Rows; their own labels are replaced.
         params: Parameters of the prior, all of them.
 
+    Returns:
+        Adapters of the prior, and the rows with labels drawn under them.
+
     Raises:
         ValueError: When a parameter of the prior is missing.
     """
@@ -105,6 +108,9 @@ def svi_inference(
         num_steps: Number of steps.
         num_draws: Draws of the fitted guide, L.
         num_particles: Guide draws averaged in a step.
+
+    Returns:
+        An inference for `run`.
 
     Raises:
         ValueError: When a number is below one.
@@ -154,6 +160,9 @@ def importance_inference(
             of random numbers.
         params: Parameters of the prior, the same as those of `run` where they are given; a start drawn from
             the key when omitted.
+
+    Returns:
+        An inference for `run`, exact but for its finite number of particles.
 
     Raises:
         ValueError: When a number is below one, a parameter of the prior is missing, or there are fewer
@@ -206,6 +215,9 @@ def run(
             omitted. Where the prior's law depends on them, an inference that learns them answers another
             question.
         level: Level of the verdicts.
+
+    Returns:
+        Ranks of the truth among the draws, with their tests.
 
     Raises:
         ValueError: On fewer than two simulations, no rows, a level outside (0, 1), a parameter of the prior

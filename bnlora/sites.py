@@ -89,7 +89,12 @@ class Site:
 
 @dataclass(frozen=True)
 class Sites(Shown, Mapping[str, Site]):
-    """The adapted families by name, in the order in which the forward pass meets their modules."""
+    """The adapted families by name, in the order in which the forward pass meets their modules.
+
+    Attributes:
+        families: The families.
+        num_layers: Number of layers of the base, adapted or not.
+    """
 
     families: tuple[Site, ...]
     num_layers: int
@@ -238,6 +243,9 @@ def select(
         alpha: LoRA's alpha, the update being `alpha / rank * b @ a`. Defaults to the rank (scale 1).
         layers: Layers to adapt, as a slice or as indices (negative ones count from the top); all
             when omitted. It does not concern `lm_head`.
+
+    Returns:
+        The sites, family by family in the order of the base.
 
     Raises:
         ValueError: When a target matches nothing (the message names near matches), a rank is below

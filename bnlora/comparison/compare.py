@@ -92,6 +92,9 @@ def compare(
             called a reference then.
         console: Where to draw progress bars; the terminal or notebook when omitted.
 
+    Returns:
+        Every measure beside its null level; its repr is a table and a verdict.
+
     Raises:
         UncertifiedReference: When the reference has no certificate or did not pass.
         ValueError: When both sides have different sites or label words, a function is no finite scalar, or

@@ -55,6 +55,9 @@ def khat(log_p: Float[np.ndarray, " s"], log_q: Float[np.ndarray, " s"]) -> KHat
         log_p: Log of the joint density p(theta, y) at each draw, up to a constant.
         log_q: Log-density of each draw under q.
 
+    Returns:
+        The k-hat of the weights, and of how many draws.
+
     Raises:
         ValueError: When there are fewer than 25 draws, or a density is not a number.
     """

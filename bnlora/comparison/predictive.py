@@ -72,6 +72,9 @@ def predictive_agreement(
             order of its chains.
         num_permutations: Number of permutations.
 
+    Returns:
+        How far the predictions of both differ, row by row.
+
     Raises:
         ValueError: When rows, classes or numbers of draws differ, draws are fewer than four, or there
             are no permutations.

@@ -246,6 +246,9 @@ def compare_draws(
         level: Chance of a false alarm, over all aspects together.
         other: What the second posterior is called.
 
+    Returns:
+        Every measure beside its null level, but for those that need predictions.
+
     Raises:
         ValueError: When the level lies outside (0, 1), and what the measures refuse.
     """

@@ -71,6 +71,9 @@ def store_reference(
         data: Rows with labels: those of the functions (margins at the first eight) and of the predictions.
         num_predictions: Most draws whose predictions are kept.
         batch_size: Rows to run at a time.
+
+    Returns:
+        What a comparison reads of the run.
     """
     model, adapters = chains.model, chains.stored_adapters()
     names, values = evaluate(identifiable(model, data[:PROBES]), model, adapters, data)
@@ -96,7 +99,12 @@ def checksum(data: Batch) -> str:
 
 
 def save_reference(stored: StoredReference, folder: str | Path) -> None:
-    """Write a reference into a folder, which is made if it is not there."""
+    """Write a reference into a folder, which is made if it is not there.
+
+    Args:
+        stored: What `store_reference` gave.
+        folder: Folder to write; made where there is none.
+    """
     import xarray
 
     folder = Path(folder).expanduser()
@@ -121,6 +129,12 @@ def save_reference(stored: StoredReference, folder: str | Path) -> None:
 
 def load_reference(folder: str | Path) -> StoredReference:
     """Read a reference back.
+
+    Args:
+        folder: Folder that `save_reference` wrote.
+
+    Returns:
+        The reference, for `bnlora.compare`.
 
     Raises:
         FileNotFoundError: When the folder holds none.

@@ -32,6 +32,9 @@ def ensemble(*, size: int = 4, init_scale: float = 0.01) -> Family:
         size: Number of components K, each started by its own random key.
         init_scale: Standard deviation at the start, in unconstrained space.
 
+    Returns:
+        A family for `Guide`.
+
     Raises:
         ValueError: When the size is no whole number of at least one, or `init_scale` is not a positive
             number.

@@ -35,5 +35,8 @@ def per_site(label: str, law: Callable[[Latent], dist.Distribution]) -> Family:
         law: From a site to a distribution of its value, in its support and with its plates as batch axes. It
             declares parameters by `latent.location()`, `latent.scale(start)` and `latent.parameter(...)`, and
             carries a law of unconstrained values to the support by `latent.constrained(...)`.
+
+    Returns:
+        A family for `Guide`.
     """
     return Family(label, lambda latents: {latent.name: law(latent) for latent in latents})

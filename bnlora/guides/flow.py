@@ -61,6 +61,9 @@ def row_shared(*, hidden: int = 16, blocks: int = 2, init_scale: float = 0.01) -
         blocks: Residual blocks of the flow's network (16 wide and 2 blocks in the published code).
         init_scale: Standard deviation of the base at the start, in unconstrained space.
 
+    Returns:
+        A family for `Guide`.
+
     Raises:
         ValueError: When a size is no whole number of at least one, or `init_scale` is not a positive number.
     """
@@ -96,6 +99,9 @@ def iaf(
         over: What is one vector: `"layer"`, `"family"` or `"all"`.
         init_scale: Standard deviation of the base at the start, in unconstrained space.
         max_parameters: Refuse to be built with more.
+
+    Returns:
+        A family for `Guide`.
 
     Raises:
         ValueError: When `over` is unknown, a size is no whole number of at least one, or `init_scale` is not
@@ -136,6 +142,9 @@ def spline(
         over: What is one vector: `"layer"`, `"family"` or `"all"`.
         init_scale: Standard deviation at the start, in unconstrained space.
         max_parameters: Refuse to be built with more.
+
+    Returns:
+        A family for `Guide`.
 
     Raises:
         ValueError: When `over` is unknown, a size is no whole number of at least one, or `init_scale` is not
@@ -180,6 +189,9 @@ def block_neural(
         over: What is one vector: `"layer"`, `"family"` or `"all"`.
         init_scale: Standard deviation at the start, in unconstrained space.
         max_parameters: Refuse to be built with more.
+
+    Returns:
+        A family for `Guide`.
 
     Raises:
         ValueError: When `over` is unknown, a size is no whole number of at least one, or `init_scale` is not

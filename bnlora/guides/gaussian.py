@@ -31,6 +31,9 @@ def full(*, over: Over = "layer", init_scale: float = 0.01, max_parameters: int 
         init_scale: Standard deviation at the start, in unconstrained space.
         max_parameters: Refuse to be built with more.
 
+    Returns:
+        A family for `Guide`.
+
     Raises:
         ValueError: When `over` is unknown or `init_scale` is not a positive number. Building the guide raises
             it where the covariance would be too large.
@@ -71,6 +74,9 @@ def low_rank(
         over: What is one vector: `"layer"`, `"family"` or `"all"`.
         init_scale: Standard deviation at the start, in unconstrained space.
         max_parameters: Refuse to be built with more.
+
+    Returns:
+        A family for `Guide`.
 
     Raises:
         ValueError: When the rank is no whole number of at least one, `over` is unknown or `init_scale` is not

@@ -18,10 +18,16 @@ from numpyro.infer import init_to_median, init_to_sample
 from bnlora.typing import NOISE
 
 
-def init_to_base(site: Mapping[str, Any] | None = None):
+def init_to_base(site: Mapping[str, Any] | None = None) -> Any:
     """NumPyro start strategy: what a prior marked as `start`, a draw of the prior where it marked nothing.
 
     With the priors of this library every guide then starts at the base model with an informative `a`.
+
+    Args:
+        site: A site of a NumPyro trace; NumPyro gives it.
+
+    Returns:
+        The start value of the site, or the strategy itself without a site.
     """
     if site is None:
         return partial(init_to_base)  # NumPyro's own strategies do the same, and it reads `.func`

@@ -29,6 +29,9 @@ def matrix_normal(*, init_scale: float = 0.01, max_parameters: int = MAX_PARAMET
         init_scale: Standard deviation at the start, in unconstrained space.
         max_parameters: Refuse to be built with more for one site.
 
+    Returns:
+        A family for `Guide`.
+
     Raises:
         ValueError: When `init_scale` is not a positive number. Building the guide raises it where a side is
             too long for a covariance.

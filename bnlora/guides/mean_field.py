@@ -22,6 +22,9 @@ def mean_field(*, init_scale: float = 0.01) -> Family:
     Args:
         init_scale: Standard deviation at the start, in unconstrained space.
 
+    Returns:
+        A family for `Guide`.
+
     Raises:
         ValueError: When it is not a positive number.
     """
@@ -41,6 +44,9 @@ def blob(*, epsilon: float = 0.05) -> Family:
 
     Args:
         epsilon: The roots of the scales start uniform on `[epsilon / sqrt(2), epsilon]`.
+
+    Returns:
+        A family for `Guide`.
 
     Raises:
         ValueError: When it is not a positive number.

@@ -28,6 +28,9 @@ def noise(*, lam_init: float = 0.01, lam_max: float = 1.0) -> Family:
         lam_max: Cap on `lam`. 1, the prior's own noise, is the full family; a smaller one is a restricted
             family.
 
+    Returns:
+        A family for `Guide`.
+
     Raises:
         ValueError: When `0 < lam_init < lam_max <= 1` fails.
     """
@@ -45,7 +48,11 @@ def noise(*, lam_init: float = 0.01, lam_max: float = 1.0) -> Family:
 
 
 def prior_noise() -> Family:
-    """Noise exactly as in the prior, nothing learned: KL(q(W|U) || p(W|U)) = 0."""
+    """Noise exactly as in the prior, nothing learned: KL(q(W|U) || p(W|U)) = 0.
+
+    Returns:
+        A family for `Guide`.
+    """
 
     def law(latent: Latent) -> dist.Distribution:
         return _times_the_prior(latent, jnp.ones(latent.batch))

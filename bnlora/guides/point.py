@@ -17,7 +17,11 @@ from bnlora.priors.hyper import require_number
 
 
 def delta() -> Family:
-    """A point for every number: a maximum a posteriori fit, not a bound."""
+    """A point for every number: a maximum a posteriori fit, not a bound.
+
+    Returns:
+        A family for `Guide`.
+    """
 
     def law(latent: Latent) -> dist.Distribution:
         value = latent.parameter("loc", latent.start)
@@ -35,6 +39,9 @@ def dropout(*, rate: float = 0.1) -> Family:
 
     Args:
         rate: Probability of dropping a column, in (0, 1).
+
+    Returns:
+        A family for `Guide`.
 
     Raises:
         ValueError: When the rate lies outside (0, 1), or a site has no columns or is constrained.

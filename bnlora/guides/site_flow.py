@@ -43,6 +43,9 @@ def SiteFlow(
         init_loc_fn: NumPyro start strategy for the location, e.g.
             `numpyro.infer.init_to_value(values={...})`; by default the start that the prior marks.
 
+    Returns:
+        The guide.
+
     Raises:
         ValueError: When a latent site is discrete, the flow is unknown, or `0 < lam_init < lam_max <= 1`
             fails.

@@ -113,6 +113,9 @@ def laplace(
         memory_limit: Largest size in bytes of the Jacobian, which all but `"diagonal"` keep.
         console: Where to draw the progress bar; the terminal or notebook when omitted.
 
+    Returns:
+        The posterior, with its log-evidence.
+
     Raises:
         ValueError: When the fit is not of a point, rows lack labels, an option is unknown or does not go with
             the others, the Jacobian exceeds `memory_limit`, the model's prior is not of independent centred
@@ -159,6 +162,9 @@ def linearised(
         num_samples: Number of draws.
         batch_size: Rows to run at a time.
         console: Where to draw a progress bar; the terminal or notebook when omitted.
+
+    Returns:
+        Log-probabilities of the rows under each draw.
 
     Raises:
         ValueError: When there are no rows, or fewer than one draw or row at a time is asked for.

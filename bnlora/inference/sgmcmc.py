@@ -151,6 +151,9 @@ def sgld(
         prefix_cache: Where activations below the adapters are kept, or `"off"`.
         console: Where to draw the progress bar of that cache.
 
+    Returns:
+        The draws, as a posterior.
+
     Raises:
         ValueError: When a number is out of its range, a minibatch has more rows than there are, rows lack
             labels, or the prior has no latent site or a parameter without a value.
@@ -195,6 +198,9 @@ def sghmc(
         start: Where to start.
         prefix_cache: Where activations below the adapters are kept, or `"off"`.
         console: Where to draw the progress bar of that cache.
+
+    Returns:
+        The draws, as a posterior.
 
     Raises:
         ValueError: As `sgld`, and when `friction * step_size` exceeds 1.

@@ -26,6 +26,13 @@ _TIED = 1e-12  # nats; rows that are all right with clear margins have a loss of
 def tempered(prediction: Prediction, temperature: float) -> Prediction:
     """The prediction with the log-probabilities of each draw divided by `temperature` and normalised again.
 
+    Args:
+        prediction: Log-probabilities of rows under each draw.
+        temperature: What they are divided by; 1 changes nothing, more flattens.
+
+    Returns:
+        A prediction of the same shape.
+
     Raises:
         ValueError: When the temperature is not positive.
     """
@@ -39,6 +46,9 @@ def fit_temperature(prediction: Prediction, labels: Int[np.ndarray, " n"]) -> fl
     Args:
         prediction: Prediction of validation rows.
         labels: Class of each, shape (n,).
+
+    Returns:
+        The temperature; above 1 where the prediction was overconfident.
 
     Raises:
         ValueError: When the labels do not fit the prediction, or the negative log-likelihood has no minimum

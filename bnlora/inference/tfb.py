@@ -127,6 +127,9 @@ def training_free(
         batch_size: Rows to run at a time.
         console: Where to draw progress bars; the terminal or notebook when omitted.
 
+    Returns:
+        The posterior around the fit, as wide as the criterion allows.
+
     Raises:
         ValueError: When the fit is not of a point or its update is zero, rows lack labels, a number is out
             of its range, or no sigma passes or fails.

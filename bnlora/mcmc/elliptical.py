@@ -52,6 +52,9 @@ def sample_elliptical(
         steps_per_draw: Moves from one draw to the next.
         **options: As in `sample_nuts`.
 
+    Returns:
+        The chains, with their certificate.
+
     Raises:
         ValueError: As `sample_nuts`, and when the prior is not normal.
     """

@@ -93,6 +93,9 @@ def sample_hmc(
         integration_steps: Leapfrog steps of a trajectory.
         **options: As in `sample_nuts`.
 
+    Returns:
+        The chains, with their certificate.
+
     Raises:
         ValueError: As `sample_nuts`.
     """

@@ -47,6 +47,9 @@ def sample_mclmc(
         steps_per_draw: Steps from one draw to the next.
         **options: As in `sample_nuts`.
 
+    Returns:
+        The chains; without an accept step they are never certified.
+
     Raises:
         ValueError: As `sample_nuts`, and on a target of one dimension.
     """

@@ -40,7 +40,15 @@ class Prior(Protocol):
 
 
 def each_factor(law: Law) -> Prior:
-    """The prior that runs `law` over every factor of every family, independently."""
+    """The prior that runs `law` over every factor of every family, independently.
+
+    Args:
+        law: Samples the weights of one factor, shape (layer, d_o, d_i), given a site and the name of the
+            factor.
+
+    Returns:
+        A prior; it fills the factors that its sites ask for.
+    """
 
     def prior(sites: Sites) -> Adapters:
         return {name: {factor: law(site, factor) for factor in site.factors} for name, site in sites.items()}
@@ -50,7 +58,14 @@ def each_factor(law: Law) -> Prior:
 
 
 def layers(site: Site) -> numpyro.plate:
-    """The plate over the layers of a family; everything in it has the layer axis first."""
+    """The plate over the layers of a family; everything in it has the layer axis first.
+
+    Args:
+        site: The family.
+
+    Returns:
+        A NumPyro plate of `site.depth`.
+    """
     return numpyro.plate(f"{site.name}.layer", site.depth)
 
 
@@ -60,7 +75,19 @@ def require_width(width: Width) -> None:
 
 
 def width_factor(site: Site, factor: str, width: Width) -> float:
-    """`1 / sqrt(d_i)` where spreads are scaled to the width, so that a unit input gives a unit output."""
+    """`1 / sqrt(d_i)` where spreads are scaled to the width, so that a unit input gives a unit output.
+
+    Args:
+        site: The family.
+        factor: `"a"` or `"b"`.
+        width: `"scaled"` or `"unscaled"`.
+
+    Returns:
+        What a scale is multiplied by to be a standard deviation.
+
+    Raises:
+        ValueError: When the width is another word.
+    """
     require_width(width)
     return site.shapes[factor][-1] ** -0.5 if width == "scaled" else 1.0
 
@@ -83,6 +110,9 @@ def sample_matrices(
         hyper: What `sigma` was made of. Where that is random, the site is `<family>.<factor>.z` of unit
             spread and `W = sigma z`: a random scale and weights of that scale make a funnel, which guides and
             samplers handle badly. Otherwise the site is `<family>.<factor>` itself.
+
+    Returns:
+        The weights, shape (layer, d_o, d_i).
     """
     shape, name, infer = site.shapes[factor], f"{site.name}.{factor}", {"start": START[factor]}
     with layers(site):

@@ -38,8 +38,10 @@ def centered(prior: Prior, adapters: Adapters) -> Prior:
         adapters: The centre, by family and factor, of the shapes that the sites have.
 
     Returns:
-        A prior with the sites of `prior`. Run on its sites, it raises `ValueError` where `adapters` lacks a
-        family or has another shape.
+        A prior with the sites of `prior`.
+
+    Raises:
+        ValueError: When the prior runs on its sites and `adapters` lacks a family or has another shape.
     """
 
     def at_zero(site: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,15 @@ from bnlora.typing import Adapters
 
 
 def per_factor(*, a: Prior, b: Prior) -> Prior:
-    """The factors `a` under one prior and the factors `b` under another, independent of each other."""
+    """The factors `a` under one prior and the factors `b` under another, independent of each other.
+
+    Args:
+        a: Prior of the factors `a`, which the input passes first.
+        b: Prior of the factors `b`.
+
+    Returns:
+        A prior of both.
+    """
     parts = {"a": a, "b": b}
 
     def prior(sites: Sites) -> Adapters:

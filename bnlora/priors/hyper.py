@@ -43,6 +43,9 @@ def learned(start: float, constraint: Any = constraints.softplus_positive) -> Le
     Args:
         start: Value at the start of a fit.
         constraint: NumPyro constraint of the value; positive by default.
+
+    Returns:
+        A hyper-parameter for any argument of that kind.
     """
     return Learned(start, constraint)
 
@@ -63,6 +66,10 @@ def hyper_value(name: str, hyper: Hyper, *, event: tuple[int, ...] = (), site: S
 
     Returns:
         The value, shape `event`, or `(layer, *event)` with `site`.
+
+    Raises:
+        ValueError: When the hyper-parameter is a distribution of more than one number, or a value whose shape
+            is not the asked one.
     """
     shape = event if site is None else (site.depth, *event)
     if isinstance(hyper, Learned):

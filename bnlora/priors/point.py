@@ -17,6 +17,9 @@ def point() -> Prior:
 
     `a` starts uniform on +-1/sqrt(d_in) and `b` at zero. There is no sample site, so the guide is empty and a
     fit is a maximum-likelihood fit by the same loop.
+
+    Returns:
+        A prior without latent sites: its factors are parameters.
     """
     return each_factor(parameter)
 

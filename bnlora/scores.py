@@ -1,0 +1,241 @@
+r"""Accuracy and calibration of predicted class probabilities: the numbers themselves, without intervals.
+
+With p the predictive distribution of a row, y its class, k = argmax p and c = max p (confidence):
+
+    accuracy  mean 1[k = y]                          nll    -mean log p_y
+    brier     mean sum_j (p_j - 1[j = y])^2          ece    sum_bins n_b/n |acc_b - conf_b|
+    mce       max over bins |acc_b - conf_b|         auroc  P(c of a right row > c of a wrong row)
+    aurc      mean error rate among the i most confident rows, over i = 1..n
+
+`ece` has bins of equal width (Naeini et al. 2015; Guo et al. 2017), `adaptive_ece` bins of equal count
+(Nguyen & O'Connor 2015). Both are biased upwards in small samples, most of all for a good model.
+"""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from bnlora.checks import check_at_least
+
+BINS = 15
+
+LogProbs = Float[np.ndarray, "n c"]
+Labels = Int[Any, " n"]
+
+
+def accuracy(log_probs: LogProbs, labels: Labels) -> float:
+    """Share of rows whose most probable class is the true one.
+
+    Args:
+        log_probs: Log-probabilities of the classes, shape (n, c).
+        labels: True classes, shape (n,).
+
+    Returns:
+        A share in [0, 1].
+
+    Raises:
+        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+    """
+    return float(is_correct(*checked(log_probs, labels)).mean())
+
+
+def nll(log_probs: LogProbs, labels: Labels) -> float:
+    """Mean negative log-probability of the true class, in nats.
+
+    Args:
+        log_probs: Log-probabilities of the classes, shape (n, c).
+        labels: True classes, shape (n,).
+
+    Returns:
+        Nats a row.
+
+    Raises:
+        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+    """
+    return float(_row_nll(*checked(log_probs, labels)).mean())
+
+
+def brier(log_probs: LogProbs, labels: Labels) -> float:
+    """Mean squared distance of the probability vector to the true class's corner; in [0, 2].
+
+    Args:
+        log_probs: Log-probabilities of the classes, shape (n, c).
+        labels: True classes, shape (n,).
+
+    Returns:
+        A number in [0, 2]; lower is better.
+
+    Raises:
+        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+    """
+    return float(_row_brier(*checked(log_probs, labels)).mean())
+
+
+def ece(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> float:
+    """Expected calibration error of the confidence, over bins of equal width in (0, 1].
+
+    Args:
+        log_probs: Log-probabilities of the classes, shape (n, c).
+        labels: True classes, shape (n,).
+        bins: Number of bins.
+
+    Returns:
+        A number in [0, 1]; lower is better.
+
+    Raises:
+        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+    """
+    log_probs, labels = checked(log_probs, labels)
+    confidence, correct = confidences(log_probs), is_correct(log_probs, labels)
+    gap = np.bincount(width_bin(confidence, bins), weights=correct - confidence, minlength=bins)
+    return float(np.abs(gap).sum() / len(labels))
+
+
+def adaptive_ece(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> float:
+    """Expected calibration error over bins that hold equally many rows (to within one).
+
+    Args:
+        log_probs: Log-probabilities of the classes, shape (n, c).
+        labels: True classes, shape (n,).
+        bins: Number of bins.
+
+    Returns:
+        A number in [0, 1]; lower is better.
+
+    Raises:
+        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+    """
+    log_probs, labels = checked(log_probs, labels)
+    confidence, correct = confidences(log_probs), is_correct(log_probs, labels)
+    order = np.argsort(confidence, kind="stable")
+    parts = np.array_split((correct - confidence)[order], min(bins, len(labels)))
+    return float(sum(abs(part.sum()) for part in parts) / len(labels))
+
+
+def mce(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> float:
+    """Largest gap between accuracy and confidence among the non-empty bins of equal width.
+
+    Args:
+        log_probs: Log-probabilities of the classes, shape (n, c).
+        labels: True classes, shape (n,).
+        bins: Number of bins.
+
+    Returns:
+        A number in [0, 1]; lower is better.
+
+    Raises:
+        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+    """
+    log_probs, labels = checked(log_probs, labels)
+    confidence, correct = confidences(log_probs), is_correct(log_probs, labels)
+    index = width_bin(confidence, bins)
+    gap = np.bincount(index, weights=correct - confidence, minlength=bins)
+    return float(np.max(np.abs(gap) / np.maximum(np.bincount(index, minlength=bins), 1)))
+
+
+def auroc(log_probs: LogProbs, labels: Labels) -> float:
+    """Probability that a right row is more confident than a wrong one, ties counting half.
+
+    NaN where all rows are right or all are wrong.
+
+    Args:
+        log_probs: Log-probabilities of the classes, shape (n, c).
+        labels: True classes, shape (n,).
+
+    Returns:
+        A number in [0, 1]; higher is better.
+
+    Raises:
+        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+    """
+    log_probs, labels = checked(log_probs, labels)
+    confidence, correct = confidences(log_probs), is_correct(log_probs, labels)
+    right, wrong = confidence[correct], np.sort(confidence[~correct])
+    if not len(right) or not len(wrong):
+        return float("nan")
+    below, up_to = np.searchsorted(wrong, right, "left"), np.searchsorted(wrong, right, "right")
+    return float((below + up_to).mean() / 2 / len(wrong))
+
+
+def aurc(log_probs: LogProbs, labels: Labels) -> float:
+    """Area under the risk-coverage curve: error rate of the i most confident rows, averaged over i.
+
+    Rows of equal confidence enter together, so that the value does not depend on their order.
+
+    Args:
+        log_probs: Log-probabilities of the classes, shape (n, c).
+        labels: True classes, shape (n,).
+
+    Returns:
+        A mean error rate in [0, 1]; lower is better.
+
+    Raises:
+        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+    """
+    log_probs, labels = checked(log_probs, labels)
+    return float(selective_risks(-confidences(log_probs), ~is_correct(log_probs, labels)).mean())
+
+
+def selective_risks(doubt: Float[np.ndarray, " n"], wrong: Bool[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Error rate among the i rows of least doubt, over i = 1..n; the expected one where ties are broken.
+
+    Args:
+        doubt: What rows are sorted by.
+        wrong: Whether the prediction of each row is wrong.
+
+    Returns:
+        The error rates.
+    """
+    _, first, counts = np.unique(doubt, return_inverse=True, return_counts=True)
+    within = np.bincount(first, weights=wrong) / counts  # expected error of a row inside its group of ties
+    order = np.repeat(within, counts)
+    return np.cumsum(order) / np.arange(1, len(order) + 1)
+
+
+def checked(log_probs: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Both as numpy arrays, the first in float64; `ValueError` where they do not fit together."""
+    log_probs, labels = np.asarray(log_probs, np.float64), np.asarray(labels)
+    if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1] or not len(labels):
+        raise ValueError(
+            "expected log-probabilities of shape (n, c) and n >= 1 labels; "
+            f"got shapes {log_probs.shape} and {labels.shape}"
+        )
+    if labels.min() < 0 or labels.max() >= log_probs.shape[1]:
+        raise ValueError(
+            f"labels must lie in 0..{log_probs.shape[1] - 1}; got {labels.min()}..{labels.max()}"
+        )
+    with np.errstate(invalid="ignore"):  # NaN is reported below, with its row
+        total = np.logaddexp.reduce(log_probs, axis=1)
+    worst = int(np.argmax(np.where(np.isnan(total), np.inf, np.abs(total))))
+    if not abs(total[worst]) < 1e-4:
+        raise ValueError(
+            f"row {worst} is no distribution: its probabilities sum to {np.exp(total[worst]):.6g}, not 1 "
+            "(logarithms of probabilities are expected)"
+        )
+    return log_probs, labels
+
+
+def confidences(log_probs: np.ndarray) -> np.ndarray:
+    """Probability of the most probable class of each row."""
+    return np.exp(log_probs.max(1))
+
+
+def is_correct(log_probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Whether the most probable class of each row is the true one."""
+    return log_probs.argmax(1) == labels
+
+
+def _row_nll(log_probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return -log_probs[np.arange(len(labels)), labels]
+
+
+def _row_brier(log_probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    probs = np.exp(log_probs)
+    return (probs**2).sum(1) - 2 * probs[np.arange(len(labels)), labels] + 1
+
+
+def width_bin(confidence: np.ndarray, bins: int) -> np.ndarray:
+    """Bin of each confidence; bin b holds (b/bins, (b+1)/bins]."""
+    check_at_least({"bins": bins}, 1)
+    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
