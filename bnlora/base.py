@@ -35,6 +35,10 @@ class Base(Shown):
         graph: Structure of the Flax module.
         params: Frozen weights; always pass them as an argument of jitted functions.
         tokenizer: A transformers tokenizer, or None for a model made without one.
+
+    Example:
+        >>> base.num_layers, list(base.modules)[:2]
+        (2, ['q_proj', 'k_proj'])
     """
 
     name: str
@@ -186,6 +190,10 @@ def load(source: str | Path) -> Base:
         FileNotFoundError: If there is nothing at `source`, or a file of the model is missing.
         ValueError: If the architecture is not supported or the files are corrupt or inconsistent.
         OSError: If the hub cannot be reached.
+
+    Example:
+        >>> bl.load(model_folder).num_layers
+        3
     """
     checkpoint = read_checkpoint(source, accept=_family)
     family = _family(checkpoint.config)

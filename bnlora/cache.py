@@ -44,6 +44,10 @@ def cache_prefix(
 
     Raises:
         ValueError: When the cache would exceed `memory_limit`.
+
+    Example:
+        >>> bl.cache_prefix(model, rows)
+        Batch(8 rows of 8 positions, activations of depth 2 cached)
     """
     depth = model.start
     if depth == 0 or (batch.hidden is not None and batch.depth == depth):

@@ -40,6 +40,10 @@ class Thresholds:
         divergences: Most divergent transitions.
         bfmi: Least E-BFMI of a chain.
         autocorrelation: Largest lag-1 autocorrelation of the kept draws.
+
+    Example:
+        >>> bl.Thresholds(ess=1000.0)
+        Thresholds(rhat=1.01, ess=1000.0, divergences=0, bfmi=0.3, autocorrelation=0.05)
     """
 
     rhat: float = 1.01
@@ -82,6 +86,12 @@ class Certificate(Shown):
         bfmi: E-BFMI of each chain; empty where the kernel has no energy.
         thresholds: What had to be reached.
         bias: "step" where the kernel has no accept step; such draws are never certified.
+
+    Example:
+        >>> found = {"rhat": (1.001,), "ess_bulk": (900.0,), "ess_tail": (750.0,), "autocorrelation": (0.01,)}
+        >>> limits = bl.Thresholds()
+        >>> bl.Certificate(("norm",), **found, divergences=0, bfmi=(0.9, 1.1), thresholds=limits).passed
+        True
     """
 
     names: tuple[str, ...]

@@ -38,6 +38,11 @@ def save_fit(fit: Fit, folder: str | Path) -> None:
     Args:
         fit: The fit.
         folder: Folder to write; made where there is none.
+
+    Example:
+        >>> bl.save_fit(fit, folder / "fit")
+        >>> sorted(path.name for path in (folder / "fit").iterdir())
+        ['fit.json', 'fit.safetensors']
     """
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,6 +73,11 @@ def load_fit(folder: str | Path, model: Any, guide: Callable) -> Fit:
     Raises:
         FileNotFoundError: When the folder holds no fit.
         ValueError: When a file is corrupt, or the parameters are not those of this model and guide.
+
+    Example:
+        >>> bl.save_fit(fit, folder / "fit")
+        >>> bl.load_fit(folder / "fit", model, guide).best_step == fit.best_step
+        True
     """
     folder = Path(folder).expanduser()
     record, arrays = _read(folder)

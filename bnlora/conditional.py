@@ -93,6 +93,12 @@ def condition(model: Classifier, values: Mapping[str, Array], params: Parameters
     Raises:
         ValueError: When a name is no latent site, a shape does not fit, no site is left free, or the prior
             has a parameter without a value.
+
+    Example:
+        >>> held = bl.condition(model, {"lm_head.a": jnp.zeros((1, 1, 16))})
+        >>> bl.guides.Guide(held.prior, bl.guides.mean_field())
+        Guide(4 parameters)
+          lm_head.b (1, 2, 1): mean-field Gaussian, 4
     """
     if not values:
         return model

@@ -29,6 +29,12 @@ class Batch(Shown):
         labels: Class of each row, shape (row,).
         hidden: Activations after the first `depth` layers, shape (row, position, width), if cached.
         depth: Number of layers that `hidden` has passed.
+
+    Example:
+        >>> rows
+        Batch(8 rows of 8 positions)
+        >>> len(rows[:3])
+        3
     """
 
     tokens: Int[Array, "n t"]

@@ -40,6 +40,12 @@ class Fit(Shown):
         step_seconds: Wall time of each step; the first contains compilation.
         draw_key: Random key of the draws that summaries of this fit use.
         stopped: Why it ended: "steps" (all done), "patience", "interrupted" or "diverged".
+
+    Example:
+        >>> fit.num_parameters, fit.skipped_steps
+        (36, 0)
+        >>> fit.draw_adapters(key, 5)["lm_head"]["b"].shape  # draws, layers, label rows, rank
+        (5, 1, 2, 1)
     """
 
     model: Any
@@ -115,7 +121,12 @@ class Fit(Shown):
 
 
 class FitDiverged(ValueError):
-    """Too many steps were not finite. `fit` holds the last finite state and the whole record."""
+    """Too many steps were not finite. `fit` holds the last finite state and the whole record.
+
+    Example:
+        >>> issubclass(bl.FitDiverged, ValueError), bl.FitDiverged(fit, skip_budget=0).fit is fit
+        (True, True)
+    """
 
     def __init__(self, fit: Fit, skip_budget: int):
         super().__init__(

@@ -1,4 +1,4 @@
-"""Metrics of predicted class probabilities (`bnlora.scores`) with bootstrap intervals, and paired differences.
+"""Metrics of predicted class probabilities (`bnlora.scores`) with bootstrap intervals; paired differences.
 
 Intervals are percentile bootstrap intervals over rows; they inherit the bias of a calibration error.
 """

@@ -80,6 +80,12 @@ class Classifier(Shown):
 
     Raises:
         ValueError: With fewer than two label ids, or equal ones.
+
+    Example:
+        >>> model = bl.Classifier(base, sites, bl.priors.normal(), label_ids=(3, 5))
+        >>> trace = numpyro.handlers.trace(numpyro.handlers.seed(model.prior, key)).get_trace()
+        >>> [name for name, site in trace.items() if site["type"] == "sample"]
+        ['lm_head.a', 'lm_head.b']
     """
 
     base: LanguageModel

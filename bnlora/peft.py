@@ -62,6 +62,13 @@ def load_peft(folder: str | Path, sites: Sites, *, head_rows: Sequence[int] | No
         FileNotFoundError: When the folder holds no adapter.
         ValueError: When a file is corrupt, the adapter is of a kind that is not supported, sites and adapter
             are not of the same modules and layers, or a rank or shape differs.
+
+    Example:
+        >>> adapters = {"lm_head": {"a": jnp.ones((1, 1, 16)), "b": jnp.zeros((1, 40, 1))}}
+        >>> bl.save_peft(folder / "peft", sites, adapters, base=base)
+        >>> centre = bl.load_peft(folder / "peft", model.sites, head_rows=(3, 5))  # of the label words
+        >>> centre["lm_head"]["b"].shape
+        (1, 2, 1)
     """
     path = Path(folder).expanduser()
     config = _config(path)
@@ -92,6 +99,12 @@ def save_peft(folder: str | Path, sites: Sites, adapters: Adapters, *, base: Ada
     Raises:
         ValueError: When the adapters do not fit the sites, families differ in rank or alpha (the format has
             one of each), or the head's `b` holds the rows of label tokens alone.
+
+    Example:
+        >>> adapters = {"lm_head": {"a": jnp.ones((1, 1, 16)), "b": jnp.zeros((1, 40, 1))}}
+        >>> bl.save_peft(folder / "peft", sites, adapters, base=base)
+        >>> bl.load_peft(folder / "peft", sites)["lm_head"]["b"].shape
+        (1, 40, 1)
     """
     sites.check(adapters)
     kinds = {(site.rank, site.alpha) for site in sites.values()}

@@ -27,6 +27,12 @@ class Posterior(Protocol):
     """Whatever gives draws of a classifier's adapters: a `Fit`, or a member of `bnlora.inference`.
 
     Prediction and metrics ask no more of it, so every way of inference is measured by the same code.
+
+    Example:
+        >>> def spread(posterior: bl.Posterior):
+        ...     return posterior.draw_adapters(key, 10)["lm_head"]["b"].std(0).shape
+        >>> spread(fit)
+        (1, 2, 1)
     """
 
     @property
@@ -45,6 +51,11 @@ class Prediction(Shown):
 
     Attributes:
         draw_log_probs: Log-probabilities of the classes under each draw, shape (draw, row, class).
+
+    Example:
+        >>> prediction = bl.Prediction(np.log([[[0.9, 0.1]], [[0.5, 0.5]]]))  # two draws of one row
+        >>> prediction.probs.round(3)
+        array([[0.7, 0.3]])
     """
 
     draw_log_probs: Float[np.ndarray, "s n c"]
@@ -137,6 +148,11 @@ def predict(
 
     Raises:
         ValueError: When there are no rows, or fewer than one draw or row at a time is asked for.
+
+    Example:
+        >>> prediction = bl.predict(key, fit, rows, num_samples=4)
+        >>> prediction.probs.shape
+        (8, 2)
     """
     together = _together(draws_together)
     if min(len(data), num_samples, batch_size, together) < 1:

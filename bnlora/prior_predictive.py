@@ -54,6 +54,11 @@ class PriorPredictive(Shown):
     Attributes:
         logits: Logits under each draw, shape (draw, row, class).
         base_logits: Logits with all adapters at zero, shape (row, class).
+
+    Example:
+        >>> believed = bl.PriorPredictive(np.array([[[0.0, 0.0]], [[0.0, 2.0]]]), np.array([[0.0, 1.0]]))
+        >>> believed.probs[0]
+        array([[0.5, 0.5]])
     """
 
     logits: Float[np.ndarray, "s n c"]
@@ -206,6 +211,10 @@ def prior_predictive(
     Raises:
         ValueError: When there are no rows, fewer than two draws or one row at a time, a prior without
             random variables, a parameter of the prior without a value, or logits that are not finite.
+
+    Example:
+        >>> bl.prior_predictive(key, model, rows, num_samples=8).probs.shape
+        (8, 8, 2)
     """
     _check_sizes(data, num_samples, batch_size)
     _check_random(model)
@@ -259,6 +268,14 @@ def scale_for_spread(
     Raises:
         ValueError: When the wanted spread is not positive, the bounds are not increasing, or the spread
             lies outside what the bounds give.
+
+    Example:
+        >>> def prior_at(scale):
+        ...     return bl.priors.normal(scale={"a": 1.0, "b": scale})
+        >>> wide = bl.scale_for_spread(key, model, prior_at, rows, spread=0.2, num_samples=8)
+        >>> narrow = bl.scale_for_spread(key, model, prior_at, rows, spread=0.1, num_samples=8)
+        >>> bool(wide > narrow)
+        True
     """
     _check_sizes(data, num_samples, 1)
     low, high = bounds

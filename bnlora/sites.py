@@ -49,6 +49,11 @@ class Site:
         rank: Rank of the update.
         alpha: LoRA's alpha; the update is `alpha / rank * b @ a`.
         factors: The factors that a prior is asked for; both, unless `Sites.only` left one out.
+
+    Example:
+        >>> site = sites["lm_head"]
+        >>> site.d_in, site.rank, site.d_out
+        (16, 1, 40)
     """
 
     name: str
@@ -94,6 +99,11 @@ class Sites(Shown, Mapping[str, Site]):
     Attributes:
         families: The families.
         num_layers: Number of layers of the base, adapted or not.
+
+    Example:
+        >>> two = bl.select(base, ["q_proj", "lm_head"], rank=2)
+        >>> list(two), two.num_parameters
+        (['q_proj', 'lm_head'], 240)
     """
 
     families: tuple[Site, ...]

@@ -108,6 +108,11 @@ def fit(
             early-stopping rule without validation rows, or a `start` of other names or shapes than the
             parameters of this guide and prior, or outside their constraints.
         FitDiverged: When more than `skip_budget` steps were not finite.
+
+    Example:
+        >>> made = bl.fit(key, model, guide, rows, optax.adam(0.01), num_steps=4, batch_size=4)
+        >>> made.stopped, len(made.history["elbo"])
+        ('steps', 4)
     """
     check_at_least({"num_steps": num_steps, "num_particles": num_particles}, 1)
     check_batch_size(batch_size, len(train))

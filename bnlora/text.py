@@ -33,6 +33,10 @@ class TextData(Shown):
         splits: Batches by name.
         words: Word of each class, in the order of the labels.
         label_ids: Token id of each word, shape (class,).
+
+    Example:
+        >>> bl.TextData({"train": rows}, words=(" bad", " good"), label_ids=np.array([3, 5]))
+        TextData(train 8 x 8; words [' bad', ' good'])
     """
 
     splits: Mapping[str, Batch]
@@ -113,6 +117,14 @@ def text_classification(
         ValueError: When a column is missing, a split is empty, the split `"train"` has labels of one
             class only, a label is unknown, a word is not a single token of its own, or a text is too
             long.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> table = Dataset.from_dict({"text": ["the plot is", "the film was"], "label": ["good", "bad"]})
+        >>> columns = {"text": "text", "label": "label"}
+        >>> data = bl.text_classification(table, tokenizer, **columns, words=[" bad", " good"])
+        >>> data.train.labels
+        Array([1, 0], dtype=int32)
     """
     splits = dict(dataset) if isinstance(dataset, Mapping) else {"train": dataset}
     if not splits:

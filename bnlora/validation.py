@@ -24,6 +24,13 @@ class EarlyStopping:
         patience: Looks without a better negative log-likelihood before stopping.
         num_samples: Posterior draws at each look, the same ones each time.
         batch_size: Rows to run at a time.
+
+    Example:
+        >>> rule = bl.EarlyStopping(every=2, patience=1, num_samples=1)
+        >>> looked = {"validation": rows, "early_stopping": rule}
+        >>> made = bl.fit(key, model, guide, rows, optax.adam(0.01), num_steps=4, batch_size=4, **looked)
+        >>> bool(made.best_step in made.validation["step"])
+        True
     """
 
     every: int = 50

@@ -1,23 +1,62 @@
-"""Every example in a docstring prints what it says."""
+"""Every example in a docstring prints what it says; those of the library's own names share one tiny fit."""
 
 import doctest
 import importlib
 import pkgutil
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import optax
 import pytest
 
-import bnlora
+import bnlora as bl
+from bnlora.testing import tiny_base, tiny_rows
 
-MODULES = sorted(m.name for m in pkgutil.walk_packages(bnlora.__path__, "bnlora."))
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_examples(name):
-    results = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
-    assert results.failed == 0
+MODULES = sorted(m.name for m in pkgutil.walk_packages(bl.__path__, "bnlora."))
+SAMPLERS = ("bnlora.mcmc", "bnlora.comparison")
+"""Packages whose examples run chains: their programs take a minute to compile."""
+KEY = jax.random.key(0)
 
 
-def test_some_examples_exist():
-    finder = doctest.DocTestFinder()
-    tests = [t for name in MODULES for t in finder.find(importlib.import_module(name)) if t.examples]
-    assert len(tests) >= 2
+@pytest.fixture(scope="module")
+def names(tmp_path_factory, tokenizer, tiny_folder) -> dict:
+    """What the examples take as given: a base, rows, a model, a guide, and a fit of four steps."""
+    base, rows = tiny_base(KEY, num_layers=2), tiny_rows(jax.random.key(1), 8)
+    sites = bl.select(base, ["lm_head"], rank=1)
+    model = bl.Classifier(base, sites, bl.priors.normal(), label_ids=(3, 5))
+    guide = bl.guides.Guide(model.prior, bl.guides.mean_field())
+    fit = bl.fit(KEY, model, guide, rows, optax.adam(0.01), num_steps=4, batch_size=4)
+    given = {"key": KEY, "base": base, "rows": rows, "sites": sites, "model": model, "guide": guide}
+    given |= {"fit": fit, "folder": Path(tmp_path_factory.mktemp("examples"))}
+    given |= {"tokenizer": tokenizer, "model_folder": tiny_folder}
+    return given | {"bl": bl, "jax": jax, "jnp": jnp, "np": np, "numpyro": numpyro, "optax": optax}
+
+
+def ran(module: str, names: dict) -> doctest.TestResults:
+    flags = doctest.NORMALIZE_WHITESPACE
+    return doctest.testmod(importlib.import_module(module), optionflags=flags, extraglobs=names)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith(SAMPLERS)])
+def test_examples(name, names):
+    assert ran(name, names).failed == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith(SAMPLERS)])
+def test_examples_with_chains(name, names, chains):
+    assert ran(name, names | {"chains": chains}).failed == 0
+
+
+@pytest.fixture(scope="module")
+def chains(names):
+    return bl.sample_nuts(KEY, names["model"], names["rows"], num_warmup=4, num_draws=8, num_chains=2)
+
+
+def test_every_name_of_the_library_has_an_example():
+    shown = [getattr(bl, name) for name in dir(bl) if not name.startswith("_")]
+    without = [x.__name__ for x in shown if callable(x) and ">>>" not in (x.__doc__ or "")]
+    assert without == []

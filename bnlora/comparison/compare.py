@@ -99,6 +99,12 @@ def compare(
         UncertifiedReference: When the reference has no certificate or did not pass.
         ValueError: When both sides have different sites or label words, a function is no finite scalar, or
             there are too few draws.
+
+    Example:
+        >>> bl.compare(key, fit, chains, rows)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        bnlora.comparison.compare.UncertifiedReference: ...
     """
     if against not in ("reference", "anything"):
         raise ValueError(f"against must be 'reference' or 'anything'; got {against!r}")

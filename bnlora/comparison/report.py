@@ -61,6 +61,11 @@ class Comparison(Shown):
         size: Draws in each half of each side, for the measures between samples.
         level: Chance of a false alarm, over all aspects together.
         other: What the second posterior is called: "reference" only where it is a certified one.
+
+    Example:
+        >>> found = bl.compare(key, fit, chains, rows, num_samples=16, against="anything")
+        >>> found.other
+        'other posterior'
     """
 
     approx: Draws

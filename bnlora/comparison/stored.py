@@ -74,6 +74,12 @@ def store_reference(
 
     Returns:
         What a comparison reads of the run.
+
+    Example:
+        >>> bl.store_reference(chains, rows)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: ...
     """
     model, adapters = chains.model, chains.stored_adapters()
     names, values = evaluate(identifiable(model, data[:PROBES]), model, adapters, data)
@@ -104,6 +110,9 @@ def save_reference(stored: StoredReference, folder: str | Path) -> None:
     Args:
         stored: What `store_reference` gave.
         folder: Folder to write; made where there is none.
+
+    Example:
+        >>> bl.save_reference(bl.store_reference(chains, rows), "references/mine")  # doctest: +SKIP
     """
     import xarray
 
@@ -139,6 +148,10 @@ def load_reference(folder: str | Path) -> StoredReference:
     Raises:
         FileNotFoundError: When the folder holds none.
         ValueError: When a file is corrupt.
+
+    Example:
+        >>> reference = bl.load_reference("references/mine")  # doctest: +SKIP
+        >>> bl.compare(key, fit, reference, rows)  # doctest: +SKIP
     """
     import xarray
 

@@ -49,6 +49,11 @@ def to_arviz(
 
     Raises:
         ValueError: When `num_samples` is not a positive multiple of 4.
+
+    Example:
+        >>> tree = bl.to_arviz(fit, rows, num_samples=4)
+        >>> sorted(tree.children)[:3]
+        ['log_likelihood', 'observed_data', 'posterior']
     """
     if num_samples < CHAINS or num_samples % CHAINS:
         raise ValueError(f"num_samples must be a positive multiple of {CHAINS}; got {num_samples}")

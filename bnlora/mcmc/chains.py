@@ -29,6 +29,10 @@ class Chains(Shown):
         tuning: What the warm-up of each chain found; leaves have a leading chain axis.
         record: Sampler, options, seed, seconds, command and versions.
         thinning: Transitions from one kept draw to the next.
+
+    Example:
+        >>> chains.num_chains, chains.vectors.shape  # chains, draws, coordinates
+        (2, (2, 8, 18))
     """
 
     target: Target

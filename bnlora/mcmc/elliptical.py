@@ -57,6 +57,11 @@ def sample_elliptical(
 
     Raises:
         ValueError: As `sample_nuts`, and when the prior is not normal.
+
+    Example:
+        >>> chains = bl.sample_elliptical(key, model, rows, num_warmup=4, num_draws=8, num_chains=2)
+        >>> chains.num_chains
+        2
     """
     check_at_least({"num_warmup": num_warmup, "steps_per_draw": steps_per_draw}, 1)
 

@@ -58,6 +58,11 @@ def sample_nuts(
     Raises:
         ValueError: On an option out of its range, a pattern that matches nothing, sites to fix without a fit,
             a start where the log-density is not finite, or a folder with the pieces of another run.
+
+    Example:
+        >>> chains = bl.sample_nuts(key, model, rows, num_warmup=4, num_draws=8, num_chains=2)
+        >>> chains.certificate.passed  # eight draws are too few
+        False
     """
     check_at_least({"max_doublings": max_doublings}, 1)
     method = _method(Nuts(max_doublings), num_warmup, target_acceptance, mass, initial_step_size)
@@ -98,6 +103,11 @@ def sample_hmc(
 
     Raises:
         ValueError: As `sample_nuts`.
+
+    Example:
+        >>> options = {"num_warmup": 4, "num_draws": 8, "num_chains": 2}
+        >>> bl.sample_hmc(key, model, rows, integration_steps=2, **options).num_chains
+        2
     """
     check_at_least({"integration_steps": integration_steps}, 1)
     method = _method(Hmc(integration_steps), num_warmup, target_acceptance, mass, initial_step_size)

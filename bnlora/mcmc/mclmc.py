@@ -52,6 +52,11 @@ def sample_mclmc(
 
     Raises:
         ValueError: As `sample_nuts`, and on a target of one dimension.
+
+    Example:
+        >>> chains = bl.sample_mclmc(key, model, rows, num_tuning=50, num_draws=8, num_chains=2)
+        >>> chains.certificate.passed  # never: there is no accept step
+        False
     """
     check_at_least({"num_tuning": num_tuning}, 100)
     check_at_least({"steps_per_draw": steps_per_draw}, 1)

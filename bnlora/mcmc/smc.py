@@ -75,6 +75,11 @@ def sample_smc(
 
     Raises:
         ValueError: On an option out of its range, or when the posterior is not reached in 500 stages.
+
+    Example:
+        >>> runs = bl.sample_smc(key, model, rows, num_runs=2, num_particles=20, integration_steps=2)
+        >>> runs.num_chains
+        2
     """
     check_at_least({"num_runs": num_runs, "num_moves": num_moves, "integration_steps": integration_steps}, 1)
     check_at_least({"num_particles": num_particles}, 10)
