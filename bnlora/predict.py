@@ -9,7 +9,7 @@ above some at a time, so memory does not grow with their number: one on a CPU, w
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from bnlora.progress import track
 from bnlora.typing import Adapters
 
 
+@runtime_checkable
 class Posterior(Protocol):
     """Whatever gives draws of a classifier's adapters: a `Fit`, or a member of `bnlora.inference`.
 

@@ -11,7 +11,7 @@ import pytest
 
 import bnlora as bl
 
-PACKAGES = ("guides", "inference", "metrics", "plots", "priors", "sbc", "comparison", "mcmc", "diagnostics")
+PACKAGES = ("guides", "inference", "metrics", "plots", "priors", "sbc", "comparison", "mcmc")
 
 
 def own(module: ModuleType) -> dict[str, object]:
@@ -86,7 +86,8 @@ def test_a_function_says_what_it_takes_gives_and_refuses(name):
 
 @pytest.mark.parametrize("name", sorted(name for name, value in PUBLIC.items() if inspect.isclass(value)))
 def test_a_class_says_what_its_fields_are(name):
-    fields = {n for n in getattr(PUBLIC[name], "__dataclass_fields__", {}) if not n.startswith("_")}
+    stated = getattr(PUBLIC[name], "__dataclass_fields__", {})
+    fields = {n for n, field in stated.items() if field.init and not n.startswith("_")}
     found = sections(inspect.getdoc(PUBLIC[name]))
     listed = found.get("Attributes", "") + found.get("Args", "")
-    assert fields <= set(re.findall(r"^    (\w+)(?:, (?:\w+))*:", listed, re.MULTILINE)) or not fields
+    assert fields <= set(re.findall(r"^    (\w+):", listed, re.MULTILINE))

@@ -59,7 +59,7 @@ def sample_elliptical(
         ValueError: As `sample_nuts`, and when the prior is not normal.
 
     Example:
-        >>> chains = bl.sample_elliptical(key, model, rows, num_warmup=4, num_draws=8, num_chains=2)
+        >>> chains = bl.sample_elliptical(key, model, rows, num_warmup=20, num_draws=8, num_chains=2)
         >>> chains.num_chains
         2
     """

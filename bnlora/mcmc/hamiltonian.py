@@ -60,7 +60,7 @@ def sample_nuts(
             a start where the log-density is not finite, or a folder with the pieces of another run.
 
     Example:
-        >>> chains = bl.sample_nuts(key, model, rows, num_warmup=4, num_draws=8, num_chains=2)
+        >>> chains = bl.sample_nuts(key, model, rows, num_warmup=20, num_draws=8, num_chains=2)
         >>> chains.certificate.passed  # eight draws are too few
         False
     """
@@ -105,7 +105,7 @@ def sample_hmc(
         ValueError: As `sample_nuts`.
 
     Example:
-        >>> options = {"num_warmup": 4, "num_draws": 8, "num_chains": 2}
+        >>> options = {"num_warmup": 20, "num_draws": 8, "num_chains": 2}
         >>> bl.sample_hmc(key, model, rows, integration_steps=2, **options).num_chains
         2
     """

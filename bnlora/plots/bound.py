@@ -22,6 +22,9 @@ def elbo(fits: Mapping[str, Fit], *, ax: Sequence[Axes] | None = None) -> Figure
     Args:
         fits: Fit by name. Where a fit has no random variable, its bound is the log-likelihood alone.
         ax: Axes to draw on, three for each fit; a figure of its own when omitted.
+
+    Returns:
+        The figure.
     """
     if ax is not None:
         panels, figure, _ = make_axes(ax, 3 * len(fits))

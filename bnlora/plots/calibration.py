@@ -24,6 +24,9 @@ def sbc(result: Calibration, *, ax: Sequence[Axes] | None = None) -> Figure:
     Args:
         result: From `bnlora.sbc.run`.
         ax: One axes for each function; a figure of its own when omitted.
+
+    Returns:
+        The figure.
     """
     axes, figure, own = make_axes(ax, len(result.names), share="all")
     total, draws = len(result.ranks), result.num_draws
@@ -61,6 +64,9 @@ def vsbc(result: Calibration, *, ax: Sequence[Axes] | None = None) -> Figure:
     Args:
         result: From `bnlora.sbc.run`.
         ax: One axes for each function; a figure of its own when omitted.
+
+    Returns:
+        The figure.
     """
     axes, figure, own = make_axes(ax, len(result.names))
     bins, uniform = _bins(result.num_draws)

@@ -23,6 +23,9 @@ def forest(found: Comparison, *, ax: Axes | None = None) -> Figure:
     Args:
         found: From `bnlora.compare`.
         ax: Axes to draw on; a figure of its own when omitted.
+
+    Returns:
+        The figure.
     """
     axes, figure, own = make_axes(ax, 1, width=7.0, height=0.4 * len(found.names) + 0.8, columns=1)
     panel = axes[0]
@@ -58,6 +61,9 @@ def worst_pairs(found: Comparison, *, count: int = 3, ax: Sequence[Axes] | None 
         found: From `bnlora.compare`.
         count: Number of functions; each two of them make a panel.
         ax: One axes for each panel; a figure of its own when omitted.
+
+    Returns:
+        The figure.
 
     Raises:
         ValueError: When there are fewer than two functions, or fewer are asked for.
@@ -96,6 +102,9 @@ def predictive_scatter(found: Comparison, *, ax: Sequence[Axes] | None = None) -
         found: From `bnlora.compare`.
         ax: Two axes to draw on; a figure of its own when omitted.
 
+    Returns:
+        The figure.
+
     Raises:
         ValueError: When no predictions were compared.
     """
@@ -132,6 +141,9 @@ def rank_difference(found: Comparison, *, ax: Sequence[Axes] | None = None) -> F
     Args:
         found: From `bnlora.compare`.
         ax: One axes for each function; a figure of its own when omitted.
+
+    Returns:
+        The figure.
     """
     axes, figure, own = make_axes(ax, len(found.names), share="all")
     size = min(found.approx.independent_size, found.reference.independent_size)

@@ -24,6 +24,9 @@ def prior_predictive(
         found: From `bnlora.prior_predictive`.
         ax: Two axes to draw on; a figure of its own when omitted.
         max_rows: Rows shown on the right, evenly taken in the order of the base model's probability.
+
+    Returns:
+        The figure.
     """
     axes, figure, own = make_axes(ax, 2, width=5.0, height=3.4, columns=2)
     chosen = np.ones(len(found.base_logits), int)

@@ -30,6 +30,9 @@ def reliability(
         predictions: Prediction by method and set of rows.
         labels: True classes by set of rows.
         ax: Axes to draw on, (method, set of rows); a figure of its own when omitted.
+
+    Returns:
+        The figure.
     """
     height, width = len(predictions), len(labels)
     if ax is None:

@@ -10,7 +10,7 @@ only completes the conditional W | U, for which one learned scale `lam` per matr
 """
 
 from collections.abc import Callable
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import jax.numpy as jnp
 import numpyro
@@ -31,6 +31,7 @@ START: dict[str, Start] = {"a": "draw", "b": "zero"}
 """LoRA's start: `a` informative, `b` zero, so that step 0 is the base model."""
 
 
+@runtime_checkable
 class Prior(Protocol):
     """A NumPyro program over the adapters of the selected sites."""
 

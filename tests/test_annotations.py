@@ -1,0 +1,68 @@
+"""The shapes that annotations state are the shapes that come and go.
+
+In a process of its own the library is imported through jaxtyping's hook, by which beartype checks every call; a fit, a
+prediction and what follows run under it. A wrong shape, planted, must be found.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = """
+import ast, importlib, sys
+from pathlib import Path
+import jaxtyping
+
+MODULES = "bnlora.data bnlora.scores bnlora.metrics bnlora.predict bnlora.text bnlora.model bnlora.functions".split()
+MODULES += "bnlora.prior_predictive bnlora.ranks bnlora.gp bnlora.posterior bnlora.inference.temperature".split()
+hook = jaxtyping.install_import_hook(MODULES, "beartype.beartype")
+import jax, numpy as np, optax
+import bnlora as bl
+from bnlora.inference import fit_temperature
+from bnlora.testing import tiny_base, tiny_rows
+import datasets
+sys.modules["bnlora.text"].Dataset = datasets.Dataset  # which is there for type checkers alone
+
+key, rows = jax.random.key(0), tiny_rows(jax.random.key(1), 8)
+base = tiny_base(key, num_layers=2)
+model = bl.Classifier(base, bl.select(base, ["lm_head"], rank=1), bl.priors.normal(), label_ids=np.array([3, 5]))
+guide = bl.guides.SiteFlow(model.prior)
+"""
+RUN = """
+fit = bl.fit(key, model, guide, rows, optax.adam(0.01), num_steps=2, batch_size=4)
+prediction = bl.predict(key, fit, rows, num_samples=3)
+labels = np.asarray(rows.labels)
+bl.metrics.summary(prediction, labels, resamples=10)
+bl.metrics.reliability(prediction, labels)
+prediction.entropy, prediction.mutual_information
+bl.prior_predictive(key, model, rows, num_samples=3).spread
+print("checked")
+"""
+PLANTED = {
+    "labels of another shape": "bl.metrics.nll(np.log([[0.5, 0.5]]), np.zeros((1, 1), int))",
+    "draws without their axis": "bl.Prediction(np.zeros((3, 2)))",
+    "tokens that are no integers": "bl.Batch(rows.tokens * 1.0, rows.mask, rows.labels)",
+    "a mask of another length": "bl.Batch(rows.tokens, rows.mask[:, 1:], rows.labels)",
+}
+
+
+def checked(code: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = [sys.executable, "-W", "ignore", "-c", PROGRAM + code]
+    return subprocess.run(run, env=env, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def test_a_fit_and_what_follows_keep_to_their_annotations():
+    done = checked(RUN)
+    assert done.stdout == "checked\n", done.stderr
+
+
+def test_a_wrong_shape_is_found():
+    tries = "".join(
+        f"try:\n    {code}\nexcept jaxtyping.TypeCheckError: print({name!r})\n"
+        for name, code in PLANTED.items()
+    )
+    done = checked(tries)
+    assert done.stdout.splitlines() == list(PLANTED), done.stderr
