@@ -1,7 +1,7 @@
 """The shapes that annotations state are the shapes that come and go.
 
-In a process of its own the library is imported through jaxtyping's hook, by which beartype checks every call; a fit, a
-prediction and what follows run under it. A wrong shape, planted, must be found.
+In a process of its own the library is imported through jaxtyping's hook, by which beartype checks every call; a
+fit, a prediction and what follows run under it. A wrong shape, planted, must be found.
 """
 
 import os
@@ -11,13 +11,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
-import ast, importlib, sys
-from pathlib import Path
+import sys
 import jaxtyping
 
-MODULES = "bnlora.data bnlora.scores bnlora.metrics bnlora.predict bnlora.text bnlora.model bnlora.functions".split()
-MODULES += "bnlora.prior_predictive bnlora.ranks bnlora.gp bnlora.posterior bnlora.inference.temperature".split()
-hook = jaxtyping.install_import_hook(MODULES, "beartype.beartype")
+NAMES = "data scores metrics predict text prior_predictive ranks gp posterior inference.temperature"
+hook = jaxtyping.install_import_hook([f"bnlora.{name}" for name in NAMES.split()], "beartype.beartype")
 import jax, numpy as np, optax
 import bnlora as bl
 from bnlora.inference import fit_temperature
@@ -27,7 +25,8 @@ sys.modules["bnlora.text"].Dataset = datasets.Dataset  # which is there for type
 
 key, rows = jax.random.key(0), tiny_rows(jax.random.key(1), 8)
 base = tiny_base(key, num_layers=2)
-model = bl.Classifier(base, bl.select(base, ["lm_head"], rank=1), bl.priors.normal(), label_ids=np.array([3, 5]))
+sites = bl.select(base, ["lm_head"], rank=1)
+model = bl.Classifier(base, sites, bl.priors.normal(), label_ids=np.array([3, 5]))
 guide = bl.guides.SiteFlow(model.prior)
 """
 RUN = """
@@ -60,9 +59,6 @@ def test_a_fit_and_what_follows_keep_to_their_annotations():
 
 
 def test_a_wrong_shape_is_found():
-    tries = "".join(
-        f"try:\n    {code}\nexcept jaxtyping.TypeCheckError: print({name!r})\n"
-        for name, code in PLANTED.items()
-    )
-    done = checked(tries)
+    attempt = "try:\n    {}\nexcept jaxtyping.TypeCheckError:\n    print({!r})\n"
+    done = checked("".join(attempt.format(code, name) for name, code in PLANTED.items()))
     assert done.stdout.splitlines() == list(PLANTED), done.stderr

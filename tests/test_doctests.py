@@ -53,7 +53,7 @@ def test_examples_with_chains(name, names, chains):
 
 @pytest.fixture(scope="module")
 def chains(names):
-    return bl.sample_nuts(KEY, names["model"], names["rows"], num_warmup=20, num_draws=8, num_chains=2)
+    return bl.sample_nuts(KEY, names["model"], names["rows"], num_warmup=20, num_draws=100)
 
 
 def test_every_name_of_the_library_has_an_example():

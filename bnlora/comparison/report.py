@@ -63,7 +63,7 @@ class Comparison(Shown):
         other: What the second posterior is called: "reference" only where it is a certified one.
 
     Example:
-        >>> found = bl.compare(key, fit, chains, rows, num_samples=16, against="anything")
+        >>> found = bl.compare(key, fit, chains, rows, num_samples=100, against="anything")
         >>> found.other
         'other posterior'
     """

@@ -32,7 +32,7 @@ class Chains(Shown):
 
     Example:
         >>> chains.num_chains, chains.vectors.shape  # chains, draws, coordinates
-        (2, (2, 8, 18))
+        (4, (4, 100, 18))
     """
 
     target: Target
