@@ -1,7 +1,7 @@
 """The shapes that annotations state are the shapes that come and go.
 
-In a process of its own the library is imported through jaxtyping's hook, by which beartype checks every call; a
-fit, a prediction and what follows run under it. A wrong shape, planted, must be found.
+In a process of its own the library is imported through jaxtyping's hook, by which beartype checks every
+call; a fit, a prediction and what follows run under it. A wrong shape, planted, must be found.
 """
 
 import os

@@ -76,10 +76,9 @@ def store_reference(
         What a comparison reads of the run.
 
     Example:
-        >>> bl.store_reference(chains, rows)  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        ValueError: ...
+        >>> stored = bl.store_reference(chains, rows, num_predictions=20)
+        >>> stored.prediction.probs.shape
+        (8, 2)
     """
     model, adapters = chains.model, chains.stored_adapters()
     names, values = evaluate(identifiable(model, data[:PROBES]), model, adapters, data)
@@ -112,7 +111,9 @@ def save_reference(stored: StoredReference, folder: str | Path) -> None:
         folder: Folder to write; made where there is none.
 
     Example:
-        >>> bl.save_reference(bl.store_reference(chains, rows), "references/mine")  # doctest: +SKIP
+        >>> bl.save_reference(bl.store_reference(chains, rows, num_predictions=20), folder / "reference")
+        >>> bl.load_reference(folder / "reference").certificate == chains.certificate
+        True
     """
     import xarray
 
@@ -150,8 +151,9 @@ def load_reference(folder: str | Path) -> StoredReference:
         ValueError: When a file is corrupt.
 
     Example:
-        >>> reference = bl.load_reference("references/mine")  # doctest: +SKIP
-        >>> bl.compare(key, fit, reference, rows)  # doctest: +SKIP
+        >>> bl.save_reference(bl.store_reference(chains, rows, num_predictions=20), folder / "kept")
+        >>> bl.load_reference(folder / "kept").prediction.draw_log_probs.shape  # draws, rows, classes
+        (20, 8, 2)
     """
     import xarray
 

@@ -54,7 +54,7 @@ def sample_mclmc(
         ValueError: As `sample_nuts`, and on a target of one dimension.
 
     Example:
-        >>> chains = bl.sample_mclmc(key, model, rows, num_tuning=50, num_draws=8, num_chains=2)
+        >>> chains = bl.sample_mclmc(key, model, rows, num_tuning=100, num_draws=8, num_chains=2)
         >>> chains.certificate.passed  # never: there is no accept step
         False
     """
