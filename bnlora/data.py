@@ -97,10 +97,12 @@ class Batch(Shown):
 
 
 def check_labels(name: str, rows: Batch, classes: int) -> None:
-    """Raise `ValueError` unless there are rows, all with labels below `classes`; `name` says whose."""
+    """Raise `ValueError` unless there are rows, each with one label below `classes`; `name` says whose."""
     if not len(rows):
         raise ValueError(f"the {name} rows must be at least one; got none")
-    labels = np.asarray(rows.labels)
+    labels, wanted = np.asarray(rows.labels), rows.tokens.shape[:1]
+    if labels.shape != wanted:  # a shape that broadcasts would give a wrong bound in silence
+        raise ValueError(f"the {name} rows need one label each, shape {wanted}; got shape {labels.shape}")
     if labels.min() < 0:
         raise ValueError(f"the {name} rows have no labels (-1); read them with `label=` naming their column")
     if labels.max() >= classes:

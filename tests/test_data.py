@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnlora import guides, priors
-from bnlora.data import _columns, minibatches, parts
+from bnlora.data import _columns, check_labels, minibatches, parts
 from bnlora.elbo import elbo_terms, initial_parameters
 from bnlora.model import Classifier
 from bnlora.sites import select
@@ -75,3 +75,10 @@ def test_widths_are_few_and_hold_what_is_needed(needed, before, after):
     width = columns.stop - columns.start
     assert width in (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, before + needed + after)
     assert width < max(2 * needed, 9)
+
+
+@pytest.mark.parametrize("labels", [np.zeros(3, int), np.zeros((4, 1), int)])
+def test_labels_of_another_shape_than_the_rows_are_refused(labels):
+    rows = replace(tiny_rows(jax.random.key(0), 4), labels=labels)
+    with pytest.raises(ValueError, match=r"need one label each, shape \(4,\); got shape \("):
+        check_labels("training", rows, 2)
