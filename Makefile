@@ -9,16 +9,27 @@ WORKERS ?= 2
 # The reference implementations that parity tests run live; wheels of this version are CPU builds on 3.11 alone.
 PARITY := $(shell $(PYTHON) -c 'import sys; print(",parity" if sys.version_info[:2] == (3, 11) else "")')
 
-.PHONY: demo test fast lint tpu docs notebooks oldest newest clean
+# What touches the compiler, ArviZ, the table formats, the command line and the packages.
+VERSIONED := cli diagnose diagnostics display distributions execution flows guides kernels_api kernels_lowering \
+	llama mcmc metrics model notebooks packaging plots predict priors reprs svi
+
+.PHONY: demo test fast versions lint tpu docs notebooks oldest newest clean
 
 demo: $(READY)
 	$(BIN)/bnlora demo
 
+# A file stays with one worker, for its tests share programs and fits; in the order of their names, the slowest come early.
+PYTEST := -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=25
+
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --durations=15
+	$(BIN)/python $(PYTEST)
 
 fast: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" --durations=15
+	$(BIN)/python $(PYTEST) -m "not slow"
+
+# What may differ from one version of Python, JAX or ArviZ to the next, in a few minutes.
+versions: $(READY)
+	$(BIN)/python $(PYTEST) -m "not slow" $(addprefix tests/test_,$(addsuffix .py,$(VERSIONED)))
 
 # The TPU's own compiler, which needs no TPU: 640 MB of a package that nothing else here uses.
 tpu: $(READY)
