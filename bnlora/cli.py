@@ -28,11 +28,14 @@ from bnlora.outcome import (
     ExitCode,
     as_json,
     comparison_result,
+    diagnosis_result,
+    evaluation_page,
     fit_result,
     prediction_result,
     summary_result,
+    with_prediction,
 )
-from bnlora.predict import Prediction, predict
+from bnlora.predict import predict
 from bnlora.recipe import PriorName, Recipe, Schedule
 from bnlora.tables import read_table, require_writable, write_table
 from bnlora.text import TextData, Truncate
@@ -217,7 +220,7 @@ def predict_command(
         rows = read_table(table)
         made, recipe, batch = _restored(folder, rows, text, None)
         prediction = predict(jax.random.key(seed), made, batch, num_samples=draws, console=progress)
-        write_table(_with_prediction(rows, prediction, recipe.words), out)
+        write_table(with_prediction(rows, prediction, recipe.words), out)
         result = prediction_result(prediction, recipe.words, out)
         _say(result, f"{len(rows)} predictions: {out}", json=json)
 
@@ -245,10 +248,29 @@ def evaluate(
         shown: list[Any] = [summary]
         if report is not None:
             title = f"{folder.name} on {table.name}"
-            _write(report, _evaluation_page(title, summary, {recipe.prior: {table.name: prediction}}, labels))
+            _write(report, evaluation_page(title, summary, {recipe.prior: {table.name: prediction}}, labels))
             result["report"] = str(report)
             shown.append(f"report: {report}")
         _say(result, *shown, json=json)
+
+
+@app.command()
+def diagnose(
+    folder: Folder,
+    table: Table,
+    text: TextColumn = "text",
+    label: LabelColumn = "label",
+    draws: Annotated[int, typer.Option(help="Draws of the guide, and of the prior.", min=1)] = 400,
+    json: Json = False,
+) -> None:
+    """Ask of a fit what may be wrong with it, and what to do about that.
+
+    The rows have labels and were best not fitted. Problems are findings and no errors: the exit code is 0.
+    """
+    with _told() as progress:
+        made, _, batch = _restored(folder, read_table(table), text, label)
+        diagnosis = bnlora.diagnose(made, batch, num_samples=draws, console=progress)
+        _say(diagnosis_result(diagnosis), diagnosis, json=json)
 
 
 @contextmanager
@@ -307,32 +329,6 @@ def _restored(folder: Path, rows: "Dataset", text: str, label: str | None) -> tu
     base = recipe.load_base()
     data = recipe.read({"rows": rows}, base, text=text, label=label)
     return load_fit(folder, *recipe.build(base, data.label_ids)), recipe, data["rows"]
-
-
-def _with_prediction(rows: "Dataset", prediction: Prediction, words: tuple[str, ...]) -> "Dataset":
-    names = [word.strip() for word in words]
-    columns = {f"probability {name}": prediction.probs[:, i] for i, name in enumerate(names)}
-    columns |= {"entropy": prediction.entropy, "mutual information": prediction.mutual_information}
-    columns |= {"prediction": np.array(names)[prediction.log_probs.argmax(1)]}
-    for name, values in columns.items():
-        rows = rows.remove_columns([name] if name in rows.column_names else [])
-        rows = rows.add_column(name, list(values))
-    return rows
-
-
-def _evaluation_page(
-    title: str,
-    summary: metrics.Summary,
-    predictions: Mapping[str, Mapping[str, Prediction]],
-    labels: np.ndarray,
-) -> str:
-    """The metrics and a reliability diagram of predictions, given by method and table."""
-    from bnlora import plots
-    from bnlora.report import page
-
-    truth = {table: labels for made in predictions.values() for table in made}
-    figure = plots.reliability(predictions, truth)
-    return page(title, [summary.table, (figure, plots.RELIABILITY_CAPTION)])
 
 
 def _write(path: Path, text: str) -> None:

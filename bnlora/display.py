@@ -223,3 +223,14 @@ def _on_white(depth: float) -> str:
     """Black letters on the shade over white, so that the background of the terminal does not matter."""
     mixed = [round(255 + (part - 255) * FULL * depth) for part in SHADE]
     return "#000000 on #" + "".join(f"{part:02x}" for part in mixed)
+
+
+def ranges(indices: tuple[int, ...]) -> str:
+    """`(0, 1, 2, 5)` as `"0-2, 5"`."""
+    runs: list[list[int]] = []
+    for i in indices:
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)

@@ -208,7 +208,15 @@ def reliability(prediction: Any, labels: Labels, *, bins: int = BINS) -> Reliabi
 
 
 def wilson(hits: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper end of the 95 % score interval of a share, hits of n (Wilson 1927)."""
+    """Lower and upper end of the 95 % score interval of a share, hits of n (Wilson 1927).
+
+    Args:
+        hits: Numbers of hits.
+        n: Numbers of trials, at least one each.
+
+    Returns:
+        Both ends, each in [0, 1].
+    """
     z2 = 1.959963984540054**2
     share = hits / n
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)

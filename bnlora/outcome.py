@@ -14,17 +14,22 @@ Numbers that JSON has no word for (not a number, infinities) are null.
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bnlora import metrics
+from bnlora.diagnostics.page import Diagnosis
 from bnlora.elbo import TERMS
 from bnlora.experiment import Comparison
 from bnlora.fits import Fit
 from bnlora.predict import Prediction
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class ExitCode(IntEnum):
@@ -87,6 +92,11 @@ def comparison_result(comparison: Comparison, report: Path) -> dict[str, Any]:
     return {"report": str(report), "scores": scores, "fits": costs}
 
 
+def diagnosis_result(diagnosis: Diagnosis) -> dict[str, Any]:
+    """What each diagnostic says, and whether none of them found a problem."""
+    return {"passed": diagnosis.passed, "findings": [asdict(found) for found in diagnosis.findings]}
+
+
 def as_json(result: Mapping[str, Any]) -> str:
     """One line of JSON, with null for numbers that are not finite."""
     return json.dumps(_finite(result), allow_nan=False, ensure_ascii=False)
@@ -95,4 +105,33 @@ def as_json(result: Mapping[str, Any]) -> str:
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def evaluation_page(
+    title: str,
+    summary: metrics.Summary,
+    predictions: Mapping[str, Mapping[str, Prediction]],
+    labels: np.ndarray,
+) -> str:
+    """The metrics and a reliability diagram of predictions, given by method and table."""
+    from bnlora import plots
+    from bnlora.report import page
+
+    truth = {table: labels for made in predictions.values() for table in made}
+    figure = plots.reliability(predictions, truth)
+    return page(title, [summary.table, (figure, plots.RELIABILITY_CAPTION)])
+
+
+def with_prediction(rows: "Dataset", prediction: Prediction, words: tuple[str, ...]) -> "Dataset":
+    """The rows with columns of what was predicted for them."""
+    names = [word.strip() for word in words]
+    columns = {f"probability {name}": prediction.probs[:, i] for i, name in enumerate(names)}
+    columns |= {"entropy": prediction.entropy, "mutual information": prediction.mutual_information}
+    columns |= {"prediction": np.array(names)[prediction.log_probs.argmax(1)]}
+    for name, values in columns.items():
+        rows = rows.remove_columns([name] if name in rows.column_names else [])
+        rows = rows.add_column(name, list(values))
+    return rows

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, get_args
 
-from datasets import Dataset
 from jax import Array
 from rich.console import Console
 
@@ -33,6 +32,12 @@ class Reading(Shown):
         prediction: Prediction for every prefix, a row each.
         by: What the shade says.
         top: Value in nats from which on the shade is full; the largest one of the text when None.
+
+    Example:
+        >>> prediction = bl.Prediction(np.log([[[0.5, 0.5], [0.2, 0.8]]]))  # one draw, a row for each token
+        >>> reading = bl.Reading(("a good", " film"), (" bad", " good"), prediction)
+        >>> reading.words[reading.shown_class]
+        ' good'
     """
 
     pieces: tuple[str, ...]
@@ -135,6 +140,11 @@ def read_along(
     Raises:
         ValueError: When the base has no tokenizer that knows where its tokens stand, the template does not
             hold `{text}` once, the text is blank or too long, or `by` is unknown.
+
+    Example:
+        >>> reading = bl.read_along(key, text_fit, "the plot is good", num_samples=2)
+        >>> "".join(reading.pieces), len(reading.prediction.probs) == len(reading.pieces)
+        ('the plot is good', True)
     """
     check_option("by", by, get_args(Shade))
     tokenizer: Any = getattr(fit.model.base, "tokenizer", None)
@@ -143,6 +153,8 @@ def read_along(
             "reading along needs a base with a fast tokenizer, which knows where its tokens stand; "
             f"got {type(tokenizer).__name__}"
         )
+    from datasets import Dataset  # here: it takes as long as the rest of the library
+
     if template.count("{text}") != 1:
         raise ValueError(f"the template must contain {{text}} once; got {template!r}")
     if not text.strip():

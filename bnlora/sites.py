@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bnlora.checks import check_at_least
-from bnlora.display import Shown, Table
+from bnlora.display import Shown, Table, ranges
 from bnlora.typing import FACTORS, Adapters
 
 HEAD = "lm_head"
@@ -89,7 +89,7 @@ class Site:
     @property
     def where(self) -> str:
         """The adapted layers in words."""
-        return "head" if self.module == HEAD else f"layers {_ranges(self.layers)}"
+        return "head" if self.module == HEAD else f"layers {ranges(self.layers)}"
 
 
 @dataclass(frozen=True)
@@ -347,14 +347,3 @@ def _site(
     alone = sum(m == module for m, _ in found) == 1
     name = module if alone else f"{module}_rank{rank}"
     return Site(name, module, tuple(found[key]), d_in, d_out, rank, float(rank if alpha is None else alpha))
-
-
-def _ranges(indices: tuple[int, ...]) -> str:
-    """`(0, 1, 2, 5)` as `"0-2, 5"`."""
-    runs: list[list[int]] = []
-    for i in indices:
-        if runs and i == runs[-1][-1] + 1:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)

@@ -44,7 +44,7 @@ def place(tmp_path_factory, tiny_folder):
     write_table(reviews(8, seed=1), folder / "test.jsonl")
     done = call("fit", folder / "train.csv", "--out", folder / "fit", "--base", tiny_folder, *WORDS, *SMALL)
     assert done.exit_code == 0, done.output
-    assert "3 steps, 0 skipped" in done.output
+    assert "3, 0 skipped" in done.output
     assert "bnlora predict" in done.output
     return folder
 
@@ -188,6 +188,15 @@ def test_json_is_the_whole_of_standard_output(place):
     assert found["accuracy"]["low"] <= found["accuracy"]["value"] <= found["accuracy"]["high"]
 
 
+def test_diagnose_names_what_is_wrong_with_three_steps(place):
+    done = call("diagnose", place / "fit", place / "test.jsonl", "--draws", 40, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    statuses = {one["name"]: one["status"] for one in found["findings"]}
+    assert statuses["convergence"] == "problem"
+    assert found["passed"] == ("problem" not in statuses.values())
+
+
 def test_json_has_null_for_what_is_not_finite():
     assert json.loads(as_json({"a": {"b": float("nan")}, "c": 1.5})) == {"a": {"b": None}, "c": 1.5}
 
@@ -204,7 +213,7 @@ def test_wrong_usage_and_the_version_have_their_exit_codes():
     [
         ("bnlora fit --target q", {"q_proj"}),
         ("bnlora fit --prior ", {"sparse-gp", "normal", "none"}),
-        ("bnlora ", {"demo", "fit", "predict", "evaluate"}),
+        ("bnlora ", {"demo", "fit", "predict", "evaluate", "diagnose"}),
     ],
 )
 def test_a_shell_completes_commands_and_values(words, offered):
@@ -235,8 +244,8 @@ def test_a_pipe_gets_plain_lines_and_json_alone(place):
 
 def test_help_names_every_command_and_option():
     shown = call("--help").output
-    assert all(command in shown for command in ("demo", "fit", "predict", "evaluate"))
-    for command in ("demo", "fit", "predict", "evaluate"):
+    assert all(command in shown for command in ("demo", "fit", "predict", "evaluate", "diagnose"))
+    for command in ("demo", "fit", "predict", "evaluate", "diagnose"):
         assert call(command, "--help").exit_code == 0
 
 

@@ -32,7 +32,16 @@ def names(tmp_path_factory, tokenizer, tiny_folder) -> dict:
     given = {"key": KEY, "base": base, "rows": rows, "sites": sites, "model": model, "guide": guide}
     given |= {"fit": fit, "folder": Path(tmp_path_factory.mktemp("examples"))}
     given |= {"tokenizer": tokenizer, "model_folder": tiny_folder}
+    given |= {"text_fit": fit_of_texts(bl.load(tiny_folder), rows)}
     return given | {"bl": bl, "jax": jax, "jnp": jnp, "np": np, "numpyro": numpyro, "optax": optax}
+
+
+def fit_of_texts(base: bl.Base, rows: bl.Batch) -> bl.Fit:
+    """A fit of two steps over a base that has a tokenizer."""
+    model = bl.Classifier(base, bl.select(base, ["lm_head"], rank=1), bl.priors.point(), label_ids=(3, 5))
+    return bl.fit(
+        KEY, model, bl.guides.SiteFlow(model.prior), rows, optax.adam(0.01), num_steps=2, batch_size=4
+    )
 
 
 def ran(module: str, names: dict) -> doctest.TestResults:

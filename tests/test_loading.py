@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
+import huggingface_hub
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bnlora.assets import fetch_smollm2
 from bnlora.base import load
-from bnlora.models import llama, loading
+from bnlora.models import llama
 from bnlora.models.loading import Checkpoint, read_checkpoint
 
 reference = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "data" / "make_reference.py")))
@@ -198,7 +199,7 @@ def test_hub_name_downloads_the_configuration_first(tmp_path, monkeypatch):
         asked.append((name, allow_patterns))
         return str(folder)
 
-    monkeypatch.setattr(loading, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert load("someone/tiny").name == "someone/tiny"
     assert asked[0] == ("someone/tiny", ["config.json"])
     assert "*.safetensors" in asked[1][1]
@@ -214,7 +215,7 @@ def test_hub_out_of_reach(monkeypatch, error):
     def snapshot_download(*_, **__):
         raise error
 
-    monkeypatch.setattr(loading, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(
         OSError, match=r"no local folder 'someone/tiny', and downloading it .* failed .*: (no|disk) "
     ):

@@ -192,6 +192,11 @@ def diagnose(
 
     Raises:
         ValueError: When it is no `Fit`, rows are without labels, or an option is out of range.
+
+    Example:
+        >>> page = bl.diagnose(fit, rows, num_samples=40)
+        >>> page["convergence"].status  # after four steps
+        'problem'
     """
     drawn = sample(fit, num_samples=num_samples, batch_size=batch_size, key=key, console=console)
     check_labels("data", data, len(fit.model.label_ids))

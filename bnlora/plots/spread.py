@@ -37,6 +37,9 @@ def posterior_spread(
         factor: Which rows are shown of a table with a column `factor`: "update", "a" or "b".
         ax: Axes to draw on, without colour bar; a figure of its own when omitted.
 
+    Returns:
+        The figure.
+
     Raises:
         ValueError: When the table lacks a column, has two rows for one cell, or no finite value.
 

@@ -36,6 +36,9 @@ def risk_coverage(
         by: What orders the rows.
         ax: One axes for each set of rows; a figure of its own when omitted.
 
+    Returns:
+        The figure.
+
     Raises:
         ValueError: When there are more methods than colours, the order is unknown, or labels do not fit.
 
@@ -83,6 +86,9 @@ def domains(
         predictions: Prediction by domain, all of one fit.
         inside: The domain that was trained on; the first when omitted.
         ax: Two axes to draw on; a figure of its own when omitted.
+
+    Returns:
+        The figure.
 
     Raises:
         ValueError: When `inside` is no domain.
