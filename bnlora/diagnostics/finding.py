@@ -23,14 +23,14 @@ class Finding:
         status: "problem" (do not use the fit so), "caution" (know this before you report numbers), "fine", or
             "not asked" (undefined here, or its own preconditions failed).
         measured: The measurement in words, with its number, its error and the threshold.
-        value: The number that was held against the threshold; NaN where there is none.
-        threshold: The threshold; NaN where there is none.
+        value: The number that was held against the threshold; None where there is none.
+        threshold: The threshold; None where there is none.
         remedy: What to do about it, in one sentence; empty where all is fine.
     """
 
     name: str
     status: Status
     measured: str
-    value: float = float("nan")
-    threshold: float = float("nan")
+    value: float | None = None
+    threshold: float | None = None
     remedy: str = ""

@@ -42,9 +42,9 @@ def convergence(found: Bound) -> Finding:
     """Whether the smoothed bound has stopped changing."""
     measured = (
         f"the bound changed by {found.change:+.2f} ± {found.change_error:.2f} nats "
-        f"({found.relative_change:+.2%}, "
-        f"tolerance {found.tolerance:.0%}) between the last two fifths of {found.num_steps} steps, R-hat "
-        f"{found.rhat:.2f}; its KL by {found.kl_change:+.2f} ± {found.kl_change_error:.2f}"
+        f"({found.relative_change:+.2%}, tolerance {found.tolerance:.0%}) between the last two fifths of "
+        f"{found.num_steps} steps, R-hat {found.rhat:.2f}; its KL by {found.kl_change:+.2f} ± "
+        f"{found.kl_change_error:.2f}"
     )
     numbers = (abs(found.relative_change), found.tolerance)
     best = int(found.terms["elbo"].argmax())
@@ -68,8 +68,7 @@ def convergence(found: Bound) -> Finding:
     if found.verdict == "too noisy":
         remedy = (
             "The noise hides changes of this size: let the learning rate decay, use larger minibatches or "
-            "more "
-            "particles, or more steps."
+            "more particles, or more steps."
         )
         return Finding("convergence", "caution", measured, *numbers, remedy)
     return Finding("convergence", "fine", measured, *numbers)
@@ -86,9 +85,8 @@ def last_step(found: Bound, final: FinalBound | None, fit: Fit) -> Finding:
     gap, error = final.value - found.value, float(np.hypot(final.error, found.errors["elbo"][-1]))
     limit = 3 * error + FALL * found.allowed
     measured = (
-        f"bound {final.value:.1f} ± {final.error:.1f} nats at the fitted parameters, {gap:+.1f} against "
-        f"the mean "
-        f"of the last fifth (at most ± {limit:.1f})"
+        f"bound {final.value:.1f} ± {final.error:.1f} nats at the fitted parameters, {gap:+.1f} against the "
+        f"mean of the last fifth (at most ± {limit:.1f})"
     )
     if abs(gap) <= limit:
         return Finding("last step", "fine", measured, abs(gap), limit)
@@ -113,9 +111,10 @@ def weights(found: KHats, *, converged: bool) -> Finding:
     if found.overall.passed:
         return Finding("k-hat", "fine", measured, k, limit)
     remedy = (
-        "The guide misses part of the posterior, or has not reached its optimum: if k-hat does not fall in a "
-        "longer fit with a decaying rate, give it a richer family, such as full() or low_rank(over='all'), "
-        "and hold identifiable functions against bnlora.sample_nuts before its intervals are used."
+        "The guide misses part of the posterior, or has not reached its optimum: if k-hat does not fall in "
+        "a longer fit with a decaying rate, give it a richer family, such as full() or "
+        "low_rank(over='all'), and hold identifiable functions against bnlora.sample_nuts before its "
+        "intervals are used."
         if converged
         else "Mend the convergence first; what is left of it then is the guide's."
     )
@@ -144,16 +143,15 @@ def agreement(found: Restarts) -> Finding:
     k = found.worst
     measured = (
         f"nested R-hat {found.rhat[k]:.2f} in {found.names[k]} (at most {THRESHOLD:g}) over "
-        f"{len(found.bounds)} "
-        f"fits with bounds {', '.join(f'{x:.1f}' for x in found.bounds)} nats"
+        f"{len(found.bounds)} fits with bounds {', '.join(f'{x:.1f}' for x in found.bounds)} nats"
     )
     numbers = (float(found.rhat[k]), THRESHOLD)
     if found.passed:
         return Finding("restarts", "fine", measured, *numbers)
     best = int(found.bounds.argmax())
     remedy = (
-        f"The fits found different posteriors: take number {best + 1} (the highest bound), or fit longer and "
-        "from better starts until they agree."
+        f"The fits found different posteriors: take number {best + 1} (the highest bound), or fit longer "
+        "and from better starts until they agree."
     )
     return Finding("restarts", "problem", measured, *numbers, remedy)
 

@@ -40,8 +40,7 @@ def predictive(found: PriorPredictive) -> Finding:
         return Finding("prior predictive", "problem", measured, moved, HARDLY, remedy)
     measured = (
         f"{decided:.0%} of prior draws and rows put more than {NEARLY_ALL:.0%} on one class (at most "
-        f"{MOST:.0%}); "
-        f"probabilities move by {moved:.2f} on average (at least {HARDLY:g})"
+        f"{MOST:.0%}); probabilities move by {moved:.2f} on average (at least {HARDLY:g})"
     )
     if decided > MOST >= own:
         remedy = (
@@ -57,8 +56,7 @@ def learned(found: Overlap, spread: Shrinkage) -> Finding:
     cells = [c for c in spread.cells if c.factor == UPDATE and np.isfinite(c.ratio)]
     measured = (
         f"least overlap of prior and posterior {least:.2f} ± {found.error[k]:.2f}, in {found.names[k]} (at "
-        f"most "
-        f"{SAME:g}); KL {spread.total_kl:.1f} nats"
+        f"most {SAME:g}); KL {spread.total_kl:.1f} nats"
     )
     if least > SAME:
         remedy = "The data changed nothing: raise the prior's scale, give more rows, or adapt other layers."
@@ -85,9 +83,8 @@ def conflict(found: Overlap) -> Finding:
     k = min(norms, key=lambda i: tail[i])
     position = float(found.position[k])
     measured = (
-        f"the posterior median of {found.names[k]} is at {position:.1%} of the prior (between "
-        f"{OUTSIDE:.1%} and "
-        f"{1 - OUTSIDE:.1%})"
+        f"the posterior median of {found.names[k]} is at {position:.1%} of the prior (between {OUTSIDE:.1%} "
+        f"and {1 - OUTSIDE:.1%})"
     )
     if tail[k] >= OUTSIDE:
         return Finding("prior and posterior", "fine", measured, position, OUTSIDE)
@@ -112,8 +109,8 @@ def scaling(found: Sensitivity, limit: float) -> Finding:
     )
     k = max(margins, key=lambda i: found.prior[i])
     measured = (
-        f"of {len(margins)} margins {both} depend on prior and data, {alone} on the prior alone; most on the "
-        f"prior: {found.names[k]}, {found.prior[k]:.2f} (below {THRESHOLD:g}; its data "
+        f"of {len(margins)} margins {both} depend on prior and data, {alone} on the prior alone; most on "
+        f"the prior: {found.names[k]}, {found.prior[k]:.2f} (below {THRESHOLD:g}; its data "
         f"{found.likelihood[k]:.2f})"
     )
     numbers = (float(found.prior[k]), THRESHOLD)
@@ -131,8 +128,7 @@ def guessing(found: Bound, num_rows: int, num_classes: int) -> Finding:
         return Finding("against guessing", "fine", measured, found.value, guess)
     remedy = (
         "The price of the posterior is more than what it earns: fit until it converges, widen the "
-        "variational "
-        "family (lam_max=1) or mend the prior's scale, and do not compare evidences."
+        "variational family (lam_max=1) or mend the prior's scale, and do not compare evidences."
     )
     return Finding("against guessing", "problem", measured, found.value, guess, remedy)
 

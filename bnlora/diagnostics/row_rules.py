@@ -70,17 +70,15 @@ def counted(found: ClassCounts, *, of_training: bool) -> Finding:
     c, b = found.worst
     measured = (
         f"p {found.p_value:.3f} (at least {LEVEL:g}) over {int(found.rows[0].sum())} {rows}; furthest: "
-        f"class {c}, "
-        f"bin {b + 1} of {found.rows.shape[1]}, {found.observed[c, b]:.0f} seen, "
-        f"{found.expected[c, b]:.1f} expected "
-        f"(band {found.low[c, b]:.1f} to {found.high[c, b]:.1f})"
+        f"class {c}, bin {b + 1} of {found.rows.shape[1]}, {found.observed[c, b]:.0f} seen, "
+        f"{found.expected[c, b]:.1f} expected (band {found.low[c, b]:.1f} to {found.high[c, b]:.1f})"
     )
     if found.p_value >= LEVEL:
         return Finding("class counts", "fine", measured, found.p_value, LEVEL)
     short = np.sign(found.observed[c, b] - found.expected[c, b]) < 0
     remedy = (
         f"Class {c} comes {'less' if short else 'more'} often than predicted where its probability is in "
-        f"that "
-        "bin: are these rows of the training rows' kind? inference.fit_temperature mends confidence alone."
+        "that bin: are these rows of the training rows' kind? inference.fit_temperature mends confidence "
+        "alone."
     )
     return Finding("class counts", "caution", measured, found.p_value, LEVEL, remedy)
