@@ -1,4 +1,4 @@
-"""Draw every public plot of the library from small examples with fixed seeds.
+"""Draw every public plot of the library, and results that show themselves, from small examples with fixed seeds.
 
     python docs/gallery.py build/gallery
 
@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +21,8 @@ import matplotlib as mpl
 import numpy as np
 import optax
 from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import bnlora as bl
 from bnlora.testing import tiny_base, tiny_rows
@@ -33,21 +36,36 @@ SETTINGS = {
 }
 
 
+WORDS = """the a an it of is bad was good but and not in film plot cast scene music long short slow first half
+dull funny then ending came all one made had for with on so too much never loved""".split()
+"""A word for each token of the tiny model; the classes are tokens 6 and 8."""
+
+REVIEW = "the first half was slow and the plot too long but the ending was funny and the music so good"
+
+
 class Picture(NamedTuple):
-    """A plot with a title, what one reads off it, and how it is drawn here."""
+    """A plot with a title, what one reads off it, how it is drawn here, and where its function is."""
 
     title: str
     caption: str
     draw: Callable[[], Any]
+    home: str = "bnlora.plots"
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Cuts a text into the words that it knows."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=WORDS[0], model_max_length=64)
 
 
 @cache
 def problem() -> tuple[bl.Classifier, Mapping[str, bl.Batch]]:
     """A head of a tiny random model, and rows whose labels one draw of the prior has made."""
-    base = tiny_base(jax.random.key(0), num_layers=1)
+    base = replace(tiny_base(jax.random.key(0), num_layers=1), tokenizer=tokenizer())
     sites = bl.select(base, ["lm_head"], rank=1)
     prior = bl.priors.normal(scale={"a": 1.0, "b": 3.0})
-    model = bl.Classifier(base, sites, prior, label_ids=(3, 5))
+    model = bl.Classifier(base, sites, prior, label_ids=(WORDS.index("bad"), WORDS.index("good")))
     simulated = bl.sbc.simulate(jax.random.key(1), model, base.params, tiny_rows(jax.random.key(2), 256), {})
     rows = bl.cache_prefix(model, simulated.batch, console=SILENT)
     return model, {"training rows": rows[:48], "new rows": rows[48:]}
@@ -118,11 +136,42 @@ def believed() -> Any:
     )
 
 
-def reliability() -> Any:
-    """One diagram for each set of rows."""
+@cache
+def narrowed() -> Any:
+    """Spread of the posterior against the prior's, where several layers are adapted."""
+    base = tiny_base(jax.random.key(0), num_layers=4)
+    sites = bl.select(base, ["q_proj", "v_proj", "lm_head"], rank=1, layers=[2, 3])
+    model = bl.Classifier(base, sites, bl.priors.normal(scale=2.0), label_ids=(6, 8))
+    guide = bl.guides.Guide(model.prior, bl.guides.mean_field())
+    made = bl.fit(
+        jax.random.key(10),
+        model,
+        guide,
+        bl.cache_prefix(model, tiny_rows(jax.random.key(11), 256), console=SILENT),
+        optax.adam(0.02),
+        num_steps=400,
+        batch_size=32,
+        console=SILENT,
+    )
+    return bl.diagnostics.shrinkage(made)
+
+
+def by_labels(plot: Callable[..., Any]) -> Any:
+    """A plot of predictions against labels, one panel for each set of rows."""
     _, rows = problem()
     labels = {name: np.asarray(some.labels) for name, some in rows.items()}
-    return bl.plots.reliability({"mean field": dict(predicted())}, labels)
+    return plot({"mean field": dict(predicted())}, labels)
+
+
+def diagnosed() -> bl.diagnostics.Diagnosis:
+    """The page of the fit, by rows that it has not seen."""
+    _, rows = problem()
+    return bl.diagnose(fitted(), rows["new rows"], console=SILENT)
+
+
+def read() -> bl.Reading:
+    """A sentence read word by word."""
+    return bl.read_along(jax.random.key(12), fitted(), REVIEW, template="{text}", console=SILENT)
 
 
 PICTURES: Mapping[str, Picture] = MappingProxyType(
@@ -132,7 +181,41 @@ PICTURES: Mapping[str, Picture] = MappingProxyType(
             bl.plots.ELBO_CAPTION,
             lambda: bl.plots.elbo({"mean field": fitted()}),
         ),
-        "reliability": Picture("Reliability", bl.plots.RELIABILITY_CAPTION, reliability),
+        "reliability": Picture("Reliability", bl.plots.RELIABILITY_CAPTION, lambda: by_labels(bl.plots.reliability)),
+        "risk_coverage": Picture(
+            "Leaving doubtful rows to others",
+            "the error rate among the rows that are answered when the least certain are refused. A doubt worth "
+            "having makes the curve rise to the right; where it stays on the dotted line, refusing gains nothing.",
+            lambda: by_labels(bl.plots.risk_coverage),
+        ),
+        "domains": Picture(
+            "Doubt by domain",
+            "does the posterior know that rows are of another kind? The area under the curve says how often one "
+            "of them is more uncertain than a row of the domain that was trained on. Here both sets are of one "
+            "kind, so that it should be about one half.",
+            lambda: bl.plots.domains(predicted()),
+        ),
+        "read_along": Picture(
+            "Reading along",
+            "the prediction after every word of a text, as if it had ended there: shaded by what more training "
+            "rows could remove from the doubt. Nothing is attributed to a word. The model is random, and the "
+            "sentence stands for tokens.",
+            read,
+            home="bnlora",
+        ),
+        "diagnose": Picture(
+            "A diagnosis",
+            "every diagnostic of a fit on one page, what is wrong first, with what to do about it. [Diagnose a "
+            "fit](guides/diagnose.md) explains each line.",
+            diagnosed,
+            home="bnlora",
+        ),
+        "posterior_spread": Picture(
+            "Where the data narrowed the prior",
+            "the spread of each layer's update under the posterior as a share of its spread under the prior, from "
+            "`diagnostics.shrinkage`. Layers near one have learned nothing.",
+            lambda: bl.plots.posterior_spread(narrowed().table),
+        ),
         "prior_predictive": Picture(
             "What a prior believes",
             "before any label is seen, beside the base model. A prior too wide decides every row in every "
@@ -175,7 +258,7 @@ PICTURES: Mapping[str, Picture] = MappingProxyType(
         ),
     }
 )
-"""Every public plot by name; a test refuses a plot that is missing here."""
+"""Every public plot by name, and what shows itself; a test refuses a plot that is missing here."""
 
 
 def main(folder: Path) -> None:
@@ -189,7 +272,8 @@ def main(folder: Path) -> None:
     for name, picture in PICTURES.items():
         began = time.perf_counter()
         made = picture.draw()
-        entry = {"name": name, "title": picture.title, "caption": picture.caption, "file": "", "html": ""}
+        entry = {"name": name, "function": f"{picture.home}.{name}", "file": "", "html": ""}
+        entry |= {"title": picture.title, "caption": picture.caption}
         if hasattr(made, "savefig"):
             entry["file"] = f"{name}.svg"
             made.savefig(folder / entry["file"], metadata={"Date": None}, facecolor="white")

@@ -65,7 +65,9 @@ def _gallery(pictures: list[dict[str, Any]]) -> str:
     for picture in pictures:
         name = picture["name"]
         parts.append(f"## {picture['title']} {{ #{name} }}\n")
-        parts.append(f"[`bl.plots.{name}`][bnlora.plots.{name}]: {picture['caption']}\n")
+        function = picture["function"]
+        shown = function.replace("bnlora.", "bl.", 1)
+        parts.append(f"[`{shown}`][{function}]: {picture['caption']}\n")
         if picture["file"]:
             where = f"pictures/{picture['file']}"
             parts.append(f"[![{picture['title']}]({where})]({where})\n")
