@@ -5,6 +5,7 @@ A line of a page may ask for a part of another document, which is said once that
     !python FILE N         the N-th piece of Python of a document
     !section FILE TITLE    what stands below a heading of the second level
     !table FILE N          the N-th table of any file
+    !notebooks FOLDER all  a table of the notebooks: title, question, and both files
 """
 
 import json
@@ -24,7 +25,8 @@ from mathematics import with_mathematics  # noqa: E402
 from reference import ROOT, index, load, pages  # noqa: E402
 
 PICTURES = ROOT / "build" / "gallery" / "pictures.json"
-_PART = re.compile(r"^!(?P<kind>python|section|table) (?P<file>\S+) (?P<which>.+)$", re.MULTILINE)
+NOTEBOOKS = ROOT / "notebooks"
+_PART = re.compile(r"^!(?P<kind>python|section|table|notebooks) (?P<file>\S+) (?P<which>.+)$", re.MULTILINE)
 
 _generated: dict[str, str] = {}
 
@@ -56,6 +58,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             content = (PICTURES.parent / picture["file"]).read_bytes()
             files.append(File.generated(config, f"pictures/{picture['file']}", content=content))
     files.append(File.generated(config, "gallery.md", content=_gallery(pictures)))
+    for file in sorted([*NOTEBOOKS.glob("[0-9]*.ipynb"), *NOTEBOOKS.glob("[0-9]*.py")]):
+        files.append(File.generated(config, f"notebooks/{file.name}", content=file.read_bytes()))
     return files
 
 
@@ -83,6 +87,8 @@ def on_page_markdown(markdown: str, page: SitePage, **_: Any) -> str:
 
 def part(kind: str, file: str, which: str) -> str:
     """A part of a document; a `PluginError` says where there is none."""
+    if kind == "notebooks":
+        return "\n".join(["| notebook | question | |", "|---|---|---|", *map(_notebook, _scripts(ROOT / file))])
     text = (ROOT / file).read_text(encoding="utf-8")
     patterns = {
         "python": r"```python\n.*?```",
@@ -94,6 +100,21 @@ def part(kind: str, file: str, which: str) -> str:
     if number >= len(found):
         raise PluginError(f"{file} has no {kind} {which!r}")
     return found[number]
+
+
+def _scripts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[0-9]*.py"))
+
+
+def _notebook(script: Path) -> str:
+    """A row of the table, from the heading of a notebook and the paragraph that begins with its question."""
+    text = re.sub(r"^# ?", "", script.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    title = re.search(r"^# (.+)$", text, re.MULTILINE)
+    question = re.search(r"^\*\*Question\.\*\* (.+?)\n\n", text, re.DOTALL | re.MULTILINE)
+    if title is None or question is None:
+        raise PluginError(f"{script} needs a heading and a paragraph that begins with **Question.**")
+    files = ", ".join(f"[{end}](notebooks/{script.stem}{end})" for end in (".ipynb", ".py"))
+    return f"| {title[1]} | {' '.join(question[1].split()).replace('|', '&#124;')} | {files} |"
 
 
 def on_page_content(html: str, page: SitePage, **_: Any) -> str:

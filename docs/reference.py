@@ -19,7 +19,7 @@ PACKAGE = "bnlora"
 GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "Base, sites and data": ("base", "sites", "data", "text", "model", "conditional", "cache"),
-        "Fit and predict": ("svi", "fits", "validation", "predict", "prior_predictive"),
+        "Fit and predict": ("svi", "fits", "validation", "predict", "prior_predictive", "reading"),
         "Samplers": ("mcmc", "certificate"),
         "Comparison": ("comparison",),
         "Save, load and exchange": ("checkpoint", "peft"),
@@ -37,6 +37,8 @@ INSIDE: tuple[str, ...] = (
     "mcmc.options",
     "calibration",
     "ranks",
+    "selective",
+    "display",
     "testing",
     "assets",
     "tables",
@@ -120,12 +122,14 @@ def pages(package: griffe.Module) -> list[Page]:
     by_module = {module: title for title, modules in GROUPS.items() for module in modules}
     found = {title: Page(title) for title in GROUPS}
     inside = Page("Inside the library")
+    modules = [name for name in package.imports if package[name].is_module]
+    for name in modules:
+        offered = _offered(package, name)
+        found[name] = Page(f"{PACKAGE}.{name}", offered, _notes(package[name], offered))
     for name, path in package.imports.items():
-        if package[name].is_module:
-            offered = _offered(package, name)
-            found[name] = Page(f"{PACKAGE}.{name}", offered, _notes(package[name], offered))
-            continue
         home = path.split(".")[1]
+        if name in modules or home in modules:
+            continue  # names of a module that is public itself are on its page
         page = found.setdefault(by_module.get(home, home), Page(by_module.get(home, f"{PACKAGE}.{home}")))
         page.modules.setdefault(f"{PACKAGE}.{home}", []).append(f"{PACKAGE}.{name}")
     for module in INSIDE:
@@ -143,8 +147,11 @@ def _place(module: str) -> int:
 
 
 def _offered(package: griffe.Module, module: str) -> dict[str, list[str]]:
+    """Names of a module, shorter for those that stand at the top of the package too."""
     path = f"{PACKAGE}.{module}"
-    return {path: [f"{path}.{name}" for name in exported(package[module])]}
+    names = [f"{path}.{name}" for name in exported(package[module])]
+    short = {path: f"{PACKAGE}.{name}" for name, path in package.imports.items()}
+    return {path: sorted((short.get(name, name) for name in names), key=lambda name: name.count(".") > 1)}
 
 
 def _notes(package: griffe.Module, offered: Mapping[str, list[str]]) -> dict[str, str]:
