@@ -76,12 +76,14 @@ def fitted() -> bl.Fit:
     """A mean-field fit with looks at rows that it has not seen."""
     model, rows = problem()
     guide = bl.guides.Guide(model.prior, bl.guides.mean_field())
+    adam = optax.adam(optax.cosine_decay_schedule(0.05, 400))
     return bl.fit(
         jax.random.key(3),
         model,
         guide,
         rows["training rows"],
-        optax.adam(0.02),
+        adam,
+        scale_optimizer=adam,
         num_steps=400,
         batch_size=16,
         validation=rows["new rows"],

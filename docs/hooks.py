@@ -74,7 +74,7 @@ def _gallery(pictures: list[dict[str, Any]]) -> str:
         parts.append(f"[`{shown}`][{function}]: {picture['caption']}\n")
         if picture["file"]:
             where = f"pictures/{picture['file']}"
-            parts.append(f"[![{picture['title']}]({where})]({where})\n")
+            parts.append(f"[![{picture['title']}]({where})]({where}){{ .picture }}\n")
         else:
             parts.append(f'<div class="html-picture">{picture["html"]}</div>\n')
     return "\n".join(parts)

@@ -147,4 +147,5 @@ def _ridges(panel: Axes, by_domain: Mapping[str, np.ndarray], inside: str) -> No
             panel.text(1.02, place, area, transform=beside, va="bottom", fontsize=8)
     panel.set_yticks(places, [f"{name}\n{len(values)} rows" for name, values in by_domain.items()])
     panel.tick_params(axis="y", labelsize=9)
+    panel.locator_params(axis="x", nbins=5)  # small numbers have long names, which would run into each other
     panel.set(ylim=(-0.35, len(by_domain) - 0.2), xlim=(0, 1.02 * top))
