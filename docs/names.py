@@ -32,8 +32,9 @@ class PublicNames(griffe.Extension):
 
 
 def _modules(package: griffe.Module) -> list[griffe.Module]:
-    inner = [found for module in package.modules.values() for found in _modules(module)]
-    return [package, *inner]
+    """A package and all modules in it; one that imports the package has it as a member, too."""
+    inside = (module for module in package.modules.values() if not module.is_alias)
+    return [package, *(found for module in inside for found in _modules(module))]
 
 
 def _uncover(package: griffe.Module) -> None:

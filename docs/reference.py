@@ -4,6 +4,7 @@ The package is read, never imported. Names at its top go to the page of the grou
 a module that no group names gets a page of its own; a public module at the top is a page of its own too.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,11 +44,15 @@ INSIDE: tuple[str, ...] = (
     "assets",
     "tables",
     "recipe",
+    "outcome",
     "models.execution",
     "kernels.api",
     "kernels.reference",
 )
 """Modules that are not at the top of the package and that a reader may want to know."""
+
+_HANDED_ON = re.compile(rf"^from {PACKAGE}\.\S+ import (\w+) as \1$", re.MULTILINE)
+"""As typing has it: a name that is imported as itself is public where it is imported."""
 
 _ALONE = {"members": "false", "show_root_full_path": "true", "heading_level": "2"}
 
@@ -101,11 +106,12 @@ def load() -> griffe.Module:
 
 
 def exported(module: griffe.Module) -> list[str]:
-    """What a module offers with a docstring: what a package takes from its modules, what others define."""
+    """What a module offers with a docstring: what a package takes from its modules, what others define or hand on."""
     if module.is_init_module:
         names = [name for name, path in module.imports.items() if path.startswith(f"{PACKAGE}.")]
     else:
         names = [name for name, member in module.members.items() if not member.is_alias]
+        names = [*_HANDED_ON.findall(Path(module.filepath).read_text(encoding="utf-8")), *names]
     return [name for name in names if not name.startswith("_") and _described(module[name])]
 
 
@@ -122,11 +128,12 @@ def pages(package: griffe.Module) -> list[Page]:
     by_module = {module: title for title, modules in GROUPS.items() for module in modules}
     found = {title: Page(title) for title in GROUPS}
     inside = Page("Inside the library")
-    modules = [name for name in package.imports if package[name].is_module]
+    public = {name: path for name, path in package.imports.items() if not name.startswith("_")}
+    modules = [name for name in public if package[name].is_module]
     for name in modules:
         offered = _offered(package, name)
         found[name] = Page(f"{PACKAGE}.{name}", offered, _notes(package[name], offered))
-    for name, path in package.imports.items():
+    for name, path in public.items():
         home = path.split(".")[1]
         if name in modules or home in modules:
             continue  # names of a module that is public itself are on its page

@@ -108,6 +108,7 @@ def test_every_public_name_is_in_the_reference(reference):
     offered = {f"bnlora.{name}" for name in vars(bl) if not name.startswith("_")}
     modules = {f"bnlora.{name}" for name, value in vars(bl).items() if inspect.ismodule(value)}
     assert offered - modules <= shown
+    assert "bnlora.metrics.nll" in shown  # of another module, and handed on
     for module in ("priors", "guides", "inference", "plots", "diagnostics"):
         public = {
             n for n, x in vars(getattr(bl, module)).items() if inspect.isfunction(x) or inspect.isclass(x)
