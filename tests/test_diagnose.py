@@ -1,8 +1,10 @@
 """The page of a fit: quiet about a good one, and right about three kinds of bad ones."""
 
 import io
+from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import pytest
 from diagnosed import problem
 from rich.console import Console
@@ -70,7 +72,15 @@ def test_a_fit_that_has_not_converged(good, num_steps, rate, decays, found_by):
     page = bl.diagnose(fit, given.others)
     found = {finding.name for finding in page.problems}
     assert found & ({found_by} if found_by else {"convergence", "last step", "k-hat"}), page
-    assert "longer fit" in page["k-hat"].remedy or "convergence" in page["k-hat"].remedy
+    assert any(word in page["k-hat"].remedy for word in ("longer fit", "convergence", "learning rate"))
+
+
+def test_a_scale_that_has_collapsed(good):
+    """Draws that do not differ in float32, of a guide that has a density."""
+    given, fit = good
+    params = {n: jnp.full_like(x, 1e-30) if n.endswith("tril") else x for n, x in fit.params.items()}
+    found = bl.diagnose(replace(fit, params=params), given.others, num_samples=25)["k-hat"]
+    assert (found.status, "collapsed" in found.measured) == ("problem", True)
 
 
 def test_a_prior_that_is_far_too_narrow(good):

@@ -13,8 +13,8 @@ were not finite are left out.
 `final_bound` is the bound at the fitted parameters from other draws and all rows. Where it is far below the
 mean of the last window, the path jumps about and ended in a bad place.
 
-A path that creeps, or circles without a trend, looks converged here: rates that are far too low or too high may
-be betrayed by the importance weights alone (`weights`), or by fits from other keys (`restarts`).
+A path that creeps, or circles without a trend, looks converged here: rates that are far too low or too high
+may be betrayed by the importance weights alone (`weights`), or by fits from other keys (`restarts`).
 
 References: Dhaka, Catalina, Andersen, Magnusson, Huggins and Vehtari (2020), Robust, accurate stochastic
 optimization for variational inference, arXiv 2009.00666; Yao et al. (2018), arXiv 1802.02538, for the

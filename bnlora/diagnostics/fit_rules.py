@@ -5,7 +5,7 @@
 | steps           | it diverged                                      | it was interrupted, or steps skipped  |
 | convergence     | still moving, too short, or fallen from its best | too noisy to say                      |
 | last step       | bound there off its recent mean by 3 se + 5 %    |                                       |
-| k-hat           | above 1                                          | above the threshold for so many draws |
+| k-hat           | above 1, or a scale below what draws resolve     | above the threshold for so many draws |
 | k-hat by family | above 1 in some family                           | above the threshold in some family    |
 | restarts        | nested R-hat of some function above 1.05         |                                       |
 """
@@ -98,8 +98,18 @@ def last_step(found: Bound, final: FinalBound | None, fit: Fit) -> Finding:
     return Finding("last step", "problem", measured, abs(gap), limit, remedy)
 
 
-def weights(found: KHats, *, converged: bool) -> Finding:
-    """Whether the draws can be reweighted to the posterior."""
+def weights(found: KHats, *, converged: bool, collapsed: bool) -> Finding:
+    """Whether the draws can be reweighted to the posterior.
+
+    Args:
+        found: k-hat.
+        converged: Whether the bound has.
+        collapsed: Whether draws of the guide do not differ although it sets no site to a point.
+    """
+    if collapsed:
+        measured = "some number is the same in every draw: its scale has collapsed below float32"
+        remedy = "Lower the learning rate of the scales (scale_optimizer), or let it decay, and fit again."
+        return Finding("k-hat", "problem", measured, remedy=remedy)
     if found.overall is None:
         remedy = "Without a density only predictions can be judged: look at held-out rows."
         return Finding("k-hat", "not asked", "the guide sets some site to a point", remedy=remedy)

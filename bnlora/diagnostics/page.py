@@ -23,6 +23,7 @@ from bnlora.data import Batch, check_labels
 from bnlora.diagnostics import fit_rules, prior_rules, row_rules
 from bnlora.diagnostics.bound import Bound, FinalBound, bound, final_bound
 from bnlora.diagnostics.classes import ClassCounts, class_counts
+from bnlora.diagnostics.divergence import points_of
 from bnlora.diagnostics.finding import COLOURS, MARKS, Finding, Status
 from bnlora.diagnostics.loo import LeaveOneOut, loo, loo_probs
 from bnlora.diagnostics.overlap import Overlap, overlap
@@ -231,7 +232,8 @@ def _findings(page: Diagnosis, drawn: Sample, data: Batch) -> list[Finding]:
         measured = f"{len(fit.step_seconds)} steps, too few to smooth"
         found.append(Finding("convergence", "problem", measured, remedy="Fit for hundreds of steps."))
     converged = found[1].status == "fine"
-    found.append(fit_rules.weights(page.khat, converged=converged))
+    collapsed = drawn.has_prior and not drawn.has_density and not points_of(fit)
+    found.append(fit_rules.weights(page.khat, converged=converged, collapsed=collapsed))
     found += [one for one in [fit_rules.families(page.khat)] if one is not None]
     if page.restarts is not None:
         found.append(fit_rules.agreement(page.restarts))
