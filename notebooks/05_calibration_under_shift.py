@@ -47,7 +47,7 @@ from bnlora import guides
 from bnlora.assets import fetch_smollm2, vader_splits
 from bnlora.display import Table
 from bnlora.inference import fit_temperature, tempered
-from bnlora.plots.base import BLUE, ORANGE, caption, make_axes
+from bnlora.plots.base import BLUE, COLOURS, ORANGE, caption, make_axes
 from bnlora.selective import separation
 
 fast = bool(os.environ.get("BNLORA_FAST"))
@@ -184,6 +184,12 @@ display(
 )
 
 # %%
+for name in domains:
+    sure = found["plain LoRA"][name]
+    assert sure.probs.max(1).mean() > bl.metrics.accuracy(sure.log_probs, labels[name]), (
+        "plain LoRA is too sure"
+    )
+
 shown = {method: found[method] for method in ("plain LoRA", "temperature", "posterior")}
 test_labels = {name: labels[name] for name in domains}
 display(bl.plots.reliability(shown, test_labels))
@@ -245,18 +251,10 @@ for name in domains:
     assert error[name] < 0.05, "the log-odds are near enough to Gaussian for the reading above"
 
 panels, figure, _ = make_axes(None, 2, width=4.8, height=2.9, columns=2)
-edges = np.linspace(1, max(values.max() for values in each.values()), 25)
-for name, values in each.items():
-    inside = name == domains[0]
-    panels[0].hist(
-        values,
-        edges,
-        density=True,
-        histtype="step",
-        linewidth=1.6 if inside else 1.2,
-        label=name,
-        color=BLUE if inside else None,
-    )
+together = np.concatenate(list(each.values()))
+edges = np.linspace(together.min(), together.max(), 25)
+for (name, values), colour in zip(each.items(), COLOURS, strict=False):
+    panels[0].hist(values, edges, density=True, histtype="step", linewidth=1.5, label=name, color=colour)
 panels[0].set(xlabel="$T(x)$ of the posterior", ylabel="density")
 panels[0].legend(fontsize=8)
 for name, colour in ((domains[0], BLUE), (domains[-1], ORANGE)):
