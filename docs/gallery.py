@@ -1,4 +1,4 @@
-"""Draw every public plot of the library, and results that show themselves, from small examples with fixed seeds.
+"""Draw every public plot of the library, and results that show themselves, from small examples with seeds.
 
     python docs/gallery.py build/gallery
 
@@ -183,39 +183,42 @@ PICTURES: Mapping[str, Picture] = MappingProxyType(
             bl.plots.ELBO_CAPTION,
             lambda: bl.plots.elbo({"mean field": fitted()}),
         ),
-        "reliability": Picture("Reliability", bl.plots.RELIABILITY_CAPTION, lambda: by_labels(bl.plots.reliability)),
+        "reliability": Picture(
+            "Reliability", bl.plots.RELIABILITY_CAPTION, lambda: by_labels(bl.plots.reliability)
+        ),
         "risk_coverage": Picture(
             "Leaving doubtful rows to others",
-            "the error rate among the rows that are answered when the least certain are refused. A doubt worth "
-            "having makes the curve rise to the right; where it stays on the dotted line, refusing gains nothing.",
+            "the error rate among the rows that are answered when the least certain are refused. A doubt "
+            "worth having makes the curve rise to the right; where it stays on the dotted line, "
+            "refusing gains nothing.",
             lambda: by_labels(bl.plots.risk_coverage),
         ),
         "domains": Picture(
             "Doubt by domain",
-            "does the posterior know that rows are of another kind? The area under the curve says how often one "
-            "of them is more uncertain than a row of the domain that was trained on. Here both sets are of one "
-            "kind, so that it should be about one half.",
+            "does the posterior know that rows are of another kind? The area under the curve says how often "
+            "one of them is more uncertain than a row of the domain that was trained on. Here both sets are "
+            "of one kind, so that it should be about one half.",
             lambda: bl.plots.domains(predicted()),
         ),
         "read_along": Picture(
             "Reading along",
-            "the prediction after every word of a text, as if it had ended there: shaded by what more training "
-            "rows could remove from the doubt. Nothing is attributed to a word. The model is random, and the "
-            "sentence stands for tokens.",
+            "the prediction after every word of a text, as if it had ended there: shaded by what more "
+            "training rows could remove from the doubt. Nothing is attributed to a word. The model is "
+            "random, and the sentence stands for tokens.",
             read,
             home="bnlora",
         ),
         "diagnose": Picture(
             "A diagnosis",
-            "every diagnostic of a fit on one page, what is wrong first, with what to do about it. [Diagnose a "
-            "fit](guides/diagnose.md) explains each line.",
+            "every diagnostic of a fit on one page, what is wrong first, with what to do about it. [Diagnose "
+            "a fit](guides/diagnose.md) explains each line.",
             diagnosed,
             home="bnlora",
         ),
         "posterior_spread": Picture(
             "Where the data narrowed the prior",
-            "the spread of each layer's update under the posterior as a share of its spread under the prior, from "
-            "`diagnostics.shrinkage`. Layers near one have learned nothing.",
+            "the spread of each layer's update under the posterior as a share of its spread under the prior, "
+            "from `diagnostics.shrinkage`. Layers near one have learned nothing.",
             lambda: bl.plots.posterior_spread(narrowed().table),
         ),
         "prior_predictive": Picture(

@@ -88,7 +88,9 @@ def on_page_markdown(markdown: str, page: SitePage, **_: Any) -> str:
 def part(kind: str, file: str, which: str) -> str:
     """A part of a document; a `PluginError` says where there is none."""
     if kind == "notebooks":
-        return "\n".join(["| notebook | question | |", "|---|---|---|", *map(_notebook, _scripts(ROOT / file))])
+        return "\n".join(
+            ["| notebook | question | |", "|---|---|---|", *map(_notebook, _scripts(ROOT / file))]
+        )
     text = (ROOT / file).read_text(encoding="utf-8")
     patterns = {
         "python": r"```python\n.*?```",

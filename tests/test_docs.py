@@ -19,7 +19,12 @@ from bnlora.cli import app
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^([ ]*)```(python|pycon)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
-SLOW = {"guides/diagnose.md", "guides/nuts.md", "guides/memory.md", "guides/resume.md"}  # several programs to compile each
+SLOW = {
+    "guides/diagnose.md",
+    "guides/nuts.md",
+    "guides/memory.md",
+    "guides/resume.md",
+}  # several programs to compile each
 
 
 def blocks(path: Path) -> list[tuple[str, str]]:
