@@ -106,7 +106,7 @@ def load() -> griffe.Module:
 
 
 def exported(module: griffe.Module) -> list[str]:
-    """What a module offers with a docstring: what a package takes from its modules, others define or hand on."""
+    """What a module offers with a docstring: what a package takes from its modules, others define."""
     if module.is_init_module:
         names = [name for name, path in module.imports.items() if path.startswith(f"{PACKAGE}.")]
     else:
