@@ -206,8 +206,8 @@ assert resumed_page.final_bound.value > hasty_page.final_bound.value
 # %% [markdown]
 # ## Second fault: a prior far too narrow
 #
-# The scale a hundredth of what it should be. The optimiser and the guide have an easy task, a posterior that the prior has decided; the fault
-# is in the question.
+# The scale a hundredth of what it should be. The posterior is decided by the prior: the fault is in the question. Other findings may
+# stand beside it (the guide starts wider than such a prior, and has a way to go), but "prior predictive" asks the prior alone, whatever was fitted.
 
 # %%
 narrow_model = model_of(prior_at(scale / 100))
