@@ -172,7 +172,7 @@ assert (differences < prior_sd).all(), "the data speak of the differences"
 # %% [markdown]
 # ## First fault: stopped too soon
 #
-# The same guide after a fifth of the steps, at a small rate.
+# The same guide after a few steps at a small rate.
 
 # %%
 hasty = fitted(model, guides.full(), steps=60, rate=2e-3)
