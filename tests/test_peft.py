@@ -41,7 +41,7 @@ ADAPTERS = random_adapters(jax.random.key(1))
 
 @pytest.fixture
 def folder(tmp_path):
-    save_peft(tmp_path, SITES, ADAPTERS, base=BASE)
+    save_peft(SITES, ADAPTERS, tmp_path, base=BASE)
     return tmp_path
 
 
@@ -121,7 +121,7 @@ def test_peft_reads_what_is_saved(tmp_path):
         n: {f: 0.3 * jax.random.normal(next(keys), shape) for f, shape in site.shapes.items()}
         for n, site in sites.items()
     }
-    save_peft(tmp_path, sites, adapters, base=base)
+    save_peft(sites, adapters, tmp_path, base=base)
     model = peft.PeftModel.from_pretrained(
         reference.torch_model(config, reference.tiny_tensors(config)), str(tmp_path)
     ).eval()
@@ -250,12 +250,12 @@ def test_what_the_format_cannot_hold_is_not_saved(tmp_path):
     with pytest.raises(
         ValueError, match="'lm_head' holds 3 of the 40 rows of 'lm_head', those of label tokens"
     ):
-        save_peft(tmp_path, rows, adapters, base=BASE)
+        save_peft(rows, adapters, tmp_path, base=BASE)
     mixed = select(BASE, {"q_proj": 2, "k_proj": 3})
     zeros = {n: {f: jnp.zeros(s) for f, s in site.shapes.items()} for n, site in mixed.items()}
     with pytest.raises(
         ValueError, match=r"one rank and one alpha; the sites have \[\(2, 2.0\), \(3, 3.0\)\]"
     ):
-        save_peft(tmp_path, mixed, zeros, base=BASE)
+        save_peft(mixed, zeros, tmp_path, base=BASE)
     with pytest.raises(ValueError, match="one adapter for each family"):
-        save_peft(tmp_path, SITES, {}, base=BASE)
+        save_peft(SITES, {}, tmp_path, base=BASE)
