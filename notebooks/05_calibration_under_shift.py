@@ -338,7 +338,9 @@ for name in domains:
     gain = bl.metrics.paired_difference(
         bl.metrics.aurc, found["posterior"][name], found["plain LoRA"][name], labels[name]
     )
-    columns = (str(curves[method, name].aurc) for method in ("plain LoRA", "temperature", "posterior"))
+    columns = (
+        str(curves[method, name].aurc) for method in ("untouched", "plain LoRA", "temperature", "posterior")
+    )
     lines.append((name, *columns, str(by_information[name].aurc), str(gain)))
     # The order of the rows by plain LoRA's log-odds, in which rounding has not made rows alike, is that of the temperature.
     log_probs = found["plain LoRA"][name].log_probs
@@ -348,6 +350,7 @@ for name in domains:
     certain[name] = (log_probs.max(1) == 0).sum()
 header = (
     "rows",
+    "untouched",
     "plain LoRA",
     "temperature",
     "posterior",
@@ -391,8 +394,12 @@ for first, second in (
         where = [name for name in domains if verdicts[first, second, name] == verdict]
         if where:
             print(f"By NLL, {first} against {second}: {verdict} on {', '.join(where)}.")
-wider = [name for name in domains[1:] if np.median(each[name]) > np.median(each[domains[0]])]
-print(f"The posterior's own temperature is higher than on {domains[0]}: {', '.join(wider) or 'nowhere'}.")
+inside = np.median(each[domains[0]])
+print(
+    f"Median T(x) against that on {domains[0]}: "
+    + ", ".join(f"{np.median(each[name]) / inside - 1:+.1%} on {name}" for name in domains[1:])
+    + "."
+)
 gains = [
     name for name in domains if curves["posterior", name].aurc.value < curves["plain LoRA", name].aurc.value
 ]
