@@ -177,7 +177,7 @@ def as_html(parts: Sequence[Showable]) -> str:
 
 def as_text(parts: Sequence[Showable], *, width: int = 100) -> str:
     """Parts as plain text, `width` letters wide."""
-    console = Console(width=width, file=StringIO())
+    console = Console(width=width, file=StringIO(), force_jupyter=False)
     with console.capture() as text:
         console.print(Group(*_renderables(parts)))
     return "\n".join(line.rstrip() for line in text.get().rstrip().splitlines())

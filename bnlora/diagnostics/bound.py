@@ -30,7 +30,7 @@ from jaxtyping import Float
 
 from bnlora.checks import check_positive
 from bnlora.diagnostics.sample import Sample
-from bnlora.display import Table
+from bnlora.display import Shown, Table
 from bnlora.elbo import TERMS
 from bnlora.fits import Fit
 from bnlora.monte_carlo import rank_rhat
@@ -43,7 +43,7 @@ Verdict = Literal["converged", "moving", "too noisy", "too short"]
 
 
 @dataclass(frozen=True, repr=False)
-class Bound:
+class Bound(Shown):
     """The bound over the steps of a fit, in nats over all training rows.
 
     Attributes:
@@ -121,13 +121,11 @@ class Bound:
         return pandas.DataFrame(columns, index=pandas.Index(self.last_step, name="last_step"))
 
     def __repr__(self) -> str:
-        return repr(self._shown)
-
-    def _repr_html_(self) -> str:
-        return self._shown._repr_html_()
+        return repr(self.overview[0])
 
     @property
-    def _shown(self) -> Table:
+    def overview(self) -> tuple[Table]:
+        """The table."""
         rows = tuple(
             (f"to step {step}", *(f"{self.terms[n][k]:,.1f} ± {self.errors[n][k]:,.1f}" for n in TERMS))
             for k, step in enumerate(self.last_step)
@@ -136,7 +134,7 @@ class Bound:
             f"The bound by window: {self.verdict}, last change {self.relative_change:+.2%} "
             f"({self.change:+.2f} ± {self.change_error:.2f} nats), R-hat {self.rhat:.2f}"
         )
-        return Table(title, ("window", *TERMS), rows)
+        return (Table(title, ("window", *TERMS), rows),)
 
 
 def bound(fit: Fit | Sample, *, tolerance: float = 0.01) -> Bound:

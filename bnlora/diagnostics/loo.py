@@ -27,13 +27,13 @@ from jaxtyping import Float, Int
 from bnlora.checks import check_at_least
 from bnlora.diagnostics.sample import Sample, sample_of
 from bnlora.diagnostics.tree import tree_of_draws
-from bnlora.display import Table
+from bnlora.display import Shown, Table
 from bnlora.fits import Fit
 from bnlora.monte_carlo import approximate_loo, compare_elpd, smoothed_weights
 
 
 @dataclass(frozen=True, repr=False)
-class LeaveOneOut:
+class LeaveOneOut(Shown):
     """Leave-one-out predictive density of the training rows.
 
     Attributes:
@@ -67,13 +67,11 @@ class LeaveOneOut:
         return self.rows[order][~(self.pareto_k[order] <= self.threshold)]
 
     def __repr__(self) -> str:
-        return repr(self._shown)
-
-    def _repr_html_(self) -> str:
-        return self._shown._repr_html_()
+        return repr(self.overview[0])
 
     @property
-    def _shown(self) -> Table:
+    def overview(self) -> tuple[Table]:
+        """The table."""
         left = f"{len(self.rows)} of {self.num_rows} rows"
         some = f", subsampling ± {self.subsampling_error:.1f}" if self.subsampling_error else ""
         rows = (
@@ -82,7 +80,7 @@ class LeaveOneOut:
             (f"rows with k-hat above {self.threshold:.2f}", f"{len(self.unreliable)} of {len(self.rows)}"),
             ("largest k-hat", f"{self.pareto_k.max():.2f}"),
         )
-        return Table(f"Leave-one-out over {left}", ("", "value"), rows)
+        return (Table(f"Leave-one-out over {left}", ("", "value"), rows),)
 
 
 def loo(fit: Fit | Sample, *, observations: int | None = None) -> LeaveOneOut:

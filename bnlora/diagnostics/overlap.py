@@ -27,7 +27,7 @@ from scipy.stats import rankdata
 
 from bnlora.data import Batch
 from bnlora.diagnostics.sample import Sample, sample_of
-from bnlora.display import Table
+from bnlora.display import Shown, Table
 from bnlora.fits import Fit
 from bnlora.functions import PROBES, evaluate, identifiable
 
@@ -36,7 +36,7 @@ GRID = np.linspace(-4.5, 4.5, 181)
 
 
 @dataclass(frozen=True, repr=False)
-class Overlap:
+class Overlap(Shown):
     """Overlap of prior and posterior of identifiable functions.
 
     Attributes:
@@ -66,20 +66,18 @@ class Overlap:
         return pandas.DataFrame(columns, index=pandas.Index(self.names, name="function"))
 
     def __repr__(self) -> str:
-        return repr(self._shown)
-
-    def _repr_html_(self) -> str:
-        return self._shown._repr_html_()
+        return repr(self.overview[0])
 
     @property
-    def _shown(self) -> Table:
+    def overview(self) -> tuple[Table]:
+        """The table."""
         rows = tuple(
             (name, f"{self.value[k]:.2f} ± {self.error[k]:.2f}", f"{self.position[k]:.3f}")
             + tuple(f"{x[:, k].mean():.3g} ± {x[:, k].std(ddof=1):.3g}" for x in (self.posterior, self.prior))
             for k, name in enumerate(self.names)
         )
         header = ("function", "overlap", "position", "posterior, mean ± sd", "prior")
-        return Table("Overlap of prior and posterior", header, rows)
+        return (Table("Overlap of prior and posterior", header, rows),)
 
 
 def overlap(fit: Fit | Sample, probe: Batch) -> Overlap:

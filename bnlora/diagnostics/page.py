@@ -138,7 +138,7 @@ class Diagnosis:
         return table
 
     def __repr__(self) -> str:
-        console = Console(width=110, file=StringIO())
+        console = Console(width=110, file=StringIO(), force_jupyter=False)
         with console.capture() as text:
             console.print(self)
         return "\n".join(line.rstrip() for line in text.get().rstrip().splitlines())
@@ -150,7 +150,7 @@ class Diagnosis:
 
 
 def _html_row(finding: Finding) -> str:
-    colour = {"problem": "#b3261e", "caution": "#b26a00", "fine": "#2e7d32", "not asked": "#757575"}
+    colour = {"problem": "#d9443a", "caution": "#c07600", "fine": "#3a9a3f", "not asked": "#888888"}
     remedy = f"<br><b>→ {escape(finding.remedy)}</b>" if finding.remedy else ""
     mark = f"{MARKS[finding.status]} {escape(finding.name)}"
     return (

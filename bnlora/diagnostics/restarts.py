@@ -28,7 +28,7 @@ from bnlora.diagnostics.bound import WINDOWS, bound
 from bnlora.diagnostics.overlap import probe_values
 from bnlora.diagnostics.sample import Sample, sample_of
 from bnlora.diagnostics.updates import singular_values
-from bnlora.display import Table
+from bnlora.display import Shown, Table
 from bnlora.fits import Fit
 from bnlora.monte_carlo import nested_rhat, rank_rhat
 
@@ -37,7 +37,7 @@ SUBCHAINS = 4
 
 
 @dataclass(frozen=True, repr=False)
-class Restarts:
+class Restarts(Shown):
     """Agreement of several fits of one model.
 
     Attributes:
@@ -75,13 +75,11 @@ class Restarts:
         return pandas.DataFrame({"rhat": self.rhat, **means}, index=pandas.Index(self.names, name="function"))
 
     def __repr__(self) -> str:
-        return repr(self._shown)
-
-    def _repr_html_(self) -> str:
-        return self._shown._repr_html_()
+        return repr(self.overview[0])
 
     @property
-    def _shown(self) -> Table:
+    def overview(self) -> tuple[Table]:
+        """The table."""
         bounds = ", ".join(f"{x:.1f} ± {e:.1f}" for x, e in zip(self.bounds, self.bound_errors, strict=True))
         title = f"{len(self.bounds)} fits; bounds {bounds} nats, R-hat {self.bound_rhat:.2f}"
         order = np.argsort(-self.rhat)
@@ -89,7 +87,7 @@ class Restarts:
             (self.names[k], f"{self.rhat[k]:.3f}", ", ".join(f"{x[:, k].mean():.3g}" for x in self.values))
             for k in order[:12]
         )
-        return Table(title, ("function", "nested R-hat", "mean of each fit"), rows)
+        return (Table(title, ("function", "nested R-hat", "mean of each fit"), rows),)
 
 
 def restarts(fits: Sequence[Fit | Sample], probe: Batch) -> Restarts:

@@ -27,7 +27,7 @@ from bnlora.data import Batch
 from bnlora.diagnostics.overlap import probe_values
 from bnlora.diagnostics.sample import Sample, sample_of
 from bnlora.diagnostics.tree import log_prior_by_family, tree_of_draws
-from bnlora.display import Table
+from bnlora.display import Shown, Table
 from bnlora.fits import Fit
 from bnlora.monte_carlo import pareto_k, power_sensitivity
 
@@ -36,7 +36,7 @@ ALPHA = 0.99
 
 
 @dataclass(frozen=True, repr=False)
-class Sensitivity:
+class Sensitivity(Shown):
     """Power-scaling sensitivity of identifiable functions.
 
     Attributes:
@@ -74,13 +74,11 @@ class Sensitivity:
         return pandas.DataFrame(columns, index=pandas.Index(self.names, name="function"))
 
     def __repr__(self) -> str:
-        return repr(self._shown)
-
-    def _repr_html_(self) -> str:
-        return self._shown._repr_html_()
+        return repr(self.overview[0])
 
     @property
-    def _shown(self) -> Table:
+    def overview(self) -> tuple[Table]:
+        """The table."""
         rows = tuple(
             (name, f"{self.prior[k]:.3f}", f"{self.likelihood[k]:.3f}") for k, name in enumerate(self.names)
         )
@@ -88,7 +86,7 @@ class Sensitivity:
             f"Power-scaling sensitivity, threshold {THRESHOLD:g} (k-hat of the weights: prior "
             f"{self.khat_prior:.2f}, likelihood {self.khat_likelihood:.2f})"
         )
-        return Table(title, ("function", "prior", "likelihood"), rows)
+        return (Table(title, ("function", "prior", "likelihood"), rows),)
 
 
 def sensitivity(fit: Fit | Sample, probe: Batch) -> Sensitivity:

@@ -26,7 +26,7 @@ from jaxtyping import Float
 
 from bnlora.diagnostics.divergence import SiteDivergence, divergence
 from bnlora.diagnostics.sample import Sample, sample_of
-from bnlora.display import Table
+from bnlora.display import Shown, Table
 from bnlora.fits import Fit
 from bnlora.sites import Site
 from bnlora.typing import FACTORS
@@ -64,7 +64,7 @@ class Cell:
 
 
 @dataclass(frozen=True, repr=False)
-class Shrinkage:
+class Shrinkage(Shown):
     """Posterior spread relative to the prior's, by module and layer.
 
     Attributes:
@@ -95,13 +95,11 @@ class Shrinkage:
         return float(np.nansum([one.total for one in self.divergences]))
 
     def __repr__(self) -> str:
-        return repr(self._shown)
-
-    def _repr_html_(self) -> str:
-        return self._shown._repr_html_()
+        return repr(self.overview[0])
 
     @property
-    def _shown(self) -> Table:
+    def overview(self) -> tuple[Table]:
+        """The table."""
         rows = tuple(
             (
                 f"{c.family} {c.layer}",
@@ -114,7 +112,7 @@ class Shrinkage:
             if c.factor == UPDATE
         )
         title = f"Posterior spread of the update relative to the prior's; KL {self.total_kl:.1f} nats in all"
-        return Table(title, ("update", "posterior sd", "prior sd", "ratio", "KL, nats"), rows)
+        return (Table(title, ("update", "posterior sd", "prior sd", "ratio", "KL, nats"), rows),)
 
 
 def shrinkage(fit: Fit | Sample) -> Shrinkage:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from bnlora.diagnostics.sample import Sample, sample_of
 from bnlora.diagnostics.updates import effective_rank, singular_values
-from bnlora.display import Table
+from bnlora.display import Shown, Table
 from bnlora.fits import Fit
 
 INTERVAL = (0.05, 0.95)
@@ -56,7 +56,7 @@ class LayerSpectrum:
 
 
 @dataclass(frozen=True, repr=False)
-class Spectrum:
+class Spectrum(Shown):
     """Singular values of the updates of a fit.
 
     Attributes:
@@ -73,13 +73,11 @@ class Spectrum:
         return pandas.DataFrame([_row(one) for one in self.layers])
 
     def __repr__(self) -> str:
-        return repr(self._shown)
-
-    def _repr_html_(self) -> str:
-        return self._shown._repr_html_()
+        return repr(self.overview[0])
 
     @property
-    def _shown(self) -> Table:
+    def overview(self) -> tuple[Table]:
+        """The table."""
         rows = tuple(
             (
                 f"{one.family} {one.layer}",
@@ -91,7 +89,7 @@ class Spectrum:
             for one in self.layers
         )
         header = ("update", "rank", "effective rank, 90 %", "prior", "mean singular values")
-        return Table("Effective rank of the updates", header, rows)
+        return (Table("Effective rank of the updates", header, rows),)
 
 
 def spectrum(fit: Fit | Sample) -> Spectrum:

@@ -28,7 +28,7 @@ from bnlora.comparison.khat import KHat
 from bnlora.comparison.khat import khat as khat_of
 from bnlora.diagnostics.divergence import place, tied_sites
 from bnlora.diagnostics.sample import Sample, sample_of
-from bnlora.display import Table
+from bnlora.display import Shown, Table
 from bnlora.fits import Fit
 from bnlora.posterior import adapters_at, log_prior_at
 from bnlora.predict import predict_with_draws
@@ -37,7 +37,7 @@ HYPER = "hyper-parameters"
 
 
 @dataclass(frozen=True, repr=False)
-class KHats:
+class KHats(Shown):
     """Pareto k-hat of a fit.
 
     Attributes:
@@ -51,18 +51,16 @@ class KHats:
     num_dimensions: dict[str, int]
 
     def __repr__(self) -> str:
-        return repr(self._shown)
-
-    def _repr_html_(self) -> str:
-        return self._shown._repr_html_()
+        return repr(self.overview[0])
 
     @property
-    def _shown(self) -> Table:
+    def overview(self) -> tuple[Table]:
+        """The table."""
         rows = tuple(
             (name, f"{self.num_dimensions[name]:,}", *_words(found))
             for name, found in {"whole": self.overall, **self.families}.items()
         )
-        return Table("Pareto k-hat of log p - log q", ("sites", "dimensions", "k-hat", "at most"), rows)
+        return (Table("Pareto k-hat of log p - log q", ("sites", "dimensions", "k-hat", "at most"), rows),)
 
 
 def _words(found: KHat | None) -> tuple[str, str]:
