@@ -9,9 +9,8 @@ WORKERS ?= 2
 # The reference implementations that parity tests run live; wheels of this version are CPU builds on 3.11 alone.
 PARITY := $(shell $(PYTHON) -c 'import sys; print(",parity" if sys.version_info[:2] == (3, 11) else "")')
 
-# What touches the compiler, ArviZ, the table formats, the command line and the packages.
-VERSIONED := cli diagnose diagnostics display distributions execution flows guides kernels_api kernels_lowering \
-	llama mcmc metrics model notebooks packaging plots predict priors reprs svi
+# What touches the compiler, the kernels, ArviZ and the packages.
+VERSIONED := diagnose diagnostics display execution guides kernels_api kernels_lowering llama mcmc packaging plots predict svi
 
 .PHONY: demo test fast versions lint tpu docs notebooks oldest newest clean
 
