@@ -32,10 +32,7 @@ class Draw(NamedTuple):
 
 def draw_sites(key: Array, model: Any, guide: Callable, params: Parameters) -> Draw:
     """One guide draw of every latent site of `model.prior`, with both log-densities."""
-    prior_key, guide_key = jax.random.split(key)
-    guide_trace = handlers.trace(_seeded(guide, guide_key, params)).get_trace()
-    prior = handlers.replay(_seeded(model.prior, prior_key, params), guide_trace)
-    prior_trace = handlers.trace(prior).get_trace()
+    guide_trace, prior_trace = traces(key, model, guide, params)
     sites = {n: s["value"] for n, s in prior_trace.items() if s["type"] == "sample" and not s["is_observed"]}
     log_prior, log_q = _log_densities(prior_trace), _log_densities(guide_trace)
     return Draw(sites, _total(log_prior), _total(log_q), log_prior, log_q)
@@ -71,12 +68,27 @@ def log_prior_at(model: Any, params: Parameters, sites: dict[str, Array]) -> Arr
     return _total(_log_densities(handlers.trace(handlers.seed(placed, jax.random.key(0))).get_trace()))
 
 
+def traces(
+    key: Array, model: Any, guide: Callable, params: Parameters
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One run of the guide, and the run of `model.prior` at its draws."""
+    prior_key, guide_key = jax.random.split(key)
+    guide_trace = handlers.trace(_seeded(guide, guide_key, params)).get_trace()
+    prior = handlers.replay(_seeded(model.prior, prior_key, params), guide_trace)
+    return guide_trace, handlers.trace(prior).get_trace()
+
+
+def log_density_of(site: dict[str, Any]) -> Array:
+    """Log-density of a site of a trace at its value, over the axes of its plates."""
+    extra = (site["intermediates"],) if site["intermediates"] else ()
+    return site["fn"].log_prob(site["value"], *extra)
+
+
 def _log_densities(trace: dict) -> dict[str, Array]:
     found = {}
     for name, site in trace.items():
         if site["type"] == "sample":
-            extra = (site["intermediates"],) if site["intermediates"] else ()
-            found[name] = jnp.sum(site["fn"].log_prob(site["value"], *extra))
+            found[name] = jnp.sum(log_density_of(site))
     return found
 
 

@@ -24,10 +24,10 @@ import numpy as np
 import numpyro.distributions as dist
 from jax import Array
 from jaxtyping import Float
-from numpyro import handlers
 
 from bnlora.diagnostics.sample import Sample, sample_of
 from bnlora.fits import Fit
+from bnlora.posterior import log_density_of, traces
 from bnlora.sites import Sites
 from bnlora.typing import FACTORS
 
@@ -121,7 +121,7 @@ def _guide_sites(fit: Fit) -> tuple[dict[str, type], tuple[str, ...]]:
     latent: list[str] = []
 
     def run(key: Array) -> None:
-        guide_trace, prior_trace = _traces(key, fit.params, fit.model, fit.guide)
+        guide_trace, prior_trace = traces(key, fit.model, fit.guide, fit.params)
         kinds.update({n: type(_base(s["fn"])) for n, s in guide_trace.items() if s["type"] == "sample"})
         latent.extend(n for n, s in prior_trace.items() if s["type"] == "sample" and not s["is_observed"])
 
@@ -135,22 +135,14 @@ def _base(law: Any) -> Any:
     return law
 
 
-def _traces(key: Array, params: Any, model: Any, guide: Callable) -> tuple[dict, dict]:
-    prior_key, guide_key = jax.random.split(key)
-    placed = handlers.substitute(handlers.seed(guide, guide_key), data=dict(params))
-    guide_trace = handlers.trace(placed).get_trace()
-    prior = handlers.replay(handlers.seed(model.prior, prior_key), guide_trace)
-    return guide_trace, handlers.trace(handlers.substitute(prior, data=dict(params))).get_trace()
-
-
 def _terms(key: Array, *, params: Any, model: Any, guide: Callable) -> dict[str, Array]:
     """One term of the KL for each site of the guide, over the axes of its plates."""
-    guide_trace, prior_trace = _traces(key, params, model, guide)
+    guide_trace, prior_trace = traces(key, model, guide, params)
     found = {}
     for name, site in guide_trace.items():
         if site["type"] != "sample":
             continue
-        log_q = _log_prob(site)
+        log_q = log_density_of(site)
         if name not in prior_trace:
             found[name] = jnp.sum(log_q)
             continue
@@ -158,13 +150,8 @@ def _terms(key: Array, *, params: Any, model: Any, guide: Callable) -> dict[str,
         try:
             found[name] = dist.kl_divergence(site["fn"], prior_site["fn"])
         except NotImplementedError:
-            found[name] = log_q - _log_prob(prior_site)
+            found[name] = log_q - log_density_of(prior_site)
     return found
-
-
-def _log_prob(site: dict) -> Array:
-    extra = (site["intermediates"],) if site["intermediates"] else ()
-    return site["fn"].log_prob(site["value"], *extra)
 
 
 def _site(
