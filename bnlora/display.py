@@ -156,12 +156,15 @@ Showable = Table | Shades | str | tuple[str, ...]
 
 
 class Shown:
-    """What shows itself by its `overview`: HTML in a notebook, rich on a terminal."""
+    """What shows itself by its `overview`: HTML in a notebook, rich on a terminal, text elsewhere."""
 
     @property
     def overview(self) -> tuple[Showable, ...]:
         """What there is to see, without any computation of a model."""
         raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return as_text(self.overview)
 
     def __rich__(self) -> Group:
         return Group(*_renderables(self.overview))

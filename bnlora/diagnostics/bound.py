@@ -120,9 +120,6 @@ class Bound(Shown):
         columns = self.terms | {f"{name}_error": x for name, x in self.errors.items()}
         return pandas.DataFrame(columns, index=pandas.Index(self.last_step, name="last_step"))
 
-    def __repr__(self) -> str:
-        return repr(self.overview[0])
-
     @property
     def overview(self) -> tuple[Table]:
         """The table."""

@@ -66,9 +66,6 @@ class LeaveOneOut(Shown):
         order = np.argsort(-self.pareto_k)
         return self.rows[order][~(self.pareto_k[order] <= self.threshold)]
 
-    def __repr__(self) -> str:
-        return repr(self.overview[0])
-
     @property
     def overview(self) -> tuple[Table]:
         """The table."""

@@ -65,9 +65,6 @@ class Overlap(Shown):
         columns |= {"prior_mean": self.prior.mean(0), "prior_sd": self.prior.std(0, ddof=1)}
         return pandas.DataFrame(columns, index=pandas.Index(self.names, name="function"))
 
-    def __repr__(self) -> str:
-        return repr(self.overview[0])
-
     @property
     def overview(self) -> tuple[Table]:
         """The table."""
@@ -91,8 +88,7 @@ def overlap(fit: Fit | Sample, probe: Batch) -> Overlap:
         ValueError: When the prior has no latent sites.
     """
     drawn = sample_of(fit)
-    if not drawn.has_prior:
-        raise ValueError("an overlap needs a prior with sample sites; this fit has parameters alone")
+    drawn.require_prior("an overlap")
     names, posterior = probe_values(drawn, drawn.drawn[1], probe)
     _, prior = probe_values(drawn, drawn.prior_adapters, probe)
     found = [overlap_of_draws(posterior[:, k], prior[:, k]) for k in range(len(names))]

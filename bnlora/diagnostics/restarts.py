@@ -74,9 +74,6 @@ class Restarts(Shown):
         means = {f"mean_{i}": x.mean(0) for i, x in enumerate(self.values)}
         return pandas.DataFrame({"rhat": self.rhat, **means}, index=pandas.Index(self.names, name="function"))
 
-    def __repr__(self) -> str:
-        return repr(self.overview[0])
-
     @property
     def overview(self) -> tuple[Table]:
         """The table."""

@@ -74,7 +74,7 @@ class Sample:
         """Log-density under the guide, in nats."""
         return np.asarray(self.drawn[0].log_q, np.float64)
 
-    @property
+    @cached_property
     def has_density(self) -> bool:
         """Whether the guide has a density over all latent sites, so that importance weights exist."""
         return has_density(self.fit.guide, self.drawn[0].sites)
@@ -83,6 +83,11 @@ class Sample:
     def has_prior(self) -> bool:
         """Whether the prior has a latent site; plain LoRA has none."""
         return bool(self.drawn[0].sites)
+
+    def require_prior(self, what: str) -> None:
+        """Raise `ValueError` unless the prior has a latent site; `what` needs one."""
+        if not self.has_prior:
+            raise ValueError(f"{what} needs a prior with sample sites; this fit has parameters alone")
 
     def part(self, number: int) -> Array:
         """Random key of one of the things that are drawn beside the guide."""

@@ -73,9 +73,6 @@ class Sensitivity(Shown):
         columns = {"prior": self.prior, "likelihood": self.likelihood}
         return pandas.DataFrame(columns, index=pandas.Index(self.names, name="function"))
 
-    def __repr__(self) -> str:
-        return repr(self.overview[0])
-
     @property
     def overview(self) -> tuple[Table]:
         """The table."""
@@ -100,8 +97,7 @@ def sensitivity(fit: Fit | Sample, probe: Batch) -> Sensitivity:
         ValueError: When the prior has no latent sites.
     """
     drawn = sample_of(fit)
-    if not drawn.has_prior:
-        raise ValueError("power-scaling needs a prior with sample sites; this fit has parameters alone")
+    drawn.require_prior("power-scaling")
     draw, adapters = drawn.drawn
     names, values = probe_values(drawn, adapters, probe)
     by_family = log_prior_by_family(drawn.fit.model.sites, draw.log_prior_of)

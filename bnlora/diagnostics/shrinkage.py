@@ -94,9 +94,6 @@ class Shrinkage(Shown):
         """KL divergence of all sites in nats, without points."""
         return float(np.nansum([one.total for one in self.divergences]))
 
-    def __repr__(self) -> str:
-        return repr(self.overview[0])
-
     @property
     def overview(self) -> tuple[Table]:
         """The table."""
@@ -125,8 +122,7 @@ def shrinkage(fit: Fit | Sample) -> Shrinkage:
         ValueError: When the prior has no latent sites.
     """
     drawn = sample_of(fit)
-    if not drawn.has_prior:
-        raise ValueError("shrinkage needs a prior with sample sites; this fit has parameters alone")
+    drawn.require_prior("shrinkage")
     _, adapters = drawn.drawn
     parts = divergence(drawn)
     cells = []

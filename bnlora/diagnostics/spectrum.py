@@ -72,9 +72,6 @@ class Spectrum(Shown):
 
         return pandas.DataFrame([_row(one) for one in self.layers])
 
-    def __repr__(self) -> str:
-        return repr(self.overview[0])
-
     @property
     def overview(self) -> tuple[Table]:
         """The table."""

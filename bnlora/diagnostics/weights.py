@@ -50,9 +50,6 @@ class KHats(Shown):
     families: dict[str, KHat | None]
     num_dimensions: dict[str, int]
 
-    def __repr__(self) -> str:
-        return repr(self.overview[0])
-
     @property
     def overview(self) -> tuple[Table]:
         """The table."""
