@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 
 from bnlora.data import Batch
+from bnlora.diagnostics.divergence import place
 from bnlora.diagnostics.updates import Summaries, summaries
 from bnlora.predict import predict_with_draws
 from bnlora.sites import Sites
@@ -78,8 +79,7 @@ def log_prior_by_family(sites: Sites, log_prior_of: Mapping[str, Array]) -> dict
     """Log prior of every draw, summed over the sites of each family; others under their own names."""
     found: dict[str, np.ndarray] = {}
     for name, value in log_prior_of.items():
-        family = name.split(".")[0]
-        group = family if family in sites else name
+        group = place(sites, name)[0] or name
         found[group] = found.get(group, 0.0) + np.asarray(value, np.float64)
     return found
 
@@ -105,7 +105,7 @@ def _sample_classes(log_probs: np.ndarray) -> np.ndarray:
 
 def _hyper_parameters(sites: Sites, draws: dict[str, Array]) -> dict[str, np.ndarray]:
     """The latent sites that belong to no family, such as a global scale."""
-    return {n: np.asarray(x) for n, x in draws.items() if n.split(".")[0] not in sites}
+    return {n: np.asarray(x) for n, x in draws.items() if not place(sites, n)[0]}
 
 
 def _by_chain(x: Any) -> np.ndarray:
