@@ -45,13 +45,13 @@ oldest:
 	$(PYTHON) -m venv --clear .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --upgrade pip uv
 	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest --resolution lowest-direct --editable ".[test,notebooks]"
-	.venv-oldest/bin/python -m pytest -n $(WORKERS) -m "not slow" -W ignore::DeprecationWarning
+	.venv-oldest/bin/python $(PYTEST) -m "not slow" -W ignore::DeprecationWarning
 
 newest:
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade pip
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[test,notebooks]"
-	.venv-newest/bin/python -m pytest -n $(WORKERS) -m "not slow"
+	.venv-newest/bin/python $(PYTEST) -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The command line: `bnlora demo`, `fit`, `predict`, `evaluate`.
+"""The command line: `bnlora demo`, `fit`, `predict`, `evaluate`, `diagnose`.
 
 Results go to standard output, for people or (`--json`) as one JSON object; progress and errors go to standard
 error, where bars are drawn on a terminal alone. `bnlora.outcome` has the exit codes.
