@@ -61,18 +61,29 @@ def test_restarts_are_held_against_it(good):
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "rate", "decays", "found_by"),
-    [(40, 0.01, True, "convergence"), (100, 0.01, False, "convergence"), (300, 3.0, False, None)],
-    ids=["too few", "too slow", "too fast"],
+    ("num_steps", "decays"), [(40, True), (100, False)], ids=["too few steps", "too low a rate"]
 )
-def test_a_fit_that_has_not_converged(good, num_steps, rate, decays, found_by):
-    """A path that jumps about may have no trend; then the weights of its last parameters give it away."""
+def test_a_fit_that_has_not_converged(good, num_steps, decays):
     given, _ = good
-    fit = given.fit(bl.guides.full(**FULL), num_steps=num_steps, rate=rate, decays=decays)
+    fit = given.fit(bl.guides.full(**FULL), num_steps=num_steps, rate=0.01, decays=decays)
     page = bl.diagnose(fit, given.others)
+    assert page["convergence"].status == "problem", page
+    assert "convergence" in page["k-hat"].remedy
+
+
+def test_a_fit_whose_last_steps_jumped(good):
+    """The bound shows no trend; the last step and the weights of its parameters give the jump away.
+
+    The jump is planted: a path at too high a rate is chaotic, so rounding decides where it ends.
+    """
+    given, fit = good
+    jumped = {n: x + 1.0 if n.endswith("loc") else x for n, x in fit.params.items()}  # seven sd
+    page = bl.diagnose(replace(fit, params=jumped), given.others)
     found = {finding.name for finding in page.problems}
-    assert found & ({found_by} if found_by else {"convergence", "last step", "k-hat"}), page
-    assert any(word in page["k-hat"].remedy for word in ("longer fit", "convergence", "learning rate"))
+    assert {"last step", "k-hat"} <= found, page
+    assert page["last step"].value > 20
+    assert page["k-hat"].value > 2
+    assert "longer fit" in page["k-hat"].remedy
 
 
 def test_a_scale_that_has_collapsed(good):
