@@ -2,6 +2,10 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
 
 
 def check_option(name: str, got: object, options: Sequence[str]) -> None:
@@ -47,3 +51,22 @@ def check_parts(name: str, parts: int, batch_size: int) -> None:
         # The larger of two that are equally near: who asks for parts is short of memory.
         near = min(divisors(batch_size), key=lambda n: (abs(n - parts), -n))
         raise ValueError(f"{name} must divide batch_size={batch_size}; got {parts}, nearest is {near}")
+
+
+def class_numbers(name: str, labels: Any, num_rows: int) -> Int[np.ndarray, " n"]:
+    """Labels as integers, one for each row; `ValueError` for another shape or for what is no class number."""
+    found = np.asarray(labels)
+    if found.shape != (num_rows,):  # a shape that broadcasts would give a wrong number in silence
+        remedy = "; pass labels[:, 0]" if found.shape == (num_rows, 1) else ""
+        raise ValueError(f"{name} need one label each, shape ({num_rows},); got shape {found.shape}{remedy}")
+    if found.dtype.kind in "biu" or not num_rows:
+        return found.astype(np.int64)
+    first = found[0].item() if hasattr(found[0], "item") else found[0]
+    remedy = (
+        "give the place of each among the label words, [words.index(label) for label in labels]"
+        if isinstance(first, str)
+        else "where all are whole numbers, labels.astype(int) makes them so"
+    )
+    raise ValueError(
+        f"the labels of {name} must be class numbers, integers; got {first!r} of type {found.dtype}: {remedy}"
+    )

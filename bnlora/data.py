@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from bnlora.checks import class_numbers
 from bnlora.display import Showable, Shown, facts
 
 
@@ -100,9 +101,7 @@ def check_labels(name: str, rows: Batch, classes: int) -> None:
     """Raise `ValueError` unless there are rows, each with one label below `classes`; `name` says whose."""
     if not len(rows):
         raise ValueError(f"the {name} rows must be at least one; got none")
-    labels, wanted = np.asarray(rows.labels), rows.tokens.shape[:1]
-    if labels.shape != wanted:  # a shape that broadcasts would give a wrong bound in silence
-        raise ValueError(f"the {name} rows need one label each, shape {wanted}; got shape {labels.shape}")
+    labels = class_numbers(f"the {name} rows", rows.labels, rows.tokens.shape[0])
     if labels.min() < 0:
         raise ValueError(f"the {name} rows have no labels (-1); read them with `label=` naming their column")
     if labels.max() >= classes:

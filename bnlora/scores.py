@@ -9,6 +9,8 @@ With p the predictive distribution of a row, y its class, k = argmax p and c = m
 
 `ece` has bins of equal width (Naeini et al. 2015; Guo et al. 2017), `adaptive_ece` bins of equal count
 (Nguyen & O'Connor 2015). Both are biased upwards in small samples, most of all for a good model.
+
+Every function takes log-probabilities, or a `Prediction`, whose mixture over draws is then meant.
 """
 
 from typing import Any
@@ -16,11 +18,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from bnlora.checks import check_at_least
+from bnlora.checks import check_at_least, class_numbers
 
 BINS = 15
 
-LogProbs = Float[np.ndarray, "n c"]
+LogProbs = Any  # Float[np.ndarray, "n c"], or a `Prediction`, which the floors above make
 Labels = Int[Any, " n"]
 
 
@@ -195,15 +197,17 @@ def selective_risks(doubt: Float[np.ndarray, " n"], wrong: Bool[np.ndarray, " n"
 
 def checked(log_probs: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     """Both as numpy arrays, the first in float64; `ValueError` where they do not fit together."""
-    log_probs, labels = np.asarray(log_probs, np.float64), np.asarray(labels)
-    if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1] or not len(labels):
+    log_probs = np.asarray(getattr(log_probs, "log_probs", log_probs), np.float64)
+    if log_probs.ndim != 2 or not log_probs.size:
         raise ValueError(
-            "expected log-probabilities of shape (n, c) and n >= 1 labels; "
-            f"got shapes {log_probs.shape} and {labels.shape}"
+            "expected log-probabilities of shape (n, c) with n >= 1 rows and c >= 1 classes; got shape "
+            f"{log_probs.shape}"
         )
+    labels = class_numbers("the predicted rows", labels, len(log_probs))
     if labels.min() < 0 or labels.max() >= log_probs.shape[1]:
+        unlabelled = " (-1 marks rows without a label)" if labels.min() == -1 else ""
         raise ValueError(
-            f"labels must lie in 0..{log_probs.shape[1] - 1}; got {labels.min()}..{labels.max()}"
+            f"labels must lie in 0..{log_probs.shape[1] - 1}; got {labels.min()}..{labels.max()}{unlabelled}"
         )
     with np.errstate(invalid="ignore"):  # NaN is reported below, with its row
         total = np.logaddexp.reduce(log_probs, axis=1)

@@ -152,8 +152,18 @@ def test_reliability_bins_and_wilson_intervals():
 @pytest.mark.parametrize(
     ("log_probs", "labels", "message"),
     [
-        (np.zeros((0, 2)), np.zeros(0, int), r"n >= 1 labels; got shapes \(0, 2\) and \(0,\)"),
-        (np.log([[0.5, 0.5]]), [0, 1], r"got shapes \(1, 2\) and \(2,\)"),
+        (np.zeros((0, 2)), np.zeros(0, int), r"n >= 1 rows and c >= 1 classes; got shape \(0, 2\)"),
+        (np.log([[0.5, 0.5]]), [0, 1], r"need one label each, shape \(1,\); got shape \(2,\)$"),
+        (np.log([[0.5, 0.5]]), [[0]], r"shape \(1,\); got shape \(1, 1\); pass labels\[:, 0\]"),
+        (
+            np.log([[0.5, 0.5]]),
+            [" good"],
+            r"must be class numbers, integers; got ' good' .*words.index",
+        ),
+        (np.log([[0.5, 0.5]]), np.array(["bad"], object), r"got 'bad' of type object: .*words.index"),
+        (np.log([[0.5, 0.5]]), [1.0], r"got 1.0 of type float64: .* labels.astype\(int\)"),
+        (np.log([[0.5, 0.5]]), [None], "got None of type object"),
+        (np.log([[0.5, 0.5]]), [-1], r"must lie in 0..1; got -1..-1 \(-1 marks rows without a label\)"),
         (np.array([[0.5, 0.5]]), [0], "row 0 is no distribution: its probabilities sum to 3.2"),
         (np.array([[np.nan, 0.0]]), [0], "row 0 is no distribution"),
         (np.log([[0.5, 0.5]]), [2], r"labels must lie in 0..1; got 2..2"),

@@ -56,5 +56,5 @@ def test_separation_is_the_statistic_of_mann_and_whitney():
 def test_bad_input_gets_one_sentence(prediction):
     with pytest.raises(ValueError, match="nearest is 'entropy'"):
         doubt(prediction, "entropie")
-    with pytest.raises(ValueError, match="got shapes"):
+    with pytest.raises(ValueError, match="one label each"):
         risk_coverage(prediction, LABELS[:3])
