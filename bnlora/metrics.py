@@ -1,15 +1,18 @@
 """Metrics of predicted class probabilities (`bnlora.scores`) with bootstrap intervals; paired differences.
 
-Intervals are percentile bootstrap intervals over rows; they inherit the bias of a calibration error.
+Intervals are percentile bootstrap intervals over rows; they inherit the bias of a calibration error. Where
+the true class of a row has no probability, `nll` is infinite, and so is the end of its interval. Samples on
+which a metric has no value (`auroc` where all rows are right, or all wrong) are left out, and no others.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from bnlora.checks import check_at_least
 from bnlora.display import Shown, Table
 from bnlora.scores import BINS as BINS
 from bnlora.scores import Labels as Labels
@@ -42,9 +45,9 @@ class Estimate:
     """A value with its interval.
 
     Attributes:
-        value: The metric of all rows.
-        low: Lower end of the interval.
-        high: Upper end.
+        value: The metric of all rows; NaN where it has no value, and both ends with it.
+        low: Lower end of the interval; may be infinite.
+        high: Upper end; may be infinite.
     """
 
     value: float
@@ -116,14 +119,17 @@ def summary(
         Value and interval of every metric; a mapping by name that prints as a table.
 
     Raises:
-        ValueError: On shapes that do not fit, rows that are no probabilities, or classes out of range.
+        ValueError: On shapes that do not fit, rows that are no probabilities, labels that are no class
+            numbers or out of range, a level outside (0, 1), or fewer than one resample.
     """
-    log_probs, labels = checked(_log_probs(prediction), labels)
-    rows = _bootstrap_rows(len(labels), resamples, seed)
+    log_probs, labels = checked(prediction, labels)
     estimates = {}
     for name, metric in metrics.items():
-        replicates = np.array([metric(log_probs[r], labels[r]) for r in rows])
-        estimates[name] = _estimate(metric(log_probs, labels), replicates, level)
+
+        def on(rows: np.ndarray, metric: Callable[..., float] = metric) -> float:
+            return metric(log_probs[rows], labels[rows])
+
+        estimates[name] = bootstrap(on, len(labels), level=level, resamples=resamples, seed=seed)
     return Summary(estimates, level, len(labels))
 
 
@@ -151,16 +157,20 @@ def paired_difference(
         seed: Seed of the resampling.
 
     Returns:
-        The difference of both values, first minus second, with its interval.
+        The difference of both values, first minus second, with its interval. Where both values are infinite
+        the difference has no value: it is NaN, and so are both ends.
 
     Raises:
         ValueError: As `summary`.
     """
-    one, labels = checked(_log_probs(first), labels)
-    two, labels = checked(_log_probs(second), labels)
-    rows = _bootstrap_rows(len(labels), resamples, seed)
-    replicates = np.array([metric(one[r], labels[r]) - metric(two[r], labels[r]) for r in rows])
-    return _estimate(metric(one, labels) - metric(two, labels), replicates, level)
+    one, labels = checked(first, labels)
+    two, labels = checked(second, labels)
+
+    def difference(rows: np.ndarray) -> float:
+        # Floats of Python: infinity minus infinity is NaN without a warning.
+        return float(metric(one[rows], labels[rows])) - float(metric(two[rows], labels[rows]))
+
+    return bootstrap(difference, len(labels), level=level, resamples=resamples, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -196,7 +206,7 @@ def reliability(prediction: Any, labels: Labels, *, bins: int = BINS) -> Reliabi
     Raises:
         ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
     """
-    log_probs, labels = checked(_log_probs(prediction), labels)
+    log_probs, labels = checked(prediction, labels)
     confidence, correct = confidences(log_probs), is_correct(log_probs, labels)
     index = width_bin(confidence, bins)
     count = np.bincount(index, minlength=bins)
@@ -224,19 +234,48 @@ def wilson(hits: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
 
 
-def _bootstrap_rows(num_rows: int, resamples: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(num_rows, size=(resamples, num_rows))
+def bootstrap(
+    statistic: Callable[[np.ndarray], float],
+    num_rows: int,
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """A statistic of rows with its percentile bootstrap interval.
 
+    Args:
+        statistic: The statistic, from the indices of the rows that it is computed on.
+        num_rows: Number of rows.
+        level: Probability of the interval.
+        resamples: Number of bootstrap samples; the same seed gives the same ones to every statistic.
+        seed: Seed of the resampling.
 
-def _estimate(value: float, replicates: np.ndarray, level: float) -> Estimate:
+    Returns:
+        Its value on all rows, and the interval. Infinite replicates count. Those that are NaN have no value
+        and are left out; where the value of all rows is NaN, both ends are.
+
+    Raises:
+        ValueError: When the level is not in (0, 1), or there is no row or resample.
+    """
     if not 0 < level < 1:
         raise ValueError(f"level must lie strictly between 0 and 1; got {level}")
-    defined = replicates[np.isfinite(replicates)]  # auroc has no value where no row is wrong
-    if not len(defined):
+    check_at_least({"number of rows": num_rows, "resamples": resamples}, 1)
+    value = float(statistic(np.arange(num_rows)))
+    drawn = np.random.default_rng(seed).integers(num_rows, size=(resamples, num_rows))
+    replicates = np.array([statistic(rows) for rows in drawn], np.float64)
+    defined = replicates[~np.isnan(replicates)]
+    # A difference of infinities is NaN exactly in the samples that hold the rows which matter most.
+    if np.isnan(value) or not len(defined):
         return Estimate(value, float("nan"), float("nan"))
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(value, float(low), float(high))
+    return Estimate(
+        value, _quantile(defined, (1 - level) / 2, "lower"), _quantile(defined, (1 + level) / 2, "higher")
+    )
 
 
-def _log_probs(prediction: Any) -> np.ndarray:
-    return getattr(prediction, "log_probs", prediction)
+def _quantile(values: np.ndarray, at: float, outer: Literal["lower", "higher"]) -> float:
+    """The quantile, between two order statistics; the outer one where an infinity forbids to interpolate."""
+    low, high = (float(np.quantile(values, at, method=side)) for side in ("lower", "higher"))
+    if np.isfinite([low, high]).all():
+        return float(np.quantile(values, at))
+    return low if outer == "lower" else high

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from bnlora import metrics
 from bnlora.checks import check_option
 from bnlora.predict import Prediction
+from bnlora.scores import checked
 
 Doubt = Literal["confidence", "entropy", "mutual_information"]
 
@@ -77,7 +78,7 @@ def risk_coverage(
         seed: Seed of the resampling.
 
     Raises:
-        ValueError: On an unknown order, and whatever `metrics.accuracy` refuses.
+        ValueError: On an unknown order, fewer than one resample, and whatever `metrics.accuracy` refuses.
 
     Example:
         >>> sure, right = np.array([0.9, 0.6, 0.8]), np.array([1, 0, 1])
@@ -85,14 +86,16 @@ def risk_coverage(
         >>> found.risk.round(3), round(found.aurc.value, 3)
         (array([0.   , 0.   , 0.333]), 0.111)
     """
-    metrics.accuracy(prediction.log_probs, labels)  # refuses what does not fit
-    order, wrong = doubt(prediction, by), prediction.log_probs.argmax(1) != np.asarray(labels)
+    log_probs, labels = checked(prediction.log_probs, labels)
+    order, wrong = doubt(prediction, by), log_probs.argmax(1) != labels
     risk, count = metrics.selective_risks(order, wrong), np.arange(1, len(wrong) + 1)
     low, high = metrics.wilson(risk * count, count)
-    rows = np.random.default_rng(seed).integers(len(wrong), size=(resamples, len(wrong)))
-    areas = [metrics.selective_risks(order[r], wrong[r]).mean() for r in rows]
-    ends = map(float, np.quantile(areas, [0.025, 0.975]))
-    return RiskCoverage(count / len(wrong), risk, low, high, metrics.Estimate(float(risk.mean()), *ends))
+
+    def area(rows: np.ndarray) -> float:
+        return float(metrics.selective_risks(order[rows], wrong[rows]).mean())
+
+    found = metrics.bootstrap(area, len(wrong), resamples=resamples, seed=seed)
+    return RiskCoverage(count / len(wrong), risk, low, high, found)
 
 
 def separation(inside: Float[np.ndarray, " n"], outside: Float[np.ndarray, " m"]) -> float:

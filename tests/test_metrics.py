@@ -1,5 +1,7 @@
 """Metrics against scikit-learn, the definitions and cases worked out by hand; intervals by their coverage."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,6 +10,7 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from bnlora import metrics
+from bnlora.predict import Prediction
 
 
 def simulate(seed: int, rows: int = 200, classes: int = 3, ties: int | None = None):
@@ -105,7 +108,10 @@ def test_ranges_and_invariance_to_the_order_of_rows(seed, rows, classes):
 @pytest.mark.slow
 def test_bootstrap_interval_of_nll_covers_at_its_level():
     truth = metrics.nll(*simulate(99, rows=400_000))
-    runs = [metrics.summary(*CASE, resamples=200)["nll"] for CASE in map(simulate, range(1000, 1300))]
+    runs = [
+        metrics.summary(*CASE, resamples=200, metrics={"nll": metrics.nll})["nll"]
+        for CASE in map(simulate, range(1000, 1300))
+    ]
     covered = sum(e.low <= truth <= e.high for e in runs)
     # A two-sided binomial test at 1e-3, with one point allowed for the percentile bootstrap at 200 rows.
     assert covered >= stats.binom.ppf(5e-4, len(runs), 0.94)
@@ -134,6 +140,95 @@ def test_paired_difference_is_narrower_than_two_separate_intervals():
     assert paired.high - paired.low < 0.5 * (one.high - one.low)
     same = metrics.paired_difference(metrics.nll, log_probs, log_probs, labels)
     assert (same.value, same.low, same.high) == (0, 0, 0)
+
+
+def exact_bootstrap(statistic, num_rows):
+    """The statistic of every one of the n^n equally likely samples of n rows."""
+    samples = product(range(num_rows), repeat=num_rows)
+    return np.array([statistic(np.array(rows)) for rows in samples])
+
+
+def holds_quantile(values, end, at, resamples):
+    """Whether the end is a quantile of these equally likely values, within five errors of the level."""
+    slack = 5 * np.sqrt(at * (1 - at) / resamples)
+    return np.mean(values < end) <= at + slack and np.mean(values <= end) >= at - slack
+
+
+IMPOSSIBLE = np.array([[0.9, 0.1], [0.8, 0.2], [0.6, 0.4], [0.3, 0.7], [1.0, 0.0]])
+"""Five rows whose true classes are the first, but for the last row, which gives its own no probability."""
+
+TRUTH = np.array([0, 0, 0, 0, 1])
+
+
+@pytest.mark.parametrize("level", [0.95, 0.2])
+def test_bootstrap_against_every_sample_where_some_are_infinite(level):
+    """Seven in ten samples of five rows hold a given row; the others are finite and fill the lower end."""
+    with np.errstate(divide="ignore"):
+        log_probs = np.log(IMPOSSIBLE)
+    resamples = 4000
+    by_row = -log_probs[np.arange(5), TRUTH]
+    every = exact_bootstrap(lambda rows: by_row[rows].mean(), 5)
+    np.testing.assert_allclose(np.isinf(every).mean(), 1 - 0.8**5)
+    found = metrics.bootstrap(lambda rows: float(by_row[rows].mean()), 5, level=level, resamples=resamples)
+    assert holds_quantile(every, found.low, (1 - level) / 2, resamples)
+    assert (found.value, found.high) == (np.inf, np.inf)
+    assert np.isfinite(found.low) == (
+        level == 0.95
+    )  # a third of the samples are finite: 0.025 of them all are below, 0.4 are not
+    same = metrics.summary(log_probs, TRUTH, level=level, resamples=resamples)["nll"]
+    np.testing.assert_allclose([*vars(same).values()], [*vars(found).values()])
+
+
+def test_bootstrap_against_every_sample_where_some_have_no_value():
+    """Samples without a wrong row have no area; the interval is that of the others."""
+    log_probs, labels = np.log(np.clip(IMPOSSIBLE, 0.01, 0.99)), np.array([0, 1, 0, 0, 0])
+    resamples = 2000
+
+    def area(rows):
+        return metrics.auroc(log_probs[rows], labels[rows])
+
+    every = exact_bootstrap(area, 5)
+    every = every[~np.isnan(every)]
+    found = metrics.summary(log_probs, labels, resamples=resamples, metrics={"auroc": metrics.auroc})["auroc"]
+    kept = resamples * len(every) / 5**5 * 0.9
+    assert holds_quantile(every, found.low, 0.025, kept)
+    assert holds_quantile(every, found.high, 0.975, kept)
+    undefined = metrics.summary(log_probs, log_probs.argmax(1), resamples=20)["auroc"]
+    assert np.isnan([*vars(undefined).values()]).all()
+
+
+def test_paired_difference_of_infinite_values():
+    with np.errstate(divide="ignore"):
+        sure, doubting = np.log(IMPOSSIBLE), np.log(0.9 * IMPOSSIBLE + 0.05)
+    ours = metrics.paired_difference(metrics.nll, sure, doubting, TRUTH)
+    theirs = metrics.paired_difference(metrics.nll, doubting, sure, TRUTH)
+    assert (ours.value, ours.high) == (np.inf, np.inf)
+    assert (theirs.value, theirs.low, theirs.high) == (-np.inf, -np.inf, -ours.low)
+    by_row = doubting[np.arange(5), TRUTH] - sure[np.arange(5), TRUTH]
+    every = exact_bootstrap(lambda rows: by_row[rows].mean(), 5)
+    assert holds_quantile(every, ours.low, 0.025, 1000)
+    assert str(ours).endswith("inf]")
+    # Both give the row no probability: which of them is worse cannot be said, by no sample of rows.
+    with np.errstate(divide="ignore"):
+        other = np.log(IMPOSSIBLE**2 / (IMPOSSIBLE**2).sum(1, keepdims=True))
+    neither = metrics.paired_difference(lambda *given: np.float64(metrics.nll(*given)), sure, other, TRUTH)
+    assert np.isnan([*vars(neither).values()]).all()
+    assert np.isfinite([*vars(metrics.paired_difference(metrics.brier, sure, other, TRUTH)).values()]).all()
+
+
+def test_interval_ends_are_the_usual_quantiles_of_finite_replicates():
+    log_probs, labels = CASES[1]
+    rows = np.random.default_rng(3).integers(len(labels), size=(50, len(labels)))
+    expected = np.quantile([metrics.brier(log_probs[r], labels[r]) for r in rows], [0.05, 0.95])
+    found = metrics.summary(log_probs, labels, level=0.9, resamples=50, seed=3)["brier"]
+    np.testing.assert_allclose([found.low, found.high], expected)
+
+
+def test_a_prediction_stands_for_its_mixture():
+    draws = np.stack([CASES[1][0], np.log(np.full_like(CASES[1][0], 0.5))])
+    labels, prediction = CASES[1][1], Prediction(draws)
+    for metric in metrics.METRICS.values():
+        assert metric(prediction, labels) == metric(prediction.log_probs, labels)
 
 
 def test_reliability_bins_and_wilson_intervals():
@@ -174,7 +269,15 @@ def test_bad_input(log_probs, labels, message):
         metrics.summary(log_probs, labels)
 
 
-def test_bad_level_and_bins():
+def test_labels_may_be_truth_values():
+    log_probs, labels = CASES[1]
+    for metric in metrics.METRICS.values():
+        assert metric(log_probs, labels == 1) == metric(log_probs, labels)
+
+
+def test_bad_level_resamples_and_bins():
+    with pytest.raises(ValueError, match="resamples must be at least 1; got 0"):
+        metrics.summary(*CASES[0], resamples=0)
     with pytest.raises(ValueError, match="level must lie strictly between 0 and 1; got 95"):
         metrics.summary(*CASES[0], level=95)
     with pytest.raises(ValueError, match="bins must be at least 1; got 0"):
