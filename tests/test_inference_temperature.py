@@ -60,7 +60,43 @@ def test_rows_that_are_all_right_have_no_temperature(margin, dtype):
         fit_temperature(Prediction(log_softmax(logits, axis=-1)), labels)
 
 
+def test_where_the_least_loss_is_at_an_end_the_reason_is_said():
+    """All rows right: at the lowest. All wrong: at the highest. No class preferred: at every temperature."""
+    logits = LOGITS[:1]
+    right = logits[0].argmax(1)
+    for given, labels, reason in (
+        (
+            logits,
+            right,
+            "least at the lowest, as where every row is classified rightly; take more validation",
+        ),
+        (logits, 1 - right, "least at the highest, so equal probabilities would do as well"),
+        (0 * logits, right, "the same at all of them, as where every class is equally probable"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            fit_temperature(Prediction(log_softmax(given, axis=-1)), labels)
+
+
+def test_a_class_of_probability_zero():
+    """Zero under every draw: no temperature makes the loss finite. Zero under one draw of two: one does."""
+    right = np.array([[0.7, 0.3], [0.6, 0.4], [0.8, 0.2], [0.7, 0.3]])
+    with np.errstate(divide="ignore"):
+        draws = np.log([np.concatenate([[[0.0, 1.0]], right]), np.concatenate([[[0.1, 0.9]], right])])
+    labels = np.zeros(5, int)
+    assert np.isinf(metrics.nll(tempered(Prediction(draws[:1]), 100.0), labels))
+    with pytest.raises(ValueError, match=r"infinite at every temperature: .* in 1 of 5 rows, .* is row 0"):
+        fit_temperature(Prediction(draws[:1]), labels)
+    found = fit_temperature(Prediction(draws), labels)
+    near = [
+        np.log(softmax(draws / t, axis=-1).mean(0)[:, 0]).mean() for t in (0.98 * found, found, 1.02 * found)
+    ]
+    assert np.isfinite(near).all()
+    assert max(near) == near[1]
+
+
 def test_bad_input():
+    with pytest.raises(ValueError, match="must be class numbers, integers; got '0'"):
+        fit_temperature(Prediction(log_softmax(LOGITS, axis=-1)), LABELS.astype(str))
     prediction = Prediction(log_softmax(LOGITS, axis=-1))
     with pytest.raises(ValueError, match="temperature must be a positive number; got 0"):
         tempered(prediction, 0)
