@@ -53,20 +53,38 @@ def check_parts(name: str, parts: int, batch_size: int) -> None:
         raise ValueError(f"{name} must divide batch_size={batch_size}; got {parts}, nearest is {near}")
 
 
-def class_numbers(name: str, labels: Any, num_rows: int) -> Int[np.ndarray, " n"]:
-    """Labels as integers, one for each row; `ValueError` for another shape or for what is no class number."""
+def class_numbers(
+    name: str, labels: Any, num_rows: int, num_classes: int | None = None
+) -> Int[np.ndarray, " n"]:
+    """Labels as integers, one for each row; `ValueError` for another shape and for what is no class number.
+
+    Args:
+        name: Whose labels they are.
+        labels: Class of each row; truth values count as 0 and 1.
+        num_rows: How many there must be.
+        num_classes: Number of classes; not looked at when omitted.
+    """
     found = np.asarray(labels)
     if found.shape != (num_rows,):  # a shape that broadcasts would give a wrong number in silence
         remedy = "; pass labels[:, 0]" if found.shape == (num_rows, 1) else ""
         raise ValueError(f"{name} need one label each, shape ({num_rows},); got shape {found.shape}{remedy}")
-    if found.dtype.kind in "biu" or not num_rows:
-        return found.astype(np.int64)
-    first = found[0].item() if hasattr(found[0], "item") else found[0]
-    remedy = (
-        "give the place of each among the label words, [words.index(label) for label in labels]"
-        if isinstance(first, str)
-        else "where all are whole numbers, labels.astype(int) makes them so"
-    )
-    raise ValueError(
-        f"the labels of {name} must be class numbers, integers; got {first!r} of type {found.dtype}: {remedy}"
-    )
+    if found.dtype.kind not in "biu" and num_rows:
+        raise ValueError(f"the labels of {name} must be class numbers, integers; got {_no_integer(found)}")
+    found = found.astype(np.int64)
+    if num_rows and num_classes is not None and not (found.min() >= 0 and found.max() < num_classes):
+        unlabelled = " (-1 marks rows without a label)" if found.min() == -1 else ""
+        raise ValueError(
+            f"the labels of {name} must lie in 0..{num_classes - 1}; got {found.min()}..{found.max()}"
+            f"{unlabelled}"
+        )
+    return found
+
+
+def _no_integer(labels: np.ndarray) -> str:
+    """The first of labels that are no integers, and what to give in their place."""
+    first = labels.tolist()[0]
+    if isinstance(first, str):
+        remedy = "give the place of each among the label words, [words.index(label) for label in labels]"
+    else:
+        remedy = "where all are whole numbers, labels.astype(int) makes them so"
+    return f"{first!r} of type {labels.dtype}: {remedy}"

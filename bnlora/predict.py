@@ -17,6 +17,7 @@ from jax import Array
 from jaxtyping import Float, Int
 from rich.console import Console
 
+from bnlora.checks import class_numbers
 from bnlora.data import Batch, parts
 from bnlora.display import Showable, Shown, Table
 from bnlora.progress import track
@@ -72,8 +73,12 @@ class Prediction(Shown):
         return np.exp(self.log_probs)
 
     def log_probs_of(self, labels: Int[Any, " n"]) -> Float[np.ndarray, "s n"]:
-        """Log-probability of a class of each row under each draw."""
-        index = np.asarray(labels)[None, :, None]
+        """Log-probability of a class of each row under each draw.
+
+        Raises:
+            ValueError: Unless there is one label for each row, the number of a class.
+        """
+        index = class_numbers("the predicted rows", labels, *self.draw_log_probs.shape[1:])[None, :, None]
         return np.take_along_axis(self.draw_log_probs, index, axis=2)[..., 0]
 
     @property

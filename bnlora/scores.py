@@ -203,12 +203,7 @@ def checked(log_probs: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
             "expected log-probabilities of shape (n, c) with n >= 1 rows and c >= 1 classes; got shape "
             f"{log_probs.shape}"
         )
-    labels = class_numbers("the predicted rows", labels, len(log_probs))
-    if labels.min() < 0 or labels.max() >= log_probs.shape[1]:
-        unlabelled = " (-1 marks rows without a label)" if labels.min() == -1 else ""
-        raise ValueError(
-            f"labels must lie in 0..{log_probs.shape[1] - 1}; got {labels.min()}..{labels.max()}{unlabelled}"
-        )
+    labels = class_numbers("the predicted rows", labels, *log_probs.shape)
     with np.errstate(invalid="ignore"):  # NaN is reported below, with its row
         total = np.logaddexp.reduce(log_probs, axis=1)
     worst = int(np.argmax(np.where(np.isnan(total), np.inf, np.abs(total))))

@@ -1,5 +1,7 @@
 """The ArviZ tree: its groups against the fit's own numbers, and ArviZ's functions on it."""
 
+from dataclasses import replace
+
 import arviz_base
 import arviz_plots
 import arviz_stats
@@ -162,3 +164,19 @@ def test_singular_values_are_those_of_the_product(rank, d_in, d_out):
 def test_number_of_draws_must_fill_the_chains(fit, size):
     with pytest.raises(ValueError, match=f"positive multiple of 4; got {size}"):
         bl.to_arviz(fit, ROWS, num_samples=size)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            ROWS.labels[:, None],
+            r"the data rows need one label each, shape \(12,\); got shape \(12, 1\); pass",
+        ),
+        (jnp.full(12, -1), "the data rows have no labels"),
+        (jnp.full(12, 2), "the data rows have labels up to 2, but the model has 2 classes"),
+    ],
+)
+def test_rows_need_labels_that_the_model_knows(fit, labels, message):
+    with pytest.raises(ValueError, match=message):
+        bl.to_arviz(fit, replace(ROWS, labels=labels), num_samples=4)

@@ -261,7 +261,7 @@ def test_reliability_bins_and_wilson_intervals():
         (np.log([[0.5, 0.5]]), [-1], r"must lie in 0..1; got -1..-1 \(-1 marks rows without a label\)"),
         (np.array([[0.5, 0.5]]), [0], "row 0 is no distribution: its probabilities sum to 3.2"),
         (np.array([[np.nan, 0.0]]), [0], "row 0 is no distribution"),
-        (np.log([[0.5, 0.5]]), [2], r"labels must lie in 0..1; got 2..2"),
+        (np.log([[0.5, 0.5]]), [2], "labels of the predicted rows must lie in 0..1; got 2..2"),
     ],
 )
 def test_bad_input(log_probs, labels, message):

@@ -157,6 +157,22 @@ def test_certain_probabilities_have_no_entropy():
     np.testing.assert_array_equal(prediction.mutual_information, 0)
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, -1], r"the labels of the predicted rows must lie in 0..1; got -1..0 \(-1 marks rows without"),
+        ([[0], [1]], r"need one label each, shape \(2,\); got shape \(2, 1\); pass labels\[:, 0\]"),
+        ([" good", " bad"], "must be class numbers, integers; got ' good'"),
+    ],
+)
+def test_labels_of_a_prediction_are_class_numbers(labels, message):
+    """A label of -1 would be read as the last class."""
+    prediction = Prediction(np.log([[[0.9, 0.1], [0.2, 0.8]]]))
+    np.testing.assert_allclose(np.exp(prediction.log_probs_of([0, 1])), [[0.9, 0.8]])
+    with pytest.raises(ValueError, match=message):
+        prediction.log_probs_of(labels)
+
+
 def test_draws_given_by_hand(fit):
     draws = draw_adapters(KEY, fit.model, fit.guide, fit.params, 2)
     same = predict_with_draws(fit.model, draws, ROWS)

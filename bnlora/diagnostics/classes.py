@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from bnlora.checks import check_at_least
+from bnlora.checks import check_at_least, class_numbers
 
 SIMULATIONS = 2000
 MOST_BINS = 5
@@ -88,7 +88,7 @@ def class_counts(
         level: Probability of the simultaneous band.
 
     Raises:
-        ValueError: When `level` is not in (0, 1), or there are fewer rows than bins.
+        ValueError: When `level` is not in (0, 1), there are fewer rows than bins, or labels are no classes.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must lie in (0, 1); got {level}")
@@ -96,6 +96,7 @@ def class_counts(
     bins = int(np.clip(count // ROWS_PER_BIN, 1, MOST_BINS)) if bins is None else bins
     check_at_least({"bins": bins}, 1)
     check_at_least({"the number of rows": count}, bins)
+    labels = class_numbers("the rows", labels, count, classes)
     member = _bins(probs, bins)
     expected = np.einsum("cbn,nc->cb", member, probs)
     sd = np.sqrt(np.einsum("cbn,nc->cb", member, probs * (1 - probs)))
@@ -103,7 +104,7 @@ def class_counts(
     simulated = (random.random((SIMULATIONS, count, 1)) > ends).sum(-1)
     far = np.array([_distance(_counts(member, y), expected, sd) for y in simulated])
     width = np.quantile(far, level) * sd
-    observed = _counts(member, np.asarray(labels))
+    observed = _counts(member, labels)
     # A hair's breadth less, or rounding would part counts that are equal.
     beyond = (far >= _distance(observed, expected, sd) - 1e-9).sum()
     rows = member.sum(2).astype(int)

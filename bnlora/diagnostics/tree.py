@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from bnlora.data import Batch
+from bnlora.data import Batch, check_labels
 from bnlora.diagnostics.divergence import place
 from bnlora.diagnostics.updates import Summaries, summaries
 from bnlora.predict import predict_with_draws
@@ -33,7 +33,7 @@ def to_arviz(
 
     Args:
         fit: A fit.
-        data: Rows for the groups over rows.
+        data: Rows with labels for the groups over rows.
         num_samples: Number of draws, a multiple of 4.
         batch_size: Rows to run at a time.
         key: Random key of the draws; the fit's own when omitted, so that two calls agree.
@@ -49,7 +49,7 @@ def to_arviz(
         `log_likelihood`, `posterior_predictive`, `observed_data`: `y` over the rows of `data`.
 
     Raises:
-        ValueError: When `num_samples` is not a positive multiple of 4.
+        ValueError: When `num_samples` is not a positive multiple of 4, or the rows have no labels.
 
     Example:
         >>> tree = bl.to_arviz(fit, rows, num_samples=4)
@@ -58,6 +58,7 @@ def to_arviz(
     """
     if num_samples < CHAINS or num_samples % CHAINS:
         raise ValueError(f"num_samples must be a positive multiple of {CHAINS}; got {num_samples}")
+    check_labels("data", data, len(fit.model.label_ids))
     draws, adapters = fit.draws(fit.draw_key if key is None else key, num_samples)
     predicted = partial(predict_with_draws, fit.model, adapters, batch_size=batch_size)
     in_training = predicted(fit.train).log_probs_of(fit.train.labels)
