@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -88,3 +90,24 @@ def _no_integer(labels: np.ndarray) -> str:
     else:
         remedy = "where all are whole numbers, labels.astype(int) makes them so"
     return f"{first!r} of type {labels.dtype}: {remedy}"
+
+
+def broken_weights(params: Any, *, most: int = 5) -> str:
+    """What is wrong with frozen weights that are not finite, and what to do; "" where all of them are.
+
+    Args:
+        params: A pytree of arrays.
+        most: How many arrays are named.
+    """
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if not jnp.isfinite(leaf).all()
+    ]
+    if not names:
+        return ""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (
+        f"the base's own weights are not finite, in {', '.join(names[:most])}{more}; load it again from "
+        "sound files"
+    )

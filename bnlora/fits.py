@@ -15,11 +15,15 @@ import jax
 import numpy as np
 from jax import Array
 
+from bnlora.checks import broken_weights
 from bnlora.data import Batch
 from bnlora.display import Showable, Shown, Table, facts
 from bnlora.elbo import TERMS
 from bnlora.posterior import Draw, draw_adapters, draw_both
 from bnlora.typing import Adapters, Parameters
+
+LOOKED_AT = 64
+"""Training rows at which the base is looked at where a fit diverges."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,9 @@ class Fit(Shown):
             finite = tail[np.isfinite(tail)]
             numbers = (f"{finite.mean():,.1f}", f"{finite.std():,.1f}") if finite.size else ("none", "none")
             rows.append((name.replace("_kl", " KL").replace("_", " "), *numbers))
-        title = "Bound in nats, last 50 steps"
+        lost = int((~np.isfinite([self.history[name][-50:] for name in TERMS])).any(0).sum())
+        some = f", {lost} of them not finite" if lost else ""
+        title = f"Bound in nats, last 50 steps{some}"
         return (facts("Fit", about), Table(title, ("term", "mean", "sd"), tuple(rows)))
 
     def __repr__(self) -> str:
@@ -131,7 +137,58 @@ class FitDiverged(ValueError):
     def __init__(self, fit: Fit, skip_budget: int):
         super().__init__(
             f"{fit.skipped_steps} of {len(fit.step_seconds)} steps gave a bound or gradient that is not "
-            f"finite, more than skip_budget={skip_budget}; lower the learning rate or the prior's scale "
+            f"finite, more than skip_budget={skip_budget}; {divergence_remedy(fit)} "
             "(the last finite state is in this error's `fit`)"
         )
         self.fit = fit
+
+
+def divergence_remedy(fit: Fit) -> str:
+    """What to do about steps that were not finite: no rate mends what is not finite before the first step.
+
+    Args:
+        fit: A fit some of whose steps were skipped.
+
+    Returns:
+        The cause that is found, and its remedy.
+    """
+    weights = broken_weights(fit.model.base.params)
+    if weights:
+        return weights
+    bound = fit.history["elbo"]
+    if len(bound) and np.isfinite(bound[0]) and fit.skipped_steps < len(bound):
+        return "lower the learning rate or the prior's scale"
+    return _start_remedy(fit)
+
+
+def _start_remedy(fit: Fit) -> str:
+    """The same for a fit whose very first step was not finite."""
+    model, rows = fit.model, fit.train[:LOOKED_AT]
+    untouched = {
+        name: {factor: np.zeros((1, *shape), np.float32) for factor, shape in site.shapes.items()}
+        for name, site in model.sites.items()
+    }
+    found = np.asarray(model.compiled_log_probs(model.base.params, untouched, rows, 1))[0]
+    broken = int((~np.isfinite(found)).any(1).sum())
+    if broken:
+        return (
+            f"the base's own logits are not finite in {broken} of the first {len(rows)} training rows, "
+            "without any adapter, so no learning rate helps; look at the base, and at `activations`"
+        )
+    first = {name: fit.history[name][0] for name in ("inducing_kl", "conditional_kl", "data")}
+    terms = [name for name, value in first.items() if not np.isfinite(value)]
+    if not terms:
+        return (
+            "the bound is finite at the start and its gradient is not, so no learning rate helps; look for a "
+            "root or a quotient at zero in the prior and the guide"
+        )
+    if terms == ["data"]:
+        return (
+            "the likelihood is not finite at the start although the base's own logits are, so no learning "
+            "rate helps; lower the scales at which the prior and the guide start"
+        )
+    are = "is" if len(terms) == 1 else "are"
+    return (
+        f"{' and '.join(terms)} {are} not finite at the start, so no learning rate helps; look at the "
+        "densities of prior and guide where they start"
+    )

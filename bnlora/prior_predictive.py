@@ -29,6 +29,7 @@ from jaxtyping import Float
 from numpyro import handlers
 from rich.console import Console
 
+from bnlora.checks import broken_weights
 from bnlora.data import Batch, parts
 from bnlora.density import check_parameters
 from bnlora.display import Showable, Shown, Table
@@ -226,11 +227,7 @@ def prior_predictive(
     for part in track(parts(data, batch_size), -(-len(data) // batch_size), "prior predictive", console):
         computed = np.asarray(compiled(model.base.params, draws, part.batch))
         logits[:, part.rows] = computed[:, : len(part.rows)]
-    broken = int((~np.isfinite(logits)).any((1, 2)).sum())
-    if broken:
-        raise ValueError(
-            f"logits must be finite, but {broken} of {num_samples} prior draws gave others; lower the scale"
-        )
+    _check_finite(logits[1:], logits[0], model)
     return PriorPredictive(logits[1:], logits[0])
 
 
@@ -298,13 +295,34 @@ def scale_for_spread(
 
     ends = np.log(low), np.log(high)
     at_low, at_high = map(excess, ends)
-    if not at_low * at_high <= 0:  # nor where one of them is not a number
+    if np.isnan([at_low, at_high]).any():
+        at = [f"{scale:g}" for scale, x in ((low, at_low), (high, at_high)) if np.isnan(x)]
+        remedy = broken_weights(model.base.params) or "move the bounds towards a scale where they are"
+        raise ValueError(f"logits must be finite, but are not at scale {' and '.join(at)}; {remedy}")
+    if not at_low * at_high <= 0:
         least, greatest = spread * np.exp(at_low), spread * np.exp(at_high)
         raise ValueError(
             f"no scale in the bounds gives a spread of {spread:g}: it is {least:.3g} at scale {low:g} and "
             f"{greatest:.3g} at scale {high:g}; ask for one in between or move the bounds"
         )
     return float(np.exp(scipy.optimize.brentq(excess, *ends, xtol=tolerance)))
+
+
+def _check_finite(
+    logits: Float[np.ndarray, "s n c"], base: Float[np.ndarray, "n c"], model: Classifier
+) -> None:
+    """Raise `ValueError` unless all logits are finite; where the base's own are not, no scale is to blame."""
+    own = int((~np.isfinite(base)).any(1).sum())
+    if own:
+        remedy = broken_weights(model.base.params) or "look at the base, and at how it runs (`Base.running`)"
+        raise ValueError(
+            f"logits must be finite, but the base model's own are not in {own} of {len(base)} rows; {remedy}"
+        )
+    broken = int((~np.isfinite(logits)).any((1, 2)).sum())
+    if broken:
+        raise ValueError(
+            f"logits must be finite, but are not under {broken} of {len(logits)} prior draws; lower the scale"
+        )
 
 
 def _check_random(model: Classifier) -> None:

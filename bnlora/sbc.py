@@ -32,7 +32,7 @@ from numpyro import handlers
 from numpyro.infer.autoguide import AutoGuide
 
 from bnlora.calibration import Calibration
-from bnlora.checks import check_at_least
+from bnlora.checks import broken_weights, check_at_least
 from bnlora.data import Batch
 from bnlora.density import check_parameters
 from bnlora.elbo import initial_parameters
@@ -239,10 +239,16 @@ def run(
     found = jax.tree.map(np.asarray, found)
     broken = [name for name, ok in found.truth_finite.items() if not ok.all()]
     if broken:
-        raise ValueError(f"the functions must be finite at draws of the prior; not so: {', '.join(broken)}")
+        remedy = broken_weights(model.base.params) or "lower the prior's scale, or rank other functions"
+        raise ValueError(
+            f"the functions must be finite at draws of the prior; not so: {', '.join(broken)}; {remedy}"
+        )
     finite = np.all(list(found.draws_finite.values()), axis=0)
     if not finite.any():
-        raise ValueError(f"all {num_simulations} simulations gave draws that are not finite; nothing to rank")
+        raise ValueError(
+            f"all {num_simulations} simulations gave draws that are not finite, so nothing can be ranked; "
+            "run the inference by itself on rows of `simulate`, and lower its learning rate or its step"
+        )
     ranks = np.stack(list(found.ranks.values()), axis=1)[finite]
     return Calibration(tuple(found.ranks), ranks, int(found.num_draws[0]), ~finite, level)
 

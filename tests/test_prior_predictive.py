@@ -1,5 +1,7 @@
 """Prior prediction: closed forms for an adapted head, the base in the limit, and the search for a scale."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,5 +159,17 @@ def test_bad_input_gets_one_sentence():
         bl.prior_predictive(KEY, model, ROWS, num_samples=1)
     with pytest.raises(ValueError, match="needs a prior with sample sites"):
         bl.prior_predictive(KEY, classifier(bl.priors.point()), ROWS)
-    with pytest.raises(ValueError, match="5 of 5 prior draws gave others; lower the scale"):
+    with pytest.raises(ValueError, match="are not under 5 of 5 prior draws; lower the scale"):
         bl.prior_predictive(KEY, classifier(scaled(1e30)), ROWS, num_samples=5)
+
+
+def test_a_base_that_is_not_finite_is_no_matter_of_the_scale():
+    def broken(path, x):
+        return x.at[int(ROWS.tokens[0, 0])].set(jnp.nan) if "embedding" in jax.tree_util.keystr(path) else x
+
+    base = replace(BASE, params=jax.tree_util.tree_map_with_path(broken, BASE.params))
+    model = classifier(bl.priors.normal()).over(base)
+    with pytest.raises(ValueError, match=r"own are not in \d of 7 rows; .* not finite, in embedding; load"):
+        bl.prior_predictive(KEY, model, ROWS, num_samples=4)
+    with pytest.raises(ValueError, match=r"are not at scale 0.5 and 2; .* not finite, in embedding; load"):
+        bl.scale_for_spread(KEY, model, scaled, ROWS, spread=1.0, bounds=(0.5, 2.0), num_samples=4)

@@ -1,5 +1,6 @@
 """The fit: what it trains and what it leaves alone, its record, and how it ends."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from io import StringIO
@@ -16,6 +17,7 @@ from rich.console import Console
 
 import bnlora as bl
 from bnlora.elbo import TERMS, elbo_terms
+from bnlora.fits import divergence_remedy
 from bnlora.svi import _prepare
 from bnlora.testing import tiny_base, tiny_rows
 
@@ -258,6 +260,45 @@ def test_divergence_keeps_the_last_finite_state():
     assert e.value.fit.skipped_steps == 3
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(e.value.fit.params))
     assert len(e.value.fit.history["elbo"]) == 4
+
+
+def with_weights(base, name, value):
+    """The base with one entry of a frozen array replaced."""
+
+    def changed(path, x):
+        return x.at[(0,) * x.ndim].set(value) if name in jax.tree_util.keystr(path) else x
+
+    return replace(base, params=jax.tree_util.tree_map_with_path(changed, base.params))
+
+
+def test_a_base_that_is_not_finite_is_no_matter_of_the_rate():
+    """Nor do validation rows, whose predictions are not finite either, lose what there is."""
+    model, guide = make(base=with_weights(BASE, "down_proj", jnp.nan), targets=("lm_head",))
+    rule = bl.EarlyStopping(every=1, num_samples=1)
+    with pytest.raises(bl.FitDiverged, match=r"own weights are not finite, in layers.down_proj; load") as e:
+        run(model, guide, validation=TRAIN[:4], early_stopping=rule, skip_budget=2)
+    assert "learning rate" not in str(e.value)
+    assert list(e.value.fit.validation["nll"]) == [np.inf] * 2
+    assert e.value.fit.stopped == "diverged"
+
+
+def test_the_cause_of_a_divergence_is_looked_for_at_the_start(whole):
+    """Terms of the first step, the untouched base, and what of them is not finite."""
+
+    def remedy(fit=whole, skipped=6, **first):
+        history = {n: np.concatenate([[first.get(n, 0.0)], np.full(5, np.nan)]) for n in TERMS}
+        return divergence_remedy(replace(fit, history=history, skipped_steps=skipped))
+
+    assert remedy(skipped=5) == "lower the learning rate or the prior's scale"
+    assert remedy(elbo=-np.inf, data=-np.inf).startswith("the likelihood is not finite at the start although")
+    both = remedy(elbo=np.nan, inducing_kl=np.inf, data=np.nan)
+    assert both.startswith("inducing_kl and data are not finite at the start, so no learning rate helps")
+    assert remedy().startswith("the bound is finite at the start and its gradient is not")
+    large = with_weights(BASE, "final_norm", 3e38)
+    over = replace(whole, model=whole.model.over(large))
+    assert re.search(r"own logits are not finite in \d+ of the first 50 training", remedy(over, elbo=np.nan))
+    many = replace(whole, model=whole.model.over(with_weights(BASE, "_", np.inf)))
+    assert re.search(r"in final_norm, .*, layers.k_proj and \d more; load it again", remedy(many, skipped=1))
 
 
 def test_skipped_steps_within_the_budget_are_counted():

@@ -12,11 +12,12 @@
 
 import numpy as np
 
+from bnlora.checks import broken_weights
 from bnlora.diagnostics.bound import LEAST_STEPS, Bound, FinalBound
 from bnlora.diagnostics.finding import Finding, Status
 from bnlora.diagnostics.restarts import THRESHOLD, Restarts
 from bnlora.diagnostics.weights import KHats
-from bnlora.fits import Fit
+from bnlora.fits import Fit, divergence_remedy
 
 FALL = 5
 """How many times the tolerance the bound may lie below its best window, or its mean, besides noise."""
@@ -27,13 +28,14 @@ def steps(fit: Fit) -> Finding:
     done, skipped = len(fit.step_seconds), fit.skipped_steps
     measured = f"{done} steps, {skipped} skipped as not finite, ended by: {fit.stopped}"
     if fit.stopped == "diverged":
-        remedy = "Lower the learning rate or the prior's scale and fit again."
+        remedy = f"Fit again: {divergence_remedy(fit)}."
         return Finding("steps", "problem", measured, skipped, 0, remedy)
     if fit.stopped == "interrupted":
         remedy = "Fit on from here with fit(start=fit.params)."
         return Finding("steps", "caution", measured, skipped, 0, remedy)
     if skipped:
-        remedy = "Some bounds or gradients were not finite: lower the learning rate, or clip_norm."
+        remedy = broken_weights(fit.model.base.params) or "lower the learning rate, or clip_norm"
+        remedy = f"Some bounds or gradients were not finite: {remedy}."
         return Finding("steps", "caution", measured, skipped, 0, remedy)
     return Finding("steps", "fine", measured, skipped, 0)
 

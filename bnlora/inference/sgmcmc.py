@@ -32,7 +32,7 @@ from jaxtyping import Float
 from rich.console import Console
 
 from bnlora.cache import cache_prefix
-from bnlora.checks import check_at_least, check_batch_size, check_option, check_positive
+from bnlora.checks import broken_weights, check_at_least, check_batch_size, check_option, check_positive
 from bnlora.data import Batch, check_labels, minibatches
 from bnlora.density import Density, density
 from bnlora.samplers import Kernel, langevin, stochastic_hamiltonian
@@ -278,5 +278,6 @@ def _run(setup: _Setup, kernel: Callable[[Callable], Kernel], remedy: str) -> Ch
     vectors = np.asarray(chain(view.model.base.params, setup.train, rows, setup.vector, spans))
     finite = np.isfinite(vectors).all(1)
     if not finite.all():
+        remedy = broken_weights(view.model.base.params) or remedy
         raise ChainDiverged(Chain(view, vectors[: int(finite.argmin())]), len(vectors), remedy)
     return Chain(view, vectors)

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from rich.console import Console
 
 from bnlora.certificate import Bias
-from bnlora.checks import check_at_least, divisors
+from bnlora.checks import broken_weights, check_at_least, divisors
 from bnlora.mcmc.chains import Chains
 from bnlora.mcmc.pieces import Pieces
 from bnlora.mcmc.target import Target
@@ -151,9 +151,10 @@ def _check_starts(target: Target, starts: Array) -> None:
     )
     bad = np.flatnonzero(~np.isfinite(np.asarray(values)))
     if len(bad):
+        remedy = "start from a fit (`given`, start='fit'), or from start='zero'"
         raise ValueError(
-            f"the log-density is not finite where chain {bad[0]} starts ({float(values[bad[0]])}); start "
-            "from a fit (`given`, start='fit'), or from start='zero'"
+            f"the log-density is not finite where chain {bad[0]} starts ({float(values[bad[0]])}); "
+            f"{broken_weights(target.view.model.base.params) or remedy}"
         )
 
 
