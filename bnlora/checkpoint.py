@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from bnlora.data import Batch
-from bnlora.elbo import initial_parameters
+from bnlora.elbo import parameter_shapes
 from bnlora.files import write_json
 from bnlora.fits import Fit
 
@@ -53,7 +53,8 @@ def save_fit(fit: Fit, folder: str | Path) -> None:
     record |= {"format": FORMAT, "key": str(jax.random.key_impl(fit.draw_key))}
     record |= {"versions": {name: version(name) for name in ("bnlora", "jax", "numpyro", "flax")}}
     scratch = folder / f".{ARRAYS}"
-    save_file({name: np.ascontiguousarray(np.asarray(value)) for name, value in arrays.items()}, scratch)
+    # safetensors needs one block of memory; `np.ascontiguousarray` would make a vector of a scalar.
+    save_file({name: np.asarray(value, order="C") for name, value in arrays.items()}, scratch)
     (folder / RECORD).unlink(missing_ok=True)
     os.replace(scratch, folder / ARRAYS)
     write_json(folder / RECORD, record)
@@ -83,10 +84,7 @@ def load_fit(folder: str | Path, model: Any, guide: Callable) -> Fit:
     record, arrays = _read(folder)
     tokens, mask, labels = (jnp.asarray(arrays[f"train.{name}"]) for name in _ROWS)
     train = Batch(tokens, mask, labels)
-    start, constrain = initial_parameters(
-        jax.random.key(0), model, guide, model.base.params, train[:1], len(train)
-    )
-    like = jax.eval_shape(constrain, start)
+    like, _ = parameter_shapes(model, guide, model.base.params, train[:1], len(train))
     return Fit(
         model=model,
         guide=guide,
@@ -114,6 +112,10 @@ def _group(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _restored(name: str, like: Any, arrays: dict[str, np.ndarray], folder: Path) -> Any:
     wanted = {key: leaf.shape for key, leaf in _by_path({name: like}).items()}
+    # Versions before 0.2 wrote numbers as vectors of one.
+    arrays = arrays | {
+        k: arrays[k].reshape(()) for k, s in wanted.items() if s == () and k in arrays and arrays[k].size == 1
+    }
     stored = {key: value.shape for key, value in arrays.items() if key.startswith(f"{name}[")}
     differing = sorted(k for k in wanted.keys() & stored.keys() if wanted[k] != stored[k])
     problems = {

@@ -121,15 +121,10 @@ def initial_parameters(
     """
     guide_key, prior_key = jax.random.split(key)
     transforms: dict[str, Any] = {}
-    if isinstance(guide, AutoGuide):
-        # It keeps what its first call computes; inside the jitted function that would be tracers.
-        handlers.seed(guide, guide_key)(*args)
+    _set_up(guide, guide_key, args)
 
     def start_values(guide_key: Array, prior_key: Array) -> dict[str, Array]:
-        guide_trace = handlers.trace(handlers.seed(guide, guide_key)).get_trace(*args)
-        prior = handlers.replay(handlers.seed(model.prior, prior_key), guide_trace)
-        prior_trace = handlers.trace(handlers.substitute(prior, data=_parameters(guide_trace))).get_trace()
-        sites = {n: s for t in (guide_trace, prior_trace) for n, s in t.items() if s["type"] == "param"}
+        sites = _declared(guide_key, prior_key, model, guide, args)
         for name, site in sites.items():
             transforms[name] = biject_to(site["kwargs"].get("constraint", constraints.real))
         # A parameter may be a tree of arrays: NumPyro's flows keep a whole network under one name.
@@ -152,6 +147,40 @@ def initial_parameters(
                 f"the start of {name!r} must lie inside its constraint; it is on its edge or beyond"
             )
     return jax.tree.map(lambda like, x: jnp.asarray(x, like.dtype), unconstrained, given), constrain
+
+
+def parameter_shapes(
+    model: Any, guide: Callable, *args: Any
+) -> tuple[Parameters, dict[str, constraints.Constraint]]:
+    """Shapes and types of the constrained parameters of prior and guide, and their constraints.
+
+    Programs are traced and not run; an autoguide of NumPyro runs once if it has not done so before.
+    """
+    found: dict[str, constraints.Constraint] = {}
+    _set_up(guide, jax.random.key(0), args)
+
+    def look(guide_key: Array, prior_key: Array) -> Parameters:
+        sites = _declared(guide_key, prior_key, model, guide, args)
+        found.update({n: s["kwargs"].get("constraint", constraints.real) for n, s in sites.items()})
+        return {n: s["value"] for n, s in sites.items()}
+
+    return jax.eval_shape(look, jax.random.key(0), jax.random.key(1)), found
+
+
+def _set_up(guide: Callable, key: Array, args: tuple) -> None:
+    """Run an autoguide, which keeps what its first call computes: in a traced function that is tracers."""
+    if isinstance(guide, AutoGuide):
+        handlers.seed(guide, key)(*args)
+
+
+def _declared(
+    guide_key: Array, prior_key: Array, model: Any, guide: Callable, args: tuple
+) -> dict[str, dict[str, Any]]:
+    """The parameter sites of one run of guide and prior, those of the guide first."""
+    guide_trace = handlers.trace(handlers.seed(guide, guide_key)).get_trace(*args)
+    prior = handlers.replay(handlers.seed(model.prior, prior_key), guide_trace)
+    prior_trace = handlers.trace(handlers.substitute(prior, data=_parameters(guide_trace))).get_trace()
+    return {n: s for t in (guide_trace, prior_trace) for n, s in t.items() if s["type"] == "param"}
 
 
 def _run_once(function: Callable, *keys: Array) -> dict[str, Array]:
