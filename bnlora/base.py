@@ -71,6 +71,9 @@ class Base(Shown):
         module = llama.Llama(config, **_random_weights(key, config))
         return cls.from_module(module, name="random", tokenizer=tokenizer)
 
+    def __deepcopy__(self, memo: dict) -> Self:
+        return self  # it is frozen, and a copy of a fit must not double the memory of its weights
+
     @property
     def module(self) -> llama.Llama:
         """The Flax module with the frozen weights."""

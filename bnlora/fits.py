@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from bnlora.checks import broken_weights
+from bnlora.copying import error_parts, state
 from bnlora.data import Batch
 from bnlora.display import Showable, Shown, Table, facts
 from bnlora.elbo import TERMS
@@ -65,6 +66,9 @@ class Fit(Shown):
     step_seconds: np.ndarray
     draw_key: Array
     stopped: str
+
+    def __getstate__(self) -> dict[str, Any]:
+        return state(self, "guide")
 
     @property
     def num_parameters(self) -> int:
@@ -141,6 +145,9 @@ class FitDiverged(ValueError):
             "(the last finite state is in this error's `fit`)"
         )
         self.fit = fit
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return error_parts(self)
 
 
 def divergence_remedy(fit: Fit) -> str:

@@ -19,6 +19,7 @@ import numpyro.distributions as dist
 from jax import Array
 from jaxtyping import Float, Int
 
+from bnlora.copying import state
 from bnlora.data import Batch
 from bnlora.display import Showable, Shown, facts
 from bnlora.priors import Prior
@@ -61,6 +62,9 @@ class AdapterPrior:
             raise ValueError(f"a prior must return adapters by family; got {type(adapters).__name__}")
         self.sites.check(adapters)
         return adapters
+
+    def __getstate__(self) -> dict[str, Any]:
+        return state(self, "program")
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,9 @@ class Classifier(Shown):
         for name in (field.name for field in fields(self)):
             object.__setattr__(made, name, base if name == "base" else getattr(self, name))
         return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return state(self)
 
     @property
     def start(self) -> int:

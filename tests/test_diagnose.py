@@ -1,6 +1,8 @@
 """The page of a fit: quiet about a good one, and right about three kinds of bad ones."""
 
+import copy
 import io
+import pickle
 from dataclasses import replace
 
 import jax
@@ -44,6 +46,12 @@ def test_it_prints_in_terminals_and_notebooks(page):
     assert "k-hat" in console.file.getvalue()
     with pytest.raises(KeyError, match="no finding 'khat'"):
         page["khat"]
+
+
+def test_it_survives_copy_and_pickle(page):
+    for again in (copy.deepcopy(page), pickle.loads(pickle.dumps(page))):
+        assert again.findings == page.findings
+        assert again._repr_html_() == page._repr_html_()
 
 
 def test_the_same_call_gives_the_same_page(good, page):

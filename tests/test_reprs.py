@@ -1,5 +1,7 @@
 """What objects show of themselves: whole, escaped, on page and terminal, without a run of the model."""
 
+import copy
+import pickle
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -115,6 +117,14 @@ def test_everything_is_shown_escaped_and_no_model_runs(objects, name, no_model):
     assert page.tags <= {"style", "div", "table", "caption", "span", "thead", "tbody", "tr", "th", "td", "br",
                          "ul", "li", "p"}  # fmt: skip
     assert repr(shown)[0] != "<"  # plain text, and not the default of Python
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_survives_copy_and_pickle(objects, name):
+    for again in (copy.deepcopy(objects[name]), pickle.loads(pickle.dumps(objects[name]))):
+        assert type(again) is type(objects[name])
+        assert repr(again) == repr(objects[name])
+        assert again._repr_html_() == objects[name]._repr_html_()
 
 
 def shown_facts(shown):

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpyro.distributions as dist
 
+from bnlora.copying import state
 from bnlora.guides.latent import Latent
 
 Build = Callable[[Sequence[Latent]], Mapping[str, dist.Distribution]]
@@ -25,6 +27,9 @@ class Family:
     label: str
     build: Build
     joint: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return state(self, "build")
 
 
 def per_site(label: str, law: Callable[[Latent], dist.Distribution]) -> Family:

@@ -154,9 +154,18 @@ def latents_of(
 
     computed = jax.jit(look)(key) if jax.eval_shape(look, key) else {}
     return {
-        name: Latent({**site, "value": None}, computed.get(name, site["fn"].support), prior, init_loc_fn)
+        name: Latent(_shapes_alone(site), computed.get(name, site["fn"].support), prior, init_loc_fn)
         for name, site in sites.items()
     }
+
+
+def _shapes_alone(site: dict[str, Any]) -> dict[str, Any]:
+    """A site of a trace with shapes for its numbers, which are none outside of that trace."""
+
+    def shape(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, jax.core.Tracer) else leaf
+
+    return jax.tree.map(shape, {**site, "value": None})
 
 
 def _trace(prior: Callable[..., Any], key: Array) -> dict[str, dict[str, Any]]:

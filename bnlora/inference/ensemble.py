@@ -19,6 +19,7 @@ import optax
 from jax import Array
 
 from bnlora.checks import check_at_least
+from bnlora.copying import error_parts
 from bnlora.data import Batch
 from bnlora.fits import Fit, FitDiverged
 from bnlora.predict import Posterior
@@ -95,6 +96,9 @@ class NoMemberFinished(ValueError):
             "finished member (the unfinished one is in this error's `fit`)"
         )
         self.fit = fit
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return error_parts(self)
 
 
 class EnsembleDiverged(FitDiverged):

@@ -33,6 +33,7 @@ from rich.console import Console
 
 from bnlora.cache import cache_prefix
 from bnlora.checks import broken_weights, check_at_least, check_batch_size, check_option, check_positive
+from bnlora.copying import error_parts
 from bnlora.data import Batch, check_labels, minibatches
 from bnlora.density import Density, density
 from bnlora.samplers import Kernel, langevin, stochastic_hamiltonian
@@ -89,6 +90,9 @@ class ChainDiverged(ValueError):
             "this error's `chain`)"
         )
         self.chain = chain
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return error_parts(self)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import Float
 
 from bnlora.certificate import Certificate, Evidence, Thresholds, certify
+from bnlora.copying import state
 from bnlora.display import Showable, Shown, facts
 from bnlora.functions import PROBES, Functions, evaluate, identifiable
 from bnlora.mcmc.target import Target
@@ -41,6 +42,9 @@ class Chains(Shown):
     tuning: Tuning
     record: Mapping[str, Any]
     thinning: int = 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return state(self)
 
     @property
     def model(self) -> Any:

@@ -1,0 +1,156 @@
+"""Copies and pickles: posteriors with programs in them give the same draws, and nothing keeps a tracer."""
+
+import copy
+import gc
+import pickle
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.infer.autoguide import AutoIAFNormal, AutoNormal
+
+import bnlora as bl
+from bnlora import copying, inference
+from bnlora.density import density
+from bnlora.elbo import initial_parameters
+from bnlora.inference.curvature import Diagonal
+from bnlora.inference.swag import Moments
+from bnlora.inference.tfb import Rotated
+from bnlora.mcmc.chains import Chains
+from bnlora.mcmc.target import Target
+from bnlora.samplers import Tuning
+from bnlora.testing import frozen_scale, tiny_base, tiny_rows
+
+KEY = jax.random.key(0)
+BASE = tiny_base(jax.random.key(1), num_layers=1)
+ROWS = tiny_rows(jax.random.key(2), 6)
+SITES = bl.select(BASE, ["lm_head"], rank=1)
+MODEL = bl.Classifier(BASE, SITES, bl.priors.horseshoe(), label_ids=(3, 5))
+
+
+def tracers():
+    """Values of a program under compilation that something still holds."""
+    gc.collect()
+    return [found for found in gc.get_objects() if isinstance(found, jax.core.Tracer)]
+
+
+def unfitted(guide, model=MODEL) -> bl.Fit:
+    """A fit of no steps."""
+    start, constrain = initial_parameters(KEY, model, guide, BASE.params, ROWS[:1], len(ROWS))
+    none, params = np.zeros(0), constrain(start)
+    return bl.Fit(
+        model=model,
+        guide=guide,
+        params=params,
+        last_params=params,
+        history={name: none for name in bl.svi.TERMS},
+        validation={"step": none, "nll": none},
+        train=ROWS,
+        best_step=0,
+        skipped_steps=0,
+        num_traces=1,
+        step_seconds=none,
+        draw_key=KEY,
+        stopped="steps",
+    )
+
+
+def weights():
+    stream = np.random.default_rng(0)
+    return {
+        name: {f: stream.normal(size=s) for f, s in site.shapes.items()} for name, site in MODEL.sites.items()
+    }
+
+
+def posteriors():
+    """One of every class of posteriors that hold a program, with numbers that nobody fitted."""
+    view = density(MODEL, {})
+    vectors = np.random.default_rng(1).normal(size=(2, 6, view.size)).astype(np.float32)
+    size = sum(x.size for x in jax.tree.leaves(weights()))
+    nothing, one = np.zeros((2, 6)), np.ones(size)
+    reports = {"divergent": nothing > 0, "energy": nothing, "acceptance": nothing, "num_gradients": nothing}
+    tuning = Tuning(vectors[:, 0], nothing[:, 0], nothing[:, 0], nothing[:, 0], np.ones(2, int))
+    record = {"sampler": "NUTS", "bias": "none", "seconds": 1.0, "stopped": "done"}
+    families = {"lm_head": Rotated(weights()["lm_head"]["a"], weights()["lm_head"]["b"], np.ones((1, 1)))}
+    fits = [unfitted(bl.guides.Guide(MODEL.prior, bl.guides.mean_field())) for _ in range(2)]
+    return {
+        "Fit": fits[0],
+        "SiteFlow": unfitted(bl.guides.SiteFlow(MODEL.prior, hidden=4, blocks=1)),
+        "AutoNormal": unfitted(AutoNormal(MODEL.prior)),
+        "AutoIAFNormal": unfitted(AutoIAFNormal(MODEL.prior, num_flows=1)),
+        "Ensemble": inference.Ensemble(tuple(fits)),
+        "Laplace": inference.Laplace(MODEL, weights(), "diagonal", Diagonal(one), one, 1.0, 0.0),
+        "Swag": inference.Swag(MODEL, weights(), Moments(3, one, one, np.ones((2, size)))),
+        "TrainingFree": inference.TrainingFree(MODEL, families, 0.1),
+        "Chain": inference.Chain(view, vectors[0]),
+        "Chains": Chains(Target(view, ROWS, ROWS), vectors, reports, tuning, record),
+    }  # fmt: skip
+
+
+def test_copies_and_pickles_give_the_same_draws():
+    for name, made in posteriors().items():
+        before = made.draw_adapters(KEY, 2)
+        for again in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+            assert repr(again) == repr(made), name
+            jax.tree.map(np.testing.assert_array_equal, again.draw_adapters(KEY, 2), before)
+    assert tracers() == []
+
+
+def test_a_copy_shares_the_frozen_base():
+    guide = bl.guides.Guide(MODEL.prior, bl.guides.mean_field())
+    made = unfitted(guide)
+    assert copy.deepcopy(made).model.base is BASE
+    inference.Ensemble((made, copy.deepcopy(made)))  # whose members have one base
+    again = pickle.loads(pickle.dumps(made))
+    jax.tree.map(np.testing.assert_array_equal, again.model.base.params, BASE.params)
+
+
+@pytest.mark.parametrize("support", ["fixed", "computed"])
+def test_a_guide_keeps_no_tracer(support):
+    def prior(*_):
+        end = 2.0 if support == "fixed" else numpyro.sample("end", dist.LogNormal(0.0, 0.1)) + 1.0
+        with numpyro.plate("layer", 2):
+            return numpyro.sample("w", dist.Uniform(0.0, end))
+
+    made = bl.guides.Guide(prior, bl.guides.mean_field())
+    assert tracers() == []
+    again = copy.deepcopy(made)
+    assert repr(again) == repr(made)
+
+
+def test_programs_of_a_user_travel_too():
+    """A prior and a guide that are functions inside a function, as in a notebook's cell."""
+
+    def prior(sites):
+        w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([1, 2, 1]).to_event(3))
+        return {"lm_head": {"a": np.ones((1, 1, 16), np.float32), "b": w}}
+
+    model = bl.Classifier(BASE, SITES, prior, label_ids=(3, 5))
+    made = unfitted(frozen_scale(model.prior, 0.1), model)
+    again = pickle.loads(pickle.dumps(made))
+    jax.tree.map(np.testing.assert_array_equal, again.draw_adapters(KEY, 2), made.draw_adapters(KEY, 2))
+
+
+def test_a_pickle_of_another_version_names_the_way(monkeypatch):
+    written = pickle.dumps(MODEL)
+    monkeypatch.setattr(copying, "version", lambda name: "99.0")
+    with pytest.raises(ValueError, match=r"holds programs of bnlora .*bnlora 99.0 on .*bnlora.save_fit"):
+        pickle.loads(written)
+
+
+def test_errors_that_carry_results_travel():
+    """As a pool of processes sends them to who waits."""
+    diverged = bl.FitDiverged(SimpleNamespace(skipped_steps=3, step_seconds=[1.0] * 4), skip_budget=2)
+    errors = [
+        diverged,
+        inference.EnsembleDiverged(diverged, (), 3),
+        inference.NoMemberFinished(diverged.fit),
+        inference.ChainDiverged(inference.Chain(None, np.zeros((2, 3))), 5, "lower `step_size`"),
+    ]
+    for error in errors:
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again)) == (type(error), str(error))
+        assert vars(again).keys() == vars(error).keys()
