@@ -97,8 +97,35 @@ class Batch(Shown):
         return f"Batch({len(self)} rows of {self.tokens.shape[1]} positions{cached})"
 
 
+def check_tokens(name: str, rows: Batch) -> None:
+    """Raise `ValueError` unless tokens are integers and the mask marks some in every row of `name`."""
+    for field_name in ("tokens", "mask", "labels"):
+        if not hasattr(getattr(rows, field_name), "dtype"):
+            got = type(getattr(rows, field_name)).__name__
+            raise ValueError(f"the {field_name} of the {name} rows must be an array; got a {got}")
+    tokens, mask = np.asarray(rows.tokens), np.asarray(rows.mask)
+    if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+        raise ValueError(
+            f"the tokens of the {name} rows must be integers of shape (row, position); got {tokens.dtype} "
+            f"of shape {tokens.shape}"
+        )
+    if mask.shape != tokens.shape or mask.dtype.kind not in "biu":  # any other shape may broadcast in silence
+        raise ValueError(
+            f"the mask of the {name} rows must be truth values of shape {tokens.shape}, that of the tokens; "
+            f"got {mask.dtype} of shape {mask.shape}"
+        )
+    if not mask.any(1).all():
+        raise ValueError(f"the mask of the {name} rows marks no token in row {int(mask.any(1).argmin())}")
+
+
 def check_labels(name: str, rows: Batch, classes: int) -> None:
     """Raise `ValueError` unless there are rows, each with one label below `classes`; `name` says whose."""
+    check_tokens(name, rows)
+    if np.asarray(rows.labels).dtype.kind not in "iu":
+        raise ValueError(
+            f"the labels of the {name} rows must be class numbers, integers; got {rows.labels.dtype}. Where "
+            "all are whole numbers, labels.astype(int) makes them so"
+        )
     if not len(rows):
         raise ValueError(f"the {name} rows must be at least one; got none")
     labels = class_numbers(f"the {name} rows", rows.labels, rows.tokens.shape[0])

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from rich.console import Console
 
 from bnlora.checks import class_numbers
-from bnlora.data import Batch, parts
+from bnlora.data import Batch, check_tokens, parts
 from bnlora.display import Showable, Shown, Table
 from bnlora.progress import track
 from bnlora.typing import Adapters
@@ -153,13 +153,15 @@ def predict(
         Log-probabilities by draw, and the mixture's summaries.
 
     Raises:
-        ValueError: When there are no rows, or fewer than one draw or row at a time is asked for.
+        ValueError: When there are no rows, tokens and mask are not as `Batch` says, or fewer than one draw or
+            row at a time is asked for.
 
     Example:
         >>> prediction = bl.predict(key, fit, rows, num_samples=4)
         >>> prediction.probs.shape
         (8, 2)
     """
+    check_tokens("given", data)
     together = _together(draws_together)
     if min(len(data), num_samples, batch_size, together) < 1:
         raise ValueError(

@@ -3,9 +3,11 @@
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from types import SimpleNamespace
 
 import jax
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +16,9 @@ from bnlora import guides, priors
 from bnlora.data import _columns, check_labels, minibatches, parts
 from bnlora.elbo import elbo_terms, initial_parameters
 from bnlora.model import Classifier
+from bnlora.predict import predict
 from bnlora.sites import select
+from bnlora.svi import fit
 from bnlora.testing import tiny_base, tiny_rows
 
 
@@ -82,3 +86,42 @@ def test_labels_of_another_shape_than_the_rows_are_refused(labels):
     rows = replace(tiny_rows(jax.random.key(0), 4), labels=labels)
     with pytest.raises(ValueError, match=r"need one label each, shape \(4,\); got shape \("):
         check_labels("training", rows, 2)
+
+
+ROWS = tiny_rows(jax.random.key(0), 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": np.array([0.0, 1.0, 0.0, 1.0])}, "integers; got float64.*labels.astype"),
+        ({"labels": np.array([True, False, True, False])}, "integers; got bool"),
+        ({"labels": np.array(["0", "1", "0", "1"])}, "integers; got <U1"),
+        ({"labels": [0, 1, 0, 1]}, "the labels of the training rows must be an array; got a list"),
+        ({"tokens": ROWS.tokens.astype(float)}, r"integers of shape \(row, position\); got float32"),
+        ({"tokens": ROWS.tokens[0]}, r"integers of shape \(row, position\); got int32 of shape \(8,\)"),
+        ({"mask": ROWS.mask[:, :4]}, r"of shape \(4, 8\), that of the tokens; got bool of shape \(4, 4\)"),
+        ({"mask": ROWS.mask.astype(float)}, "truth values .* got float32"),
+        ({"mask": ROWS.mask.at[2].set(False)}, "marks no token in row 2"),
+    ],
+)
+def test_rows_that_are_not_what_a_batch_holds_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_labels("training", replace(ROWS, **changes), 2)
+
+
+def test_prediction_and_fit_refuse_such_rows():
+    base = tiny_base(jax.random.key(0))
+    model = Classifier(base, select(base, ["lm_head"], rank=1), priors.point(), label_ids=(3, 5))
+    with pytest.raises(ValueError, match="mask of the given rows must be truth values"):
+        predict(jax.random.key(1), SimpleNamespace(model=model), replace(ROWS, mask=ROWS.mask[:, :4]))
+    with pytest.raises(ValueError, match="labels of the training rows must be class numbers"):
+        fit(
+            jax.random.key(1),
+            model,
+            None,
+            replace(ROWS, labels=np.zeros(4)),
+            optax.sgd(0.1),
+            num_steps=1,
+            batch_size=2,
+        )
