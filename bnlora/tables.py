@@ -1,91 +1,153 @@
-"""Tables of texts in files: CSV, JSON lines and Parquet, by way of `datasets`."""
+"""Tables of texts in files: CSV, JSON lines and Parquet, read by one rule and written without loss.
+
+What a cell says does not depend on the kind of the file. Texts, numbers and truth values are read as
+strings: `1` of a CSV file, `1` of a JSON line and the integer 1 of a Parquet file are the same label. An
+empty cell of a CSV file is an empty string; what JSON or Parquet call null is None.
+"""
 
 import difflib
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # imported where it is used: it takes as long as the rest of the library
+from bnlora.files import write_whole
+from bnlora.formats import ENCODING, READERS, WRITERS, as_text, place
+
+if TYPE_CHECKING:  # imported where they are used: they take as long as the rest of the library
+    import pyarrow as pa
     from datasets import Dataset
 
-READERS: Mapping[str, str] = MappingProxyType(
-    {".csv": "from_csv", ".json": "from_json", ".jsonl": "from_json", ".parquet": "from_parquet"}
-)
-"""Constructor of a `Dataset` by the ending of a file's name."""
 
-WRITERS: Mapping[str, str] = MappingProxyType(
-    {".csv": "to_csv", ".jsonl": "to_json", ".parquet": "to_parquet"}
-)
-"""Method of a `Dataset` that writes such a file."""
+class RowError(ValueError):
+    """A row that cannot be used.
+
+    Attributes:
+        split: Name of the split.
+        row: Index of the row in it.
+    """
+
+    def __init__(self, before: str, split: str, row: int, after: str):
+        super().__init__(f"{before}row {row} of split {split!r}{after}")
+        self.split, self.row = split, row
+        self._around = before, after
+
+    def at(self, place: str) -> ValueError:
+        """The same error with another name for the row."""
+        before, after = self._around
+        return ValueError(f"{before}{place}{after}")
 
 
-def read_table(path: str | Path) -> "Dataset":
+def read_table(
+    path: str | Path, *, columns: Sequence[str] | None = None, encoding: str = ENCODING
+) -> "Dataset":
     """Read a table from a file, its kind known by the ending of its name.
+
+    Texts, numbers and truth values are read as strings, whatever the kind of the file.
 
     Args:
         path: A `.csv` (with a header), `.jsonl` or `.json` (one object a line), or `.parquet` file.
+        columns: Columns to read; all of them when None.
+        encoding: Encoding of a CSV or JSON file, e.g. "cp1252".
 
     Raises:
         FileNotFoundError: When there is no such file; the message names the nearest one beside it.
-        ValueError: When the ending is not known, the file is empty or cannot be parsed, or has no rows.
+        ValueError: When the ending or the encoding is not known, a column is missing, the file is empty or
+            cannot be parsed, or has no rows. Where a line is to blame, the message has its number.
     """
+    return _as_strings(read_columns(path, columns=columns, encoding=encoding))
+
+
+def read_columns(
+    path: str | Path, *, columns: Sequence[str] | None = None, encoding: str = ENCODING
+) -> "pa.Table":
+    """Read a table as `read_table` does, with the types that the file gives to its columns."""
     path = Path(path).expanduser()
     if not path.is_file():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, beside, n=1)
         hint = f"; the nearest is {str(path.parent / near[0])!r}" if near else ""
         raise FileNotFoundError(f"there is no file {str(path)!r}{hint}")
-    if path.suffix not in READERS:
-        raise ValueError(f"{path.name!r} must end in one of {', '.join(READERS)}; got {path.suffix!r}")
+    read = READERS[_ending(path, READERS)]
     if path.stat().st_size == 0:
         raise ValueError(f"{str(path)!r} is empty")
-    table = _read(path)
+    table = read(path, columns=None if columns is None else list(dict.fromkeys(columns)), encoding=encoding)
     if len(table) == 0:
-        raise ValueError(f"{str(path)!r} has columns {table.column_names} but no rows")
+        raise ValueError(f"{str(path)!r} has no rows")
     return table
 
 
-def require_writable(path: Path) -> None:
-    """Raise `ValueError` unless `write_table` knows the ending of this name, before anything is computed."""
-    if path.suffix not in WRITERS:
-        raise ValueError(f"{path.name!r} must end in one of {', '.join(WRITERS)}; got {path.suffix!r}")
+def _as_strings(table: "pa.Table") -> "Dataset":
+    """A data set of strings; classes that carry names, lists and objects stay what they are."""
+    import pyarrow as pa
+    from datasets import ClassLabel, Dataset, Features
+
+    named = (
+        Features.from_arrow_schema(table.schema) if b"huggingface" in (table.schema.metadata or {}) else {}
+    )
+    arrays = [
+        column
+        if isinstance(named.get(name), ClassLabel) or pa.types.is_nested(column.type)
+        else pa.array([as_text(value) for value in column.to_pylist()], pa.string())
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    ]
+    strings = pa.table(dict(zip(table.column_names, arrays, strict=True)))
+    return Dataset(strings.replace_schema_metadata(table.schema.metadata))
 
 
-def write_table(rows: "Dataset", path: Path) -> None:
-    """Write a table to a `.csv`, `.jsonl` or `.parquet` file, replacing one that is there."""
-    require_writable(path)
+def require_writable(path: Path, *, source: Path | None = None) -> None:
+    """Raise unless a table can be written there, before anything is computed.
+
+    Args:
+        path: The file to write.
+        source: A file that is read and must stay.
+
+    Raises:
+        ValueError: When the ending is not known, the path is a folder, or it is the source.
+        PermissionError: When the file or its folder cannot be written.
+    """
+    _ending(path, WRITERS)
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; name a file")
+    require_other(path, source)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{str(path)!r} cannot be written: {str(folder)!r} is not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{str(path)!r} cannot be written: the folder {str(folder)!r} is read-only")
+
+
+def require_other(path: Path, source: Path | None) -> None:
+    """Raise `ValueError` where writing `path` would overwrite `source`, under whatever name."""
+    if source is not None and path.exists() and source.exists() and path.samefile(source):
+        raise ValueError(
+            f"{str(path)!r} is the table that is read, and would be overwritten; name another file"
+        )
+
+
+def write_table(rows: "Dataset | pa.Table", path: Path) -> None:
+    """Write a table to a `.csv`, `.jsonl` or `.parquet` file (in UTF-8), replacing one that is there."""
+    import pyarrow as pa
+
+    ending = _ending(path, WRITERS)
+    table = rows if isinstance(rows, pa.Table) else rows.with_format("arrow")[:]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _quiet():
-        getattr(rows, WRITERS[path.suffix])(str(path))
-
-
-def _read(path: Path) -> "Dataset":
-    from datasets import Dataset
-
-    try:
-        with _quiet():
-            return getattr(Dataset, READERS[path.suffix])(str(path), keep_in_memory=True)
-    except Exception as error:  # datasets wraps what its parsers raise in errors of many kinds
-        cause = error.__cause__ or error
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        reason = "it has no rows" if "corresponds to no data" in reason else reason
-        raise ValueError(f"{str(path)!r} cannot be read as {path.suffix[1:]} ({reason})") from error
+    write_whole(path, partial(WRITERS[ending], table))
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Neither bars nor log lines of `datasets`: what goes wrong is said once, in the error."""
-    from datasets import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
-    from datasets.utils import logging
-
-    shown, level = is_progress_bar_enabled(), logging.get_verbosity()
-    disable_progress_bars()
-    logging.set_verbosity(logging.CRITICAL)
+def naming_lines(files: Mapping[str, Path], *, encoding: str = ENCODING) -> Iterator[None]:
+    """Where a row of a split cannot be used, say on which line of the split's file it begins."""
     try:
         yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            enable_progress_bars()
+    except RowError as error:
+        raise error.at(place(files[error.split], error.row, encoding)) from error
+
+
+def _ending(path: Path, known: Mapping[str, Any]) -> str:
+    """The ending of a name in small letters, if it is a known one."""
+    if path.suffix.lower() not in known:
+        raise ValueError(f"{path.name!r} must end in one of {', '.join(known)}; got {path.suffix!r}")
+    return path.suffix.lower()
