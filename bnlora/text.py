@@ -1,26 +1,31 @@
 """From texts and labels to batches: templates, label words, lengths, and clear refusals.
 
 The classes are words. A row is the template filled with its text; the likelihood reads the logits
-of one token for each class right after it. So every word must be a single token there, and no two
-may share it.
+of one token for each class right after it (`bnlora.labels`). What the tokenizer puts before a row (a token
+for its beginning) stays, what it would append does not: the last token of a row is the template's own.
 """
 
-import difflib
-from collections.abc import Mapping, Sequence
+import bisect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from bnlora.checks import check_at_least, check_option
 from bnlora.data import Batch
 from bnlora.display import Shown, Table
+from bnlora.formats import check_columns
+from bnlora.labels import LabelsAre, label_tokens, read_labels
+from bnlora.tables import RowError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Truncate = Literal["error", "left", "right"]
+Encoder = Callable[[list[str]], list[list[int]]]
 
 _MULTIPLE = 8  # rows are padded to a multiple of it, so that data sets of similar length share a program
 
@@ -95,6 +100,7 @@ def text_classification(
     template: str = "{text}",
     max_length: int | None = None,
     truncate: Truncate = "error",
+    labels_are: LabelsAre | None = None,
 ) -> TextData:
     """Tokenise a classification data set whose classes are words.
 
@@ -102,21 +108,23 @@ def text_classification(
         dataset: A data set, or several by split name; a single one becomes the split `"train"`.
         tokenizer: The base model's tokenizer.
         text: Column of the texts.
-        label: Column of the labels: integers 0 .. C-1, or strings equal to the words (spaces aside).
-            None for rows to predict whose class nobody knows; their labels are -1.
+        label: Column of the labels: the words (spaces aside), or integers 0 .. C-1, whatever they are
+            stored as. None for rows to predict whose class nobody knows; their labels are -1.
         words: Word of each class, with a leading space where the template ends in none.
         template: Text around each row, with `{text}` in it; it may hold chat markup.
         max_length: Longest row in tokens; the tokenizer's own limit when omitted.
-        truncate: What to do with longer texts: refuse, or drop tokens of the *text* from its left or
+        truncate: What to do with longer texts: refuse, or drop letters of the *text* from its left or
             right. The template is never cut.
+        labels_are: Where labels could be words or integers (words "1", "2", "3" and a label 1), which of
+            the two they are; or a mapping from labels to words.
 
     Returns:
         Batches padded on the right, the words and their token ids.
 
     Raises:
         ValueError: When a column is missing, a split is empty, the split `"train"` has labels of one
-            class only, a label is unknown, a word is not a single token of its own, or a text is too
-            long.
+            class only, a label is missing, unknown or could mean two classes, a word is not a single
+            token of its own, or a text is too long.
 
     Example:
         >>> from datasets import Dataset
@@ -131,107 +139,104 @@ def text_classification(
         raise ValueError("the data set has no split")
     if template.count("{text}") != 1:
         raise ValueError(f"the template must contain {{text}} once; got {template!r}")
-    ids = _label_ids(tokenizer, words, template)
-    limit = max_length or min(int(tokenizer.model_max_length), 2**20)
+    check_option("truncate", truncate, get_args(Truncate))
+    limit = min(int(tokenizer.model_max_length), 2**20) if max_length is None else max_length
+    check_at_least({"max_length": limit}, 1)
+    ids, encode = label_tokens(tokenizer, words, template), _encoder(tokenizer, template)
     batches = {}
     for name, rows in splits.items():
-        _check_columns(name, rows, *[column for column in (text, label) if column is not None])
-        labels = np.full(len(rows), -1, np.int32) if label is None else _labels(name, rows[label], words)
-        tokens = _tokenise(name, rows[text], tokenizer, template, limit, truncate)
+        check_columns(f"split {name!r}", rows.column_names, [text] if label is None else [text, label])
+        if len(rows) == 0:
+            raise ValueError(f"split {name!r} is empty")
+        labels = (
+            np.full(len(rows), -1, np.int32)
+            if label is None
+            else _labels(name, rows, label, words, labels_are)
+        )
+        tokens = _tokenise(name, list(rows[text]), encode, limit, truncate)
         batches[name] = _pad(tokens, labels, tokenizer)
     return TextData(batches, tuple(words), ids)
 
 
-def _check_columns(split: str, rows: "Dataset", *columns: str) -> None:
-    for column in columns:
-        if column not in rows.column_names:
-            near = difflib.get_close_matches(column, rows.column_names, n=1, cutoff=0.0)
-            hint = f", nearest is {near[0]!r}" if near else ""
-            raise ValueError(
-                f"split {split!r} has no column {column!r}; its columns are {rows.column_names}{hint}"
-            )
-    if len(rows) == 0:
-        raise ValueError(f"split {split!r} is empty")
-
-
-def _labels(split: str, column: Any, words: Sequence[str]) -> np.ndarray:
-    values = list(column)
-    names = [word.strip() for word in words]
-    if all(isinstance(v, str) for v in values):
-        values = [names.index(v.strip()) if v.strip() in names else v for v in values]
-    for row, value in enumerate(values):
-        whole = isinstance(value, int | np.integer) or (isinstance(value, float) and value.is_integer())
-        if not whole or isinstance(value, bool) or not 0 <= int(value) < len(words):
-            raise ValueError(
-                f"label {value!r} in row {row} of split {split!r} is neither an integer from 0 to "
-                f"{len(words) - 1} nor one of {names}"
-            )
-    labels = np.asarray(values, np.int32)
+def _labels(
+    split: str, rows: "Dataset", label: str, words: Sequence[str], labels_are: LabelsAre | None
+) -> np.ndarray:
+    class_names = getattr(rows.features[label], "names", None)
+    labels = read_labels(split, rows[label], words, labels_are=labels_are, class_names=class_names)
     if split == "train" and len(np.unique(labels)) < 2:
-        raise ValueError(f"split {split!r} has rows of one class only ({names[labels[0]]!r}); two are needed")
+        only = words[labels[0]].strip()
+        raise ValueError(f"split {split!r} has rows of one class only ({only!r}); two are needed")
     return labels
 
 
-def _label_ids(tokenizer: Any, words: Sequence[str], template: str) -> np.ndarray:
-    """Token ids that the words have after the template's end, each a single one and all different."""
-    if len(words) < 2:
-        raise ValueError(f"at least two label words are needed; got {list(words)}")
-    tail = template.split("{text}")[1]
-    before = tokenizer(tail, add_special_tokens=False)["input_ids"]
-    ids = []
-    for word in words:
-        with_word = tokenizer(tail + word, add_special_tokens=False)["input_ids"]
-        if with_word[: len(before)] != before or len(with_word) != len(before) + 1:
-            pieces = tokenizer.convert_ids_to_tokens(tokenizer(word, add_special_tokens=False)["input_ids"])
-            other = word.strip() if word.startswith(" ") else f" {word}"
-            raise ValueError(
-                f"label word {word!r} must be a single token after the template's end {tail!r}; it becomes "
-                f"{pieces}; try {other!r} or a commoner word"
-            )
-        ids.append(with_word[-1])
-    for i, word in enumerate(words):
-        if ids[i] in ids[:i]:
-            raise ValueError(
-                f"label words {words[ids.index(ids[i])]!r} and {word!r} are the same token {ids[i]}"
-            )
-    return np.asarray(ids, np.int32)
+def _encoder(tokenizer: Any, template: str) -> Encoder:
+    """What makes rows of texts: the template's own tokens, after those that the tokenizer puts before a row.
+
+    What it appends, an end of the text say, is left out: the logits are read at the last token. Nothing is
+    put before a template that begins with it already.
+    """
+    sample = template.replace("{text}", "x")
+    own, whole = (tokenizer(sample, add_special_tokens=added)["input_ids"] for added in (False, True))
+    starts = [i for i in range(len(whole) - len(own) + 1) if whole[i : i + len(own)] == own]
+    if not starts:
+        raise ValueError(
+            "the tokenizer must add its special tokens before and after a text, not within it; got "
+            f"{tokenizer.convert_ids_to_tokens(whole)} for {sample!r}"
+        )
+    before = whole[: starts[0]]
+    if own[: len(before)] == before:
+        before = []
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        filled = [template.replace("{text}", text) for text in texts]
+        rows = tokenizer(filled, add_special_tokens=False, verbose=False)["input_ids"]
+        return [before + ids for ids in rows]
+
+    return encode
 
 
 def _tokenise(
-    split: str, texts: Any, tokenizer: Any, template: str, limit: int, truncate: Truncate
+    split: str, texts: list[Any], encode: Encoder, limit: int, truncate: Truncate
 ) -> list[list[int]]:
-    texts = list(texts)
     for row, value in enumerate(texts):
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(
-                f"the text in row {row} of split {split!r} must be a non-empty string; got {value!r}"
-            )
-    rows = tokenizer([template.replace("{text}", t) for t in texts])["input_ids"]
+            raise RowError("the text in ", split, row, f" must be a non-empty string; got {value!r}")
+    rows = encode(texts)
     too_long = [i for i, ids in enumerate(rows) if len(ids) > limit]
-    if not too_long:
-        return rows
-    if truncate == "error":
+    if too_long and truncate == "error":
         longest = max(len(rows[i]) for i in too_long)
-        raise ValueError(
-            f"{len(too_long)} of {len(rows)} texts of split {split!r} are longer than {limit} tokens (first: "
-            f"row {too_long[0]}, longest: {longest}); pass truncate='left' or 'right', or a larger max_length"
+        count = f"{len(too_long)} of {len(rows)} texts of split {split!r}"
+        raise RowError(
+            f"{count} are longer than {limit} tokens (first: ",
+            split,
+            too_long[0],
+            f", longest: {longest}); pass truncate='left' or 'right', or a larger max_length",
         )
-    if truncate not in ("left", "right"):
-        raise ValueError(f"truncate must be 'error', 'left' or 'right'; got {truncate!r}")
     for i in too_long:
-        rows[i] = _shorten(texts[i], tokenizer, template, limit, truncate)
+        shortened = _shorten(texts[i], encode, limit, truncate)
+        if shortened is None:
+            raise RowError(
+                f"the template takes {len(encode([''])[0])} of {limit} tokens, and no letter of the text in ",
+                split,
+                i,
+                " fits beside it; shorten the template or raise max_length",
+            )
+        rows[i] = shortened
     return rows
 
 
-def _shorten(text: str, tokenizer: Any, template: str, limit: int, truncate: Truncate) -> list[int]:
-    """The longest row within the limit whose text keeps its beginning (or its end)."""
-    pieces = tokenizer(text, add_special_tokens=False)["input_ids"]
-    for size in range(min(len(pieces), limit), 0, -1):
-        part = tokenizer.decode(pieces[:size] if truncate == "right" else pieces[-size:])
-        ids = tokenizer(template.replace("{text}", part))["input_ids"]
-        if len(ids) <= limit:
-            return ids
-    raise ValueError(f"the template alone is longer than {limit} tokens; shorten it or raise max_length")
+def _shorten(text: str, encode: Encoder, limit: int, truncate: Truncate) -> list[int] | None:
+    """The longest row within the limit whose text keeps its beginning (or its end), cut between letters."""
+    import regex
+
+    cuts = [0, *(letter.end() for letter in regex.finditer(r"\X", text))]  # a letter with its accents is one
+
+    def row(size: int) -> list[int]:
+        return encode([text[: cuts[size]] if truncate == "right" else text[cuts[-size - 1] :]])[0]
+
+    # A longer part may have a token less, but hardly more: what is found fits, and little more would.
+    size = bisect.bisect(range(1, len(cuts)), limit, key=lambda size: len(row(size)))
+    return row(size) if size else None
 
 
 def _pad(rows: list[list[int]], labels: np.ndarray, tokenizer: Any) -> Batch:

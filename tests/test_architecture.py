@@ -14,6 +14,7 @@ FLOORS = {
     "typing": 0, "data": 0, "assets": 0, "progress": 0, "display": 0, "tables": 0, "checks": 0, "files": 0,
     "scores": 0, "copying": 0, "kernels": 0, "formats": 0,
     "gp": 1, "distributions": 1, "ranks": 1, "sites": 1, "metrics": 1, "text": 1, "monte_carlo": 1,
+    "labels": 1,
     "models": 1, "models.layers": 1, "models.execution": 1, "models.gguf": 1, "models.loading": 1,
     "priors": 2, "flows": 2, "calibration": 2, "certificate": 2,
     "models.llama": 2, "models.llama_config": 2,
@@ -31,7 +32,7 @@ SAME_FLOOR = {
     ("svi", "fits"), ("svi", "validation"),
     ("validation", "predict"), ("maximise", "elbo"), ("experiment", "recipe"),
     ("models.loading", "models.gguf"), ("guides", "flows"),
-    ("tables", "formats"), ("tables", "files"), 
+    ("tables", "formats"), ("tables", "files"), ("text", "labels"),
     ("data", "display"), ("report", "plots"), ("plots.comparison", "comparison.report"),
     ("plots.uncertainty", "selective"),
 }  # fmt: skip

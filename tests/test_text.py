@@ -1,8 +1,13 @@
 """From texts to batches with a byte-level tokenizer, and one clear sentence for what cannot be read."""
 
+import ast
+import re
+
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from bnlora.text import text_classification
 
@@ -80,17 +85,137 @@ def test_truncation_keeps_the_template_and_one_end_of_the_text(tokenizer, side, 
         ({**ROWS, "sentence": ["good", "  ", "bad"]}, {}, "text in row 1 .* non-empty string; got '  '"),
         ({**ROWS, "sentence": ["good", None, "bad"]}, {}, "text in row 1 .* got None"),
         (ROWS, {"words": [" bad", " marvellous"]}, "label word ' marvellous' must be a single token"),
-        (ROWS, {"words": [" bad", " bad"]}, "label words ' bad' and ' bad' are the same token"),
+        (ROWS, {"words": [" bad", "bad "]}, "label words ' bad' and 'bad ' must differ, spaces aside"),
+        (
+            ROWS,
+            {"words": [" bad", ""]},
+            "label word '' must be .* it becomes no token at all; try a commoner",
+        ),
+        (ROWS, {"words": " bad"}, "words must be a list of strings, one for each class; got ' bad'"),
+        (ROWS, {"words": [0, 1]}, r"words must be a list of strings, one for each class; got \[0, 1\]"),
         (ROWS, {"words": [" bad"]}, "at least two label words"),
         (ROWS, {"template": "Review:"}, "must contain {text} once"),
         (ROWS, {"max_length": 12}, r"\d of 3 texts of split 'train' are longer than 12 tokens \(first: row"),
-        (ROWS, {"max_length": 3, "truncate": "left"}, "the template alone is longer than 3 tokens"),
-        (ROWS, {"max_length": 12, "truncate": "rihgt"}, "truncate must be 'error', 'left' or 'right'"),
+        (
+            ROWS,
+            {"max_length": 3, "truncate": "left"},
+            "the template takes .* of 3 tokens, and no letter of the text in row 0",
+        ),
+        (
+            ROWS,
+            {"max_length": 12, "truncate": "rihgt"},
+            "truncate must be one of .*; got 'rihgt', nearest is 'right'",
+        ),
+        (ROWS, {"truncate": "rihgt"}, "truncate must be one of"),
+        (ROWS, {"max_length": 0}, "max_length must be at least 1; got 0"),
     ],
 )
 def test_bad_input(tokenizer, rows, changes, message):
     with pytest.raises(ValueError, match=message):
         read(tokenizer, rows, **changes)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "letter", ["\N{SLIGHTLY SMILING FACE}", "e\u0301", "\U0001f469\u200d\U0001f4bb", "\u20ac"]
+)
+def test_truncation_cuts_between_letters_and_never_the_template(tokenizer, side, letter):
+    """At every length, for letters of several tokens: what is kept is as long as may be, and whole."""
+    text, pair = letter * 5, {"sentence": [letter * 5, "bad"], "label": [0, 1]}
+    before, after = "Review: ", "\nSentiment:"
+
+    def length(letters):
+        return len(tokenizer(before + letter * letters + after)["input_ids"])
+
+    for limit in range(length(1), length(5) + 1):
+        train = read(tokenizer, pair, truncate=side, max_length=limit).train
+        row = tokenizer.decode(train.tokens[0][np.asarray(train.mask[0])])
+        kept = max(n for n in range(1, 6) if length(n) <= limit)
+        assert row == before + letter * kept + after
+    with pytest.raises(ValueError, match="no letter of the text in row 0 of split 'train' fits beside it"):
+        read(tokenizer, pair, truncate=side, max_length=length(1) - 1)
+    assert text == letter * 5
+
+
+def with_special_tokens(tokenizer, form):
+    """The same tokenizer, which puts tokens of its own around every row."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.add_special_tokens(["<s>", "</s>"])
+    named = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
+    backend.post_processor = processors.TemplateProcessing(single=form, special_tokens=named)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|end|>", model_max_length=64)
+
+
+@pytest.mark.parametrize("form", ["<s> $A </s>", "<s> $A", "$A </s>", "<s> <s> $A </s> </s>"])
+@pytest.mark.parametrize(
+    "template", ["Review: {text}\nSentiment:", "{text}", "<s>Review: {text}</s>\nSentiment:"]
+)
+def test_the_last_token_of_a_row_is_the_templates_own(tokenizer, form, template):
+    special = with_special_tokens(tokenizer, form)
+    data, plain = (
+        read(special, template=template),
+        read(with_special_tokens(tokenizer, "$A"), template=template),
+    )
+    np.testing.assert_array_equal(data.label_ids, plain.label_ids)
+    begin = form.split("$A")[0].replace(" ", "")
+    if template.startswith("<s>") and begin == "<s>":
+        begin = ""  # one is there
+    for split, expected in ((data.train, begin), (plain.train, "")):
+        for ids, last, sentence in zip(split.tokens, split.last, ROWS["sentence"], strict=True):
+            assert special.decode(ids[: last + 1]) == expected + template.replace("{text}", sentence)
+    limit = int(data.train.mask.sum(1).max()) - 1
+    cut = read(special, template=template, truncate="right", max_length=limit).train
+    assert cut.mask.sum(1).max() == limit
+    longest = special.decode(cut.tokens[2][np.asarray(cut.mask[2])])
+    assert longest.startswith(begin + template.split("{text}")[0])
+    assert longest.endswith(template.split("{text}")[1])
+
+
+def test_a_tokenizer_that_puts_tokens_into_a_text_is_refused(tokenizer):
+    class Inserting:
+        model_max_length, pad_token_id = 64, 0
+
+        def __call__(self, text, *, add_special_tokens=True, **options):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            return {"input_ids": [ids[0], 0, *ids[1:]] if add_special_tokens else ids}
+
+        def convert_ids_to_tokens(self, ids):
+            return tokenizer.convert_ids_to_tokens(ids)
+
+    with pytest.raises(ValueError, match="special tokens before and after a text, not within it; got .*'R'"):
+        read(Inserting(), template="R{text} is")
+
+
+@pytest.mark.parametrize(
+    ("template", "word", "message"),
+    [
+        ("Review: {text}\nSentiment: ", "good", r"runs together with what stands before it: \['Ġ'\] becomes "
+         r"\['Ġgood'\]; end the template without the space, and try ' good'"),
+        ("Review: {text}\nSentiment:", " marvellous", r"it becomes \d+ tokens, \['Ġ.*; try a commoner word"),
+        ("{text} i", "s", r"it runs together with what stands before it: \['Ġ', 'i'\] becomes \['Ġis'\]"),
+        ("{text} is", "good", r"it becomes \d tokens, .*; try ' good'"),
+    ],
+)  # fmt: skip
+def test_a_label_word_that_is_not_one_token_is_shown_as_what_it_becomes_there(
+    tokenizer, template, word, message
+):
+    with pytest.raises(ValueError, match=message) as refused:
+        read(tokenizer, template=template, words=[" bad", word])
+    counted = re.search(r"becomes (\d+) tokens, (\[.*?\]);", str(refused.value))
+    assert counted is None or int(counted[1]) == len(ast.literal_eval(counted[2])) > 1
+
+
+def test_a_word_is_read_in_its_context(tokenizer):
+    """A tokenizer that puts a space before every text: right after another text the word has its own."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    spaced = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|end|>", model_max_length=64)
+    good = tokenizer(" good")["input_ids"]
+    for template in ("{text} is", "{text}"):
+        data = read(spaced, template=template, words=[" bad", " good"])
+        assert list(data.label_ids)[1:] == good
+    with pytest.raises(ValueError, match="label word 'good' must be a single token .*; try ' good'"):
+        read(spaced, template="{text} is", words=[" bad", "good"])
 
 
 def test_a_context_longer_than_the_model_allows_is_refused(tokenizer):
