@@ -4,6 +4,7 @@ The weights are a pytree that is passed to jitted functions as an argument. A cl
 them into the compiled program.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bnlora.checks import brief
 from bnlora.display import Showable, Shown, Table, facts
 from bnlora.models import llama
 from bnlora.models.execution import DEFAULT, Execution
@@ -183,15 +185,16 @@ def load(source: str | Path) -> Base:
     """Load a pretrained language model with its tokenizer.
 
     Args:
-        source: A `.gguf` file, a Hugging Face folder (config.json and safetensors), or a hub name
-            "owner/name".
+        source: A `.gguf` file (of a split one, any part), a Hugging Face folder (config.json and
+            safetensors), or a hub name "owner/name".
 
     Returns:
         The frozen base, in float32.
 
     Raises:
         FileNotFoundError: If there is nothing at `source`, or a file of the model is missing.
-        ValueError: If the architecture is not supported or the files are corrupt or inconsistent.
+        ValueError: If the architecture is not supported, the files are corrupt or inconsistent, or the
+            tokenizer has tokens that the embedding has no row for.
         OSError: If the hub cannot be reached.
 
     Example:
@@ -203,7 +206,9 @@ def load(source: str | Path) -> Base:
     module = FAMILIES[family].build(checkpoint)
     local = Path(source).expanduser()
     name = (local.stem if local.is_file() else local.resolve().name) if local.exists() else str(source)
+    name = re.sub(r"-\d{5}-of-\d{5}$", "", name)  # of a split file, the name of the whole
     tokenizer = checkpoint.tokenizer
+    _check_vocabulary(tokenizer, module.config.vocab_size)
     # Many tokenizers state no limit of their own; what the model was trained for is one.
     tokenizer.model_max_length = min(tokenizer.model_max_length, module.config.max_length)
     return Base.from_module(module, name=name, family=family, tokenizer=tokenizer)
@@ -211,9 +216,27 @@ def load(source: str | Path) -> Base:
 
 def _family(config: Mapping[str, Any]) -> str:
     # Fine-tuned classifiers keep the model type of their language model, so the class name comes first.
-    stated = config.get("architectures") or [config.get("model_type")]
+    stated = config.get("architectures")
+    stated = [config.get("model_type")] if stated is None else stated
+    if not isinstance(stated, list) or not stated:
+        raise ValueError(
+            f"architectures in the model configuration must be a list of at least one; got {brief(stated)}"
+        )
     for name, family in FAMILIES.items():
         if family.ARCHITECTURE in stated or stated == [name]:
             return name
     supported = [family.ARCHITECTURE for family in FAMILIES.values()]
-    raise ValueError(f"the architecture {stated} is not supported; supported: {supported}")
+    raise ValueError(f"the architecture {brief(stated)} is not supported; supported: {supported}")
+
+
+def _check_vocabulary(tokenizer: Any, size: int) -> None:
+    """Raise a ValueError where the tokenizer has tokens that the embedding has no row for."""
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= size)
+    if beyond:
+        index, token = beyond[0]
+        others = f" and {len(beyond) - 1:,} more" if len(beyond) > 1 else ""
+        raise ValueError(
+            f"the tokenizer has the token {token!r} of id {index}{others}, which the model has not: the "
+            f"tokenizer has {len(tokenizer):,} tokens, the embedding {size:,} rows; resize the embedding, or "
+            "load the model with its own tokenizer"
+        )

@@ -1,13 +1,18 @@
 """One sentence for a wrong option or number, in the words that the whole library shares."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
+
+_LISTED, _LONGEST = 5, 120  # names in a message, and letters of each
+_LARGEST = 2**31 - 1
 
 
 def check_option(name: str, got: object, options: Sequence[str]) -> None:
@@ -34,11 +39,55 @@ def check_batch_size(batch_size: int, num_rows: int) -> None:
         )
 
 
-def check_positive(values: Mapping[str, float]) -> None:
+def check_positive(values: Mapping[str, Any]) -> None:
     """Raise `ValueError` unless every value, given by the name of its argument, is positive and finite."""
     for name, value in values.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be a positive number; got {value}")
+        try:  # a whole number too large for a float overflows here rather than later
+            right = not isinstance(value, bool | str) and 0 < float(value) < float("inf")
+        except (TypeError, ValueError, OverflowError):
+            right = False
+        if not right:
+            raise ValueError(f"{name} must be a positive number; got {brief(value)}")
+
+
+def check_size(values: Mapping[str, Any], least: int = 1) -> None:
+    """Raise `ValueError` unless every value, given by its name, is an integer that may be a size.
+
+    For values that come from a file, where 3.0, "3" and true are mistakes as well.
+    """
+    for name, value in values.items():
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not whole or not least <= value <= _LARGEST:
+            raise ValueError(f"{name} must be an integer from {least} to {_LARGEST}; got {brief(value)}")
+
+
+def check_indices(name: str, indices: Any, size: int) -> None:
+    """Raise `ValueError` unless every index is an integer from 0 to `size` - 1; traced ones are not known.
+
+    JAX reads the last entry for an index beyond the end, and says nothing.
+    """
+    if isinstance(indices, jax.core.Tracer):
+        return
+    found = np.asarray(indices)
+    if not found.size:
+        return
+    if not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(f"{name} must be integers; got {brief(indices)}")
+    outside = found[(found < 0) | (found >= size)]
+    if outside.size:
+        raise ValueError(f"{name} must be from 0 to {size - 1}; got {outside[0]}")
+
+
+def brief(value: object) -> str:
+    """A value as a message shows it: what a file holds may have millions of letters."""
+    return reprlib.repr(value.item() if isinstance(value, np.generic) else value)
+
+
+def listed(names: Collection[str]) -> str:
+    """The first five names, and how many more there are."""
+    first = [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in islice(names, _LISTED)]
+    rest = len(names) - len(first)
+    return ", ".join(first) + (f" and {rest:,} more" if rest else "")
 
 
 def divisors(total: int) -> list[int]:

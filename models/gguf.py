@@ -6,13 +6,17 @@ Face rotates (0, d/2), (1, d/2 + 1), ... And vocabulary, merges and chat templat
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bnlora.checks import brief, check_indices, check_size
+from bnlora.models.tensors import Stored
+
 if TYPE_CHECKING:  # imported where it is used: it takes longer than the rest of the library
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 _TENSORS = {
@@ -38,75 +42,91 @@ _CONFIG = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "max_position_embeddings": "context_length",
 }
+_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+# What is read of the metadata of a tokenizer, by type.
+_LISTS: dict[str, type] = {"tokens": str, "merges": str, "token_type": int}
+_SINGLE: dict[str, type] = {"model": str, "pre": str, "add_space_prefix": bool, "add_bos_token": bool}
+_SINGLE |= {"chat_template": str} | {f"{role}_token_id": int for role in _ROLES.values()}
 # Names of the rules that cut text before the merges apply, and whether they cut off every single digit.
 _CUTS = {"gpt-2": False, "smollm": True, "starcoder": True, "refact": True, "command-r": True}
-_CONTROL, _USER_DEFINED = 3, 4
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
-def read_gguf(
-    path: Path,
-) -> "tuple[dict[str, Any], dict[str, Callable[[], np.ndarray]], PreTrainedTokenizerFast]":
-    """Read a GGUF file of the Llama family.
+def read_gguf(path: Path) -> "tuple[dict[str, Any], dict[str, Stored], PreTrainedTokenizerFast]":
+    """Read a GGUF file of the Llama family, or all files of one that was split.
 
     Args:
-        path: The file.
+        path: The file, or any part of a split one.
 
     Returns:
-        The configuration, one function per tensor that reads it as float32, and the tokenizer; keys and names
+        The configuration, where each tensor is (float32 when it is read), and the tokenizer; keys and names
         are those of Hugging Face.
 
     Raises:
+        FileNotFoundError: If a part of a split file is missing.
         ValueError: If the file is corrupt or truncated, or its architecture, quantisation or tokenizer is not
             supported.
     """
-    from gguf import GGUFReader
-
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{str(path)!r} is not a GGUF file (it does not start with 'GGUF')")
-    try:
-        reader = GGUFReader(path)
-        metadata = {name: entry.contents() for name, entry in reader.fields.items()}
-    except Exception as error:  # the reader does no checks of its own: any error here means unreadable bytes
-        raise ValueError(
-            f"{str(path)!r} is corrupt or truncated, copy or download it again "
-            f"({type(error).__name__}: {error})"
-        ) from error
+    from bnlora.models.gguf_file import read_parts
+
+    metadata, tensors = read_parts(path)
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
-        raise ValueError(f"{str(path)!r} has the architecture {architecture!r}; supported: ['llama']")
-    config = _config(path, metadata, {tensor.name for tensor in reader.tensors})
-    readers = dict(_tensor_reader(path, tensor, config) for tensor in reader.tensors)
-    return config, readers, _tokenizer(path, metadata)
+        raise ValueError(f"{str(path)!r} has the architecture {brief(architecture)}; supported: ['llama']")
+    _check_metadata(path, metadata)
+    config = _config(path, metadata, {tensor.name: tensor for tensor in tensors})
+    stored = dict(_stored(path, tensor, config) for tensor in tensors)
+    return config, stored, _tokenizer(path, metadata)
 
 
-def _config(path: Path, metadata: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    if "rope_freqs.weight" in names:
+def _check_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless the metadata has all keys that are needed, with values of the right types."""
+    needed = [*(f"llama.{key}" for key in _CONFIG.values()), "tokenizer.ggml.tokens", "tokenizer.ggml.merges"]
+    absent = [key for key in needed if key not in metadata]
+    if absent:
+        raise ValueError(f"{str(path)!r} lacks the metadata {absent}")
+    sizes = [key for key in needed if key.startswith("llama.") and not key.endswith("epsilon")]
+    check_size({f"{key} in {str(path)!r}": metadata[key] for key in sizes})
+    stated = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+    for key, value in stated.items():
+        name = key.removeprefix("tokenizer.").removeprefix("ggml.")
+        if name in _LISTS and not (isinstance(value, list) and all(type(x) is _LISTS[name] for x in value)):
+            wanted = f"a list of {_LISTS[name].__name__}"
+        elif name in _SINGLE and type(value) is not _SINGLE[name]:
+            wanted = _SINGLE[name].__name__
+        else:
+            continue
+        raise ValueError(f"{key} in {str(path)!r} must be {wanted}; got {brief(value)}")
+    tokens, kinds = (len(stated.get(f"tokenizer.ggml.{key}", [])) for key in ("tokens", "token_type"))
+    if kinds not in (0, tokens):
+        raise ValueError(f"{str(path)!r} has {tokens:,} tokens, but the kinds of {kinds:,}")
+
+
+def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    if "rope_freqs.weight" in tensors:
         raise ValueError(
             f"{str(path)!r} stretches its rotary frequencies by a tensor (rope_freqs.weight), which is not "
             "supported; use the Hugging Face folder of the same model"
         )
-    absent = [f"llama.{key}" for key in _CONFIG.values() if f"llama.{key}" not in metadata]
-    absent += [key for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges") if key not in metadata]
-    if absent:
-        raise ValueError(f"{str(path)!r} lacks the metadata {absent}")
-    config = {ours: metadata[f"llama.{theirs}"] for ours, theirs in _CONFIG.items()}
-    head_dim = config["hidden_size"] // config["num_attention_heads"]
     scaling = metadata.get("llama.rope.scaling.type", "none")
-    return config | {
+    embedding = tensors.get("token_embd.weight")
+    tokens = len(metadata["tokenizer.ggml.tokens"])
+    return {ours: metadata[f"llama.{theirs}"] for ours, theirs in _CONFIG.items()} | {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
-        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
-        "head_dim": metadata.get("llama.rope.dimension_count", head_dim),
+        # As elsewhere the embedding may have more rows than there are tokens, to fill a round number.
+        "vocab_size": int(embedding.shape[-1]) if embedding is not None and len(embedding.shape) else tokens,
+        "head_dim": metadata.get("llama.rope.dimension_count"),
         "rope_theta": metadata.get("llama.rope.freq_base", 10000.0),
         "rope_scaling": {"rope_type": "default" if scaling == "none" else scaling},
-        "tie_word_embeddings": "output.weight" not in names,
+        "tie_word_embeddings": "output.weight" not in tensors,
     }
 
 
-def _tensor_reader(
-    path: Path, tensor: Any, config: Mapping[str, Any]
-) -> tuple[str, Callable[[], np.ndarray]]:
+def _stored(path: Path, tensor: Any, config: Mapping[str, Any]) -> tuple[str, Stored]:
     block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", tensor.name)
     outer = re.fullmatch(r"(\w+)\.(weight|bias)", tensor.name)
     name = tensor.name  # one that is not known keeps its name and is reported as unexpected
@@ -128,7 +148,10 @@ def _tensor_reader(
             ) from error
         return values if heads is None else _unpermute(values, config[heads])
 
-    return name, read
+    # Blocks of quantised numbers are read as floats, plain integers are not.
+    kind = tensor.tensor_type.name
+    kind = kind if re.fullmatch(r"I\d+", kind) else "float32"
+    return name, Stored(tuple(map(int, tensor.shape[::-1])), kind, read)
 
 
 def _unpermute(weights: np.ndarray, heads: int) -> np.ndarray:
@@ -139,8 +162,7 @@ def _unpermute(weights: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _tokenizer(path: Path, metadata: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
-    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-    from tokenizers.models import BPE
+    from tokenizers import AddedToken, decoders, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     values = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
@@ -151,24 +173,40 @@ def _tokenizer(path: Path, metadata: Mapping[str, Any]) -> "PreTrainedTokenizerF
             f"is 'gpt2' with one of {sorted(_CUTS)}, otherwise use the Hugging Face folder of the same model"
         )
     tokens = values["tokens"]
-    merges = [(left, right) for left, right in (merge.split(" ") for merge in values["merges"])]
-    backend = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    backend = _merging(path, tokens, values["merges"])
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=values.get("add_space_prefix", False))
     digits = [pre_tokenizers.Digits(individual_digits=True)] if _CUTS[cut] else []
     backend.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
     backend.decoder = decoders.ByteLevel()
-    kinds = list(zip(tokens, values.get("token_type", []), strict=False))
+    kinds = list(zip(tokens, values.get("token_type", [_NORMAL] * len(tokens)), strict=True))
     control = [AddedToken(token, normalized=False, special=True) for token, kind in kinds if kind == _CONTROL]
     backend.add_special_tokens(control)
     backend.add_tokens(
         [AddedToken(token, normalized=False) for token, kind in kinds if kind == _USER_DEFINED]
     )
-    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    special = {f"{role}_token": values.get(f"{key}_token_id") for role, key in roles.items()}
+    special = {f"{role}_token": values.get(f"{key}_token_id") for role, key in _ROLES.items()}
+    special = {role: index for role, index in special.items() if index is not None}
+    for role, index in special.items():
+        check_indices(f"the id of the {role} in {str(path)!r}", index, len(tokens))
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=values.get("tokenizer.chat_template"),
         model_max_length=metadata["llama.context_length"],
         add_bos_token=bool(values.get("add_bos_token", False)),
-        **{role: tokens[index] for role, index in special.items() if index is not None},
+        **{role: tokens[index] for role, index in special.items()},
     )
+
+
+def _merging(path: Path, tokens: list[str], merges: list[str]) -> "Tokenizer":
+    """Tokens and the pairs of them that are merged, as a tokenizer."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+
+    wrong = [merge for merge in merges if merge.count(" ") != 1]
+    if wrong:
+        raise ValueError(f"merges of {str(path)!r} must be of two tokens each; got {brief(wrong)}")
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+    try:
+        return Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{str(path)!r} has no readable tokenizer ({str(error)[:200]})") from error

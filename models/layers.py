@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from bnlora.checks import brief, check_positive
 from bnlora.kernels import api
 from bnlora.models.execution import Execution, keep_product, rerun
 
@@ -37,6 +38,15 @@ class Llama3Scaling:
     high_frequency_factor: float
     original_length: int
 
+    def __post_init__(self) -> None:
+        """Raise a ValueError on numbers that give no finite angles."""
+        check_positive(vars(self))
+        if not self.low_frequency_factor < self.high_frequency_factor:
+            raise ValueError(
+                "the low frequency factor of the rotary scaling must be below the high one; got "
+                f"{self.low_frequency_factor} and {self.high_frequency_factor}"
+            )
+
 
 def rotary_settings(config: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
     """Read the rotary base and scaling from a Hugging Face configuration, in its old or its new spelling.
@@ -50,18 +60,27 @@ def rotary_settings(config: Mapping[str, Any]) -> tuple[float, Llama3Scaling | N
     Raises:
         ValueError: If the kind of scaling is not supported, or its keys are missing.
     """
-    settings = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = float(settings.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = settings.get("rope_type") or settings.get("type") or "default"
+    parts = {key: config.get(key) for key in ("rope_scaling", "rope_parameters")}
+    settings: dict[str, Any] = {}
+    for key, part in parts.items():
+        if not isinstance(part, Mapping | None):
+            raise ValueError(f"{key} in the model configuration must be an object; got {brief(part)}")
+        settings |= {name: value for name, value in (part or {}).items() if value is not None}
+    theta = settings.get("rope_theta", config.get("rope_theta", 10000.0))
+    check_positive({"rope_theta in the model configuration": theta})
+    kind = settings.get("rope_type", settings.get("type", "default"))
     if kind == "default":
-        return theta, None
+        return float(theta), None
     if kind != "llama3":
-        raise ValueError(f"rotary scaling {kind!r} is not supported; supported are 'default' and 'llama3'")
+        raise ValueError(
+            f"rotary scaling {brief(kind)} is not supported; supported are 'default' and 'llama3'"
+        )
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     missing = [key for key in keys if key not in settings]
     if missing:
         raise ValueError(f"the 'llama3' rotary scaling in the model configuration lacks the keys {missing}")
-    return theta, Llama3Scaling(*(settings[key] for key in keys))
+    check_positive({f"{key} of the 'llama3' rotary scaling": settings[key] for key in keys})
+    return float(theta), Llama3Scaling(*(settings[key] for key in keys))
 
 
 def rms_norm(x: Float[Array, "*batch d"], gain: Float[Array, " d"], eps: float) -> Float[Array, "*batch d"]:

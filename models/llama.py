@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from bnlora.models import layers
 from bnlora.models.execution import DEFAULT, Execution
 from bnlora.models.llama_config import LlamaConfig as LlamaConfig
-from bnlora.models.loading import Checkpoint, TensorReader
+from bnlora.models.loading import Checkpoint
+from bnlora.models.tensors import check_tensors, stack, take
 
 ARCHITECTURE = "LlamaForCausalLM"
 _NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
@@ -205,23 +206,24 @@ def build(checkpoint: Checkpoint) -> Llama:
         The model, with float32 weights.
 
     Raises:
-        ValueError: If the configuration is not supported, or tensors are missing, unexpected or of another
-            shape than the configuration implies (all of them are named at once).
+        ValueError: If the configuration is not supported, tensors are missing, unexpected, of another shape
+            than the configuration implies or not of floats (a few of each are named, before any is read), or
+            numbers are NaN or infinite.
     """
-    config = LlamaConfig.from_huggingface(checkpoint.config)
-    reader = TensorReader(checkpoint.tensors)
+    config, tensors = LlamaConfig.from_huggingface(checkpoint.config), checkpoint.tensors
     vocab = (config.vocab_size, config.d_model)
-    weights = {
-        name: reader.stack(config.num_layers, path, shape[::-1])
-        for (name, shape), path in zip(_layer_modules(config).items(), _DENSE.values(), strict=True)
+    shapes = {path: vocab[1:] for path in _NORMS.values()} | {
+        path: shape[::-1]
+        for shape, path in zip(_layer_modules(config).values(), _DENSE.values(), strict=True)
     }
-    weights |= {name: reader.stack(config.num_layers, path, vocab[1:]) for name, path in _NORMS.items()}
-    embedding = reader.take("model.embed_tokens.weight", vocab)
-    norm = reader.take("model.norm.weight", vocab[1:])
+    outer = {"model.embed_tokens.weight": vocab, "model.norm.weight": vocab[1:]}
     # Some files store the tied output layer a second time; it is read so that a different one is noticed.
-    stored = "lm_head.weight" in checkpoint.tensors or not config.tied
-    lm_head = reader.take("lm_head.weight", vocab) if stored else None
-    reader.finish()
+    stored = "lm_head.weight" in tensors or not config.tied
+    check_tensors(tensors, config.num_layers, shapes, outer | ({"lm_head.weight": vocab} if stored else {}))
+    paths = _DENSE | _NORMS
+    weights = {name: stack(tensors, config.num_layers, path, shapes[path]) for name, path in paths.items()}
+    embedding, norm = (take(tensors, name) for name in outer)
+    lm_head = take(tensors, "lm_head.weight") if stored else None
     if config.tied and lm_head is not None and not np.array_equal(lm_head, embedding):
         raise ValueError(
             "the configuration ties the output layer to the embedding, but lm_head.weight differs"

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from bnlora.checks import brief, check_positive, check_size
 from bnlora.models import layers
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_SIZES = (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class LlamaConfig:
     rope_scaling: layers.Llama3Scaling | None = None
 
     def __post_init__(self) -> None:
-        """Raise a ValueError when the heads cannot be grouped or a head cannot be rotated."""
+        """Raise a ValueError on impossible numbers, and on heads that cannot be grouped or rotated."""
+        sizes = ("vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        check_size({name: getattr(self, name) for name in (*sizes, "max_length")})
+        check_positive({"rope_theta": self.rope_theta, "rms_eps": self.rms_eps})
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads; got {self.num_heads} and {self.num_kv_heads}"
@@ -64,27 +69,36 @@ class LlamaConfig:
             The configuration.
 
         Raises:
-            ValueError: If required keys are missing (all are named) or the model needs something unsupported
-                (biases, another activation, another kind of rotary scaling).
+            ValueError: If required keys are missing (all are named), a value is of another type or
+                impossible, or the model needs something unsupported (biases, another activation, another kind
+                of rotary scaling, quantised weights).
         """
-        missing = [key for key in _REQUIRED if config.get(key) is None]
+        given = {key: value for key, value in config.items() if value is not None}
+        missing = [key for key in _REQUIRED if key not in given]
         if missing:
             raise ValueError(f"the model configuration lacks the keys {missing}")
-        _check_supported(config)
-        heads = config["num_attention_heads"]
-        rope_theta, rope_scaling = layers.rotary_settings(config)
+        _check_supported(given)
+        check_size({f"{key} in the model configuration": given[key] for key in _SIZES if key in given})
+        eps, tied = given.get("rms_norm_eps", 1e-6), given.get("tie_word_embeddings", False)
+        check_positive({"rms_norm_eps in the model configuration": eps})
+        if not isinstance(tied, bool):
+            raise ValueError(
+                f"tie_word_embeddings in the model configuration must be true or false; got {brief(tied)}"
+            )
+        heads = given["num_attention_heads"]
+        rope_theta, rope_scaling = layers.rotary_settings(given)
         return cls(
-            vocab_size=config["vocab_size"],
-            d_model=config["hidden_size"],
-            d_ff=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
+            vocab_size=given["vocab_size"],
+            d_model=given["hidden_size"],
+            d_ff=given["intermediate_size"],
+            num_layers=given["num_hidden_layers"],
             num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            num_kv_heads=given.get("num_key_value_heads", heads),
+            head_dim=given.get("head_dim", given["hidden_size"] // heads),
             rope_theta=rope_theta,
-            rms_eps=float(config.get("rms_norm_eps", 1e-6)),
-            tied=bool(config.get("tie_word_embeddings", False)),
-            max_length=config.get("max_position_embeddings", 2048),
+            rms_eps=float(eps),
+            tied=tied,
+            max_length=given.get("max_position_embeddings", 2048),
             rope_scaling=rope_scaling,
         )
 
@@ -92,8 +106,15 @@ class LlamaConfig:
 def _check_supported(config: Mapping[str, Any]) -> None:
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(
-            f"the activation {config['hidden_act']!r} is not supported in Llama models, only 'silu'"
+            f"the activation {brief(config['hidden_act'])} is not supported in Llama models, only 'silu'"
         )
     biased = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
     if biased:
         raise ValueError(f"Llama models with biases are not supported; the configuration sets {biased}")
+    quantised = [key for key in ("quantization_config", "compression_config") if config.get(key)]
+    if quantised:
+        # Its tensors are numbers of another meaning, even where they are stored as floats.
+        raise ValueError(
+            f"quantised weights are not supported here, and the configuration has {quantised[0]!r}; use the "
+            "model that was quantised, or a GGUF file"
+        )

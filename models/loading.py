@@ -6,46 +6,27 @@ of Hugging Face and matrices are (out, in). Tensors are read from disk when they
 """
 
 import difflib
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from bnlora.checks import brief, listed
+from bnlora.files import read_json
 from bnlora.models.gguf import read_gguf
+from bnlora.models.tensors import Stored, TensorFiles
 
 _HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 _HUB_EXCLUDED = ("*/*", "consolidated*")
-
-
-class TensorFiles(Mapping[str, np.ndarray]):
-    """Tensors by name, each read from its file as float32 when it is looked up."""
-
-    def __init__(self, readers: Mapping[str, Callable[[], np.ndarray]]) -> None:
-        """Keep one function per tensor name."""
-        self._readers = dict(readers)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        """Read one tensor."""
-        return self._readers[name]().astype(np.float32, copy=False)
-
-    def __contains__(self, name: object) -> bool:
-        """Whether there is a tensor of this name, without reading it."""
-        return name in self._readers
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names."""
-        return iter(self._readers)
-
-    def __len__(self) -> int:
-        """Count the tensors."""
-        return len(self._readers)
+INDEX = "model.safetensors.index.json"
+_TOKENIZER_FILES = (".json", ".txt", ".model", ".jinja")
+_LARGEST_TOKENIZER = 2**27  # bytes; that of 260,000 tokens has some thirty million
 
 
 @dataclass(frozen=True)
@@ -69,7 +50,8 @@ def read_checkpoint(
     """Read a checkpoint from a `.gguf` file, a Hugging Face folder, or the hub.
 
     Args:
-        source: Path of a file or folder, or the name of a hub repository ("owner/name").
+        source: Path of a file or folder, or the name of a hub repository ("owner/name"). Of a GGUF model
+            that was split, any part.
         accept: Called with the configuration before any weights are downloaded or read; it raises to refuse.
 
     Returns:
@@ -88,9 +70,9 @@ def read_checkpoint(
             raise ValueError(
                 f"expected a .gguf file or a folder that holds a model; got the file {str(path)!r}"
             )
-        config, readers, tokenizer = read_gguf(path)
+        config, stored, tokenizer = read_gguf(path)
         accept(config)
-        return Checkpoint(config, TensorFiles(readers), tokenizer)
+        return Checkpoint(config, TensorFiles(stored), tokenizer)
     if isinstance(source, Path) or path.suffix == ".gguf" or not re.fullmatch(_HUB_NAME, source):
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, beside, n=1)
@@ -120,47 +102,7 @@ def _download(name: str, files: Sequence[str]) -> Path:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-class TensorReader:
-    """Takes tensors one by one and remembers everything that does not fit, to report it in one go."""
-
-    def __init__(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Start with nothing taken."""
-        self.tensors = tensors
-        self.taken: set[str] = set()
-        self.missing: list[str] = []
-        self.misshaped: list[str] = []
-
-    def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Return the tensor, or zeros of the right shape after noting what is wrong."""
-        self.taken.add(name)
-        if name not in self.tensors:
-            self.missing.append(name)
-        elif (value := self.tensors[name]).shape != shape:
-            self.misshaped.append(f"{name} {value.shape} instead of {shape}")
-        else:
-            return value
-        return np.broadcast_to(np.float32(0), shape)
-
-    def stack(self, count: int, path: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Return `model.layers.<i>.<path>.weight` of all layers, each transposed, on a leading axis."""
-        # Filled in place: the list that `np.stack` wants would hold every layer twice.
-        stacked = np.empty((count, *shape[::-1]), np.float32)
-        for layer in range(count):
-            stacked[layer] = self.take(f"model.layers.{layer}.{path}.weight", shape).T
-        return stacked
-
-    def finish(self) -> None:
-        """Raise one ValueError that names every tensor that is missing, unexpected or misshaped."""
-        # Old checkpoints carry the rotary frequencies, which follow from the configuration.
-        rest = [name for name in self.tensors if name not in self.taken]
-        unexpected = [name for name in rest if not name.endswith("rotary_emb.inv_freq")]
-        problems = {"missing": self.missing, "unexpected": unexpected, "of the wrong shape": self.misshaped}
-        found = "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names)
-        if found:
-            raise ValueError(f"the tensors of the checkpoint do not fit its configuration; {found}")
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
 
 
 def _read_folder(folder: Path, accept: Callable[[Mapping[str, Any]], object]) -> Checkpoint:
@@ -177,45 +119,70 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"the folder {str(folder)!r} lacks {name!r}; it holds {_names_in(folder)}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} must hold a JSON object; got {type(content).__name__}")
-    return content
+    return read_json(path)
 
 
 def _open_safetensors(folder: Path) -> TensorFiles:
-    if (folder / "model.safetensors.index.json").is_file():
-        index = _read_json(folder, "model.safetensors.index.json").get("weight_map")
-        if not isinstance(index, dict):
-            raise ValueError(f"model.safetensors.index.json in {str(folder)!r} has no 'weight_map'")
-        names = sorted(set(index.values()))
-    else:
-        names = ["model.safetensors"]
+    names = _shards(folder) if (folder / INDEX).is_file() else ["model.safetensors"]
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
-        raise FileNotFoundError(f"the folder {str(folder)!r} lacks {absent}; it holds {_names_in(folder)}")
-    readers: dict[str, Callable[[], np.ndarray]] = {}
+        names = [repr(name) for name in absent]
+        raise FileNotFoundError(
+            f"the folder {str(folder)!r} lacks [{listed(names)}]; it holds {_names_in(folder)}"
+        )
+    stored: dict[str, Stored] = {}
     for name in names:
-        readers |= _safetensors_readers(folder / name)
-    return TensorFiles(readers)
+        found = _safetensors(folder / name)
+        twice = sorted(stored.keys() & found.keys())
+        if twice:
+            raise ValueError(f"several files of {str(folder)!r} have the same tensors: {listed(twice)}")
+        stored |= found
+    return TensorFiles(stored)
 
 
-def _safetensors_readers(path: Path) -> dict[str, Callable[[], np.ndarray]]:
+def _shards(folder: Path) -> list[str]:
+    """The files that an index names, all of them in its folder."""
+    index = _read_json(folder, INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise ValueError(f"{INDEX} in {str(folder)!r} has no 'weight_map'")
+    for tensor, name in index.items():
+        # A link inside the folder may lead elsewhere, as in the cache of the hub; a name may not.
+        if not isinstance(name, str) or "\0" in name or not _is_plain(name):
+            raise ValueError(
+                f"{INDEX} in {str(folder)!r} must name files inside its folder, without a path; got "
+                f"{brief(name)} for the tensor {brief(tensor)}"
+            )
+    return sorted(set(index.values()))
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is that of a file in a folder, on every system."""
+    return name not in ("", ".", "..") and name == PurePosixPath(name).name == PureWindowsPath(name).name
+
+
+def _safetensors(path: Path) -> dict[str, Stored]:
     try:
         file = safe_open(path, framework="np")
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{str(path)!r} is corrupt or truncated, copy or download it again ({_first_line(error)})"
         ) from error
-    return {name: partial(file.get_tensor, name) for name in file.keys()}
+    headers = {name: file.get_slice(name) for name in file.keys()}
+    return {
+        name: Stored(tuple(header.get_shape()), header.get_dtype(), partial(file.get_tensor, name))
+        for name, header in headers.items()
+    }
 
 
 def _folder_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    for path in folder.iterdir():
+        if path.suffix in _TOKENIZER_FILES and path.stat().st_size > _LARGEST_TOKENIZER:
+            raise ValueError(
+                f"{str(path)!r} has {path.stat().st_size:,} bytes; files of a tokenizer of up to "
+                f"{_LARGEST_TOKENIZER:,} are read"
+            )
     # The rules inside tokenizer.json are the truth: `AutoTokenizer` may rebuild them from the class that
     # tokenizer_config.json names, and then loses, for instance, a rule that cuts digits off one by one.
     kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer

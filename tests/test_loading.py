@@ -1,117 +1,20 @@
 """Checkpoints from every kind of source give the same model, and a broken one gives one clear sentence."""
 
 import json
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
 
-import gguf
 import huggingface_hub
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from checkpoint_files import CONFIG, TENSORS, TEXT, VOCABULARY, tokenizer, write_folder, write_gguf
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from bnlora.assets import fetch_smollm2
 from bnlora.base import load
 from bnlora.models import llama
 from bnlora.models.loading import Checkpoint, read_checkpoint
-
-reference = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "data" / "make_reference.py")))
-CONFIG = reference.CONFIGS["grouped"]
-TENSORS = reference.tiny_tensors(CONFIG)
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-VOCABULARY = ["<|end|>", "<|user|>", *ALPHABET[: CONFIG["vocab_size"] - 4], "Ġ", "Ġ!"]
-MERGES = [("Ġ", "!")]
-TEMPLATE = "{% for message in messages %}<|user|>{{ message['content'] }}{% endfor %}"
-TEXT = "a! 12  34 <|user|>!"
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(BPE(vocab={token: i for i, token in enumerate(VOCABULARY)}, merges=MERGES))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), byte_level]
-    )
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(VOCABULARY[:2])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>", chat_template=TEMPLATE
-    )
-
-
-def write_folder(folder: Path, tensors=TENSORS, config=CONFIG, shards: int = 1, dtype=np.float32) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    tokenizer().save_pretrained(folder)
-    names = [list(tensors)[i::shards] for i in range(shards)]
-    files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
-    files = files if shards > 1 else ["model.safetensors"]
-    for file, part in zip(files, names, strict=True):
-        save_file({name: np.ascontiguousarray(tensors[name].astype(dtype)) for name in part}, folder / file)
-    if shards > 1:
-        index = {name: file for file, part in zip(files, names, strict=True) for name in part}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    return folder
-
-
-def write_gguf(
-    path: Path, *, architecture: str = "llama", pre: str = "smollm", drop: str = "", extra: str = ""
-) -> Path:
-    writer = gguf.GGUFWriter(path, architecture)
-    integers = {"embedding_length": 32, "feed_forward_length": 56, "block_count": 3, "context_length": 64}
-    integers |= {"attention.head_count": 4, "attention.head_count_kv": 2, "rope.dimension_count": 8}
-    for key, value in integers.items():
-        writer.add_uint32(f"{architecture}.{key}", value)
-    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.add_float32(f"{architecture}.rope.freq_base", 1000.0)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(VOCABULARY)
-    writer.add_token_types([3, 3, *[1] * (len(VOCABULARY) - 2)])
-    writer.add_token_merges([" ".join(merge) for merge in MERGES])
-    writer.add_eos_token_id(0)
-    writer.add_pad_token_id(0)
-    writer.add_chat_template(TEMPLATE)
-    for name, value in gguf_tensors().items():
-        if name != drop:
-            writer.add_tensor(name, value)
-    if extra:
-        writer.add_tensor(extra, np.ones(4, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def gguf_tensors() -> dict[str, np.ndarray]:
-    """The tiny tensors under llama.cpp's names, with its order of query and key rows."""
-    names = {
-        "embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "model.layers": "blk",
-    }
-    names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "o_proj": "attn_output"}
-    names |= {f"{x}_proj": f"attn_{x}" for x in "qkv"} | {
-        f"{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")
-    }
-    result = {}
-    for name, value in TENSORS.items():
-        heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
-        if heads:
-            pairs = value.reshape(heads, 2, value.shape[0] // heads // 2, value.shape[1])
-            value = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(value.shape)
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        result[name.replace("model.", "").replace("self_attn.", "").replace("mlp.", "")] = value
-    return result
 
 
 def assert_same_tensors(tensors, expected=TENSORS) -> None:
@@ -163,6 +66,56 @@ def test_gguf_equals_the_folder(tmp_path):
     assert config.rms_eps == pytest.approx(1e-5, rel=1e-7)
     assert config == llama.LlamaConfig.from_huggingface({**CONFIG, "rms_norm_eps": config.rms_eps})
     assert checkpoint.tokenizer.model_max_length == 64
+
+
+@pytest.mark.parametrize("part", [1, 2, 4])
+def test_a_split_gguf_is_read_whole_from_any_of_its_parts(tmp_path, part):
+    """The first part has the metadata alone, the others ten tensors each."""
+    write_gguf(tmp_path / "tiny.gguf", parts_of=10)
+    names = [f"tiny-{i + 1:05}-of-00004.gguf" for i in range(4)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    checkpoint = read_checkpoint(tmp_path / names[part - 1])
+    assert_same_tensors(checkpoint.tensors)
+    assert_same_tokenizer(checkpoint.tokenizer)
+    assert load(tmp_path / names[part - 1]).name == "tiny"
+
+
+def test_parts_of_a_split_gguf_that_do_not_belong_together(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", parts_of=10)
+    first, second, third, last = sorted(tmp_path.iterdir())
+    alone = tmp_path / "other.gguf"
+    alone.write_bytes(third.read_bytes())
+    with pytest.raises(
+        ValueError, match=r"other\.gguf' is part 3 of 4 of a model, whose parts must be called"
+    ):
+        load(alone)
+    third.write_bytes(second.read_bytes())
+    with pytest.raises(
+        ValueError, match=r"00003-of-00004\.gguf' must be part 3 of 4 by its .* says part 2 of 4"
+    ):
+        load(first)
+    third.unlink()
+    with pytest.raises(FileNotFoundError, match=r"is part 4 of 4 .* folder lacks tiny-00003-of-00004\.gguf"):
+        load(last)
+    whole = write_gguf(tmp_path / "whole.gguf", stated={"split.count": 3, "split.no": 0})
+    for number in range(3):
+        stated = {"split.count": 3, "split.no": number, "split.tensors.count": 91}
+        write_gguf(tmp_path / f"same-{number + 1:05}-of-00003.gguf", stated=stated)
+    with pytest.raises(ValueError, match="must have 91 tensors of different names; got 90 of 30 names"):
+        load(tmp_path / "same-00001-of-00003.gguf")
+    assert whole.is_file()
+
+
+def test_an_embedding_with_more_rows_than_tokens_is_padded(tmp_path):
+    """Many models round the number of rows up."""
+    fewer = VOCABULARY[:-4] + VOCABULARY[-2:]
+    for path in (
+        write_gguf(tmp_path / "tiny.gguf", tokens=fewer),
+        write_folder(tmp_path / "tiny", tokens=fewer),
+    ):
+        base = load(path)
+        assert (len(base.tokenizer), base.config.vocab_size) == (59, 61)
+        assert base.module(jnp.zeros((1, 4), int)).shape == (1, 4, 61)
 
 
 def test_gguf_without_output_layer_is_tied(tmp_path):
@@ -335,7 +288,10 @@ def test_unsupported_architecture(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"extra": "rope_freqs.weight"}, r"rope_freqs\.weight\), which is not supported"),
+        (
+            {"extra": {"rope_freqs.weight": np.ones(4, np.float32)}},
+            r"rope_freqs\.weight\), which is not supported",
+        ),
         ({"pre": "llama-bpe"}, r"with the cut 'llama-bpe'; supported is 'gpt2' with one of"),
     ],
 )
