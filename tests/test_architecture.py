@@ -34,7 +34,7 @@ SAME_FLOOR = {
     ("validation", "predict"), ("maximise", "elbo"), ("experiment", "recipe"),
     ("models.loading", "models.gguf"), ("guides", "flows"),
     ("tables", "formats"), ("tables", "files"), ("text", "labels"),
-    ("data", "display"), ("report", "plots"), ("plots.comparison", "comparison.report"),
+    ("data", "display"), ("data", "checks"), ("report", "plots"), ("plots.comparison", "comparison.report"),
     ("plots.uncertainty", "selective"),
 }  # fmt: skip
 
