@@ -6,8 +6,9 @@ error, where bars are drawn on a terminal alone. `bnlora.outcome` has the exit c
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import bnlora
-from bnlora import metrics
+from bnlora import metrics, options
 from bnlora.assets import cache_folder
 from bnlora.base import Base
 from bnlora.checkpoint import RECORD, load_fit, save_fit
@@ -24,6 +25,8 @@ from bnlora.data import Batch
 from bnlora.demo import LEARNING_RATES, SIZES, demo_page, run_demo
 from bnlora.experiment import BAYES, LORA
 from bnlora.fits import Fit, FitDiverged
+from bnlora.formats import ENCODING
+from bnlora.labels import LabelKind
 from bnlora.outcome import (
     ExitCode,
     as_json,
@@ -32,16 +35,21 @@ from bnlora.outcome import (
     evaluation_page,
     fit_result,
     prediction_result,
+    require_free,
     summary_result,
     with_prediction,
 )
 from bnlora.predict import predict
-from bnlora.recipe import PriorName, Recipe, Schedule
-from bnlora.tables import read_table, require_writable, write_table
-from bnlora.text import TextData, Truncate
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from bnlora.recipe import Recipe, Schedule
+from bnlora.tables import (
+    naming_lines,
+    read_columns,
+    read_table,
+    require_other,
+    require_writable,
+    write_table,
+)
+from bnlora.text import TextData
 
 app = typer.Typer(
     help="Bayesian low-rank adapters for language models: fit, predict, and measure calibration.",
@@ -52,22 +60,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-
-
-TEMPLATE = Recipe.template.replace("\n", r"\n")  # as one types it in a shell
-TARGETS = list(Recipe.targets)
-MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head".split()  # of every family yet
-RATES = f"{LEARNING_RATES[BAYES]:g}; without a prior {LEARNING_RATES[LORA]:g}"
-
-Folder = Annotated[Path, typer.Argument(help="Folder that `bnlora fit` wrote.", show_default=False)]
-Table = Annotated[
-    Path, typer.Argument(help="A .csv, .jsonl or .parquet file with a column of texts.", show_default=False)
-]
-TextColumn = Annotated[str, typer.Option(help="Column of the texts.")]
-LabelColumn = Annotated[str, typer.Option(help="Column of the labels: 0, 1, ... or the words themselves.")]
-Draws = Annotated[int, typer.Option(help="Posterior draws.", min=1)]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 
 def _version(asked: bool) -> None:
@@ -85,11 +77,6 @@ def _common(
     pass
 
 
-def _module_names(incomplete: str) -> list[str]:
-    """Names of modules that begin so, for the completion of a shell."""
-    return [name for name in MODULES if name.startswith(incomplete)]
-
-
 @app.command()
 def demo(
     report: Annotated[Path, typer.Option(help="Where to write the report.")] = Path("report.html"),
@@ -99,9 +86,9 @@ def demo(
     ],
     test: Annotated[int, typer.Option(help="Test sentences of each domain.", min=1)] = SIZES["test"],
     steps: Annotated[int, typer.Option(help="Steps of each fit.", min=1)] = SIZES["num_steps"],
-    draws: Draws = SIZES["num_samples"],
-    seed: Seed = 0,
-    json: Json = False,
+    draws: options.Draws = SIZES["num_samples"],
+    seed: options.Seed = 0,
+    json: options.Json = False,
 ) -> None:
     """Compare plain LoRA with Bayesian-LoRA on SmolLM2-135M and sentences of four domains.
 
@@ -122,52 +109,29 @@ def demo(
 
 @app.command("fit")
 def fit_command(
-    table: Table,
+    table: options.Table,
     out: Annotated[Path, typer.Option(help="Folder to write the fit to.", show_default=False)],
-    word: Annotated[
-        list[str],
-        typer.Option(
-            help="Word of each class in the order of the labels, once for each: --word ' negative' --word "
-            "' positive'. Each must be a single token right after the template.",
-            show_default=False,
-        ),
-    ],
-    text: TextColumn = "text",
-    label: LabelColumn = "label",
-    validation: Annotated[
-        Path | None, typer.Option(help="Rows that pick the best step.", show_default=False)
-    ] = None,
-    base: Annotated[
-        str, typer.Option(help="smollm2, a .gguf file, a Hugging Face folder, or a hub name.")
-    ] = Recipe.base,
-    template: Annotated[str, typer.Option(help="Text around each row; \\n is a new line.")] = TEMPLATE,
-    target: Annotated[
-        list[str], typer.Option(help="Modules to adapt.", autocompletion=_module_names)
-    ] = TARGETS,
-    top_layers: Annotated[
-        int | None, typer.Option(help="Adapt so many of the uppermost layers.", min=1)
-    ] = Recipe.top_layers,
+    word: options.Words,
+    text: options.TextColumn = "text",
+    label: options.LabelColumn = "label",
+    labels_are: options.LabelsAre = None,
+    encoding: options.Encoding = ENCODING,
+    validation: options.Validation = None,
+    base: options.BaseName = Recipe.base,
+    template: options.Template = options.TEMPLATE,
+    target: options.Targets = options.TARGETS,
+    top_layers: options.TopLayers = Recipe.top_layers,
     rank: Annotated[int, typer.Option(help="Rank of every update.")] = Recipe.rank,
-    prior: Annotated[
-        PriorName, typer.Option(help="Prior of the adapters; none is plain LoRA.")
-    ] = Recipe.prior,
-    scale: Annotated[
-        float, typer.Option(help="Prior scale of an update for unit-variance input.")
-    ] = Recipe.scale_b,
+    prior: options.Prior = Recipe.prior,
+    scale: options.Scale = Recipe.scale_b,
     lam_max: Annotated[float, typer.Option(help="Cap on the guide's lam, at most 1.")] = Recipe.lam_max,
     steps: Annotated[int, typer.Option(help="Number of steps.", min=1)] = Schedule.num_steps,
     batch_size: Annotated[int, typer.Option(help="Rows of a step.", min=1)] = Schedule.batch_size,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Adam's rate.", min=0, show_default=RATES)
-    ] = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Longest row in tokens.", show_default="the base's")
-    ] = None,
-    truncate: Annotated[
-        Truncate, typer.Option(help="Cut longer texts on this side, or refuse them.")
-    ] = Recipe.truncate,
-    seed: Seed = 0,
-    json: Json = False,
+    learning_rate: options.LearningRate = None,
+    max_length: options.MaxLength = None,
+    truncate: options.Cut = Recipe.truncate,
+    seed: options.Seed = 0,
+    json: options.Json = False,
 ) -> None:
     """Fit adapters on a table of texts and labels."""
     with _told() as progress:
@@ -185,12 +149,13 @@ def fit_command(
             lam_max=lam_max,
             max_length=max_length,
             truncate=truncate,
+            labels_are=labels_are,
         )
-        tables = {"train": read_table(table)}
-        if validation is not None:
-            tables["validation"] = read_table(validation)
+        files = {"train": table} if validation is None else {"train": table, "validation": validation}
+        tables = {name: read_table(p, columns=[text, label], encoding=encoding) for name, p in files.items()}
         model = recipe.load_base()
-        data = recipe.read(tables, model, text=text, label=label)
+        with naming_lines(files, encoding=encoding):
+            data = recipe.read(tables, model, text=text, label=label)
         rate = LEARNING_RATES[LORA if prior == "none" else BAYES]
         schedule = Schedule(steps, batch_size, rate if learning_rate is None else learning_rate, seed=seed)
         try:
@@ -204,43 +169,50 @@ def fit_command(
 
 @app.command("predict")
 def predict_command(
-    folder: Folder,
-    table: Table,
-    out: Annotated[Path, typer.Option(help="Table to write: .csv, .jsonl or .parquet.")] = Path(
-        "predictions.csv"
-    ),
-    text: TextColumn = "text",
-    draws: Draws = 16,
-    seed: Seed = 0,
-    json: Json = False,
+    folder: options.Folder,
+    table: options.Table,
+    out: options.Predictions = Path("predictions.csv"),
+    text: options.TextColumn = "text",
+    encoding: options.Encoding = ENCODING,
+    prefix: options.Prefix = "",
+    overwrite: options.Overwrite = False,
+    draws: options.Draws = 16,
+    seed: options.Seed = 0,
+    json: options.Json = False,
 ) -> None:
     """Predict the classes of new texts: probabilities, and how much of the doubt is about the adapters."""
     with _told() as progress:
-        require_writable(out)
-        rows = read_table(table)
-        made, recipe, batch = _restored(folder, rows, text, None)
+        require_writable(out, source=table)
+        rows = read_columns(table, encoding=encoding)
+        if not overwrite:
+            require_free(rows.column_names, Recipe.from_folder(folder).words, prefix)
+        made, recipe, batch = _restored(folder, table, text, None, encoding)
         prediction = predict(jax.random.key(seed), made, batch, num_samples=draws, console=progress)
-        write_table(with_prediction(rows, prediction, recipe.words), out)
+        write_table(with_prediction(rows, prediction, recipe.words, prefix=prefix), out)
         result = prediction_result(prediction, recipe.words, out)
         _say(result, f"{len(rows)} predictions: {out}", json=json)
 
 
 @app.command()
 def evaluate(
-    folder: Folder,
-    table: Table,
-    text: TextColumn = "text",
-    label: LabelColumn = "label",
-    draws: Draws = 16,
-    seed: Seed = 0,
+    folder: options.Folder,
+    table: options.Table,
+    text: options.TextColumn = "text",
+    label: options.LabelColumn = "label",
+    labels_are: options.LabelsAre = None,
+    encoding: options.Encoding = ENCODING,
+    draws: options.Draws = 16,
+    seed: options.Seed = 0,
     report: Annotated[
         Path | None, typer.Option(help="Also write a page with a reliability diagram.", show_default=False)
     ] = None,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Measure accuracy and calibration on texts whose labels are known, with bootstrap intervals."""
     with _told() as progress:
-        made, recipe, batch = _restored(folder, read_table(table), text, label)
+        if report is not None:
+            require_other(report, table)
+        made, recipe, batch = _restored(folder, table, text, label, encoding, labels_are)
         prediction = predict(jax.random.key(seed), made, batch, num_samples=draws, console=progress)
         labels = np.asarray(batch.labels)
         summary = metrics.summary(prediction, labels)
@@ -256,19 +228,21 @@ def evaluate(
 
 @app.command()
 def diagnose(
-    folder: Folder,
-    table: Table,
-    text: TextColumn = "text",
-    label: LabelColumn = "label",
+    folder: options.Folder,
+    table: options.Table,
+    text: options.TextColumn = "text",
+    label: options.LabelColumn = "label",
+    labels_are: options.LabelsAre = None,
+    encoding: options.Encoding = ENCODING,
     draws: Annotated[int, typer.Option(help="Draws of the guide, and of the prior.", min=1)] = 400,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Ask of a fit what may be wrong with it, and what to do about that.
 
     The rows have labels and were best not fitted. Problems are findings and no errors: the exit code is 0.
     """
     with _told() as progress:
-        made, _, batch = _restored(folder, read_table(table), text, label)
+        made, _, batch = _restored(folder, table, text, label, encoding, labels_are)
         diagnosis = bnlora.diagnose(made, batch, num_samples=draws, console=progress)
         _say(diagnosis_result(diagnosis), diagnosis, json=json)
 
@@ -323,11 +297,23 @@ def _save(made: Fit, recipe: Recipe, out: Path) -> None:
     recipe.save(out)
 
 
-def _restored(folder: Path, rows: "Dataset", text: str, label: str | None) -> tuple[Fit, Recipe, Batch]:
-    """The fit in a folder, and some rows as its base reads them."""
+def _restored(
+    folder: Path,
+    table: Path,
+    text: str,
+    label: str | None,
+    encoding: str,
+    labels_are: LabelKind | None = None,
+) -> tuple[Fit, Recipe, Batch]:
+    """The fit in a folder, and the rows of a table as its base reads them."""
     recipe = Recipe.from_folder(folder)
+    if labels_are is not None:
+        recipe = replace(recipe, labels_are=labels_are)
+    columns = [text] if label is None else [text, label]
+    rows = read_table(table, columns=columns, encoding=encoding)
     base = recipe.load_base()
-    data = recipe.read({"rows": rows}, base, text=text, label=label)
+    with naming_lines({"rows": table}, encoding=encoding):
+        data = recipe.read({"rows": rows}, base, text=text, label=label)
     return load_fit(folder, *recipe.build(base, data.label_ids)), recipe, data["rows"]
 
 

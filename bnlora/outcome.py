@@ -13,7 +13,7 @@ Numbers that JSON has no word for (not a number, infinities) are null.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from enum import IntEnum
 from pathlib import Path
@@ -29,7 +29,7 @@ from bnlora.fits import Fit
 from bnlora.predict import Prediction
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    import pyarrow as pa
 
 
 class ExitCode(IntEnum):
@@ -125,13 +125,32 @@ def evaluation_page(
     return page(title, [summary.table, (figure, plots.RELIABILITY_CAPTION)])
 
 
-def with_prediction(rows: "Dataset", prediction: Prediction, words: tuple[str, ...]) -> "Dataset":
-    """The rows with columns of what was predicted for them."""
-    names = [word.strip() for word in words]
-    columns = {f"probability {name}": prediction.probs[:, i] for i, name in enumerate(names)}
-    columns |= {"entropy": prediction.entropy, "mutual information": prediction.mutual_information}
-    columns |= {"prediction": np.array(names)[prediction.log_probs.argmax(1)]}
-    for name, values in columns.items():
-        rows = rows.remove_columns([name] if name in rows.column_names else [])
-        rows = rows.add_column(name, list(values))
+def prediction_names(words: Sequence[str], prefix: str = "") -> list[str]:
+    """Names of the columns that a prediction adds to a table."""
+    probabilities = [f"probability {word.strip()}" for word in words]
+    return [prefix + name for name in (*probabilities, "entropy", "mutual information", "prediction")]
+
+
+def require_free(columns: Sequence[str], words: Sequence[str], prefix: str) -> None:
+    """Raise `ValueError` where a table has columns that a prediction would replace."""
+    taken = [name for name in prediction_names(words, prefix) if name in columns]
+    if taken:
+        raise ValueError(
+            f"the table has columns {taken}, which the predictions would replace; give the new ones other "
+            f"names with --prefix {f'new {prefix}'!r}, or replace the old ones with --overwrite"
+        )
+
+
+def with_prediction(
+    rows: "pa.Table", prediction: Prediction, words: Sequence[str], *, prefix: str = ""
+) -> "pa.Table":
+    """The rows with columns of what was predicted for them; columns of the same names are replaced."""
+    import pyarrow as pa
+
+    names = prediction_names(words, prefix)
+    predicted = np.array([word.strip() for word in words])[prediction.log_probs.argmax(1)]
+    columns = [*prediction.probs.T, prediction.entropy, prediction.mutual_information, predicted]
+    rows = rows.drop_columns([name for name in names if name in rows.column_names])
+    for name, values in zip(names, columns, strict=True):
+        rows = rows.append_column(name, pa.array(values.tolist()))
     return rows

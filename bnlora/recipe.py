@@ -16,6 +16,7 @@ from bnlora.base import Base, load
 from bnlora.checks import check_option
 from bnlora.data import Batch
 from bnlora.fits import Fit
+from bnlora.labels import LabelKind
 from bnlora.model import Classifier
 from bnlora.sites import select
 from bnlora.svi import fit
@@ -82,6 +83,7 @@ class Recipe:
         lam_max: Cap on the guide's `lam`; below 1 the family is a restricted one.
         max_length: Longest row in tokens; the base's own limit when None.
         truncate: What to do with longer rows.
+        labels_are: "words" or "integers" where a word is itself an integer, as in `text_classification`.
 
     Raises:
         ValueError: On an unknown prior.
@@ -101,6 +103,7 @@ class Recipe:
     lam_max: float = 0.03
     max_length: int | None = None
     truncate: Truncate = "error"
+    labels_are: LabelKind | None = None
 
     def __post_init__(self):
         for name in ("words", "targets"):  # JSON knows lists alone
@@ -124,6 +127,7 @@ class Recipe:
             template=self.template,
             max_length=self.max_length,
             truncate=self.truncate,
+            labels_are=self.labels_are,
         )
 
     def build(self, base: Base, label_ids: Int[Any, " c"]) -> tuple[Classifier, Callable]:

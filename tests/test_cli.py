@@ -1,5 +1,6 @@
 """The commands on a tiny model: what they print, write and refuse, and how they end."""
 
+import csv
 import json
 import os
 import random
@@ -8,14 +9,17 @@ import sys
 from functools import partial
 
 import jax
+import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 from typer.testing import CliRunner
 
 import bnlora
-from bnlora import cli, recipe
+from bnlora import cli, options, recipe
 from bnlora.checkpoint import RECORD, load_fit
-from bnlora.outcome import ExitCode, as_json
+from bnlora.outcome import ExitCode, as_json, require_free, with_prediction
+from bnlora.predict import Prediction
 from bnlora.recipe import Recipe, Schedule
 from bnlora.tables import read_table, write_table
 from bnlora.testing import tiny_base
@@ -72,15 +76,78 @@ def test_predict_adds_columns_to_the_table(place, ending):
     rows = read_table(place / f"out.{ending}")
     assert rows["text"][:] == reviews(8, seed=1)["text"][:]
     for row in rows:
-        assert row["probability bad"] + row["probability good"] == pytest.approx(1)
-        assert (row["prediction"] == "good") == (row["probability good"] > 0.5)
-        assert 0 <= row["mutual information"] <= row["entropy"]
+        assert float(row["probability bad"]) + float(row["probability good"]) == pytest.approx(1)
+        assert (row["prediction"] == "good") == (float(row["probability good"]) > 0.5)
+        assert 0 <= float(row["mutual information"]) <= float(row["entropy"])
 
 
 def test_predict_needs_no_labels(place):
     write_table(reviews(3).remove_columns("label"), place / "bare.csv")
     done = call("predict", place / "fit", place / "bare.csv", "--out", place / "bare-out.csv", "--draws", 2)
     assert done.exit_code == 0, done.output
+
+
+def test_predict_keeps_the_columns_of_a_table_in_another_encoding(place):
+    """A CSV file as a spreadsheet writes it, whose columns have the names of ours and hold anything."""
+    rows = [["Id", "text", "prediction", "note"], ["007", "the film was good", "NA", 'null, "é"'],
+            ["a1", "None", "", "1.50"]]  # fmt: skip
+    with (place / "old.CSV").open("w", newline="", encoding="cp1252") as file:
+        csv.writer(file, lineterminator="\r\n").writerows(rows)
+    options = ["--out", place / "old-out.CSV", "--draws", 2, "--encoding", "cp1252", "--prefix", "new "]
+    done = call("predict", place / "fit", place / "old.CSV", *options)
+    assert done.exit_code == 0, done.output
+    with (place / "old-out.CSV").open(newline="", encoding="utf-8") as file:
+        written = list(csv.reader(file))
+    assert [row[:4] for row in written] == rows
+    added = ["probability bad", "probability good", "entropy", "mutual information", "prediction"]
+    assert written[0][4:] == [f"new {name}" for name in added]
+    assert written[1][8] in ("bad", "good")
+
+
+def test_new_columns_replace_old_ones_where_one_says_so():
+    table = pa.table({"entropy": ["mine", "mine"], "text": ["a", "b"]})
+    prediction = Prediction(np.log([[[0.25, 0.75], [0.9, 0.1]]]))
+    with pytest.raises(ValueError, match=r"has columns \['entropy'\], which .* --prefix 'new '.*--overwrite"):
+        require_free(table.column_names, [" bad", " good"], "")
+    require_free(table.column_names, [" bad", " good"], "new ")
+    found = with_prediction(table, prediction, [" bad", " good"])
+    names = ["text", "probability bad", "probability good", "entropy", "mutual information", "prediction"]
+    assert found.column_names == names
+    assert found["prediction"].to_pylist() == ["good", "bad"]
+    np.testing.assert_allclose(found["entropy"], prediction.entropy)
+
+
+def test_rows_are_named_by_the_line_of_the_file(place):
+    (place / "odd.csv").write_text('text,label\n"two\nlines",bad\n\ngood,ugly\n')
+    done = call("evaluate", place / "fit", place / "odd.csv")
+    assert done.exit_code == 1
+    assert f"error: label 'ugly' in line 5 of {str(place / 'odd.csv')!r} is neither" in done.output
+
+
+def test_labels_that_could_mean_two_classes_are_read_as_one_says(place, tiny_folder, monkeypatch):
+    """Words 1 and 0 with labels 0 and 1; the recipe of a fit keeps what was said."""
+    read, seen = Recipe.read, []
+
+    def read_and_stop(self, *args, **options):
+        seen.append((self, read(self, *args, **options)))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(Recipe, "read", read_and_stop)
+    command = ["fit", place / "train.csv", "--out", place / "digits", "--base", tiny_folder]
+    command += ["--word", "1", "--word", "0", "--template", "{text}"]
+    refused = call(*command).output
+    assert f"label '0' in line 2 of {str(place / 'train.csv')!r} could be the word '0', class 1" in refused
+    assert "--labels-are" in refused
+    for kind, labels in (("words", [1, 0]), ("integers", [0, 1])):
+        assert "enough" in call(*command, "--labels-are", kind).output
+        made, data = seen.pop()
+        np.testing.assert_array_equal(data.train.labels, labels * 6)
+        made.save(place)
+        assert Recipe.from_folder(place).labels_are == kind
+    assert (
+        "enough" in call("evaluate", place / "fit", place / "test.jsonl", "--labels-are", "integers").output
+    )
+    assert seen.pop()[0].labels_are == "integers"
 
 
 def test_evaluate_prints_the_metrics_and_writes_a_page(place):
@@ -98,6 +165,14 @@ def test_evaluate_prints_the_metrics_and_writes_a_page(place):
         (["predict", "nowhere", "test.jsonl"], "'nowhere' holds no recipe.json"),
         (["predict", "fit", "tset.jsonl"], "there is no file 'tset.jsonl'; the nearest is 'test.jsonl'"),
         (["predict", "fit", "test.jsonl", "--out", "out.txt"], "must end in one of"),
+        (["predict", "fit", "test.jsonl", "--out", "./test.jsonl"], "is the table that is read"),
+        (["evaluate", "fit", "test.jsonl", "--report", "test.jsonl"], "is the table that is read"),
+        (["predict", "fit", "taken.csv"], "has columns ['prediction'], which the predictions would replace"),
+        (
+            ["predict", "fit", "cafe.csv"],
+            "byte 0xe9 on line 2 has no meaning in it; name the file's own with",
+        ),
+        (["evaluate", "fit", "test.jsonl", "--encoding", "latin-9x"], "'latin-9x' is not known"),
         (["evaluate", "fit", "test.jsonl", "--text", "txt"], "no column 'txt'; its columns are"),
         (
             ["evaluate", "fit", "test.jsonl", "--label", "text"],
@@ -121,6 +196,8 @@ def test_evaluate_prints_the_metrics_and_writes_a_page(place):
 )
 def test_what_goes_wrong_is_one_sentence(place, tiny_folder, monkeypatch, words, message):
     monkeypatch.chdir(place)
+    (place / "taken.csv").write_text("text,prediction\ngood,bad\n")
+    (place / "cafe.csv").write_bytes(b"text\ncaf\xe9\n")
     base = ["--base", tiny_folder] if words[0] == "fit" and "--base" not in words else []
     done = call(*words, *base)
     assert done.exit_code == 1
@@ -128,6 +205,7 @@ def test_what_goes_wrong_is_one_sentence(place, tiny_folder, monkeypatch, words,
     assert done.output.startswith("error: ")
     assert "Traceback" not in done.output
     assert not (place / "new").exists()
+    assert read_table(place / "test.jsonl")["text"][:] == reviews(8, seed=1)["text"][:]
 
 
 def test_a_fit_that_diverges_is_kept_as_far_as_it_came(place, tiny_folder):
@@ -183,7 +261,7 @@ def test_json_is_the_whole_of_standard_output(place):
     assert found["predicted"] == {word: predicted.count(word) for word in ("bad", "good")}
     done = call("evaluate", place / "fit", place / "test.jsonl", "--draws", 4, "--json")
     found = json.loads(done.stdout)["metrics"]
-    right = [row["prediction"] == ["bad", "good"][row["label"]] for row in read_table(out)]
+    right = [row["prediction"] == ["bad", "good"][int(row["label"])] for row in read_table(out)]
     assert found["accuracy"]["value"] == sum(right) / 8
     assert found["accuracy"]["low"] <= found["accuracy"]["value"] <= found["accuracy"]["high"]
 
@@ -227,7 +305,7 @@ def test_a_shell_completes_commands_and_values(words, offered):
 
 
 def test_the_completed_modules_are_those_of_the_models():
-    assert set(cli.MODULES) == set(tiny_base(jax.random.key(0)).modules)
+    assert set(options.MODULES) == set(tiny_base(jax.random.key(0)).modules)
 
 
 def test_a_pipe_gets_plain_lines_and_json_alone(place):
