@@ -45,7 +45,7 @@ from bnlora.tables import (
     naming_lines,
     read_columns,
     read_table,
-    require_other,
+    require_place,
     require_writable,
     write_table,
 )
@@ -97,10 +97,11 @@ def demo(
     on movies and, out of domain, on product reviews, newspaper editorials and tweets.
     """
     with _told() as progress:
+        require_place(report)
         sizes = {"train": train, "validation": validation, "test": test}
         comparison = run_demo(**sizes, num_steps=steps, num_samples=draws, seed=seed, console=progress)
-        options = sizes | {"steps": steps, "draws": draws, "seed": seed}
-        command = " ".join(["bnlora demo", *(f"--{name} {value}" for name, value in options.items())])
+        given = sizes | {"steps": steps, "draws": draws, "seed": seed}
+        command = " ".join(["bnlora demo", *(f"--{name} {value}" for name, value in given.items())])
         _write(report, demo_page(comparison, command))
         tables = (comparison.scores, comparison.differences, comparison.costs)
         _say(comparison_result(comparison, report), *tables, f"report: {report}", json=json)
@@ -211,7 +212,7 @@ def evaluate(
     """Measure accuracy and calibration on texts whose labels are known, with bootstrap intervals."""
     with _told() as progress:
         if report is not None:
-            require_other(report, table)
+            require_place(report, source=table)
         made, recipe, batch = _restored(folder, table, text, label, encoding, labels_are)
         prediction = predict(jax.random.key(seed), made, batch, num_samples=draws, console=progress)
         labels = np.asarray(batch.labels)

@@ -167,6 +167,8 @@ def test_evaluate_prints_the_metrics_and_writes_a_page(place):
         (["predict", "fit", "test.jsonl", "--out", "out.txt"], "must end in one of"),
         (["predict", "fit", "test.jsonl", "--out", "./test.jsonl"], "is the table that is read"),
         (["evaluate", "fit", "test.jsonl", "--report", "test.jsonl"], "is the table that is read"),
+        (["evaluate", "fit", "test.jsonl", "--report", "."], "'.' is a folder; name a file"),
+        (["demo", "--report", "train.csv/page.html"], "train.csv' is not a folder"),
         (["predict", "fit", "taken.csv"], "has columns ['prediction'], which the predictions would replace"),
         (
             ["predict", "fit", "cafe.csv"],
@@ -191,7 +193,7 @@ def test_evaluate_prints_the_metrics_and_writes_a_page(place):
         (["fit", "train.csv", "--out", "new", *WORDS, "--rank", "0"], "must be at least 1; got 0"),
         (["fit", "train.csv", "--out", "new", *WORDS, "--rank", "99"], "must be at most"),
         (["fit", "train.csv", "--out", "new", *WORDS, "--lam-max", "2"], "lam_max <= 1"),
-        (["fit", "train.csv", "--out", "new", *WORDS, "--max-length", "5"], "are longer than 5 tokens"),
+        (["fit", "train.csv", "--out", "new", *WORDS, "--max-length", "5"], "than 5 tokens (first: line 2 of 'train.csv',"),
     ],
 )
 def test_what_goes_wrong_is_one_sentence(place, tiny_folder, monkeypatch, words, message):

@@ -18,7 +18,7 @@ from bnlora.tables import (
     naming_lines,
     read_columns,
     read_table,
-    require_other,
+    require_place,
     require_writable,
     write_table,
 )
@@ -227,7 +227,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_computed(tmp_path,
         with pytest.raises(ValueError, match="is the table that is read, and would be overwritten"):
             require_writable(path, source=source)
         with pytest.raises(ValueError, match="would be overwritten; name another file"):
-            require_other(path, source.relative_to(tmp_path))
+            require_place(path, source=source.relative_to(tmp_path))
     require_writable(tmp_path / "new" / "c.CSV", source=source)
     (tmp_path / "d.csv").mkdir()
     with pytest.raises(ValueError, match="d.csv' is a folder; name a file"):
