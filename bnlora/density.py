@@ -25,7 +25,8 @@ from numpyro import handlers
 from numpyro.distributions.transforms import biject_to
 
 from bnlora.guides import init_to_base
-from bnlora.posterior import adapters_at
+from bnlora.posterior import adapters_at, log_density_of
+from bnlora.program import declared, require_proper, runnable
 from bnlora.typing import Adapters, Parameters
 
 
@@ -37,11 +38,13 @@ class Density:
         model: The NumPyro model, with `prior` as an attribute.
         params: Values of the prior's NumPyro parameters.
         shapes: Unconstrained shape of each latent site by name, in the order of the vector.
+        observed: Names of what the prior itself observes or weighs, by `obs=` or `numpyro.factor`.
     """
 
     model: Any
     params: Parameters
     shapes: Mapping[str, tuple[int, ...]]
+    observed: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -49,8 +52,18 @@ class Density:
         return sum(int(np.prod(shape)) for shape in self.shapes.values())
 
     def log_prior(self, vector: Float[Array, " p"]) -> Float[Array, ""]:
-        """Log-density of the vector under the prior, in nats, Jacobians included."""
+        """Log-density of the vector under the prior, in nats, Jacobians included.
+
+        What the prior itself observes or weighs is a part of it, so that it need not integrate to one.
+        """
         return self._log_density(self.model.prior, vector, ())
+
+    def log_observed(self, vector: Float[Array, " p"]) -> Float[Array, ""]:
+        """The part of `log_prior` that `draw` leaves out: of what the prior itself observes or weighs."""
+        if not self.observed:
+            return jnp.zeros(())
+        trace, _ = self._at(self.model.prior, vector, ())
+        return sum((jnp.sum(log_density_of(trace[name])) for name in self.observed), start=jnp.zeros(()))
 
     def log_joint(self, vector: Float[Array, " p"], *args: Any) -> Float[Array, ""]:
         """Log prior plus scaled log-likelihood, in nats; `args` are those of the model."""
@@ -86,7 +99,12 @@ class Density:
         return self.vector({name: trace[name]["value"] for name in self.shapes})
 
     def draw(self, key: Array) -> Float[Array, " p"]:
-        """A draw of the prior; pure, so that it can be compiled."""
+        """A draw of the prior's latent sites, run forwards; pure, so that it can be compiled.
+
+        Raises:
+            ValueError: When a law is improper.
+        """
+        require_proper(self.model.prior)
         return self._joined(_trace(handlers.substitute(self.model.prior, data=dict(self.params)), key))
 
     def _joined(self, trace: Mapping[str, dict]) -> Float[Array, " p"]:
@@ -97,8 +115,7 @@ class Density:
         trace, total = self._at(program, vector, args)
         for site in trace.values():
             if site["type"] == "sample":
-                scale = 1.0 if site["scale"] is None else site["scale"]
-                total = total + jnp.sum(scale * site["fn"].log_prob(site["value"]))
+                total = total + jnp.sum(log_density_of(site))
         return total
 
     def _at(self, program: Callable, vector: Array, args: tuple) -> tuple[dict, Array]:
@@ -129,19 +146,19 @@ def density(model: Any, params: Parameters) -> Density:
             of a fit will do, and `{}` where the prior has none.
 
     Raises:
-        ValueError: When the prior has no latent site, a discrete one, or a parameter without a value.
+        ValueError: When the prior has no latent site, a discrete one, a name that the model owns, or a
+            parameter without a value.
     """
-    names, latent = _declared(model.prior)
-    _require_values(names, params)
-    if not latent:
+    found = declared(model.prior)
+    found.check()
+    _require_values(found.params, params)
+    if not found.latent:
         raise ValueError(
             "a density needs a prior with latent sites, such as priors.normal(); this one has none"
         )
-    for name, (kind, shape) in latent.items():
-        if shape is None:
-            raise ValueError(f"latent sites must be continuous; {name!r} is {kind}")
-    held = {name: params[name] for name in names}
-    return Density(model, held, {name: shape for name, (_, shape) in latent.items()})
+    held = {name: params[name] for name in found.params}
+    shapes = {name: site.free for name, site in found.latent.items() if site.free is not None}
+    return Density(model, held, shapes, tuple(found.observed))
 
 
 def check_parameters(prior: Callable, params: Parameters) -> None:
@@ -149,7 +166,7 @@ def check_parameters(prior: Callable, params: Parameters) -> None:
 
     Others in it are allowed: the `params` of a fit hold those of the guide too.
     """
-    _require_values(_declared(prior)[0], params)
+    _require_values(declared(prior).params, params)
 
 
 def _require_values(names: Sequence[str], params: Parameters) -> None:
@@ -162,29 +179,10 @@ def _require_values(names: Sequence[str], params: Parameters) -> None:
             )
 
 
-def _declared(prior: Callable) -> tuple[list[str], dict[str, tuple[str, Any]]]:
-    """Names of the prior's parameters; law and unconstrained shape of each latent site (none if discrete)."""
-    params: list[str] = []
-    latent: dict[str, tuple[str, Any]] = {}
-
-    def run(key: Array) -> None:
-        for name, site in _trace(prior, key).items():
-            if site["type"] == "param":
-                params.append(name)
-            elif site["type"] == "sample" and not site["is_observed"]:
-                fn = site["fn"]
-                free = None if fn.support.is_discrete else biject_to(fn.support).inverse_shape(fn.shape())
-                latent[name] = type(fn).__name__, free
-
-    jax.eval_shape(run, jax.random.key(0))  # names and shapes alone: nothing is computed
-    return params, latent
-
-
 def _trace(program: Callable, key: Array, *args: Any, **values: Any) -> dict[str, dict]:
     # The key comes inside, for start strategies draw with the key that the site has got by then.
-    placed = (
-        handlers.substitute(handlers.seed(program, key), **values) if values else handlers.seed(program, key)
-    )
+    seeded = handlers.seed(runnable(program), key)
+    placed = handlers.substitute(seeded, **values) if values else seeded
     return handlers.trace(placed).get_trace(*args)
 
 

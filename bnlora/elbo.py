@@ -4,6 +4,9 @@ r"""The objective: an evidence lower bound, term by term.
            - KL(q(U) || p(U))                      inducing_kl: every latent site but the noise
            - E_q KL(q(W|U) || p(W|U))              conditional_kl: sites marked `conditional_noise`
 
+What the prior itself observes or weighs, by `obs=` or `numpyro.factor`, is a part of p(U) and so of
+`inducing_kl`.
+
 The terms are NumPyro's `TraceMeanField_ELBO` by site, which takes closed-form KLs where they exist
 and log-ratios of one draw where they do not (the flow). `flow_logdet` is the part of `inducing_kl`
 that comes from the flow's Jacobian, with its sign in the KL: -E log|det f'|. Nothing is tempered and
@@ -19,15 +22,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import biject_to
 from numpyro.infer import TraceMeanField_ELBO
-from numpyro.infer.autoguide import AutoGuide
 
 from bnlora.flows import flow_log_determinant
-from bnlora.typing import NOISE, Parameters
+from bnlora.guides.automatic import prepare
+from bnlora.program import declared
+from bnlora.typing import Parameters
 
 TERMS = ("elbo", "data", "inducing_kl", "conditional_kl", "flow_logdet")
 """Names of the reported terms, in nats over the whole data set."""
@@ -60,17 +65,18 @@ def _one_draw(key: Array, params: dict, model: Callable, guide: Callable, args: 
     # The two programs record their sites while the bound runs them, so that each of them runs once.
     recorded_model, recorded_guide = handlers.trace(model), handlers.trace(guide)
     by_site = TraceMeanField_ELBO(sum_sites=False).loss(key, params, recorded_model, recorded_guide, *args)
-    sites, noise = recorded_model.trace, noise_sites(model)
+    sites, prior = recorded_model.trace, declared(model.prior)
+    noise = {name for name, site in prior.latent.items() if site.is_noise}
 
     # In the order of the trace: a sum over a set would round differently from one process to the next.
     def total(belongs: Callable[[str], bool]) -> Array:
         return sum((by_site[name] for name in by_site if belongs(name)), start=jnp.zeros(()))
 
-    def observed(name: str) -> bool:
-        return name in sites and sites[name]["is_observed"]
+    def of_rows(name: str) -> bool:
+        return name in sites and sites[name]["is_observed"] and name not in prior.observed
 
-    data, conditional_kl = -total(observed), total(lambda name: name in noise)
-    inducing_kl = total(lambda name: not observed(name) and name not in noise)
+    data, conditional_kl = -total(of_rows), total(lambda name: name in noise)
+    inducing_kl = total(lambda name: not of_rows(name) and name not in noise)
     return {
         "elbo": data - inducing_kl - conditional_kl,
         "data": data,
@@ -78,18 +84,6 @@ def _one_draw(key: Array, params: dict, model: Callable, guide: Callable, args: 
         "conditional_kl": conditional_kl,
         "flow_logdet": -sum((_logdet(s) for s in recorded_guide.trace.values()), start=jnp.zeros(())),
     }
-
-
-def noise_sites(model: Any) -> frozenset[str]:
-    """Names of the latent sites of `model.prior` that only complete a conditional W | U."""
-    names: set[str] = set()
-
-    def run(key: Array) -> None:
-        trace = handlers.trace(handlers.seed(model.prior, key)).get_trace()
-        names.update(n for n, s in trace.items() if s["type"] == "sample" and s["infer"].get(NOISE))
-
-    jax.eval_shape(run, jax.random.key(0))  # names alone: nothing is compiled or computed
-    return frozenset(names)
 
 
 def _logdet(site: dict) -> Array:
@@ -116,12 +110,14 @@ def initial_parameters(
         The unconstrained values by name and the map from them to the constrained ones.
 
     Raises:
-        ValueError: When `start` lacks a parameter, has another name or shape, or a value that its
-            constraint does not allow.
+        ValueError: When the prior has a discrete latent site or a name that model or guide own, the guide
+            cannot be fitted (see `bnlora.guides.automatic`), a start value is outside its constraint, or
+            `start` lacks a parameter, has another name or shape.
     """
+    declared(model.prior).check()
     guide_key, prior_key = jax.random.split(key)
     transforms: dict[str, Any] = {}
-    _set_up(guide, guide_key, args)
+    prepare(guide_key, guide, *args)
 
     def start_values(guide_key: Array, prior_key: Array) -> dict[str, Array]:
         sites = _declared(guide_key, prior_key, model, guide, args)
@@ -138,15 +134,22 @@ def initial_parameters(
         return {n: jax.tree.map(transforms[n], x) for n, x in values.items()}
 
     if start is None:
+        _check_finite(unconstrained)
         return unconstrained, constrain
     _check_start(jax.eval_shape(constrain, unconstrained), start)
     given = {n: jax.tree.map(transforms[n].inv, start[n]) for n in unconstrained}
-    for name, value in given.items():
-        if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(value)):
+    _check_finite(given)
+    return jax.tree.map(lambda like, x: jnp.asarray(x, like.dtype), unconstrained, given), constrain
+
+
+def _check_finite(values: dict[str, Array]) -> None:
+    """Raise `ValueError` unless every unconstrained start is finite; inside another program none is known."""
+    for name, value in values.items():
+        leaves = [leaf for leaf in jax.tree.leaves(value) if not isinstance(leaf, jax.core.Tracer)]
+        if not all(np.isfinite(leaf).all() for leaf in leaves):
             raise ValueError(
                 f"the start of {name!r} must lie inside its constraint; it is on its edge or beyond"
             )
-    return jax.tree.map(lambda like, x: jnp.asarray(x, like.dtype), unconstrained, given), constrain
 
 
 def parameter_shapes(
@@ -157,7 +160,7 @@ def parameter_shapes(
     Programs are traced and not run; an autoguide of NumPyro runs once if it has not done so before.
     """
     found: dict[str, constraints.Constraint] = {}
-    _set_up(guide, jax.random.key(0), args)
+    prepare(jax.random.key(0), guide, *args)
 
     def look(guide_key: Array, prior_key: Array) -> Parameters:
         sites = _declared(guide_key, prior_key, model, guide, args)
@@ -165,12 +168,6 @@ def parameter_shapes(
         return {n: s["value"] for n, s in sites.items()}
 
     return jax.eval_shape(look, jax.random.key(0), jax.random.key(1)), found
-
-
-def _set_up(guide: Callable, key: Array, args: tuple) -> None:
-    """Run an autoguide, which keeps what its first call computes: in a traced function that is tracers."""
-    if isinstance(guide, AutoGuide):
-        handlers.seed(guide, key)(*args)
 
 
 def _declared(

@@ -16,10 +16,11 @@ class Draw(NamedTuple):
 
     Attributes:
         sites: Value of every latent site of the prior, by name.
-        log_prior: Log-density of the draw under the prior, in nats.
+        log_prior: Log-density of the draw under the prior, in nats, with what the prior itself observes or
+            weighs (`obs=`, `numpyro.factor`).
         log_q: Log-density of the draw under the guide, in nats. The auxiliary sites of a NumPyro
             autoguide count with the densities of its deltas: it is the density over the sites.
-        log_prior_of: The part of `log_prior` that each site has.
+        log_prior_of: The part of `log_prior` that each site has, observed ones under their own names.
         log_q_of: The part of `log_q` that each site has, auxiliary ones under their own names.
     """
 
@@ -79,9 +80,10 @@ def traces(
 
 
 def log_density_of(site: dict[str, Any]) -> Array:
-    """Log-density of a site of a trace at its value, over the axes of its plates."""
+    """Log-density of a site of a trace at its value, over the axes of its plates, times its scale if any."""
     extra = (site["intermediates"],) if site["intermediates"] else ()
-    return site["fn"].log_prob(site["value"], *extra)
+    log_density = site["fn"].log_prob(site["value"], *extra)
+    return log_density if site["scale"] is None else site["scale"] * log_density
 
 
 def _log_densities(trace: dict) -> dict[str, Array]:

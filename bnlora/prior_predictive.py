@@ -35,6 +35,7 @@ from bnlora.density import check_parameters
 from bnlora.display import Showable, Shown, Table
 from bnlora.model import Classifier
 from bnlora.priors import Prior
+from bnlora.program import declared, require_drawable, runnable
 from bnlora.progress import track
 from bnlora.typing import Adapters, Parameters
 
@@ -156,7 +157,7 @@ class PriorPredictive(Shown):
 
 def prior_parameters(key: Array, model: Any) -> dict[str, Any]:
     """Start values of the NumPyro parameters that a prior declares, such as frames; constrained."""
-    trace = handlers.trace(handlers.seed(model.prior, key)).get_trace()
+    trace = handlers.trace(handlers.seed(runnable(model.prior), key)).get_trace()
     return {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
 
 
@@ -174,9 +175,11 @@ def draw_prior(
             numbers.
 
     Raises:
-        ValueError: When a parameter of the prior is missing.
+        ValueError: When a parameter of the prior is missing, or running the prior forwards does not draw from
+            it: a law is improper, or a `numpyro.factor` or an observed site weighs what is drawn.
     """
     check_parameters(model.prior, params)
+    require_drawable(model.prior)
 
     def one(k: Array) -> Adapters:
         with handlers.block():
@@ -211,7 +214,8 @@ def prior_predictive(
 
     Raises:
         ValueError: When there are no rows, fewer than two draws or one row at a time, a prior without
-            random variables, a parameter of the prior without a value, or logits that are not finite.
+            random variables or that cannot be drawn from (see `draw_prior`), a name that the model owns, a
+            parameter of the prior without a value, or logits that are not finite.
 
     Example:
         >>> bl.prior_predictive(key, model, rows, num_samples=8).probs.shape
@@ -326,14 +330,9 @@ def _check_finite(
 
 
 def _check_random(model: Classifier) -> None:
-    found: list[str] = []
-
-    def run(key: Array) -> None:
-        trace = handlers.trace(handlers.seed(model.prior, key)).get_trace()
-        found.extend(name for name, site in trace.items() if site["type"] == "sample")
-
-    jax.eval_shape(run, jax.random.key(0))  # names alone
-    if not found:
+    found = declared(model.prior)
+    found.check_names()
+    if not found.latent:
         raise ValueError(
             "a prior predictive needs a prior with sample sites; this one has parameters alone (as "
             "`priors.point` has), so every draw would be the same"

@@ -28,8 +28,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from numpyro import handlers
-from numpyro.infer.autoguide import AutoGuide
 
 from bnlora.calibration import Calibration
 from bnlora.checks import broken_weights, check_at_least
@@ -37,6 +35,7 @@ from bnlora.data import Batch
 from bnlora.density import check_parameters
 from bnlora.elbo import initial_parameters
 from bnlora.functions import Functions, identifiable, log_likelihood, scalars
+from bnlora.guides.automatic import prepare
 from bnlora.maximise import maximise
 from bnlora.model import Classifier
 from bnlora.posterior import draw_adapters
@@ -116,9 +115,7 @@ def svi_inference(
         ValueError: When a number is below one.
     """
     check_at_least({"num_steps": num_steps, "num_draws": num_draws, "num_particles": num_particles}, 1)
-    if isinstance(guide, AutoGuide):
-        # Its first call keeps what it computes, which inside a compiled program would be tracers.
-        handlers.seed(guide, key)()
+    prepare(key, guide)
 
     def infer(key: Array, frozen: Any, batch: Batch) -> Adapters:
         start_key, step_key, draw_key = jax.random.split(key, 3)

@@ -16,8 +16,8 @@ FLOORS = {
     "gp": 1, "distributions": 1, "ranks": 1, "sites": 1, "metrics": 1, "text": 1, "monte_carlo": 1,
     "labels": 1,
     "models": 1, "models.layers": 1, "models.execution": 1, "models.gguf": 1, "models.loading": 1,
-    "models.gguf_file": 1, "models.tensors": 1,
-    "priors": 2, "flows": 2, "calibration": 2, "certificate": 2,
+    "models.gguf_file": 1, "models.tensors": 1, "priors": 2, "flows": 2, "calibration": 2, "certificate": 2,
+    "program": 2,
     "models.llama": 2, "models.llama_config": 2,
     "base": 3, "model": 3, "guides": 3, "elbo": 3, "posterior": 3, "cache": 3, "density": 3,
     "maximise": 3, "accumulate": 3,
@@ -30,7 +30,7 @@ FLOORS = {
 # Within a floor these pairs are allowed: the right one is part of the left one's own job.
 SAME_FLOOR = {
     ("distributions", "gp"), ("scores", "checks"), ("density", "guides"), ("density", "posterior"),
-    ("svi", "fits"), ("svi", "validation"),
+    ("elbo", "guides.automatic"), ("svi", "fits"), ("svi", "validation"),
     ("validation", "predict"), ("maximise", "elbo"), ("experiment", "recipe"),
     ("models.loading", "models.gguf"), ("guides", "flows"),
     ("tables", "formats"), ("tables", "files"), ("text", "labels"), ("data", "display"), ("data", "checks"),

@@ -8,7 +8,9 @@ draws of the guide, and the standard error is that of the mean: zero where nothi
 whose plate runs over layers have a term for each layer. Sites that a guide ties together (a vector over all
 layers, or over several sites) have one for all of them, and none by layer.
 
-The terms add up to the KL of the bound: `inducing_kl + conditional_kl`.
+What the prior itself weighs, by `numpyro.factor` or `obs=`, has an entry of its own, minus the mean of its
+log-density. The terms then add up to the KL of the bound, `inducing_kl + conditional_kl`, but for what is
+observed and weighs nothing: its density is a constant.
 
 Reference: NumPyro's `TraceMeanField_ELBO`, which takes the same terms.
 """
@@ -28,6 +30,7 @@ from jaxtyping import Float
 from bnlora.diagnostics.sample import Sample, sample_of
 from bnlora.fits import Fit
 from bnlora.posterior import log_density_of, traces
+from bnlora.program import weighed
 from bnlora.sites import Sites
 from bnlora.typing import FACTORS
 
@@ -38,7 +41,7 @@ class SiteDivergence:
 
     Attributes:
         sites: Names of the sites.
-        family: The family that all of them belong to; empty for hyper-parameters and where they differ.
+        family: The family that all of them are named after; empty where there is none or they differ.
         factor: The factor, "a" or "b", likewise.
         by_layer: KL in nats of each layer; None where it does not split over the layers of the family.
         by_layer_error: Monte Carlo standard errors, zero in closed form.
@@ -62,13 +65,14 @@ def divergence(fit: Fit | Sample) -> tuple[SiteDivergence, ...]:
         fit: A fit, or a `Sample` of it.
 
     Returns:
-        One entry for each site, in the order of the prior; sites that the guide ties together share one.
+        One entry for each latent site, in the order of the prior; sites that the guide ties together share
+        one. Then one for each factor and observed site of the prior that weighs latent ones.
     """
     drawn = sample_of(fit)
     made = drawn.fit
     if not drawn.has_prior:
         return ()
-    blocks = tied_sites(made)
+    blocks = tied_sites(made) + tuple(((name,), (name,)) for name in weighed(made.model.prior))
     terms = partial(_terms, model=made.model, guide=made.guide)
     keys = jax.random.split(drawn.part(2), drawn.num_samples)
     run = jax.jit(lambda keys, params: jax.lax.map(lambda k: terms(k, params=params), keys))
@@ -151,7 +155,8 @@ def _terms(key: Array, *, params: Any, model: Any, guide: Callable) -> dict[str,
             found[name] = dist.kl_divergence(site["fn"], prior_site["fn"])
         except NotImplementedError:
             found[name] = log_q - log_density_of(prior_site)
-    return found
+    seen = {n: s for n, s in prior_trace.items() if s["type"] == "sample" and s["is_observed"]}
+    return found | {name: -log_density_of(site) for name, site in seen.items()}
 
 
 def _site(
@@ -173,8 +178,8 @@ def _site(
 
 
 def place(sites: Sites, name: str) -> tuple[str, str]:
-    """Family and factor of a latent site by its name `<family>.<factor>.<symbol>`, or empty."""
-    parts = name.split(".")
+    """Family and factor of a site by its name `<family>.<factor>.<symbol>`, within any scope, or empty."""
+    parts = name.rpartition("/")[2].split(".")
     family = parts[0] if parts[0] in sites else ""
     return family, parts[1] if family and len(parts) > 1 and parts[1] in FACTORS else ""
 

@@ -58,10 +58,10 @@ class Diagnosis:
         bound: The bound over the steps; None with fewer than ten.
         final_bound: The bound at the fitted parameters; None without a density.
         khat: Importance weights.
-        shrinkage: Posterior spread relative to the prior's; None without a prior, as the next three.
-        overlap: Overlap of prior and posterior.
-        sensitivity: Power-scaling.
-        prior_predictive: What the prior says of some of the given rows.
+        shrinkage: Posterior spread relative to the prior's; None without a prior that can be drawn from.
+        overlap: Overlap of prior and posterior; None likewise.
+        sensitivity: Power-scaling; None without a prior.
+        prior_predictive: What the prior says of some of the given rows; None as `shrinkage`.
         spectrum: Singular values and effective ranks.
         loo: Leave-one-out; None without a density, as the next.
         pit: Transforms of the training rows.
@@ -203,7 +203,7 @@ def diagnose(
     check_labels("data", data, len(fit.model.label_ids))
     others = [sample(f, num_samples=num_samples, batch_size=batch_size, console=console) for f in restarts]
     asked = MOST_ROWS if leave_out is None and len(fit.train) > MOST_ROWS else leave_out
-    prior = drawn.has_prior
+    prior = drawn.has_prior and not drawn.prior_refusal
     page = Diagnosis(
         findings=(),
         bound=bound(drawn, tolerance=tolerance) if _long_enough(fit) else None,
@@ -211,7 +211,7 @@ def diagnose(
         khat=khat(drawn, families=families),
         shrinkage=shrinkage(drawn) if prior else None,
         overlap=overlap(drawn, data) if prior else None,
-        sensitivity=sensitivity(drawn, data) if prior else None,
+        sensitivity=sensitivity(drawn, data) if drawn.has_prior else None,
         prior_predictive=_prior_predictive(drawn, data) if prior else None,
         spectrum=spectrum(drawn),
         loo=loo(drawn, observations=asked) if drawn.has_density else None,
@@ -241,6 +241,8 @@ def _findings(page: Diagnosis, drawn: Sample, data: Batch) -> list[Finding]:
         found += [prior_rules.learned(page.overlap, page.shrinkage), prior_rules.conflict(page.overlap)]
     if page.prior_predictive is not None:
         found.append(prior_rules.predictive(page.prior_predictive))
+    elif drawn.has_prior:
+        found.append(Finding("prior predictive", "not asked", drawn.prior_refusal))
     if page.sensitivity is not None:
         limit = min(1 - 1 / np.log10(drawn.num_samples), 0.7)
         found.append(prior_rules.scaling(page.sensitivity, limit))

@@ -137,9 +137,10 @@ def ranks(found: Spectrum) -> Finding:
     """How much of the rank is used."""
     shares = [one.effective_rank.mean() / one.rank for one in found.layers]
     low, high = (found.layers[int(pick(shares))] for pick in (np.argmin, np.argmax))
+    under_prior = low.prior_effective_rank.mean()
+    beside = f" (prior {under_prior:.1f})" if np.isfinite(under_prior) else ""
     measured = (
-        f"effective rank {low.effective_rank.mean():.1f} of {low.rank} in {low.family} {low.layer} (prior "
-        f"{low.prior_effective_rank.mean():.1f})"
+        f"effective rank {low.effective_rank.mean():.1f} of {low.rank} in {low.family} {low.layer}{beside}"
     )
     if len(found.layers) > 1:
         measured += f" to {high.effective_rank.mean():.1f} of {high.rank} in {high.family} {high.layer}"

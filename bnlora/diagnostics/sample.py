@@ -19,6 +19,7 @@ from bnlora.fits import Fit
 from bnlora.posterior import Draw
 from bnlora.predict import Prediction, predict_with_draws
 from bnlora.prior_predictive import draw_prior
+from bnlora.program import require_drawable
 from bnlora.typing import Adapters
 
 
@@ -47,7 +48,11 @@ class Sample:
 
     @cached_property
     def prior_adapters(self) -> Adapters:
-        """Adapters under the prior, at the prior's fitted parameters, with a leading draw axis."""
+        """Adapters under the prior, at the prior's fitted parameters, with a leading draw axis.
+
+        Raises:
+            ValueError: When the prior cannot be drawn from; `prior_refusal` says why.
+        """
         draw = jax.jit(partial(draw_prior, model=self.fit.model, num_samples=self.num_samples))
         return draw(self.part(1), params=self.fit.params)
 
@@ -83,6 +88,15 @@ class Sample:
     def has_prior(self) -> bool:
         """Whether the prior has a latent site; plain LoRA has none."""
         return bool(self.drawn[0].sites)
+
+    @cached_property
+    def prior_refusal(self) -> str:
+        """Why there are no draws of the prior; "" where there are."""
+        try:
+            require_drawable(self.fit.model.prior)
+        except ValueError as refusal:
+            return str(refusal)
+        return ""
 
     def require_prior(self, what: str) -> None:
         """Raise `ValueError` unless the prior has a latent site; `what` needs one."""

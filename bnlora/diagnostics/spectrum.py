@@ -30,7 +30,7 @@ class LayerSpectrum:
         module: Name of the adapted module.
         layer: Index of the layer; the number of layers for the head.
         values: Posterior draws of the singular values, largest first, shape (draw, rank).
-        prior_values: The same under the prior.
+        prior_values: The same under the prior; NaN where the prior cannot be drawn from.
     """
 
     family: str
@@ -98,12 +98,13 @@ def spectrum(fit: Fit | Sample) -> Spectrum:
     drawn = sample_of(fit)
     found = []
     for name, site in drawn.fit.model.sites.items():
-        both = [
-            abs(site.scale) * singular_values(x[name]["a"], x[name]["b"])
-            for x in (drawn.drawn[1], drawn.prior_adapters)
-        ]
+        posterior = abs(site.scale) * singular_values(**drawn.drawn[1][name])
+        if drawn.prior_refusal:
+            prior = np.full_like(posterior, np.nan)
+        else:
+            prior = abs(site.scale) * singular_values(**drawn.prior_adapters[name])
         for index, layer in enumerate(site.layers):
-            found.append(LayerSpectrum(name, site.module, layer, *(x[:, index] for x in both)))
+            found.append(LayerSpectrum(name, site.module, layer, posterior[:, index], prior[:, index]))
     return Spectrum(tuple(found))
 
 

@@ -28,6 +28,7 @@ from bnlora.distributions import MatrixConditional
 from bnlora.guides.family import Family
 from bnlora.guides.latent import Latent, init_to_base, latents_of
 from bnlora.guides.noise import noise as noise_family
+from bnlora.program import check_names, discrete, runnable
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Guide(Shown):
         name: What the guide calls itself.
 
     Raises:
-        ValueError: When a latent site is discrete or has no family, a pattern is no regular expression or
-            gets no site, or a family is not a `Family` (such as the function that makes one), and whatever a
-            family refuses, such as more dimensions than it can hold.
+        ValueError: When a latent site is discrete, has no family or a name that is not free, a pattern is no
+            regular expression or gets no site, or a family is not a `Family` (such as the function that makes
+            one), and whatever a family refuses, such as more dimensions than it can hold.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -73,10 +74,10 @@ class Guide(Shown):
     def __post_init__(self):
         _require_families(self.families, self.noise)
         latent = latents_of(self.prior, self.init_loc_fn)
+        check_names(latent, latent)
         for name, site in latent.items():
             if site.support.is_discrete:
-                kind = type(site.site["fn"]).__name__
-                raise ValueError(f"{self.name} needs continuous sites; {name!r} is {kind}")
+                raise discrete(name, type(site.site["fn"]).__name__)
         object.__setattr__(self, "latent", latent)
         object.__setattr__(self, "groups", self._assign())
         object.__setattr__(self, "counts", self._count())
@@ -129,7 +130,7 @@ class Guide(Shown):
 
     def _given(self, key: Array | None, draws: Mapping[str, Array], name: str) -> Any:
         """The prior's law of a site given the draws of the sites before it."""
-        program = handlers.seed(handlers.substitute(self.prior, data=dict(draws)), key)
+        program = handlers.seed(handlers.substitute(runnable(self.prior), data=dict(draws)), key)
         with handlers.block(hide_fn=lambda site: site["type"] != "param"):
             return handlers.trace(program).get_trace()[name]["fn"]
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from numpyro.distributions import constraints
 from numpyro.distributions.transforms import ReshapeTransform, Transform, biject_to
 from numpyro.infer import init_to_median, init_to_sample
 
+from bnlora.checks import check_option
+from bnlora.priors.base import Start
+from bnlora.program import is_improper, runnable
 from bnlora.typing import NOISE
 
 
@@ -28,13 +31,25 @@ def init_to_base(site: Mapping[str, Any] | None = None) -> Any:
 
     Returns:
         The start value of the site, or the strategy itself without a site.
+
+    Raises:
+        ValueError: When the mark is an unknown word, or a law that cannot be drawn from has no start value.
     """
     if site is None:
         return partial(init_to_base)  # NumPyro's own strategies do the same, and it reads `.func`
     if site["type"] == "sample" and not site["is_observed"]:
-        start = site["infer"].get("start")
+        start = site["infer"].get("start", "draw")
+        if not isinstance(start, str):
+            return jnp.broadcast_to(jnp.asarray(start, jnp.result_type(float)), site["fn"].shape())
+        check_option(f"the mark `start` of {site['name']!r}", start, get_args(Start))
         if start == "zero":
             return jnp.zeros(site["fn"].shape())
+        if is_improper(site["fn"]):
+            raise ValueError(
+                f"the site {site['name']!r} has an improper law, which has no draw to start from; give it a "
+                f"start value: infer={{'start': 1.0}} in the prior, or the guide's "
+                f"init_loc_fn=numpyro.infer.init_to_value(values={{{site['name']!r}: 1.0}})"
+            )
         if start == "median":
             return init_to_median()(site)
     return init_to_sample()(site)
@@ -169,4 +184,4 @@ def _shapes_alone(site: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trace(prior: Callable[..., Any], key: Array) -> dict[str, dict[str, Any]]:
-    return handlers.trace(handlers.seed(prior, key)).get_trace()
+    return handlers.trace(handlers.seed(runnable(prior), key)).get_trace()

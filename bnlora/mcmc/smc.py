@@ -2,6 +2,9 @@ r"""Sequential Monte Carlo through powers of the likelihood, for posteriors with
 
     p_t(u)  is proportional to  p(u) p(y | u)^t,      t from 0 (the prior) to 1 (the posterior)
 
+What the prior itself observes or weighs, by `obs=` or `numpyro.factor`, cannot be drawn from and comes in
+with the likelihood: p(u) is the law of the sites that are sampled, and the evidence that of both.
+
 Each stage raises t until the effective number of particles falls to about a share of all, resamples, and
 moves every particle by HMC under p_t. The product of the mean weights estimates the evidence p(y) without
 bias (its logarithm with some). Separate runs give the R-hat of the certificate something to compare: the
@@ -74,7 +77,8 @@ def sample_smc(
         Chains whose record has `log_evidence`, one number a run. The reports are those of the stages.
 
     Raises:
-        ValueError: On an option out of its range, or when the posterior is not reached in 500 stages.
+        ValueError: On an option out of its range, an improper law in the prior, or when the posterior is not
+            reached in 500 stages.
 
     Example:
         >>> runs = bl.sample_smc(key, model, rows, num_runs=2, num_particles=20, integration_steps=2)
@@ -115,8 +119,8 @@ def _stage(made: Target, options: dict[str, Any]) -> Any:
         return temper(
             key,
             particles,
-            made.view.log_prior,
-            lambda u: made.log_likelihood(u, inputs),
+            lambda u: made.view.log_prior(u) - made.view.log_observed(u),
+            lambda u: made.log_likelihood(u, inputs) + made.view.log_observed(u),
             step_size=step_size,
             **options,
         )
