@@ -16,6 +16,9 @@ FACTORS = ("a", "b")
 NOISE = "conditional_noise"
 """Mark in the `infer` of a site that only completes a conditional W | U: a standard normal given one."""
 
+WEIGHT = "weight"
+"""Mark in the `infer` of a site that is a factor's own: weights, an inducing matrix, or their noise."""
+
 Adapters = Mapping[str, Mapping[str, Array]]
 """`{family: {"a": (layer, rank, d_in), "b": (layer, d_out, rank)}}`."""
 

@@ -24,9 +24,10 @@ import numpy as np
 from jaxtyping import Float
 
 from bnlora.data import Batch
+from bnlora.diagnostics.hyper import log_prior_groups
 from bnlora.diagnostics.overlap import probe_values
 from bnlora.diagnostics.sample import Sample, sample_of
-from bnlora.diagnostics.tree import log_prior_by_family, tree_of_draws
+from bnlora.diagnostics.tree import tree_of_draws
 from bnlora.display import Shown, Table
 from bnlora.fits import Fit
 from bnlora.monte_carlo import pareto_k, power_sensitivity
@@ -100,17 +101,17 @@ def sensitivity(fit: Fit | Sample, probe: Batch) -> Sensitivity:
     drawn.require_prior("power-scaling")
     draw, adapters = drawn.drawn
     names, values = probe_values(drawn, adapters, probe)
-    by_family = log_prior_by_family(drawn.fit.model.sites, draw.log_prior_of)
+    by_group = log_prior_groups(drawn.fit.model, draw.log_prior_of)
     tree = tree_of_draws(
         {
             "posterior": {"value": values},
-            "log_prior": by_family,
+            "log_prior": by_group,
             "log_likelihood": {"y": drawn.log_likelihood},
         },
         dims={"value": ["function"], "y": ["row"]},
         coords={"function": list(names)},
     )
     prior, likelihood = (power_sensitivity(tree, group)["value"] for group in ("prior", "likelihood"))
-    log_prior = sum(by_family.values(), start=np.zeros(len(values)))
+    log_prior = sum(by_group.values(), start=np.zeros(len(values)))
     scaled = [pareto_k((ALPHA - 1) * x) for x in (log_prior, drawn.log_likelihood.sum(1))]
     return Sensitivity(names, prior, likelihood, *scaled)

@@ -1,8 +1,8 @@
 r"""From a fit to ArviZ: one DataTree of draws, densities and the record of the optimisation.
 
 The factors of an adapter are not identifiable: (A, B) and (R A, B R^-1) are one update. The posterior group
-therefore holds functions of the update `alpha / rank * B A` alone, its Frobenius norm and its singular
-values, and the prior's own hyper-parameters.
+therefore holds functions of the update `alpha / rank * B A`, its Frobenius norm and its singular values, in
+place of the sites that make it up, and every other site of the prior by name (`bnlora.diagnostics.hyper`).
 
 Draws of a guide are independent by construction, so R-hat and effective sample sizes of this tree say
 nothing about how good the fit is; `log_p` and `log_q` are there for the diagnostics that do
@@ -18,10 +18,9 @@ import numpy as np
 from jax import Array
 
 from bnlora.data import Batch, check_labels
-from bnlora.diagnostics.divergence import place
+from bnlora.diagnostics.hyper import Named, log_prior_groups, named_draws
 from bnlora.diagnostics.updates import Summaries, summaries
 from bnlora.predict import predict_with_draws
-from bnlora.sites import Sites
 
 CHAINS = 4  # ArviZ splits draws over chains; four equal parts of independent draws are as good as any
 
@@ -41,11 +40,14 @@ def to_arviz(
     Returns:
         A DataTree with the groups
         `posterior`: `update_norm` (module, layer) and `singular_value` (module, layer, rank), the same
-        with the ending `_lm_head` for an adapted head, and the prior's hyper-parameters;
+        with the ending `_lm_head` for an adapted head, and the prior's hyper-parameters: every site that is
+        no weight of a factor, with the dimensions that its plates name. In names "/" becomes a dot, and one
+        that the tree has already gets a number; the attribute `site` is the name in the prior;
         `sample_stats`: `log_p` (log prior plus log-likelihood of the training rows), `log_q`, and
         over optimisation steps `elbo` and its terms;
-        `log_prior`: one variable for each family and for each hyper-parameter, for `arviz_stats.psense`,
-        which wants the training rows as `data`; absent where the prior has no latent sites;
+        `log_prior`: one variable for the weights of each family, for each hyper-parameter, and for what the
+        prior observes or weighs itself, for `arviz_stats.psense`, which wants the training rows as `data`;
+        absent where the prior has no latent sites;
         `log_likelihood`, `posterior_predictive`, `observed_data`: `y` over the rows of `data`.
 
     Raises:
@@ -66,23 +68,15 @@ def to_arviz(
     stats = {"log_p": np.asarray(draws.log_prior, np.float64) + in_training.sum(1), "log_q": draws.log_q}
     found = summaries(fit.model.sites, adapters)
     groups = {
-        "posterior": found.values | _hyper_parameters(fit.model.sites, draws.sites),
+        "posterior": found.values,
         "sample_stats": stats,
-        "log_prior": log_prior_by_family(fit.model.sites, draws.log_prior_of),
+        "log_prior": log_prior_groups(fit.model, draws.log_prior_of),
         "log_likelihood": {"y": prediction.log_probs_of(data.labels)},
         "posterior_predictive": {"y": _sample_classes(prediction.draw_log_probs)},
     }
     groups = {name: group for name, group in groups.items() if group}
-    return _tree(jax.tree.map(_by_chain, groups), found, fit, data)
-
-
-def log_prior_by_family(sites: Sites, log_prior_of: Mapping[str, Array]) -> dict[str, np.ndarray]:
-    """Log prior of every draw, summed over the sites of each family; others under their own names."""
-    found: dict[str, np.ndarray] = {}
-    for name, value in log_prior_of.items():
-        group = place(sites, name)[0] or name
-        found[group] = found.get(group, 0.0) + np.asarray(value, np.float64)
-    return found
+    hyper = named_draws(fit.model, draws.sites)
+    return _tree(jax.tree.map(_by_chain, groups), found, hyper, fit, data)
 
 
 def tree_of_draws(groups: Mapping[str, Mapping[str, np.ndarray]], **options: Any) -> Any:
@@ -104,17 +98,14 @@ def _sample_classes(log_probs: np.ndarray) -> np.ndarray:
     return (np.exp(log_probs).cumsum(-1)[..., :-1] < uniform).sum(-1)
 
 
-def _hyper_parameters(sites: Sites, draws: dict[str, Array]) -> dict[str, np.ndarray]:
-    """The latent sites that belong to no family, such as a global scale."""
-    return {n: np.asarray(x) for n, x in draws.items() if not place(sites, n)[0]}
-
-
 def _by_chain(x: Any) -> np.ndarray:
     array = np.asarray(x)
     return array.reshape(CHAINS, -1, *array.shape[1:])
 
 
-def _tree(groups: dict[str, dict[str, np.ndarray]], found: Summaries, fit: Any, data: Batch) -> Any:
+def _tree(
+    groups: dict[str, dict[str, np.ndarray]], found: Summaries, hyper: Named, fit: Any, data: Batch
+) -> Any:
     import arviz_base
     import xarray
 
@@ -126,4 +117,11 @@ def _tree(groups: dict[str, dict[str, np.ndarray]], found: Summaries, fit: Any, 
     steps = {"step": np.arange(1, len(fit.step_seconds) + 1)}
     stats = tree["sample_stats"].to_dataset().assign(trace).assign_coords(steps)
     tree["sample_stats"] = xarray.DataTree(stats)
+    # Apart from the others, for the group of log priors has a number a draw under each of these names.
+    variables = {
+        name: (("chain", "draw", *hyper.dims[name]), _by_chain(values), {"site": hyper.sites[name]})
+        for name, values in hyper.values.items()
+    }
+    posterior = tree["posterior"].to_dataset().assign(variables).assign_coords(hyper.coords)
+    tree["posterior"] = xarray.DataTree(posterior)
     return tree

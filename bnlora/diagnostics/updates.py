@@ -36,7 +36,7 @@ def effective_rank(values: Float[np.ndarray, "... r"]) -> Float[np.ndarray, "...
     total = values.sum(-1, keepdims=True)
     shares = values / np.where(total > 0, total, 1.0)
     entropy = -(shares * np.log(np.where(shares > 0, shares, 1.0))).sum(-1)
-    return np.where(total[..., 0] > 0, np.exp(entropy), 0.0)
+    return np.where(total[..., 0] > 0, np.exp(entropy), 0.0 * total[..., 0])  # NaN stays NaN
 
 
 class Summaries(NamedTuple):
@@ -47,26 +47,70 @@ class Summaries(NamedTuple):
     coords: dict[str, list]
 
 
-def summaries(sites: Sites, adapters: Any) -> Summaries:
-    """Norms and singular values, on one grid of module, layer and rank where the families allow it.
+class Grid(NamedTuple):
+    """Families whose updates form one array, and what its variables and dimensions are called.
 
-    Families of other layers or another rank get variables and dimensions of their own, named after them; so
-    does the head, which has no layer.
+    Attributes:
+        families: Names of the families.
+        layers: Indices of their layers; none for the head, which has no axis of layers.
+        rank: Their rank.
+        ending: What follows the names where there are several grids.
     """
-    grids: dict[tuple, list[str]] = {}
+
+    families: tuple[str, ...]
+    layers: tuple[int, ...]
+    rank: int
+    ending: str
+
+    @property
+    def variables(self) -> tuple[str, str]:
+        """Names of the norm and of the singular values."""
+        return f"update_norm{self.ending}", f"singular_value{self.ending}"
+
+    @property
+    def layer_name(self) -> str | None:
+        """Name of the dimension of layers."""
+        return f"layer{self.ending}" if self.layers else None
+
+    @property
+    def rank_name(self) -> str:
+        """Name of the dimension of ranks."""
+        return f"rank{self.ending}"
+
+    @property
+    def coords(self) -> dict[str, list]:
+        """Dimensions with their coordinates, in the order of the axes."""
+        ranks: dict[str, list] = {self.rank_name: list(range(1, self.rank + 1))}
+        if self.layer_name is None:
+            return ranks
+        return {f"module{self.ending}": list(self.families), self.layer_name: list(self.layers)} | ranks
+
+
+def grids(sites: Sites) -> tuple[Grid, ...]:
+    """One grid of module, layer and rank where the families allow it.
+
+    Families of other layers or another rank get one of their own, named after them; so does the head.
+    """
+    found: dict[tuple, list[str]] = {}
     for name, site in sites.items():
-        grids.setdefault((site.module == HEAD, site.layers, site.rank), []).append(name)
-    several = sum(not head for head, *_ in grids) > 1
+        found.setdefault((site.module == HEAD, site.layers, site.rank), []).append(name)
+    several = sum(not head for head, *_ in found) > 1
+    return tuple(
+        Grid(tuple(names), () if head else layers, rank, f"_{'_'.join(names)}" if head or several else "")
+        for (head, layers, rank), names in found.items()
+    )
+
+
+def summaries(sites: Sites, adapters: Any) -> Summaries:
+    """Norms and singular values of the updates, in the arrays of `grids`."""
     found = Summaries({}, {}, {})
-    for (head, layers, rank), names in grids.items():
-        pairs = [adapters[name] for name in names]
-        scales = [abs(sites[name].scale) for name in names]
-        grid = np.stack([c * singular_values(x["a"], x["b"]) for c, x in zip(scales, pairs, strict=True)], 1)
-        own = f"_{'_'.join(names)}" if head or several else ""
-        dims = [] if head else [f"module{own}", f"layer{own}"]
-        grid = grid[:, 0, 0] if head else grid
-        found.values.update({f"update_norm{own}": np.sqrt((grid**2).sum(-1)), f"singular_value{own}": grid})
-        found.dims.update({f"update_norm{own}": dims, f"singular_value{own}": [*dims, f"rank{own}"]})
-        found.coords.update(dict(zip(dims, (names, list(layers)), strict=False)))
-        found.coords[f"rank{own}"] = list(range(1, rank + 1))
+    for grid in grids(sites):
+        pairs = [(abs(sites[name].scale), adapters[name]) for name in grid.families]
+        values = np.stack([scale * singular_values(x["a"], x["b"]) for scale, x in pairs], 1)
+        values = values if grid.layers else values[:, 0, 0]
+        norm, singular = grid.variables
+        *places, rank = grid.coords
+        found.values.update({norm: np.sqrt((values**2).sum(-1)), singular: values})
+        found.dims.update({norm: places, singular: [*places, rank]})
+        found.coords.update(grid.coords)
     return found

@@ -8,7 +8,7 @@ given the posterior means of all others. That is well defined where the guide ma
 independent. It is not the k-hat of the marginal posterior of the family, whose density nobody has; it says
 which family a large whole k-hat comes from, and cannot see a missing dependence between families. Where
 each family passes and the whole does not, the number of dimensions or the dependence between families is to
-blame. Hyper-parameters are a family of their own.
+blame. Sites that are named after no family, such as a global scale, are one of their own.
 
 In high dimension k-hat of the whole is nearly always large: small misfits of many numbers multiply.
 

@@ -11,7 +11,7 @@ from jax import Array
 
 from bnlora.priors.base import Prior, Width
 from bnlora.priors.hyper import ByFactor, Hyper, hyper_value, learned, require_positive
-from bnlora.priors.ranks import rank_gains
+from bnlora.priors.rank_gains import rank_gains
 from bnlora.sites import Site
 
 
@@ -39,6 +39,6 @@ def ard(
     require_positive("gain", gain)
 
     def gains(site: Site) -> Array:
-        return hyper_value(f"{site.name}.b.gain", gain, event=(site.rank,), site=site)
+        return hyper_value(f"{site.name}.b.gain", gain, event=(site.rank,), site=site, dims=("rank",))
 
     return rank_gains(gains, scale=scale, width=width)

@@ -4,9 +4,11 @@ A *law* samples one factor of one family, all its layers at once: `law(site, fac
 A *prior* runs a law over every factor that its sites ask for. Sites may ask for part of the factors or
 families (`Sites.only`), which is how priors are composed.
 
-Sites may carry two marks in `infer`, which guides of this library read: `start` is where optimisation
-starts ("zero", "draw" of the prior, or "median" of it), and `conditional_noise` marks a standard normal that
-only completes the conditional W | U, for which one learned scale `lam` per matrix suffices.
+Sites may carry marks in `infer`, which guides and diagnostics of this library read: `start` is where
+optimisation starts ("zero", "draw" of the prior, "median" of it, or a value), `conditional_noise` marks a
+standard normal that only completes the conditional W | U, for which one learned scale `lam` per matrix
+suffices, `weight` a site that is a factor's own and no hyper-parameter, and `dims` names the last axes of a
+hyper-parameter, such as `("rank",)`.
 """
 
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from jaxtyping import Float
 from bnlora.checks import check_option
 from bnlora.priors.hyper import Hyper, is_random
 from bnlora.sites import Site, Sites
-from bnlora.typing import Adapters
+from bnlora.typing import WEIGHT, Adapters
 
 Start = Literal["draw", "zero", "median"]
 Width = Literal["scaled", "unscaled"]
@@ -115,7 +117,7 @@ def sample_matrices(
     Returns:
         The weights, shape (layer, d_o, d_i).
     """
-    shape, name, infer = site.shapes[factor], f"{site.name}.{factor}", {"start": START[factor]}
+    shape, name, infer = site.shapes[factor], f"{site.name}.{factor}", {"start": START[factor], WEIGHT: True}
     with layers(site):
         if is_random(hyper):
             z = numpyro.sample(f"{name}.z", unit(jnp.ones(shape)).to_event(2), infer=infer)

@@ -19,7 +19,7 @@ from jax import Array
 
 from bnlora.priors.base import Prior, Width, layers
 from bnlora.priors.hyper import ByFactor, require_number
-from bnlora.priors.ranks import rank_gains
+from bnlora.priors.rank_gains import rank_gains
 from bnlora.sites import Site
 
 
@@ -92,4 +92,4 @@ def _global_and_local(site: Site, global_scale: float) -> tuple[Array, Array]:
     tau = numpyro.sample(f"{site.name}.b.tau", dist.HalfCauchy(global_scale), infer={"start": "median"})
     with layers(site):
         law = dist.HalfCauchy(jnp.ones((site.depth, site.rank))).to_event(1)
-        return tau, numpyro.sample(f"{site.name}.b.local", law, infer={"start": "median"})
+        return tau, numpyro.sample(f"{site.name}.b.local", law, infer={"start": "median", "dims": ("rank",)})

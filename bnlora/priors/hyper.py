@@ -55,7 +55,14 @@ def is_random(hyper: Hyper | None) -> bool:
     return isinstance(hyper, dist.Distribution)
 
 
-def hyper_value(name: str, hyper: Hyper, *, event: tuple[int, ...] = (), site: Site | None = None) -> Array:
+def hyper_value(
+    name: str,
+    hyper: Hyper,
+    *,
+    event: tuple[int, ...] = (),
+    site: Site | None = None,
+    dims: tuple[str, ...] = (),
+) -> Array:
     """The value of a hyper-parameter, declared under `name` where it is learned or random.
 
     Args:
@@ -63,6 +70,7 @@ def hyper_value(name: str, hyper: Hyper, *, event: tuple[int, ...] = (), site: S
         hyper: The hyper-parameter.
         event: Shape of the value, without the layer axis.
         site: The family whose layers each have a value of their own; one value serves them all when omitted.
+        dims: Names of the axes of `event`, such as `("rank",)`, for ArviZ.
 
     Returns:
         The value, shape `event`, or `(layer, *event)` with `site`.
@@ -77,7 +85,7 @@ def hyper_value(name: str, hyper: Hyper, *, event: tuple[int, ...] = (), site: S
     if isinstance(hyper, dist.Distribution):
         if hyper.event_shape:
             raise ValueError(f"{name} needs the distribution of a single number; got {_shown(hyper)}")
-        law, infer = hyper.expand(shape).to_event(len(event)), {"start": "median"}
+        law, infer = hyper.expand(shape).to_event(len(event)), {"start": "median", "dims": dims}
         if site is None:
             return numpyro.sample(name, law, infer=infer)
         with numpyro.plate(f"{site.name}.layer", site.depth):

@@ -48,8 +48,9 @@ def matrix_normal(
     def law(site: Site, factor: str) -> Array:
         name, (_, d_o, d_i) = f"{site.name}.{factor}", site.shapes[factor]
         spread = hyper_value(f"{name}.scale", scales[factor]) * width_factor(site, factor, width)
-        r = hyper_value(f"{name}.row_scale", rows, event=(d_o,), site=site)
-        c = hyper_value(f"{name}.column_scale", cols, event=(d_i,), site=site)
+        row, column = ("rank", "input") if factor == "a" else ("output", "rank")
+        r = hyper_value(f"{name}.row_scale", rows, event=(d_o,), site=site, dims=(row,))
+        c = hyper_value(f"{name}.column_scale", cols, event=(d_i,), site=site, dims=(column,))
         sigma = spread * r[..., :, None] * c[..., None, :]
         random = next((h for h in (scales[factor], rows, cols) if is_random(h)), None)
         return sample_matrices(site, factor, lambda s: dist.Normal(0.0, s), sigma, hyper=random)

@@ -53,7 +53,7 @@ from bnlora.priors.sides import (
     require_sizes,
 )
 from bnlora.sites import Site
-from bnlora.typing import NOISE
+from bnlora.typing import NOISE, WEIGHT
 
 Form = Literal["whitened", "unwhitened", "weights"]
 
@@ -188,7 +188,7 @@ def _matrices(
         V = standard_normal(f"{name}.V", (depth, rows.factor.shape[-1], cols.factor.shape[-1]), start=start)
         if options.form == "weights":
             law = MatrixConditional(V, rows, cols, sigma, jnp.broadcast_to(lam, (depth,)))
-            return numpyro.sample(f"{name}.W", law, infer={"start": start, NOISE: True})
+            return numpyro.sample(f"{name}.W", law, infer={"start": start, NOISE: True, WEIGHT: True})
     return sigma * (gp.conditional_mean(V, rows, cols) + _noise(name, shape, plate, rows, cols, options, lam))
 
 
@@ -212,7 +212,7 @@ def _from_unwhitened(
         zero = jnp.zeros((depth, L_r.shape[-1], L_c.shape[-1]))
         # NumPyro's own MatrixNormal solves all layers in one LAPACK call: see `gp.one_by_one`.
         law = dist.TransformedDistribution(dist.Normal(zero, 1.0).to_event(2), MatrixAffine(zero, L_r, L_c))
-        U = numpyro.sample(f"{name}.U", law, infer={"start": start})
+        U = numpyro.sample(f"{name}.U", law, infer={"start": start, WEIGHT: True})
     V = gp.whiten(U, L_r, L_c)
     return sigma * (gp.conditional_mean(V, rows, cols) + _noise(name, shape, plate, rows, cols, options, lam))
 
@@ -234,8 +234,9 @@ def _noise(
 
 
 def standard_normal(name: str, shape: tuple[int, ...], **infer) -> Array:
-    """A stack of matrices of standard normals, the layer axis first."""
-    return numpyro.sample(name, dist.Normal(jnp.zeros(shape), 1.0).to_event(2), infer=infer)
+    """A stack of matrices of standard normals, the layer axis first, as a part of a factor."""
+    law = dist.Normal(jnp.zeros(shape), 1.0).to_event(2)
+    return numpyro.sample(name, law, infer={**infer, WEIGHT: True})
 
 
 def _side(name: str, which: str, depth: int, d: int, size: int, options: Options) -> gp.Side:

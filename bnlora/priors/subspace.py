@@ -45,7 +45,7 @@ def subspace(*, scale: Hyper = 1.0) -> Prior:
                 spread = hyper_value(f"{name}.b.core.scale", scale)
                 with layers(site):
                     law = dist.Normal(jnp.zeros((site.depth, site.rank)), 1.0).to_event(1)
-                    core = numpyro.sample(f"{name}.b.core", law, infer={"start": "zero"})
+                    core = numpyro.sample(f"{name}.b.core", law, infer={"start": "zero", "dims": ("rank",)})
                 factors["b"] = factors["b"] * (1 + spread * core)[:, None, :]
             adapters[name] = factors
         return adapters

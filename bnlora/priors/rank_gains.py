@@ -19,13 +19,16 @@ from bnlora.sites import Site
 Gain = Callable[[Site], Float[Array, "layer rank"]]
 
 
-def rank_gains(gain: Gain, *, scale: ByFactor, width: Width) -> Prior:
+def rank_gains(gain: Gain, *, scale: ByFactor = 1.0, width: Width = "scaled") -> Prior:
     """Normal factors, the columns of `b` multiplied by a gain for each layer and rank.
 
     Args:
         gain: Samples or declares the gains of a family, shape (layer, rank).
         scale: Scale of the normals, as in `normal`.
         width: As in `normal`.
+
+    Returns:
+        A prior with the sites of `normal` and those of `gain`.
 
     Raises:
         ValueError: When a scale is not positive or `width` is unknown.

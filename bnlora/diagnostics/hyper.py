@@ -1,0 +1,172 @@
+r"""The hyper-parameters of a prior: which of its sites they are, and what ArviZ calls them and their axes.
+
+A site is a *weight* where the prior marks it so, as the building blocks of `bnlora.priors` do with the
+factors, inducing matrices and noise that they sample, or where its name is that of a factor,
+`<family>.<factor>`, or one with a symbol of the notation, `<family>.<factor>.z` (`U`, `V`, `W`, `E`). Weights
+are not identifiable one by one, and functions of the update stand for them. Every other site is a
+hyper-parameter, whatever its name.
+
+Axes are named after the plates that a site stands in, and the last ones after the mark `infer={"dims":
+("rank",)}`. The plate of `priors.layers` and the name "rank" give the dimensions of the family's own
+variables. An axis of length one that no plate names is left out, and so is the one layer of the head.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bnlora.diagnostics.divergence import place
+from bnlora.diagnostics.updates import grids
+from bnlora.program import Variable, declared
+from bnlora.sites import Sites
+from bnlora.typing import WEIGHT
+
+SYMBOLS = ("z", "U", "V", "V_0", "W", "E")
+"""Symbols of weights after `<family>.<factor>.`"""
+
+DIMS = "dims"
+"""Mark in the `infer` of a site: names of its last axes, those that are not of plates."""
+
+TREE = ("chain", "draw", "row", "step", "module", "layer", "rank")
+"""Names that a tree has itself, whatever the prior."""
+
+
+class Named(NamedTuple):
+    """Draws of the hyper-parameters as variables: by the name that ArviZ gets, in the order of the prior."""
+
+    values: dict[str, np.ndarray]
+    dims: dict[str, tuple[str, ...]]
+    coords: dict[str, list]
+    sites: dict[str, str]
+
+
+def is_weight(sites: Sites, site: Variable) -> bool:
+    """Whether a site of the prior is a factor's own, for which functions of the update stand."""
+    if site.infer.get(WEIGHT) or site.is_noise:
+        return True
+    _, factor = place(sites, site.name)
+    symbols = site.name.rpartition("/")[2].split(".")[2:]
+    return bool(factor) and (not symbols or (len(symbols) == 1 and symbols[0] in SYMBOLS))
+
+
+def hyper_parameters(model: Any) -> dict[str, Variable]:
+    """The latent sites of a model's prior that are no weights, in its order."""
+    latent = declared(model.prior).latent
+    return {name: site for name, site in latent.items() if not is_weight(model.sites, site)}
+
+
+def names_in_tree(model: Any) -> dict[str, str]:
+    """What a tree calls every site of the prior that it has by name: hyper-parameters, and observed sites.
+
+    xarray separates groups by "/", which becomes a dot; a name that is taken gets a number.
+    """
+    own = (name for grid in grids(model.sites) for name in (*grid.variables, *grid.coords))
+    taken = {*TREE, *model.sites, *own}
+    found: dict[str, str] = {}
+    for name in (*hyper_parameters(model), *declared(model.prior).observed):
+        found[name] = _free(clean(name), taken)
+        taken.add(found[name])
+    return found
+
+
+def log_prior_groups(model: Any, log_prior_of: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Log prior of every draw: that of the weights of each family, of each hyper-parameter and observed site.
+
+    Args:
+        model: The classifier.
+        log_prior_of: The part of every site of the prior, by name.
+    """
+    names = names_in_tree(model)
+    found: dict[str, np.ndarray] = {}
+    for name, value in log_prior_of.items():
+        group = names.get(name) or place(model.sites, name)[0] or clean(name)
+        found[group] = found.get(group, 0.0) + np.asarray(value, np.float64)
+    return found
+
+
+def named_draws(model: Any, draws: Mapping[str, Any]) -> Named:
+    """Draws of the hyper-parameters with the names of their axes.
+
+    Args:
+        model: The classifier.
+        draws: Draws of the sites of its prior, by name, with a leading draw axis.
+    """
+    names, axes = names_in_tree(model), _Axes(model.sites)
+    found = Named({}, {}, axes.coords, {})
+    for name, site in hyper_parameters(model).items():
+        variable = names[name]
+        kept, dims = axes.of(variable, site)
+        values = np.asarray(draws[name])
+        found.values[variable] = values.reshape(len(values), *(site.shape[axis] for axis in kept))
+        found.dims[variable] = dims
+        found.sites[variable] = name
+    return found
+
+
+class _Axes:
+    """Names of the axes of sites, those of the tree's own variables first."""
+
+    def __init__(self, sites: Sites):
+        self.sites = sites
+        self.coords: dict[str, list] = {}
+        self.own: dict[str, list] = {}
+        self.families: dict[tuple[str, str], str | None] = {}
+        for grid in grids(sites):
+            self.own |= grid.coords
+            for family in grid.families:
+                self.families[family, "layer"] = grid.layer_name
+                self.families[family, "rank"] = grid.rank_name
+
+    def of(self, variable: str, site: Variable) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """The axes that are kept, and their names."""
+        plates = {axis: name for name, axis in site.plates.items()}
+        batch, family = len(site.shape) - site.event_dim, place(self.sites, site.name)[0]
+        marked = tuple(site.infer.get(DIMS, ()))
+        marked = marked if len(marked) == site.event_dim else ()
+        kept, dims = [], []
+        for axis, size in enumerate(site.shape):
+            if axis in plates:
+                name = self._plate(plates[axis], size)
+            elif axis < batch:
+                name = None if size == 1 else f"{variable}_dim_{axis}"
+            else:
+                name = self._mark(family, marked[axis - batch], size) if marked else f"{variable}_dim_{axis}"
+            if name is not None:
+                kept.append(axis)
+                dims.append(name if name not in dims else f"{variable}_dim_{axis}")
+        return tuple(kept), tuple(dims)
+
+    def _plate(self, plate: str, size: int) -> str | None:
+        family, _, kind = plate.rpartition("/")[2].rpartition(".")
+        if family in self.sites and kind == "layer" and size == self.sites[family].depth:
+            return self.families[family, "layer"]
+        return self._sized(clean(plate), size)
+
+    def _mark(self, family: str, name: str, size: int) -> str | None:
+        if name == "rank" and family and size == self.sites[family].rank:
+            return self.families[family, "rank"]
+        return self._sized(clean(name), size)
+
+    def _sized(self, wanted: str, size: int) -> str:
+        """The name, or one with a number where another dimension of another length has it."""
+        known = self.own | self.coords
+        taken = {name for name in (*known, *TREE) if len(known.get(name, ())) != size}
+        name = _free(wanted, taken)
+        if name not in self.own:
+            self.coords[name] = list(range(size))
+        return name
+
+
+def clean(name: str) -> str:
+    """A name that xarray and netCDF can hold."""
+    cleaned = re.sub("[/\0]", ".", name)
+    return "site" if cleaned == "." else cleaned
+
+
+def _free(wanted: str, taken: Iterable[str]) -> str:
+    name, number = wanted, 2
+    while name in taken:
+        name, number = f"{wanted}_{number}", number + 1
+    return name
