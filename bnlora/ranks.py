@@ -1,4 +1,7 @@
-r"""Are ranks uniform? Tests with exact null distributions, and Holm's correction for several at once.
+r"""Are the ranks of a calibration uniform? Exact tests, and Holm's correction for several at once.
+
+These are ranks of a true value among draws; those of adapters are `rank=` of `bnlora.select`, and priors that
+weigh them are in `bnlora.priors`.
 
 A rank is the number R in {0, ..., L} of L draws below the true value, ties broken at random. For exact
 inference it is uniform (Talts et al. 2018). With N ranks, and c_j the number of them below j:
@@ -25,6 +28,7 @@ import numpy as np
 import scipy  # whose parts are imported when they are first used
 from jax import Array
 from jaxtyping import Bool, Float, Int
+
 
 GRID = 100
 """Most points at which the distribution function of the ranks is looked at."""

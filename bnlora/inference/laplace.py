@@ -76,7 +76,8 @@ class Laplace:
 
     def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
         """Posterior adapters with a leading draw axis; the same key gives the same draws."""
-        return jax.tree.map(jnp.add, self.mode, self.deviations(key, num_samples))
+        deviations = self.deviations(key, num_samples)
+        return jax.tree.map(jnp.add, self.mode, deviations)
 
     def __repr__(self) -> str:
         return (

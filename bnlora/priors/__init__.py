@@ -15,7 +15,9 @@ r"""Priors over adapters: any function from sites to adapters that calls `numpyr
 | `point`                              | none: plain LoRA, fitted by maximum likelihood                    |
 
 Hyper-parameters are constants, `learned(start)` (type II), or NumPyro distributions (`hyper`). `per_factor`
-and `by_family` compose priors (`compose`); `sparse_gp_matrices` is the sparse GP of one stack of matrices.
+and `by_family` compose priors (`compose`). For priors of your own, `each_factor` runs a law of one factor,
+`rank_gains` weighs ranks by gains that you sample, `layers` is the plate over the layers of a family, and
+`sparse_gp_matrices` is the sparse GP of one stack of matrices.
 """
 
 from bnlora.priors.ard import ard as ard
@@ -39,6 +41,7 @@ from bnlora.priors.matrix_normal import matrix_normal as matrix_normal
 from bnlora.priors.mixture import spike_and_slab as spike_and_slab
 from bnlora.priors.normal import normal as normal
 from bnlora.priors.point import point as point
+from bnlora.priors.rank_gains import rank_gains as rank_gains
 from bnlora.priors.sparse_gp import sparse_gp as sparse_gp
 from bnlora.priors.sparse_gp import sparse_gp_matrices as sparse_gp_matrices
 from bnlora.priors.subspace import subspace as subspace
