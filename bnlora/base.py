@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bnlora.checks import brief
+from bnlora.checks import brief, check_key
 from bnlora.display import Showable, Shown, Table, facts
 from bnlora.models import llama
 from bnlora.models.execution import DEFAULT, Execution
@@ -70,6 +70,7 @@ class Base(Shown):
         Returns:
             A base whose activations have a scale of order one at any width.
         """
+        key = check_key(key)
         module = llama.Llama(config, **_random_weights(key, config))
         return cls.from_module(module, name="random", tokenizer=tokenizer)
 

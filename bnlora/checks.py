@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jaxtyping import Int
 
 _LISTED, _LONGEST = 5, 120  # names in a message, and letters of each
@@ -160,3 +161,25 @@ def broken_weights(params: Any, *, most: int = 5) -> str:
         f"the base's own weights are not finite, in {', '.join(names[:most])}{more}; load it again from "
         "sound files"
     )
+
+
+def check_key(key: Any) -> Array:
+    """One random key of JAX's present kind; one of the old kind (`jax.random.PRNGKey`) is made into it.
+
+    Raises:
+        ValueError: When it is anything else, such as a number or several keys.
+    """
+    plain = isinstance(key, int | float | str | np.generic | None)
+    got = repr(key) if plain else f"an object of type {type(key).__name__}"
+    if isinstance(key, Array | np.ndarray):
+        got = f"an array of {key.dtype} of shape {key.shape}"
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            if key.shape == ():
+                return key
+            got = f"an array of keys of shape {key.shape}, take one of them"
+        elif key.dtype == np.uint32 and key.ndim == 1:
+            try:
+                return jax.random.wrap_key_data(jnp.asarray(key))
+            except TypeError:
+                pass  # not as many numbers as a key has
+    raise ValueError(f"key must be a random key, such as jax.random.key(0); got {got}")

@@ -29,6 +29,7 @@ from numpyro.distributions import constraints
 from numpyro.distributions.transforms import biject_to
 from numpyro.infer import TraceMeanField_ELBO
 
+from bnlora.checks import check_key
 from bnlora.flows import flow_log_determinant
 from bnlora.guides.automatic import prepare
 from bnlora.program import declared
@@ -114,6 +115,7 @@ def initial_parameters(
             cannot be fitted (see `bnlora.guides.automatic`), a start value is outside its constraint, or
             `start` lacks a parameter, has another name or shape.
     """
+    key = check_key(key)
     declared(model.prior).check()
     guide_key, prior_key = jax.random.split(key)
     transforms: dict[str, Any] = {}

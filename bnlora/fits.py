@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from bnlora.checks import broken_weights
+from bnlora.checks import broken_weights, check_key
 from bnlora.copying import error_parts, state
 from bnlora.data import Batch
 from bnlora.display import Showable, Shown, Table, facts
@@ -77,10 +77,12 @@ class Fit(Shown):
 
     def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
         """Posterior adapters with a leading draw axis; the same key gives the same draws."""
+        key = check_key(key)
         return self._compiled_draw(key, self.params, num_samples)
 
     def draws(self, key: Array, num_samples: int) -> tuple[Draw, Adapters]:
         """Draws of the guide with both log-densities, and the adapters that the prior makes of them."""
+        key = check_key(key)
         return jax.jit(partial(draw_both, model=self.model, guide=self.guide, num_samples=num_samples))(
             key, params=self.params
         )

@@ -17,7 +17,7 @@ from jax import Array
 from jaxtyping import Float, Int
 from rich.console import Console
 
-from bnlora.checks import class_numbers
+from bnlora.checks import check_key, class_numbers
 from bnlora.data import Batch, check_tokens, parts
 from bnlora.display import Showable, Shown, Table
 from bnlora.progress import track
@@ -161,6 +161,7 @@ def predict(
         >>> prediction.probs.shape
         (8, 2)
     """
+    key = check_key(key)
     check_tokens("given", data)
     together = _together(draws_together)
     if min(len(data), num_samples, batch_size, together) < 1:

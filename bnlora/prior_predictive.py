@@ -29,7 +29,7 @@ from jaxtyping import Float
 from numpyro import handlers
 from rich.console import Console
 
-from bnlora.checks import broken_weights
+from bnlora.checks import broken_weights, check_key
 from bnlora.data import Batch, parts
 from bnlora.density import check_parameters
 from bnlora.display import Showable, Shown, Table
@@ -157,6 +157,7 @@ class PriorPredictive(Shown):
 
 def prior_parameters(key: Array, model: Any) -> dict[str, Any]:
     """Start values of the NumPyro parameters that a prior declares, such as frames; constrained."""
+    key = check_key(key)
     trace = handlers.trace(handlers.seed(runnable(model.prior), key)).get_trace()
     return {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
 
@@ -178,6 +179,7 @@ def draw_prior(
         ValueError: When a parameter of the prior is missing, or running the prior forwards does not draw from
             it: a law is improper, or a `numpyro.factor` or an observed site weighs what is drawn.
     """
+    key = check_key(key)
     check_parameters(model.prior, params)
     require_drawable(model.prior)
 
@@ -221,6 +223,7 @@ def prior_predictive(
         >>> bl.prior_predictive(key, model, rows, num_samples=8).probs.shape
         (8, 8, 2)
     """
+    key = check_key(key)
     _check_sizes(data, num_samples, batch_size)
     _check_random(model)
     params_key, draw_key = jax.random.split(key)
@@ -278,6 +281,7 @@ def scale_for_spread(
         >>> bool(wide > narrow)
         True
     """
+    key = check_key(key)
     _check_sizes(data, num_samples, 1)
     low, high = bounds
     if not (spread > 0 and 0 < low < high):

@@ -29,6 +29,7 @@ import scipy  # whose parts are imported when they are first used
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from bnlora.checks import check_key
 
 GRID = 100
 """Most points at which the distribution function of the ranks is looked at."""
@@ -45,6 +46,7 @@ def rank(key: Array, draws: Float[Array, "s k"], truth: Float[Array, " k"]) -> I
     Returns:
         Ranks in {0, ..., s}.
     """
+    key = check_key(key)
     below, equal = (draws < truth).sum(0), (draws == truth).sum(0)
     return below + jax.random.randint(key, truth.shape, 0, equal + 1)
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, get_args
 from jax import Array
 from rich.console import Console
 
-from bnlora.checks import check_option
+from bnlora.checks import check_key, check_option
 from bnlora.display import Shades, Showable, Shown, Table, percent
 from bnlora.predict import Posterior, Prediction, predict
 from bnlora.text import text_classification
@@ -146,6 +146,7 @@ def read_along(
         >>> "".join(reading.pieces), len(reading.prediction.probs) == len(reading.pieces)
         ('the plot is good', True)
     """
+    key = check_key(key)
     check_option("by", by, get_args(Shade))
     tokenizer: Any = getattr(fit.model.base, "tokenizer", None)
     if not getattr(tokenizer, "is_fast", False):

@@ -30,7 +30,7 @@ import optax
 from jax import Array
 
 from bnlora.calibration import Calibration
-from bnlora.checks import broken_weights, check_at_least
+from bnlora.checks import broken_weights, check_at_least, check_key
 from bnlora.data import Batch
 from bnlora.density import check_parameters
 from bnlora.elbo import initial_parameters
@@ -78,6 +78,7 @@ def simulate(key: Array, model: Classifier, frozen: Any, rows: Batch, params: Pa
     Raises:
         ValueError: When a parameter of the prior is missing.
     """
+    key = check_key(key)
     prior_key, label_key = jax.random.split(key)
     adapters = jax.tree.map(lambda x: x[0], draw_prior(prior_key, model, params, 1))
     labels = jax.random.categorical(label_key, model.logits(frozen, adapters, rows))
@@ -114,6 +115,7 @@ def svi_inference(
     Raises:
         ValueError: When a number is below one.
     """
+    key = check_key(key)
     check_at_least({"num_steps": num_steps, "num_draws": num_draws, "num_particles": num_particles}, 1)
     prepare(key, guide)
 
@@ -221,6 +223,7 @@ def run(
             without a value, draws of other shapes than the adapters', a function that is no scalar, a truth
             that is not finite, or when every simulation failed.
     """
+    key = check_key(key)
     if num_simulations < 2 or len(rows) < 1 or not 0 < level < 1:
         raise ValueError(
             "calibration needs at least two simulations, one row and a level in (0, 1); got "

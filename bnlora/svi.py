@@ -20,7 +20,7 @@ from rich.console import Console
 
 from bnlora.accumulate import InParts
 from bnlora.cache import cache_prefix
-from bnlora.checks import check_at_least, check_batch_size, check_option, check_parts
+from bnlora.checks import check_at_least, check_batch_size, check_key, check_option, check_parts
 from bnlora.data import Batch, check_labels, minibatches
 from bnlora.elbo import TERMS, elbo_terms, initial_parameters
 from bnlora.fits import Fit, FitDiverged
@@ -114,6 +114,7 @@ def fit(
         >>> made.stopped, len(made.history["elbo"])
         ('steps', 4)
     """
+    key = check_key(key)
     check_at_least({"num_steps": num_steps, "num_particles": num_particles}, 1)
     check_batch_size(batch_size, len(train))
     check_parts("accumulate", accumulate, batch_size)

@@ -28,6 +28,7 @@ from jaxtyping import Float
 from numpyro import handlers
 
 from bnlora.base import Base
+from bnlora.checks import check_key
 from bnlora.data import Batch
 from bnlora.elbo import initial_parameters
 from bnlora.maximise import maximise
@@ -84,6 +85,7 @@ def linear_gaussian(
     noise: float = 0.5,
 ) -> LinearGaussian:
     """A `LinearGaussian` with data from a standard normal `W` of the given shape (d_o, d_i)."""
+    key = check_key(key)
     k_x, k_w, k_y = jax.random.split(key, 3)
     X = jax.random.normal(k_x, (rows, shape[1]))
     mean = X @ jax.random.normal(k_w, shape).T
@@ -111,6 +113,7 @@ def maximise_bound(
         num_particles: Guide draws averaged in a step.
         learn: Which parameters move, by name.
     """
+    key = check_key(key)
     start_key, step_key = jax.random.split(key)
     start, constrain = initial_parameters(start_key, model, guide)
     adam = optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
@@ -122,6 +125,7 @@ def maximise_bound(
 
 def tiny_base(key: Array, *, num_layers: int = 4) -> Base:
     """A Llama of a few thousand random weights, with grouped heads, for trying a prior or a guide."""
+    key = check_key(key)
     config = LlamaConfig(
         vocab_size=40,
         d_model=16,
@@ -140,6 +144,7 @@ def tiny_base(key: Array, *, num_layers: int = 4) -> Base:
 
 def tiny_rows(key: Array, num_rows: int, *, length: int = 8, vocabulary: int = 40) -> Batch:
     """Random rows of two to `length` tokens, padded on the right; the class is the first token's parity."""
+    key = check_key(key)
     k_tokens, k_length = jax.random.split(key)
     tokens = jax.random.randint(k_tokens, (num_rows, length), 0, vocabulary)
     lengths = jax.random.randint(k_length, (num_rows, 1), 2, length + 1)

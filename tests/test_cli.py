@@ -193,7 +193,10 @@ def test_evaluate_prints_the_metrics_and_writes_a_page(place):
         (["fit", "train.csv", "--out", "new", *WORDS, "--rank", "0"], "must be at least 1; got 0"),
         (["fit", "train.csv", "--out", "new", *WORDS, "--rank", "99"], "must be at most"),
         (["fit", "train.csv", "--out", "new", *WORDS, "--lam-max", "2"], "lam_max <= 1"),
-        (["fit", "train.csv", "--out", "new", *WORDS, "--max-length", "5"], "than 5 tokens (first: line 2 of 'train.csv',"),
+        (
+            ["fit", "train.csv", "--out", "new", *WORDS, "--max-length", "5"],
+            "than 5 tokens (first: line 2 of 'train.csv',",
+        ),
     ],
 )
 def test_what_goes_wrong_is_one_sentence(place, tiny_folder, monkeypatch, words, message):

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from bnlora.cache import cache_prefix
 from bnlora.certificate import Certificate
+from bnlora.checks import check_key
 from bnlora.comparison.draws import Draws, Kind, evenly
 from bnlora.comparison.khat import LEAST_DRAWS, KHat, has_density, khat
 from bnlora.comparison.pairs import pairs
@@ -106,6 +107,7 @@ def compare(
         ...
         bnlora.comparison.compare.UncertifiedReference: ...
     """
+    key = check_key(key)
     if against not in ("reference", "anything"):
         raise ValueError(f"against must be 'reference' or 'anything'; got {against!r}")
     if against == "reference":

@@ -13,7 +13,7 @@ from jax import Array
 from jaxtyping import Float
 from rich.console import Console
 
-from bnlora.checks import check_at_least
+from bnlora.checks import check_at_least, check_key
 from bnlora.comparison.khat import LEAST_DRAWS, has_density
 from bnlora.fits import Fit
 from bnlora.posterior import Draw
@@ -143,7 +143,7 @@ def sample(
         )
     check_at_least({"num_samples": num_samples}, LEAST_DRAWS)
     check_at_least({"batch_size": batch_size}, 1)
-    return Sample(fit, fit.draw_key if key is None else key, num_samples, batch_size, console)
+    return Sample(fit, fit.draw_key if key is None else check_key(key), num_samples, batch_size, console)
 
 
 def sample_of(fit: Fit | Sample) -> Sample:

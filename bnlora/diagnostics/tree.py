@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from bnlora.checks import check_key
 from bnlora.data import Batch, check_labels
 from bnlora.diagnostics.hyper import Named, log_prior_groups, named_draws
 from bnlora.diagnostics.updates import Summaries, summaries
@@ -61,7 +62,7 @@ def to_arviz(
     if num_samples < CHAINS or num_samples % CHAINS:
         raise ValueError(f"num_samples must be a positive multiple of {CHAINS}; got {num_samples}")
     check_labels("data", data, len(fit.model.label_ids))
-    draws, adapters = fit.draws(fit.draw_key if key is None else key, num_samples)
+    draws, adapters = fit.draws(fit.draw_key if key is None else check_key(key), num_samples)
     predicted = partial(predict_with_draws, fit.model, adapters, batch_size=batch_size)
     in_training = predicted(fit.train).log_probs_of(fit.train.labels)
     prediction = predicted(data)

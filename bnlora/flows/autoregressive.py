@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from bnlora.checks import check_key
 from bnlora.flows.base import Flow, require_features, require_positive, standard_normals
 
 LOG_SCALE_BOUND = 3.0
@@ -55,6 +56,7 @@ def near_identity(
     Raises:
         ValueError: When a size is below one.
     """
+    key = check_key(key)
     require_positive(features=features, hidden=hidden, blocks=blocks)
     shapes = [(features, hidden), (blocks, 2, hidden, hidden), (hidden, 2 * features)]
     # As many units as are beyond 16 would add up to a larger map.

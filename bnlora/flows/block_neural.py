@@ -21,6 +21,7 @@ from jax import Array
 from jax.scipy.special import logsumexp
 from jaxtyping import Float
 
+from bnlora.checks import check_key
 from bnlora.flows.base import Flow, require_features, require_positive, standard_normals
 
 START = 0.02
@@ -67,6 +68,7 @@ def near_identity(
     Raises:
         ValueError: When a size is below one.
     """
+    key = check_key(key)
     require_positive(features=features, hidden=hidden, depth=depth)
     widths = [1, *[hidden] * depth, 1]
     shapes: list[tuple[int, ...]] = [(features, *pair) for pair in pairwise(widths)]

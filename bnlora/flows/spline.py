@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from bnlora.checks import check_key
 from bnlora.flows.base import Flow, require_features, require_positive, standard_normals
 
 BOUND = 5.0
@@ -74,6 +75,7 @@ def near_identity(
     Raises:
         ValueError: When a size is below one, or so many bins are asked for that none could differ in width.
     """
+    key = check_key(key)
     require_positive(features=features, hidden=hidden, bins=bins, couplings=couplings)
     if bins * MIN_SHARE >= 1:
         raise ValueError(

@@ -15,7 +15,7 @@ from numpyro.distributions import constraints
 from numpyro.distributions.transforms import ReshapeTransform, Transform, biject_to
 from numpyro.infer import init_to_median, init_to_sample
 
-from bnlora.checks import check_option
+from bnlora.checks import check_key, check_option
 from bnlora.priors.base import Start
 from bnlora.program import is_improper, runnable
 from bnlora.typing import NOISE
@@ -108,6 +108,7 @@ class Latent:
 
     def start(self, key: Array) -> Array:
         """Unconstrained start value."""
+        key = check_key(key)
         with handlers.block(), handlers.seed(rng_seed=key):
             found = self.site if self._starts_at_zero else _trace(self.prior, jax.random.key(0))[self.name]
             site = {**found, "value": None, "kwargs": {**found["kwargs"], "rng_key": key}}

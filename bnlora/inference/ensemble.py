@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from bnlora.checks import check_at_least
+from bnlora.checks import check_at_least, check_key
 from bnlora.copying import error_parts
 from bnlora.data import Batch
 from bnlora.fits import Fit, FitDiverged
@@ -72,6 +72,7 @@ class Ensemble:
         Raises:
             ValueError: When the number of members does not divide `num_samples`.
         """
+        key = check_key(key)
         share, rest = divmod(num_samples, len(self.members))
         if rest or not share:
             raise ValueError(
@@ -143,6 +144,7 @@ def fit_ensemble(
         NoMemberFinished: When an interrupt comes before the first member is finished.
         EnsembleDiverged: When a member diverges, a `FitDiverged` with the finished ones.
     """
+    key = check_key(key)
     check_at_least({"size": size}, 1)
     members: list[Fit] = []
     for k in jax.random.split(key, size):

@@ -33,7 +33,7 @@ from numpyro import handlers
 from rich.console import Console
 
 from bnlora import metrics
-from bnlora.checks import check_at_least, check_option, check_positive
+from bnlora.checks import check_at_least, check_key, check_option, check_positive
 from bnlora.data import Batch, check_labels, parts
 from bnlora.inference import curvature as algebra
 from bnlora.inference.mode import flattened, mode_of, unflattened
@@ -71,6 +71,7 @@ class Laplace:
 
     def deviations(self, key: Array, num_samples: int) -> Adapters:
         """Draws of `W - mode`, with a leading draw axis."""
+        key = check_key(key)
         normals = np.asarray(jax.random.normal(key, (num_samples, self.curvature.size)), np.float64)
         return unflattened(self.curvature.spread(normals, self.precision) / np.sqrt(self.profile), self.mode)
 
@@ -172,6 +173,7 @@ def linearised(
 
     Reference: Immer et al. (2021), arXiv 2008.08400.
     """
+    key = check_key(key)
     check_at_least({"rows": len(data), "num_samples": num_samples, "batch_size": batch_size}, 1)
     deviations = laplace.deviations(key, num_samples)
 

@@ -32,7 +32,14 @@ from jaxtyping import Float
 from rich.console import Console
 
 from bnlora.cache import cache_prefix
-from bnlora.checks import broken_weights, check_at_least, check_batch_size, check_option, check_positive
+from bnlora.checks import (
+    broken_weights,
+    check_at_least,
+    check_batch_size,
+    check_key,
+    check_option,
+    check_positive,
+)
 from bnlora.copying import error_parts
 from bnlora.data import Batch, check_labels, minibatches
 from bnlora.density import Density, density
@@ -63,6 +70,7 @@ class Chain:
         Raises:
             ValueError: When fewer draws are stored.
         """
+        key = check_key(key)
         if num_samples > len(self.vectors):
             raise ValueError(
                 f"the chain has {len(self.vectors)} stored draws; num_samples must be at most that many, got "
@@ -163,6 +171,7 @@ def sgld(
             labels, or the prior has no latent site or a parameter without a value.
         ChainDiverged: When the chain leaves the finite numbers.
     """
+    key = check_key(key)
     check_positive({"step_size": step_size})
     setup = _prepared(key, model, train, schedule, params, start, prefix_cache, console)
 
@@ -210,6 +219,7 @@ def sghmc(
         ValueError: As `sgld`, and when `friction * step_size` exceeds 1.
         ChainDiverged: As `sgld`.
     """
+    key = check_key(key)
     check_positive({"step_size": step_size, "friction": friction})
     check_at_least({"integration_steps": integration_steps}, 1)
     if friction * step_size > 1:

@@ -21,7 +21,7 @@ from jax import Array
 from jaxtyping import Float
 from rich.console import Console
 
-from bnlora.checks import check_at_least, check_positive
+from bnlora.checks import check_at_least, check_key, check_positive
 from bnlora.fits import Fit
 from bnlora.inference.mode import flattened, mode_of, unflattened
 from bnlora.posterior import draw_adapters
@@ -83,6 +83,7 @@ class Swag:
 
     def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
         """Posterior adapters with a leading draw axis; the same key gives the same draws."""
+        key = check_key(key)
         k_diagonal, k_low = jax.random.split(key)
         D = self.moments.deviations
         wide = np.asarray(jax.random.normal(k_diagonal, (num_samples, D.shape[1])), np.float64)
@@ -136,6 +137,7 @@ def swag(
             least two) would be collected, or were before an interrupt.
         FitDiverged: When descent leaves the finite numbers.
     """
+    key = check_key(key)
     check_positive({"learning_rate": learning_rate})
     check_at_least({"num_steps": num_steps, "every": every}, 1)
     check_at_least({"rank": rank}, 2)

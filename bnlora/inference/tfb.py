@@ -28,7 +28,7 @@ from jaxtyping import Float
 from rich.console import Console
 
 from bnlora import metrics
-from bnlora.checks import check_at_least, check_option, check_positive
+from bnlora.checks import check_at_least, check_key, check_option, check_positive
 from bnlora.data import Batch, check_labels
 from bnlora.inference.mode import mode_of
 from bnlora.predict import Posterior, predict_with_draws
@@ -81,6 +81,7 @@ class TrainingFree:
 
     def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
         """Posterior adapters with a leading draw axis; the same key gives the same draws."""
+        key = check_key(key)
         draws = {}
         for k, (name, (a, b, widths)) in zip(
             jax.random.split(key, len(self.families)), self.families.items(), strict=True
@@ -134,6 +135,7 @@ def training_free(
         ValueError: When the fit is not of a point or its update is zero, rows lack labels, a number is out
             of its range, or no sigma passes or fails.
     """
+    key = check_key(key)
     check_option("criterion", criterion, get_args(Criterion))
     check_positive({"tolerance": tolerance})
     check_at_least({"num_samples": num_samples, "bisections": bisections, "batch_size": batch_size}, 1)

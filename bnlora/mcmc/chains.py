@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import Float
 
 from bnlora.certificate import Certificate, Evidence, Thresholds, certify
+from bnlora.checks import check_key
 from bnlora.copying import state
 from bnlora.display import Showable, Shown, facts
 from bnlora.functions import PROBES, Functions, evaluate, identifiable
@@ -86,6 +87,7 @@ class Chains(Shown):
         Raises:
             ValueError: When fewer draws are kept.
         """
+        key = check_key(key)
         total = len(self._rows)
         if num_samples > total:
             raise ValueError(

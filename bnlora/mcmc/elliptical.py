@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from bnlora.checks import check_at_least
+from bnlora.checks import check_at_least, check_key
 from bnlora.data import Batch
 from bnlora.density import Density
 from bnlora.fits import Fit
@@ -63,6 +63,7 @@ def sample_elliptical(
         >>> chains.num_chains
         2
     """
+    key = check_key(key)
     check_at_least({"num_warmup": num_warmup, "steps_per_draw": steps_per_draw}, 1)
 
     def build(tuning: Tuning, target: Target, inputs: Any) -> Sampler:

@@ -11,7 +11,7 @@ from typing import Unpack, get_args
 
 from jax import Array
 
-from bnlora.checks import check_at_least, check_option, check_positive
+from bnlora.checks import check_at_least, check_key, check_option, check_positive
 from bnlora.data import Batch
 from bnlora.fits import Fit
 from bnlora.mcmc.chains import Chains
@@ -64,6 +64,7 @@ def sample_nuts(
         >>> chains.certificate.passed  # eight draws are too few
         False
     """
+    key = check_key(key)
     check_at_least({"max_doublings": max_doublings}, 1)
     method = _method(Nuts(max_doublings), num_warmup, target_acceptance, mass, initial_step_size)
     return sampled(key, model, train, method, sites, given, options)
@@ -109,6 +110,7 @@ def sample_hmc(
         >>> bl.sample_hmc(key, model, rows, integration_steps=2, **options).num_chains
         2
     """
+    key = check_key(key)
     check_at_least({"integration_steps": integration_steps}, 1)
     method = _method(Hmc(integration_steps), num_warmup, target_acceptance, mass, initial_step_size)
     return sampled(key, model, train, method, sites, given, options)

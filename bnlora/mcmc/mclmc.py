@@ -14,7 +14,7 @@ from typing import Unpack
 
 from jax import Array
 
-from bnlora.checks import check_at_least
+from bnlora.checks import check_at_least, check_key
 from bnlora.data import Batch
 from bnlora.fits import Fit
 from bnlora.mcmc.chains import Chains
@@ -58,6 +58,7 @@ def sample_mclmc(
         >>> chains.certificate.passed  # never: there is no accept step
         False
     """
+    key = check_key(key)
     check_at_least({"num_tuning": num_tuning}, 100)
     check_at_least({"steps_per_draw": steps_per_draw}, 1)
     method = Method(

@@ -26,7 +26,7 @@ from jax import Array
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from bnlora.checks import check_at_least, check_positive
+from bnlora.checks import check_at_least, check_key, check_positive
 from bnlora.data import Batch
 from bnlora.fits import Fit
 from bnlora.mcmc.chains import Chains
@@ -85,6 +85,7 @@ def sample_smc(
         >>> runs.num_chains
         2
     """
+    key = check_key(key)
     check_at_least({"num_runs": num_runs, "num_moves": num_moves, "integration_steps": integration_steps}, 1)
     check_at_least({"num_particles": num_particles}, 10)
     check_positive({"step_size": step_size})
