@@ -106,8 +106,9 @@ class PriorPredictive(Shown):
         """One sentence, by the first of these rules that holds.
 
         1. "no change": `distance_from_base` is below `HARDLY`.
-        2. "confident nonsense": `decided` is above `MOST`.
-        3. "reasonable": neither. It says that the draws are neither of the two extremes, no more.
+        2. "confident nonsense": `decided` is above `MOST`, and the base model's own share is not.
+        3. "sure as the base": both are above `MOST`, which no scale of the prior changes.
+        4. "reasonable": none of these. It says that the draws are neither of the two extremes, no more.
         """
         moved, decided = self.distance_from_base, self.decided
         if moved < HARDLY:
@@ -115,17 +116,16 @@ class PriorPredictive(Shown):
                 f"no change: the draws' probabilities differ from the base model's by {moved:.3f} on average "
                 f"(rule: below {HARDLY:g}); a wider scale would let the adapters act"
             )
-        if decided > MOST:
-            own = float((self.base_probs.max(-1) > NEARLY_ALL).mean())
-            return (
-                f"confident nonsense: {decided:.0%} of draws and rows put more than {NEARLY_ALL:.0%} on one "
-                f"class (rule: above {MOST:.0%}; the base model does in {own:.0%} of the rows); a narrower "
-                "scale would leave room for doubt"
-            )
-        return (
-            f"reasonable: {decided:.0%} of draws and rows put more than {NEARLY_ALL:.0%} on one class, and "
-            f"probabilities differ from the base model's by {moved:.3f} on average"
+        own = float((self.base_probs.max(-1) > NEARLY_ALL).mean())
+        shares = (
+            f"{decided:.0%} of draws and rows put more than {NEARLY_ALL:.0%} on one class (rule: above "
+            f"{MOST:.0%}; the base model does in {own:.0%} of the rows)"
         )
+        if decided > MOST and own > MOST:
+            return f"sure as the base: {shares}; no scale mends that, look at template and label words"
+        if decided > MOST:
+            return f"confident nonsense: {shares}; a narrower scale would leave room for doubt"
+        return f"reasonable: {shares}; probabilities differ from the base's by {moved:.3f} on average"
 
     @property
     def overview(self) -> tuple[Showable, ...]:
@@ -140,8 +140,8 @@ class PriorPredictive(Shown):
             ("spread of the log-odds, median row", f"{middle:.3g}", ""),
             ("spread of the log-odds, all rows", f"{low:.3g} to {high:.3g}", ""),
         )
-        title = f"Prior predictive: {draws} draws, {rows:,} rows, {classes} classes"
-        return (Table(title, ("", "prior", "base model"), numbers), self.verdict)
+        sizes = f"{draws} draws, {rows:,} rows, {classes} classes"
+        return (Table(f"Prior predictive: {sizes}", ("", "prior", "base model"), numbers), self.verdict)
 
     def __repr__(self) -> str:
         draws, rows, classes = self.logits.shape
@@ -234,7 +234,12 @@ def prior_predictive(
     for part in track(parts(data, batch_size), -(-len(data) // batch_size), "prior predictive", console):
         computed = np.asarray(compiled(model.base.params, draws, part.batch))
         logits[:, part.rows] = computed[:, : len(part.rows)]
-    _check_finite(logits[1:], logits[0], model)
+    broken = np.array([not np.isfinite(of_draw).all() for of_draw in logits])
+    if broken[0]:
+        remedy = broken_weights(model.base.params) or "look at the base, and at how it runs"
+        raise ValueError(f"logits must be finite, but the base model's own are not; {remedy}")
+    if broken.any():
+        raise ValueError(f"logits are not finite in {broken.sum()} of {num_samples} draws; lower the scale")
     return PriorPredictive(logits[1:], logits[0])
 
 
@@ -303,34 +308,14 @@ def scale_for_spread(
 
     ends = np.log(low), np.log(high)
     at_low, at_high = map(excess, ends)
-    if np.isnan([at_low, at_high]).any():
-        at = [f"{scale:g}" for scale, x in ((low, at_low), (high, at_high)) if np.isnan(x)]
-        remedy = broken_weights(model.base.params) or "move the bounds towards a scale where they are"
-        raise ValueError(f"logits must be finite, but are not at scale {' and '.join(at)}; {remedy}")
-    if not at_low * at_high <= 0:
+    if not at_low * at_high <= 0:  # nor where one of them is not a number
         least, greatest = spread * np.exp(at_low), spread * np.exp(at_high)
         raise ValueError(
             f"no scale in the bounds gives a spread of {spread:g}: it is {least:.3g} at scale {low:g} and "
-            f"{greatest:.3g} at scale {high:g}; ask for one in between or move the bounds"
+            f"{greatest:.3g} at scale {high:g}; "
+            f"{broken_weights(model.base.params) or 'ask for one in between or move the bounds'}"
         )
     return float(np.exp(scipy.optimize.brentq(excess, *ends, xtol=tolerance)))
-
-
-def _check_finite(
-    logits: Float[np.ndarray, "s n c"], base: Float[np.ndarray, "n c"], model: Classifier
-) -> None:
-    """Raise `ValueError` unless all logits are finite; where the base's own are not, no scale is to blame."""
-    own = int((~np.isfinite(base)).any(1).sum())
-    if own:
-        remedy = broken_weights(model.base.params) or "look at the base, and at how it runs (`Base.running`)"
-        raise ValueError(
-            f"logits must be finite, but the base model's own are not in {own} of {len(base)} rows; {remedy}"
-        )
-    broken = int((~np.isfinite(logits)).any((1, 2)).sum())
-    if broken:
-        raise ValueError(
-            f"logits must be finite, but are not under {broken} of {len(logits)} prior draws; lower the scale"
-        )
 
 
 def _check_random(model: Classifier) -> None:

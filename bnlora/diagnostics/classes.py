@@ -61,9 +61,11 @@ class ClassCounts:
 
     @property
     def worst(self) -> tuple[int, int]:
-        """Class and bin furthest from its expectation, relative to the band."""
-        half = np.maximum(self.high - self.low, 1e-12)
-        return tuple(np.unravel_index((np.abs(self.observed - self.expected) / half).argmax(), half.shape))  # type: ignore[return-value]
+        """Class and bin furthest from its expectation, relative to the band on that side of it."""
+        gap = self.observed - self.expected
+        side = np.where(gap > 0, self.high - self.expected, self.expected - self.low)
+        far = np.abs(gap) / np.maximum(side, 1e-12)
+        return tuple(np.unravel_index(far.argmax(), far.shape))  # type: ignore[return-value]
 
     def __repr__(self) -> str:
         classes, bins = self.observed.shape

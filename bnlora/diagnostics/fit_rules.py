@@ -16,8 +16,12 @@ from bnlora.checks import broken_weights
 from bnlora.diagnostics.bound import LEAST_STEPS, Bound, FinalBound
 from bnlora.diagnostics.finding import Finding, Status
 from bnlora.diagnostics.restarts import THRESHOLD, Restarts
+from bnlora.diagnostics.subject import Subject
 from bnlora.diagnostics.weights import KHats
 from bnlora.fits import Fit, divergence_remedy
+
+MOST_SHOWN = 100
+"""Nested R-hat above which it is said to be so large; that of points which differ is decided by rounding."""
 
 FALL = 5
 """How many times the tolerance the bound may lie below its best window, or its mean, besides noise."""
@@ -42,11 +46,11 @@ def steps(fit: Fit) -> Finding:
 
 def convergence(found: Bound) -> Finding:
     """Whether the smoothed bound has stopped changing."""
+    rhat = "" if np.isnan(found.rhat) else f", R-hat {found.rhat:.2f}"
     measured = (
         f"the bound changed by {found.change:+.2f} ± {found.change_error:.2f} nats "
         f"({found.relative_change:+.2%}, tolerance {found.tolerance:.0%}) between the last two fifths of "
-        f"{found.num_steps} steps, R-hat {found.rhat:.2f}; its KL by {found.kl_change:+.2f} ± "
-        f"{found.kl_change_error:.2f}"
+        f"{found.num_steps} steps{rhat}; its KL by {found.kl_change:+.2f} ± {found.kl_change_error:.2f}"
     )
     numbers = (abs(found.relative_change), found.tolerance)
     best = int(found.terms["elbo"].argmax())
@@ -61,10 +65,12 @@ def convergence(found: Bound) -> Finding:
         return Finding("convergence", "problem", measured, *numbers, remedy)
     if found.verdict == "moving":
         falling = found.change < -found.allowed - 2 * found.change_error
+        of_scales = abs(found.kl_change) > found.allowed + 2 * found.kl_change_error
         remedy = (
             "The bound is falling: lower the learning rate, or let it decay."
             if falling
-            else "Fit for more steps, or with higher rates that decay (of scales: scale_optimizer)."
+            else "Fit for more steps, or with a higher rate that decays"
+            + (" (of scales too: scale_optimizer)." if of_scales else ".")
         )
         return Finding("convergence", "problem", measured, *numbers, remedy)
     if found.verdict == "too noisy":
@@ -76,12 +82,10 @@ def convergence(found: Bound) -> Finding:
     return Finding("convergence", "fine", measured, *numbers)
 
 
-def last_step(found: Bound, final: FinalBound | None, fit: Fit) -> Finding:
+def last_step(found: Bound, final: FinalBound | None, fit: Fit, about: Subject) -> Finding:
     """Whether the parameters that are kept are as good as those of the steps before."""
     if final is None:
-        return Finding(
-            "last step", "not asked", "the guide has no density, so its bound has no other estimate"
-        )
+        return Finding("last step", "not asked", f"{about.no_density}, so the bound has no other estimate")
     if fit.best_step != len(fit.step_seconds):
         return Finding("last step", "not asked", f"validation rows chose step {fit.best_step}, not the last")
     gap, error = final.value - found.value, float(np.hypot(final.error, found.errors["elbo"][-1]))
@@ -100,21 +104,21 @@ def last_step(found: Bound, final: FinalBound | None, fit: Fit) -> Finding:
     return Finding("last step", "problem", measured, abs(gap), limit, remedy)
 
 
-def weights(found: KHats, *, converged: bool, collapsed: bool) -> Finding:
+def weights(found: KHats, about: Subject, *, converged: bool) -> Finding:
     """Whether the draws can be reweighted to the posterior.
 
     Args:
         found: k-hat.
+        about: What it is the k-hat of.
         converged: Whether the bound has.
-        collapsed: Whether draws of the guide do not differ although it sets no site to a point.
     """
-    if collapsed:
+    if about.collapsed:
         measured = "some number is the same in every draw: its scale has collapsed below float32"
         remedy = "Lower the learning rate of the scales (scale_optimizer), or let it decay, and fit again."
         return Finding("k-hat", "problem", measured, remedy=remedy)
     if found.overall is None:
         remedy = "Without a density only predictions can be judged: look at held-out rows."
-        return Finding("k-hat", "not asked", "the guide sets some site to a point", remedy=remedy)
+        return Finding("k-hat", "not asked", about.no_density, remedy=remedy)
     k, limit, size = found.overall.value, found.overall.threshold, found.num_dimensions["whole"]
     measured = (
         f"Pareto k-hat {k:.2f} (at most {limit:.2f} with {found.overall.num_draws} draws) in {size:,} "
@@ -122,11 +126,11 @@ def weights(found: KHats, *, converged: bool, collapsed: bool) -> Finding:
     )
     if found.overall.passed:
         return Finding("k-hat", "fine", measured, k, limit)
+    such = f", such as {' or '.join(about.richer)}," if about.richer else ""
     remedy = (
         "The guide misses part of the posterior, or has not reached its optimum: if k-hat does not fall in "
-        "a longer fit with a decaying rate, give it a richer family, such as full() or "
-        "low_rank(over='all'), and hold identifiable functions against bnlora.sample_nuts before its "
-        "intervals are used."
+        f"a longer fit with a decaying rate, give it a richer family{such} and hold identifiable functions "
+        "against bnlora.sample_nuts before its intervals are used."
         if converged
         else "Mend the convergence first; what is left of it then is the guide's."
     )
@@ -143,7 +147,9 @@ def families(found: KHats) -> Finding | None:
     shown = ", ".join(f"{name} {k.value:.2f}" for name, k in known.items())
     worst = max(known, key=lambda name: known[name].value)
     k, limit = known[worst].value, known[worst].threshold
+    tied = [name for name, k in found.families.items() if k is None]
     measured = f"{shown} given the means of the others (at most {limit:.2f})"
+    measured += f"; not asked of {', '.join(tied)}, which the guide ties to others" if tied else ""
     if known[worst].passed:
         return Finding("k-hat by family", "fine", measured, k, limit)
     remedy = f"Begin with {worst}: give its sites a richer family in the guide."
@@ -152,20 +158,34 @@ def families(found: KHats) -> Finding | None:
 
 def agreement(found: Restarts) -> Finding:
     """Whether fits from other keys agree."""
+    bounds = f"over {len(found.bounds)} fits with bounds {', '.join(f'{x:.1f}' for x in found.bounds)} nats"
+    if not len(found.rhat):
+        return Finding("restarts", "not asked", f"every function is the same in all draws, {bounds}")
     k = found.worst
-    measured = (
-        f"nested R-hat {found.rhat[k]:.2f} in {found.names[k]} (at most {THRESHOLD:g}) over "
-        f"{len(found.bounds)} fits with bounds {', '.join(f'{x:.1f}' for x in found.bounds)} nats"
-    )
-    numbers = (float(found.rhat[k]), THRESHOLD)
+    rhat = float(found.rhat[k])
+    if np.isnan(rhat):
+        measured = f"{found.names[k]} has no nested R-hat, {bounds}"
+        remedy = "Its draws are not finite or do not vary: look at the fits one by one."
+        return Finding("restarts", "problem", measured, rhat, THRESHOLD, remedy)
+    said = f"{rhat:.2f}" if rhat < MOST_SHOWN else f"above {MOST_SHOWN}"
+    measured = f"nested R-hat {said} in {found.names[k]} (at most {THRESHOLD:g}) {bounds}"
     if found.passed:
-        return Finding("restarts", "fine", measured, *numbers)
-    best = int(found.bounds.argmax())
+        return Finding("restarts", "fine", measured, rhat, THRESHOLD)
     remedy = (
-        f"The fits found different posteriors: take number {best + 1} (the highest bound), or fit longer "
-        "and from better starts until they agree."
+        f"The fits found different posteriors: {_higher_bound(found)}fit longer and from better starts until "
+        "they agree."
     )
-    return Finding("restarts", "problem", measured, *numbers, remedy)
+    return Finding("restarts", "problem", measured, rhat, THRESHOLD, remedy)
+
+
+def _higher_bound(found: Restarts) -> str:
+    """Which fit to take, where its bound is above that of every other by more than the noise of both."""
+    best = int(found.bounds.argmax())
+    gaps = found.bounds[best] - np.delete(found.bounds, best)
+    noise = 2 * np.hypot(found.bound_errors[best], np.delete(found.bound_errors, best))
+    if (gaps > noise).all():
+        return f"take number {best + 1}, whose bound is the highest, or "
+    return "their bounds do not tell which is the better one; "
 
 
 def _severity(k: float) -> Status:

@@ -23,7 +23,6 @@ from bnlora.data import Batch, check_labels
 from bnlora.diagnostics import fit_rules, prior_rules, row_rules
 from bnlora.diagnostics.bound import Bound, FinalBound, bound, final_bound
 from bnlora.diagnostics.classes import ClassCounts, class_counts
-from bnlora.diagnostics.divergence import points_of
 from bnlora.diagnostics.finding import COLOURS, MARKS, Finding, Status
 from bnlora.diagnostics.loo import LeaveOneOut, loo, loo_probs
 from bnlora.diagnostics.overlap import Overlap, overlap
@@ -34,6 +33,7 @@ from bnlora.diagnostics.sample import Sample, sample
 from bnlora.diagnostics.sensitivity import Sensitivity, sensitivity
 from bnlora.diagnostics.shrinkage import Shrinkage, shrinkage
 from bnlora.diagnostics.spectrum import Spectrum, spectrum
+from bnlora.diagnostics.subject import subject
 from bnlora.diagnostics.weights import KHats, khat
 from bnlora.fits import Fit
 from bnlora.predict import predict_with_draws
@@ -225,20 +225,23 @@ def diagnose(
 
 def _findings(page: Diagnosis, drawn: Sample, data: Batch) -> list[Finding]:
     """Every finding that is defined for this fit."""
-    fit, found = drawn.fit, [fit_rules.steps(drawn.fit)]
+    fit, found, about = drawn.fit, [fit_rules.steps(drawn.fit)], subject(drawn)
     if page.bound is not None:
-        found += [fit_rules.convergence(page.bound), fit_rules.last_step(page.bound, page.final_bound, fit)]
+        found.append(fit_rules.convergence(page.bound))
+        found.append(fit_rules.last_step(page.bound, page.final_bound, fit, about))
     else:
         measured = f"{len(fit.step_seconds)} steps, too few to smooth"
         found.append(Finding("convergence", "problem", measured, remedy="Fit for hundreds of steps."))
     converged = found[1].status == "fine"
-    collapsed = drawn.has_prior and not drawn.has_density and not points_of(fit)
-    found.append(fit_rules.weights(page.khat, converged=converged, collapsed=collapsed))
+    found.append(fit_rules.weights(page.khat, about, converged=converged))
     found += [one for one in [fit_rules.families(page.khat)] if one is not None]
     if page.restarts is not None:
         found.append(fit_rules.agreement(page.restarts))
     if page.overlap is not None and page.shrinkage is not None:
-        found += [prior_rules.learned(page.overlap, page.shrinkage), prior_rules.conflict(page.overlap)]
+        found += [
+            prior_rules.learned(page.overlap, page.shrinkage),
+            prior_rules.conflict(page.overlap, about),
+        ]
     if page.prior_predictive is not None:
         found.append(prior_rules.predictive(page.prior_predictive))
     elif drawn.has_prior:
@@ -246,10 +249,13 @@ def _findings(page: Diagnosis, drawn: Sample, data: Batch) -> list[Finding]:
     if page.sensitivity is not None:
         limit = min(1 - 1 / np.log10(drawn.num_samples), 0.7)
         found.append(prior_rules.scaling(page.sensitivity, limit))
-    if page.bound is not None:
-        found.append(prior_rules.guessing(page.bound, len(fit.train), len(fit.model.label_ids)))
     failed = page.khat.overall is not None and not page.khat.overall.passed
-    left_out = row_rules.left_out(page.loo, whole_failed=failed)
+    if page.bound is not None:
+        sizes = len(fit.train), len(fit.model.label_ids)
+        found.append(
+            prior_rules.guessing(page.bound, *sizes, about, converged=converged, weighable=not failed)
+        )
+    left_out = row_rules.left_out(page.loo, about, whole_failed=failed)
     found += [prior_rules.ranks(page.spectrum), left_out]
     found.append(row_rules.transforms(page.pit, reliable=left_out.status in ("fine", "caution")))
     found.append(row_rules.counted(page.class_counts, of_training=_same_rows(fit.train, data)))

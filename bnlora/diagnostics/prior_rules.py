@@ -2,7 +2,8 @@
 
 | finding             | problem                                | caution                                    |
 |---------------------|----------------------------------------|--------------------------------------------|
-| prior predictive    | the prior leaves the base as it is     | over half of draws and rows are decided    |
+| prior predictive    | the prior leaves the base as it is     | over half of draws and rows are decided,   |
+|                     |                                        | and the base model is not                  |
 | learned             | all overlaps of functions above 0.9    | some family's update is as under the prior |
 | prior and posterior | norm of an update outside of the prior |                                            |
 | power-scaling       |                                        | some margin depends on the prior           |
@@ -18,6 +19,7 @@ from bnlora.diagnostics.overlap import Overlap
 from bnlora.diagnostics.sensitivity import THRESHOLD, Sensitivity
 from bnlora.diagnostics.shrinkage import UPDATE, Shrinkage
 from bnlora.diagnostics.spectrum import Spectrum
+from bnlora.diagnostics.subject import Subject
 from bnlora.prior_predictive import HARDLY, MOST, NEARLY_ALL, PriorPredictive
 
 SAME = 0.9
@@ -42,6 +44,8 @@ def predictive(found: PriorPredictive) -> Finding:
         f"{decided:.0%} of prior draws and rows put more than {NEARLY_ALL:.0%} on one class (at most "
         f"{MOST:.0%}); probabilities move by {moved:.2f} on average (at least {HARDLY:g})"
     )
+    if decided > MOST and own > MOST:
+        measured += f"; the base model is as sure in {own:.0%} of the rows, which no scale changes"
     if decided > MOST >= own:
         remedy = (
             "The prior believes in confident nonsense: lower its scale, bnlora.scale_for_spread finds one."
@@ -56,10 +60,10 @@ def learned(found: Overlap, spread: Shrinkage) -> Finding:
     cells = [c for c in spread.cells if c.factor == UPDATE and np.isfinite(c.ratio)]
     measured = (
         f"least overlap of prior and posterior {least:.2f} ± {found.error[k]:.2f}, in {found.names[k]} (at "
-        f"most {SAME:g}); KL {spread.total_kl:.1f} nats"
+        f"most {SAME:g}); {spread.total_words}"
     )
     if least > SAME:
-        remedy = "The data changed nothing: raise the prior's scale, give more rows, or adapt other layers."
+        remedy = "The data changed hardly anything: raise the prior's scale, give more rows, or adapt others."
         return Finding("learned", "problem", measured, least, SAME, remedy)
     by_family: dict[str, list[float]] = {}
     for cell in cells:
@@ -76,22 +80,23 @@ def learned(found: Overlap, spread: Shrinkage) -> Finding:
     return Finding("learned", "fine", measured, least, SAME)
 
 
-def conflict(found: Overlap) -> Finding:
+def conflict(found: Overlap, about: Subject) -> Finding:
     """Whether the sizes of the updates are ones that the prior allows."""
     norms = [k for k, name in enumerate(found.names) if name.startswith("norm[")]
     tail = np.minimum(found.position, 1 - found.position)
     k = min(norms, key=lambda i: tail[i])
     position = float(found.position[k])
     measured = (
-        f"the posterior median of {found.names[k]} is at {position:.1%} of the prior (between {OUTSIDE:.1%} "
-        f"and {1 - OUTSIDE:.1%})"
+        f"the posterior median of {found.names[k]} is at {position:.1%} of {len(found.prior)} draws of the "
+        f"prior (between {OUTSIDE:.1%} and {1 - OUTSIDE:.1%})"
     )
     if tail[k] >= OUTSIDE:
         return Finding("prior and posterior", "fine", measured, position, OUTSIDE)
     wider = position > 0.5
     remedy = (
-        f"The updates are {'larger' if wider else 'smaller'} than any draw of the prior: "
-        f"{'raise' if wider else 'lower'} its scale, or learn it with priors.learned(...)."
+        f"The updates are {'larger' if wider else 'smaller'} than nearly any draw of the prior: "
+        f"{'raise' if wider else 'lower'} its scale"
+        + ("." if about.learns_scale else ", or learn it with priors.learned(...).")
     )
     return Finding("prior and posterior", "problem", measured, position, OUTSIDE, remedy)
 
@@ -103,7 +108,13 @@ def scaling(found: Sensitivity, limit: float) -> Finding:
         measured = f"the weights of a changed power have k-hat {worst:.2f} (at most {limit:.2f})"
         return Finding("power-scaling", "not asked", measured, worst, limit, "Fit again under another scale.")
     # Norms hold what is added to all classes alike, which only the prior knows: margins are what is asked.
-    margins = [k for k, name in enumerate(found.names) if name.startswith("margin[")]
+    margins = [
+        k
+        for k, name in enumerate(found.names)
+        if name.startswith("margin[") and np.isfinite([found.prior[k], found.likelihood[k]]).all()
+    ]
+    if not margins:
+        return Finding("power-scaling", "not asked", "no margin has a sensitivity: their draws do not vary")
     both, alone = (
         sum(found.names[k] in names for k in margins) for names in (found.conflicts, found.prior_alone)
     )
@@ -120,16 +131,37 @@ def scaling(found: Sensitivity, limit: float) -> Finding:
     return Finding("power-scaling", "caution", measured, *numbers, remedy)
 
 
-def guessing(found: Bound, num_rows: int, num_classes: int) -> Finding:
-    """Whether the bound is above the log-evidence of equal probabilities."""
+def guessing(
+    found: Bound, num_rows: int, num_classes: int, about: Subject, *, converged: bool, weighable: bool
+) -> Finding:
+    """Whether the bound is above the log-evidence of equal probabilities.
+
+    Args:
+        found: The bound.
+        num_rows: Number of training rows.
+        num_classes: Number of classes.
+        about: What it is the bound of.
+        converged: Whether it has.
+        weighable: Whether k-hat finds no fault with the guide.
+    """
+    if about.points:
+        return Finding("against guessing", "not asked", f"{about.no_density}, so there is no bound")
     guess = -num_rows * float(np.log(num_classes))
-    measured = f"bound {found.value:.1f} nats, guessing among {num_classes} classes {guess:.1f}"
+    what = "bound" if about.random else "log-likelihood"
+    measured = f"{what} {found.value:.1f} nats, guessing among {num_classes} classes {guess:.1f}"
     if found.value >= 1.1 * guess:
         return Finding("against guessing", "fine", measured, found.value, guess)
-    remedy = (
-        "The price of the posterior is more than what it earns: fit until it converges, widen the "
-        "variational family (lam_max=1) or mend the prior's scale, and do not compare evidences."
-    )
+    longer = [] if converged else ["fit until it converges"]
+    if not about.random:
+        also = " or ".join([*longer, "look for the fault in labels, template and words"])
+        remedy = f"The training rows are predicted worse than by equal probabilities: {also}."
+        return Finding("against guessing", "problem", measured, found.value, guess, remedy)
+    if about.lam_max < 1:
+        longer.append(f"widen the variational family (lam_max={about.lam_max:g} restricts it, 1 would not)")
+    elif not weighable and about.richer:
+        longer.append(f"give the guide a richer family, such as {' or '.join(about.richer)}")
+    also = ", ".join([*longer, "mend the prior's scale"])
+    remedy = f"The price of the posterior is more than what it earns: {also}, and do not compare evidences."
     return Finding("against guessing", "problem", measured, found.value, guess, remedy)
 
 

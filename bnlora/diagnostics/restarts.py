@@ -58,8 +58,8 @@ class Restarts(Shown):
 
     @property
     def worst(self) -> int:
-        """Index of the function with the largest nested R-hat."""
-        return int(np.nanargmax(self.rhat))
+        """Index of the function with the largest nested R-hat; one that has none comes before all others."""
+        return int(np.where(np.isnan(self.rhat), np.inf, self.rhat).argmax())
 
     @property
     def passed(self) -> bool:

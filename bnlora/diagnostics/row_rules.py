@@ -8,11 +8,13 @@
 """
 
 import numpy as np
+from jaxtyping import Float
 
 from bnlora.diagnostics.classes import ClassCounts
 from bnlora.diagnostics.finding import Finding
 from bnlora.diagnostics.loo import LeaveOneOut
 from bnlora.diagnostics.pit import Pit
+from bnlora.diagnostics.subject import Subject
 
 LEVEL = 0.01
 """P-value below which a check of the predictions raises a caution."""
@@ -23,11 +25,11 @@ HOPELESS = 0.7
 """k-hat above which no feasible number of draws helps; below, more of them do."""
 
 
-def left_out(found: LeaveOneOut | None, *, whole_failed: bool) -> Finding:
+def left_out(found: LeaveOneOut | None, about: Subject, *, whole_failed: bool) -> Finding:
     """Whether leave-one-out can be believed."""
     if found is None:
-        return Finding("leave-one-out", "not asked", "the guide has no density, so there are no weights")
-    bad, size = int((found.pareto_k > HOPELESS).sum()), len(found.rows)
+        return Finding("leave-one-out", "not asked", f"{about.no_density}, so there are no weights")
+    bad, size = int((~(found.pareto_k <= HOPELESS)).sum()), len(found.rows)  # so that NaN is bad
     measured = (
         f"elpd {found.elpd:.1f} ± {found.error:.1f} nats, {found.p:.1f} effective parameters; k-hat above "
         f"{HOPELESS:g} in {bad} of {size} rows, above {found.threshold:.2f} in {len(found.unreliable)}"
@@ -47,7 +49,9 @@ def left_out(found: LeaveOneOut | None, *, whole_failed: bool) -> Finding:
 
 def transforms(found: Pit | None, *, reliable: bool) -> Finding:
     """Whether the training labels are as random as leave-one-out says."""
-    if found is None or not reliable:
+    if found is None:
+        return Finding("LOO-PIT", "not asked", "there is no leave-one-out")
+    if not reliable:
         return Finding("LOO-PIT", "not asked", "leave-one-out cannot be believed here")
     where = "within" if found.inside else "outside"
     measured = (
@@ -56,12 +60,20 @@ def transforms(found: Pit | None, *, reliable: bool) -> Finding:
     )
     if found.p_value >= LEVEL:
         return Finding("LOO-PIT", "fine", measured, found.p_value, LEVEL)
-    lean = float(found.values.mean())
-    which = "the last classes" if lean > 0.5 else "the first classes"
-    remedy = (
-        f"The predictions do not fit the labels, {which} come too often: check labels, template and words."
-    )
+    remedy = f"The predictions do not fit the labels{_shape(found.values)}: check labels, template and words."
     return Finding("LOO-PIT", "caution", measured, found.p_value, LEVEL, remedy)
+
+
+def _shape(values: Float[np.ndarray, " n"]) -> str:
+    """How transforms differ from uniform ones, where their mean or spread is two standard errors off."""
+    centred, root = values - 0.5, len(values) ** 0.5
+    lean = centred.mean() * root * 12**0.5
+    if abs(lean) > 2:
+        return f", the {'last' if lean > 0 else 'first'} classes come more often than predicted"
+    spread = ((centred**2).mean() - 1 / 12) * root * 180**0.5
+    if abs(spread) > 2:
+        return f", they are too {'sure' if spread > 0 else 'cautious'} (inference.fit_temperature helps)"
+    return ""
 
 
 def counted(found: ClassCounts, *, of_training: bool) -> Finding:

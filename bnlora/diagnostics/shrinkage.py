@@ -95,6 +95,16 @@ class Shrinkage(Shown):
         return float(np.nansum([one.total for one in self.divergences]))
 
     @property
+    def total_words(self) -> str:
+        """`total_kl` in words, which say how many sites it leaves out."""
+        points = sum(len(one.sites) for one in self.divergences if np.isnan(one.total))
+        every = sum(len(one.sites) for one in self.divergences)
+        if points == every:
+            return "no KL, for every site is a point"
+        without = f" without {points} of {every} sites, which are points" if points else ""
+        return f"KL {self.total_kl:.1f} nats{without}"
+
+    @property
     def overview(self) -> tuple[Table]:
         """The table."""
         rows = tuple(
@@ -108,7 +118,7 @@ class Shrinkage(Shown):
             for c in self.cells
             if c.factor == UPDATE
         )
-        title = f"Posterior spread of the update relative to the prior's; KL {self.total_kl:.1f} nats in all"
+        title = f"Posterior spread of the update relative to the prior's; {self.total_words}"
         return (Table(title, ("update", "posterior sd", "prior sd", "ratio", "KL, nats"), rows),)
 
 
