@@ -10,7 +10,7 @@ With p the predictive distribution of a row, y its class, k = argmax p and c = m
 `ece` has bins of equal width (Naeini et al. 2015; Guo et al. 2017), `adaptive_ece` bins of equal count
 (Nguyen & O'Connor 2015). Both are biased upwards in small samples, most of all for a good model.
 
-Every function takes log-probabilities, or a `Prediction`, whose mixture over draws is then meant.
+Every function takes log-probabilities, or a `Prediction` in their place, whose mixture is then meant.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ from bnlora.checks import check_at_least, class_numbers
 
 BINS = 15
 
-LogProbs = Any  # Float[np.ndarray, "n c"], or a `Prediction`, which the floors above make
+LogProbs = Float[np.ndarray, "n c"]
 Labels = Int[Any, " n"]
 
 

@@ -69,7 +69,7 @@ class Validation:
         prediction = predict_with_draws(self.model, draws, self.rows, batch_size=self.rule.batch_size)
         # Predictions that are not finite are worse than any others, and no reason to lose the fit.
         broken = np.isnan(prediction.draw_log_probs).any()
-        loss = np.inf if broken else metrics.nll(prediction, np.asarray(self.rows.labels))
+        loss = np.inf if broken else metrics.nll(prediction.log_probs, np.asarray(self.rows.labels))
         if not self.losses or loss < min(self.losses):
             self.best_params, self.best_step = params, step
         self.steps.append(step)

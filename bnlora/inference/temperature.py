@@ -62,7 +62,7 @@ def fit_temperature(prediction: Prediction, labels: Int[np.ndarray, " n"]) -> fl
     _check_possible(log_probs, labels)
 
     def loss(t: float) -> float:
-        return metrics.nll(tempered(exact, float(np.exp(t))), labels)
+        return metrics.nll(tempered(exact, float(np.exp(t))).log_probs, labels)
 
     losses = np.array([loss(t) for t in grid])
     least = int(losses.argmin())
