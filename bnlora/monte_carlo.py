@@ -86,19 +86,20 @@ def _errors(values: np.ndarray, for_mean: np.ndarray, for_sd: np.ndarray) -> tup
 def pareto_k(log_weights: Float[np.ndarray, " s"]) -> float:
     """Shape of the Pareto law fitted to the largest weights.
 
-    Minus infinity where all are equal; infinity where the weights of the fitted tail are more than `RANGE`
-    nats apart. In double precision the lower ones vanish, ArviZ drops them from the tail, and may call the
-    weights harmless. A Pareto law of shape k spreads the logs of n weights over about k log n.
+    Minus infinity where the largest are equal, as where they differ by less than their densities are
+    rounded by; infinity where the weights of the fitted tail are more than `RANGE` nats apart. In double
+    precision the lower ones vanish, ArviZ drops them from the tail, and may call the weights harmless. A
+    Pareto law of shape k spreads the logs of n weights over about k log n.
     """
     from arviz_stats.base import array_stats
 
     ordered = np.sort(np.asarray(log_weights, np.float64))
     count = len(ordered)
     tail = int(3 * count**0.5) if count > 225 else count // 5  # the tail that ArviZ fits
-    if np.ptp(ordered) < 1e-9:
-        return -np.inf
     if ordered[-1] - ordered[-tail - 1] > RANGE:
         return np.inf
+    if np.ptp(ordered[-tail:]) < 1e-9:  # ArviZ raises an error
+        return -np.inf
     # ArviZ smooths the weights of leave-one-out, 1 / likelihood, and turns the sign of what it is given.
     _, shape = array_stats.psislw(-ordered)
     return float(shape)

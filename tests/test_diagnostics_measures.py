@@ -10,7 +10,7 @@ from bnlora.diagnostics import class_counts, effective_rank, randomised_pit
 from bnlora.diagnostics.overlap import overlap_of_draws
 from bnlora.diagnostics.shrinkage import spread
 from bnlora.diagnostics.tree import tree_of_draws
-from bnlora.monte_carlo import nested_rhat, power_sensitivity, smoothed_weights
+from bnlora.monte_carlo import nested_rhat, pareto_k, power_sensitivity, smoothed_weights
 
 
 def random(seed: int = 0) -> np.random.Generator:
@@ -72,6 +72,16 @@ def test_smoothed_weights_sum_to_one_and_keep_the_means():
     np.testing.assert_allclose(weights.sum(0), 1.0)
     # exp(x / 2 - 1 / 8) carries N(0, 1) to N(1 / 2, 1); its mean has a variance near e^(1/4) (1 + 1/4) / S.
     assert abs((weights[:, 1] * draws).sum() - 0.5) < 4 * (np.exp(0.25) * 1.25 / 4000) ** 0.5
+
+
+def test_weights_whose_largest_are_equal_have_no_tail():
+    """A posterior that is nearly the guide: float32 leaves a few values of the log-ratio."""
+    draws = np.random.default_rng(5).normal(size=400)
+    rounded = np.minimum(np.round(draws), 0.0) * 1e-6
+    assert pareto_k(rounded) == -np.inf
+    assert np.isfinite(pareto_k(np.minimum(draws, 2.0)))
+    assert pareto_k(np.where(draws > 0, 0.0, 700 * draws)) == -np.inf
+    assert pareto_k(np.where(np.arange(400) < 60, 0.0, -700.0)) == np.inf
 
 
 def test_power_scaling_of_a_posterior_that_is_the_prior():
