@@ -67,7 +67,7 @@ def read_labels(
     """
     if labels_are is not None and not isinstance(labels_are, Mapping):
         check_option("labels_are", labels_are, get_args(LabelKind))
-    values = list(column)
+    values = [value.tolist() if hasattr(value, "tolist") else value for value in column]
     if class_names is not None and not isinstance(labels_are, Mapping):
         named = _by_names(split, class_names, words, labels_are)
         if named is not None:

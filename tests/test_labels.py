@@ -115,16 +115,18 @@ def test_a_mapping_says_what_each_label_means():
 def test_names_of_classes_decide_where_they_are_the_words(tokenizer):
     """A data set whose class 0 is named good, and words in another order, are one task and not two."""
 
-    def labels(names, words=(" bad", " good"), **options):
+    def labels(names, words=(" bad", " good"), form=None, **options):
         features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
-        rows = Dataset.from_dict({"text": ["the plot", "the film"], "label": [0, 1]}, features)
+        rows = Dataset.from_dict({"text": ["the plot", "the film"], "label": [0, 1]}, features).with_format(
+            form
+        )
         columns = {"text": "text", "label": "label"}
         data = text_classification(rows, tokenizer, **columns, words=words, template="{text} is", **options)
         return data.train.labels.tolist()
 
     assert labels(["neg", "pos"]) == [0, 1]
     assert labels(["bad", "good"]) == [0, 1]
-    assert labels(["good", "bad"]) == [1, 0]
+    assert labels(["good", "bad"]) == labels(["good", "bad"], form="numpy") == [1, 0]
     assert labels(["good", "bad"], labels_are="integers") == [0, 1]
     assert labels(["bad", "positive"]) == [0, 1]
     with pytest.raises(ValueError, match="where 'good' is class 0; among the words it is class 1"):

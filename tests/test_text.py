@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from bnlora.reading import tokens_of
 from bnlora.text import text_classification
 
 ROWS = {"sentence": ["the film was good", "bad plot", "the the the plot is bad"], "label": [1, 0, 0]}
@@ -163,6 +164,7 @@ def test_the_last_token_of_a_row_is_the_templates_own(tokenizer, form, template)
     for split, expected in ((data.train, begin), (plain.train, "")):
         for ids, last, sentence in zip(split.tokens, split.last, ROWS["sentence"], strict=True):
             assert special.decode(ids[: last + 1]) == expected + template.replace("{text}", sentence)
+            assert tokens_of(sentence, special, template) == tokens_of(sentence, tokenizer, "{text}")
     limit = int(data.train.mask.sum(1).max()) - 1
     cut = read(special, template=template, truncate="right", max_length=limit).train
     assert cut.mask.sum(1).max() == limit
