@@ -1,13 +1,18 @@
 """Fits on disk: everything that was learned and recorded, without the base weights.
 
 A folder with `fit.safetensors` (parameters, history, the rows that were fitted, as tokens) and `fit.json`
-(counts and versions). A prior and a guide are programs and are not stored: whoever loads a fit builds the
-same model and guide first, and every name and shape is checked against them.
+(counts, versions, the checksum of the other file, and what tells the model: sites, label ids, and some of
+the base's weights). A prior and a guide are programs and are not stored: whoever loads a fit builds the same
+model and guide first, and every name, shape and range is checked against them.
+
+Format 1 had neither checksum nor sites, label ids and weights, and vectors of one number for scalars; it is
+read in silence, with the checks of names, shapes and ranges alone.
 """
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,21 +20,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from bnlora.data import Batch
 from bnlora.elbo import parameter_shapes
-from bnlora.files import write_json
+from bnlora.files import file_checksum, write_json
 from bnlora.fits import Fit
 
-FORMAT = 1
+FORMAT, READABLE = 2, (1, 2)
 ARRAYS, RECORD = "fit.safetensors", "fit.json"
-_COUNTS = ("best_step", "skipped_steps", "num_traces", "stopped")
+_COUNTS = ("best_step", "skipped_steps", "num_traces")
+_ENDS = ("steps", "patience", "interrupted", "diverged")
 _ROWS = ("tokens", "mask", "labels")
 
 
-def save_fit(fit: Fit, folder: str | Path) -> None:
+def save_fit(fit: Fit, folder: str | Path, *, notes: Mapping[str, Any] | None = None) -> None:
     """Write a fit into a folder, which is made if it is not there; a fit that it holds is replaced.
 
     The record is written last and both files appear at once, so that an interrupted write leaves no fit
@@ -38,6 +46,11 @@ def save_fit(fit: Fit, folder: str | Path) -> None:
     Args:
         fit: The fit.
         folder: Folder to write; made where there is none.
+        notes: What else to keep in the record, such as how model and guide were made: whatever JSON can say.
+            `bnlora.checkpoint.read_notes` gives it back.
+
+    Raises:
+        OSError: When the folder cannot be written; a fit that it held is still there.
 
     Example:
         >>> bl.save_fit(fit, folder / "fit")
@@ -49,15 +62,13 @@ def save_fit(fit: Fit, folder: str | Path) -> None:
     trees = {name: getattr(fit, name) for name in ("params", "last_params", "history", "validation")}
     arrays = _by_path(trees) | {f"train.{name}": getattr(fit.train, name) for name in _ROWS}
     arrays |= {"step_seconds": fit.step_seconds, "draw_key": jax.random.key_data(fit.draw_key)}
-    record = {name: getattr(fit, name) for name in _COUNTS}
-    record |= {"format": FORMAT, "key": str(jax.random.key_impl(fit.draw_key))}
+    arrays |= {"weights": _some_weights(fit.model)}
+    record = {name: getattr(fit, name) for name in (*_COUNTS, "stopped")} | {"format": FORMAT}
+    record |= {"key": str(jax.random.key_impl(fit.draw_key)), "model": _told(fit.model)}
+    record |= {"notes": dict(notes or {})}
     record |= {"versions": {name: version(name) for name in ("bnlora", "jax", "numpyro", "flax")}}
-    scratch = folder / f".{ARRAYS}"
     # safetensors needs one block of memory; `np.ascontiguousarray` would make a vector of a scalar.
-    save_file({name: np.asarray(value, order="C") for name, value in arrays.items()}, scratch)
-    (folder / RECORD).unlink(missing_ok=True)
-    os.replace(scratch, folder / ARRAYS)
-    write_json(folder / RECORD, record)
+    _write(folder, {name: np.asarray(value, order="C") for name, value in arrays.items()}, record)
 
 
 def load_fit(folder: str | Path, model: Any, guide: Callable) -> Fit:
@@ -65,7 +76,7 @@ def load_fit(folder: str | Path, model: Any, guide: Callable) -> Fit:
 
     Args:
         folder: A folder that `save_fit` wrote.
-        model: The same classifier, built again: equal sites and an equal prior.
+        model: The same classifier, built again: equal base, sites, prior and label ids.
         guide: The same guide, built again.
 
     Returns:
@@ -73,7 +84,8 @@ def load_fit(folder: str | Path, model: Any, guide: Callable) -> Fit:
 
     Raises:
         FileNotFoundError: When the folder holds no fit.
-        ValueError: When a file is corrupt, or the parameters are not those of this model and guide.
+        ValueError: When a file is corrupt or belongs to another fit, base, sites, label ids or parameters are
+            not those of this model and guide, or a number is outside its range.
 
     Example:
         >>> bl.save_fit(fit, folder / "fit")
@@ -82,21 +94,125 @@ def load_fit(folder: str | Path, model: Any, guide: Callable) -> Fit:
     """
     folder = Path(folder).expanduser()
     record, arrays = _read(folder)
-    tokens, mask, labels = (jnp.asarray(arrays[f"train.{name}"]) for name in _ROWS)
-    train = Batch(tokens, mask, labels)
-    like, _ = parameter_shapes(model, guide, model.base.params, train[:1], len(train))
+    if record["format"] > 1:
+        _require_same_model(record, arrays, model, folder)
+    train = _rows(arrays, model, folder)
+    like, allowed = parameter_shapes(model, guide, model.base.params, train[:1], len(train))
+    params, last_params = (_restored(n, like, allowed, arrays, folder) for n in ("params", "last_params"))
     return Fit(
         model=model,
         guide=guide,
-        params=_restored("params", like, arrays, folder),
-        last_params=_restored("last_params", like, arrays, folder),
+        params=params,
+        last_params=last_params,
         history=_group("history", arrays),
         validation=_group("validation", arrays),
         train=train,
         step_seconds=arrays["step_seconds"],
         draw_key=jax.random.wrap_key_data(jnp.asarray(arrays["draw_key"]), impl=record["key"]),
-        **{name: record[name] for name in _COUNTS},
+        **{name: record[name] for name in (*_COUNTS, "stopped")},
     )
+
+
+def read_notes(folder: str | Path) -> dict[str, Any]:
+    """The `notes` that `save_fit` was given, by name; none where it was given none.
+
+    Args:
+        folder: A folder that `save_fit` wrote.
+
+    Returns:
+        The notes.
+
+    Raises:
+        FileNotFoundError: When the folder holds no fit.
+        ValueError: When a file is corrupt or belongs to another fit.
+    """
+    return _read(Path(folder).expanduser())[0].get("notes", {})
+
+
+def fit_size(model: Any, guide: Callable, train: Batch, num_steps: int) -> int:
+    """Bytes that a fit of so many steps takes on disk, rounded up."""
+    like, _ = parameter_shapes(model, guide, model.base.params, train[:1], len(train))
+    leaves = [*jax.tree.leaves(like)] * 2 + [getattr(train, name) for name in _ROWS]
+    numbers = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return numbers + 200 * num_steps + 200 * len(leaves) + 2**17  # the history, names and shapes, the record
+
+
+def _write(folder: Path, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
+    """Replace both files, once both are written whole."""
+    scratch, told = folder / f".{ARRAYS}", folder / f".new-{RECORD}"
+    try:
+        save_file(dict(arrays), scratch)
+        write_json(told, {**record, "checksum": file_checksum(scratch)})
+        (folder / RECORD).unlink(missing_ok=True)
+        os.replace(scratch, folder / ARRAYS)
+        os.replace(told, folder / RECORD)
+    except SafetensorError as error:  # as on a full disk
+        raise OSError(f"{str(folder / ARRAYS)!r} cannot be written ({error})") from error
+    finally:
+        for path in (scratch, told):
+            path.unlink(missing_ok=True)
+
+
+def _told(model: Any) -> dict[str, Any]:
+    """What tells a model from others of the same shapes."""
+    sites = {f"site {name!r}": asdict(site) for name, site in model.sites.items()}
+    return json.loads(json.dumps({"label ids": {"ids": model.label_ids}, **sites}))
+
+
+def _some_weights(model: Any) -> Float[np.ndarray, " k"]:
+    """A few numbers of every array that is frozen: the base's weights, and sites that are held."""
+    return np.asarray(_spread((model.base.params, getattr(model, "fixed", {}))))
+
+
+@jax.jit
+def _spread(tree: Any) -> Float[Array, " k"]:
+    picked = [jnp.zeros(0)]
+    for leaf in jax.tree.leaves(tree):
+        places = np.linspace(0, leaf.size - 1, min(leaf.size, 16)).astype(np.int64)
+        picked.append(leaf[np.unravel_index(places, leaf.shape)].astype(jnp.float32))
+    return jnp.concatenate(picked)
+
+
+def _require_same_model(
+    record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], model: Any, folder: Path
+) -> None:
+    """Raise unless the fit was made with the label ids, the sites and the frozen weights of this model."""
+    then, now = record["model"], _told(model)
+    for name in {**then, **now}:
+        if name not in then or name not in now:
+            raise ValueError(
+                f"the fit in {str(folder)!r} has {', '.join(then)}; the model has {', '.join(now)}"
+            )
+        for part, value in then[name].items():
+            if now[name].get(part, value) != value:
+                told = f"{part} {value} of {name}; got {now[name][part]}"
+                raise ValueError(f"the fit in {str(folder)!r} was made with {told}")
+    stored, weights = arrays["weights"], _some_weights(model)
+    # A base that is made anew from a random key may differ in the last digits.
+    close = stored.shape == weights.shape and np.allclose(stored, weights, rtol=1e-4, atol=1e-6)
+    if not close:
+        raise ValueError(
+            f"the fit in {str(folder)!r} was made over another base than {model.base!r}, or with other "
+            "values of the sites that are held; its weights are others"
+        )
+
+
+def _rows(arrays: Mapping[str, np.ndarray], model: Any, folder: Path) -> Batch:
+    """The fitted rows, whose tokens and labels are those of this model."""
+    tokens, mask, labels = (arrays[f"train.{name}"] for name in _ROWS)
+    kinds = tokens.dtype.kind + mask.dtype.kind + labels.dtype.kind
+    if kinds != "ibi" or tokens.ndim != 2 or mask.shape != tokens.shape or labels.shape != tokens.shape[:1]:
+        raise ValueError(f"the fit in {str(folder)!r} is corrupt: its rows are not tokens, mask and labels")
+    sizes = {"tokens": (tokens[mask], model.base.config.vocab_size, "tokens of the base")}
+    sizes |= {"labels": (labels, len(model.label_ids), "classes of the model")}
+    for name, (values, size, of) in sizes.items():
+        if values.size == 0 or values.min() < 0 or values.max() >= size:
+            wrong = values[(values < 0) | (values >= size)]
+            raise ValueError(
+                f"the {name} of the rows in {str(folder)!r} must be from 0 to {size - 1}, the {size} {of}; "
+                f"got {wrong[0] if wrong.size else 'none'}"
+            )
+    return Batch(*map(jnp.asarray, (tokens, mask, labels)))
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
@@ -105,28 +221,45 @@ def _by_path(tree: Any) -> dict[str, Any]:
     return {f"{path[0].key}{jax.tree_util.keystr(path[1:])}": leaf for path, leaf in leaves}
 
 
-def _group(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _group(name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     prefix = f"{name}['"
     return {key[len(prefix) : -2]: value for key, value in arrays.items() if key.startswith(prefix)}
 
 
-def _restored(name: str, like: Any, arrays: dict[str, np.ndarray], folder: Path) -> Any:
+def _restored(
+    name: str, like: Any, allowed: Mapping[str, Any], arrays: Mapping[str, np.ndarray], folder: Path
+) -> Any:
+    """A tree of parameters; their names, shapes and ranges are those that model and guide declare."""
     wanted = {key: leaf.shape for key, leaf in _by_path({name: like}).items()}
-    # Versions before 0.2 wrote numbers as vectors of one.
-    arrays = arrays | {
-        k: arrays[k].reshape(()) for k, s in wanted.items() if s == () and k in arrays and arrays[k].size == 1
-    }
-    stored = {key: value.shape for key, value in arrays.items() if key.startswith(f"{name}[")}
-    differing = sorted(k for k in wanted.keys() & stored.keys() if wanted[k] != stored[k])
+    found = {key: value for key, value in arrays.items() if key.startswith(f"{name}[")}
+    for key in wanted.keys() & found.keys():
+        if wanted[key] == () and found[key].shape == (1,):  # how format 1 has scalars
+            found[key] = found[key].reshape(())
+    differing = sorted(k for k in wanted.keys() & found.keys() if wanted[k] != found[k].shape)
     problems = {
-        "missing": sorted(wanted.keys() - stored.keys()),
-        "not of this model": sorted(stored.keys() - wanted.keys()),
-        "of another shape": [f"{key} {stored[key]} instead of {wanted[key]}" for key in differing],
+        "missing": sorted(wanted.keys() - found.keys()),
+        "not of this model": sorted(found.keys() - wanted.keys()),
+        "of another shape": [f"{key} {found[key].shape} instead of {wanted[key]}" for key in differing],
     }
-    found = "; ".join(f"{what}: {', '.join(keys[:3])}" for what, keys in problems.items() if keys)
-    if found:
-        raise ValueError(f"the fit in {str(folder)!r} was made with another prior, guide or sites ({found})")
-    return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[key]) for key in wanted])
+    said = "; ".join(f"{what}: {', '.join(keys[:3])}" for what, keys in problems.items() if keys)
+    if said:
+        raise ValueError(f"the fit in {str(folder)!r} was made with another prior, guide or sites ({said})")
+    values = jax.tree.unflatten(jax.tree.structure(like), [found[key] for key in wanted])
+    for parameter, tree in values.items():
+        if not all(_is_allowed(allowed[parameter], leaf) for leaf in jax.tree.leaves(tree)):
+            raise ValueError(
+                f"{parameter!r} in {str(folder)!r} has a value outside its range, {allowed[parameter]}; the "
+                "file was changed, or is another's"
+            )
+    return jax.tree.map(jnp.asarray, values)
+
+
+def _is_allowed(constraint: Any, value: np.ndarray) -> bool:
+    """Whether a value is finite and in its range, whose edge counts: what is tiny may round to zero."""
+    if not np.isfinite(value).all():
+        return False
+    step = np.asarray(1e-6 * np.maximum(np.abs(value), 1), value.dtype)
+    return any(np.all(constraint(x)) for x in (value, value + step, value - step))
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -136,11 +269,36 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         arrays = load_file(folder / ARRAYS)
-    except (ValueError, SafetensorError) as error:
+        form = record.get("format")
+    except (ValueError, AttributeError, SafetensorError) as error:
         raise ValueError(f"the fit in {str(folder)!r} is corrupt or truncated ({error})") from error
-    if record.get("format") != FORMAT:
+    if form not in READABLE:
         raise ValueError(
-            f"the fit in {str(folder)!r} has format {record.get('format')!r}; this version of bnlora reads "
-            f"format {FORMAT}"
+            f"the fit in {str(folder)!r} has format {form!r}; this version of bnlora reads "
+            f"formats {' and '.join(map(str, READABLE))}"
         )
+    problem = _problem(record, arrays)
+    if form > 1 and not problem and record["checksum"] != file_checksum(folder / ARRAYS):
+        problem = f"{ARRAYS} is not the file that {RECORD} describes: it is another fit's, or was changed"
+    if problem:
+        raise ValueError(f"the fit in {str(folder)!r} is corrupt: {problem}")
     return record, arrays
+
+
+def _problem(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    """What is wrong with the record, or with arrays that every fit has; empty where nothing is."""
+    newer = record["format"] > 1
+    needed = {*(f"train.{name}" for name in _ROWS), "step_seconds", "draw_key"} | (
+        {"weights"} if newer else set()
+    )
+    entries = {*_COUNTS, "stopped", "key"} | ({"checksum", "model", "notes"} if newer else set())
+    for name, found, file in ((needed, arrays, ARRAYS), (entries, record, RECORD)):
+        if name - found.keys():
+            return f"{file} lacks {', '.join(sorted(name - found.keys()))}"
+    for name in _COUNTS:
+        if type(record[name]) is not int or record[name] < 0:
+            return f"{name!r} in {RECORD} must be a whole number of at least 0; got {record[name]!r}"
+    if record["stopped"] not in _ENDS:
+        return f"'stopped' in {RECORD} must be one of {', '.join(_ENDS)}; got {record['stopped']!r}"
+    lengths = {value.shape for value in _group("history", arrays).values()} | {arrays["step_seconds"].shape}
+    return "" if len(lengths) == 1 else f"the columns of the history in {ARRAYS} differ in length"

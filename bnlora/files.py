@@ -1,19 +1,26 @@
-"""Files that appear whole or not at all, so that an interrupt leaves none that looks whole; reading JSON."""
+"""Files written whole or not at all, room for them before the work, checksums, and JSON from anybody."""
 
+import hashlib
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 LARGEST_JSON = 2**26  # bytes; the index of a model of hundreds of gigabytes has a few million
+_BLOCK = 2**20
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Have `write` make a file under another name in the same folder, and then give it its own."""
     scratch = path.with_name(f".{path.name}")
-    write(scratch)
-    os.replace(scratch, path)
+    try:
+        write(scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)  # what was written in part would keep its room on a full disk
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -43,3 +50,104 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} must hold a JSON object; got {type(content).__name__}")
     return content
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def room(folder: Path) -> Iterator[Callable[[int], None]]:
+    """A folder to write into later: it is made and tried now, and removed if nothing was put into it.
+
+    Args:
+        folder: The folder.
+
+    Yields:
+        What tries whether a number of bytes fits into the folder; an `OSError` says why it does not.
+
+    Raises:
+        OSError: When the folder cannot be made or written into.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]  # the deepest first
+    try:
+        _try(folder, 1)
+        yield lambda size: _try(folder, size)
+    finally:
+        for path in new:
+            try:
+                path.rmdir()
+            except OSError:  # it was never made, or is in use
+                continue
+
+
+@contextmanager
+def room_for(file: Path | None) -> Iterator[None]:
+    """A file to write later (None: none): its folder is made and tried now.
+
+    Raises:
+        OSError: When the file is a folder or may not be written, or nothing can be written beside it.
+    """
+    if file is None:
+        yield
+        return
+    if file.is_dir():
+        raise IsADirectoryError(f"{str(file)!r} is a folder; give the name of a file")
+    if file.exists() and not os.access(file, os.W_OK):
+        raise PermissionError(f"{str(file)!r} may not be written; give another name")
+    with room(file.parent):
+        yield
+
+
+def written(path: Path, write: Callable[[Path], Any], spare: Sequence[Path]) -> tuple[Path, str]:
+    """Have `write` write to a path or, where that fails, into the first spare folder that takes it.
+
+    Args:
+        path: Where to write.
+        write: Writes to a path whose folder is there; it may raise `OSError`.
+        spare: Folders to write into instead.
+
+    Returns:
+        The path that was written, and what was wrong with `path`; empty where nothing was.
+
+    Raises:
+        OSError: When nothing took it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+        return path, ""
+    except OSError as error:
+        problem = f"{str(path)!r} cannot be written ({_reason(error)})"
+    for folder in spare:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            other = Path(tempfile.mkdtemp(prefix=f"{path.stem}-", dir=folder)) / path.name
+            write(other)
+            return other, problem
+        except OSError as error:
+            problem += f", nor {str(folder)!r} ({_reason(error)})"
+    raise OSError(f"{problem}; the result is lost")
+
+
+def _try(folder: Path, size: int) -> None:
+    """Make a folder and write so many bytes into it, which are removed again."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        block = os.urandom(min(size, _BLOCK))  # zeros would take no room on some disks
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".room-") as file:
+            for start in range(0, size, _BLOCK):
+                file.write(block[: size - start])
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        needed = "" if size < 2**10 else f", which needs {size / 2**20:,.1f} MiB"
+        raise OSError(
+            f"{str(folder)!r} cannot be written{needed} ({_reason(error)}); choose another folder"
+        ) from error
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)

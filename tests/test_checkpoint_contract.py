@@ -14,10 +14,8 @@ import pytest
 import test_guide_contract
 from numpyro.distributions import constraints
 from numpyro.infer import autoguide
-from safetensors.numpy import load_file, save_file
 
 import bnlora as bl
-from bnlora.checkpoint import ARRAYS
 from bnlora.elbo import TERMS, parameter_shapes
 from bnlora.model import AdapterPrior
 from bnlora.testing import tiny_rows
@@ -41,7 +39,8 @@ def model_of(prior: str) -> SimpleNamespace:
     """A model without a language model: a prior of the table."""
     member = prior_members.MEMBERS[prior]
     base = SimpleNamespace(params=None, config=SimpleNamespace(vocab_size=40))
-    return SimpleNamespace(prior=AdapterPrior(member.sites, member.prior), base=base, label_ids=(3, 5))
+    prior = AdapterPrior(member.sites, member.prior)
+    return SimpleNamespace(prior=prior, sites=member.sites, base=base, label_ids=(3, 5))
 
 
 def numbers(like, constraint, stream):
@@ -122,16 +121,3 @@ def test_autoguides(tmp_path, make):
     model.prior = prior
     guide = make(prior)
     comes_back(tmp_path, model, guide)
-
-
-def test_a_file_that_has_vectors_of_one_for_scalars_is_read(tmp_path):
-    """As `save_fit` wrote them before it kept scalars."""
-    model = model_of("horseshoe")
-    fit = comes_back(tmp_path, model, mean_field(model.prior))
-    stored = load_file(tmp_path / ARRAYS)
-    assert any(x.shape == () for x in stored.values())
-    save_file({name: np.ascontiguousarray(x) for name, x in stored.items()}, tmp_path / ARRAYS)
-    after = bl.load_fit(tmp_path, model, mean_field(model.prior))
-    for name, value in fit.params.items():
-        assert np.shape(value) == after.params[name].shape
-        np.testing.assert_array_equal(value, after.params[name])

@@ -1,6 +1,8 @@
 """References on disk: what comes back compares as what went in, and on its own rows alone."""
 
-from dataclasses import dataclass, field
+import json
+import shutil
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import jax
@@ -122,3 +124,37 @@ def test_missing_and_corrupt_files_get_a_sentence(run, tmp_path):
     (tmp_path / "draws.nc").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is corrupt"):
         bl.load_reference(tmp_path)
+
+
+def test_files_of_two_references_and_impossible_numbers_are_refused(run, tmp_path):
+    stored = bl.store_reference(run, ROWS, num_predictions=20)
+    one, two = tmp_path / "one", tmp_path / "two"
+    bl.save_reference(stored, one)
+    values = stored.draws.values.copy()
+    values[0, 0, 0] += 1
+    bl.save_reference(replace(stored, draws=replace(stored.draws, values=values)), two)
+    shutil.copy(two / "draws.nc", one / "draws.nc")
+    with pytest.raises(ValueError, match="draws.nc is not the file that certificate.json describes"):
+        bl.load_reference(one)
+    values[0, 0, 0] = np.nan
+    log_probs = stored.prediction.draw_log_probs + 0.1
+    names = ("norm", *stored.draws.names[1:])
+    for message, changes in {
+        "has values that are not finite": {"draws": SimpleNamespace(names=stored.draws.names, values=values)},
+        "do not sum to one": {"prediction": bl.Prediction(log_probs)},
+        "has the functions .*'norm'": {"draws": replace(stored.draws, names=names)},
+    }.items():
+        bl.save_reference(replace(stored, **changes), two)
+        with pytest.raises(ValueError, match=message):
+            bl.load_reference(two)
+    (two / "certificate.json").write_text("[]")
+    with pytest.raises(ValueError, match="is corrupt"):
+        bl.load_reference(two)
+
+
+def test_a_reference_of_before_the_checksum_is_read(run, tmp_path):
+    bl.save_reference(bl.store_reference(run, ROWS, num_predictions=20), tmp_path)
+    about = json.loads((tmp_path / "certificate.json").read_text())
+    del about["checksum"]
+    (tmp_path / "certificate.json").write_text(json.dumps(about))
+    assert bl.load_reference(tmp_path).certificate == run.certificate

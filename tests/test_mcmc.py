@@ -1,5 +1,6 @@
 """Markov chains against closed forms, importance sampling, NumPyro's own sampler, and themselves."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,42 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path):
         mcmc.sample_nuts(KEY, model, ROWS, folder=tmp_path, **{**options, "num_warmup": 31})
     with pytest.raises(ValueError, match="pieces of another run .*target"):
         mcmc.sample_nuts(KEY, model, ROWS[:9], folder=tmp_path, **options)
+
+
+def test_pieces_of_another_run_or_place_are_refused(tmp_path):
+    about = {"sampler": "none", "options": {}, "plan": {}, "versions": {}, "log_density": [-10.0]}
+
+    def opened(name, **changes):
+        return Pieces.open(tmp_path / name, about | {"key": [0, 0]} | changes, conjugate(), jnp.zeros((1, 3)))
+
+    def piece(scale):
+        return lambda: (scale * jnp.ones(3), jnp.arange(2))
+
+    one, other = opened("one"), opened("other", key=[0, 1])
+    for pieces in (one, other):
+        for index in range(2):
+            pieces.draws(index, piece(index))
+    np.testing.assert_array_equal(opened("one").draws(1, piece(5))[0], np.ones(3))  # as it was stored
+    first, second = (tmp_path / "one" / f"draws-{i:05d}.npz" for i in range(2))
+    kept = first.read_bytes()
+    for wrong in (second, tmp_path / "other" / first.name):
+        shutil.copy(wrong, first)
+        with pytest.raises(ValueError, match="no piece of this run, or another piece; remove it"):
+            one.draws(0, piece(0))
+    first.write_bytes(kept[: len(kept) // 2])
+    with pytest.raises(ValueError, match="draws-00000.npz' is corrupt .*; remove it"):
+        one.draws(0, piece(0))
+    np.savez(first, leaf0=np.full(3, 7, np.float32), leaf1=np.arange(2, dtype=np.int32))  # as before the mark
+    np.testing.assert_array_equal(one.draws(0, piece(0))[0], np.full(3, 7))
+    np.savez(first, leaf0=np.zeros(4, np.float32), leaf1=np.arange(2, dtype=np.int32))
+    with pytest.raises(ValueError, match="no piece of this run"):
+        one.draws(0, piece(0))
+    opened("one", log_density=[-10.001])
+    with pytest.raises(ValueError, match=r"another run \(log_density: \[-10.0\] then, \[-11.0\] now\)"):
+        opened("one", log_density=[-11.0])
+    (tmp_path / "one" / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="run.json' is corrupt"):
+        opened("one")
 
 
 def test_an_interrupt_hands_over_what_was_drawn(monkeypatch):

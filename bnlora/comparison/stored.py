@@ -1,9 +1,10 @@
 r"""A certified reference on disk: function values and predictions, without adapters or the language model.
 
 The factors of a head are many and not identifiable; what a comparison reads of them is little. A folder holds
-`certificate.json` (the verdict, the numbers behind it, what was sampled and how) and `draws.nc` (values of
-the functions by chain and draw, and log-probabilities of the classes by draw and row). The rows
-are not stored: a checksum of their tokens and labels is, so that a comparison on others is refused.
+`certificate.json` (the verdict, the numbers behind it, what was sampled and how, and the checksum of the
+other file) and `draws.nc` (values of the functions by chain and draw, and log-probabilities of the classes by
+draw and row). The rows are not stored: a checksum of their tokens and labels is, so that a comparison on
+others is refused. Folders of before the file's checksum are read without it.
 
 The idea of draws that travel with their certificate is that of posteriordb (Magnusson et al. 2024, arXiv
 2407.04967).
@@ -22,7 +23,7 @@ import numpy as np
 from bnlora.certificate import Certificate
 from bnlora.comparison.draws import Draws, evenly
 from bnlora.data import Batch
-from bnlora.files import write_json, write_whole
+from bnlora.files import file_checksum, write_json, write_whole
 from bnlora.functions import PROBES, evaluate, identifiable
 from bnlora.predict import Prediction, predict_with_draws
 
@@ -133,6 +134,7 @@ def save_reference(stored: StoredReference, folder: str | Path) -> None:
         "record": dict(stored.record),
         "rows": stored.rows,
         "sites": stored.sites,
+        "checksum": file_checksum(folder / DRAWS),
     }
     write_json(folder / RECORD, about)
 
@@ -148,7 +150,8 @@ def load_reference(folder: str | Path) -> StoredReference:
 
     Raises:
         FileNotFoundError: When the folder holds none.
-        ValueError: When a file is corrupt.
+        ValueError: When a file is corrupt, the two files are not of one reference, a value is not finite, or
+            the probabilities of the classes do not sum to one.
 
     Example:
         >>> bl.save_reference(bl.store_reference(chains, rows, num_predictions=20), folder / "kept")
@@ -169,9 +172,30 @@ def load_reference(folder: str | Path) -> StoredReference:
             log_probs = np.asarray(kept["log_probs"].values)
         certificate = Certificate.from_json(about["certificate"])
         parts = {name: about[name] for name in ("record", "rows", "sites")}
-    except (OSError, KeyError, ValueError) as error:
+        _check(about, folder, certificate, names, values, log_probs)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"the reference in {str(folder)!r} is corrupt: {error}") from error
     return StoredReference(Draws(names, values, "chains"), Prediction(log_probs), certificate, **parts)
+
+
+def _check(
+    about: Mapping[str, Any],
+    folder: Path,
+    certificate: Certificate,
+    names: tuple[str, ...],
+    values: np.ndarray,
+    log_probs: np.ndarray,
+) -> None:
+    """Raise `ValueError` unless the files are of one reference and their numbers can be."""
+    # Older folders have no checksum, but names in both files.
+    if about.get("checksum", file_checksum(folder / DRAWS)) != file_checksum(folder / DRAWS):
+        raise ValueError(f"{DRAWS} is not the file that {RECORD} describes: another reference's, or changed")
+    if names != certificate.names:
+        raise ValueError(f"{DRAWS} has the functions {names}; {RECORD} certifies {certificate.names}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{DRAWS} has values that are not finite")
+    if not np.allclose(np.exp(log_probs, dtype=np.float64).sum(-1), 1, atol=1e-3):
+        raise ValueError(f"{DRAWS} has probabilities of the classes that do not sum to one")
 
 
 def require_same_problem(stored: StoredReference, model: Any, data: Batch) -> None:

@@ -1,12 +1,13 @@
 r"""A run of chains on disk: the warm-up, then piece after piece of draws, each with the state at its end.
 
 A folder holds `run.json` (what is being run), `warm.npz` and `draws-00000.npz`, `draws-00001.npz`, ... Every
-file appears whole or not at all. A run that finds its own pieces goes on behind the last of them; one that
-finds those of another run refuses, and names what differs.
+file appears whole or not at all, and carries the mark of its run. A run that finds its own pieces goes on
+behind the last of them; one that finds those of another run refuses, and names what differs.
 """
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from bnlora.files import write_json, write_whole
 from bnlora.mcmc.target import Target
 
 RUN, WARM = "run.json", "warm.npz"
+_MARK, _DENSITY = "run", "log_density"
 _COMPARED = ("sampler", "options", "key", "plan", "versions", "target")
 
 
@@ -29,6 +31,7 @@ class Pieces:
     """Where a run keeps its pieces; nowhere without a folder."""
 
     folder: Path | None
+    mark: str = ""
 
     @classmethod
     def open(cls, folder: Path | None, record: dict[str, Any], target: Target, starts: Array) -> "Pieces":
@@ -44,8 +47,13 @@ class Pieces:
         now = {**record, "target": fingerprint(target, starts)}
         path = folder / RUN
         if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = _run_before(path)
             differing = [n for n in _COMPARED if before.get(n) != json.loads(json.dumps(now[n]))]
+            # It tells another base, prior scale or order of label ids; older folders have none.
+            if not differing and not np.allclose(
+                before.get(_DENSITY, now[_DENSITY]), now[_DENSITY], rtol=1e-3
+            ):
+                differing.append(_DENSITY)
             if differing:
                 shown = "; ".join(f"{n}: {before.get(n)} then, {now[n]} now" for n in differing)
                 raise ValueError(
@@ -54,7 +62,8 @@ class Pieces:
                 )
         else:
             write_json(path, now)
-        return cls(folder)
+        compared = json.dumps({name: now[name] for name in _COMPARED}, sort_keys=True)
+        return cls(folder, hashlib.sha256(compared.encode()).hexdigest())
 
     def warm(self, compute: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
         """Tuning and state after the warm-up: read where it is stored, else computed and stored."""
@@ -69,12 +78,10 @@ class Pieces:
             return compute()
         path = self.folder / name
         if path.is_file():
-            shape = jax.eval_shape(compute)
-            with np.load(path) as stored:
-                leaves = [jnp.asarray(stored[f"leaf{i}"]) for i in range(len(stored.files))]
-            return jax.tree.unflatten(jax.tree.structure(shape), leaves)
+            return self._read(path, jax.eval_shape(compute))
         made = compute()
         arrays = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(made))}
+        arrays[_MARK] = np.array(f"{name} {self.mark}")
 
         def write(scratch: Path) -> None:
             with scratch.open("wb") as file:
@@ -82,6 +89,34 @@ class Pieces:
 
         write_whole(path, write)
         return made
+
+    def _read(self, path: Path, like: Any) -> Any:
+        """What a file holds, if it is that piece of this run; older files have no mark, but shapes."""
+        try:
+            with (
+                path.open("rb") as file,
+                np.load(file) as stored,
+            ):  # of a path numpy leaves a broken file open
+                kept = {name: stored[name] for name in stored.files}
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{str(path)!r} is corrupt ({error}); remove it to have it drawn anew"
+            ) from error
+        mark = str(kept.pop(_MARK, f"{path.name} {self.mark}"))
+        wanted = {f"leaf{i}": leaf for i, leaf in enumerate(jax.tree.leaves(like))}
+        shapes = [{name: (x.shape, x.dtype) for name, x in found.items()} for found in (kept, wanted)]
+        if mark != f"{path.name} {self.mark}" or shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{str(path)!r} is no piece of this run, or another piece; remove it to have it drawn anew"
+            )
+        return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(kept[name]) for name in wanted])
+
+
+def _run_before(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} is corrupt ({error}); give another folder") from error
 
 
 def fingerprint(target: Target, starts: Array) -> str:

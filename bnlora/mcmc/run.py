@@ -117,12 +117,12 @@ def run(
             another run.
     """
     began = time.perf_counter()
-    _check_starts(target, starts)
+    density = _check_starts(target, starts)
     warm_key, draw_key = jax.random.split(key)
     keys = jax.random.split(draw_key, plan.num_chains)
     sizes = {n: getattr(plan, n) for n in ("num_chains", "num_draws", "thinning", "size")}
     about = record(key, method.name, method.bias, method.options, sizes)
-    pieces = Pieces.open(plan.folder, about, target, starts)
+    pieces = Pieces.open(plan.folder, about | {"log_density": density}, target, starts)
     with progress_bar(console) as bar:
         task = bar.add_task(f"{method.name}: warm-up of {plan.num_chains} chains", total=plan.num_pieces)
         tuning, state = pieces.warm(lambda: _warm(warm_key, target, method, plan, starts))
@@ -145,7 +145,8 @@ def run(
     return Chains(target, joined.position, joined.report._asdict(), tuned, about, plan.thinning)
 
 
-def _check_starts(target: Target, starts: Array) -> None:
+def _check_starts(target: Target, starts: Array) -> list[float]:
+    """The log-density where each chain starts, which must be finite."""
     values = jax.jit(lambda u, inputs: jax.lax.map(lambda x: target.log_density(x, inputs), u))(
         starts, target.inputs
     )
@@ -156,6 +157,7 @@ def _check_starts(target: Target, starts: Array) -> None:
             f"the log-density is not finite where chain {bad[0]} starts ({float(values[bad[0]])}); "
             f"{broken_weights(target.view.model.base.params) or remedy}"
         )
+    return np.asarray(values, np.float64).tolist()
 
 
 def _warm(key: Array, target: Target, method: Method, plan: Plan, starts: Array) -> tuple[Tuning, Any]:
