@@ -19,13 +19,14 @@ from rich.markup import escape
 import bnlora
 from bnlora import metrics, options
 from bnlora.assets import cache_folder
-from bnlora.base import Base
-from bnlora.checkpoint import RECORD, load_fit, save_fit
+from bnlora.checkpoint import RECORD, load_fit, read_notes
 from bnlora.data import Batch
 from bnlora.demo import LEARNING_RATES, SIZES, demo_page, run_demo
 from bnlora.experiment import BAYES, LORA
+from bnlora.files import room, room_for
 from bnlora.fits import Fit, FitDiverged
 from bnlora.formats import ENCODING
+from bnlora.kept import end_if_elsewhere, fit_and_keep, keep
 from bnlora.labels import LabelKind
 from bnlora.outcome import (
     ExitCode,
@@ -45,16 +46,15 @@ from bnlora.tables import (
     naming_lines,
     read_columns,
     read_table,
-    require_place,
     require_writable,
     write_table,
 )
-from bnlora.text import TextData
 
 app = typer.Typer(
     help="Bayesian low-rank adapters for language models: fit, predict, and measure calibration.",
-    epilog="Exit codes: 0 done; 1 bad input, named in one sentence; 2 usage; 3 the fit diverged; 130 "
-    "interrupted. A fit that diverged or was interrupted is kept as far as it came.",
+    epilog="Exit codes: 0 done; 1 bad input, or a result that is not where it was asked for, named in one "
+    "sentence; 2 usage; 3 the fit diverged; 130 interrupted. A fit that diverged or was interrupted is kept "
+    "as far as it came; what cannot be written where it was asked for is written elsewhere.",
     no_args_is_help=True,
     add_completion=True,
     rich_markup_mode="markdown",
@@ -96,16 +96,17 @@ def demo(
     get the same adapters, sentences, order and number of steps; they learn from movie reviews and are tested
     on movies and, out of domain, on product reviews, newspaper editorials and tweets.
     """
-    with _told() as progress:
-        require_place(report)
+    with _told() as progress, room_for(report):
         sizes = {"train": train, "validation": validation, "test": test}
         comparison = run_demo(**sizes, num_steps=steps, num_samples=draws, seed=seed, console=progress)
         given = sizes | {"steps": steps, "draws": draws, "seed": seed}
         command = " ".join(["bnlora demo", *(f"--{name} {value}" for name, value in given.items())])
-        _write(report, demo_page(comparison, command))
+        page = demo_page(comparison, command)
+        place = keep(report, lambda path: _write(path, page), progress)
         tables = (comparison.scores, comparison.differences, comparison.costs)
-        _say(comparison_result(comparison, report), *tables, f"report: {report}", json=json)
+        _say(comparison_result(comparison, place), *tables, f"report: {place}", json=json)
         _end_if_interrupted(*comparison.fits.values())
+        end_if_elsewhere(report, place)
 
 
 @app.command("fit")
@@ -135,7 +136,8 @@ def fit_command(
     json: options.Json = False,
 ) -> None:
     """Fit adapters on a table of texts and labels."""
-    with _told() as progress:
+    out = out.expanduser()
+    with _told() as progress, room(out) as require:
         if (out / RECORD).exists():
             raise ValueError(f"{str(out)!r} holds a fit already; choose another folder or remove it")
         recipe = Recipe(
@@ -159,13 +161,13 @@ def fit_command(
             data = recipe.read(tables, model, text=text, label=label)
         rate = LEARNING_RATES[LORA if prior == "none" else BAYES]
         schedule = Schedule(steps, batch_size, rate if learning_rate is None else learning_rate, seed=seed)
-        try:
-            made = _fit_and_save(recipe, schedule, model, data, out, progress)
-        except FitDiverged as error:
-            _say(fit_result(error.fit, out), f"what it had reached: {out}", json=json)
-            raise
-        _say(fit_result(made, out), made, f"next: bnlora predict {out} TABLE --text {text}", json=json)
+        made, place, diverged = fit_and_keep(recipe, schedule, model, data, out, require, progress)
+        if diverged is not None:
+            _say(fit_result(made, place), f"what it had reached: {place}", json=json)
+            raise diverged
+        _say(fit_result(made, place), made, f"next: bnlora predict {place} TABLE --text {text}", json=json)
         _end_if_interrupted(made)
+        end_if_elsewhere(out, place)
 
 
 @app.command("predict")
@@ -182,16 +184,18 @@ def predict_command(
     json: options.Json = False,
 ) -> None:
     """Predict the classes of new texts: probabilities, and how much of the doubt is about the adapters."""
-    with _told() as progress:
-        require_writable(out, source=table)
+    with _told() as progress, room_for(out, source=table):
+        require_writable(out)
         rows = read_columns(table, encoding=encoding)
         if not overwrite:
             require_free(rows.column_names, Recipe.from_folder(folder).words, prefix)
         made, recipe, batch = _restored(folder, table, text, None, encoding)
         prediction = predict(jax.random.key(seed), made, batch, num_samples=draws, console=progress)
-        write_table(with_prediction(rows, prediction, recipe.words, prefix=prefix), out)
-        result = prediction_result(prediction, recipe.words, out)
-        _say(result, f"{len(rows)} predictions: {out}", json=json)
+        predicted = with_prediction(rows, prediction, recipe.words, prefix=prefix)
+        place = keep(out, lambda path: write_table(predicted, path), progress)
+        result = prediction_result(prediction, recipe.words, place)
+        _say(result, f"{len(rows)} predictions: {place}", json=json)
+        end_if_elsewhere(out, place)
 
 
 @app.command()
@@ -210,9 +214,7 @@ def evaluate(
     json: options.Json = False,
 ) -> None:
     """Measure accuracy and calibration on texts whose labels are known, with bootstrap intervals."""
-    with _told() as progress:
-        if report is not None:
-            require_place(report, source=table)
+    with _told() as progress, room_for(report, source=table):
         made, recipe, batch = _restored(folder, table, text, label, encoding, labels_are)
         prediction = predict(jax.random.key(seed), made, batch, num_samples=draws, console=progress)
         labels = np.asarray(batch.labels)
@@ -221,10 +223,13 @@ def evaluate(
         shown: list[Any] = [summary]
         if report is not None:
             title = f"{folder.name} on {table.name}"
-            _write(report, evaluation_page(title, summary, {recipe.prior: {table.name: prediction}}, labels))
-            result["report"] = str(report)
-            shown.append(f"report: {report}")
+            page = evaluation_page(title, summary, {recipe.prior: {table.name: prediction}}, labels)
+            place = keep(report, lambda path: _write(path, page), progress)
+            result["report"] = str(place)
+            shown.append(f"report: {place}")
         _say(result, *shown, json=json)
+        if report is not None:
+            end_if_elsewhere(report, place)
 
 
 @app.command()
@@ -278,26 +283,6 @@ def _end_if_interrupted(*fits: Fit) -> None:
         raise typer.Exit(ExitCode.INTERRUPTED)
 
 
-def _fit_and_save(
-    recipe: Recipe, schedule: Schedule, base: Base, data: TextData, out: Path, progress: Console
-) -> Fit:
-    """Fit and write the fit; a diverged one too, as far as it came."""
-    model, guide = recipe.build(base, data.label_ids)
-    validation = data.splits.get("validation")
-    try:
-        made = schedule.fit(model, guide, data.train, validation=validation, console=progress)
-    except FitDiverged as error:
-        _save(error.fit, recipe, out)
-        raise
-    _save(made, recipe, out)
-    return made
-
-
-def _save(made: Fit, recipe: Recipe, out: Path) -> None:
-    save_fit(made, out)
-    recipe.save(out)
-
-
 def _restored(
     folder: Path,
     table: Path,
@@ -308,6 +293,7 @@ def _restored(
 ) -> tuple[Fit, Recipe, Batch]:
     """The fit in a folder, and the rows of a table as its base reads them."""
     recipe = Recipe.from_folder(folder)
+    recipe.require_fitted(read_notes(folder))
     if labels_are is not None:
         recipe = replace(recipe, labels_are=labels_are)
     columns = [text] if label is None else [text, label]
@@ -319,7 +305,6 @@ def _restored(
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
 

@@ -84,15 +84,24 @@ def room(folder: Path) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def room_for(file: Path | None) -> Iterator[None]:
+def room_for(file: Path | None, *, source: Path | None = None) -> Iterator[None]:
     """A file to write later (None: none): its folder is made and tried now.
 
+    Args:
+        file: The file to write.
+        source: A file that is read and must stay.
+
     Raises:
+        ValueError: When the file is the source, under whatever name.
         OSError: When the file is a folder or may not be written, or nothing can be written beside it.
     """
     if file is None:
         yield
         return
+    if source is not None and file.exists() and source.exists() and file.samefile(source):
+        raise ValueError(
+            f"{str(file)!r} is the table that is read, and would be overwritten; name another file"
+        )
     if file.is_dir():
         raise IsADirectoryError(f"{str(file)!r} is a folder; give the name of a file")
     if file.exists() and not os.access(file, os.W_OK):

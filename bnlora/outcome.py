@@ -3,7 +3,7 @@
 | exit code | means |
 |---|---|
 | 0 | done |
-| 1 | bad input: one sentence on standard error says what and what to do |
+| 1 | bad input, or a result that could not be written where it was asked for: one sentence says which |
 | 2 | usage: an unknown command or option, or a value that no option takes |
 | 3 | the fit diverged; what it had reached is kept |
 | 130 | interrupted (Ctrl-C); a fit is kept as far as it came |

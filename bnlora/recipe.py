@@ -15,6 +15,7 @@ from bnlora.assets import fetch_smollm2
 from bnlora.base import Base, load
 from bnlora.checks import check_option
 from bnlora.data import Batch
+from bnlora.files import write_json
 from bnlora.fits import Fit
 from bnlora.labels import LabelKind
 from bnlora.model import Classifier
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 PriorName = Literal["sparse-gp", "normal", "none"]
 FILE = "recipe.json"
+_FREE = ("base", "max_length", "truncate")  # what may change after the fit
 SMOLLM2 = "smollm2"
 """The one base that is named rather than found: SmolLM2-135M-Instruct out of the package index."""
 
@@ -146,7 +148,19 @@ class Recipe:
 
     def save(self, folder: Path) -> None:
         """Write the recipe into a folder that exists."""
-        (folder / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_json(folder / FILE, asdict(self))
+
+    def require_fitted(self, notes: Mapping[str, Any]) -> None:
+        """Raise `ValueError` unless this is the recipe of a fit, whose notes say how it was made.
+
+        The base may have moved, and rows may be read in another way: those entries may differ. Fits of before
+        the notes have none.
+        """
+        for name, value in asdict(self).items():
+            now = list(value) if isinstance(value, tuple) else value  # as JSON has it
+            then = notes.get(name, now)
+            if name not in _FREE and then != now:
+                raise ValueError(f"{FILE} has {name}={now!r}; the fit was made with {then!r}, put that back")
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:

@@ -6,7 +6,6 @@ empty cell of a CSV file is an empty string; what JSON or Parquet call null is N
 """
 
 import difflib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -97,34 +96,9 @@ def _as_strings(table: "pa.Table") -> "Dataset":
     return Dataset(strings.replace_schema_metadata(table.schema.metadata))
 
 
-def require_writable(path: Path, *, source: Path | None = None) -> None:
-    """Raise unless `write_table` can write there, as `require_place`; `ValueError` for an unknown ending."""
+def require_writable(path: Path) -> None:
+    """Raise `ValueError` unless `write_table` knows the ending of this name."""
     _ending(path, WRITERS)
-    require_place(path, source=source)
-
-
-def require_place(path: Path, *, source: Path | None = None) -> None:
-    """Raise unless a file can be written there, before anything is computed.
-
-    Args:
-        path: The file to write.
-        source: A file that is read and must stay.
-
-    Raises:
-        ValueError: When the path is a folder, lies in what is none, or is the source under whatever name.
-        PermissionError: When its folder cannot be written.
-    """
-    if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder; name a file")
-    if source is not None and path.exists() and source.exists() and path.samefile(source):
-        raise ValueError(
-            f"{str(path)!r} is the table that is read, and would be overwritten; name another file"
-        )
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir():
-        raise ValueError(f"{str(path)!r} cannot be written: {str(folder)!r} is not a folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"{str(path)!r} cannot be written: the folder {str(folder)!r} is read-only")
 
 
 def write_table(rows: "Dataset | pa.Table", path: Path) -> None:

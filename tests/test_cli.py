@@ -167,8 +167,8 @@ def test_evaluate_prints_the_metrics_and_writes_a_page(place):
         (["predict", "fit", "test.jsonl", "--out", "out.txt"], "must end in one of"),
         (["predict", "fit", "test.jsonl", "--out", "./test.jsonl"], "is the table that is read"),
         (["evaluate", "fit", "test.jsonl", "--report", "test.jsonl"], "is the table that is read"),
-        (["evaluate", "fit", "test.jsonl", "--report", "."], "'.' is a folder; name a file"),
-        (["demo", "--report", "train.csv/page.html"], "train.csv' is not a folder"),
+        (["evaluate", "fit", "test.jsonl", "--report", "."], "'.' is a folder; give the name of a file"),
+        (["demo", "--report", "train.csv/page.html"], "cannot be written"),
         (["predict", "fit", "taken.csv"], "has columns ['prediction'], which the predictions would replace"),
         (
             ["predict", "fit", "cafe.csv"],

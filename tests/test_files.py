@@ -79,6 +79,24 @@ def test_a_file_needs_a_name_of_its_own(tmp_path):
     assert (tmp_path / "pages" / "page.html").read_text() == "page"
 
 
+def test_a_table_that_is_read_stays(tmp_path, monkeypatch):
+    """Whatever its name: itself, a link, or a path with detours."""
+    source, link = tmp_path / "a.csv", tmp_path / "b.csv"
+    source.write_text("text\nx\n")
+    link.symlink_to(source)
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in (source, link, tmp_path / "deep" / ".." / "a.csv"):
+        for read in (source, source.relative_to(tmp_path)):
+            with (
+                pytest.raises(ValueError, match="is the table that is read, and would be overwritten"),
+                room_for(path, source=read),
+            ):
+                pytest.fail("the work began")
+    with room_for(tmp_path / "new" / "c.csv", source=source):
+        pass
+
+
 def test_what_cannot_be_written_is_written_elsewhere(tmp_path):
     wanted, spare = tmp_path / "there" / "table.csv", [tmp_path / "full", tmp_path / "free"]
 

@@ -3,7 +3,6 @@
 import csv
 import datetime
 import json
-import os
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +17,6 @@ from bnlora.tables import (
     naming_lines,
     read_columns,
     read_table,
-    require_place,
     require_writable,
     write_table,
 )
@@ -215,28 +213,6 @@ def test_an_unknown_ending_is_refused_before_anything_is_written(tmp_path):
     (tmp_path / "rows.txt").write_text("text")
     with pytest.raises(ValueError, match=r"must end in one of .csv, .json, .jsonl, .parquet; got '.txt'"):
         read_table(tmp_path / "rows.txt")
-
-
-def test_what_cannot_be_written_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
-    source, link = tmp_path / "a.csv", tmp_path / "b.csv"
-    source.write_text("text\nx\n")
-    link.symlink_to(source)
-    monkeypatch.chdir(tmp_path)
-    for path in (source, link, tmp_path / "." / "deep" / ".." / "a.csv"):
-        (tmp_path / "deep").mkdir(exist_ok=True)
-        with pytest.raises(ValueError, match="is the table that is read, and would be overwritten"):
-            require_writable(path, source=source)
-        with pytest.raises(ValueError, match="would be overwritten; name another file"):
-            require_place(path, source=source.relative_to(tmp_path))
-    require_writable(tmp_path / "new" / "c.CSV", source=source)
-    (tmp_path / "d.csv").mkdir()
-    with pytest.raises(ValueError, match="d.csv' is a folder; name a file"):
-        require_writable(tmp_path / "d.csv")
-    with pytest.raises(ValueError, match="cannot be written: '.*a.csv' is not a folder"):
-        require_writable(source / "c.csv")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(PermissionError, match="is read-only"):
-        require_writable(tmp_path / "c.csv")
 
 
 def test_missing_file_names_the_nearest(tmp_path):

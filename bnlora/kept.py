@@ -1,0 +1,90 @@
+"""What a command leaves on disk: a fit with its recipe, tables, pages.
+
+A fit takes long, so nothing is lost for a disk that filled up meanwhile: what cannot be written where it was
+asked for goes into the cache folder, or into that of temporary files, and a line on standard error says so.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from bnlora.assets import cache_folder
+from bnlora.base import Base
+from bnlora.checkpoint import fit_size, save_fit
+from bnlora.files import written
+from bnlora.fits import Fit, FitDiverged
+from bnlora.outcome import ExitCode
+from bnlora.recipe import Recipe, Schedule
+from bnlora.text import TextData
+
+
+class KeptFit(NamedTuple):
+    """A fit on disk.
+
+    Attributes:
+        fit: The fit; one that diverged as far as it came.
+        place: The folder that it is in.
+        diverged: The error of a fit that diverged, None for any other.
+    """
+
+    fit: Fit
+    place: Path
+    diverged: FitDiverged | None = None
+
+
+def fit_and_keep(
+    recipe: Recipe,
+    schedule: Schedule,
+    base: Base,
+    data: TextData,
+    out: Path,
+    require: Callable[[int], None],
+    console: Console,
+) -> KeptFit:
+    """Fit and write the fit; a diverged one too, as far as it came.
+
+    Args:
+        recipe: How model and guide are built.
+        schedule: How they are fitted.
+        base: The base model of the recipe.
+        data: Rows to fit, and a split `validation` where there is one.
+        out: Folder for the fit.
+        require: Raises where a number of bytes does not fit into it, before the fit.
+        console: Where progress and problems are told.
+    """
+    model, guide = recipe.build(base, data.label_ids)
+    require(fit_size(model, guide, data.train, schedule.num_steps))
+    diverged = None
+    try:
+        made = schedule.fit(
+            model, guide, data.train, validation=data.splits.get("validation"), console=console
+        )
+    except FitDiverged as error:
+        made, diverged = error.fit, error
+
+    def write(folder: Path) -> None:
+        save_fit(made, folder, notes=asdict(recipe))
+        recipe.save(folder)
+
+    return KeptFit(made, keep(out, write, console), diverged)
+
+
+def keep(path: Path, write: Callable[[Path], Any], console: Console) -> Path:
+    """Write a result and return where it is, which is told where that is not `path`."""
+    place, problem = written(path, write, [cache_folder() / "kept", Path(tempfile.gettempdir())])
+    if problem:
+        text = escape(f"{problem}; it is in {str(place)!r} instead")
+        console.print(f"[bold red]error:[/] {text}", highlight=False, soft_wrap=True)
+    return place
+
+
+def end_if_elsewhere(asked: Path, place: Path) -> None:
+    """Leave with the exit code of bad input where a result is not where it was asked for."""
+    if place != asked:
+        raise typer.Exit(ExitCode.BAD_INPUT)
