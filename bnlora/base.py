@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bnlora.checks import brief, check_key
+from bnlora.data import unknown_token
 from bnlora.display import Showable, Shown, Table, facts
 from bnlora.models import llama
 from bnlora.models.execution import DEFAULT, Execution
@@ -232,12 +233,9 @@ def _family(config: Mapping[str, Any]) -> str:
 
 def _check_vocabulary(tokenizer: Any, size: int) -> None:
     """Raise a ValueError where the tokenizer has tokens that the embedding has no row for."""
-    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= size)
+    beyond = [index for index in tokenizer.get_vocab().values() if index >= size]
     if beyond:
-        index, token = beyond[0]
-        others = f" and {len(beyond) - 1:,} more" if len(beyond) > 1 else ""
         raise ValueError(
-            f"the tokenizer has the token {token!r} of id {index}{others}, which the model has not: the "
-            f"tokenizer has {len(tokenizer):,} tokens, the embedding {size:,} rows; resize the embedding, or "
+            f"the tokenizer has {unknown_token(min(beyond), size, tokenizer)}; resize the embedding, or "
             "load the model with its own tokenizer"
         )

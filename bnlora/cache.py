@@ -43,12 +43,14 @@ def cache_prefix(
         The batch with `hidden`, shape `(n, t, d)`, and its `depth`.
 
     Raises:
-        ValueError: When the cache would exceed `memory_limit`.
+        ValueError: When the cache would exceed `memory_limit`, or a row has a token that the base has no row
+            for.
 
     Example:
         >>> bl.cache_prefix(model, rows)
         Batch(8 rows of 8 positions, activations of depth 2 cached)
     """
+    model.check_tokens(batch)
     depth = model.start
     if depth == 0 or (batch.hidden is not None and batch.depth == depth):
         return batch

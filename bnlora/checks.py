@@ -14,6 +14,8 @@ from jaxtyping import Int
 
 _LISTED, _LONGEST = 5, 120  # names in a message, and letters of each
 _LARGEST = 2**31 - 1
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _LONGEST
 
 
 def check_option(name: str, got: object, options: Sequence[str]) -> None:
@@ -24,8 +26,10 @@ def check_option(name: str, got: object, options: Sequence[str]) -> None:
 
 
 def check_at_least(values: Mapping[str, int], least: int) -> None:
-    """Raise `ValueError` unless every value, given by the name of its argument, is at least `least`."""
+    """Raise `ValueError` unless every value, given by its name, is an integer of at least `least`."""
     for name, value in values.items():
+        if not is_integer(value):
+            raise ValueError(f"{name} must be an integer of at least {least}; got {brief(value)}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}; got {value}")
 
@@ -43,12 +47,16 @@ def check_batch_size(batch_size: int, num_rows: int) -> None:
 def check_positive(values: Mapping[str, Any]) -> None:
     """Raise `ValueError` unless every value, given by the name of its argument, is positive and finite."""
     for name, value in values.items():
-        try:  # a whole number too large for a float overflows here rather than later
-            right = not isinstance(value, bool | str) and 0 < float(value) < float("inf")
-        except (TypeError, ValueError, OverflowError):
-            right = False
-        if not right:
+        if not is_positive(value):
             raise ValueError(f"{name} must be a positive number; got {brief(value)}")
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value is a positive finite number."""
+    try:  # an integer too large for a float overflows here rather than later
+        return not isinstance(value, bool | str) and 0 < float(value) < float("inf")
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def check_size(values: Mapping[str, Any], least: int = 1) -> None:
@@ -57,15 +65,19 @@ def check_size(values: Mapping[str, Any], least: int = 1) -> None:
     For values that come from a file, where 3.0, "3" and true are mistakes as well.
     """
     for name, value in values.items():
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not whole or not least <= value <= _LARGEST:
+        if not is_integer(value) or not least <= value <= _LARGEST:
             raise ValueError(f"{name} must be an integer from {least} to {_LARGEST}; got {brief(value)}")
 
 
-def check_indices(name: str, indices: Any, size: int) -> None:
-    """Raise `ValueError` unless every index is an integer from 0 to `size` - 1; traced ones are not known.
+def is_integer(value: object) -> bool:
+    """Whether a value is an integer; true and false are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
-    JAX reads the last entry for an index beyond the end, and says nothing.
+
+def check_indices(name: str, indices: Any, size: int, *, least: int = 0) -> None:
+    """Raise `ValueError` unless every index is an integer from `least` to `size` - 1.
+
+    JAX reads the last entry for an index beyond the end, and says nothing. Traced indices are not known.
     """
     if isinstance(indices, jax.core.Tracer):
         return
@@ -74,14 +86,14 @@ def check_indices(name: str, indices: Any, size: int) -> None:
         return
     if not np.issubdtype(found.dtype, np.integer):
         raise ValueError(f"{name} must be integers; got {brief(indices)}")
-    outside = found[(found < 0) | (found >= size)]
+    outside = found[(found < least) | (found >= size)]
     if outside.size:
-        raise ValueError(f"{name} must be from 0 to {size - 1}; got {outside[0]}")
+        raise ValueError(f"{name} must be from {least} to {size - 1}; got {outside[0]}")
 
 
 def brief(value: object) -> str:
     """A value as a message shows it: what a file holds may have millions of letters."""
-    return reprlib.repr(value.item() if isinstance(value, np.generic) else value)
+    return _BRIEF.repr(value.item() if isinstance(value, np.generic) else value)
 
 
 def listed(names: Collection[str]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from bnlora.checks import class_numbers
+from bnlora.checks import brief, check_indices, class_numbers
 from bnlora.display import Showable, Shown, facts
 
 
@@ -53,7 +53,8 @@ class Batch(Shown):
         return self.mask.shape[1] - 1 - jnp.argmax(self.mask[:, ::-1], axis=1)
 
     def __getitem__(self, rows: Any) -> "Batch":
-        """The given rows, by slice or index array."""
+        """The given rows, by slice, list of indices, or mask; a `ValueError` where one does not exist."""
+        rows = _chosen(rows, len(self))
         hidden = None if self.hidden is None else self.hidden[rows]
         return replace(
             self, tokens=self.tokens[rows], mask=self.mask[rows], labels=self.labels[rows], hidden=hidden
@@ -97,7 +98,7 @@ class Batch(Shown):
         return f"Batch({len(self)} rows of {self.tokens.shape[1]} positions{cached})"
 
 
-def check_tokens(name: str, rows: Batch) -> None:
+def check_form(name: str, rows: Batch) -> None:
     """Raise `ValueError` unless tokens are integers and the mask marks some in every row of `name`."""
     for field_name in ("tokens", "mask", "labels"):
         if not hasattr(getattr(rows, field_name), "dtype"):
@@ -118,14 +119,74 @@ def check_tokens(name: str, rows: Batch) -> None:
         raise ValueError(f"the mask of the {name} rows marks no token in row {int(mask.any(1).argmin())}")
 
 
+def _chosen(rows: Any, count: int) -> Any:
+    """Rows as JAX takes them, after a look at what it would not refuse."""
+    if isinstance(rows, slice | jax.core.Tracer):
+        return rows
+    found = np.asarray(rows)
+    if found.ndim != 1 or (found.dtype == bool and len(found) != count):
+        raise ValueError(
+            f"rows must be a slice, a list of indices, or a mask of the {count} rows; got {brief(rows)}"
+        )
+    if found.dtype != bool:
+        check_indices("rows", found, count, least=-count)
+    return rows if isinstance(rows, Array) else found if found.size else found.astype(int)
+
+
+def check_rows(name: str, rows: Batch, model: Any) -> None:
+    """Raise `ValueError` unless a model can be fitted to the rows: labels and tokens are among its own.
+
+    Args:
+        name: Which rows they are, for the message.
+        rows: The rows.
+        model: What has `label_ids` and, where it reads tokens, `check_tokens`.
+    """
+    check_labels(name, rows, len(model.label_ids))
+    if hasattr(model, "check_tokens"):
+        model.check_tokens(rows)
+
+
+def check_tokens(
+    tokens: Int[Array, "n t"],
+    mask: Bool[Array, "n t"],
+    size: int,
+    tokenizer: Any = None,
+    *,
+    split: str | None = None,
+) -> None:
+    """Raise `ValueError` where a real token has no row in an embedding of `size` rows.
+
+    JAX would read the last row in its place. Padding is never read, so its id may be any. Tokens inside a
+    compiled program are not known.
+    """
+    if isinstance(tokens, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
+        return
+    ids = np.asarray(tokens)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"tokens must be integers; got {ids.dtype}")
+    unknown = np.asarray(mask) & ((ids < 0) | (ids >= size))
+    if unknown.any():
+        row = int(unknown.any(1).argmax())
+        said = unknown_token(int(ids[row][unknown[row]][0]), size, tokenizer)
+        where = f"row {row}" if split is None else f"row {row} of split {split!r}"
+        raise ValueError(f"{where} has {said}; tokenise with the tokenizer of the model")
+
+
+def unknown_token(index: int, size: int, tokenizer: Any = None) -> str:
+    """A token that an embedding of `size` rows does not have, and both sizes, in words."""
+    if tokenizer is None:
+        return f"the token id {index}, which the model has not: its embedding has {size:,} rows"
+    known = tokenizer.convert_ids_to_tokens(index) if 0 <= index < 2**31 else None
+    named = f"the token {known!r} of id {index}" if known is not None else f"the token id {index}"
+    return (
+        f"{named}, which the model has not: the tokenizer has {len(tokenizer):,} tokens, the embedding "
+        f"{size:,} rows"
+    )
+
+
 def check_labels(name: str, rows: Batch, classes: int) -> None:
     """Raise `ValueError` unless there are rows, each with one label below `classes`; `name` says whose."""
-    check_tokens(name, rows)
-    if np.asarray(rows.labels).dtype.kind not in "iu":
-        raise ValueError(
-            f"the labels of the {name} rows must be class numbers, integers; got {rows.labels.dtype}. Where "
-            "all are whole numbers, labels.astype(int) makes them so"
-        )
+    check_form(name, rows)
     if not len(rows):
         raise ValueError(f"the {name} rows must be at least one; got none")
     labels = class_numbers(f"the {name} rows", rows.labels, rows.tokens.shape[0])

@@ -88,9 +88,11 @@ def scalars(values: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def log_likelihood(model: Classifier, frozen: Any, adapters: Adapters, batch: Batch) -> Float[Array, ""]:
-    """Log-likelihood of the labels of a batch at one draw of the adapters."""
+    """Log-likelihood of the labels of a batch at one draw of the adapters; NaN where a row has none."""
     log_probs = jax.nn.log_softmax(model.logits(frozen, adapters, batch))
-    return jnp.take_along_axis(log_probs, batch.labels[:, None], axis=1).sum()
+    # JAX counts -1 from the end, so the mark of a row without a label would be read as the last class.
+    labels = jnp.where(batch.labels < 0, log_probs.shape[1], batch.labels)
+    return jnp.take_along_axis(log_probs, labels[:, None], axis=1, mode="fill").sum()
 
 
 def update_norm(adapter: Mapping[str, Array], scale: float) -> Float[Array, ""]:

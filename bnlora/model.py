@@ -14,13 +14,15 @@ from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import Array
 from jaxtyping import Float, Int
 
+from bnlora.checks import brief, check_indices
 from bnlora.copying import state
-from bnlora.data import Batch
+from bnlora.data import Batch, check_labels, check_tokens, unknown_token
 from bnlora.display import Showable, Shown, facts
 from bnlora.priors import Prior
 from bnlora.sites import HEAD, Sites
@@ -38,6 +40,11 @@ class LanguageModel(Protocol):
     @property
     def num_layers(self) -> int:
         """Number of layers."""
+        ...
+
+    @property
+    def modules(self) -> Mapping[str, tuple[int, int]]:
+        """`{module: (d_in, d_out)}`, the modules of one layer and the head."""
         ...
 
     def bind(self, params: Any) -> Any:
@@ -83,7 +90,8 @@ class Classifier(Shown):
         label_ids: Token id of each class's word, shape `(class,)`, e.g. `data.label_ids`.
 
     Raises:
-        ValueError: With fewer than two label ids, or equal ones.
+        ValueError: With fewer than two label ids, equal ones or some that the base has no row for, and where
+            the sites are those of another base.
 
     Example:
         >>> model = bl.Classifier(base, sites, bl.priors.normal(), label_ids=(3, 5))
@@ -98,9 +106,8 @@ class Classifier(Shown):
     label_ids: tuple[int, ...]
 
     def __init__(self, base: LanguageModel, sites: Sites, prior: Prior, *, label_ids: Int[Any, " c"]):
-        ids = tuple(int(i) for i in label_ids)
-        if len(ids) < 2 or len(set(ids)) < len(ids):
-            raise ValueError(f"label_ids must be at least two different token ids; got {ids}")
+        ids = _label_ids(base, label_ids)
+        _check_sites(base, sites)
         read = sites.with_head_rows(len(ids))
         for name, value in {
             "base": base,
@@ -119,6 +126,15 @@ class Classifier(Shown):
 
     def __getstate__(self) -> dict[str, Any]:
         return state(self)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the base has a row for; its tokenizer may have fewer."""
+        return self.base.modules[HEAD][1]
+
+    def check_tokens(self, batch: Batch) -> None:
+        """Raise `ValueError` where the rows have a token that the base has no row for."""
+        check_tokens(batch.tokens, batch.mask, self.vocabulary, getattr(self.base, "tokenizer", None))
 
     @property
     def start(self) -> int:
@@ -154,7 +170,13 @@ class Classifier(Shown):
             batch: Rows with labels.
             n_total: Size of the data set that `batch` is a random part of; the likelihood is scaled
                 by `n_total / len(batch)`. Omitted, the batch is the whole data set.
+
+        Raises:
+            ValueError: When `n_total` is less than the rows; outside a compiled program also when a row has a
+                label or a token that the model has not.
         """
+        if not isinstance(batch.labels, jax.core.Tracer):
+            check_labels("given", batch, len(self.label_ids))
         logits = self.logits(params, self.prior(), batch)
         rows = len(batch)
         size = rows if n_total is None else n_total
@@ -176,6 +198,7 @@ class Classifier(Shown):
                     f"{self.start}; cache it again for these sites"
                 )
             return batch.hidden
+        self.check_tokens(batch)
         module = self.base.bind(params)
         return module.blocks(module.embed(batch.tokens), batch.mask, start=0, stop=self.start)
 
@@ -222,13 +245,51 @@ class Classifier(Shown):
         return jax.jit(self.log_probs_by_draw, static_argnums=3)
 
     def with_hidden(self, batch: Batch) -> Batch:
-        """`prepared` with the model's own weights, through `compiled_hidden`."""
+        """`prepared` with the model's own weights, through `compiled_hidden`.
+
+        Raises:
+            ValueError: When a row has a token that the base has no row for.
+        """
+        self.check_tokens(batch)
         return replace(batch, hidden=self.compiled_hidden(self.base.params, batch), depth=self.start)
 
     @cached_property
     def compiled_hidden(self) -> Callable[..., Array]:
         """`hidden`, compiled once for all callers."""
         return jax.jit(self.hidden)
+
+
+def _label_ids(base: LanguageModel, label_ids: Any) -> tuple[int, ...]:
+    """Token ids as integers, at least two different ones that the base has rows for."""
+    given = np.asarray(label_ids)
+    if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
+        raise ValueError(f"label_ids must be a list of integers; got {brief(label_ids)}")
+    ids = tuple(map(int, given))
+    if len(ids) < 2 or len(set(ids)) < len(ids):
+        raise ValueError(f"label_ids must be at least two different token ids; got {ids}")
+    size = base.modules[HEAD][1]
+    unknown = [i for i in ids if not 0 <= i < size]
+    if unknown:
+        raise ValueError(
+            f"label_ids have {unknown_token(unknown[0], size, getattr(base, 'tokenizer', None))}"
+        )
+    return ids
+
+
+def _check_sites(base: LanguageModel, sites: Sites) -> None:
+    """Raise `ValueError` unless the base has the modules and layers of the sites."""
+    for name, site in sites.items():
+        d_in, d_out = base.modules.get(site.module, (0, 0))
+        # Sites may have some rows of the head already, as those of another classifier do.
+        same = site.d_in == d_in and (site.d_out == d_out or site.module == HEAD)
+        top = base.num_layers + (site.module == HEAD)
+        check_indices(f"the layers of {name!r}", site.layers, top)  # one beyond would be left out in silence
+        if not same or sites.num_layers != base.num_layers:
+            raise ValueError(
+                f"the sites are those of another base: {name!r} maps {site.d_in} -> {site.d_out} in a model "
+                f"of {sites.num_layers} layers, but this base has {d_in} -> {d_out} and {base.num_layers} "
+                "layers; select them from this base"
+            )
 
 
 def _name(program: Any) -> str:

@@ -19,9 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from safetensors import SafetensorError
-from safetensors.flax import load_file
 from safetensors.numpy import save_file
 
+from bnlora.checks import brief, is_integer, is_positive, listed
+from bnlora.files import read_json
+from bnlora.models.tensors import FLOATS, TensorFiles, safetensors, take
 from bnlora.sites import HEAD, Adaptable, Site, Sites
 from bnlora.typing import Adapters
 
@@ -30,7 +32,9 @@ ROOT = "base_model.model."
 PARENTS = {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_attn"}
 """Where a layer keeps a projection, by the first part of its name; the others are in `mlp`."""
 
-_NAME = re.compile(r"base_model\.model\.(?:(?:model\.)?layers\.(\d+)\.(?:\w+\.)?)?(\w+)\.lora_([AB])\.weight")
+_NAME = re.compile(
+    r"base_model\.model\.(?:(?:model\.)?layers\.(\d{1,9})\.(?:\w+\.)?)?(\w+)\.lora_([AB])\.weight"
+)
 # Beside an adapter of the head peft saves the frozen weights that it stands on, which the base has too. Where
 # there is none it saves them if the vocabulary was resized, and the base has others.
 _COPIES = re.compile(r"base_model\.model\.(model\.embed_tokens|lm_head)(\.base_layer)?\.weight")
@@ -60,8 +64,9 @@ def load_peft(folder: str | Path, sites: Sites, *, head_rows: Sequence[int] | No
 
     Raises:
         FileNotFoundError: When the folder holds no adapter.
-        ValueError: When a file is corrupt, the adapter is of a kind that is not supported, sites and adapter
-            are not of the same modules and layers, or a rank or shape differs.
+        ValueError: When a file is corrupt, numbers in it are NaN, infinite or no floats, the adapter is of a
+            kind that is not supported, sites and adapter are not of the same modules and layers, or a rank or
+            shape differs.
 
     Example:
         >>> adapters = {"lm_head": {"a": jnp.ones((1, 1, 16)), "b": jnp.zeros((1, 40, 1))}}
@@ -150,24 +155,29 @@ def _config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{str(folder)!r} is not an adapter folder: it has no {CONFIG}")
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG)
         kind, rank, alpha = config["peft_type"], config["r"], config["lora_alpha"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{CONFIG} in {str(folder)!r} is corrupt: {error}") from error
     if kind != "LORA":
-        raise ValueError(f"only LoRA adapters can be read; this one is {kind!r}")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise ValueError(f"{CONFIG} in {str(folder)!r} is corrupt: r={rank!r}, lora_alpha={alpha!r}")
+        raise ValueError(f"only LoRA adapters can be read; this one is {brief(kind)}")
+    if not is_integer(rank) or rank < 1 or not is_positive(alpha):
+        raise ValueError(
+            f"{CONFIG} in {str(folder)!r} is corrupt: r={brief(rank)}, lora_alpha={brief(alpha)}; expected "
+            "an integer of at least 1 and a positive number"
+        )
+    if not isinstance(config.get("use_rslora", False), bool | None):
+        raise ValueError(f"use_rslora in {CONFIG} must be true or false; got {brief(config['use_rslora'])}")
     for name in _REFUSED:
         if config.get(name):
-            raise ValueError(f"adapters with {name}={config[name]!r} are not supported, only plain LoRA")
+            raise ValueError(f"adapters with {name}={brief(config[name])} are not supported, only plain LoRA")
     if config.get("bias", "none") != "none":
-        raise ValueError(f"adapters with bias={config['bias']!r} are not supported, only plain LoRA")
+        raise ValueError(f"adapters with bias={brief(config['bias'])} are not supported, only plain LoRA")
     start = config.get("init_lora_weights", True)
     if start not in _STARTS:
         raise ValueError(
-            f"adapters with init_lora_weights={start!r} change the base weights; have peft convert it to "
-            "plain LoRA (`path_initial_model_for_weight_conversion`)"
+            f"adapters with init_lora_weights={brief(start)} change the base weights; have peft convert it "
+            "to plain LoRA (`path_initial_model_for_weight_conversion`)"
         )
     return config
 
@@ -179,19 +189,25 @@ def _tensors(folder: Path) -> tuple[Tensors, dict[str, int]]:
             f"{str(folder)!r} has no {TENSORS}; pickled adapters (.bin) are not read, have peft save it anew"
         )
     try:
-        stored = load_file(folder / TENSORS)
+        tensors = TensorFiles(safetensors(folder / TENSORS))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{TENSORS} in {str(folder)!r} is corrupt: {error}") from error
-    found, copies = {}, {}
-    for name, tensor in stored.items():
+    found: dict[tuple[str, int | None, str], Array] = {}
+    copies = {}
+    for name, header in tensors.stored.items():
         if _COPIES.fullmatch(name):
-            copies[name] = len(tensor)
+            copies[name] = header.shape[0] if header.shape else 0
             continue
         match = _NAME.fullmatch(name)
         if match is None:
-            raise ValueError(f"{name!r} in {TENSORS} is no factor of plain LoRA in a layer or the head")
+            raise ValueError(f"{brief(name)} in {TENSORS} is no factor of plain LoRA in a layer or the head")
+        if header.kind not in FLOATS:
+            raise ValueError(f"{name!r} in {TENSORS} must have floats of 16 to 64 bits; got {header.kind}")
         layer, module, letter = match.groups()
-        found[module, None if layer is None else int(layer), letter] = tensor.astype(jnp.float32)
+        place = module, None if layer is None else int(layer), letter
+        if place in found:
+            raise ValueError(f"{TENSORS} has lora_{letter} of {_label(*place[:2])!r} under two names")
+        found[place] = jnp.asarray(take(tensors, name))
     return found, copies
 
 
@@ -215,7 +231,7 @@ def _require_all_used(tensors: Tensors, sites: Sites) -> None:
     wanted = {_place(site, layer) for site in sites.values() for layer in site.layers}
     extra = sorted({_label(module, layer) for module, layer, _ in tensors if (module, layer) not in wanted})
     if extra:
-        raise ValueError(f"the adapter also has {', '.join(extra)}, which the sites do not; select them too")
+        raise ValueError(f"the adapter also has {listed(extra)}, which the sites do not; select them too")
 
 
 def _place(site: Site, layer: int) -> tuple[str, int | None]:
@@ -234,11 +250,12 @@ def _pair(tensors: Tensors, site: Site, layer: int, head_rows: Sequence[int] | N
             near = ", ".join(difflib.get_close_matches(_label(*place), names, n=3, cutoff=0.0)) or "none"
             raise ValueError(f"the adapter has no lora_{letter} for {_label(*place)!r}; nearest: {near}")
     a, b = tensors[*place, "A"], tensors[*place, "B"]
-    if site.module == HEAD and head_rows is not None:
+    if site.module == HEAD and head_rows is not None and b.ndim == 2:
         rows = np.asarray(head_rows)
-        if rows.size and not (0 <= rows.min() and rows.max() < len(b)):
-            raise ValueError(f"head_rows must be token ids below {len(b)}; got {rows.tolist()}")
-        b = b[rows]
+        whole = not rows.size or np.issubdtype(rows.dtype, np.integer)
+        if not whole or np.any((rows < 0) | (rows >= len(b))):
+            raise ValueError(f"head_rows must be token ids below {len(b)}; got {brief(rows.tolist())}")
+        b = b[rows.astype(int)]
     expected = (site.rank, site.d_in), (site.d_out, site.rank)
     if (a.shape, b.shape) != expected:
         hint = "; give the label tokens as head_rows" if site.module == HEAD and head_rows is None else ""

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from rich.console import Console
 
 from bnlora.checks import check_key, class_numbers
-from bnlora.data import Batch, check_tokens, parts
+from bnlora.data import Batch, check_form, parts
 from bnlora.display import Showable, Shown, Table
 from bnlora.progress import track
 from bnlora.typing import Adapters
@@ -153,8 +153,8 @@ def predict(
         Log-probabilities by draw, and the mixture's summaries.
 
     Raises:
-        ValueError: When there are no rows, tokens and mask are not as `Batch` says, or fewer than one draw or
-            row at a time is asked for.
+        ValueError: When there are no rows, tokens and mask are not as `Batch` says, a row has a token that
+            the base has no row for, or fewer than one draw or row at a time is asked for.
 
     Example:
         >>> prediction = bl.predict(key, fit, rows, num_samples=4)
@@ -162,7 +162,7 @@ def predict(
         (8, 2)
     """
     key = check_key(key)
-    check_tokens("given", data)
+    check_form("given", data)
     together = _together(draws_together)
     if min(len(data), num_samples, batch_size, together) < 1:
         raise ValueError(
@@ -185,6 +185,7 @@ def predict_with_draws(
     console: Console | None = None,
 ) -> Prediction:
     """Predict with given adapters, whose factors carry a leading draw axis; otherwise like `predict`."""
+    model.check_tokens(data)
     sizes = len(jax.tree.leaves(draws)[0]), len(data), len(model.label_ids)
     log_probs, together = np.empty(sizes, np.float64), _together(draws_together)
     for part in track(parts(data, batch_size), -(-len(data) // batch_size), "predict", console):

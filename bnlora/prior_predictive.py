@@ -217,7 +217,8 @@ def prior_predictive(
     Raises:
         ValueError: When there are no rows, fewer than two draws or one row at a time, a prior without
             random variables or that cannot be drawn from (see `draw_prior`), a name that the model owns, a
-            parameter of the prior without a value, or logits that are not finite.
+            parameter of the prior without a value, a token that the base has no row for, or logits that are
+            not finite.
 
     Example:
         >>> bl.prior_predictive(key, model, rows, num_samples=8).probs.shape
@@ -225,6 +226,7 @@ def prior_predictive(
     """
     key = check_key(key)
     _check_sizes(data, num_samples, batch_size)
+    model.check_tokens(data)
     _check_random(model)
     params_key, draw_key = jax.random.split(key)
     params = prior_parameters(params_key, model) if params is None else params

@@ -122,7 +122,7 @@ class Recipe:
         """Tokenised rows, from the columns `text` and `label` (None: rows without labels)."""
         return text_classification(
             rows,
-            base.tokenizer,
+            base,
             text=text,
             label=label,
             words=self.words,

@@ -14,7 +14,7 @@ from typing import Protocol
 import jax.numpy as jnp
 from jax import Array
 
-from bnlora.checks import check_at_least
+from bnlora.checks import check_at_least, check_positive, is_integer
 from bnlora.display import Shown, Table, ranges
 from bnlora.typing import FACTORS, Adapters
 
@@ -159,21 +159,17 @@ class Sites(Shown, Mapping[str, Site]):
         """
         wanted = set(self if families is None else families)
         kept = set(factors)
-        chosen = (
-            replace(s, factors=tuple(f for f in s.factors if f in kept))
-            for s in self.families
-            if s.name in wanted
-        )
-        return replace(self, families=tuple(chosen))
+        chosen = [s for s in self.families if s.name in wanted]
+        parts = (replace(s, factors=tuple(f for f in s.factors if f in kept)) for s in chosen)
+        return replace(self, families=tuple(parts))
 
     def with_head_rows(self, rows: int) -> "Sites":
         """The same sites with `rows` output rows in the head.
 
-        A likelihood that reads only some rows of the head leaves the others at their prior given these.
-        Leaving them out changes no other marginal under a prior that is consistent under leaving rows out:
-        one whose law of some rows does not depend on how many there are. That is every prior of this library
-        but the sparse GP with `lam` below one, whose rows depend on each other through a frame of the length
-        of the factor: its law of the head is defined on the rows that are kept.
+        A likelihood that reads some rows of the head leaves the others at their prior given these. Leaving
+        them out changes no other marginal where the law of some rows does not depend on how many there are:
+        under every prior of this library but the sparse GP with `lam` below one, whose law of the head is
+        defined on the rows that are kept, as they depend on each other through a frame of that length.
         """
         families = (replace(s, d_out=rows) if s.module == HEAD else s for s in self.families)
         return replace(self, families=tuple(families))
@@ -259,7 +255,7 @@ def select(
 
     Raises:
         ValueError: When a target matches nothing (the message names near matches), a rank is below
-            one or above the smaller dimension, or a layer does not exist.
+            one or above the smaller dimension, alpha is no positive number, or a layer does not exist.
 
     Example:
         >>> from types import SimpleNamespace
@@ -270,6 +266,7 @@ def select(
           lm_head: 16 -> 2 -> 50, alpha 2, head
     """
     rules = _rules(targets, rank)
+    check_positive({} if alpha is None else {"alpha": alpha})
     chosen = _layer_indices(layers, base.num_layers)
     found: dict[tuple[str, int], list[int]] = {}
     used: set[str] = set()
@@ -316,8 +313,10 @@ def _layer_indices(layers: slice | Iterable[int] | None, num_layers: int) -> lis
         if not chosen:
             raise ValueError(f"{layers} selects no layer; the model has layers 0 to {num_layers - 1}")
         return sorted(chosen)
+    if not isinstance(layers, Iterable):
+        raise ValueError(f"layers must be a slice or a list of indices; got {layers!r}")
     wanted = list(layers)
-    outside = [i for i in wanted if not -num_layers <= i < num_layers]
+    outside = [i for i in wanted if not is_integer(i) or not -num_layers <= i < num_layers]
     if outside or not wanted:
         raise ValueError(f"the model has layers 0 to {num_layers - 1}; got {outside or 'no layer'}")
     return sorted({i % num_layers for i in wanted})

@@ -21,7 +21,7 @@ from rich.console import Console
 from bnlora.accumulate import InParts
 from bnlora.cache import cache_prefix
 from bnlora.checks import check_at_least, check_batch_size, check_key, check_option, check_parts
-from bnlora.data import Batch, check_labels, minibatches
+from bnlora.data import Batch, check_rows, minibatches
 from bnlora.elbo import TERMS, elbo_terms, initial_parameters
 from bnlora.fits import Fit, FitDiverged
 from bnlora.models.execution import Activations, Remat
@@ -177,9 +177,9 @@ def _iterate(
 def _check_rows(
     model: Any, train: Batch, validation: Batch | None, early_stopping: EarlyStopping | None
 ) -> None:
-    check_labels("training", train, len(model.label_ids))
+    check_rows("training", train, model)
     if validation is not None:
-        check_labels("validation", validation, len(model.label_ids))
+        check_rows("validation", validation, model)
     elif early_stopping is not None:
         raise ValueError("early_stopping needs validation rows; pass validation=...")
 

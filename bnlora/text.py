@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from bnlora.checks import check_at_least, check_option
-from bnlora.data import Batch
+from bnlora.data import Batch, check_tokens, unknown_token
 from bnlora.display import Shown, Table
 from bnlora.formats import check_columns
 from bnlora.labels import LabelsAre, label_tokens, read_labels
@@ -106,7 +106,8 @@ def text_classification(
 
     Args:
         dataset: A data set, or several by split name; a single one becomes the split `"train"`.
-        tokenizer: The base model's tokenizer.
+        tokenizer: The base model's tokenizer, or the base itself: then tokens that it has no row for are
+            refused here, otherwise by the model.
         text: Column of the texts.
         label: Column of the labels: the words (spaces aside), or integers 0 .. C-1, whatever they are
             stored as. None for rows to predict whose class nobody knows; their labels are -1.
@@ -124,7 +125,7 @@ def text_classification(
     Raises:
         ValueError: When a column is missing, a split is empty, the split `"train"` has labels of one
             class only, a label is missing, unknown or could mean two classes, a word is not a single
-            token of its own, or a text is too long.
+            token of its own, a text is too long, or the base has no row for a token.
 
     Example:
         >>> from datasets import Dataset
@@ -140,6 +141,8 @@ def text_classification(
     if template.count("{text}") != 1:
         raise ValueError(f"the template must contain {{text}} once; got {template!r}")
     check_option("truncate", truncate, get_args(Truncate))
+    base = tokenizer if hasattr(tokenizer, "modules") else None
+    tokenizer = tokenizer if base is None else base.tokenizer
     limit = min(int(tokenizer.model_max_length), 2**20) if max_length is None else max_length
     check_at_least({"max_length": limit}, 1)
     ids, encode = label_tokens(tokenizer, words, template), _encoder(tokenizer, template)
@@ -155,7 +158,19 @@ def text_classification(
         )
         tokens = _tokenise(name, list(rows[text]), encode, limit, truncate)
         batches[name] = _pad(tokens, labels, tokenizer)
+    if base is not None:
+        _check_known(base, batches, dict(zip(words, ids.tolist(), strict=True)))
     return TextData(batches, tuple(words), ids)
+
+
+def _check_known(base: Any, batches: Mapping[str, Batch], label_ids: Mapping[str, int]) -> None:
+    """Raise `ValueError` where rows or label words have a token that the base has no row for."""
+    size = base.modules["lm_head"][1]
+    for word, index in label_ids.items():
+        if index >= size:
+            raise ValueError(f"the label word {word!r} is {unknown_token(index, size, base.tokenizer)}")
+    for name, rows in batches.items():
+        check_tokens(rows.tokens, rows.mask, size, base.tokenizer, split=name)
 
 
 def _labels(

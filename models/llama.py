@@ -17,6 +17,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from bnlora.checks import check_indices
+from bnlora.data import check_tokens
 from bnlora.models import layers
 from bnlora.models.execution import DEFAULT, Execution
 from bnlora.models.llama_config import LlamaConfig as LlamaConfig
@@ -119,10 +121,13 @@ class Llama(nnx.Module):
             The residual stream after layer stop - 1 at these positions.
 
         Raises:
-            ValueError: If the range is not within the model or an adapter does not fit.
+            ValueError: If the range is not within the model, a position does not exist, or an adapter does
+                not fit.
         """
         if not 0 <= start <= stop <= self.config.num_layers:
             raise ValueError(f"layers [{start}, {stop}) are not within [0, {self.config.num_layers})")
+        if at is not None:
+            check_indices("positions", at, hidden.shape[1])
         adapters = {name: dict(pair) for name, pair in (adapters or {}).items()}
         layers.check_adapters(adapters, _layer_modules(self.config), stop - start)
         positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
@@ -155,10 +160,12 @@ class Llama(nnx.Module):
             one eighth.
 
         Raises:
-            ValueError: If the adapter does not fit.
+            ValueError: If the adapter does not fit, or a row does not exist.
         """
         table = (self.embedding if self.lm_head is None else self.lm_head)[...]
-        table = table if rows is None else table[rows]
+        if rows is not None:
+            check_indices("rows of the head", rows, len(table))
+            table = table[rows]
         if adapter is not None:
             stacked = {"lm_head": {name: value[None] for name, value in adapter.items()}}
             layers.check_adapters(stacked, {"lm_head": (table.shape[1], table.shape[0])}, 1)
@@ -184,9 +191,10 @@ class Llama(nnx.Module):
             Logits, (b, t, vocab). Those at padding are finite and meaningless.
 
         Raises:
-            ValueError: If an adapter does not fit.
+            ValueError: If an adapter does not fit, or the model has no row for a token.
         """
         mask = jnp.ones(tokens.shape, dtype=bool) if mask is None else mask
+        check_tokens(tokens, mask, self.config.vocab_size)
         inner = dict(adapters or {})
         outer = inner.pop("lm_head", None)
         hidden = self.blocks(self.embed(tokens), mask, start=0, stop=self.config.num_layers, adapters=inner)

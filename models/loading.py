@@ -9,17 +9,16 @@ import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from bnlora.checks import brief, listed
 from bnlora.files import read_json
 from bnlora.models.gguf import read_gguf
-from bnlora.models.tensors import Stored, TensorFiles
+from bnlora.models.tensors import Stored, TensorFiles, safetensors
 
 _HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
@@ -162,16 +161,11 @@ def _is_plain(name: str) -> bool:
 
 def _safetensors(path: Path) -> dict[str, Stored]:
     try:
-        file = safe_open(path, framework="np")
+        return safetensors(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{str(path)!r} is corrupt or truncated, copy or download it again ({_first_line(error)})"
         ) from error
-    headers = {name: file.get_slice(name) for name in file.keys()}
-    return {
-        name: Stored(tuple(header.get_shape()), header.get_dtype(), partial(file.get_tensor, name))
-        for name, header in headers.items()
-    }
 
 
 def _folder_tokenizer(folder: Path) -> Any:

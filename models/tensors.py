@@ -5,15 +5,18 @@ What a configuration states is compared with the headers before anything of the 
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from safetensors import safe_open
 
 from bnlora.checks import listed
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # Types of float tensors, in safetensors' names and in numpy's.
-_FLOATS = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
+FLOATS = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
 
 
 class Stored(NamedTuple):
@@ -55,6 +58,21 @@ class TensorFiles(Mapping[str, np.ndarray]):
         return len(self.stored)
 
 
+def safetensors(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file by name, none of them read; safetensors checks its header itself.
+
+    Raises:
+        SafetensorError: If the file is corrupt or truncated.
+        OSError: If it cannot be opened.
+    """
+    file = safe_open(path, framework="np")
+    headers = {name: file.get_slice(name) for name in file.keys()}
+    return {
+        name: Stored(tuple(header.get_shape()), header.get_dtype(), partial(file.get_tensor, name))
+        for name, header in headers.items()
+    }
+
+
 def check_tensors(
     tensors: Mapping[str, np.ndarray],
     num_layers: int,
@@ -93,9 +111,7 @@ def check_tensors(
         "of the wrong shape": [
             f"{n} {shape} instead of {expected[n]}" for n, (shape, _) in known.items() if shape != expected[n]
         ],
-        "of a type that is not read": [
-            f"{n} {kind}" for n, (_, kind) in known.items() if kind not in _FLOATS
-        ],
+        "of a type that is not read": [f"{n} {kind}" for n, (_, kind) in known.items() if kind not in FLOATS],
     }
     said = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items() if names)
     if said:
@@ -114,7 +130,7 @@ def take(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
         bad = value.size - np.count_nonzero(np.isfinite(value))
         raise ValueError(
             f"the tensor {name!r} has {bad:,} of {value.size:,} numbers that are NaN or infinite in float32; "
-            "copy or download the checkpoint again"
+            "copy or download its file again"
         )
     return value
 

@@ -6,6 +6,7 @@ from itertools import islice
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -20,6 +21,24 @@ from bnlora.predict import predict
 from bnlora.sites import select
 from bnlora.svi import fit
 from bnlora.testing import tiny_base, tiny_rows
+
+
+def test_rows_that_do_not_exist_are_refused():
+    """JAX would give the last one."""
+    rows = tiny_rows(jax.random.key(0), 6)
+    np.testing.assert_array_equal(rows[[0, -4]].tokens, rows.tokens[jnp.array([0, 2])])
+    np.testing.assert_array_equal(rows[np.arange(6) == 2].tokens, rows.tokens[2:3])
+    assert len(rows[[]]) == 0
+    for wrong in ([0, 6], np.array([-7]), jnp.array([6])):
+        with pytest.raises(ValueError, match="rows must be from -6 to 5; got (6|-7)"):
+            rows[wrong]
+    for wrong in (3, np.ones(5, bool)):
+        with pytest.raises(
+            ValueError, match="must be a slice, a list of indices, or a mask of the 6 rows; got"
+        ):
+            rows[wrong]
+    with pytest.raises(ValueError, match="rows must be integers; got"):
+        rows[[1.0]]
 
 
 @pytest.mark.parametrize(("rows", "size"), [(7, 3), (6, 3), (2, 5), (1, 1)])

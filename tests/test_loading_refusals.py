@@ -226,8 +226,8 @@ def test_files_of_absurd_size(tmp_path, monkeypatch):
 def test_tokens_that_the_embedding_has_no_row_for(tmp_path):
     more = [*VOCABULARY, "<x>", "<y>"]
     expected = (
-        "the tokenizer has the token '<x>' of id 61 and 1 more, which the model has not: the tokenizer has "
-        "63 tokens, the embedding 61 rows; resize the embedding, or load the model with its own tokenizer"
+        "the tokenizer has the token '<x>' of id 61, which the model has not: the tokenizer has 63 tokens, "
+        "the embedding 61 rows; resize the embedding, or load the model with its own tokenizer"
     )
     assert refused(write_gguf(tmp_path / "tiny.gguf", tokens=more)) == expected
     folder = write_folder(tmp_path / "tiny")

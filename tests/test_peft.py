@@ -159,8 +159,9 @@ def test_label_rows_of_the_head_are_taken_in_their_order(folder):
     np.testing.assert_array_equal(head["b"][0], ADAPTERS["lm_head"]["b"][0, jnp.array([7, 2, 9])])
     with pytest.raises(ValueError, match="give the label tokens as head_rows"):
         load_peft(folder, sites)
-    with pytest.raises(ValueError, match=r"token ids below 40; got \[7, 2, 99\]"):
-        load_peft(folder, sites, head_rows=(7, 2, 99))
+    for rows in ((7, 2, 99), (7, 2, -1), (7, 2, 1.5)):
+        with pytest.raises(ValueError, match=rf"token ids below 40; got \[7(.0)?, 2(.0)?, {rows[2]}\]"):
+            load_peft(folder, sites, head_rows=rows)
 
 
 def test_a_prior_centred_on_an_imported_adapter_starts_there(folder):
@@ -178,6 +179,12 @@ REFUSED = {
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' change the base weights"),
     "another method": ({"peft_type": "IA3"}, "only LoRA adapters can be read; this one is 'IA3'"),
     "no rank": ({"r": None}, "corrupt: r=None"),
+    "rank in words": ({"r": "4"}, "corrupt: r='4', lora_alpha=6.0; expected an integer of at least 1"),
+    "rank and a half": ({"r": 4.0}, "corrupt: r=4.0"),
+    "no alpha": ({"lora_alpha": float("nan")}, "corrupt: r=4, lora_alpha=nan; expected .* a positive number"),
+    "negative alpha": ({"lora_alpha": -6}, "corrupt: r=4, lora_alpha=-6"),
+    "huge alpha": ({"lora_alpha": 10**400}, "corrupt: r=4, lora_alpha=1000000"),
+    "rslora in words": ({"use_rslora": "false"}, "use_rslora in .* must be true or false; got 'false'"),
     "another rank": ({"r": 2}, "has rank 2; the sites of 'q_proj' have rank 4"),
 }
 
@@ -199,8 +206,29 @@ def test_missing_and_corrupt_files_are_named(folder, tmp_path_factory):
     tensors.unlink()
     with pytest.raises(FileNotFoundError, match="pickled adapters"):
         load_peft(folder, SITES)
-    (folder / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"adapter_config.json in .* is corrupt"):
+    for text in ("{", "[]", "{}", "[" * 100_000):
+        (folder / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"adapter_config.json in .* is corrupt"):
+            load_peft(folder, SITES)
+
+
+def test_numbers_of_an_adapter_are_finite_floats(folder):
+    path, name = (
+        folder / "adapter_model.safetensors",
+        "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight",
+    )
+    whole = load_file(path)
+    for value in (np.nan, np.inf):
+        wrong = whole[name].copy()
+        wrong[3, 1] = value
+        save_file(whole | {name: wrong}, path)
+        with pytest.raises(ValueError, match=f"tensor '{name}' has 1 of 64 numbers that are NaN or infinite"):
+            load_peft(folder, SITES)
+    save_file(whole | {name: whole[name].astype(np.int8)}, path)
+    with pytest.raises(ValueError, match=f"'{name}' in .* must have floats of 16 to 64 bits; got I8"):
+        load_peft(folder, SITES)
+    save_file(whole | {name.replace("model.model", "model"): whole[name]}, path)
+    with pytest.raises(ValueError, match="has lora_B of 'layers.1.down_proj' under two names"):
         load_peft(folder, SITES)
 
 

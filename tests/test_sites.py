@@ -62,6 +62,12 @@ def test_start_is_the_lowest_adapted_layer_and_the_depth_for_a_head_alone():
         (["q_proj("], {"rank": 2}, "not a valid pattern"),
         (["q_proj"], {"rank": 2, "layers": [6]}, r"layers 0 to 5; got \[6\]"),
         (["q_proj"], {"rank": 2, "layers": slice(9, None)}, "selects no layer"),
+        (["q_proj"], {"rank": 2, "layers": [0, 1.5, True]}, r"layers 0 to 5; got \[1.5, True\]"),
+        (["q_proj"], {"rank": 2, "layers": 3}, "layers must be a slice or a list of indices; got 3"),
+        (["q_proj"], {"rank": 2.0}, "rank of 'q_proj' must be an integer of at least 1; got 2.0"),
+        ({"q_proj": "2"}, {}, "rank of 'q_proj' must be an integer of at least 1; got '2'"),
+        (["q_proj"], {"rank": 2, "alpha": float("nan")}, "alpha must be a positive number; got nan"),
+        (["q_proj"], {"rank": 2, "alpha": 0}, "alpha must be a positive number; got 0"),
     ],
 )
 def test_bad_targets_get_one_clear_sentence(targets, options, message):

@@ -1,7 +1,9 @@
 """From texts to batches with a byte-level tokenizer, and one clear sentence for what cannot be read."""
 
 import ast
+import copy
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,6 +37,24 @@ def test_rows_are_templates_filled_and_padded_on_the_right(tokenizer):
         assert tokenizer.decode(ids[:length]) == f"Review: {sentence}\nSentiment:"
         assert tokenizer.decode(ids[length:]) == "<|end|>" * (len(ids) - length)
     assert [tokenizer.decode([i]) for i in data.label_ids] == [" bad", " good"]
+
+
+def test_a_base_refuses_tokens_that_it_has_no_row_for(tokenizer):
+    """Two words were added to the tokenizer, and the embedding stayed as it was."""
+    before = len(tokenizer)
+    base = SimpleNamespace(tokenizer=copy.deepcopy(tokenizer), modules={"lm_head": (16, before)})
+    np.testing.assert_array_equal(read(base).train.tokens, read(tokenizer).train.tokens)
+    base.tokenizer.add_tokens([" fine", " poor"])
+    sizes = f"the model has not: the tokenizer has {before + 2} tokens, the embedding {before} rows"
+    with pytest.raises(
+        ValueError, match=f"word ' poor' is the token ' poor' of id {before + 1}, which {sizes}"
+    ):
+        read(base, words=[" bad", " poor"])
+    rows = {"sentence": ["the plot", "the fine plot"], "label": [0, 1]}
+    with pytest.raises(
+        ValueError, match=f"row 1 of split 'train' has the token ' fine' of id {before}, which {sizes}; tok"
+    ):
+        read(base, rows)
 
 
 def test_text_may_contain_braces(tokenizer):

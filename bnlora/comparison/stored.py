@@ -22,7 +22,7 @@ import numpy as np
 
 from bnlora.certificate import Certificate
 from bnlora.comparison.draws import Draws, evenly
-from bnlora.data import Batch
+from bnlora.data import Batch, check_labels
 from bnlora.files import file_checksum, write_json, write_whole
 from bnlora.functions import PROBES, evaluate, identifiable
 from bnlora.predict import Prediction, predict_with_draws
@@ -76,12 +76,17 @@ def store_reference(
     Returns:
         What a comparison reads of the run.
 
+    Raises:
+        ValueError: When a row has a label or a token that the model has not.
+
     Example:
         >>> stored = bl.store_reference(chains, rows, num_predictions=20)
         >>> stored.prediction.probs.shape
         (8, 2)
     """
-    model, adapters = chains.model, chains.stored_adapters()
+    model = chains.model
+    check_labels("data", data, len(model.label_ids))
+    adapters = chains.stored_adapters()
     names, values = evaluate(identifiable(model, data[:PROBES]), model, adapters, data)
     chosen = evenly(len(values), min(num_predictions, len(values)))
     some = jax.tree.map(lambda x: x[chosen], adapters)

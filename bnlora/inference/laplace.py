@@ -34,7 +34,7 @@ from rich.console import Console
 
 from bnlora import metrics
 from bnlora.checks import check_at_least, check_key, check_option, check_positive
-from bnlora.data import Batch, check_labels, parts
+from bnlora.data import Batch, check_rows, parts
 from bnlora.inference import curvature as algebra
 from bnlora.inference.mode import flattened, mode_of, unflattened
 from bnlora.predict import Posterior, Prediction
@@ -128,7 +128,7 @@ def laplace(
     if (rank is not None) != (structure == "low-rank"):
         raise ValueError(f"structure='low-rank' and a `rank` go together; got {structure!r} and rank={rank}")
     model = fit.model
-    check_labels("training", train, len(model.label_ids))
+    check_rows("training", train, model)
     mode = mode_of(fit, "Laplace's approximation")
     profile, known = _profile(model, mode, precision)
     local = _Local(model, mode, train, np.sqrt(profile), batch_size, console)
@@ -175,6 +175,7 @@ def linearised(
     """
     key = check_key(key)
     check_at_least({"rows": len(data), "num_samples": num_samples, "batch_size": batch_size}, 1)
+    laplace.model.check_tokens(data)
     deviations = laplace.deviations(key, num_samples)
 
     @jax.jit

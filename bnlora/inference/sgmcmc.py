@@ -41,7 +41,7 @@ from bnlora.checks import (
     check_positive,
 )
 from bnlora.copying import error_parts
-from bnlora.data import Batch, check_labels, minibatches
+from bnlora.data import Batch, check_rows, minibatches
 from bnlora.density import Density, density
 from bnlora.samplers import Kernel, langevin, stochastic_hamiltonian
 from bnlora.typing import Adapters, Parameters
@@ -251,7 +251,7 @@ def _prepared(
 ) -> _Setup:
     """Checked input, cached activations and the vector to start from."""
     check_option("prefix_cache", prefix_cache, ("memory", "off"))
-    check_labels("training", train, len(model.label_ids))
+    check_rows("training", train, model)
     check_batch_size(schedule.batch_size, len(train))
     view = density(model, params or {})
     start_key, chain_key = jax.random.split(key)

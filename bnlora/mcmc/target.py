@@ -20,7 +20,7 @@ from rich.console import Console
 from bnlora.cache import cache_prefix
 from bnlora.checks import check_option
 from bnlora.conditional import condition, matching
-from bnlora.data import Batch, check_labels
+from bnlora.data import Batch, check_rows
 from bnlora.density import Density, density
 from bnlora.fits import Fit
 from bnlora.functions import log_likelihood
@@ -101,7 +101,7 @@ def target(
     if isinstance(sites, str):
         raise ValueError(f"sites must be a list of names or patterns; got {sites!r}, write [{sites!r}]")
     check_option("fix_at", fix_at, get_args(FixAt))
-    check_labels("training", train, len(model.label_ids))
+    check_rows("training", train, model)
     params = {} if given is None else given.params
     latent = tuple(density(model, params).shapes)
     free = latent if sites is None else matching(latent, sites)
