@@ -184,6 +184,7 @@ def check_key(key: Any) -> Array:
     plain = isinstance(key, int | float | str | np.generic | None)
     got = repr(key) if plain else f"an object of type {type(key).__name__}"
     if isinstance(key, Array | np.ndarray):
+        key = jnp.asarray(key) if isinstance(key, np.ndarray) else key
         got = f"an array of {key.dtype} of shape {key.shape}"
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             if key.shape == ():
@@ -191,7 +192,7 @@ def check_key(key: Any) -> Array:
             got = f"an array of keys of shape {key.shape}, take one of them"
         elif key.dtype == np.uint32 and key.ndim == 1:
             try:
-                return jax.random.wrap_key_data(jnp.asarray(key))
+                return jax.random.wrap_key_data(key)
             except TypeError:
                 pass  # not as many numbers as a key has
     raise ValueError(f"key must be a random key, such as jax.random.key(0); got {got}")

@@ -40,7 +40,7 @@ TERMS = ("elbo", "data", "inducing_kl", "conditional_kl", "flow_logdet")
 
 
 def elbo_terms(
-    key: Array, params: dict, model: Callable, guide: Callable, *args: Any, num_particles: int = 1
+    key: Array, params: dict, model: Any, guide: Callable, *args: Any, num_particles: int = 1
 ) -> dict[str, Array]:
     """One unbiased estimate of the bound and of its terms.
 
@@ -62,7 +62,7 @@ def elbo_terms(
     return jax.tree.map(lambda x: x.mean(0), terms)
 
 
-def _one_draw(key: Array, params: dict, model: Callable, guide: Callable, args: tuple) -> dict[str, Array]:
+def _one_draw(key: Array, params: dict, model: Any, guide: Callable, args: tuple) -> dict[str, Array]:
     # The two programs record their sites while the bound runs them, so that each of them runs once.
     recorded_model, recorded_guide = handlers.trace(model), handlers.trace(guide)
     by_site = TraceMeanField_ELBO(sum_sites=False).loss(key, params, recorded_model, recorded_guide, *args)

@@ -83,7 +83,8 @@ class Grid(NamedTuple):
         ranks: dict[str, list] = {self.rank_name: list(range(1, self.rank + 1))}
         if self.layer_name is None:
             return ranks
-        return {f"module{self.ending}": list(self.families), self.layer_name: list(self.layers)} | ranks
+        places: dict[str, list] = {f"module{self.ending}": list(self.families)}
+        return places | {self.layer_name: list(self.layers)} | ranks
 
 
 def grids(sites: Sites) -> tuple[Grid, ...]:

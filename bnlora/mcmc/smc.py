@@ -74,7 +74,9 @@ def sample_smc(
         console: Where to draw the progress bar.
 
     Returns:
-        Chains whose record has `log_evidence`, one number a run. The reports are those of the stages.
+        Chains whose record has `log_evidence`, one number a run: the log of the integral of prior times
+        likelihood, where the prior has what it weighs itself and the density of sites that are held. The
+        reports are those of the stages.
 
     Raises:
         ValueError: On an option out of its range, an improper law in the prior, or when the posterior is not
