@@ -1,15 +1,16 @@
-r"""Is a set of chains good enough to be called a reference? Six questions, on identifiable functions.
+r"""Is a set of chains good enough to be called a reference? Five questions, on identifiable functions.
 
     R-hat, rank-normalised and split        below 1.01
     effective sample size, bulk and tail    above 400, all chains together
     divergent transitions                   none
     E-BFMI of every chain                   above 0.3
-    lag-1 autocorrelation                   below 0.05, averaged over chains
 
-The lag-1 autocorrelation is that of the kept draws: thin the chains until it holds (`Chains.thin`). It is
-estimated with a standard error of about 1 / sqrt(draws), so few draws fail it by chance. Kernels without an
-energy have no E-BFMI, and the certificate says that it was not asked. Kernels without an accept step are
-refused whatever the numbers say: no diagnostic of the draws shows their bias.
+Draws of a chain depend on each other. What reads them here goes by the effective sample size, to half of
+which `bnlora.compare` thins. So dependence fails no run, and the certificate says which draws to keep where
+nearly independent ones are wanted. `Thresholds(autocorrelation=0.05)` asks for such draws, as posteriordb
+does; the lag-1 autocorrelation, averaged over chains, has a standard error of about 1 / sqrt(draws). Kernels
+without an energy have no E-BFMI, and the certificate says that it was not asked. Kernels without an accept
+step are refused whatever the numbers say: no diagnostic of the draws shows their bias.
 
 References: Vehtari et al. (2021), arXiv 1903.08008 (R-hat, effective sample sizes); Betancourt (2016), arXiv
 1604.00695 (E-BFMI); Magnusson et al. (2024), posteriordb, arXiv 2407.04967 (criteria of a reference).
@@ -26,6 +27,9 @@ from jaxtyping import Bool, Float
 from bnlora.display import Showable, Shown, Table
 from bnlora.monte_carlo import bulk_ess, rank_rhat, tail_ess
 
+_NEARLY = 0.05
+"""Autocorrelation up to which draws are called nearly independent."""
+
 Bias = Literal["none", "step"]
 """What a kernel's draws converge to: the target, or a law that its step size decides."""
 
@@ -39,18 +43,18 @@ class Thresholds:
         ess: Least effective sample size of bulk and of tail.
         divergences: Most divergent transitions.
         bfmi: Least E-BFMI of a chain.
-        autocorrelation: Largest lag-1 autocorrelation of the kept draws.
+        autocorrelation: Largest lag-1 autocorrelation of the kept draws; not asked when None.
 
     Example:
         >>> bl.Thresholds(ess=1000.0)
-        Thresholds(rhat=1.01, ess=1000.0, divergences=0, bfmi=0.3, autocorrelation=0.05)
+        Thresholds(rhat=1.01, ess=1000.0, divergences=0, bfmi=0.3, autocorrelation=None)
     """
 
     rhat: float = 1.01
     ess: float = 400.0
     divergences: int = 0
     bfmi: float = 0.3
-    autocorrelation: float = 0.05
+    autocorrelation: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Evidence:
         divergent: Which transitions diverged, shape (chain, transition).
         energy: Energy of every transition, NaN where the kernel has none.
         bias: "step" where the kernel has no accept step, so that its draws follow another law.
+        constant: Functions that were left out because nothing that was sampled changes them.
     """
 
     names: tuple[str, ...]
@@ -70,6 +75,7 @@ class Evidence:
     divergent: Bool[np.ndarray, "c n"]
     energy: Float[np.ndarray, "c n"]
     bias: Bias = "none"
+    constant: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,6 +92,10 @@ class Certificate(Shown):
         bfmi: E-BFMI of each chain; empty where the kernel has no energy.
         thresholds: What had to be reached.
         bias: "step" where the kernel has no accept step; such draws are never certified.
+        constant: Functions that were left out because nothing that was sampled changes them.
+        keep_every: Step between draws whose autocorrelation is at most 0.05 (or the threshold) in every
+            function; 0 where the chains are too short to have one.
+        num_draws: Draws of each chain; 0 where it was not recorded.
 
     Example:
         >>> found = {"rhat": (1.001,), "ess_bulk": (900.0,), "ess_tail": (750.0,), "autocorrelation": (0.01,)}
@@ -103,6 +113,9 @@ class Certificate(Shown):
     bfmi: tuple[float, ...]
     thresholds: Thresholds
     bias: Bias = "none"
+    constant: tuple[str, ...] = ()
+    keep_every: int = 1
+    num_draws: int = 0
 
     @property
     def passed(self) -> bool:
@@ -115,16 +128,12 @@ class Certificate(Shown):
         t = self.thresholds
         found = [
             self._worst("R-hat", self.rhat, max, t.rhat, "run longer chains, or a longer warm-up"),
-            self._worst("bulk ESS", self.ess_bulk, min, t.ess, "draw more"),
-            self._worst("tail ESS", self.ess_tail, min, t.ess, "draw more"),
-            self._worst(
-                "lag-1 autocorrelation",
-                self.autocorrelation,
-                max,
-                t.autocorrelation,
-                "thin the chains, and draw more to make up for it",
-            ),
+            self._worst("bulk ESS", self.ess_bulk, min, t.ess, _draw_more(self.ess_bulk, t.ess)),
+            self._worst("tail ESS", self.ess_tail, min, t.ess, _draw_more(self.ess_tail, t.ess)),
         ]
+        if t.autocorrelation is not None:
+            name, values = "lag-1 autocorrelation", self.autocorrelation
+            found.append(self._worst(name, values, max, t.autocorrelation, self._thin))
         if self.divergences > t.divergences:
             found.append(
                 f"{self.divergences} transitions diverged, at most {t.divergences} may; raise "
@@ -141,6 +150,15 @@ class Certificate(Shown):
                 "no diagnostic shows; use sample_nuts or sample_hmc"
             )
         return tuple(text for text in found if text)
+
+    @property
+    def _thin(self) -> str:
+        if not self.keep_every:
+            return "no step between draws makes them independent: run longer chains"
+        left = f", which leaves {self.num_draws // self.keep_every:,} of {self.num_draws:,} in each chain"
+        return f"keep every {ordinal(self.keep_every)} draw, `chains.thin({self.keep_every})`" + (
+            left if self.num_draws else ""
+        )
 
     def _worst(self, what: str, values: tuple[float, ...], worst: Callable, bound: float, remedy: str) -> str:
         at = worst(range(len(values)), key=lambda k: values[k])
@@ -166,16 +184,25 @@ class Certificate(Shown):
     def verdict(self) -> str:
         """Certified or not, in a sentence."""
         energy = f"least E-BFMI {min(self.bfmi):.2f}" if self.bfmi else "no energy, so E-BFMI was not asked"
-        if self.passed:
-            return f"Certified: {len(self.names)} functions, {self.divergences} divergences, {energy}"
-        return "Not certified: " + "; ".join(self.failures)
+        if not self.passed:
+            return "Not certified: " + "; ".join((*self.failures, *self._left_out))
+        found = [f"Certified: {len(self.names)} functions, {self.divergences} divergences, {energy}"]
+        if self.keep_every > 1:
+            found.append(f"every {ordinal(self.keep_every)} draw is nearly independent of the one before")
+        return "; ".join((*found, *self._left_out))
+
+    @property
+    def _left_out(self) -> tuple[str, ...]:
+        if not self.constant:
+            return ()
+        return (f"left out, not changed by anything that was sampled: {', '.join(self.constant)}",)
 
     @property
     def overview(self) -> tuple[Showable, ...]:
         """The verdict, with a sentence for each failure, and the table."""
         if self.passed:
             return (self.table,)
-        return (replace(self.table, title="Not certified"), self.failures)
+        return (replace(self.table, title="Not certified"), (*self.failures, *self._left_out))
 
     def __repr__(self) -> str:
         return repr(self.table)
@@ -191,11 +218,20 @@ class Certificate(Shown):
         parts = {name: tuple(stored[name]) for name in names}
         thresholds = Thresholds(**stored["thresholds"])
         divergences, bias = int(stored["divergences"]), stored["bias"]
-        return cls(**parts, divergences=divergences, thresholds=thresholds, bias=bias)
+        # Certificates of earlier versions lack these.
+        return cls(
+            **parts,
+            divergences=divergences,
+            thresholds=thresholds,
+            bias=bias,
+            constant=tuple(stored.get("constant", ())),
+            keep_every=int(stored.get("keep_every", 1)),
+            num_draws=int(stored.get("num_draws", 0)),
+        )
 
 
 def certify(evidence: Evidence, thresholds: Thresholds) -> Certificate:
-    """Compute the six numbers.
+    """Compute the numbers of a certificate.
 
     Raises:
         ValueError: On fewer than two chains or four draws, or a value that is not finite.
@@ -221,6 +257,7 @@ def certify(evidence: Evidence, thresholds: Thresholds) -> Certificate:
             found[varies] = measure(values[:, :, varies])
         return tuple(map(float, found))
 
+    bound = thresholds.autocorrelation
     has_energy = np.isfinite(evidence.energy).all()
     return Certificate(
         names=evidence.names,
@@ -232,13 +269,43 @@ def certify(evidence: Evidence, thresholds: Thresholds) -> Certificate:
         bfmi=tuple(map(bfmi, evidence.energy)) if has_energy else (),
         thresholds=thresholds,
         bias=evidence.bias,
+        constant=evidence.constant,
+        keep_every=independent_step(values[:, :, varies], _NEARLY if bound is None else bound),
+        num_draws=values.shape[1],
     )
 
 
-def autocorrelation(values: Float[np.ndarray, "c s k"]) -> Float[np.ndarray, " k"]:
-    """Lag-1 autocorrelation: covariances and variances averaged over chains, each about its own mean."""
+def _draw_more(ess: tuple[float, ...], bound: float) -> str:
+    worst = min((value for value in ess if value > 0), default=np.nan)
+    if not np.isfinite(worst) or worst >= bound:
+        return "draw more"
+    # A tenth more than in proportion, for the estimate of the effective number has an error of its own.
+    return f"draw more, about {np.ceil(11 * bound / worst) / 10:g} times as many"
+
+
+def ordinal(number: int) -> str:
+    """A number as in "every 8th"."""
+    if number == 1:
+        return ""
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
+
+
+def independent_step(values: Float[np.ndarray, "c s k"], bound: float) -> int:
+    """The least step between draws at which no function has an autocorrelation above the bound; 0 for none.
+
+    At most a quarter of a chain, so that four draws of it are left.
+    """
+    for step in range(1, values.shape[1] // 4 + 1):
+        if (autocorrelation(values, lag=step) <= bound).all():
+            return step
+    return 0
+
+
+def autocorrelation(values: Float[np.ndarray, "c s k"], *, lag: int = 1) -> Float[np.ndarray, " k"]:
+    """Autocorrelation: covariances and variances averaged over chains, each about its own mean."""
     centred = values - values.mean(1, keepdims=True)
-    return (centred[:, 1:] * centred[:, :-1]).mean((0, 1)) / (centred**2).mean((0, 1))
+    return (centred[:, lag:] * centred[:, :-lag]).mean((0, 1)) / (centred**2).mean((0, 1))
 
 
 def bfmi(energy: Float[np.ndarray, " n"]) -> float:
