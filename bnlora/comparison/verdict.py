@@ -9,9 +9,9 @@ r"""What each part of a comparison says in words, by rules.
 | epistemic    | the permutation p-value of the mutual information is at most the level             |
 
 The level of a comparison is shared among its aspects by Bonferroni's rule, so that all of them together raise
-a false alarm with at most that probability. "Within Monte Carlo error" means that no difference was found,
-not that there is none; beside it stands how large a shift would have been missed half of the time. k-hat is
-about the coordinates of the sites, not about these functions, and decides nothing.
+a false alarm with at most that probability. "No difference detected" does not mean that there is none: beside
+it stands the size that was found, and for means how large a shift would have been missed half of the time.
+k-hat is about the coordinates of the sites, not about these functions, and decides nothing.
 """
 
 from dataclasses import dataclass
@@ -54,8 +54,8 @@ def means(names: tuple[str, ...], found: Moments, level: float, other: str) -> F
         k = int(sizes.argmax())
         missed = found.detectable_shift(level).max()
         text = (
-            f"means agree within Monte Carlo error (largest difference {found.shift[k]:+.2f} sd of the "
-            f"{other}, in {names[k]}; up to {missed:.2f} sd would be missed half of the time)"
+            f"means: {undetected(level)} (largest difference {found.shift[k]:+.2f} sd of the {other}, in "
+            f"{names[k]}; up to {missed:.2f} sd would be missed half of the time)"
         )
     return Finding("means", bool(rejected.any()), text)
 
@@ -72,8 +72,8 @@ def spread(names: tuple[str, ...], found: Moments, level: float, other: str) -> 
         )
     else:
         text = (
-            f"spread agrees within Monte Carlo error ({middle:.2f} of the {other} by median, "
-            f"{found.ratio[k]:.2f} at worst, in {names[k]})"
+            f"spread: {undetected(level)} ({middle:.2f} of the {other} by median, {found.ratio[k]:.2f} at worst, "
+            f"in {names[k]})"
         )
     return Finding("spread", bool(rejected.any()), text)
 
@@ -81,9 +81,9 @@ def spread(names: tuple[str, ...], found: Moments, level: float, other: str) -> 
 def joint_law(kernel: KernelTest, classifier: ClassifierTest, level: float) -> Finding:
     """Whether the functions taken together have one law, by both two-sample tests."""
     differs = 2 * min(kernel.p_value, classifier.p_value) <= level
-    said = "the joint law of the functions differs" if differs else "no difference of the joint law was found"
+    said = " differs" if differs else f": {undetected(level)}"
     text = (
-        f"{said} (MMD p {p_text(kernel.p_value)}; classifier right in {classifier.accuracy:.0%}, "
+        f"the joint law of the functions{said} (MMD p {p_text(kernel.p_value)}; classifier right in {classifier.accuracy:.0%}, "
         f"p {p_text(classifier.p_value)})"
     )
     return Finding("joint law", bool(differs), text)
@@ -101,20 +101,25 @@ def predictions(found: PredictiveAgreement, level: float, other: str) -> Finding
     if differs:
         text = f"predictions differ ({numbers}; most in row {row}, {found.total_variation[row]:.3f})"
     else:
-        text = f"predictions agree within Monte Carlo error ({numbers})"
+        text = f"predictions: {undetected(level)} ({numbers})"
     return Finding("predictions", bool(differs), text)
 
 
 def epistemic(found: PredictiveAgreement, level: float, other: str) -> Finding:
     """Whether the epistemic uncertainty of the rows agrees."""
     differs = found.mutual_information_p <= level
-    said = "differs" if differs else "agrees within Monte Carlo error"
+    said = " differs" if differs else f": {undetected(level)}"
     text = (
-        f"epistemic uncertainty {said} (mean difference {found.mutual_information_gap.mean():.2g} nats a "
+        f"epistemic uncertainty{said} (mean difference {found.mutual_information_gap.mean():.2g} nats a "
         f"row, {found.mutual_information_gap_null.mean():.2g} between halves of the {other}, "
         f"p {p_text(found.mutual_information_p)})"
     )
     return Finding("epistemic", bool(differs), text)
+
+
+def undetected(level: float) -> str:
+    """What an aspect says whose test did not reject at its share of the level."""
+    return f"no difference detected at level {level:.2g}, this aspect's share"
 
 
 def weights(found: KHat | None) -> str:
