@@ -33,8 +33,8 @@ def cache_prefix(
 
     Args:
         model: The classifier whose sites decide the depth.
-        batch: Rows to cache; returned unchanged where it is cached for this depth already, or no layer is
-            below the adapters.
+        batch: Rows to cache; returned unchanged where they are cached for this model already, or no layer is
+            below the adapters. What was cached for another model is computed again.
         batch_size: Rows to run at a time.
         memory_limit: Largest size of the cache in bytes.
         console: Where to print the size and the progress bar; the terminal or notebook when omitted.
@@ -52,7 +52,7 @@ def cache_prefix(
     """
     model.check_tokens(batch)
     depth = model.start
-    if depth == 0 or (batch.hidden is not None and batch.depth == depth):
+    if depth == 0 or batch.caches(depth, model.trunk):
         return batch
     size = prefix_bytes(model, batch)
     if size > memory_limit:
@@ -63,10 +63,9 @@ def cache_prefix(
     through = f"{depth} of {model.base.num_layers} layers"
     text = f"prefix cache: {len(batch)} rows through {through}, {size / 2**20:,.1f} MiB"
     speaker(console).print(text, highlight=False)
-    plain = replace(batch, hidden=None, depth=0)
     hidden = np.zeros((*batch.tokens.shape, model.base.config.d_model), np.float32)
     count = -(-len(batch) // batch_size)
-    for part in track(parts(plain, batch_size), count, "prefix cache", console):
+    for part in track(parts(batch.plain, batch_size), count, "prefix cache", console):
         computed = np.asarray(model.compiled_hidden(model.base.params, part.batch))
         hidden[part.rows, part.columns] = computed[: len(part.rows)]
-    return replace(batch, hidden=jnp.asarray(hidden), depth=depth)
+    return replace(batch, hidden=jnp.asarray(hidden), depth=depth, trunk=model.trunk)

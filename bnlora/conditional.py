@@ -9,12 +9,15 @@ those below, and a gradient costs what is above alone.
 """
 
 import difflib
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float
@@ -35,14 +38,14 @@ class Conditional(Classifier):
     Attributes:
         fixed: Value of every fixed site by name.
         lowest: Lowest layer that the free sites change.
-        free: Families that the free sites change.
-        below: Adapters at the fixed values, of which the layers below `lowest` are read.
+        below: Adapters at the fixed values, of which those that the free sites do not change are read.
+        moves: Which layers of each factor the free sites change, by family.
     """
 
     fixed: Mapping[str, Array] = field(default_factory=dict)
     lowest: int = 0
-    free: tuple[str, ...] = ()
     below: Adapters = field(default_factory=dict)
+    moves: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
 
     @property
     def start(self) -> int:
@@ -52,12 +55,37 @@ class Conditional(Classifier):
     @property
     def moving(self) -> tuple[str, ...]:
         """Families whose adapters differ from draw to draw: those that the free sites change."""
-        return self.free
+        return tuple(name for name, factors in self.moves.items() if any(map(np.any, factors.values())))
 
-    def hidden(self, params: Any, batch: Batch) -> Float[Array, "n t d"]:
-        """Activations below the lowest free layer: the batch's cached ones, or computed here."""
-        if batch.hidden is not None or self.lowest == self.sites.start:
-            return super().hidden(params, batch)
+    @property
+    def trunk(self) -> str:
+        """Checksum of the adapters below the lowest free layer; "" where there are none."""
+        return self._checksum
+
+    @cached_property
+    def _checksum(self) -> str:
+        digest = hashlib.sha256()
+        inner = {n: sum(layer < self.lowest for layer in site.layers) for n, site in self.sites.items()}
+        for name in (name for name, count in inner.items() if count):
+            digest.update(repr(self.sites[name]).encode())
+            for values in self.below[name].values():
+                digest.update(np.asarray(values[: inner[name]]).tobytes())
+        return digest.hexdigest() if any(inner.values()) else ""
+
+    def held(self, adapters: Adapters) -> Adapters:
+        """Adapters with a leading draw axis, those that the free sites do not change at their fixed value."""
+
+        def one(moves: np.ndarray, fixed: Array, drawn: Array) -> Array:
+            return jnp.where(moves[:, None, None], drawn, fixed)
+
+        return {
+            name: {f: one(self.moves[name][f], self.below[name][f], drawn) for f, drawn in pair.items()}
+            for name, pair in adapters.items()
+        }
+
+    def _computed(self, params: Any, batch: Batch) -> Float[Array, "n t d"]:
+        if self.lowest == self.sites.start:
+            return super()._computed(params, batch)
         first = self.sites.start
         placed = self.sites.place(self.below)
         placed.pop(HEAD, None)
@@ -105,23 +133,23 @@ def condition(model: Classifier, values: Mapping[str, Array], params: Parameters
         return model
     whole = density(model, params or {})
     _check(whole, values)
-    program, fixed = model.prior.program, dict(values)
+    program, before = model.prior.program, model.fixed if isinstance(model, Conditional) else {}
 
     def conditioned(sites: Sites) -> Adapters:
-        return handlers.condition(program, data=fixed)(sites)
+        return handlers.condition(program, data=dict(values))(sites)
 
     plain = Classifier(model.base, model.sites, conditioned, label_ids=model.label_ids)
     view = density(plain, params or {})
     first, second = _two_places(view)
-    moving = {
-        name: _moving_layers(site.layers, first[name], second[name])
-        for name, site in view.model.sites.items()
+    moves = {
+        name: {f: np.any(np.asarray(first[name][f] != second[name][f]), axis=(1, 2)) for f in first[name]}
+        for name in view.model.sites
     }
-    lowest = min([model.base.num_layers, *(layer for layers in moving.values() for layer in layers)])
+    lowest = min([model.base.num_layers, *_moving_layers(model.sites, moves)])
     parts = {name: getattr(plain, name) for name in ("base", "sites", "prior", "label_ids")}
-    free = tuple(name for name, layers in moving.items() if layers)
     made = object.__new__(Conditional)  # the fields of a Classifier are not the arguments that make one
-    for name, value in {**parts, "fixed": fixed, "lowest": lowest, "free": free, "below": first}.items():
+    fixed = {**before, **values}
+    for name, value in {**parts, "fixed": fixed, "lowest": lowest, "below": first, "moves": moves}.items():
         object.__setattr__(made, name, value)
     return made
 
@@ -168,9 +196,12 @@ def _two_places(view: Density) -> tuple[Adapters, Adapters]:
     return jax.tree.map(lambda x: x[0], both), jax.tree.map(lambda x: x[1], both)
 
 
-def _moving_layers(
-    layers: tuple[int, ...], first: Mapping[str, Array], second: Mapping[str, Array]
-) -> tuple[int, ...]:
-    """The layers of a family in which a factor differs between two places."""
-    moved = [np.any(np.asarray(first[f] != second[f]), axis=(1, 2)) for f in first]
-    return tuple(layer for layer, m in zip(layers, np.any(moved, axis=0), strict=True) if m)
+def _moving_layers(sites: Sites, moves: Mapping[str, Mapping[str, np.ndarray]]) -> set[int]:
+    """The layers that have a factor that moves."""
+    return {
+        layer
+        for name, site in sites.items()
+        for factor in moves[name].values()
+        for layer, moved in zip(site.layers, factor, strict=True)
+        if moved
+    }

@@ -18,7 +18,7 @@ from bnlora.display import Showable, Shown, facts
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["tokens", "mask", "labels", "hidden"],
-    meta_fields=["depth"],
+    meta_fields=["depth", "trunk", "whole"],
 )
 @dataclass(frozen=True)
 class Batch(Shown):
@@ -30,6 +30,10 @@ class Batch(Shown):
         labels: Class of each row, shape (row,).
         hidden: Activations after the first `depth` layers, shape (row, position, width), if cached.
         depth: Number of layers that `hidden` has passed.
+        trunk: Which layers those were: "" for the base's own, a checksum where adapters at fixed values are
+            among them (`bnlora.condition`).
+        whole: False where only the last position of each row was kept, so that `hidden` cannot be computed
+            again.
 
     Example:
         >>> rows
@@ -43,6 +47,8 @@ class Batch(Shown):
     labels: Int[Array, " n"]
     hidden: Float[Array, "n t d"] | None = None
     depth: int = field(default=0)
+    trunk: str = field(default="")
+    whole: bool = field(default=True)
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -64,6 +70,15 @@ class Batch(Shown):
         """The same rows, with some of the columns."""
         hidden = None if self.hidden is None else self.hidden[:, columns]
         return replace(self, tokens=self.tokens[:, columns], mask=self.mask[:, columns], hidden=hidden)
+
+    @property
+    def plain(self) -> "Batch":
+        """The rows without cached activations."""
+        return self if self.hidden is None else replace(self, hidden=None, depth=0, trunk="")
+
+    def caches(self, depth: int, trunk: str) -> bool:
+        """Whether the cached activations are those after so many layers of this trunk."""
+        return self.hidden is not None and (self.depth, self.trunk) == (depth, trunk)
 
     @property
     def overview(self) -> tuple[Showable, ...]:

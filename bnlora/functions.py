@@ -6,7 +6,7 @@ effective sample sizes and distances between posteriors are therefore those of f
 the log-likelihood of the data.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -31,18 +31,21 @@ class Functions(Protocol):
         ...
 
 
-def identifiable(model: Classifier, probe: Batch) -> Functions:
+def identifiable(model: Classifier, probe: Batch, *, families: Sequence[str] | None = None) -> Functions:
     """The default functions: margins at probe rows, norms of the updates, log-likelihood of the data.
 
     Args:
         model: A `Classifier`.
         probe: Rows whose margins are looked at, labels unread; each class against class 0.
+        families: Families whose norms are looked at; those that differ from draw to draw when omitted.
 
     Returns:
         Functions named `margin[row]` (`margin[row, class]` with three classes or more), `norm[family]`
-        (over all layers of a family that is not fixed) and `log_likelihood`.
+        (over all layers of a family that is not fixed) and `log_likelihood`. They take rows with activations
+        cached for any model; for another one than `model` they compute them again at every draw.
     """
     probe = model.with_hidden(probe)
+    normed = model.moving if families is None else tuple(families)
     classes = len(model.label_ids)
 
     def functions(frozen: Any, adapters: Adapters, batch: Batch) -> dict[str, Array]:
@@ -52,7 +55,7 @@ def identifiable(model: Classifier, probe: Batch) -> Functions:
             for row in range(len(probe))
             for c in range(1, classes)
         }
-        norms = {f"norm[{n}]": update_norm(adapters[n], model.sites[n].scale) for n in model.moving}
+        norms = {f"norm[{n}]": update_norm(adapters[n], model.sites[n].scale) for n in normed}
         return margins | norms | {"log_likelihood": log_likelihood(model, frozen, adapters, batch)}
 
     return functions

@@ -142,6 +142,11 @@ class Classifier(Shown):
         return self.sites.start
 
     @property
+    def trunk(self) -> str:
+        """Which layers lie below `start`, as `Batch.trunk`: the base's own."""
+        return ""
+
+    @property
     def moving(self) -> tuple[str, ...]:
         """Families whose adapters differ from draw to draw: all."""
         return tuple(self.sites)
@@ -186,25 +191,29 @@ class Classifier(Shown):
             numpyro.sample("y", dist.Categorical(logits=logits), obs=batch.labels)
 
     def hidden(self, params: Any, batch: Batch) -> Float[Array, "n t d"]:
-        """Activations below the lowest adapted layer: the batch's cached ones, or computed here.
+        """Activations below the lowest adapted layer: the batch's if cached for this trunk, or computed here.
 
         Raises:
-            ValueError: When the cached ones belong to another depth than these sites need.
+            ValueError: When they must be computed and only the last position of each row was kept.
         """
-        if batch.hidden is not None:
-            if batch.depth != self.start:
-                raise ValueError(
-                    f"the batch caches activations of depth {batch.depth}, but the lowest adapted layer is "
-                    f"{self.start}; cache it again for these sites"
-                )
+        if batch.hidden is not None and batch.caches(self.start, self.trunk):
             return batch.hidden
         self.check_tokens(batch)
+        if not batch.whole:
+            raise ValueError(
+                "these rows keep only their last position, which is too little for this model; give the rows "
+                "as they were read"
+            )
+        return self._computed(params, batch)
+
+    def _computed(self, params: Any, batch: Batch) -> Float[Array, "n t d"]:
+        """Activations below the lowest adapted layer, from the tokens."""
         module = self.base.bind(params)
         return module.blocks(module.embed(batch.tokens), batch.mask, start=0, stop=self.start)
 
     def prepared(self, params: Any, batch: Batch) -> Batch:
         """The batch with its activations below the lowest adapted layer, which no draw changes."""
-        return replace(batch, hidden=self.hidden(params, batch), depth=self.start)
+        return replace(batch, hidden=self.hidden(params, batch), depth=self.start, trunk=self.trunk)
 
     def logits(self, params: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n c"]:
         """Logits of the label tokens after the last real token of each row.
@@ -251,7 +260,8 @@ class Classifier(Shown):
             ValueError: When a row has a token that the base has no row for.
         """
         self.check_tokens(batch)
-        return replace(batch, hidden=self.compiled_hidden(self.base.params, batch), depth=self.start)
+        hidden = self.compiled_hidden(self.base.params, batch)
+        return replace(batch, hidden=hidden, depth=self.start, trunk=self.trunk)
 
     @cached_property
     def compiled_hidden(self) -> Callable[..., Array]:

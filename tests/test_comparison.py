@@ -54,12 +54,12 @@ def right(reference):
 def test_a_right_approximation_is_told_from_nothing(right):
     assert right.differences == ()
     for piece in (
-        "means agree within Monte Carlo error",
+        "means: no difference detected at level 0.01, this aspect's share (largest",
         "would be missed half of the time",
-        "spread agrees within Monte Carlo error",
-        "no difference of the joint law was found",
-        "predictions agree within Monte Carlo error",
-        "epistemic uncertainty agrees",
+        "spread: no difference detected at level 0.01, this aspect's share (",
+        "the joint law of the functions: no difference detected at level 0.01, this aspect's share (MMD p",
+        "predictions: no difference detected at level 0.01, this aspect's share (mean total",
+        "epistemic uncertainty: no difference detected at level 0.01, this aspect's share (mean",
         "k-hat: none, no density",
         "nothing told the two apart at level 0.05, in these functions and rows",
     ):
@@ -69,7 +69,7 @@ def test_a_right_approximation_is_told_from_nothing(right):
 def test_a_narrow_approximation_is_said_to_be_narrow(reference):
     found = held(reference, 0.6 * RANDOM(5).normal(size=(1000, 3)), predictions(RANDOM(6), scale=0.3))
     assert set(found.differences) == {"spread", "joint law", "predictions", "epistemic"}
-    assert "means agree" in found.verdict
+    assert "means: no difference detected" in found.verdict
     assert found.moments.ratio == pytest.approx(0.6, rel=0.1)
     assert f"spread is {np.median(found.moments.ratio):.2f} of the reference by median" in found.verdict
     assert "(3 of 3 functions differ)" in found.verdict
@@ -115,7 +115,7 @@ def test_tables_and_frames_hold_the_same_numbers(right):
         right.predictive.total_variation_null.mean()
     )
     assert right.functions_table.rows[1][0] == "norm"
-    assert "<li>means agree" in right._repr_html_()
+    assert "<li>means: no difference" in right._repr_html_()
     with pytest.raises(ValueError, match="must be 'functions' or 'measures'; got 'rows'"):
         right.to_dataframe("rows")
 
@@ -136,6 +136,23 @@ def test_a_point_is_compared_too(reference):
     found = held(reference, np.zeros((200, 3)))
     assert found.moments.ratio == pytest.approx(0)
     assert "spread is 0.00 of the reference by median" in found.verdict
+
+
+def test_constant_functions_are_left_out_and_said():
+    def with_fixed(draws):
+        fixed = np.full((*draws.values.shape[:2], 1), 0.1)  # whose standard deviation is not zero in doubles
+        return Draws((*NAMES, "fixed"), np.concatenate([draws.values, fixed], axis=2), draws.kind)
+
+    reference, approx = chains(RANDOM(0)), independent(RANDOM(3).normal(size=(1000, 3)))
+    found = compare_draws(RANDOM(2), with_fixed(approx), with_fixed(reference))
+    plain = compare_draws(RANDOM(2), approx, reference)
+    assert found.names == NAMES
+    assert found.constant == ("fixed",)
+    assert "left out, constant under the reference: fixed" in repr(found)
+    np.testing.assert_array_equal(found.to_dataframe(), plain.to_dataframe())
+    only = Draws(("fixed",), np.full((4, 100, 1), 0.1), "chains")
+    with pytest.raises(ValueError, match="a function that varies .*: fixed"):
+        compare_draws(RANDOM(2), only, only)
 
 
 def test_a_level_beyond_one_is_refused(reference):

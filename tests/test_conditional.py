@@ -112,6 +112,28 @@ def test_layers_below_the_free_ones_are_part_of_the_trunk():
     assert values.shape == (1, 3)
 
 
+def test_activations_under_other_fixed_values_are_not_reused():
+    """Two conditionals of one depth have different trunks below it."""
+    model = classifier(targets=("q_proj", "lm_head"))
+    _, _, fixed = split(model, ["q_proj.a", "q_proj.b"])
+    other = {n: 2 * x for n, x in fixed.items()}
+    first, second = (condition(model, values) for values in (fixed, other))
+    assert first.start == second.start == 3
+    rows = cache_prefix(first, ROWS)
+    np.testing.assert_allclose(second.hidden(BASE.params, rows), second.hidden(BASE.params, ROWS), atol=1e-6)
+    assert cache_prefix(first, rows) is rows
+    assert cache_prefix(second, rows) is not rows
+    free = {n: jnp.ones((1, *x)) for n, x in model.sites["lm_head"].shapes.items()}
+    drawn = {
+        "q_proj": {n: jnp.ones((1, *x)) for n, x in model.sites["q_proj"].shapes.items()},
+        "lm_head": free,
+    }
+    held = first.held(drawn)
+    for factor in ("a", "b"):
+        np.testing.assert_array_equal(held["q_proj"][factor][0], fixed[f"q_proj.{factor}"])
+        np.testing.assert_array_equal(held["lm_head"][factor], free[factor])
+
+
 def test_nothing_to_fix_is_the_model_itself():
     model = classifier()
     assert condition(model, {}) is model

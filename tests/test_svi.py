@@ -134,8 +134,12 @@ def test_prefix_cache_says_its_size_and_refuses_to_exceed_the_limit():
     assert bl.cache_prefix(model, cached) is cached
     with pytest.raises(ValueError, match="more than the limit of 0 MiB; raise `memory_limit` or fit with"):
         bl.cache_prefix(model, TRAIN, memory_limit=1000)
-    with pytest.raises(ValueError, match="caches activations of depth 1, but the lowest adapted layer is 2"):
-        model.hidden(BASE.params, replace(cached, depth=1))
+    # What another model cached is computed again, from the tokens.
+    foreign = replace(cached, hidden=0 * cached.hidden, depth=1)
+    np.testing.assert_allclose(model.hidden(BASE.params, foreign), cached.hidden, atol=1e-5)
+    np.testing.assert_allclose(bl.cache_prefix(model, foreign).hidden, cached.hidden, atol=1e-5)
+    with pytest.raises(ValueError, match="keep only their last position, .*give the rows as they were read"):
+        model.hidden(BASE.params, replace(foreign, whole=False))
 
 
 def test_nothing_is_cached_where_the_lowest_layer_is_adapted():

@@ -4,9 +4,10 @@ r"""`compare`: hold an approximate posterior of a classifier against draws of a 
 
 The factors of an adapter are not identifiable, so the functions are those of `bnlora.functions.identifiable`:
 margins at some rows, norms of the updates, log-likelihood. A comparison is worth what its reference is: a
-run whose own checks failed, or that has none, is refused. Both posteriors must be those of the same prior
-and rows, which cannot be checked here: where a fit learned parameters of its prior, sample the reference
-under them.
+run whose own checks failed, or that has none, is refused. Where the reference holds some sites at given
+values, the approximation is held there too, and the result says so (`bnlora.comparison.problem`). Both
+posteriors must be those of the same prior and rows, which cannot be checked here: where a fit learned
+parameters of its prior, sample the reference under them.
 
 Reference: Yao, Vehtari, Simpson and Gelman (2018), arXiv 1802.02538, for k-hat and what it leaves unseen.
 """
@@ -22,12 +23,13 @@ from rich.console import Console
 
 from bnlora.cache import cache_prefix
 from bnlora.certificate import Certificate
-from bnlora.checks import check_key
+from bnlora.checks import check_at_least, check_key
 from bnlora.comparison.draws import Draws, Kind, evenly
 from bnlora.comparison.khat import LEAST_DRAWS, KHat, has_density, khat
-from bnlora.comparison.pairs import pairs
-from bnlora.comparison.report import Comparison, compare_draws
-from bnlora.comparison.stored import StoredReference, require_same_problem, values_like
+from bnlora.comparison.pairs import LEAST_SIZE, pairs, varying
+from bnlora.comparison.problem import Problem, common_problem
+from bnlora.comparison.report import Comparison, Other, check_level, compare_draws
+from bnlora.comparison.stored import StoredReference, require_same_problem
 from bnlora.data import Batch, check_labels
 from bnlora.fits import Fit
 from bnlora.functions import PROBES, Functions, evaluate, identifiable
@@ -84,8 +86,9 @@ def compare(
             itself a chain, what is compared is the law of its stored draws.
         reference: A run of MCMC with a certificate that it passed, or one from `load_reference`.
         data: Rows with labels, for predictions and for the default functions.
-        functions: Scalar functions; `identifiable(model, data[:8])` when omitted. Those that read all rows,
-            as the log-likelihood does, run all rows of one draw at a time.
+        functions: Scalar functions; `identifiable(reference.model, data[:8])` when omitted. Those that read
+            all rows, as the log-likelihood does, run all rows of one draw at a time. Those that are constant
+            under the reference are left out, and named.
         num_samples: Draws of the approximation, and most draws on either side for predictions.
         batch_size: Rows to run at a time in predictions.
         level: Chance of a false alarm, over all aspects together.
@@ -98,8 +101,8 @@ def compare(
 
     Raises:
         UncertifiedReference: When the reference has no certificate or did not pass.
-        ValueError: When both sides have different sites or label words, a function is no finite scalar, or
-            there are too few draws.
+        ValueError: When both sides have different sites or label words, or hold a site at different values;
+            when a function is no finite scalar, none varies, or there are too few draws.
 
     Example:
         >>> bl.compare(key, fit, chains, rows)  # doctest: +ELLIPSIS
@@ -110,24 +113,31 @@ def compare(
     key = check_key(key)
     if against not in ("reference", "anything"):
         raise ValueError(f"against must be 'reference' or 'anything'; got {against!r}")
+    _check_sizes(level, num_samples, batch_size)
+    other: Other = "reference" if against == "reference" else "other posterior"
     if against == "reference":
         _require_certificate(reference)
-    model = approx.model
-    check_labels("data", data, len(model.label_ids))
-    _check_same_problem(model, reference, data, functions)
+    check_labels("data", data, len(approx.model.label_ids))
+    _check_same_problem(approx.model, reference, data, functions)
+    problem = common_problem(approx, reference, other)
+    model = problem.model
     data = cache_prefix(model, data, batch_size=batch_size, console=console)
-    functions = identifiable(model, data[:PROBES]) if functions is None else functions
     predicted = partial(predict_with_draws, model, data=data, batch_size=batch_size, console=console)
     approx_key, other_key, weight_key, measure_key = jax.random.split(key, 4)
-    own = approx.draw_adapters(approx_key, num_samples)
-    mine = Draws(*_values(model, functions, own, data, chains=1), "independent")
+    own = problem.draw_adapters(approx_key, approx, num_samples)
     if isinstance(reference, StoredReference):
-        mine, theirs = values_like(reference, mine), reference.draws
+        functions = identifiable(model, data[:PROBES], families=reference.families)
+        mine, theirs = (
+            _independent(problem, functions, own, data).only(reference.draws.names),
+            reference.draws,
+        )
         size = _size(mine, theirs, min(num_samples, len(reference.prediction.draw_log_probs)))
         their_prediction = reference.thinned_prediction(size)
     else:
+        functions = identifiable(model, data[:PROBES]) if functions is None else functions
         others, chains, kind = _other_draws(other_key, reference, num_samples)
         theirs = Draws(*_values(model, functions, others, data, chains=chains), kind)
+        mine = _independent(problem, functions, own, data)
         size = _size(mine, theirs, num_samples)
         their_prediction = predicted(_thinned(others, size))
     random = np.random.default_rng(np.asarray(jax.random.bits(measure_key, (4,))))
@@ -138,8 +148,20 @@ def compare(
         predictions=(predicted(_thinned(own, size)), their_prediction),
         khat=_khat(weight_key, approx, num_samples, batch_size, console),
         level=level,
-        other="reference" if against == "reference" else "other posterior",
+        other=other,
+        notes=problem.notes,
     )
+
+
+def _check_sizes(level: float, num_samples: int, batch_size: int) -> None:
+    """Refuse what can be refused before anything is computed."""
+    check_level(level)
+    check_at_least({"batch_size": batch_size}, 1)
+    if num_samples < 2 * LEAST_SIZE:
+        raise ValueError(
+            f"expected at least {2 * LEAST_SIZE} draws on each side that may be taken for independent; got "
+            f"num_samples={num_samples}; draw more"
+        )
 
 
 def _require_certificate(reference: Any) -> None:
@@ -172,6 +194,7 @@ def _check_same_problem(model: Any, reference: Any, data: Batch, functions: Func
 
 def _size(mine: Draws, theirs: Draws, num_samples: int) -> int:
     """Draws of a prediction on either side; what is too little is refused before predictions are made."""
+    mine, theirs = varying(mine, theirs)
     pairs(mine, theirs)
     return min(num_samples, mine.independent_size, theirs.independent_size)
 
@@ -181,6 +204,10 @@ def _other_draws(key: Array, reference: Any, num_samples: int) -> tuple[Adapters
     if isinstance(reference, Reference):
         return reference.stored_adapters(), reference.num_chains, "chains"
     return reference.draw_adapters(key, num_samples), 1, "independent"
+
+
+def _independent(problem: Problem, functions: Functions, adapters: Adapters, data: Batch) -> Draws:
+    return Draws(*_values(problem.model, functions, adapters, data, chains=1), "independent")
 
 
 def _values(

@@ -9,6 +9,7 @@ the integrated autocorrelation time apart. In an autoregression of order one, wh
 References: Geyer (1992), Practical Markov chain Monte Carlo; Vehtari et al. (2021), arXiv 1903.08008.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -77,6 +78,17 @@ class Draws:
     def pooled(self) -> Float[np.ndarray, "s k"]:
         """All draws, chain after chain."""
         return self.values.reshape(-1, len(self.names))
+
+    @property
+    def constant(self) -> tuple[str, ...]:
+        """Names of the functions that have one value in every draw."""
+        # By the range: the standard deviation of equal numbers may differ from zero by rounding.
+        return tuple(n for n, x in zip(self.names, np.ptp(self.pooled, axis=0), strict=True) if x == 0)
+
+    def only(self, names: Sequence[str]) -> "Draws":
+        """Some of the functions, in the order of the names."""
+        order = [self.names.index(name) for name in names]
+        return replace(self, names=tuple(names), values=self.values[:, :, order])
 
     @property
     def mean(self) -> Float[np.ndarray, " k"]:

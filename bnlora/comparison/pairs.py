@@ -20,6 +20,30 @@ LEAST_SIZE = 10
 MAX_SIZE = 500
 
 
+def varying(approx: Draws, reference: Draws) -> tuple[Draws, Draws]:
+    """Both sides without the functions that are constant under the reference.
+
+    Raises:
+        ValueError: When the functions differ, or none varies.
+    """
+    _check_names(approx, reference)
+    constant = reference.constant
+    if len(constant) == len(reference.names):
+        raise ValueError(
+            "expected a function that varies under the second posterior; these have one value in all of its "
+            f"draws: {', '.join(constant[:5])}"
+        )
+    names = [name for name in reference.names if name not in constant]
+    return approx.only(names), reference.only(names)
+
+
+def _check_names(approx: Draws, reference: Draws) -> None:
+    if approx.names != reference.names:
+        raise ValueError(
+            f"expected the same functions on both sides; got {approx.names} and {reference.names}"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Pairs:
     """Two halves of each side, standardised by the reference.
@@ -40,13 +64,10 @@ class Pairs:
 
 def check_same_functions(approx: Draws, reference: Draws) -> None:
     """Raise `ValueError` unless both sides have the same functions, which vary under the reference."""
-    if approx.names != reference.names:
-        raise ValueError(
-            f"expected the same functions on both sides; got {approx.names} and {reference.names}"
-        )
-    fixed = [name for name, sd in zip(reference.names, reference.sd, strict=True) if sd == 0]
-    if fixed:
-        raise ValueError(f"expected functions that vary under the reference; constant: {', '.join(fixed)}")
+    _check_names(approx, reference)
+    if reference.constant:
+        fixed = ", ".join(reference.constant)
+        raise ValueError(f"expected functions that vary under the reference; constant: {fixed}")
 
 
 def pairs(approx: Draws, reference: Draws, *, max_size: int = MAX_SIZE) -> Pairs:

@@ -15,7 +15,7 @@ from bnlora.comparison.draws import Draws
 from bnlora.comparison.kernel import KernelTest, kernel_test
 from bnlora.comparison.khat import KHat
 from bnlora.comparison.moments import Moments, moments, moments_null
-from bnlora.comparison.pairs import pairs
+from bnlora.comparison.pairs import pairs, varying
 from bnlora.comparison.predictive import PredictiveAgreement, predictive_agreement
 from bnlora.comparison.transport import Transport, transport
 from bnlora.display import Showable, Shown, Table
@@ -61,6 +61,8 @@ class Comparison(Shown):
         size: Draws in each half of each side, for the measures between samples.
         level: Chance of a false alarm, over all aspects together.
         other: What the second posterior is called: "reference" only where it is a certified one.
+        constant: Functions that were left out because they are constant under the second posterior.
+        notes: What else must be known about the two sides, in sentences.
 
     Example:
         >>> found = bl.compare(key, fit, chains, rows, num_samples=100, against="anything")
@@ -81,6 +83,8 @@ class Comparison(Shown):
     size: int
     level: float
     other: Other
+    constant: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -108,14 +112,16 @@ class Comparison(Shown):
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """The findings in words, what k-hat says, and how far an agreement reaches."""
+        """The findings in words, what k-hat says, how far an agreement reaches, and what was compared."""
         texts = [finding.text for finding in self.findings] + [say.weights(self.khat)]
         if not self.differences:
             texts.append(
                 f"nothing told the two apart at level {self.level:g}, in these functions and rows and with "
                 "this many draws"
             )
-        return tuple(texts)
+        if self.constant:
+            texts.append(f"left out, constant under the {self.other}: {', '.join(self.constant)}")
+        return (*texts, *self.notes)
 
     @property
     def verdict(self) -> str:
@@ -239,6 +245,7 @@ def compare_draws(
     khat: KHat | None = None,
     level: float = 0.05,
     other: Other = "reference",
+    notes: tuple[str, ...] = (),
 ) -> Comparison:
     """Every measure between draws of two posteriors; `bnlora.compare` makes the draws.
 
@@ -250,15 +257,18 @@ def compare_draws(
         khat: Pareto k-hat of the approximation.
         level: Chance of a false alarm, over all aspects together.
         other: What the second posterior is called.
+        notes: What else must be known about the two sides, in sentences.
 
     Returns:
-        Every measure beside its null level, but for those that need predictions.
+        Every measure beside its null level, but for those that need predictions. Functions that are
+        constant under `reference` are left out, and named.
 
     Raises:
         ValueError: When the level lies outside (0, 1), and what the measures refuse.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie in (0, 1); got {level}")
+    check_level(level)
+    constant = reference.constant
+    approx, reference = varying(approx, reference)
     samples = pairs(approx, reference)
     # So many that the least p-value is well below an aspect's share of the level.
     count = max(999, int(np.ceil(40 / level)))
@@ -279,7 +289,15 @@ def compare_draws(
         size=samples.size,
         level=level,
         other=other,
+        constant=constant,
+        notes=notes,
     )
+
+
+def check_level(level: float) -> None:
+    """Raise `ValueError` unless a level lies in (0, 1)."""
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1); got {level}")
 
 
 def num_aspects(predictive: PredictiveAgreement | None) -> int:

@@ -1,10 +1,11 @@
 r"""A certified reference on disk: function values and predictions, without adapters or the language model.
 
 The factors of a head are many and not identifiable; what a comparison reads of them is little. A folder holds
-`certificate.json` (the verdict, the numbers behind it, what was sampled and how, and the checksum of the
-other file) and `draws.nc` (values of the functions by chain and draw, and log-probabilities of the classes by
-draw and row). The rows are not stored: a checksum of their tokens and labels is, so that a comparison on
-others is refused. Folders of before the file's checksum are read without it.
+`certificate.json` (the verdict, the numbers behind it, what was sampled and how, and checksums of the other
+files), `draws.nc` (values of the functions by chain and draw, and log-probabilities of the classes by draw
+and row), and, where sites were held, `held.safetensors` (their values, and the parameters of the prior), so
+that another posterior can be held at the same values. The rows are not stored: a checksum of their tokens and
+labels is, so that a comparison on others is refused. Folders of before the checksums are read without them.
 
 The idea of draws that travel with their certificate is that of posteriordb (Magnusson et al. 2024, arXiv
 2407.04967).
@@ -13,21 +14,24 @@ The idea of draws that travel with their certificate is that of posteriordb (Mag
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from bnlora.certificate import Certificate
 from bnlora.comparison.draws import Draws, evenly
+from bnlora.conditional import Conditional
 from bnlora.data import Batch, check_labels
 from bnlora.files import file_checksum, write_json, write_whole
 from bnlora.functions import PROBES, evaluate, identifiable
 from bnlora.predict import Prediction, predict_with_draws
 
-RECORD, DRAWS = "certificate.json", "draws.nc"
+RECORD, DRAWS, HELD = "certificate.json", "draws.nc", "held.safetensors"
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,6 +45,8 @@ class StoredReference:
         record: How it was made: sampler, options, seed, sizes, seconds, command, versions.
         rows: Checksum of the rows of functions and predictions.
         sites: The adapted sites and label words, in words.
+        fixed: Value of every site that was held, by name.
+        params: Values of the prior's parameters, where sites were held.
     """
 
     draws: Draws
@@ -49,6 +55,18 @@ class StoredReference:
     record: Mapping[str, Any]
     rows: str
     sites: str
+    fixed: Mapping[str, np.ndarray] = field(default_factory=dict)
+    params: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Families whose norms are among the functions."""
+        return tuple(n[len("norm[") : -1] for n in self.draws.names if n.startswith("norm["))
+
+    @property
+    def holds_unknown(self) -> bool:
+        """Whether sites were held whose values were not stored, as in folders of earlier versions."""
+        return bool(self.record.get("held")) and not self.fixed
 
     def thinned_prediction(self, size: int) -> Prediction:
         """The prediction from `size` evenly spaced ones of the kept draws."""
@@ -93,7 +111,15 @@ def store_reference(
     prediction = predict_with_draws(model, some, data, batch_size=batch_size)
     draws = Draws(names, values.reshape(chains.num_chains, -1, len(names)), "chains")
     about = dict(chains.record) | {"held": chains.target.held, "thinning": chains.thinning}
-    return StoredReference(draws, prediction, chains.certificate, about, checksum(data), describe(model))
+    stored = StoredReference(draws, prediction, chains.certificate, about, checksum(data), describe(model))
+    if not isinstance(model, Conditional):
+        return stored
+    fixed, params = (_arrays(values) for values in (model.fixed, chains.target.view.params))
+    return replace(stored, fixed=fixed, params=params)
+
+
+def _arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.array(value, order="C") for name, value in values.items()}
 
 
 def describe(model: Any) -> str:
@@ -139,7 +165,15 @@ def save_reference(stored: StoredReference, folder: str | Path) -> None:
         "record": dict(stored.record),
         "rows": stored.rows,
         "sites": stored.sites,
-        "checksum": file_checksum(folder / DRAWS),
+    }
+    parts = {"fixed": stored.fixed, "params": stored.params}
+    held = {f"{part}.{name}": x for part, values in parts.items() for name, x in values.items()}
+    if held:
+        write_whole(folder / HELD, lambda scratch: save_file(held, scratch))
+    else:
+        (folder / HELD).unlink(missing_ok=True)
+    about["checksums"] = {
+        name: file_checksum(folder / name) for name in ((DRAWS, HELD) if held else (DRAWS,))
     }
     write_json(folder / RECORD, about)
 
@@ -177,9 +211,14 @@ def load_reference(folder: str | Path) -> StoredReference:
             log_probs = np.asarray(kept["log_probs"].values)
         certificate = Certificate.from_json(about["certificate"])
         parts = {name: about[name] for name in ("record", "rows", "sites")}
+        held = load_file(folder / HELD) if (folder / HELD).is_file() else {}
         _check(about, folder, certificate, names, values, log_probs)
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
         raise ValueError(f"the reference in {str(folder)!r} is corrupt: {error}") from error
+    parts |= {
+        part: {n.removeprefix(f"{part}."): x for n, x in held.items() if n.startswith(f"{part}.")}
+        for part in ("fixed", "params")
+    }
     return StoredReference(Draws(names, values, "chains"), Prediction(log_probs), certificate, **parts)
 
 
@@ -192,9 +231,12 @@ def _check(
     log_probs: np.ndarray,
 ) -> None:
     """Raise `ValueError` unless the files are of one reference and their numbers can be."""
-    # Older folders have no checksum, but names in both files.
-    if about.get("checksum", file_checksum(folder / DRAWS)) != file_checksum(folder / DRAWS):
-        raise ValueError(f"{DRAWS} is not the file that {RECORD} describes: another reference's, or changed")
+    # Older folders have no checksums, but names in both files.
+    for name, expected in about.get("checksums", {}).items():
+        if file_checksum(folder / name) != expected:
+            raise ValueError(
+                f"{name} is not the file that {RECORD} describes: another reference's, or changed"
+            )
     if names != certificate.names:
         raise ValueError(f"{DRAWS} has the functions {names}; {RECORD} certifies {certificate.names}")
     if not np.isfinite(values).all():
@@ -209,9 +251,3 @@ def require_same_problem(stored: StoredReference, model: Any, data: Batch) -> No
         raise ValueError(f"expected a posterior over the reference's\n{stored.sites}\ngot\n{describe(model)}")
     if stored.rows != checksum(data):
         raise ValueError("the reference was stored for other rows; give the rows that it was stored with")
-
-
-def values_like(stored: StoredReference, draws: Draws) -> Draws:
-    """Values of the reference's functions, in its order."""
-    order = [draws.names.index(name) for name in stored.draws.names]
-    return Draws(stored.draws.names, draws.values[:, :, order], draws.kind)

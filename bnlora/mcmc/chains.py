@@ -13,6 +13,7 @@ from jaxtyping import Float
 from bnlora.certificate import Certificate, Evidence, Thresholds, certify
 from bnlora.checks import check_key
 from bnlora.copying import state
+from bnlora.data import Batch
 from bnlora.display import Showable, Shown, facts
 from bnlora.functions import PROBES, Functions, evaluate, identifiable
 from bnlora.mcmc.target import Target
@@ -108,14 +109,18 @@ class Chains(Shown):
         """Names and values of identifiable functions at every kept draw."""
         if functions is None:
             return self._default_values
-        return self._evaluated(functions)
+        # Functions of a caller may be those of another model, which reads more than the rows' last position.
+        return self._evaluated(functions, self.target.rows)
 
     @cached_property
     def _default_values(self) -> tuple[tuple[str, ...], Float[np.ndarray, "c s k"]]:
-        return self._evaluated(identifiable(self.model, self.target.train[:PROBES]))
+        train = self.target.train
+        return self._evaluated(identifiable(self.model, train[:PROBES]), train)
 
-    def _evaluated(self, functions: Functions) -> tuple[tuple[str, ...], Float[np.ndarray, "c s k"]]:
-        names, values = evaluate(functions, self.model, self.stored_adapters(), self.target.train)
+    def _evaluated(
+        self, functions: Functions, rows: Batch
+    ) -> tuple[tuple[str, ...], Float[np.ndarray, "c s k"]]:
+        names, values = evaluate(functions, self.model, self.stored_adapters(), rows)
         return names, values.reshape(*self.vectors.shape[:2], -1)
 
     @cached_property
@@ -131,10 +136,44 @@ class Chains(Shown):
         Args:
             functions: What is looked at; `bnlora.functions.identifiable` at eight rows when omitted.
             thresholds: What they must reach; the defaults of `Thresholds` when omitted.
+
+        Returns:
+            The certificate. Functions that the sampled sites cannot change are left out, and named.
+
+        Raises:
+            ValueError: When no function is left, on fewer than two chains or four draws, or a value that is
+                not finite.
         """
         names, values = self.values(functions)
-        evidence = Evidence(names, values, self.stats["divergent"], self.stats["energy"], self.record["bias"])
+        constant = self._unmoved(functions, names, values)
+        kept = [k for k, name in enumerate(names) if name not in constant]
+        if not kept:
+            raise ValueError(
+                "expected a function that the sampled sites change; these have one value wherever the sites "
+                f"are: {', '.join(constant[:5])}"
+            )
+        evidence = Evidence(
+            tuple(names[k] for k in kept),
+            values[:, :, kept],
+            self.stats["divergent"],
+            self.stats["energy"],
+            self.record["bias"],
+            constant,
+        )
         return certify(evidence, Thresholds() if thresholds is None else thresholds)
+
+    def _unmoved(
+        self, functions: Functions | None, names: tuple[str, ...], values: Float[np.ndarray, "c s k"]
+    ) -> tuple[str, ...]:
+        """Names of the functions that the sampled sites do not change, wherever the chains were."""
+        still = np.ptp(values, axis=(0, 1)) == 0
+        if functions is None or not still.any():
+            return ()
+        # A chain that is stuck has equal draws too: what it could have moved differs at other places.
+        places = np.random.default_rng(0).normal(size=(2, self.vectors.shape[-1])).astype(self.vectors.dtype)
+        elsewhere = evaluate(functions, self.model, self._compiled_adapters(places), self.target.rows)[1]
+        equal = np.isclose(elsewhere, values[0, 0], rtol=1e-5, atol=0.0).all(0)
+        return tuple(name for name, s, e in zip(names, still, equal, strict=True) if s and e)
 
     def thin(self, step: int) -> "Chains":
         """Every `step`-th draw of each chain; the last draw is kept.

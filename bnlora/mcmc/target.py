@@ -115,8 +115,7 @@ def target(
         )
     values, held = _fixed(key, given, others, fix_at)
     conditional = condition(model, values, params)
-    plain = train if train.hidden is None or train.depth == conditional.start else _plain(train)
-    cached = cache_prefix(conditional, plain, console=console)
+    cached = cache_prefix(conditional, train, console=console)
     if conditional.start == model.base.num_layers:
         cached = _last_token(cached)
     return Target(density(conditional, params), cached, train, held)
@@ -176,10 +175,6 @@ def _check_sites(given: Fit, latent: Sequence[str]) -> None:
         )
 
 
-def _plain(batch: Batch) -> Batch:
-    return replace(batch, hidden=None, depth=0)
-
-
 def _last_token(batch: Batch) -> Batch:
     """The rows cut to the one position that the head reads."""
     pick = np.arange(len(batch)), np.asarray(batch.last)
@@ -188,4 +183,4 @@ def _last_token(batch: Batch) -> Batch:
         return jnp.asarray(np.asarray(x)[pick][:, None])
 
     hidden = None if batch.hidden is None else cut(batch.hidden)
-    return replace(batch, tokens=cut(batch.tokens), mask=cut(batch.mask), hidden=hidden)
+    return replace(batch, tokens=cut(batch.tokens), mask=cut(batch.mask), hidden=hidden, whole=False)

@@ -1,0 +1,118 @@
+r"""What both sides of a comparison are evaluated under: the second posterior's model.
+
+Chains may sample some sites and hold the others, and then are draws of
+
+    p(free | y, fixed)      against      q(free)      of the approximation, with the same values fixed
+
+For a fit q(free) is its law of the free sites over all values of the others, so a guide whose sites are
+independent loses nothing, and one that ties the free sites to the others is wider here than its own
+conditional law. A posterior that has draws of adapters and no sites is held where the free sites change
+no adapter. To compare like with like fit to the conditional model itself, `chains.model`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from bnlora.comparison.stored import StoredReference
+from bnlora.conditional import Conditional, condition
+from bnlora.fits import Fit
+from bnlora.posterior import adapters_at
+from bnlora.predict import Posterior
+from bnlora.typing import Adapters, Parameters
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The model of a comparison, and how the approximation comes to it.
+
+    Attributes:
+        model: The classifier that evaluates draws of both sides.
+        holds: Sites whose values the approximation takes from the reference.
+        notes: What is held on which side, in sentences.
+    """
+
+    model: Any
+    holds: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def draw_adapters(self, key: Array, approx: Posterior, num_samples: int) -> Adapters:
+        """Adapters of the approximation, with the reference's values where those are held."""
+        if not self.holds:
+            return approx.draw_adapters(key, num_samples)
+        if not isinstance(approx, Fit):
+            return self.model.held(approx.draw_adapters(key, num_samples))
+        drawn = approx.draws(key, num_samples)[0].sites
+        free = {name: values for name, values in drawn.items() if name not in self.model.fixed}
+        return jax.jit(partial(_adapters, self.model))(approx.params, free)
+
+
+def _adapters(model: Any, params: Parameters, free: Mapping[str, Array]) -> Adapters:
+    return jax.lax.map(lambda sites: adapters_at(model, params, sites), dict(free))
+
+
+def common_problem(approx: Posterior, reference: Any, other: str) -> Problem:
+    """The model under which draws of both sides mean the same.
+
+    Args:
+        approx: The approximation.
+        reference: The second posterior, or a stored reference.
+        other: What the second posterior is called.
+
+    Raises:
+        ValueError: When both hold a site, at different values.
+    """
+    model = _model_of(approx, reference)
+    own, fixed = _fixed(approx.model), _fixed(model)
+    unequal = [n for n in fixed if n in own and not np.array_equal(own[n], fixed[n])]
+    if unequal:
+        raise ValueError(
+            f"expected both posteriors with the same values of the sites that they hold; those of "
+            f"{named(unequal)} differ: fit to the reference's own model, `chains.model`"
+        )
+    holds = tuple(n for n in fixed if n not in own)
+    notes = []
+    if fixed:
+        whole = (
+            ""
+            if not holds
+            else "; "
+            + (
+                "draws of the other sites are those of the whole fit, and so is k-hat"
+                if isinstance(approx, Fit)
+                else "adapters that the other sites change are those of the whole approximation"
+            )
+        )
+        notes.append(f"both sides hold {named(fixed)} at the values of the {other}{whole}")
+    if isinstance(reference, StoredReference) and reference.holds_unknown:
+        notes.append(f"only the {other} holds sites ({reference.record['held']}): it was stored without them")
+    loose = [n for n in own if n not in fixed]
+    if loose:
+        notes.append(f"the approximation holds {named(loose)}, which the {other} does not")
+    return Problem(model, holds, tuple(notes))
+
+
+def named(names: Sequence[str] | Mapping[str, Any]) -> str:
+    """At most five names, and how many more there are."""
+    shown = list(names)[:5]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _model_of(approx: Posterior, reference: Any) -> Any:
+    if not isinstance(reference, StoredReference):
+        return reference.model
+    if not reference.fixed or _fixed(approx.model):
+        return approx.model
+    fixed, params = ({n: jnp.asarray(x) for n, x in p.items()} for p in (reference.fixed, reference.params))
+    return condition(approx.model, fixed, params)
+
+
+def _fixed(model: Any) -> Mapping[str, Array]:
+    return model.fixed if isinstance(model, Conditional) else {}
