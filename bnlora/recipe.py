@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PriorName = Literal["sparse-gp", "normal", "none"]
 FILE = "recipe.json"
-_FREE = ("base", "max_length", "truncate")  # what may change after the fit
+_FREE = ("base", "max_length", "truncate", "labels_are")  # what may change after the fit
 SMOLLM2 = "smollm2"
 """The one base that is named rather than found: SmolLM2-135M-Instruct out of the package index."""
 
