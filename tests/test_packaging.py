@@ -1,6 +1,7 @@
 """The built wheel and source archive hold the whole library, under one name, and nothing else."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.version import Version
 
 import bnlora
 
@@ -94,6 +96,57 @@ def test_what_the_library_imports_is_what_it_depends_on():
     imported = {name.split(".")[0] for name in named} - {"bnlora", *sys.stdlib_module_names}
     stated = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in PROJECT["project"]["dependencies"]}
     assert {{"ot": "pot", "sklearn": "scikit_learn"}.get(name, name) for name in imported} <= stated
+
+
+UV = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+PYTHONS, RESOLUTIONS = ("3.11", "3.12", "3.13"), ("lowest-direct", "highest")
+
+
+def resolved(python: str, resolution: str, *options: str) -> dict[str, str]:
+    """Version of every package in a set of dependencies, as the package index has it now."""
+    if UV is None:
+        pytest.skip("uv is not installed")
+    run = [UV, "pip", "compile", "--quiet", "--no-header", "--no-annotate", ROOT / "pyproject.toml"]
+    run += ["--python-version", python, "--resolution", resolution, *options]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    if "Failed to fetch" in done.stderr or "error sending request" in done.stderr:
+        pytest.skip("the package index cannot be reached")
+    assert done.returncode == 0, done.stderr
+    return dict(re.findall(r"^([\w-]+)==(\S+)", done.stdout, re.MULTILINE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resolution", RESOLUTIONS)
+@pytest.mark.parametrize("python", PYTHONS)
+def test_a_set_of_dependencies_has_a_jax_and_a_flax_that_go_together(python, resolution):
+    """`flax.nnx` 0.12.8 cannot be imported with JAX 0.11.1, nor 0.12.9 with 0.11.2; neither states it."""
+    found = resolved(python, resolution)
+    jax, flax = Version(found["jax"]), Version(found["flax"])
+    assert flax == Version("0.12.8") if jax < Version("0.11.1") else flax >= Version("0.12.10"), found
+    assert found["jax"] == found["jaxlib"]
+    # Every one of them has a wheel for this Python: nothing is compiled where it is installed.
+    assert resolved(python, resolution, "--only-binary", ":all:") == found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("BNLORA_MATRIX") != "1", reason="BNLORA_MATRIX=1 installs every set")
+@pytest.mark.parametrize("resolution", RESOLUTIONS)
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_module_is_imported_with_a_set_of_dependencies(python, resolution, tmp_path):
+    needed = tmp_path / "requirements.txt"
+    needed.write_text("".join(f"{name}=={v}\n" for name, v in resolved(python, resolution).items()))
+    found = subprocess.run(
+        [UV, "python", "find", "--no-python-downloads", python], capture_output=True, text=True
+    )
+    if found.returncode:
+        pytest.skip(f"there is no Python {python} here")
+    code = "import pkgutil, importlib, bnlora; [importlib.import_module(m.name) for m in "
+    code += "pkgutil.walk_packages(bnlora.__path__, 'bnlora.') if not m.name.endswith('__main__')]"
+    run = [UV, "run", "--isolated", "--no-project", "--python", found.stdout.strip()]
+    run += ["--with-requirements", needed, "python", "-c", code]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(run, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_citation_file_says_what_the_project_file_says():
