@@ -38,6 +38,8 @@ from bnlora.typing import Parameters
 TERMS = ("elbo", "data", "inducing_kl", "conditional_kl", "flow_logdet")
 """Names of the reported terms, in nats over the whole data set."""
 
+_Allowed = dict[str, constraints.Constraint]
+
 
 def elbo_terms(
     key: Array, params: dict, model: Any, guide: Callable, *args: Any, num_particles: int = 1
@@ -121,16 +123,17 @@ def initial_parameters(
     transforms: dict[str, Any] = {}
     prepare(guide_key, guide, *args)
 
-    def start_values(guide_key: Array, prior_key: Array) -> dict[str, Array]:
+    def start_values(guide_key: Array, prior_key: Array) -> tuple[dict[str, Array], _Allowed]:
         sites = _declared(guide_key, prior_key, model, guide, args)
-        for name, site in sites.items():
-            transforms[name] = biject_to(site["kwargs"].get("constraint", constraints.real))
+        allowed = _allowed(sites)
+        transforms.update({name: biject_to(constraint) for name, constraint in allowed.items()})
         # A parameter may be a tree of arrays: NumPyro's flows keep a whole network under one name.
         values = {n: jax.tree.map(transforms[n].inv, s["value"]) for n, s in sites.items()}
         # Without JAX's mark for literals, which the first update would remove: a second trace of the step.
-        return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), values)
+        return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), values), _computed(allowed)
 
-    unconstrained = _run_once(start_values, guide_key, prior_key)
+    unconstrained, computed = _run_once(start_values, guide_key, prior_key)
+    transforms.update({name: biject_to(constraint) for name, constraint in computed.items()})
 
     def constrain(values: dict) -> dict:
         return {n: jax.tree.map(transforms[n], x) for n, x in values.items()}
@@ -154,22 +157,35 @@ def _check_finite(values: dict[str, Array]) -> None:
             )
 
 
-def parameter_shapes(
-    model: Any, guide: Callable, *args: Any
-) -> tuple[Parameters, dict[str, constraints.Constraint]]:
+def parameter_shapes(model: Any, guide: Callable, *args: Any) -> tuple[Parameters, _Allowed]:
     """Shapes and types of the constrained parameters of prior and guide, and their constraints.
 
     Programs are traced and not run; an autoguide of NumPyro runs once if it has not done so before.
     """
-    found: dict[str, constraints.Constraint] = {}
+    found: _Allowed = {}
     prepare(jax.random.key(0), guide, *args)
 
-    def look(guide_key: Array, prior_key: Array) -> Parameters:
+    def look(guide_key: Array, prior_key: Array) -> tuple[Parameters, _Allowed]:
         sites = _declared(guide_key, prior_key, model, guide, args)
-        found.update({n: s["kwargs"].get("constraint", constraints.real) for n, s in sites.items()})
-        return {n: s["value"] for n, s in sites.items()}
+        found.update(_allowed(sites))
+        return {n: s["value"] for n, s in sites.items()}, _computed(found)
 
-    return jax.eval_shape(look, jax.random.key(0), jax.random.key(1)), found
+    keys = jax.random.key(0), jax.random.key(1)
+    shapes, computed = jax.eval_shape(look, *keys)
+    return shapes, found | (jax.jit(look)(*keys)[1] if computed else {})
+
+
+def _allowed(sites: dict[str, dict[str, Any]]) -> _Allowed:
+    return {name: site["kwargs"].get("constraint", constraints.real) for name, site in sites.items()}
+
+
+def _computed(allowed: _Allowed) -> _Allowed:
+    """The constraints whose ends a program computes: outside of its trace they must be results of it."""
+    return {
+        name: constraint
+        for name, constraint in allowed.items()
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(constraint))
+    }
 
 
 def _declared(
@@ -182,7 +198,7 @@ def _declared(
     return {n: s for t in (guide_trace, prior_trace) for n, s in t.items() if s["type"] == "param"}
 
 
-def _run_once(function: Callable, *keys: Array) -> dict[str, Array]:
+def _run_once(function: Callable, *keys: Array) -> Any:
     """A compiled run whose draws would take many times as long to optimise as they would then save."""
     inside = any(isinstance(key, jax.core.Tracer) for key in keys)  # where options would be another program's
     hasty = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" and not inside else None

@@ -6,16 +6,18 @@ import pickle
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro.distributions import constraints
 from numpyro.infer.autoguide import AutoIAFNormal, AutoNormal
 
 import bnlora as bl
 from bnlora import copying, inference
 from bnlora.density import density
-from bnlora.elbo import initial_parameters
+from bnlora.elbo import initial_parameters, parameter_shapes
 from bnlora.inference.curvature import Diagonal
 from bnlora.inference.swag import Moments
 from bnlora.inference.tfb import Rotated
@@ -119,6 +121,22 @@ def test_a_guide_keeps_no_tracer(support):
     assert tracers() == []
     again = copy.deepcopy(made)
     assert repr(again) == repr(made)
+
+
+def test_parameters_whose_ends_are_computed_keep_no_tracer():
+    def prior(*_):
+        end = jnp.exp(jnp.ones(()))
+        s = numpyro.param("s", 0.5, constraint=constraints.interval(0.0, end))
+        return numpyro.sample("w", dist.Normal(0, s).expand([2]).to_event(1))
+
+    model, guide = SimpleNamespace(prior=prior), bl.guides.Guide(prior, bl.guides.mean_field())
+    start, constrain = initial_parameters(KEY, model, guide)
+    assert tracers() == []
+    np.testing.assert_allclose(constrain(start)["s"], 0.5, rtol=1e-6)
+    shapes, allowed = parameter_shapes(model, guide)
+    assert tracers() == []
+    assert shapes["s"].shape == ()
+    assert [bool(allowed["s"](np.float32(x))) for x in (-0.1, 2.7, 2.8)] == [False, True, False]
 
 
 def test_programs_of_a_user_travel_too():
