@@ -292,14 +292,14 @@ def _check_sites(base: LanguageModel, sites: Sites) -> None:
         d_in, d_out = base.modules.get(site.module, (0, 0))
         # Sites may have some rows of the head already, as those of another classifier do.
         same = site.d_in == d_in and (site.d_out == d_out or site.module == HEAD)
-        top = base.num_layers + (site.module == HEAD)
-        check_indices(f"the layers of {name!r}", site.layers, top)  # one beyond would be left out in silence
         if not same or sites.num_layers != base.num_layers:
             raise ValueError(
                 f"the sites are those of another base: {name!r} maps {site.d_in} -> {site.d_out} in a model "
                 f"of {sites.num_layers} layers, but this base has {d_in} -> {d_out} and {base.num_layers} "
                 "layers; select them from this base"
             )
+        # A layer beyond the last would be left out in silence.
+        check_indices(f"the layers of {name!r}", site.layers, base.num_layers + (site.module == HEAD))
 
 
 def _name(program: Any) -> str:

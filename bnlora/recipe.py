@@ -13,7 +13,7 @@ from jaxtyping import Int
 from bnlora import guides, priors
 from bnlora.assets import fetch_smollm2
 from bnlora.base import Base, load
-from bnlora.checks import check_option
+from bnlora.checks import check_at_least, check_option
 from bnlora.data import Batch
 from bnlora.files import write_json
 from bnlora.fits import Fit
@@ -134,6 +134,8 @@ class Recipe:
 
     def build(self, base: Base, label_ids: Int[Any, " c"]) -> tuple[Classifier, Callable]:
         """The model over a base and its guide."""
+        if self.top_layers is not None:
+            check_at_least({"top_layers": self.top_layers}, 1)  # a slice from -0 on would be all layers
         layers = None if self.top_layers is None else slice(-self.top_layers, None)
         sites = select(base, self.targets, rank=self.rank, alpha=self.alpha, layers=layers)
         scale = {"a": self.scale_a, "b": self.scale_b}
