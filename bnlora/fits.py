@@ -23,8 +23,8 @@ from bnlora.elbo import TERMS
 from bnlora.posterior import Draw, draw_adapters, draw_both
 from bnlora.typing import Adapters, Parameters
 
-LOOKED_AT = 64
-"""Training rows at which the base is looked at where a fit diverges."""
+LOOKED_AT = 8
+"""Training rows at which the base is looked at where a fit diverges: few, for a step had memory for few."""
 
 
 @dataclass(frozen=True)
