@@ -257,6 +257,12 @@ def bootstrap(
 
     Raises:
         ValueError: When the level is not in (0, 1), or there is no row or resample.
+
+    Example:
+        >>> losses = np.array([0.25, 1.0, 0.25])
+        >>> found = bootstrap(lambda rows: losses[rows].mean(), len(losses))
+        >>> str(found), str(bootstrap(lambda rows: np.append(losses, np.inf)[rows].mean(), 4))
+        ('0.500 [0.250, 1.000]', 'inf [0.250, inf]')
     """
     if not 0 < level < 1:
         raise ValueError(f"level must lie strictly between 0 and 1; got {level}")
