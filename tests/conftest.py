@@ -8,6 +8,7 @@ import os
 import runpy
 from pathlib import Path
 
+import hypothesis
 import jax
 import matplotlib as mpl
 import numpy as np
@@ -32,6 +33,18 @@ if jax.__version_info__ < (0, 11):
     # The way of older compilers, in half the time; later ones end the process at the name of the flag.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 mpl.use("agg")
+# No verdict depends on how busy the machine is.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
+
+# `BNLORA_TEST_SEED=1 make fast` moves every seed. A verdict that moves with them is a matter of luck.
+if OFFSET := int(os.environ.get("BNLORA_TEST_SEED", "0")):
+    for module, function in ((jax.random, "key"), (jax.random, "PRNGKey"), (np.random, "default_rng")):
+
+        def moved(seed=None, *args, original=getattr(module, function), **options):
+            return original(seed + OFFSET if isinstance(seed, int) else seed, *args, **options)
+
+        setattr(module, function, moved)
 
 CORPUS = ["the plot is good", "the film was bad", "Review: good", "Sentiment: bad good"] * 20
 
