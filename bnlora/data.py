@@ -204,6 +204,11 @@ def check_labels(name: str, rows: Batch, classes: int) -> None:
     check_form(name, rows)
     if not len(rows):
         raise ValueError(f"the {name} rows must be at least one; got none")
+    if np.asarray(rows.labels).dtype == bool:  # JAX takes them for a mask where they should be indices
+        raise ValueError(
+            f"the labels of the {name} rows must be class numbers, integers; got truth values: "
+            "labels.astype(int) makes them so"
+        )
     labels = class_numbers(f"the {name} rows", rows.labels, rows.tokens.shape[0])
     if labels.min() < 0:
         raise ValueError(f"the {name} rows have no labels (-1); read them with `label=` naming their column")

@@ -113,9 +113,9 @@ ROWS = tiny_rows(jax.random.key(0), 4)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": np.array([0.0, 1.0, 0.0, 1.0])}, "integers; got float64.*labels.astype"),
-        ({"labels": np.array([True, False, True, False])}, "integers; got bool"),
-        ({"labels": np.array(["0", "1", "0", "1"])}, "integers; got <U1"),
+        ({"labels": np.array([0.0, 1.0, 0.0, 1.0])}, "integers; got 0.0 of type float64.*labels.astype"),
+        ({"labels": np.array([True, False, True, False])}, "integers; got truth values: labels.astype"),
+        ({"labels": np.array(["0", "1", "0", "1"])}, "integers; got '0' of type <U1.*words.index"),
         ({"labels": [0, 1, 0, 1]}, "the labels of the training rows must be an array; got a list"),
         ({"tokens": ROWS.tokens.astype(float)}, r"integers of shape \(row, position\); got float32"),
         ({"tokens": ROWS.tokens[0]}, r"integers of shape \(row, position\); got int32 of shape \(8,\)"),
