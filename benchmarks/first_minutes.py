@@ -1,8 +1,8 @@
-"""What a new process pays before anything has run twice: `fit`, `predict`, `to_arviz`, `diagnose` and `compare`.
+"""What a new process pays before anything has run twice: fit, predict, to_arviz, diagnose and compare.
 
-A random Llama of four layers, 128 rows, rank 2 on two families and the head, the sparse-GP prior and the guide of
-the paper. A step takes milliseconds, so nearly all of each time is tracing and compiling. The process starts without
-a compilation cache and runs the five in turn, as a user does: what one has compiled, the next may use.
+A random Llama of four layers, 128 rows, rank 2 on two families and the head, the sparse-GP prior and the
+guide of the paper. A step takes milliseconds, so nearly all of each time is tracing and compiling. There is
+no compilation cache, and the five run in turn, as a user does: what one has compiled, the next may use.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--slowest", type=int, default=0, help="name the so many slowest programs of each")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args()
-    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_enable_compilation_cache", False)  # noqa: FBT003
     lines, _ = run(Watch(), options.slowest)
     if options.json is not None:
         options.json.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
