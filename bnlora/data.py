@@ -61,15 +61,13 @@ class Batch(Shown):
     def __getitem__(self, rows: Any) -> "Batch":
         """The given rows, by slice, list of indices, or mask; a `ValueError` where one does not exist."""
         rows = _chosen(rows, len(self))
-        hidden = None if self.hidden is None else self.hidden[rows]
-        return replace(
-            self, tokens=self.tokens[rows], mask=self.mask[rows], labels=self.labels[rows], hidden=hidden
-        )
+        return jax.tree.map(lambda x: _taken(x, rows), self)
 
     def cut(self, columns: slice) -> "Batch":
         """The same rows, with some of the columns."""
-        hidden = None if self.hidden is None else self.hidden[:, columns]
-        return replace(self, tokens=self.tokens[:, columns], mask=self.mask[:, columns], hidden=hidden)
+        hidden = None if self.hidden is None else _taken(self.hidden, (slice(None), columns))
+        tokens, mask = (_taken(x, (slice(None), columns)) for x in (self.tokens, self.mask))
+        return replace(self, tokens=tokens, mask=mask, hidden=hidden)
 
     @property
     def plain(self) -> "Batch":
@@ -111,6 +109,13 @@ class Batch(Shown):
     def __repr__(self) -> str:
         cached = "" if self.hidden is None else f", activations of depth {self.depth} cached"
         return f"Batch({len(self)} rows of {self.tokens.shape[1]} positions{cached})"
+
+
+def _taken(x: Array, index: Any) -> Array:
+    """A part of an array: by NumPy where both are known, for JAX compiles a program for every shape."""
+    if any(isinstance(one, jax.core.Tracer) for one in (x, index)) or jax.default_backend() != "cpu":
+        return x[index]
+    return jax.device_put(np.asarray(x)[np.asarray(index) if isinstance(index, Array) else index])
 
 
 def check_form(name: str, rows: Batch) -> None:
@@ -263,7 +268,7 @@ def parts(batch: Batch, batch_size: int) -> Iterator[Part]:
         rows = order[start : start + batch_size]
         columns = _columns(int(first[rows].min()), int(last[rows].max()), mask.shape[1])
         filled = np.concatenate([rows, np.zeros(batch_size - len(rows), rows.dtype)])
-        yield Part(batch[jnp.asarray(filled)].cut(columns), rows, columns)
+        yield Part(batch[filled].cut(columns), rows, columns)
 
 
 def _columns(first: int, last: int, total: int) -> slice:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # its own: `bnlora/inference/swag.py` is `inference.swag` and stands on the floor of `inference`.
 FLOORS = {
     "typing": 0, "data": 0, "assets": 0, "progress": 0, "display": 0, "tables": 0, "checks": 0, "files": 0,
-    "scores": 0, "copying": 0, "kernels": 0, "formats": 0,
+    "scores": 0, "copying": 0, "kernels": 0, "formats": 0, "programs": 0,
     "gp": 1, "distributions": 1, "ranks": 1, "sites": 1, "metrics": 1, "text": 1, "monte_carlo": 1,
     "labels": 1,
     "models": 1, "models.layers": 1, "models.execution": 1, "models.gguf": 1, "models.loading": 1,
@@ -31,7 +31,7 @@ FLOORS = {
 SAME_FLOOR = {
     ("distributions", "gp"), ("scores", "checks"), ("density", "guides"), ("density", "posterior"),
     ("elbo", "guides.automatic"), ("svi", "fits"), ("svi", "validation"), ("validation", "predict"),
-    ("maximise", "elbo"), ("experiment", "recipe"), ("kept", "outcome"),
+    ("maximise", "elbo"), ("experiment", "recipe"), ("kept", "outcome"), ("functions", "predict"),
     ("models.loading", "models.gguf"), ("guides", "flows"),
     ("tables", "formats"), ("tables", "files"), ("text", "labels"), ("data", "display"), ("data", "checks"),
     ("report", "plots"), ("plots.comparison", "comparison.report"), ("cli", "options"),

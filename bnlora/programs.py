@@ -1,0 +1,190 @@
+"""Compiled programs that run a few times: few of them, kept by their owner, compiled in haste where small.
+
+The first minutes of a process go to the compiler. Three things keep them short:
+
+    `program`      one compiled program for an owner and a purpose, which lives as long as the owner does
+    `by_pieces`    any number of draws runs through one program, `PIECE` at a time
+    `options`      the compiler optimises no more than pays
+"""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+PIECE = 32
+"""Draws that a program takes at a time; fewer where fewer are wanted."""
+
+SMALL = 2**14
+"""Numbers in the arrays of a program up to which it is compiled without optimisation.
+
+At this size compiling takes a quarter of the time then, and a run at most twice as long: some milliseconds.
+"""
+
+
+class _Kept(dict):
+    """What one owner keeps. A copy of the owner, or one that was stored, starts without any."""
+
+    def __deepcopy__(self, memo: Any) -> "_Kept":
+        return _Kept()
+
+    def __reduce__(self) -> Any:
+        return _Kept, ()
+
+
+def options(numbers: int | None = None) -> dict[str, Any] | None:
+    """Compiler options for a program; None, JAX's own, on an accelerator.
+
+    Args:
+        numbers: About how many numbers its largest arrays hold, of a program that runs seldom: up to `SMALL`
+            of them optimisation does not pay. None for others.
+
+    Returns:
+        No optimisation, or the least level of it. Above that level a step of a model of real size is no
+        faster (`benchmarks/README.md`), and compiling takes longer.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    level = 0 if numbers is not None and numbers <= SMALL else 1
+    chosen: dict[str, Any] = {"xla_backend_optimization_level": level}
+    if jax.__version_info__ < (0, 11):  # later compilers do not know the name
+        chosen["xla_cpu_use_fusion_emitters"] = False
+    return chosen
+
+
+def program(
+    owner: Any,
+    function: Callable[..., Any],
+    *,
+    numbers: int | None = None,
+    static: tuple[int, ...] = (),
+) -> Any:
+    """`function(owner, ...)`, compiled once for an owner.
+
+    Args:
+        owner: An object with a `__dict__`, which keeps the program.
+        function: A function of a module; a closure would be another one each time.
+        numbers: As in `options`.
+        static: Which arguments after the owner are no arrays, by position.
+
+    Returns:
+        The compiled function of the other arguments. It may not be called while another is traced.
+    """
+
+    def compiled(owner: Any) -> Any:
+        bound = partial(function, owner)
+        bound.__name__ = function.__name__  # type: ignore[attr-defined]  # for profiles and logs
+        return jax.jit(bound, static_argnums=static, compiler_options=options(numbers))
+
+    return _once(owner, ("program", function), compiled)
+
+
+def kept(owner: Any, function: Callable[[Any], Any]) -> Any:
+    """`function(owner)`, computed once for an owner."""
+    return _once(owner, ("value", function), function)
+
+
+def _once(owner: Any, name: tuple[str, Callable], make: Callable[[Any], Any]) -> Any:
+    stored = vars(owner).setdefault("_kept", _Kept())
+    if name not in stored:
+        stored[name] = make(owner)
+    return stored[name]
+
+
+def by_pieces(run: Callable[[Any, int], Any], stacks: Any, *, multiple: int = 1) -> Any:
+    """Run a program on all entries of stacked arrays, at most about `PIECE` at a time.
+
+    Args:
+        run: Takes a piece, arrays whose first axis has one length in all calls, and how many of its entries
+            count; returns arrays with that axis (`first_entries` does), of which the others are dropped.
+        stacks: Arrays with one first axis.
+        multiple: The length of a piece is a multiple of this.
+
+    Returns:
+        The results with the first axis of `stacks`, NumPy arrays.
+    """
+    found = [(run(piece, count), count) for piece, count in pieces(stacks, multiple=multiple)]
+    counts = [count for _, count in found]
+
+    def joined(*parts: Array) -> np.ndarray:
+        return np.concatenate([np.asarray(x)[:n] for x, n in zip(parts, counts, strict=True)])
+
+    return jax.tree.map(joined, *(results for results, _ in found))
+
+
+def pieces(stacks: Any, *, multiple: int = 1) -> Iterator[tuple[Any, int]]:
+    """Stacked arrays in pieces of one length, the last one filled up, and how many entries of each count."""
+    stacks = jax.tree.map(np.asarray, stacks)
+    total = len(jax.tree.leaves(stacks)[0])
+    size = min(multiple * max(PIECE // multiple, 1), -(-total // multiple) * multiple)
+
+    def cut(x: np.ndarray, begin: int) -> np.ndarray:
+        part = x[begin : begin + size]
+        return part if len(part) == size else np.concatenate([part, np.repeat(x[:1], size - len(part), 0)])
+
+    for begin in range(0, total, size):
+        yield jax.tree.map(partial(cut, begin=begin), stacks), min(size, total - begin)
+
+
+def first_entries(one: Callable[..., Any], stacks: Any, count: Any, *shared: Any, together: int = 1) -> Any:
+    """`one(entry, *shared)` for the first `count` entries of stacked arrays, zeros for the others.
+
+    Only as many turns are made as are wanted, so that a piece that is not full costs no more than it should.
+
+    Args:
+        one: A function of one entry.
+        stacks: Arrays with one first axis.
+        count: Number of entries, which may be traced.
+        *shared: What all entries share.
+        together: Entries in one turn; divides the first axis.
+    """
+    if together > 1:
+        stacks = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), stacks)
+        one = jax.vmap(one, in_axes=(0, *(None for _ in shared)))
+    turn = jax.jit(one)  # traced once, for its shapes and for the loop
+
+    def entry(index: Any) -> Any:
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacks)
+
+    turns = len(jax.tree.leaves(stacks)[0])
+    blank = jax.tree.map(
+        lambda x: jnp.zeros((turns, *x.shape), x.dtype), jax.eval_shape(lambda: turn(entry(0), *shared))
+    )
+
+    def body(index: Any, done: Any) -> Any:
+        found = turn(entry(index), *shared)
+        return jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, index, 0), done, found)
+
+    filled = jax.lax.fori_loop(0, (count + together - 1) // together, body, blank)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), filled) if together > 1 else filled
+
+
+def split_keys(key: Array, count: int) -> tuple[np.ndarray, Any]:
+    """The data of the keys into which one is split, and their kind: what `key_of` makes a key of again.
+
+    NumPy can cut data into pieces, which of JAX's keys would be a program for each length.
+    """
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    kind = str(jax.random.key_impl(key)) if typed else None
+    data = jax.random.key_data(key) if typed else key
+    return np.asarray(_split(kind, count, tuple((options(0) or {}).items()))(data)), kind
+
+
+@lru_cache(maxsize=64)
+def _split(kind: str | None, count: int, chosen: tuple) -> Callable[[Array], Array]:
+    """The program that splits; it holds no array."""
+
+    def split(data: Array) -> Array:
+        keys = jax.random.split(key_of(data, kind), count)
+        return keys if kind is None else jax.random.key_data(keys)
+
+    return jax.jit(split, compiler_options=dict(chosen) or None)
+
+
+def key_of(data: Array, kind: Any) -> Array:
+    """The key with this data."""
+    return data if kind is None else jax.random.wrap_key_data(data, impl=kind)
