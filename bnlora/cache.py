@@ -66,6 +66,6 @@ def cache_prefix(
     hidden = np.zeros((*batch.tokens.shape, model.base.config.d_model), np.float32)
     count = -(-len(batch) // batch_size)
     for part in track(parts(batch.plain, batch_size), count, "prefix cache", console):
-        computed = np.asarray(model.compiled_hidden(model.base.params, part.batch))
+        computed = np.asarray(model.with_hidden(part.batch).hidden)
         hidden[part.rows, part.columns] = computed[: len(part.rows)]
     return replace(batch, hidden=jnp.asarray(hidden), depth=depth, trunk=model.trunk)

@@ -90,7 +90,6 @@ class Conditional(Classifier):
         placed = self.sites.place(self.below)
         placed.pop(HEAD, None)
         inner = {m: {f: x[: self.lowest - first] for f, x in pair.items()} for m, pair in placed.items()}
-        self.check_tokens(batch)
         module = self.base.bind(params)
         trunk = module.blocks(module.embed(batch.tokens), batch.mask, start=0, stop=first)
         return module.blocks(trunk, batch.mask, start=first, stop=self.lowest, adapters=inner)

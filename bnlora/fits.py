@@ -6,9 +6,8 @@ A `Fit` is the first of the posteriors that `predict` takes (`bnlora.predict.Pos
 `bnlora.inference`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -20,7 +19,8 @@ from bnlora.copying import error_parts, state
 from bnlora.data import Batch
 from bnlora.display import Showable, Shown, Table, facts
 from bnlora.elbo import TERMS
-from bnlora.posterior import Draw, draw_adapters, draw_both
+from bnlora.posterior import Draw, draw_adapters, draw_from_guide, prior_at
+from bnlora.programs import by_pieces, first_entries, key_of, program, split_keys
 from bnlora.typing import Adapters, Parameters
 
 LOOKED_AT = 8
@@ -78,21 +78,46 @@ class Fit(Shown):
     def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
         """Posterior adapters with a leading draw axis; the same key gives the same draws."""
         key = check_key(key)
-        return self._compiled_draw(key, self.params, num_samples)
+        if isinstance(key, jax.core.Tracer):  # inside another program, which compiles this one too
+            return draw_adapters(key, self.model, self.guide, self.params, num_samples)
+        return self.draws(key, num_samples)[1]
 
     def draws(self, key: Array, num_samples: int) -> tuple[Draw, Adapters]:
         """Draws of the guide with both log-densities, and the adapters that the prior makes of them."""
         key = check_key(key)
-        return jax.jit(partial(draw_both, model=self.model, guide=self.guide, num_samples=num_samples))(
-            key, params=self.params
-        )
+        sites, log_q, log_q_of = self.by_keys(_from_guide, key, num_samples)
+        log_prior, log_prior_of, adapters = self.at(sites, num_samples)
+        return jax.device_put((Draw(sites, log_prior, log_q, log_prior_of, log_q_of), adapters))
 
-    @cached_property
-    def _compiled_draw(self) -> Callable[..., Adapters]:
-        def draw(key: Array, params: Parameters, num_samples: int) -> Adapters:
-            return draw_adapters(key, self.model, self.guide, params, num_samples)
+    def at(self, sites: Mapping[str, Any], num_samples: int) -> tuple[Any, dict[str, Any], Adapters]:
+        """Log prior of given latent sites, its parts, and the adapters that the prior makes of them.
 
-        return jax.jit(draw, static_argnums=2)
+        Args:
+            sites: Value of every latent site by name, with a leading draw axis.
+            num_samples: Length of that axis, which says it where there are no sites.
+
+        Returns:
+            The three, NumPy arrays with that axis.
+        """
+        run = program(self, _at_sites, numbers=self.model.sites.num_parameters)
+        stacks = dict(sites), np.arange(num_samples)
+        return by_pieces(lambda piece, count: run(self.params, piece, count), stacks)
+
+    def by_keys(self, one: Callable[[Any, Parameters, Array], Any], key: Array, num_samples: int) -> Any:
+        """What a function finds with each of the keys of so many draws, in a program that is compiled once.
+
+        Args:
+            one: `one(fit, params, key)`, a function of a module.
+            key: Random key, split into those of the draws.
+            num_samples: Number of draws.
+
+        Returns:
+            NumPy arrays with a leading draw axis.
+        """
+        numbers = self.model.sites.num_parameters
+        keys, kind = split_keys(key, num_samples)
+        run = program(self, _each_key, numbers=numbers, static=(0, 4))
+        return by_pieces(lambda keys, count: run(one, self.params, keys, count, kind), keys)
 
     @property
     def overview(self) -> tuple[Showable, ...]:
@@ -130,6 +155,18 @@ class Fit(Shown):
             f"{len(self.step_seconds)} steps, {self.skipped_steps} skipped, best step {self.best_step})\n"
             f"  nats, mean of the {some}last 50 steps: {means or 'none'}"
         )
+
+
+def _each_key(fit: Fit, one: Callable, params: Parameters, keys: Array, count: Array, kind: Any) -> Any:
+    return first_entries(lambda key, params: one(fit, params, key_of(key, kind)), keys, count, params)
+
+
+def _from_guide(fit: Fit, params: Parameters, key: Array) -> tuple[dict[str, Array], Array, dict[str, Array]]:
+    return draw_from_guide(key, fit.model, fit.guide, params)
+
+
+def _at_sites(fit: Fit, params: Parameters, draws: tuple[dict[str, Array], Array], count: Array) -> Any:
+    return first_entries(lambda one, params: prior_at(one[0], fit.model, params), draws, count, params)
 
 
 class FitDiverged(ValueError):
@@ -177,7 +214,7 @@ def _start_remedy(fit: Fit) -> str:
         name: {factor: np.zeros((1, *shape), np.float32) for factor, shape in site.shapes.items()}
         for name, site in model.sites.items()
     }
-    found = np.asarray(model.compiled_log_probs(model.base.params, untouched, rows, 1))[0]
+    found = np.asarray(model.log_probs_by_draw(model.base.params, untouched, rows))[0]
     broken = int((~np.isfinite(found)).any(1).sum())
     if broken:
         return (

@@ -7,6 +7,8 @@ the log-likelihood of the data.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import jax
@@ -14,13 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float
+from rich.console import Console
 
 from bnlora.data import Batch
 from bnlora.model import Classifier
+from bnlora.predict import predict_with_draws
 from bnlora.typing import Adapters
 
 PROBES = 8
 """Rows whose margins are looked at, unless functions are given."""
+
+QUIET = Console(quiet=True)
+"""These predictions are part of something that shows its own progress."""
 
 
 class Functions(Protocol):
@@ -31,7 +38,7 @@ class Functions(Protocol):
         ...
 
 
-def identifiable(model: Classifier, probe: Batch, *, families: Sequence[str] | None = None) -> Functions:
+def identifiable(model: Classifier, probe: Batch, *, families: Sequence[str] | None = None) -> "Identifiable":
     """The default functions: margins at probe rows, norms of the updates, log-likelihood of the data.
 
     Args:
@@ -44,27 +51,68 @@ def identifiable(model: Classifier, probe: Batch, *, families: Sequence[str] | N
         (over all layers of a family that is not fixed) and `log_likelihood`. They take rows with activations
         cached for any model; for another one than `model` they compute them again at every draw.
     """
-    probe = model.with_hidden(probe)
-    normed = model.moving if families is None else tuple(families)
-    classes = len(model.label_ids)
+    return Identifiable(model, probe, model.moving if families is None else tuple(families))
 
-    def functions(frozen: Any, adapters: Adapters, batch: Batch) -> dict[str, Array]:
-        logits = model.logits(frozen, adapters, probe)
-        margins = {
+
+@dataclass(frozen=True)
+class Identifiable:
+    """What `identifiable` returns: functions of one draw, of which `evaluate` knows a shorter way for many.
+
+    Attributes:
+        model: The classifier.
+        probe: Rows whose margins are looked at.
+        families: Families whose norms are looked at.
+    """
+
+    model: Classifier
+    probe: Batch
+    families: tuple[str, ...]
+
+    def __call__(self, frozen: Any, adapters: Adapters, batch: Batch) -> dict[str, Array]:
+        """Values of shape () by name."""
+        found = self._margins(self.model.logits(frozen, adapters, self._prepared))
+        found |= {f"norm[{n}]": update_norm(adapters[n], self.model.sites[n].scale) for n in self.families}
+        return found | {"log_likelihood": log_likelihood(self.model, frozen, adapters, batch)}
+
+    def by_draw(self, adapters: Adapters, batch: Batch | None) -> dict[str, Float[np.ndarray, " s"]]:
+        """The same of adapters with a leading draw axis, through the program of predictions.
+
+        Args:
+            adapters: Draws.
+            batch: Rows with labels; None leaves the log-likelihood out.
+        """
+        predicted = predict_with_draws(
+            self.model, adapters, self.probe, batch_size=len(self.probe), console=QUIET
+        )
+        found = self._margins(np.moveaxis(predicted.draw_log_probs, 0, -1))
+        found |= {f"norm[{n}]": _norms(adapters[n], self.model.sites[n].scale) for n in self.families}
+        if batch is None:
+            return found
+        predicted = predict_with_draws(self.model, adapters, batch, console=QUIET)
+        return found | {"log_likelihood": predicted.log_probs_of(batch.labels).sum(1)}
+
+    @cached_property
+    def _prepared(self) -> Batch:
+        """The probe rows with the activations that no draw changes, also when a program is being traced."""
+        with jax.ensure_compile_time_eval():
+            return self.model.with_hidden(self.probe)
+
+    def _margins(self, logits: Any) -> dict[str, Any]:
+        classes = len(self.model.label_ids)
+        return {
             f"margin[{row}]" if classes == 2 else f"margin[{row}, {c}]": logits[row, c] - logits[row, 0]
-            for row in range(len(probe))
+            for row in range(len(self.probe))
             for c in range(1, classes)
         }
-        norms = {f"norm[{n}]": update_norm(adapters[n], model.sites[n].scale) for n in normed}
-        return margins | norms | {"log_likelihood": log_likelihood(model, frozen, adapters, batch)}
-
-    return functions
 
 
 def evaluate(
     functions: Functions, model: Classifier, adapters: Adapters, batch: Batch
 ) -> tuple[tuple[str, ...], Float[np.ndarray, "s k"]]:
     """Names of the functions, and their values at adapters with a leading draw axis."""
+    if isinstance(functions, Identifiable):
+        by_name = functions.by_draw(adapters, batch)
+        return tuple(sorted(by_name)), np.stack([by_name[name] for name in sorted(by_name)], axis=-1)
     batch = model.with_hidden(batch)
 
     def one(frozen: Any, drawn: Adapters, rows: Batch) -> dict[str, Array]:
@@ -103,3 +151,14 @@ def update_norm(adapter: Mapping[str, Array], scale: float) -> Float[Array, ""]:
     a, b = adapter["a"], adapter["b"]
     inner = jnp.einsum("lri,lsi->lrs", a, a) * jnp.einsum("lor,los->lrs", b, b)
     return abs(scale) * jnp.sqrt(jnp.maximum(inner.sum(), 0.0))  # rounding may leave a zero just below it
+
+
+def _norms(adapter: Mapping[str, Any], scale: float) -> Float[np.ndarray, " s"]:
+    """`update_norm` of every draw, by NumPy."""
+
+    def square(a: np.ndarray, b: np.ndarray) -> float:
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        return float(((a @ np.swapaxes(a, -1, -2)) * (np.swapaxes(b, -1, -2) @ b)).sum())
+
+    pairs = zip(*(np.asarray(adapter[factor]) for factor in ("a", "b")), strict=True)
+    return abs(scale) * np.sqrt(np.maximum([square(a, b) for a, b in pairs], 0.0))

@@ -7,9 +7,9 @@ it is the same for every prior, guide and number of draws. Base weights enter as
 a parameter, never a closure. Minibatches are scaled by N / B through the one plate, `"data"`.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from typing import Any, Protocol, Self
 
 import jax
@@ -25,6 +25,7 @@ from bnlora.copying import state
 from bnlora.data import Batch, check_labels, check_tokens, unknown_token
 from bnlora.display import Showable, Shown, facts
 from bnlora.priors import Prior
+from bnlora.programs import first_entries, program
 from bnlora.sites import HEAD, Sites
 from bnlora.typing import Adapters
 
@@ -248,25 +249,41 @@ class Classifier(Shown):
 
         return jax.lax.map(one, adapters, batch_size=together if together > 1 else None)
 
-    @cached_property
-    def compiled_log_probs(self) -> Callable[..., Array]:
-        """`log_probs_by_draw`, compiled once for all callers."""
-        return jax.jit(self.log_probs_by_draw, static_argnums=3)
+    def compiled_log_probs(self, adapters: Adapters, count: int, batch: Batch, together: int = 1) -> Array:
+        """`log_probs_by_draw` of the first `count` of some draws, in a program for all callers.
+
+        Activations that no draw changes must be in the batch already: see `with_hidden`.
+        """
+        run = program(self, _log_probs_of_piece, static=(4,))
+        return run(self.base.params, adapters, count, batch, together)
 
     def with_hidden(self, batch: Batch) -> Batch:
-        """`prepared` with the model's own weights, through `compiled_hidden`.
+        """`prepared` with the model's weights, in a program for all callers; at depth 0 the rows themselves.
 
         Raises:
             ValueError: When a row has a token that the base has no row for.
         """
         self.check_tokens(batch)
-        hidden = self.compiled_hidden(self.base.params, batch)
-        return replace(batch, hidden=hidden, depth=self.start, trunk=self.trunk)
+        if batch.caches(self.start, self.trunk):
+            return batch
+        if self.start == 0:
+            return batch.plain
+        run = program(self, type(self).hidden)
+        return replace(batch, hidden=run(self.base.params, batch.plain), depth=self.start, trunk=self.trunk)
 
-    @cached_property
-    def compiled_hidden(self) -> Callable[..., Array]:
-        """`hidden`, compiled once for all callers."""
-        return jax.jit(self.hidden)
+    def numbers(self, shape: tuple[int, ...]) -> int:
+        """About how many numbers the largest arrays of a program for so many rows and positions hold."""
+        widest = max(max(site.d_in, site.d_out) for site in self.sites.values())
+        return max(math.prod(shape) * widest, self.sites.num_parameters)
+
+
+def _log_probs_of_piece(
+    model: Classifier, params: Any, adapters: Adapters, count: Array, batch: Batch, together: int
+) -> Array:
+    def one(draw: Adapters, params: Any, batch: Batch) -> Array:
+        return jax.nn.log_softmax(model.logits(params, draw, batch))
+
+    return first_entries(one, adapters, count, params, batch, together=together)
 
 
 def _label_ids(base: LanguageModel, label_ids: Any) -> tuple[int, ...]:

@@ -34,9 +34,38 @@ class Draw(NamedTuple):
 def draw_sites(key: Array, model: Any, guide: Callable, params: Parameters) -> Draw:
     """One guide draw of every latent site of `model.prior`, with both log-densities."""
     guide_trace, prior_trace = traces(key, model, guide, params)
-    sites = {n: s["value"] for n, s in prior_trace.items() if s["type"] == "sample" and not s["is_observed"]}
     log_prior, log_q = _log_densities(prior_trace), _log_densities(guide_trace)
-    return Draw(sites, _total(log_prior), _total(log_q), log_prior, log_q)
+    return Draw(_latent(prior_trace), _total(log_prior), _total(log_q), log_prior, log_q)
+
+
+def draw_from_guide(
+    key: Array, model: Any, guide: Callable, params: Parameters
+) -> tuple[dict[str, Array], Array, dict[str, Array]]:
+    """The half of a draw that the guide makes: sites, their log-density, and the part of it that each has."""
+    known = getattr(guide, "latent", None)
+    if known is None:
+        guide_trace, prior_trace = traces(key, model, guide, params)
+        sites = _latent(prior_trace)
+    else:  # a `Guide` has every latent site of the prior, in its order: the prior need not run
+        guide_trace = handlers.trace(_seeded(guide, jax.random.split(key)[1], params)).get_trace()
+        sites = {name: guide_trace[name]["value"] for name in known}
+    log_q = _log_densities(guide_trace)
+    return sites, _total(log_q), log_q
+
+
+def draw_from_prior(key: Array, model: Any, params: Parameters) -> dict[str, Array]:
+    """One draw of the prior of every latent site."""
+    return _latent(handlers.trace(_seeded(model.prior, key, params)).get_trace())
+
+
+def prior_at(
+    sites: dict[str, Array], model: Any, params: Parameters
+) -> tuple[Array, dict[str, Array], Adapters]:
+    """The half of a draw that the prior makes: log-density of the sites, its parts, and the adapters."""
+    program = handlers.trace(_seeded(model.prior, jax.random.key(0), {**params, **sites}))
+    adapters = program()
+    log_prior = _log_densities(program.trace)
+    return _total(log_prior), log_prior, adapters
 
 
 def adapters_at(model: Any, params: Parameters, sites: dict[str, Array]) -> Adapters:
@@ -63,12 +92,6 @@ def draw_adapters(key: Array, model: Any, guide: Callable, params: Parameters, n
     return draw_both(key, model, guide, params, num_samples)[1]
 
 
-def log_prior_at(model: Any, params: Parameters, sites: dict[str, Array]) -> Array:
-    """Log-density of given latent sites under the prior, in nats."""
-    placed = handlers.substitute(model.prior, data={**params, **sites})
-    return _total(_log_densities(handlers.trace(handlers.seed(placed, jax.random.key(0))).get_trace()))
-
-
 def traces(
     key: Array, model: Any, guide: Callable, params: Parameters
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -92,6 +115,10 @@ def _log_densities(trace: dict) -> dict[str, Array]:
         if site["type"] == "sample":
             found[name] = jnp.sum(log_density_of(site))
     return found
+
+
+def _latent(trace: dict) -> dict[str, Array]:
+    return {n: s["value"] for n, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}
 
 
 def _total(parts: dict[str, Array]) -> Array:

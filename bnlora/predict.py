@@ -20,6 +20,7 @@ from rich.console import Console
 from bnlora.checks import check_key, class_numbers
 from bnlora.data import Batch, check_form, parts
 from bnlora.display import Showable, Shown, Table
+from bnlora.programs import pieces
 from bnlora.progress import track
 from bnlora.typing import Adapters
 
@@ -188,9 +189,13 @@ def predict_with_draws(
     model.check_tokens(data)
     sizes = len(jax.tree.leaves(draws)[0]), len(data), len(model.label_ids)
     log_probs, together = np.empty(sizes, np.float64), _together(draws_together)
+    some = list(pieces(draws, multiple=together))
     for part in track(parts(data, batch_size), -(-len(data) // batch_size), "predict", console):
-        computed = np.asarray(model.compiled_log_probs(model.base.params, draws, part.batch, together))
-        log_probs[:, part.rows] = computed[:, : len(part.rows)]
+        batch, begin = model.with_hidden(part.batch), 0
+        for piece, count in some:
+            computed = np.asarray(model.compiled_log_probs(piece, count, batch, together))
+            log_probs[begin : begin + count, part.rows] = computed[:count, : len(part.rows)]
+            begin += count
     return Prediction(log_probs)
 
 

@@ -15,9 +15,7 @@ observed and weighs nothing: its density is a constant.
 Reference: NumPyro's `TraceMeanField_ELBO`, which takes the same terms.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -31,6 +29,7 @@ from bnlora.diagnostics.sample import Sample, sample_of
 from bnlora.fits import Fit
 from bnlora.posterior import log_density_of, traces
 from bnlora.program import weighed
+from bnlora.programs import kept
 from bnlora.sites import Sites
 from bnlora.typing import FACTORS
 
@@ -73,10 +72,8 @@ def divergence(fit: Fit | Sample) -> tuple[SiteDivergence, ...]:
     if not drawn.has_prior:
         return ()
     blocks = tied_sites(made) + tuple(((name,), (name,)) for name in weighed(made.model.prior))
-    terms = partial(_terms, model=made.model, guide=made.guide)
-    keys = jax.random.split(drawn.part(2), drawn.num_samples)
-    run = jax.jit(lambda keys, params: jax.lax.map(lambda k: terms(k, params=params), keys))
-    found = {name: np.asarray(x, np.float64) for name, x in run(keys, made.params).items()}
+    terms = made.by_keys(_terms, drawn.part(2), drawn.num_samples)
+    found = {name: np.asarray(x, np.float64) for name, x in terms.items()}
     points = set(points_of(made))
     return tuple(_site(made.model.sites, names, parts, found, points) for names, parts in blocks)
 
@@ -121,15 +118,19 @@ def points_of(fit: Fit) -> tuple[str, ...]:
 
 def _guide_sites(fit: Fit) -> tuple[dict[str, type], tuple[str, ...]]:
     """Kind of law of every site of the guide, and the latent sites of the prior in its order."""
+    return kept(fit, _looked_at)
+
+
+def _looked_at(fit: Fit) -> tuple[dict[str, type], tuple[str, ...]]:
     kinds: dict[str, type] = {}
     latent: list[str] = []
 
-    def run(key: Array) -> None:
-        guide_trace, prior_trace = traces(key, fit.model, fit.guide, fit.params)
+    def run(key: Array, params: Any) -> None:
+        guide_trace, prior_trace = traces(key, fit.model, fit.guide, params)
         kinds.update({n: type(_base(s["fn"])) for n, s in guide_trace.items() if s["type"] == "sample"})
         latent.extend(n for n, s in prior_trace.items() if s["type"] == "sample" and not s["is_observed"])
 
-    jax.eval_shape(run, jax.random.key(0))  # names and kinds alone: nothing is computed
+    jax.eval_shape(run, jax.random.key(0), fit.params)  # names and kinds alone: nothing is computed
     return kinds, tuple(latent)
 
 
@@ -139,9 +140,9 @@ def _base(law: Any) -> Any:
     return law
 
 
-def _terms(key: Array, *, params: Any, model: Any, guide: Callable) -> dict[str, Array]:
+def _terms(fit: Fit, params: Any, key: Array) -> dict[str, Array]:
     """One term of the KL for each site of the guide, over the axes of its plates."""
-    guide_trace, prior_trace = traces(key, model, guide, params)
+    guide_trace, prior_trace = traces(key, fit.model, fit.guide, params)
     found = {}
     for name, site in guide_trace.items():
         if site["type"] != "sample":

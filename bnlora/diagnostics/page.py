@@ -12,7 +12,6 @@ from html import escape
 from io import StringIO
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from rich.console import Console
@@ -279,7 +278,7 @@ def _class_counts(drawn: Sample, data: Batch) -> ClassCounts:
 
 def _prior_predictive(drawn: Sample, data: Batch) -> PriorPredictive:
     """Predictions of some rows by the draws of the prior, and with zero adapters, through one program."""
-    with_base = jax.tree.map(lambda x: jnp.concatenate([jnp.zeros_like(x[:1]), x]), drawn.prior_adapters)
+    with_base = jax.tree.map(_after_zeros, drawn.prior_adapters)
     rows = data[:PRIOR_ROWS]
     found = predict_with_draws(
         drawn.fit.model, with_base, rows, batch_size=drawn.batch_size, console=drawn.console
@@ -287,5 +286,9 @@ def _prior_predictive(drawn: Sample, data: Batch) -> PriorPredictive:
     return PriorPredictive(found.draw_log_probs[1:], found.draw_log_probs[0])
 
 
+def _after_zeros(draws: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros_like(draws[:1]), draws])
+
+
 def _same_rows(first: Batch, second: Batch) -> bool:
-    return first.tokens.shape == second.tokens.shape and bool((first.tokens == second.tokens).all())
+    return np.array_equal(first.tokens, second.tokens)

@@ -5,7 +5,8 @@ by `khat(s)` and `shrinkage(s)` draws once. What is expensive is computed when i
 """
 
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,10 +16,10 @@ from rich.console import Console
 
 from bnlora.checks import check_at_least, check_key
 from bnlora.comparison.khat import LEAST_DRAWS, has_density
+from bnlora.density import check_parameters
 from bnlora.fits import Fit
-from bnlora.posterior import Draw
+from bnlora.posterior import Draw, draw_from_prior
 from bnlora.predict import Prediction, predict_with_draws
-from bnlora.prior_predictive import draw_prior
 from bnlora.program import require_drawable
 from bnlora.typing import Adapters
 
@@ -53,8 +54,10 @@ class Sample:
         Raises:
             ValueError: When the prior cannot be drawn from; `prior_refusal` says why.
         """
-        draw = jax.jit(partial(draw_prior, model=self.fit.model, num_samples=self.num_samples))
-        return draw(self.part(1), params=self.fit.params)
+        check_parameters(self.fit.model.prior, self.fit.params)
+        require_drawable(self.fit.model.prior)
+        sites = self.fit.by_keys(_from_prior, self.part(1), self.num_samples)
+        return self.fit.at(sites, self.num_samples)[2]
 
     @cached_property
     def train_prediction(self) -> Prediction:
@@ -144,6 +147,10 @@ def sample(
     check_at_least({"num_samples": num_samples}, LEAST_DRAWS)
     check_at_least({"batch_size": batch_size}, 1)
     return Sample(fit, fit.draw_key if key is None else check_key(key), num_samples, batch_size, console)
+
+
+def _from_prior(fit: Fit, params: Any, key: Array) -> dict[str, Array]:
+    return draw_from_prior(key, fit.model, params)
 
 
 def sample_of(fit: Fit | Sample) -> Sample:

@@ -16,12 +16,9 @@ References: those of `bnlora.comparison.khat`, which computes the shape.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
-from jax import Array
 from jaxtyping import Float
 
 from bnlora.comparison.khat import KHat
@@ -30,7 +27,6 @@ from bnlora.diagnostics.divergence import place, tied_sites
 from bnlora.diagnostics.sample import Sample, sample_of
 from bnlora.display import Shown, Table
 from bnlora.fits import Fit
-from bnlora.posterior import adapters_at, log_prior_at
 from bnlora.predict import predict_with_draws
 
 HYPER = "hyper-parameters"
@@ -111,18 +107,12 @@ def _family_khat(
 
 def held_log_joint(drawn: Sample, names: tuple[str, ...]) -> Float[np.ndarray, " s"]:
     """Log of the joint density at draws of the named sites, every other site at its posterior mean."""
-    sites, fit = drawn.drawn[0].sites, drawn.fit
-    means = {n: x.mean(0) for n, x in sites.items() if n not in names}
-    at = partial(_at, fit.model, means)
-    log_prior, adapters = jax.jit(lambda free, params: jax.lax.map(lambda x: at(params, x), free))(
-        {n: sites[n] for n in names}, fit.params
-    )
+    fit = drawn.fit
+    sites = {n: np.asarray(x) for n, x in drawn.drawn[0].sites.items()}
+    # Every family through one program, whichever sites are held.
+    held = {n: x if n in names else np.broadcast_to(x.mean(0), x.shape) for n, x in sites.items()}
+    log_prior, _, adapters = fit.at(held, drawn.num_samples)
     found = predict_with_draws(
         fit.model, adapters, fit.train, batch_size=drawn.batch_size, console=drawn.console
     )
     return np.asarray(log_prior, np.float64) + found.log_probs_of(fit.train.labels).sum(1)
-
-
-def _at(model: Any, means: dict[str, Array], params: Any, free: dict[str, Array]) -> tuple[Array, Any]:
-    values = {**means, **free}
-    return log_prior_at(model, params, values), adapters_at(model, params, values)
