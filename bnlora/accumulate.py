@@ -44,6 +44,10 @@ class InParts:
         """The prior of the classifier."""
         return self.model.prior
 
+    def numbers(self, shape: tuple[int, ...]) -> int:
+        """As of the classifier, of a part of these rows and positions."""
+        return max(self.model.numbers(shape) // self.parts, self.model.numbers(()))
+
     def __call__(self, params: Any, batch: Batch, n_total: int) -> None:
         """Sample adapters and observe labels, as the classifier does.
 

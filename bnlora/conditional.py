@@ -27,6 +27,7 @@ from bnlora.data import Batch
 from bnlora.density import Density, density
 from bnlora.display import Showable
 from bnlora.model import Classifier
+from bnlora.programs import options
 from bnlora.sites import HEAD, Sites
 from bnlora.typing import Adapters, Parameters
 
@@ -191,7 +192,7 @@ def _two_places(view: Density) -> tuple[Adapters, Adapters]:
     Prior programs are smooth, so an entry that the free sites move is equal at both with probability zero.
     """
     places = np.random.default_rng(0).normal(size=(2, view.size)).astype(np.float32)
-    both = jax.jit(lambda u: jax.lax.map(view.adapters, u))(places)
+    both = jax.jit(lambda u: jax.lax.map(view.adapters, u), compiler_options=options(0))(places)
     return jax.tree.map(lambda x: x[0], both), jax.tree.map(lambda x: x[1], both)
 
 

@@ -33,7 +33,8 @@ from bnlora.checks import check_key
 from bnlora.flows import flow_log_determinant
 from bnlora.guides.automatic import prepare
 from bnlora.program import declared
-from bnlora.typing import Parameters
+from bnlora.programs import options
+from bnlora.typing import NOISE, Parameters
 
 TERMS = ("elbo", "data", "inducing_kl", "conditional_kl", "flow_logdet")
 """Names of the reported terms, in nats over the whole data set."""
@@ -68,15 +69,15 @@ def _one_draw(key: Array, params: dict, model: Any, guide: Callable, args: tuple
     # The two programs record their sites while the bound runs them, so that each of them runs once.
     recorded_model, recorded_guide = handlers.trace(model), handlers.trace(guide)
     by_site = TraceMeanField_ELBO(sum_sites=False).loss(key, params, recorded_model, recorded_guide, *args)
-    sites, prior = recorded_model.trace, declared(model.prior)
-    noise = {name for name, site in prior.latent.items() if site.is_noise}
+    sites, weighing = recorded_model.trace, declared(model.prior).observed
+    noise = {name for name, site in sites.items() if site["type"] == "sample" and site["infer"].get(NOISE)}
 
     # In the order of the trace: a sum over a set would round differently from one process to the next.
     def total(belongs: Callable[[str], bool]) -> Array:
         return sum((by_site[name] for name in by_site if belongs(name)), start=jnp.zeros(()))
 
     def of_rows(name: str) -> bool:
-        return name in sites and sites[name]["is_observed"] and name not in prior.observed
+        return name in sites and sites[name]["is_observed"] and name not in weighing
 
     data, conditional_kl = -total(of_rows), total(lambda name: name in noise)
     inducing_kl = total(lambda name: not of_rows(name) and name not in noise)
@@ -201,8 +202,7 @@ def _declared(
 def _run_once(function: Callable, *keys: Array) -> Any:
     """A compiled run whose draws would take many times as long to optimise as they would then save."""
     inside = any(isinstance(key, jax.core.Tracer) for key in keys)  # where options would be another program's
-    hasty = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" and not inside else None
-    return jax.jit(function, compiler_options=hasty)(*keys)
+    return jax.jit(function, compiler_options=None if inside else options(0))(*keys)
 
 
 def _check_start(like: Parameters, start: Parameters) -> None:

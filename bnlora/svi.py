@@ -25,12 +25,17 @@ from bnlora.data import Batch, check_rows, minibatches
 from bnlora.elbo import TERMS, elbo_terms, initial_parameters
 from bnlora.fits import Fit, FitDiverged
 from bnlora.models.execution import Activations, Remat
+from bnlora.programs import options
 from bnlora.progress import progress_bar
 from bnlora.typing import Parameters
 from bnlora.validation import EarlyStopping, Validation
 
 GROUPS = {"lam": (".lam",), "scale": (".scale", "_scale", "_tril")}
 """Endings of the names of parameters with an optimiser of their own; all others are locations."""
+
+
+FEW_STEPS = 1000
+"""Steps of a small model up to which a slower step costs less than compiling a faster one."""
 
 
 class State(NamedTuple):
@@ -134,6 +139,7 @@ def fit(
         scale_optimizer=scale_optimizer or optax.adam(1e-2),
         clip_norm=clip_norm,
         num_particles=num_particles,
+        num_steps=num_steps,
         start=start,
     )
     rule = early_stopping or EarlyStopping()
@@ -164,7 +170,7 @@ def _iterate(
             state = loop.run(state, jax.random.fold_in(key, step), next(rows))
             show(loop)
             if on_step is not None:
-                on_step(step + 1, loop.constrain(state.params))
+                on_step(step + 1, loop.constrained(state.params))
             if int(state.skipped) > skip_budget:
                 return state, "diverged"
             if look.should_stop(step + 1, state.params):
@@ -201,14 +207,17 @@ def _prepare(
     scale_optimizer: optax.GradientTransformation,
     clip_norm: float = 10.0,
     num_particles: int = 1,
+    num_steps: int | None = None,
     start: Parameters | None = None,
 ) -> "tuple[_Loop, State]":
     """The step of a fit, to be compiled when it first runs, and the state that it starts from."""
     arguments = (program.base.params, train[:1], len(train))
     params, constrain = initial_parameters(key, program, guide, *arguments, start=start)
     grouped = _by_group(params, optimizer, scale_optimizer, clip_norm)
-    loop = _Loop(program, guide, train, constrain, grouped, num_particles)
-    return loop, State(params, grouped.init(params), jnp.zeros((), jnp.int32))
+    loop = _Loop(program, guide, train, constrain, grouped, num_particles, num_steps)
+    # In one program: by itself, every array of another shape would be one.
+    optimizer_state = jax.jit(grouped.init, compiler_options=options(0))(params)
+    return loop, State(params, optimizer_state, np.zeros((), np.int32))
 
 
 def _by_group(
@@ -242,15 +251,23 @@ class _Loop:
     constrain: Callable[[dict], dict]
     optimizer: optax.GradientTransformation
     num_particles: int
+    num_steps: int | None = None
     num_traces: int = 0
     steps: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self):
-        self._step = jax.jit(self._traced_step)
+        self._step: Callable[..., tuple[State, dict[str, Array]]] | None = None
+        self.constrained: Callable[[dict], dict] = jax.jit(
+            self.constrain, compiler_options=options(self.model.numbers(()))
+        )
 
     def run(self, state: State, key: Array, rows: np.ndarray) -> State:
         """One step, recorded."""
         began = time.perf_counter()
+        if self._step is None:
+            often = self.num_steps is None or self.num_steps > FEW_STEPS
+            numbers = None if often else self.model.numbers((len(rows), self.train.tokens.shape[1]))
+            self._step = jax.jit(self._traced_step, compiler_options=options(numbers))
         state, terms = self._step(state, key, self.model.base.params, self.train, jnp.asarray(rows))
         record = {name: float(value) for name, value in terms.items()}
         self.steps.append(record | {"seconds": time.perf_counter() - began})
@@ -281,12 +298,12 @@ class _Loop:
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, stayed), terms
 
     def result(self, model: Any, state: State, look: Validation, draw_key: Array, stopped: str) -> Fit:
-        best = look.best_params if look.best_params is not None else state.params
+        last = self.constrained(state.params)
         return Fit(
             model=model,
             guide=self.guide,
-            params=self.constrain(best),
-            last_params=self.constrain(state.params),
+            params=last if look.best_params is None else self.constrained(look.best_params),
+            last_params=last,
             history={n: self._column(n) for n in TERMS},
             validation={"step": np.array(look.steps), "nll": np.array(look.losses)},
             train=self.train,

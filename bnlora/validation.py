@@ -13,6 +13,7 @@ from bnlora.checks import check_at_least
 from bnlora.data import Batch
 from bnlora.posterior import draw_adapters
 from bnlora.predict import predict_with_draws
+from bnlora.programs import options
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Validation:
     best_step: int = 0
 
     def __post_init__(self):
-        self._draw = jax.jit(self._traced_draw)
+        chosen = options(self.model.sites.num_parameters)
+        self._draw = jax.jit(self._traced_draw, compiler_options=chosen)
 
     def should_stop(self, step: int, params: dict[str, Array]) -> bool:
         """Look, where it is time to, after `step` steps; whether patience has run out."""
