@@ -87,9 +87,10 @@ class Fit(Shown):
         key = check_key(key)
         sites, log_q, log_q_of = self.by_keys(_from_guide, key, num_samples)
         log_prior, log_prior_of, adapters = self.at(sites, num_samples)
-        return jax.device_put((Draw(sites, log_prior, log_q, log_prior_of, log_q_of), adapters))
+        sites, log_q, log_q_of = jax.device_put((sites, log_q, log_q_of))
+        return Draw(sites, log_prior, log_q, log_prior_of, log_q_of), adapters
 
-    def at(self, sites: Mapping[str, Any], num_samples: int) -> tuple[Any, dict[str, Any], Adapters]:
+    def at(self, sites: Mapping[str, Any], num_samples: int) -> tuple[Array, dict[str, Array], Adapters]:
         """Log prior of given latent sites, its parts, and the adapters that the prior makes of them.
 
         Args:
@@ -97,11 +98,11 @@ class Fit(Shown):
             num_samples: Length of that axis, which says it where there are no sites.
 
         Returns:
-            The three, NumPy arrays with that axis.
+            The three, with that axis.
         """
         run = program(self, _at_sites, numbers=self.model.sites.num_parameters)
         stacks = dict(sites), np.arange(num_samples)
-        return by_pieces(lambda piece, count: run(self.params, piece, count), stacks)
+        return jax.device_put(by_pieces(lambda piece, count: run(self.params, piece, count), stacks))
 
     def by_keys(self, one: Callable[[Any, Parameters, Array], Any], key: Array, num_samples: int) -> Any:
         """What a function finds with each of the keys of so many draws, in a program that is compiled once.

@@ -249,7 +249,7 @@ class Classifier(Shown):
 
         return jax.lax.map(one, adapters, batch_size=together if together > 1 else None)
 
-    def compiled_log_probs(self, adapters: Adapters, count: int, batch: Batch, together: int = 1) -> Array:
+    def compiled_log_probs(self, adapters: Any, count: int, batch: Batch, together: int = 1) -> Array:
         """`log_probs_by_draw` of the first `count` of some draws, in a program for all callers.
 
         Activations that no draw changes must be in the batch already: see `with_hidden`.

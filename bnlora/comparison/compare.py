@@ -236,7 +236,7 @@ def _khat(key: Array, approx: Any, num_samples: int, batch_size: int, console: C
 
 def _thinned(adapters: Adapters, size: int) -> Adapters:
     chosen = evenly(_length(adapters), size)
-    return jax.tree.map(lambda x: np.asarray(x)[chosen], adapters)
+    return jax.device_put(jax.tree.map(lambda x: np.asarray(x)[chosen], adapters))
 
 
 def _length(adapters: Adapters) -> int:

@@ -286,8 +286,9 @@ def _prior_predictive(drawn: Sample, data: Batch) -> PriorPredictive:
     return PriorPredictive(found.draw_log_probs[1:], found.draw_log_probs[0])
 
 
-def _after_zeros(draws: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.zeros_like(draws[:1]), draws])
+def _after_zeros(draws: Array) -> Array:
+    known = np.asarray(draws)
+    return jax.device_put(np.concatenate([np.zeros_like(known[:1]), known]))
 
 
 def _same_rows(first: Batch, second: Batch) -> bool:
