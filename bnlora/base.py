@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bnlora.checks import brief, check_key
+from bnlora.checks import brief, check_key, check_positive
 from bnlora.data import unknown_token
 from bnlora.display import Showable, Shown, Table, facts
 from bnlora.models import llama
@@ -211,6 +211,7 @@ def load(source: str | Path) -> Base:
     name = re.sub(r"-\d{5}-of-\d{5}$", "", name)  # of a split file, the name of the whole
     tokenizer = checkpoint.tokenizer
     _check_vocabulary(tokenizer, module.config.vocab_size)
+    check_positive({"model_max_length of the tokenizer": tokenizer.model_max_length})
     # Many tokenizers state no limit of their own; what the model was trained for is one.
     tokenizer.model_max_length = min(tokenizer.model_max_length, module.config.max_length)
     return Base.from_module(module, name=name, family=family, tokenizer=tokenizer)

@@ -211,6 +211,15 @@ def test_files_of_deep_nesting(tmp_path, text):
         assert expected in refused(folder)
 
 
+@pytest.mark.parametrize("limit", ["512", -1, True, float("nan"), [512]])
+def test_the_limit_of_a_tokenizer_is_a_number(tmp_path, limit):
+    folder = write_folder(tmp_path / "tiny")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": limit}))
+    said = refused(folder)
+    assert said.startswith("model_max_length of the tokenizer must be a positive number; got ")
+
+
 def test_files_of_absurd_size(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "tiny")
     monkeypatch.setattr(loading, "_LARGEST_TOKENIZER", 1000)
