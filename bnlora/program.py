@@ -139,7 +139,11 @@ def check_names(names: Iterable[str], latent: Iterable[str]) -> None:
 
 def require_proper(prior: Callable[..., Any]) -> None:
     """Raise `ValueError` where a law of the prior is improper, so that no run of it draws from it."""
-    for name, site in declared(prior).latent.items():
+    _refuse_improper(declared(prior))
+
+
+def _refuse_improper(found: Program) -> None:
+    for name, site in found.latent.items():
         if site.improper:
             raise ValueError(
                 f"the prior cannot be drawn from: the site {name!r} has an improper law, {site.law}; give it "
@@ -153,10 +157,10 @@ def require_drawable(prior: Callable[..., Any]) -> None:
     It does not where a law is improper, or where the program also says a value, by `numpyro.factor` or
     `obs=`, whose density depends on what was drawn before: the draws would lack that part of the prior.
     """
-    require_proper(prior)
-    found = declared(prior).observed
-    for name, latent in weighed(prior).items():
-        kind = "numpyro.factor" if found[name].law == "Unit" else "observed site"
+    found = declared(prior)
+    _refuse_improper(found)
+    for name, latent in (weighed(prior) if found.observed else {}).items():
+        kind = "numpyro.factor" if found.observed[name].law == "Unit" else "observed site"
         raise ValueError(
             f"the prior cannot be drawn from by running it forwards, which leaves out its {kind} {name!r} "
             f"that weighs {', '.join(map(repr, latent))}; write that part as the law of a sample site, or "
@@ -202,13 +206,13 @@ class _Feasible(Messenger):
 def _variable(site: Mapping[str, Any]) -> Variable:
     fn = site["fn"]
     shape = jnp.shape(site["value"])
-    discrete = fn.support is not None and fn.support.is_discrete
+    is_discrete = fn.support is not None and fn.support.is_discrete
     plates = {frame.name: len(shape) - fn.event_dim + frame.dim for frame in site["cond_indep_stack"]}
     return Variable(
         name=site["name"],
         law=type(_unwrapped(fn)).__name__,
         shape=shape,
-        free=None if discrete or site["is_observed"] else biject_to(fn.support).inverse_shape(fn.shape()),
+        free=None if is_discrete or site["is_observed"] else biject_to(fn.support).inverse_shape(fn.shape()),
         event_dim=fn.event_dim,
         plates=plates,
         infer=site["infer"],

@@ -40,6 +40,7 @@ from bnlora.maximise import maximise
 from bnlora.model import Classifier
 from bnlora.posterior import draw_adapters
 from bnlora.prior_predictive import draw_prior, prior_parameters
+from bnlora.program import declared
 from bnlora.ranks import rank
 from bnlora.typing import Adapters, Parameters
 
@@ -113,10 +114,12 @@ def svi_inference(
         An inference for `run`.
 
     Raises:
-        ValueError: When a number is below one.
+        ValueError: When a number is below one, the prior has a discrete latent site or a name that is not
+            free, or the guide cannot be fitted.
     """
     key = check_key(key)
     check_at_least({"num_steps": num_steps, "num_draws": num_draws, "num_particles": num_particles}, 1)
+    declared(model.prior).check()
     prepare(key, guide)
 
     def infer(key: Array, frozen: Any, batch: Batch) -> Adapters:

@@ -24,7 +24,9 @@ from bnlora.checks import check_at_least, check_batch_size, check_key, check_opt
 from bnlora.data import Batch, check_rows, minibatches
 from bnlora.elbo import TERMS, elbo_terms, initial_parameters
 from bnlora.fits import Fit, FitDiverged
+from bnlora.guides.automatic import check_automatic
 from bnlora.models.execution import Activations, Remat
+from bnlora.program import declared
 from bnlora.programs import options
 from bnlora.progress import progress_bar
 from bnlora.typing import Parameters
@@ -110,8 +112,9 @@ def fit(
     Raises:
         ValueError: On sizes below one, more rows in a minibatch than there are, parts that do not divide it,
             an unknown option, rows without labels or with labels that the model has no class for, an
-            early-stopping rule without validation rows, or a `start` of other names or shapes than the
-            parameters of this guide and prior, or outside their constraints.
+            early-stopping rule without validation rows, a prior with a discrete latent site or a name that
+            model or guide own, an automatic guide that cannot be fitted, or a `start` of other names or
+            shapes than the parameters of this guide and prior, or outside their constraints.
         FitDiverged: When more than `skip_budget` steps were not finite.
 
     Example:
@@ -125,6 +128,8 @@ def fit(
     check_parts("accumulate", accumulate, batch_size)
     check_option("prefix_cache", prefix_cache, ("memory", "off"))
     _check_rows(model, train, validation, early_stopping)
+    declared(model.prior).check()  # before the work of the cache
+    check_automatic(guide)
     program = _program(model, accumulate, activations=activations, remat=remat)
     if prefix_cache == "memory":
         train = cache_prefix(model, train, console=console)

@@ -19,7 +19,7 @@ import numpy as np
 
 from bnlora.diagnostics.divergence import place
 from bnlora.diagnostics.updates import grids
-from bnlora.program import Variable, declared
+from bnlora.program import Program, Variable, declared
 from bnlora.sites import Sites
 from bnlora.typing import WEIGHT
 
@@ -29,8 +29,8 @@ SYMBOLS = ("z", "U", "V", "V_0", "W", "E")
 DIMS = "dims"
 """Mark in the `infer` of a site: names of its last axes, those that are not of plates."""
 
-TREE = ("chain", "draw", "row", "step", "module", "layer", "rank")
-"""Names that a tree has itself, whatever the prior."""
+TREE = ("chain", "draw", "row", "step")
+"""Names that a tree has itself, whatever the sites."""
 
 
 class Named(NamedTuple):
@@ -51,21 +51,20 @@ def is_weight(sites: Sites, site: Variable) -> bool:
     return bool(factor) and (not symbols or (len(symbols) == 1 and symbols[0] in SYMBOLS))
 
 
-def hyper_parameters(model: Any) -> dict[str, Variable]:
-    """The latent sites of a model's prior that are no weights, in its order."""
-    latent = declared(model.prior).latent
-    return {name: site for name, site in latent.items() if not is_weight(model.sites, site)}
+def no_weights(sites: Sites, variables: Mapping[str, Variable]) -> dict[str, Variable]:
+    """Those of some sites of the prior that are no weights, in their order."""
+    return {name: site for name, site in variables.items() if not is_weight(sites, site)}
 
 
-def names_in_tree(model: Any) -> dict[str, str]:
-    """What a tree calls every site of the prior that it has by name: hyper-parameters, and observed sites.
+def names_in_tree(sites: Sites, program: Program) -> dict[str, str]:
+    """What a tree calls every site of the prior that it has by name: all but weights, observed ones included.
 
     xarray separates groups by "/", which becomes a dot; a name that is taken gets a number.
     """
-    own = (name for grid in grids(model.sites) for name in (*grid.variables, *grid.coords))
-    taken = {*TREE, *model.sites, *own}
+    own = (name for grid in grids(sites) for name in (*grid.variables, *grid.coords))
+    taken = {*TREE, *sites, *own}
     found: dict[str, str] = {}
-    for name in (*hyper_parameters(model), *declared(model.prior).observed):
+    for name in (*no_weights(sites, program.latent), *no_weights(sites, program.observed)):
         found[name] = _free(clean(name), taken)
         taken.add(found[name])
     return found
@@ -78,7 +77,7 @@ def log_prior_groups(model: Any, log_prior_of: Mapping[str, Any]) -> dict[str, n
         model: The classifier.
         log_prior_of: The part of every site of the prior, by name.
     """
-    names = names_in_tree(model)
+    names = names_in_tree(model.sites, declared(model.prior))
     found: dict[str, np.ndarray] = {}
     for name, value in log_prior_of.items():
         group = names.get(name) or place(model.sites, name)[0] or clean(name)
@@ -93,9 +92,11 @@ def named_draws(model: Any, draws: Mapping[str, Any]) -> Named:
         model: The classifier.
         draws: Draws of the sites of its prior, by name, with a leading draw axis.
     """
-    names, axes = names_in_tree(model), _Axes(model.sites)
+    program = declared(model.prior)
+    names = names_in_tree(model.sites, program)
+    axes = _Axes(model.sites, tuple(names.values()))
     found = Named({}, {}, axes.coords, {})
-    for name, site in hyper_parameters(model).items():
+    for name, site in no_weights(model.sites, program.latent).items():
         variable = names[name]
         kept, dims = axes.of(variable, site)
         values = np.asarray(draws[name])
@@ -106,10 +107,10 @@ def named_draws(model: Any, draws: Mapping[str, Any]) -> Named:
 
 
 class _Axes:
-    """Names of the axes of sites, those of the tree's own variables first."""
+    """Names of the axes of sites, those of the tree's own variables first; none is the name of a variable."""
 
-    def __init__(self, sites: Sites):
-        self.sites = sites
+    def __init__(self, sites: Sites, variables: tuple[str, ...]):
+        self.sites, self.variables = sites, variables
         self.coords: dict[str, list] = {}
         self.own: dict[str, list] = {}
         self.families: dict[tuple[str, str], str | None] = {}
@@ -152,7 +153,7 @@ class _Axes:
     def _sized(self, wanted: str, size: int) -> str:
         """The name, or one with a number where another dimension of another length has it."""
         known = self.own | self.coords
-        taken = {name for name in (*known, *TREE) if len(known.get(name, ())) != size}
+        taken = {*TREE, *self.variables, *(name for name in known if len(known[name]) != size)}
         name = _free(wanted, taken)
         if name not in self.own:
             self.coords[name] = list(range(size))

@@ -14,7 +14,8 @@ r"""Guides: variational families for the latent sites of a prior, mixed by name.
 | `noise`, `prior_noise`                | for conditional noise alone                                    |
 
 `SiteFlow` is the paper's guide. Every one is an ordinary NumPyro guide, and any NumPyro guide of
-`model.prior` does as well. `per_site` makes a family of a function; `repr` of a guide counts its parameters.
+`model.prior` does as well, but for a few automatic ones (`bnlora.guides.automatic`). `per_site` makes a
+family of a function; `repr` of a guide counts its parameters.
 """
 
 from bnlora.guides.ensemble import ensemble as ensemble
