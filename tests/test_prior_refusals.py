@@ -83,6 +83,7 @@ def test_what_does_not_fit_the_sites_gets_one_clear_sentence(prior, message):
 
 REAL = learned(0.5, constraints.real)
 WITH_WIDTH = [prior for prior in vars(priors).values() if "width" in keywords(prior)]
+NEEDED = {priors.rank_gains: {"gain": lambda site: jnp.ones((site.depth, site.rank))}}
 REFUSED = {
     "inducing": (priors.sparse_gp, {"inducing": "frame"}, "inducing must be one of .* nearest is 'frames'"),
     "option": (priors.sparse_gp, {"row": 3}, "option of the sparse GP must be one of .* nearest is 'rows'"),
@@ -146,7 +147,7 @@ REFUSED = {
     **{
         f"width of {prior.__name__}": (
             prior,
-            {"width": "scale"},
+            {"width": "scale", **NEEDED.get(prior, {})},
             r"width must be one of \('scaled', 'unscaled'\); got 'scale', nearest is 'scaled'",
         )
         for prior in WITH_WIDTH

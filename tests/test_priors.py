@@ -221,3 +221,13 @@ def test_hyper_parameters_of_each_layer_differ_and_families_share_nothing():
     trace = handlers.trace(handlers.seed(priors.matrix_normal(), jax.random.key(6))).get_trace(SITES)
     assert trace["q_proj.b.row_scale"]["value"].shape == (3, 6)
     assert trace["q_proj.b.column_scale"]["value"].shape == (3, 2)
+
+
+def test_gains_of_ones_own_weigh_the_ranks():
+    prior = priors.rank_gains(lambda site: jnp.arange(1.0, 1 + site.depth * site.rank).reshape(-1, site.rank))
+    with handlers.trace() as trace, handlers.seed(rng_seed=0):
+        adapters = prior(SITES)
+    for name, site in SITES.items():
+        gains = np.arange(1.0, 1 + site.depth * site.rank).reshape(site.depth, 1, site.rank)
+        np.testing.assert_allclose(adapters[name]["b"], gains * trace[f"{name}.b"]["value"], rtol=1e-6)
+        np.testing.assert_array_equal(adapters[name]["a"], trace[f"{name}.a"]["value"])
