@@ -167,8 +167,8 @@ def check_rows(name: str, rows: Batch, model: Any) -> None:
 
 
 def check_tokens(
-    tokens: Int[Array, "n t"],
-    mask: Bool[Array, "n t"],
+    tokens: Int[Any, "n t"],
+    mask: Bool[Any, "n t"],
     size: int,
     tokenizer: Any = None,
     *,

@@ -160,3 +160,11 @@ REFUSED = {
 def test_bad_options_get_one_clear_sentence(prior, options, message):
     with pytest.raises(ValueError, match=message):
         prior(**options)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_centre_is_of_finite_numbers(value):
+    wrong = np.array(ZEROS["lm_head"]["a"])
+    wrong.flat[3] = value
+    with pytest.raises(ValueError, match="numbers that are NaN or infinite, in 'a' of 'lm_head'"):
+        priors.centered(priors.normal(), ZEROS | {"lm_head": ZEROS["lm_head"] | {"a": wrong}})

@@ -5,7 +5,9 @@ The posterior then says how far new data move an imported adapter. Its start is 
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.primitives import Messenger
@@ -41,8 +43,15 @@ def centered(prior: Prior, adapters: Adapters) -> Prior:
         A prior with the sites of `prior`.
 
     Raises:
-        ValueError: When the prior runs on its sites and `adapters` lacks a family or has another shape.
+        ValueError: When `adapters` has numbers that are NaN or infinite; when the prior runs on its sites,
+            also where `adapters` lacks a family or has another shape.
     """
+    for name, pair in adapters.items():
+        for factor, value in pair.items():
+            if not isinstance(value, jax.core.Tracer) and not np.isfinite(value).all():
+                raise ValueError(
+                    f"the centre has numbers that are NaN or infinite, in {factor!r} of {name!r}"
+                )
 
     def at_zero(site: dict[str, Any]) -> dict[str, Any]:
         # Only what can be zero starts there: a scale of zero would lie outside its support.
