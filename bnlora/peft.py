@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from bnlora.checks import brief, is_integer, is_positive, listed
 from bnlora.files import read_json
-from bnlora.models.tensors import FLOATS, TensorFiles, safetensors, take
+from bnlora.models.tensors import FLOATS, TensorFiles, safetensors_headers, take
 from bnlora.sites import HEAD, Adaptable, Site, Sites
 from bnlora.typing import Adapters
 
@@ -189,7 +189,7 @@ def _tensors(folder: Path) -> tuple[Tensors, dict[str, int]]:
             f"{str(folder)!r} has no {TENSORS}; pickled adapters (.bin) are not read, have peft save it anew"
         )
     try:
-        tensors = TensorFiles(safetensors(folder / TENSORS))
+        tensors = TensorFiles(safetensors_headers(folder / TENSORS))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{TENSORS} in {str(folder)!r} is corrupt: {error}") from error
     found: dict[tuple[str, int | None, str], Array] = {}

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from bnlora.checks import brief, listed
 from bnlora.files import read_json
 from bnlora.models.gguf import read_gguf
-from bnlora.models.tensors import Stored, TensorFiles, safetensors
+from bnlora.models.tensors import Stored, TensorFiles, safetensors_headers
 
 _HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
@@ -161,7 +161,7 @@ def _is_plain(name: str) -> bool:
 
 def _safetensors(path: Path) -> dict[str, Stored]:
     try:
-        return safetensors(path)
+        return safetensors_headers(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{str(path)!r} is corrupt or truncated, copy or download it again ({_first_line(error)})"

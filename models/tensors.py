@@ -58,7 +58,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
         return len(self.stored)
 
 
-def safetensors(path: Path) -> dict[str, Stored]:
+def safetensors_headers(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file by name, none of them read; safetensors checks its header itself.
 
     Raises:
@@ -91,7 +91,7 @@ def check_tensors(
         ValueError: If tensors are missing, unexpected, of another shape, or not of floats of 16 bits or more;
             five of each are named and the others counted.
     """
-    if num_layers > len(tensors):  # also keeps the names that are expected to a number that the file has
+    if num_layers > len(tensors):  # before the names of so many layers are made
         found = {match[1] for name in tensors if (match := _LAYER.match(name))}
         raise ValueError(
             f"the configuration states {num_layers:,} layers, but the checkpoint has those of {len(found):,} "
