@@ -18,6 +18,7 @@ from numpyro.infer import MCMC, NUTS
 
 import bnlora as bl
 from bnlora import mcmc
+from bnlora.certificate import autocorrelation
 from bnlora.conditional import condition
 from bnlora.data import Batch
 from bnlora.density import density
@@ -347,6 +348,27 @@ def test_some_sites_alone_with_the_others_held():
     functions = identifiable(chains.model, ROWS[:8])
     reference = exact_values(jax.random.key(5), condition(model, fixed), ROWS, functions)
     assert_agree(values, reference)
+
+
+def one_direction(sites):
+    """A single number moves the head, so the posterior is one-dimensional and nearly normal."""
+    w = numpyro.sample("w", dist.Normal(0.0, 1.0))
+    shapes = sites["lm_head"].shapes
+    b = jnp.zeros(shapes["b"]).at[0, 1, 0].set(w)
+    return {"lm_head": {"a": jnp.full(shapes["a"], 0.25), "b": b}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prior", [one_direction, bl.priors.normal(scale=1.0)], ids=["one number", "normal"])
+def test_defaults_are_certified_on_easy_problems(prior):
+    """Neighbours in one dimension are correlated, and the effective number suffices all the same."""
+    chains = mcmc.sample_nuts(KEY, classifier(prior), ROWS)
+    assert chains.certificate.passed, chains.certificate.verdict
+    step = chains.certificate.keep_every
+    assert step > 1
+    _, values = chains.thin(step).values()
+    # The estimate for so many draws has an error of 1 / sqrt(draws).
+    assert autocorrelation(values).max() < 0.05 + 4 / (4 * (1000 // step)) ** 0.5
 
 
 def test_starts_and_options_are_checked():

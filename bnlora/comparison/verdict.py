@@ -72,8 +72,8 @@ def spread(names: tuple[str, ...], found: Moments, level: float, other: str) -> 
         )
     else:
         text = (
-            f"spread: {undetected(level)} ({middle:.2f} of the {other} by median, {found.ratio[k]:.2f} at worst, "
-            f"in {names[k]})"
+            f"spread: {undetected(level)} ({middle:.2f} of the {other} by median, {found.ratio[k]:.2f} at "
+            f"worst, in {names[k]})"
         )
     return Finding("spread", bool(rejected.any()), text)
 
@@ -83,8 +83,8 @@ def joint_law(kernel: KernelTest, classifier: ClassifierTest, level: float) -> F
     differs = 2 * min(kernel.p_value, classifier.p_value) <= level
     said = " differs" if differs else f": {undetected(level)}"
     text = (
-        f"the joint law of the functions{said} (MMD p {p_text(kernel.p_value)}; classifier right in {classifier.accuracy:.0%}, "
-        f"p {p_text(classifier.p_value)})"
+        f"the joint law of the functions{said} (MMD p {p_text(kernel.p_value)}; "
+        f"classifier right in {classifier.accuracy:.0%}, p {p_text(classifier.p_value)})"
     )
     return Finding("joint law", bool(differs), text)
 
