@@ -4,6 +4,7 @@ r"""Is a set of chains good enough to be called a reference? Five questions, on 
     effective sample size, bulk and tail    above 400, all chains together
     divergent transitions                   none
     E-BFMI of every chain                   above 0.3
+    for SMC: correlation with ancestors     below 0.7, after the last moves
 
 Draws of a chain depend on each other. What reads them here goes by the effective sample size, to half of
 which `bnlora.compare` thins. So dependence fails no run, and the certificate says which draws to keep where
@@ -44,10 +45,11 @@ class Thresholds:
         divergences: Most divergent transitions.
         bfmi: Least E-BFMI of a chain.
         autocorrelation: Largest lag-1 autocorrelation of the kept draws; not asked when None.
+        ancestry: Largest correlation of particles with their ancestors that the last moves of SMC may leave.
 
     Example:
         >>> bl.Thresholds(ess=1000.0)
-        Thresholds(rhat=1.01, ess=1000.0, divergences=0, bfmi=0.3, autocorrelation=None)
+        Thresholds(rhat=1.01, ess=1000.0, divergences=0, bfmi=0.3, autocorrelation=None, ancestry=0.7)
     """
 
     rhat: float = 1.01
@@ -55,6 +57,7 @@ class Thresholds:
     divergences: int = 0
     bfmi: float = 0.3
     autocorrelation: float | None = None
+    ancestry: float = 0.7
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Evidence:
         energy: Energy of every transition, NaN where the kernel has none.
         bias: "step" where the kernel has no accept step, so that its draws follow another law.
         constant: Functions that were left out because nothing that was sampled changes them.
+        ancestry: For SMC, the correlation of particles with their ancestors after the last moves of each run.
+        moves: How many moves those were.
     """
 
     names: tuple[str, ...]
@@ -76,6 +81,8 @@ class Evidence:
     energy: Float[np.ndarray, "c n"]
     bias: Bias = "none"
     constant: tuple[str, ...] = ()
+    ancestry: tuple[float, ...] = ()
+    moves: int = 0
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,6 +103,8 @@ class Certificate(Shown):
         keep_every: Step between draws whose autocorrelation is at most 0.05 (or the threshold) in every
             function; 0 where the chains are too short to have one.
         num_draws: Draws of each chain; 0 where it was not recorded.
+        ancestry: For SMC, the correlation of particles with their ancestors after the last moves of each run.
+        moves: How many moves those were.
 
     Example:
         >>> found = {"rhat": (1.001,), "ess_bulk": (900.0,), "ess_tail": (750.0,), "autocorrelation": (0.01,)}
@@ -116,6 +125,8 @@ class Certificate(Shown):
     constant: tuple[str, ...] = ()
     keep_every: int = 1
     num_draws: int = 0
+    ancestry: tuple[float, ...] = ()
+    moves: int = 0
 
     @property
     def passed(self) -> bool:
@@ -144,12 +155,24 @@ class Certificate(Shown):
                 f"the least E-BFMI is {min(self.bfmi):.2f}, must be at least {t.bfmi:g}; a scale has heavy "
                 "tails: write the prior non-centred, or use a lighter-tailed one"
             )
+        if self.ancestry and not max(self.ancestry) <= t.ancestry:
+            found.append(self._unmoved)
         if self.bias == "step":
             found.append(
                 "the sampler has no accept step, so its draws are off by an amount that its step decides and "
                 "no diagnostic shows; use sample_nuts or sample_hmc"
             )
         return tuple(text for text in found if text)
+
+    @property
+    def _unmoved(self) -> str:
+        left = max(self.ancestry)
+        enough = np.ceil(self.moves * np.log(0.5) / np.log(min(left, 0.9999)))
+        return (
+            f"particles have a correlation of {left:.2f} with their ancestors after {self.moves} moves, at "
+            f"most {self.thresholds.ancestry:g} may be left; raise max_moves, to about {enough:,.0f}, or use "
+            "sample_nuts"
+        )
 
     @property
     def _thin(self) -> str:
@@ -227,6 +250,8 @@ class Certificate(Shown):
             constant=tuple(stored.get("constant", ())),
             keep_every=int(stored.get("keep_every", 1)),
             num_draws=int(stored.get("num_draws", 0)),
+            ancestry=tuple(stored.get("ancestry", ())),
+            moves=int(stored.get("moves", 0)),
         )
 
 
@@ -272,6 +297,8 @@ def certify(evidence: Evidence, thresholds: Thresholds) -> Certificate:
         constant=evidence.constant,
         keep_every=independent_step(values[:, :, varies], _NEARLY if bound is None else bound),
         num_draws=values.shape[1],
+        ancestry=evidence.ancestry,
+        moves=evidence.moves,
     )
 
 

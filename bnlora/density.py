@@ -107,6 +107,10 @@ class Density:
         require_proper(self.model.prior)
         return self._joined(_trace(handlers.substitute(self.model.prior, data=dict(self.params)), key))
 
+    def split(self, vector: Float[Array, " p"]) -> dict[str, Array]:
+        """The unconstrained value of every latent site."""
+        return _split(vector, self.shapes)
+
     def _joined(self, trace: Mapping[str, dict]) -> Float[Array, " p"]:
         parts = [biject_to(trace[n]["fn"].support).inv(jnp.asarray(trace[n]["value"])) for n in self.shapes]
         return jnp.concatenate([part.ravel() for part in parts])

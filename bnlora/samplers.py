@@ -246,40 +246,94 @@ def temper(
     target_ess: float,
     step_size: Array,
     integration_steps: int,
-    num_moves: int,
-) -> tuple[Particles, Array]:
+    num_moves: Array,
+    summaries: Callable[[Array], Array],
+) -> tuple[Particles, Array, Array]:
     """Resample, move by HMC under the power reached so far, and weigh for the next power.
 
     The next power is as high as the effective number allows. At power 1 the weights come out equal, so that
     one more stage after it is reached gives draws. The mass matrix is that of the weighted variances.
 
+    Args:
+        key: Random key.
+        particles: Weighted particles.
+        log_prior: Log-density of the prior.
+        log_likelihood: Log-likelihood.
+        target_ess: Share of the particles that the effective number may fall to.
+        step_size: Step in units of the particles' spread.
+        integration_steps: Leapfrog steps of a transition.
+        num_moves: Transitions of each particle, a number that may change without compiling again.
+        summaries: Numbers of a particle, shape (k,), that show how far it was moved.
+
     Returns:
-        The particles, and the mean acceptance probability of the moves.
+        The particles, the mean acceptance probability of the moves, and the largest correlation over the
+        particles of a summary before and after them.
     """
     blackjax = _blackjax()
+    # BlackJAX's solver takes one type for all, also where a model of 32 bits runs in 64-bit mode.
+    prior, likelihood = (_of_type(f, particles.weights.dtype) for f in (log_prior, log_likelihood))
     mean = particles.weights @ particles.positions
     variance = particles.weights @ (particles.positions - mean) ** 2 + 1e-10
     hmc = blackjax.hmc
     algorithm = blackjax.adaptive_tempered_smc(
-        log_prior,
-        log_likelihood,
-        hmc.build_kernel(),
+        prior,
+        likelihood,
+        _repeated(hmc.build_kernel()),
         hmc.init,
         {
             "step_size": step_size[None],
             "inverse_mass_matrix": variance[None],
             "num_integration_steps": jnp.asarray([integration_steps]),
+            "num_moves": num_moves[None],
         },
         blackjax.smc.resampling.systematic,
         target_ess,
-        num_mcmc_steps=num_moves,
+        num_mcmc_steps=1,
     )
     state = algorithm.init(particles.positions)
     state = state._replace(weights=particles.weights, tempering_param=particles.temperature)
     state, info = algorithm.step(key, state)
     grown = particles.log_evidence + info.log_likelihood_increment
     moved = Particles(state.particles, state.weights, state.tempering_param, grown)
-    return moved, jnp.mean(info.update_info.acceptance_rate)
+    before, after = (
+        jax.lax.map(summaries, x) for x in (particles.positions[info.ancestors], moved.positions)
+    )
+    return moved, jnp.mean(info.update_info), jnp.max(_correlation(before, after))
+
+
+SHORTEST = 1 / 16
+"""Shortest step of a move of SMC over the longest; in between, its logarithm is uniform."""
+
+
+def _of_type(function: LogDensity, dtype: Any) -> LogDensity:
+    return lambda vector: jnp.asarray(function(vector), dtype)
+
+
+def _repeated(kernel: Callable) -> Callable:
+    """A kernel that moves a number of times that is an array; reports the mean acceptance probability."""
+
+    def moved(
+        key: Array, state: Any, log_density: LogDensity, num_moves: Array, step_size: Array, **options: Any
+    ) -> tuple:
+        def once(i: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
+            step_key, move_key = jax.random.split(jax.random.fold_in(key, i))
+            # A step that suits most particles is refused where a scale is narrow: some are much shorter.
+            step = step_size * SHORTEST ** jax.random.uniform(step_key, dtype=step_size.dtype)
+            state, info = kernel(move_key, carry[0], log_density, step_size=step, **options)
+            return state, carry[1] + info.acceptance_rate
+
+        start = state, jnp.zeros((), state.logdensity.dtype)
+        state, total = jax.lax.fori_loop(0, num_moves, once, start)
+        return state, total / num_moves
+
+    return moved
+
+
+def _correlation(x: Float[Array, "n k"], y: Float[Array, "n k"]) -> Float[Array, " k"]:
+    """Correlation of each column; zero where one does not vary."""
+    x, y = x - x.mean(0), y - y.mean(0)
+    scale = jnp.sqrt((x**2).sum(0) * (y**2).sum(0))
+    return jnp.where(scale > 0, (x * y).sum(0) / jnp.where(scale > 0, scale, 1.0), 0.0)
 
 
 def langevin(gradient: Callable[[Array, Any], Array], step_size: float) -> Kernel:

@@ -79,6 +79,11 @@ BAD = {
         "3 transitions diverged, at most 0 may; raise target_acceptance",
     ),
     "energy": (lambda: evidence(energy=ar1(0.95)), "least E-BFMI is 0.*at least 0.3"),
+    "unmoved particles": (
+        lambda: replace(evidence(), ancestry=(0.4, 0.9), moves=100),
+        # 0.9 is left by 100 moves, so 0.5 by 100 log(0.5) / log(0.9) of them.
+        "correlation of 0.90 .* after 100 moves, at most 0.7 may be left; raise max_moves, to about 658, or",
+    ),
     "no accept step": (lambda: evidence(bias="step"), "no accept step.*use sample_nuts"),
 }
 
@@ -134,7 +139,13 @@ def test_json_round_trip_keeps_everything():
     stored = json.loads(json.dumps(found.to_json()))
     assert Certificate.from_json(stored) == found
     assert stored["passed"] is False
-    for name in ("constant", "keep_every", "num_draws"):  # certificates of earlier versions lack them
+    for name in (
+        "constant",
+        "keep_every",
+        "num_draws",
+        "ancestry",
+        "moves",
+    ):  # certificates of earlier versions lack them
         del stored[name]
     assert not Certificate.from_json(stored).passed
 

@@ -159,6 +159,8 @@ class Chains(Shown):
             self.stats["energy"],
             self.record["bias"],
             constant,
+            tuple(self.record.get("correlation", ())),
+            max((moves[-1] for moves in self.record.get("moves", ())), default=0),
         )
         return certify(evidence, Thresholds() if thresholds is None else thresholds)
 
