@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 
 from bnlora.data import Batch
 from bnlora.elbo import parameter_shapes
-from bnlora.files import file_checksum, write_json
+from bnlora.files import file_checksum, read_json, write_json
 from bnlora.fits import Fit
 
 FORMAT, READABLE = 2, (1, 2)
@@ -212,7 +212,7 @@ def _rows(arrays: Mapping[str, np.ndarray], model: Any, folder: Path) -> Batch:
                 f"the {name} of the rows in {str(folder)!r} must be from 0 to {size - 1}, the {size} {of}; "
                 f"got {wrong[0] if wrong.size else 'none'}"
             )
-    return Batch(*map(jnp.asarray, (tokens, mask, labels)))
+    return Batch(jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(labels))
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if absent:
         raise FileNotFoundError(f"{str(folder)!r} holds no fit: it lacks {' and '.join(absent)}")
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = read_json(folder / RECORD)
         arrays = load_file(folder / ARRAYS)
         form = record.get("format")
     except (ValueError, AttributeError, SafetensorError) as error:
@@ -292,9 +292,9 @@ def _problem(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str
         {"weights"} if newer else set()
     )
     entries = {*_COUNTS, "stopped", "key"} | ({"checksum", "model", "notes"} if newer else set())
-    for name, found, file in ((needed, arrays, ARRAYS), (entries, record, RECORD)):
-        if name - found.keys():
-            return f"{file} lacks {', '.join(sorted(name - found.keys()))}"
+    for expected, found, file in ((needed, arrays, ARRAYS), (entries, record, RECORD)):
+        if expected - found.keys():
+            return f"{file} lacks {', '.join(sorted(expected - found.keys()))}"
     for name in _COUNTS:
         if type(record[name]) is not int or record[name] < 0:
             return f"{name!r} in {RECORD} must be a whole number of at least 0; got {record[name]!r}"

@@ -23,11 +23,11 @@ from jax import Array
 from jaxtyping import Float
 from numpyro import handlers
 
+from bnlora.compilation import options
 from bnlora.data import Batch
 from bnlora.density import Density, density
 from bnlora.display import Showable
 from bnlora.model import Classifier
-from bnlora.programs import options
 from bnlora.sites import HEAD, Sites
 from bnlora.typing import Adapters, Parameters
 

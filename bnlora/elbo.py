@@ -30,10 +30,10 @@ from numpyro.distributions.transforms import biject_to
 from numpyro.infer import TraceMeanField_ELBO
 
 from bnlora.checks import check_key
+from bnlora.compilation import options
 from bnlora.flows import flow_log_determinant
 from bnlora.guides.automatic import prepare
 from bnlora.program import declared
-from bnlora.programs import options
 from bnlora.typing import NOISE, Parameters
 
 TERMS = ("elbo", "data", "inducing_kl", "conditional_kl", "flow_logdet")

@@ -15,12 +15,12 @@ import numpy as np
 from jax import Array
 
 from bnlora.checks import broken_weights, check_key
+from bnlora.compilation import by_pieces, first_entries, key_of, program, split_keys
 from bnlora.copying import error_parts, state
 from bnlora.data import Batch
 from bnlora.display import Showable, Shown, Table, facts
 from bnlora.elbo import TERMS
 from bnlora.posterior import Draw, draw_adapters, draw_from_guide, prior_at
-from bnlora.programs import by_pieces, first_entries, key_of, program, split_keys
 from bnlora.typing import Adapters, Parameters
 
 LOOKED_AT = 8

@@ -21,11 +21,11 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from bnlora.checks import brief, check_indices
+from bnlora.compilation import first_entries, program
 from bnlora.copying import state
 from bnlora.data import Batch, check_labels, check_tokens, unknown_token
 from bnlora.display import Showable, Shown, facts
 from bnlora.priors import Prior
-from bnlora.programs import first_entries, program
 from bnlora.sites import HEAD, Sites
 from bnlora.typing import Adapters
 

@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from rich.console import Console
 
 from bnlora.checks import check_key, class_numbers
+from bnlora.compilation import pieces
 from bnlora.data import Batch, check_form, parts
 from bnlora.display import Showable, Shown, Table
-from bnlora.programs import pieces
 from bnlora.progress import track
 from bnlora.typing import Adapters
 

@@ -26,16 +26,15 @@ import numpy as np
 import scipy  # whose parts are imported when they are first used
 from jax import Array
 from jaxtyping import Float
-from numpyro import handlers
 from rich.console import Console
 
 from bnlora.checks import broken_weights, check_key
 from bnlora.data import Batch, parts
-from bnlora.density import check_parameters
 from bnlora.display import Showable, Shown, Table
 from bnlora.model import Classifier
+from bnlora.prior_draws import draw_prior, prior_parameters
 from bnlora.priors import Prior
-from bnlora.program import declared, require_drawable, runnable
+from bnlora.program import declared
 from bnlora.progress import track
 from bnlora.typing import Adapters, Parameters
 
@@ -153,41 +152,6 @@ class PriorPredictive(Shown):
             f"  mean confidence: {self.mean_confidence:.3f} (base model {base:.3f})\n"
             f"  {self.verdict}"
         )
-
-
-def prior_parameters(key: Array, model: Any) -> dict[str, Any]:
-    """Start values of the NumPyro parameters that a prior declares, such as frames; constrained."""
-    key = check_key(key)
-    trace = handlers.trace(handlers.seed(runnable(model.prior), key)).get_trace()
-    return {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
-
-
-def draw_prior(
-    key: Array, model: Any, params: Parameters, num_samples: int, *, num_together: int = 1
-) -> Adapters:
-    """Adapters from the prior, with a leading draw axis.
-
-    Args:
-        key: Random key.
-        model: A `Classifier`.
-        params: Parameters of the prior, all of them, as from `prior_parameters` or a fit, and any others.
-        num_samples: Number of draws.
-        num_together: Draws made at a time. More than one suits priors that factorise no matrix of random
-            numbers.
-
-    Raises:
-        ValueError: When a parameter of the prior is missing, or running the prior forwards does not draw from
-            it: a law is improper, or a `numpyro.factor` or an observed site weighs what is drawn.
-    """
-    key = check_key(key)
-    check_parameters(model.prior, params)
-    require_drawable(model.prior)
-
-    def one(k: Array) -> Adapters:
-        with handlers.block():
-            return handlers.substitute(handlers.seed(model.prior, k), data=dict(params))()
-
-    return jax.lax.map(one, jax.random.split(key, num_samples), batch_size=num_together)
 
 
 def prior_predictive(

@@ -39,7 +39,7 @@ from bnlora.guides.automatic import prepare
 from bnlora.maximise import maximise
 from bnlora.model import Classifier
 from bnlora.posterior import draw_adapters
-from bnlora.prior_predictive import draw_prior, prior_parameters
+from bnlora.prior_draws import draw_prior, prior_parameters
 from bnlora.program import declared
 from bnlora.ranks import rank
 from bnlora.typing import Adapters, Parameters

@@ -21,13 +21,13 @@ from rich.console import Console
 from bnlora.accumulate import InParts
 from bnlora.cache import cache_prefix
 from bnlora.checks import check_at_least, check_batch_size, check_key, check_option, check_parts
+from bnlora.compilation import options
 from bnlora.data import Batch, check_rows, minibatches
 from bnlora.elbo import TERMS, elbo_terms, initial_parameters
 from bnlora.fits import Fit, FitDiverged
 from bnlora.guides.automatic import check_automatic
 from bnlora.models.execution import Activations, Remat
 from bnlora.program import declared
-from bnlora.programs import options
 from bnlora.progress import progress_bar
 from bnlora.typing import Parameters
 from bnlora.validation import EarlyStopping, Validation
@@ -222,7 +222,7 @@ def _prepare(
     loop = _Loop(program, guide, train, constrain, grouped, num_particles, num_steps)
     # In one program: by itself, every array of another shape would be one.
     optimizer_state = jax.jit(grouped.init, compiler_options=options(0))(params)
-    return loop, State(params, optimizer_state, np.zeros((), np.int32))
+    return loop, State(params, optimizer_state, jax.device_put(np.zeros((), np.int32)))
 
 
 def _by_group(

@@ -10,10 +10,10 @@ from jax import Array
 
 from bnlora import metrics
 from bnlora.checks import check_at_least
+from bnlora.compilation import options
 from bnlora.data import Batch
 from bnlora.posterior import draw_adapters
 from bnlora.predict import predict_with_draws
-from bnlora.programs import options
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ JAX runs on the CPU, programs are compiled once for all tests, pictures need no 
 import json
 import os
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -38,13 +39,19 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 # `BNLORA_TEST_SEED=1 make fast` moves every seed. A verdict that moves with them is a matter of luck.
-if OFFSET := int(os.environ.get("BNLORA_TEST_SEED", "0")):
-    for module, function in ((jax.random, "key"), (jax.random, "PRNGKey"), (np.random, "default_rng")):
+OFFSET = int(os.environ.get("BNLORA_TEST_SEED", "0"))
 
-        def moved(seed=None, *args, original=getattr(module, function), **options):
-            return original(seed + OFFSET if isinstance(seed, int) else seed, *args, **options)
 
-        setattr(module, function, moved)
+def moved(original: Callable) -> Callable:
+    def with_another_seed(seed=None, *args, **options):
+        return original(seed + OFFSET if isinstance(seed, int) else seed, *args, **options)
+
+    return with_another_seed
+
+
+if OFFSET:
+    jax.random.key, jax.random.PRNGKey = moved(jax.random.key), moved(jax.random.PRNGKey)
+    np.random.default_rng = moved(np.random.default_rng)
 
 CORPUS = ["the plot is good", "the film was bad", "Review: good", "Sentiment: bad good"] * 20
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # its own: `bnlora/inference/swag.py` is `inference.swag` and stands on the floor of `inference`.
 FLOORS = {
     "typing": 0, "data": 0, "assets": 0, "progress": 0, "display": 0, "tables": 0, "checks": 0, "files": 0,
-    "scores": 0, "copying": 0, "kernels": 0, "formats": 0, "programs": 0,
+    "scores": 0, "copying": 0, "kernels": 0, "formats": 0, "compilation": 0,
     "gp": 1, "distributions": 1, "ranks": 1, "sites": 1, "metrics": 1, "text": 1, "monte_carlo": 1,
     "labels": 1,
     "models": 1, "models.layers": 1, "models.execution": 1, "models.gguf": 1, "models.loading": 1,
@@ -22,14 +22,15 @@ FLOORS = {
     "base": 3, "model": 3, "guides": 3, "elbo": 3, "posterior": 3, "cache": 3, "density": 3,
     "maximise": 3, "accumulate": 3,
     "conditional": 4, "svi": 4, "fits": 4, "predict": 4, "functions": 4, "samplers": 4,
-    "prior_predictive": 4, "validation": 4, "testing": 4,
+    "prior_predictive": 4, "prior_draws": 3, "validation": 4, "testing": 4,
     "diagnostics": 5, "plots": 5, "sbc": 5, "checkpoint": 5, "report": 5, "recipe": 5, "experiment": 5,
     "inference": 5, "mcmc": 5, "comparison": 5, "peft": 5, "selective": 5, "reading": 5, "comparison.khat": 4,
     "__init__": 6, "outcome": 6, "options": 7, "cli": 7, "demo": 6, "__main__": 8, "kept": 6,
 }  # fmt: skip
 # Within a floor these pairs are allowed: the right one is part of the left one's own job.
 SAME_FLOOR = {
-    ("distributions", "gp"), ("scores", "checks"), ("density", "guides"), ("density", "posterior"),
+    ("distributions", "gp"), ("prior_draws", "density"), ("scores", "checks"), ("density", "guides"),
+    ("density", "posterior"),
     ("elbo", "guides.automatic"), ("svi", "fits"), ("svi", "validation"), ("validation", "predict"),
     ("maximise", "elbo"), ("experiment", "recipe"), ("kept", "outcome"), ("functions", "predict"),
     ("models.loading", "models.gguf"), ("guides", "flows"),

@@ -12,7 +12,7 @@ import bnlora as bl
 from bnlora import sbc
 from bnlora.comparison import Draws, UncertifiedReference, compare_draws, khat
 from bnlora.predict import Prediction
-from bnlora.prior_predictive import draw_prior
+from bnlora.prior_draws import draw_prior
 from bnlora.testing import tiny_base, tiny_rows
 
 RANDOM = np.random.default_rng
@@ -299,7 +299,7 @@ def test_bad_input_is_refused(exact):
     other = bl.Classifier(BASE, MODEL.sites, bl.priors.normal(), label_ids=(3, 6))
     with pytest.raises(ValueError, match=r"same sites and label words.*"):
         bl.compare(KEY, Stored(exact[0]), Run(exact[1], model=other), ROWS)
-    with pytest.raises(ValueError, match="against must be 'reference' or 'anything'; got 'nothing'"):
+    with pytest.raises(ValueError, match="against must be one of .*; got 'nothing', nearest is 'anything'"):
         bl.compare(KEY, Stored(exact[0]), Run(exact[1]), ROWS, against="nothing")
     with pytest.raises(ValueError, match="at least 20 draws on each side .* draw more"):
         bl.compare(KEY, Stored(exact[0]), Run(exact[1]), ROWS, num_samples=12)

@@ -30,7 +30,7 @@ from bnlora.mcmc.run import Plan, run
 from bnlora.mcmc.target import Target
 from bnlora.monte_carlo import chain_mcse
 from bnlora.posterior import adapters_at
-from bnlora.prior_predictive import draw_prior
+from bnlora.prior_draws import draw_prior
 from bnlora.samplers import Hmc, Nuts
 from bnlora.testing import tiny_base, tiny_rows
 

@@ -15,7 +15,7 @@ from scipy.stats import ks_2samp, kstest
 import bnlora as bl
 from bnlora import ranks, sbc
 from bnlora.calibration import Calibration
-from bnlora.prior_predictive import draw_prior, prior_parameters
+from bnlora.prior_draws import draw_prior, prior_parameters
 from bnlora.testing import frozen_scale, tiny_base, tiny_rows
 
 BASE = tiny_base(jax.random.key(1), num_layers=2)

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from bnlora.cache import cache_prefix
 from bnlora.certificate import Certificate
-from bnlora.checks import check_at_least, check_key
+from bnlora.checks import check_at_least, check_key, check_option
 from bnlora.comparison.draws import Draws, Kind, evenly
 from bnlora.comparison.khat import LEAST_DRAWS, KHat, has_density, khat
 from bnlora.comparison.pairs import LEAST_SIZE, pairs, varying
@@ -111,8 +111,7 @@ def compare(
         bnlora.comparison.compare.UncertifiedReference: ...
     """
     key = check_key(key)
-    if against not in ("reference", "anything"):
-        raise ValueError(f"against must be 'reference' or 'anything'; got {against!r}")
+    check_option("against", against, ("reference", "anything"))
     _check_sizes(level, num_samples, batch_size)
     other: Other = "reference" if against == "reference" else "other posterior"
     if against == "reference":

@@ -25,11 +25,11 @@ import numpyro.distributions as dist
 from jax import Array
 from jaxtyping import Float
 
+from bnlora.compilation import kept
 from bnlora.diagnostics.sample import Sample, sample_of
 from bnlora.fits import Fit
 from bnlora.posterior import log_density_of, traces
 from bnlora.program import weighed
-from bnlora.programs import kept
 from bnlora.sites import Sites
 from bnlora.typing import FACTORS
 

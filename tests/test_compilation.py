@@ -16,10 +16,10 @@ from numpyro.infer.util import log_density
 from rich.console import Console
 
 import bnlora as bl
-from bnlora import programs
+from bnlora import compilation
 from bnlora.functions import evaluate, identifiable
 from bnlora.posterior import adapters_at, draw_both
-from bnlora.prior_predictive import draw_prior
+from bnlora.prior_draws import draw_prior
 from bnlora.testing import tiny_base, tiny_rows
 
 KEY = jax.random.key(0)
@@ -124,7 +124,7 @@ def test_functions_of_many_draws_are_those_of_each(fit):
 
 @pytest.mark.parametrize(("total", "multiple", "sizes"), [(70, 1, 32), (5, 1, 5), (5, 4, 8), (70, 3, 30)])
 def test_pieces_hold_every_entry_once(total, multiple, sizes):
-    found = list(programs.pieces({"x": np.arange(total)}, multiple=multiple))
+    found = list(compilation.pieces({"x": np.arange(total)}, multiple=multiple))
     assert {len(piece["x"]) for piece, _ in found} == {sizes}
     counted = np.concatenate([piece["x"][:count] for piece, count in found])
     np.testing.assert_array_equal(counted, np.arange(total))
@@ -139,7 +139,7 @@ def test_turns_that_are_not_wanted_are_not_made(together):
         jax.debug.callback(lambda x: seen.append(float(x)), x)
         return x + shift
 
-    run = jax.jit(lambda x, count: programs.first_entries(one, x, count, 10.0, together=together))
+    run = jax.jit(lambda x, count: compilation.first_entries(one, x, count, 10.0, together=together))
     got = run(jnp.arange(8.0), 3)
     jax.effects_barrier()
     np.testing.assert_array_equal(got[:3], [10.0, 11.0, 12.0])
@@ -160,23 +160,23 @@ def scaled(owner, x):
 
 def test_a_program_lives_with_its_owner():
     owner = Owner()
-    run = programs.program(owner, scaled)
+    run = compilation.program(owner, scaled)
     assert run(2.0) == 6.0
-    assert programs.program(owner, scaled) is run
-    assert programs.program(Owner(), scaled) is not run
+    assert compilation.program(owner, scaled) is run
+    assert compilation.program(Owner(), scaled) is not run
     for again in (copy.deepcopy(owner), pickle.loads(pickle.dumps(owner))):
-        assert programs.program(again, scaled) is not run
-        assert programs.program(again, scaled)(2.0) == 6.0
+        assert compilation.program(again, scaled) is not run
+        assert compilation.program(again, scaled)(2.0) == 6.0
 
 
 def test_what_runs_often_or_on_much_is_optimised():
     """A fit of few steps of a small model is compiled in haste; draws of many numbers are not."""
     if jax.default_backend() != "cpu":
-        assert programs.options(0) is programs.options() is None
+        assert compilation.options(0) is compilation.options() is None
         return
     level = "xla_backend_optimization_level"
-    assert programs.options(programs.SMALL)[level] == 0
-    assert programs.options(programs.SMALL + 1)[level] == programs.options()[level] == 1
+    assert compilation.options(compilation.SMALL)[level] == 0
+    assert compilation.options(compilation.SMALL + 1)[level] == compilation.options()[level] == 1
 
 
 def test_a_fit_compiles_few_programs_beside_its_step():
