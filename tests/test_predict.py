@@ -38,17 +38,6 @@ def softmax_by_hand(logits):
     return weights / weights.sum(-1, keepdims=True)
 
 
-def test_the_log_probability_of_a_class_that_is_none_is_refused():
-    """NumPy would give that of the last class for -1, the mark of a row without a label."""
-    found = bl.Prediction(np.log([[[0.9, 0.1], [0.4, 0.6]]]))
-    np.testing.assert_allclose(np.exp(found.log_probs_of([1, 0])), [[0.1, 0.4]])
-    for labels in ([0, -1], [0, 2]):
-        with pytest.raises(ValueError, match=f"labels must be from 0 to 1; got {labels[1]}"):
-            found.log_probs_of(labels)
-    with pytest.raises(ValueError, match=r"one for each of the 2 rows; got shape \(2, 1\)"):
-        found.log_probs_of(np.zeros((2, 1), int))
-
-
 def test_zero_adapters_give_the_base_models_own_label_probabilities():
     """Against the module's full forward pass: last real token, label tokens, softmax."""
     model = classifier(bl.priors.point())
