@@ -150,7 +150,7 @@ def test_labels_say_what_restricts_a_flow():
 
 def in_two_parts(prior):
     joined = autoguide.AutoGuideList(prior)
-    for hidden in ("w.V", "w.E"):  # what is exposed instead would be without its plate
+    for hidden in ("w.E", "w.V"):  # V first, as in the prior; what `expose` leaves would lack its plate
         joined.append(AutoNormal(handlers.block(prior, hide=[hidden]), init_loc_fn=guides.init_to_base))
     return joined
 
