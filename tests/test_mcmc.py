@@ -137,7 +137,7 @@ def test_pieces_of_another_run_or_place_are_refused(tmp_path):
     kept = first.read_bytes()
     for wrong in (second, tmp_path / "other" / first.name):
         shutil.copy(wrong, first)
-        with pytest.raises(ValueError, match="no piece of this run, or another piece; remove it"):
+        with pytest.raises(ValueError, match="another piece, or of another run; remove it"):
             one.draws(0, piece(0))
     first.write_bytes(kept[: len(kept) // 2])
     with pytest.raises(ValueError, match="draws-00000.npz' is corrupt .*; remove it"):
@@ -145,7 +145,7 @@ def test_pieces_of_another_run_or_place_are_refused(tmp_path):
     np.savez(first, leaf0=np.full(3, 7, np.float32), leaf1=np.arange(2, dtype=np.int32))  # as before the mark
     np.testing.assert_array_equal(one.draws(0, piece(0))[0], np.full(3, 7))
     np.savez(first, leaf0=np.zeros(4, np.float32), leaf1=np.arange(2, dtype=np.int32))
-    with pytest.raises(ValueError, match="no piece of this run"):
+    with pytest.raises(ValueError, match="of another run; remove it"):
         one.draws(0, piece(0))
     opened("one", log_density=[-10.001])
     with pytest.raises(ValueError, match=r"another run \(log_density: \[-10.0\] then, \[-11.0\] now\)"):

@@ -212,7 +212,7 @@ def load_reference(folder: str | Path) -> StoredReference:
         certificate = Certificate.from_json(about["certificate"])
         parts = {name: about[name] for name in ("record", "rows", "sites")}
         held = load_file(folder / HELD) if (folder / HELD).is_file() else {}
-        _check(about, folder, certificate, names, values, log_probs)
+        _check(about, folder, values, log_probs)
     except (OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
         raise ValueError(f"the reference in {str(folder)!r} is corrupt: {error}") from error
     parts |= {
@@ -222,23 +222,13 @@ def load_reference(folder: str | Path) -> StoredReference:
     return StoredReference(Draws(names, values, "chains"), Prediction(log_probs), certificate, **parts)
 
 
-def _check(
-    about: Mapping[str, Any],
-    folder: Path,
-    certificate: Certificate,
-    names: tuple[str, ...],
-    values: np.ndarray,
-    log_probs: np.ndarray,
-) -> None:
+def _check(about: Mapping[str, Any], folder: Path, values: np.ndarray, log_probs: np.ndarray) -> None:
     """Raise `ValueError` unless the files are of one reference and their numbers can be."""
-    # Older folders have no checksums, but names in both files.
-    for name, expected in about.get("checksums", {}).items():
+    for name, expected in about.get("checksums", {}).items():  # older folders have none
         if file_checksum(folder / name) != expected:
             raise ValueError(
                 f"{name} is not the file that {RECORD} describes: another reference's, or changed"
             )
-    if names != certificate.names:
-        raise ValueError(f"{DRAWS} has the functions {names}; {RECORD} certifies {certificate.names}")
     if not np.isfinite(values).all():
         raise ValueError(f"{DRAWS} has values that are not finite")
     if not np.allclose(np.exp(log_probs, dtype=np.float64).sum(-1), 1, atol=1e-3):

@@ -93,22 +93,16 @@ class Pieces:
     def _read(self, path: Path, like: Any) -> Any:
         """What a file holds, if it is that piece of this run; older files have no mark, but shapes."""
         try:
-            with (
-                path.open("rb") as file,
-                np.load(file) as stored,
-            ):  # of a path numpy leaves a broken file open
+            # Given the path, numpy would leave a broken file open.
+            with path.open("rb") as file, np.load(file) as stored:
                 kept = {name: stored[name] for name in stored.files}
         except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{str(path)!r} is corrupt ({error}); remove it to have it drawn anew"
-            ) from error
+            raise ValueError(f"{str(path)!r} is corrupt ({error}); remove it to draw it anew") from error
         mark = str(kept.pop(_MARK, f"{path.name} {self.mark}"))
         wanted = {f"leaf{i}": leaf for i, leaf in enumerate(jax.tree.leaves(like))}
         shapes = [{name: (x.shape, x.dtype) for name, x in found.items()} for found in (kept, wanted)]
         if mark != f"{path.name} {self.mark}" or shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{str(path)!r} is no piece of this run, or another piece; remove it to have it drawn anew"
-            )
+            raise ValueError(f"{str(path)!r} is another piece, or of another run; remove it to draw it anew")
         return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(kept[name]) for name in wanted])
 
 
