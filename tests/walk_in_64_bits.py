@@ -81,7 +81,7 @@ def laws():
     members = (
         priors.laplace(), priors.spike_and_slab(), priors.matrix_normal(), priors.ard(), priors.horseshoe(),
         priors.regularized_horseshoe(), priors.pooled_scales(priors.normal()),
-        priors.pooled_sparse_gp(rows=2, cols=2), priors.subspace(), priors.point(),
+        priors.pooled_sparse_gp(rows=2, cols=2), priors.subspace(),
     )  # fmt: skip
     for prior in members:
         bl.prior_predictive(KEY, model(prior, ["q_proj"]), ROWS, num_samples=4)

@@ -126,10 +126,8 @@ def compare(
     own = problem.draw_adapters(approx_key, approx, num_samples)
     if isinstance(reference, StoredReference):
         functions = identifiable(model, data[:PROBES], families=reference.families)
-        mine, theirs = (
-            _independent(problem, functions, own, data).only(reference.draws.names),
-            reference.draws,
-        )
+        theirs = reference.draws
+        mine = _independent(problem, functions, own, data).only(theirs.names)
         size = _size(mine, theirs, min(num_samples, len(reference.prediction.draw_log_probs)))
         their_prediction = reference.thinned_prediction(size)
     else:

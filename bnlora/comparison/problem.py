@@ -68,8 +68,9 @@ def common_problem(approx: Posterior, reference: Any, other: str) -> Problem:
     Raises:
         ValueError: When both hold a site, at different values.
     """
-    model = _model_of(approx, reference)
-    own, fixed = _fixed(approx.model), _fixed(model)
+    stored = isinstance(reference, StoredReference)
+    own = _fixed(approx.model)
+    fixed = reference.fixed if stored else _fixed(reference.model)
     unequal = [n for n in fixed if n in own and not np.array_equal(own[n], fixed[n])]
     if unequal:
         raise ValueError(
@@ -79,22 +80,18 @@ def common_problem(approx: Posterior, reference: Any, other: str) -> Problem:
     holds = tuple(n for n in fixed if n not in own)
     notes = []
     if fixed:
-        whole = (
-            ""
-            if not holds
-            else "; "
-            + (
-                "draws of the other sites are those of the whole fit, and so is k-hat"
-                if isinstance(approx, Fit)
-                else "adapters that the other sites change are those of the whole approximation"
-            )
-        )
-        notes.append(f"both sides hold {named(fixed)} at the values of the {other}{whole}")
-    if isinstance(reference, StoredReference) and reference.holds_unknown:
-        notes.append(f"only the {other} holds sites ({reference.record['held']}): it was stored without them")
+        notes.append(f"both sides hold {named(fixed)} at the values of the {other}")
+    if holds:
+        by_sites = "draws of the other sites are those of the whole fit, and so is k-hat"
+        by_adapters = "adapters that the other sites change are those of the whole approximation"
+        notes.append(by_sites if isinstance(approx, Fit) else by_adapters)
+    if stored and reference.holds_unknown:
+        held = reference.record["held"]
+        notes.append(f"only the {other} holds sites ({held}), for it was stored without their values")
     loose = [n for n in own if n not in fixed]
     if loose:
         notes.append(f"the approximation holds {named(loose)}, which the {other} does not")
+    model = _restored(approx, reference, holds) if stored else reference.model
     return Problem(model, holds, tuple(notes))
 
 
@@ -105,13 +102,10 @@ def named(names: Sequence[str] | Mapping[str, Any]) -> str:
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
-def _model_of(approx: Posterior, reference: Any) -> Any:
-    if not isinstance(reference, StoredReference):
-        return reference.model
-    if not reference.fixed or _fixed(approx.model):
-        return approx.model
-    fixed, params = ({n: jnp.asarray(x) for n, x in p.items()} for p in (reference.fixed, reference.params))
-    return condition(approx.model, fixed, params)
+def _restored(approx: Posterior, stored: StoredReference, holds: Sequence[str]) -> Any:
+    """The approximation's model with what a stored reference holds besides."""
+    params = dict(getattr(approx, "params", {})) | {n: jnp.asarray(x) for n, x in stored.params.items()}
+    return condition(approx.model, {n: jnp.asarray(stored.fixed[n]) for n in holds}, params)
 
 
 def _fixed(model: Any) -> Mapping[str, Array]:
