@@ -185,6 +185,12 @@ def _split(kind: str | None, count: int, chosen: tuple) -> Callable[[Array], Arr
     return jax.jit(split, compiler_options=dict(chosen) or None)
 
 
+def keys_from(key: Array, count: int) -> list[Array]:
+    """The keys into which one is split, one by one, without a program for taking each."""
+    data, kind = split_keys(key, count)
+    return [key_of(jax.device_put(one), kind) for one in data]
+
+
 def key_of(data: Array, kind: Any) -> Array:
     """The key with this data."""
     return data if kind is None else jax.random.wrap_key_data(data, impl=kind)

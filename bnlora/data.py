@@ -254,19 +254,21 @@ class Part(NamedTuple):
     columns: slice
 
 
-def parts(batch: Batch, batch_size: int) -> Iterator[Part]:
+def parts(batch: Batch, batch_size: int, *, narrow: bool = True) -> Iterator[Part]:
     """All rows, `batch_size` at a time and shortest first, each part cut to the columns that it uses.
 
     Rows of text differ in length, and padding costs as much to run as text. The widths are rounded up to
     8, 16, 24, 32, 48, 64, 96, ... so that few of them have to be compiled. The last part of the rows is
-    filled up by repeating row 0; what is computed for the filling must be dropped.
+    filled up by repeating row 0; what is computed for the filling must be dropped. Without `narrow` all parts
+    have the columns of the widest: one program, for models so small that padding costs less than another.
     """
     mask = np.asarray(batch.mask)
     first, last = mask.argmax(1), mask.shape[1] - mask[:, ::-1].argmax(1)
     order = np.argsort(last - first, kind="stable")
     for start in range(0, len(batch), batch_size):
         rows = order[start : start + batch_size]
-        columns = _columns(int(first[rows].min()), int(last[rows].max()), mask.shape[1])
+        used = rows if narrow else order
+        columns = _columns(int(first[used].min()), int(last[used].max()), mask.shape[1])
         filled = np.concatenate([rows, np.zeros(batch_size - len(rows), rows.dtype)])
         yield Part(batch[filled].cut(columns), rows, columns)
 

@@ -20,7 +20,7 @@ from bnlora.copying import error_parts, state
 from bnlora.data import Batch
 from bnlora.display import Showable, Shown, Table, facts
 from bnlora.elbo import TERMS
-from bnlora.posterior import Draw, draw_adapters, draw_from_guide, prior_at
+from bnlora.posterior import Draw, draw_both, draw_from_guide, prior_at
 from bnlora.typing import Adapters, Parameters
 
 LOOKED_AT = 8
@@ -77,14 +77,13 @@ class Fit(Shown):
 
     def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
         """Posterior adapters with a leading draw axis; the same key gives the same draws."""
-        key = check_key(key)
-        if isinstance(key, jax.core.Tracer):  # inside another program, which compiles this one too
-            return draw_adapters(key, self.model, self.guide, self.params, num_samples)
         return self.draws(key, num_samples)[1]
 
     def draws(self, key: Array, num_samples: int) -> tuple[Draw, Adapters]:
         """Draws of the guide with both log-densities, and the adapters that the prior makes of them."""
         key = check_key(key)
+        if isinstance(key, jax.core.Tracer):  # inside another program, which compiles this one too
+            return draw_both(key, self.model, self.guide, self.params, num_samples)
         sites, log_q, log_q_of = self.by_keys(_from_guide, key, num_samples)
         log_prior, log_prior_of, adapters = self.at(sites, num_samples)
         sites, log_q, log_q_of = jax.device_put((sites, log_q, log_q_of))

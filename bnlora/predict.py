@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from rich.console import Console
 
 from bnlora.checks import check_key, class_numbers
-from bnlora.compilation import pieces
+from bnlora.compilation import SMALL, pieces
 from bnlora.data import Batch, check_form, parts
 from bnlora.display import Showable, Shown, Table
 from bnlora.progress import track
@@ -190,7 +190,9 @@ def predict_with_draws(
     sizes = len(jax.tree.leaves(draws)[0]), len(data), len(model.label_ids)
     log_probs, together = np.empty(sizes, np.float64), _together(draws_together)
     some = list(pieces(draws, multiple=together))
-    for part in track(parts(data, batch_size), -(-len(data) // batch_size), "predict", console):
+    narrow = model.numbers((batch_size, data.tokens.shape[1])) > SMALL
+    rows = parts(data, batch_size, narrow=narrow)
+    for part in track(rows, -(-len(data) // batch_size), "predict", console):
         batch, begin = model.with_hidden(part.batch), 0
         for piece, count in some:
             computed = np.asarray(model.compiled_log_probs(piece, count, batch, together))

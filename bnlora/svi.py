@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from rich.console import Console
 from bnlora.accumulate import InParts
 from bnlora.cache import cache_prefix
 from bnlora.checks import check_at_least, check_batch_size, check_key, check_option, check_parts
-from bnlora.compilation import options
+from bnlora.compilation import keys_from, options
 from bnlora.data import Batch, check_rows, minibatches
 from bnlora.elbo import TERMS, elbo_terms, initial_parameters
 from bnlora.fits import Fit, FitDiverged
@@ -134,7 +135,7 @@ def fit(
     if prefix_cache == "memory":
         train = cache_prefix(model, train, console=console)
         validation = None if validation is None else cache_prefix(model, validation, console=console)
-    start_key, data_key, step_key, look_key, draw_key = jax.random.split(key, 5)
+    start_key, data_key, step_key, look_key, draw_key = keys_from(key, 5)
     loop, state = _prepare(
         start_key,
         program,
@@ -300,7 +301,7 @@ class _Loop:
         stayed = state._replace(skipped=state.skipped + 1)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, stayed), terms
+        return jax.tree.map(partial(jax.lax.select, finite), moved, stayed), terms
 
     def result(self, model: Any, state: State, look: Validation, draw_key: Array, stopped: str) -> Fit:
         last = self.constrained(state.params)
