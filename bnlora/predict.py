@@ -189,7 +189,7 @@ def predict_with_draws(
     model.check_tokens(data)
     sizes = len(jax.tree.leaves(draws)[0]), len(data), len(model.label_ids)
     log_probs, together = np.empty(sizes, np.float64), _together(draws_together)
-    some = list(pieces(draws, multiple=together))
+    some = [(jax.device_put(piece), count) for piece, count in pieces(draws, multiple=together)]
     narrow = model.numbers((batch_size, data.tokens.shape[1])) > SMALL
     rows = parts(data, batch_size, narrow=narrow)
     for part in track(rows, -(-len(data) // batch_size), "predict", console):

@@ -113,6 +113,18 @@ def test_draws_of_the_prior_are_those_of_the_prior_program(fit):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), drawn.prior_adapters, dict(expected))
 
 
+def test_small_models_have_one_width_and_others_those_of_their_rows(fit, monkeypatch):
+    """Short rows get a forward pass of their own, beside the one that all rows had."""
+    rows, options = tiny_rows(jax.random.key(3), 16, length=16), {"num_samples": 2, "batch_size": 8}
+    with counting() as one:
+        wide = bl.predict(KEY, fit, rows, console=QUIET, **options)
+    monkeypatch.setattr("bnlora.predict.SMALL", 0)
+    with counting() as more:
+        narrow = bl.predict(KEY, fit, rows, console=QUIET, **options)
+    assert one["jit(_log_probs_of_piece)"] == more["jit(_log_probs_of_piece)"] == 1
+    np.testing.assert_allclose(narrow.draw_log_probs, wide.draw_log_probs, atol=1e-5)
+
+
 def test_functions_of_many_draws_are_those_of_each(fit):
     """The way through predictions against the functions themselves, one draw after the other."""
     functions, adapters = identifiable(fit.model, ROWS[:3]), fit.draw_adapters(KEY, 5)
