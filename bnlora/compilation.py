@@ -131,7 +131,7 @@ def pieces(stacks: Any, *, multiple: int = 1) -> Iterator[tuple[Any, int]]:
 
 
 def first_entries(one: Callable[..., Any], stacks: Any, count: Any, *shared: Any, together: int = 1) -> Any:
-    """`one(entry, *shared)` for the first `count` entries of stacked arrays; what is after them has no meaning.
+    """`one(entry, *shared)` for the first `count` entries of stacked arrays; what follows has no meaning.
 
     Only as many turns are made as are wanted, so that a piece that is not full costs no more than it should.
 
