@@ -233,8 +233,12 @@ def _family(config: Mapping[str, Any]) -> str:
 
 
 def _check_vocabulary(tokenizer: Any, size: int) -> None:
-    """Raise a ValueError where the tokenizer has tokens that the embedding has no row for."""
-    beyond = [index for index in tokenizer.get_vocab().values() if index >= size]
+    """Raise a ValueError where the tokenizer has tokens that the embedding has no row for.
+
+    Padding is never read: many fine-tuned models have a token for it that was added to the tokenizer only.
+    """
+    ids = set(tokenizer.get_vocab().values()) - {tokenizer.pad_token_id}
+    beyond = [index for index in ids if index >= size]
     if beyond:
         raise ValueError(
             f"the tokenizer has {unknown_token(min(beyond), size, tokenizer)}; resize the embedding, or "

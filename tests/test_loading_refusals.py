@@ -246,6 +246,15 @@ def test_tokens_that_the_embedding_has_no_row_for(tmp_path):
     assert refused(folder) == expected
 
 
+def test_a_token_for_padding_needs_no_row(tmp_path):
+    folder = write_folder(tmp_path / "tiny")
+    added = tokenizer()
+    added.add_special_tokens({"pad_token": "<pad>"})
+    added.save_pretrained(folder)
+    base = load(folder)
+    assert base.tokenizer.pad_token_id == len(VOCABULARY) == base.config.vocab_size
+
+
 # Bytes of GGUF files that no writer makes -----------------------------------------------------------
 
 
