@@ -34,7 +34,7 @@ from bnlora.compilation import options
 from bnlora.flows import flow_log_determinant
 from bnlora.guides.automatic import prepare
 from bnlora.program import declared
-from bnlora.typing import NOISE, Parameters
+from bnlora.typing import Parameters
 
 TERMS = ("elbo", "data", "inducing_kl", "conditional_kl", "flow_logdet")
 """Names of the reported terms, in nats over the whole data set."""
@@ -69,15 +69,16 @@ def _one_draw(key: Array, params: dict, model: Any, guide: Callable, args: tuple
     # The two programs record their sites while the bound runs them, so that each of them runs once.
     recorded_model, recorded_guide = handlers.trace(model), handlers.trace(guide)
     by_site = TraceMeanField_ELBO(sum_sites=False).loss(key, params, recorded_model, recorded_guide, *args)
-    sites, weighing = recorded_model.trace, declared(model.prior).observed
-    noise = {name for name, site in sites.items() if site["type"] == "sample" and site["infer"].get(NOISE)}
+    # Marks are those of the prior itself: replayed sites have those of the guide.
+    sites, prior = recorded_model.trace, declared(model.prior)
+    noise = {name for name, site in prior.latent.items() if site.is_noise}
 
     # In the order of the trace: a sum over a set would round differently from one process to the next.
     def total(belongs: Callable[[str], bool]) -> Array:
         return sum((by_site[name] for name in by_site if belongs(name)), start=jnp.zeros(()))
 
     def of_rows(name: str) -> bool:
-        return name in sites and sites[name]["is_observed"] and name not in weighing
+        return name in sites and sites[name]["is_observed"] and name not in prior.observed
 
     data, conditional_kl = -total(of_rows), total(lambda name: name in noise)
     inducing_kl = total(lambda name: not of_rows(name) and name not in noise)
