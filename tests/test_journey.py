@@ -229,7 +229,7 @@ def test_a_mistake_on_the_way_gets_one_sentence(base, data, tiny_folder, tmp_pat
         (lambda: bl.select(base, ["q_prj"], rank=1), "nearest names: q_proj"),
         (lambda: bl.guides.Guide(model.prior, {r"lm_hed.*": bl.guides.full()}), "lm_hed"),
         (
-            lambda: bl.sample_nuts(jax.random.key(0), model, data.train, sites=["lm_hed"]),
+            lambda: bl.sample_nuts(key, model, data.train, sites=["lm_hed"]),
             "nearest are lm_head",
         ),
         (lambda: bl.load_fit(tmp_path / "fit", model, bl.guides.SiteFlow(model.prior)), "holds no fit"),
