@@ -114,8 +114,8 @@ class Fit(Shown):
         Returns:
             NumPy arrays with a leading draw axis.
         """
+        keys, kind = split_keys(check_key(key), num_samples)
         numbers = self.model.sites.num_parameters
-        keys, kind = split_keys(key, num_samples)
         run = program(self, _each_key, numbers=numbers, static=(0, 4))
         return by_pieces(lambda keys, count: run(one, self.params, keys, count, kind), keys)
 

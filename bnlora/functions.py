@@ -51,6 +51,7 @@ def identifiable(model: Classifier, probe: Batch, *, families: Sequence[str] | N
         (over all layers of a family that is not fixed) and `log_likelihood`. They take rows with activations
         cached for any model; for another one than `model` they compute them again at every draw.
     """
+    model.check_tokens(probe)
     return Identifiable(model, probe, model.moving if families is None else tuple(families))
 
 

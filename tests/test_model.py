@@ -12,7 +12,7 @@ from numpyro import handlers
 from numpyro.infer.util import log_density
 
 import bnlora as bl
-from bnlora.functions import evaluate, identifiable
+from bnlora.functions import evaluate, identifiable, log_likelihood
 from bnlora.testing import tiny_base, tiny_rows
 
 BASE = tiny_base(jax.random.key(0), num_layers=2)
@@ -119,8 +119,10 @@ def test_labels_are_classes_of_the_model():
         with pytest.raises(ValueError, match=message):
             handlers.trace(handlers.seed(model, jax.random.key(3))).get_trace(BASE.params, wrong)
         zeros = {n: {f: jnp.zeros((1, *s)) for f, s in x.shapes.items()} for n, x in model.sites.items()}
-        names, values = evaluate(identifiable(model, ROWS), model, zeros, wrong)
-        assert [n for n, x in zip(names, values[0], strict=True) if np.isnan(x)] == ["log_likelihood"]
+        with pytest.raises(ValueError, match=rf"the predicted rows must lie in 0\.\.1; got .*{label}"):
+            evaluate(identifiable(model, ROWS), model, zeros, wrong)
+        lone = {name: {f: x[0] for f, x in pair.items()} for name, pair in zeros.items()}
+        assert np.isnan(log_likelihood(model, BASE.params, lone, wrong))
 
 
 def test_sites_of_another_base_are_refused():

@@ -59,10 +59,11 @@ def to_arviz(
         >>> "posterior" in tree.children, "log_likelihood" in tree.children
         (True, True)
     """
+    key = None if key is None else check_key(key)
     if num_samples < CHAINS or num_samples % CHAINS:
         raise ValueError(f"num_samples must be a positive multiple of {CHAINS}; got {num_samples}")
     check_labels("data", data, len(fit.model.label_ids))
-    draws, adapters = fit.draws(fit.draw_key if key is None else check_key(key), num_samples)
+    draws, adapters = fit.draws(fit.draw_key if key is None else key, num_samples)
     predicted = partial(predict_with_draws, fit.model, adapters, batch_size=batch_size)
     in_training = predicted(fit.train).log_probs_of(fit.train.labels)
     prediction = predicted(data)
