@@ -55,7 +55,7 @@ def identifiable(model: Classifier, probe: Batch, *, families: Sequence[str] | N
     return Identifiable(model, probe, model.moving if families is None else tuple(families))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal by identity, as functions are: `jax.jit` wants a hash
 class Identifiable:
     """What `identifiable` returns: functions of one draw, of which `evaluate` knows a shorter way for many.
 
@@ -96,7 +96,8 @@ class Identifiable:
     def _prepared(self) -> Batch:
         """The probe rows with the activations that no draw changes, also when a program is being traced."""
         with jax.ensure_compile_time_eval():
-            return self.model.with_hidden(self.probe)
+            # Not `with_hidden`: only outermost programs take options of the compiler.
+            return jax.jit(self.model.prepared)(self.model.base.params, self.probe)
 
     def _margins(self, logits: Any) -> dict[str, Any]:
         classes = len(self.model.label_ids)

@@ -127,11 +127,12 @@ class Member:
 
 
 def test_members_must_share_what_the_likelihood_reads():
+    another = tiny_base(KEY, num_layers=1)
     Ensemble((Member(classifier()), Member(classifier(bl.priors.point()))))  # priors may differ
     for other, what in [
         (classifier(rank=2), "sites"),
         (classifier(label_ids=(3, 6)), "label_ids"),
-        (bl.Classifier(tiny_base(KEY), bl.select(BASE, ["lm_head"], rank=1), bl.priors.normal(),
+        (bl.Classifier(another, bl.select(another, ["lm_head"], rank=1), bl.priors.normal(),
                        label_ids=(3, 5)), "base"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=f"of the first; member 2 has other {what}"):
