@@ -53,8 +53,8 @@ class Picture(NamedTuple):
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Cuts a text into the words that it knows."""
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}))
+    """Cuts a text into words; those that it does not know become the first of them."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=WORDS[0]))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=WORDS[0], model_max_length=64)
 
