@@ -209,7 +209,8 @@ def exact():
 
 
 def test_exact_draws_agree_with_exact_draws(exact):
-    found = bl.compare(KEY, Stored(exact[0]), Run(exact[1]), ROWS)
+    """At a level that one seed in a thousand would miss: at 5 % it would be one in twenty."""
+    found = bl.compare(KEY, Stored(exact[0]), Run(exact[1]), ROWS, level=1e-3)
     assert found.differences == ()
     assert found.other == "reference"
     assert found.khat is None
@@ -220,7 +221,7 @@ def test_exact_draws_agree_with_exact_draws(exact):
     assert found.approx.values.shape == (1, 400, 8)
     margins = [MODEL.logits(BASE.params, jax.tree.map(lambda x: x[7], exact[1]), ROWS) @ jnp.array([-1, 1])]
     np.testing.assert_allclose(found.reference.values[0, 7, 1:7], margins[0], atol=1e-5)
-    again = bl.compare(KEY, Stored(exact[0]), Run(exact[1]), ROWS)
+    again = bl.compare(KEY, Stored(exact[0]), Run(exact[1]), ROWS, level=1e-3)
     assert again.verdict == found.verdict
 
 

@@ -60,8 +60,8 @@ def test_start_location_is_honoured_and_the_flow_starts_near_the_identity():
     )
     np.testing.assert_allclose(params["q_proj.b.V.q.loc"], value, atol=1e-6)
     draw = handlers.substitute(handlers.seed(guide, jax.random.key(2)), params)()["q_proj.b.V"]
-    # The base has sd 0.01 and the last layer of the flow weights of size 1e-3.
-    np.testing.assert_allclose(draw, value, atol=0.1)
+    # The base has sd 0.01, and the flow, whose last layer has weights of size 1e-3, moves a value by a share.
+    np.testing.assert_allclose(draw, value, rtol=0.05, atol=0.05)
 
 
 def test_density_of_a_draw_agrees_with_the_change_of_variables():
