@@ -92,11 +92,11 @@ def test_conjugate_posterior_is_the_closed_form(kind, mass):
     mean, sd, mean_error, sd_error = moments(values)
     assert np.all(np.abs(mean - MEAN) < 4 * mean_error)
     assert np.all(np.abs(sd - np.sqrt(np.diag(np.linalg.inv(PRECISION)))) < 4 * sd_error)
-    # Independent draws of a covariance have errors of about sqrt((c_ij^2 + c_ii c_jj) / n).
-    covariance = np.linalg.inv(PRECISION)
-    found = np.cov(values.reshape(-1, 3).T)
-    scale = np.sqrt(covariance**2 + np.outer(np.diag(covariance), np.diag(covariance)))
-    assert np.all(np.abs(found - covariance) < 4 * scale / np.sqrt(1000))
+    # The covariance is the mean of products about the known mean, with the standard error of these chains.
+    centred = values - MEAN
+    products = (centred[..., :, None] * centred[..., None, :]).reshape(*values.shape[:2], 9)
+    covariance, _, error, _ = moments(products)
+    assert np.all(np.abs(covariance - np.linalg.inv(PRECISION).ravel()) < 4 * error)
     assert chains.stats["divergent"].sum() == 0
     assert 0.8 < chains.stats["acceptance"].mean() <= 1
     assert chains.num_gradients["warm-up"] > 2000
