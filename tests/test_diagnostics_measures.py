@@ -127,11 +127,11 @@ def test_bands_of_transforms_and_counts_hold_as_often_as_they_say():
 
 
 def test_wrong_probabilities_are_found():
-    probs = some_probs(1)
+    probs = some_probs(1, rows=1000)  # enough to find them with any seed
     flattened = 0.5 * probs + 0.5 / 3
     labels = labels_from(probs, 3)
-    assert class_counts(random(), probs, labels).p_value > 0.01
-    assert randomised_pit(random(), probs, labels).p_value > 0.01
+    assert class_counts(random(), probs, labels).p_value > 1e-3
+    assert randomised_pit(random(), probs, labels).p_value > 1e-3
     assert class_counts(random(), flattened, labels).p_value < 0.01
     assert randomised_pit(random(), probs[:, ::-1], labels).p_value < 0.01
 

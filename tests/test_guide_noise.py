@@ -107,7 +107,7 @@ def test_the_fitted_point_of_delta_is_the_posterior_mean():
     with jax.enable_x64(True):
         model = linear_gaussian(jax.random.key(15), matrices)
         guide = guides.Guide(model.prior, guides.delta())
-        params = maximise_bound(jax.random.key(16), model, guide, num_steps=400, learning_rate=0.05)
+        params = maximise_bound(jax.random.key(16), model, guide, num_steps=2000, learning_rate=0.05)
     np.testing.assert_allclose(params["w.q.loc"][0], model.posterior(0.8)[0], atol=1e-4)
 
 
