@@ -71,8 +71,8 @@ def test_restarts_are_held_against_it(good):
 @pytest.mark.parametrize(
     ("num_steps", "decays"), [(40, True), (100, False)], ids=["too few steps", "too low a rate"]
 )
-def test_a_fit_that_has_not_converged(good, num_steps, decays):
-    given, _ = good
+def test_a_fit_that_has_not_converged(num_steps, decays):
+    given = problem(scale=1.0, rows=400, truth=3.0)  # further away than so many steps can go
     fit = given.fit(bl.guides.full(**FULL), num_steps=num_steps, rate=0.01, decays=decays)
     page = bl.diagnose(fit, given.others)
     assert page["convergence"].status == "problem", page
@@ -118,7 +118,7 @@ def test_a_posterior_that_is_the_prior():
 
 
 def test_a_posterior_that_fights_a_narrow_prior():
-    given = problem(scale=0.02, rows=600, truth=1.0)
+    given = problem(scale=0.02, rows=600, truth=3.0)
     page = bl.diagnose(given.fit(bl.guides.full(init_scale=0.02), num_steps=400, rate=0.01), given.others)
     assert page["prior and posterior"].status == "problem", page
     assert "raise" in page["prior and posterior"].remedy
