@@ -52,7 +52,7 @@ def main() -> None:
         loop, state = _prepare(jax.random.key(2), program, guide, train, adam, scale_optimizer=adam)
         step = (state, jax.random.key(3), base.params, train, rows)
         name = ", ".join(f"{n}={x!r}" for n, x in way.items()) or "default"
-        compiled[name] = jax.jit(loop._traced_step).lower(*step).compile()
+        compiled[name] = loop.step(arguments.batch_size).lower(*step).compile()
     times = in_turn({n: lambda _, run=run: run(*step) for n, run in compiled.items()}, arguments.rounds)
     cells = []
     for name, run in compiled.items():

@@ -262,19 +262,24 @@ class _Loop:
     steps: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self):
-        self._step: Callable[..., tuple[State, dict[str, Array]]] | None = None
+        self._step: Any = None
         self.constrained: Callable[[dict], dict] = jax.jit(
             self.constrain, compiler_options=options(self.model.numbers(()))
         )
 
+    def step(self, batch_size: int) -> Any:
+        """The jitted step for minibatches of this size, with the compiler options of a fit."""
+        if self._step is None:
+            often = self.num_steps is None or self.num_steps > FEW_STEPS
+            numbers = None if often else self.model.numbers((batch_size, self.train.tokens.shape[1]))
+            self._step = jax.jit(self._traced_step, compiler_options=options(numbers))
+        return self._step
+
     def run(self, state: State, key: Array, rows: np.ndarray) -> State:
         """One step, recorded."""
         began = time.perf_counter()
-        if self._step is None:
-            often = self.num_steps is None or self.num_steps > FEW_STEPS
-            numbers = None if often else self.model.numbers((len(rows), self.train.tokens.shape[1]))
-            self._step = jax.jit(self._traced_step, compiler_options=options(numbers))
-        state, terms = self._step(state, key, self.model.base.params, self.train, jnp.asarray(rows))
+        step = self.step(len(rows))
+        state, terms = step(state, key, self.model.base.params, self.train, jnp.asarray(rows))
         record = {name: float(value) for name, value in terms.items()}
         self.steps.append(record | {"seconds": time.perf_counter() - began})
         return state
