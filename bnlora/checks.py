@@ -154,13 +154,8 @@ def _no_integer(labels: np.ndarray) -> str:
     return f"{first!r} of type {labels.dtype}: {remedy}"
 
 
-def broken_weights(params: Any, *, most: int = 5) -> str:
-    """What is wrong with frozen weights that are not finite, and what to do; "" where all of them are.
-
-    Args:
-        params: A pytree of arrays.
-        most: How many arrays are named.
-    """
+def broken_weights(params: Any) -> str:
+    """What is wrong with a tree of frozen weights that are not finite, and what to do; "" where all are."""
     names = [
         jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -168,11 +163,7 @@ def broken_weights(params: Any, *, most: int = 5) -> str:
     ]
     if not names:
         return ""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (
-        f"the base's own weights are not finite, in {', '.join(names[:most])}{more}; load it again from "
-        "sound files"
-    )
+    return f"the base's own weights are not finite, in {listed(names)}; load it again from sound files"
 
 
 def check_key(key: Any) -> Array:

@@ -210,7 +210,7 @@ def _variable(site: Mapping[str, Any]) -> Variable:
     plates = {frame.name: len(shape) - fn.event_dim + frame.dim for frame in site["cond_indep_stack"]}
     return Variable(
         name=site["name"],
-        law=type(_unwrapped(fn)).__name__,
+        law=type(unwrapped(fn)).__name__,
         shape=shape,
         free=None if is_discrete or site["is_observed"] else biject_to(fn.support).inverse_shape(fn.shape()),
         event_dim=fn.event_dim,
@@ -221,7 +221,7 @@ def _variable(site: Mapping[str, Any]) -> Variable:
     )
 
 
-def _unwrapped(law: Any) -> Any:
+def unwrapped(law: Any) -> Any:
     """The distribution that the prior names: without expansions, masks and event axes."""
     while isinstance(law, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
         law = law.base_dist

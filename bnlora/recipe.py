@@ -1,6 +1,5 @@
 """A model, a guide and a fit by names and numbers: what the command line keeps, to build the same again."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from bnlora.assets import fetch_smollm2
 from bnlora.base import Base, load
 from bnlora.checks import check_at_least, check_option
 from bnlora.data import Batch
-from bnlora.files import write_json
+from bnlora.files import read_json, write_json
 from bnlora.fits import Fit
 from bnlora.labels import LabelKind
 from bnlora.model import Classifier
@@ -176,6 +175,6 @@ class Recipe:
         if not path.is_file():
             raise FileNotFoundError(f"{str(folder)!r} holds no {FILE}; it is not a folder of `bnlora fit`")
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            return cls(**read_json(path))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{str(path)!r} is not a recipe of this version ({error})") from error

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from bnlora.checks import listed
 from bnlora.comparison.draws import Draws
 
 LEAST_SIZE = 10
@@ -31,7 +32,7 @@ def varying(approx: Draws, reference: Draws) -> tuple[Draws, Draws]:
     if len(constant) == len(reference.names):
         raise ValueError(
             "expected a function that varies under the second posterior; these have one value in all of its "
-            f"draws: {', '.join(constant[:5])}"
+            f"draws: {listed(constant)}"
         )
     names = [name for name in reference.names if name not in constant]
     return approx.only(names), reference.only(names)

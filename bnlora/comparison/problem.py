@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from bnlora.checks import listed
 from bnlora.comparison.stored import StoredReference
 from bnlora.conditional import Conditional, condition
 from bnlora.fits import Fit
@@ -75,12 +76,12 @@ def common_problem(approx: Posterior, reference: Any, other: str) -> Problem:
     if unequal:
         raise ValueError(
             f"expected both posteriors with the same values of the sites that they hold; those of "
-            f"{named(unequal)} differ: fit to the reference's own model, `chains.model`"
+            f"{listed(unequal)} differ: fit to the reference's own model, `chains.model`"
         )
     holds = tuple(n for n in fixed if n not in own)
     notes = []
     if fixed:
-        notes.append(f"both sides hold {named(fixed)} at the values of the {other}")
+        notes.append(f"both sides hold {listed(fixed)} at the values of the {other}")
     if holds:
         by_sites = "draws of the other sites are those of the whole fit, and so is k-hat"
         by_adapters = "adapters that the other sites change are those of the whole approximation"
@@ -90,16 +91,9 @@ def common_problem(approx: Posterior, reference: Any, other: str) -> Problem:
         notes.append(f"only the {other} holds sites ({held}), for it was stored without their values")
     loose = [n for n in own if n not in fixed]
     if loose:
-        notes.append(f"the approximation holds {named(loose)}, which the {other} does not")
+        notes.append(f"the approximation holds {listed(loose)}, which the {other} does not")
     model = _restored(approx, reference, holds) if stored else reference.model
     return Problem(model, holds, tuple(notes))
-
-
-def named(names: Sequence[str] | Mapping[str, Any]) -> str:
-    """At most five names, and how many more there are."""
-    shown = list(names)[:5]
-    more = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def _restored(approx: Posterior, stored: StoredReference, holds: Sequence[str]) -> Any:

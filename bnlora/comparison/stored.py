@@ -12,7 +12,6 @@ The idea of draws that travel with their certificate is that of posteriordb (Mag
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from bnlora.certificate import Certificate
 from bnlora.comparison.draws import Draws, evenly
 from bnlora.conditional import Conditional
 from bnlora.data import Batch, check_labels
-from bnlora.files import file_checksum, write_json, write_whole
+from bnlora.files import file_checksum, read_json, write_json, write_whole
 from bnlora.functions import PROBES, evaluate, identifiable
 from bnlora.predict import Prediction, predict_with_draws
 
@@ -204,7 +203,7 @@ def load_reference(folder: str | Path) -> StoredReference:
     if absent:
         raise FileNotFoundError(f"{str(folder)!r} holds no reference: it lacks {' and '.join(absent)}")
     try:
-        about = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        about = read_json(folder / RECORD)
         with xarray.open_dataset(folder / DRAWS, engine="h5netcdf") as kept:
             names = tuple(str(name) for name in kept["function"].values)
             values = np.asarray(kept["values"].values, np.float64)

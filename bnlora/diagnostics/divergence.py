@@ -29,7 +29,7 @@ from bnlora.compilation import kept
 from bnlora.diagnostics.sample import Sample, sample_of
 from bnlora.fits import Fit
 from bnlora.posterior import log_density_of, traces
-from bnlora.program import weighed
+from bnlora.program import unwrapped, weighed
 from bnlora.sites import Sites
 from bnlora.typing import FACTORS
 
@@ -127,17 +127,11 @@ def _looked_at(fit: Fit) -> tuple[dict[str, type], tuple[str, ...]]:
 
     def run(key: Array, params: Any) -> None:
         guide_trace, prior_trace = traces(key, fit.model, fit.guide, params)
-        kinds.update({n: type(_base(s["fn"])) for n, s in guide_trace.items() if s["type"] == "sample"})
+        kinds.update({n: type(unwrapped(s["fn"])) for n, s in guide_trace.items() if s["type"] == "sample"})
         latent.extend(n for n, s in prior_trace.items() if s["type"] == "sample" and not s["is_observed"])
 
     jax.eval_shape(run, jax.random.key(0), fit.params)  # names and kinds alone: nothing is computed
     return kinds, tuple(latent)
-
-
-def _base(law: Any) -> Any:
-    while isinstance(law, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        law = law.base_dist
-    return law
 
 
 def _terms(fit: Fit, params: Any, key: Array) -> dict[str, Array]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bnlora.files import write_json, write_whole
+from bnlora.files import read_json, write_json, write_whole
 from bnlora.mcmc.target import Target
 
 RUN, WARM = "run.json", "warm.npz"
@@ -108,8 +108,8 @@ class Pieces:
 
 def _run_before(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        return read_json(path)
+    except ValueError as error:
         raise ValueError(f"{str(path)!r} is corrupt ({error}); give another folder") from error
 
 
