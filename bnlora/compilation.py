@@ -163,24 +163,22 @@ def first_entries(one: Callable[..., Any], stacks: Any, count: Any, *shared: Any
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), filled) if together > 1 else filled
 
 
-def split_keys(key: Array, count: int) -> tuple[np.ndarray, Any]:
-    """The data of the keys into which one is split, and their kind: what `key_of` makes a key of again.
+def split_keys(key: Array, count: int) -> tuple[np.ndarray, str]:
+    """The data of the keys into which one is split, and their kind: `key_of` makes keys of them again.
 
-    NumPy can cut data into pieces, which of JAX's keys would be a program for each length.
+    NumPy can cut data into pieces. Cutting JAX's keys would compile a program for each length.
     """
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    kind = str(jax.random.key_impl(key)) if typed else None
-    data = jax.random.key_data(key) if typed else key
-    return np.asarray(_split(kind, count, tuple((options(0) or {}).items()))(data)), kind
+    kind = str(jax.random.key_impl(key))
+    split = _split(kind, count, tuple((options(0) or {}).items()))
+    return np.asarray(split(jax.random.key_data(key))), kind
 
 
 @lru_cache(maxsize=64)
-def _split(kind: str | None, count: int, chosen: tuple) -> Callable[[Array], Array]:
+def _split(kind: str, count: int, chosen: tuple) -> Callable[[Array], Array]:
     """The program that splits; it holds no array."""
 
     def split(data: Array) -> Array:
-        keys = jax.random.split(key_of(data, kind), count)
-        return keys if kind is None else jax.random.key_data(keys)
+        return jax.random.key_data(jax.random.split(key_of(data, kind), count))
 
     return jax.jit(split, compiler_options=dict(chosen) or None)
 
@@ -191,6 +189,6 @@ def keys_from(key: Array, count: int) -> list[Array]:
     return [key_of(jax.device_put(one), kind) for one in data]
 
 
-def key_of(data: Array, kind: Any) -> Array:
+def key_of(data: Array, kind: str) -> Array:
     """The key with this data."""
-    return data if kind is None else jax.random.wrap_key_data(data, impl=kind)
+    return jax.random.wrap_key_data(data, impl=kind)

@@ -58,13 +58,9 @@ class Conditional(Classifier):
         """Families whose adapters differ from draw to draw: those that the free sites change."""
         return tuple(name for name, factors in self.moves.items() if any(map(np.any, factors.values())))
 
-    @property
+    @cached_property
     def trunk(self) -> str:
         """Checksum of the adapters below the lowest free layer; "" where there are none."""
-        return self._checksum
-
-    @cached_property
-    def _checksum(self) -> str:
         digest = hashlib.sha256()
         inner = {n: sum(layer < self.lowest for layer in site.layers) for n, site in self.sites.items()}
         for name in (name for name, count in inner.items() if count):

@@ -11,8 +11,6 @@ import sys
 from importlib.metadata import version
 from typing import Any
 
-import jax
-
 
 class ByValue:
     """A program on its way through `pickle` or `copy`, out of which it comes as itself."""
@@ -30,11 +28,8 @@ class ByValue:
 
 
 def state(holder: Any, *programs: str) -> dict[str, Any]:
-    """What `__getstate__` returns: every attribute, those named as programs by value.
-
-    Compiled functions are left out; they are made again when they are needed.
-    """
-    kept = {name: x for name, x in vars(holder).items() if not isinstance(x, jax.stages.Wrapped)}
+    """What `__getstate__` returns: every attribute, those named as programs by value."""
+    kept = vars(holder)
     return kept | {name: ByValue(kept[name]) for name in programs}
 
 

@@ -125,9 +125,6 @@ class Classifier(Shown):
             object.__setattr__(made, name, base if name == "base" else getattr(self, name))
         return made
 
-    def __getstate__(self) -> dict[str, Any]:
-        return state(self)
-
     @property
     def vocabulary(self) -> int:
         """Number of tokens that the base has a row for; its tokenizer may have fewer."""

@@ -1,6 +1,6 @@
 r"""Draws of Markov chains: a posterior for `predict`, and the reference that others are compared with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,8 +11,8 @@ from jax import Array
 from jaxtyping import Float
 
 from bnlora.certificate import Certificate, Evidence, Thresholds, certify
-from bnlora.checks import check_key
-from bnlora.copying import state
+from bnlora.checks import check_key, listed
+from bnlora.compilation import program
 from bnlora.data import Batch
 from bnlora.display import Showable, Shown, facts
 from bnlora.functions import PROBES, Functions, evaluate, identifiable
@@ -45,9 +45,6 @@ class Chains(Shown):
     record: Mapping[str, Any]
     thinning: int = 1
 
-    def __getstate__(self) -> dict[str, Any]:
-        return state(self)
-
     @property
     def model(self) -> Any:
         """The classifier, conditional where sites were held."""
@@ -74,13 +71,12 @@ class Chains(Shown):
         """Every kept draw, chain after chain."""
         return self.vectors.reshape(-1, self.vectors.shape[-1])
 
-    @cached_property
-    def _compiled_adapters(self) -> Callable[[np.ndarray], Adapters]:
-        return jax.jit(lambda u: jax.lax.map(self.target.view.adapters, u))
+    def _adapters(self, vectors: Float[np.ndarray, "n p"]) -> Adapters:
+        return program(self, _adapters_at)(vectors)
 
     def stored_adapters(self) -> Adapters:
         """Adapters of every kept draw, chain after chain, with a leading draw axis."""
-        return self._compiled_adapters(self._rows)
+        return self._adapters(self._rows)
 
     def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
         """Adapters of different kept draws, chosen at random, with a leading draw axis.
@@ -95,11 +91,11 @@ class Chains(Shown):
                 f"the chains keep {total} draws; num_samples must be at most that, got {num_samples}"
             )
         chosen = np.asarray(jax.random.choice(key, total, (num_samples,), replace=False))
-        return self._compiled_adapters(self._rows[chosen])
+        return self._adapters(self._rows[chosen])
 
     def sites(self) -> dict[str, np.ndarray]:
         """Every kept draw of every sampled site, constrained, with leading axes (chain, draw)."""
-        found = jax.jit(lambda u: jax.lax.map(self.target.view.sites, u))(self._rows)
+        found = program(self, _sites_at)(self._rows)
         lead = self.vectors.shape[:2]
         return {name: np.asarray(x).reshape(*lead, *x.shape[1:]) for name, x in found.items()}
 
@@ -150,7 +146,7 @@ class Chains(Shown):
         if not kept:
             raise ValueError(
                 "expected a function that the sampled sites change; these have one value wherever the sites "
-                f"are: {', '.join(constant[:5])}"
+                f"are: {listed(constant)}"
             )
         evidence = Evidence(
             tuple(names[k] for k in kept),
@@ -173,7 +169,7 @@ class Chains(Shown):
             return ()
         # A chain that is stuck has equal draws too: what it could have moved differs at other places.
         places = np.random.default_rng(0).normal(size=(2, self.vectors.shape[-1])).astype(self.vectors.dtype)
-        elsewhere = evaluate(functions, self.model, self._compiled_adapters(places), self.target.rows)[1]
+        elsewhere = evaluate(functions, self.model, self._adapters(places), self.target.rows)[1]
         equal = np.isclose(elsewhere, values[0, 0], rtol=1e-5, atol=0.0).all(0)
         return tuple(name for name, s, e in zip(names, still, equal, strict=True) if s and e)
 
@@ -229,3 +225,11 @@ class Chains(Shown):
         if self.target.held:
             lines.append(f"  {self.target.held}")
         return "\n".join(lines)
+
+
+def _adapters_at(chains: Chains, vectors: Array) -> Adapters:
+    return jax.lax.map(chains.target.view.adapters, vectors)
+
+
+def _sites_at(chains: Chains, vectors: Array) -> dict[str, Array]:
+    return jax.lax.map(chains.target.view.sites, vectors)
