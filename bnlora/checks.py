@@ -103,6 +103,12 @@ def listed(names: Collection[str]) -> str:
     return ", ".join(first) + (f" and {rest:,} more" if rest else "")
 
 
+def check_level(level: float) -> None:
+    """Raise `ValueError` unless a level lies in (0, 1)."""
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1); got {level}")
+
+
 def divisors(total: int) -> list[int]:
     """Numbers of equal parts that a total falls into, from one up."""
     return [n for n in range(1, total + 1) if total % n == 0]

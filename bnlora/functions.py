@@ -113,17 +113,20 @@ def evaluate(
 ) -> tuple[tuple[str, ...], Float[np.ndarray, "s k"]]:
     """Names of the functions, and their values at adapters with a leading draw axis."""
     if isinstance(functions, Identifiable):
-        by_name = functions.by_draw(adapters, batch)
-        return tuple(sorted(by_name)), np.stack([by_name[name] for name in sorted(by_name)], axis=-1)
+        return stacked(functions.by_draw(adapters, batch))
     batch = model.with_hidden(batch)
 
     def one(frozen: Any, drawn: Adapters, rows: Batch) -> dict[str, Array]:
         return scalars(functions(frozen, drawn, rows))
 
     program = jax.jit(lambda frozen, drawn, rows: jax.lax.map(lambda x: one(frozen, x, rows), drawn))
-    found = program(model.base.params, adapters, batch)
-    names = tuple(found)
-    return names, np.stack([np.asarray(found[name], np.float64) for name in names], axis=-1)
+    return stacked(program(model.base.params, adapters, batch))
+
+
+def stacked(by_name: Mapping[str, Any]) -> tuple[tuple[str, ...], Float[np.ndarray, "s k"]]:
+    """Names of functions in one order, whatever theirs was, and their values by draw."""
+    names = tuple(sorted(by_name))
+    return names, np.stack([np.asarray(by_name[name], np.float64) for name in names], axis=-1)
 
 
 def scalars(values: Mapping[str, Array]) -> dict[str, Array]:

@@ -23,12 +23,12 @@ from rich.console import Console
 
 from bnlora.cache import cache_prefix
 from bnlora.certificate import Certificate
-from bnlora.checks import check_at_least, check_key, check_option
+from bnlora.checks import check_at_least, check_key, check_level, check_option
 from bnlora.comparison.draws import Draws, Kind, evenly
 from bnlora.comparison.khat import LEAST_DRAWS, KHat, has_density, khat
 from bnlora.comparison.pairs import LEAST_SIZE, pairs, varying
 from bnlora.comparison.problem import Problem, common_problem
-from bnlora.comparison.report import Comparison, Other, check_level, compare_draws
+from bnlora.comparison.report import Comparison, Other, compare_draws
 from bnlora.comparison.stored import StoredReference, require_same_problem
 from bnlora.data import Batch, check_labels
 from bnlora.fits import Fit

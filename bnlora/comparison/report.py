@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from bnlora.checks import check_level
 from bnlora.comparison import verdict as say
 from bnlora.comparison.classifier import ClassifierTest, classifier_test
 from bnlora.comparison.coverage import Coverage, coverage
@@ -292,12 +293,6 @@ def compare_draws(
         constant=constant,
         notes=notes,
     )
-
-
-def check_level(level: float) -> None:
-    """Raise `ValueError` unless a level lies in (0, 1)."""
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie in (0, 1); got {level}")
 
 
 def num_aspects(predictive: PredictiveAgreement | None) -> int:

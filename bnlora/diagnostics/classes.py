@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from bnlora.checks import check_at_least, class_numbers
+from bnlora.checks import check_at_least, check_level, class_numbers
 
 SIMULATIONS = 2000
 MOST_BINS = 5
@@ -92,8 +92,7 @@ def class_counts(
     Raises:
         ValueError: When `level` is not in (0, 1), there are fewer rows than bins, or labels are no classes.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie in (0, 1); got {level}")
+    check_level(level)
     count, classes = probs.shape
     bins = int(np.clip(count // ROWS_PER_BIN, 1, MOST_BINS)) if bins is None else bins
     check_at_least({"bins": bins}, 1)

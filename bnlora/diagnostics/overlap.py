@@ -29,7 +29,7 @@ from bnlora.data import Batch
 from bnlora.diagnostics.sample import Sample, sample_of
 from bnlora.display import Shown, Table
 from bnlora.fits import Fit
-from bnlora.functions import PROBES, identifiable
+from bnlora.functions import PROBES, identifiable, stacked
 
 GROUPS = 10
 GRID = np.linspace(-4.5, 4.5, 181)
@@ -99,9 +99,7 @@ def overlap(fit: Fit | Sample, probe: Batch) -> Overlap:
 
 def probe_values(drawn: Sample, adapters: Any, probe: Batch) -> tuple[tuple[str, ...], np.ndarray]:
     """Names and values of margins and norms at adapters with a leading draw axis."""
-    found = identifiable(drawn.fit.model, probe[:PROBES]).by_draw(adapters, None)
-    names = tuple(sorted(found))
-    return names, np.stack([found[name] for name in names], axis=-1)
+    return stacked(identifiable(drawn.fit.model, probe[:PROBES]).by_draw(adapters, None))
 
 
 def overlap_of_draws(first: Float[np.ndarray, " s"], second: Float[np.ndarray, " t"]) -> tuple[float, float]:

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.stats import binom
 
-from bnlora.checks import class_numbers
+from bnlora.checks import check_level, class_numbers
 from bnlora.diagnostics.loo import loo_probs
 from bnlora.diagnostics.sample import Sample, sample_of
 from bnlora.fits import Fit
@@ -96,8 +96,7 @@ def randomised_pit(
     Raises:
         ValueError: When `level` is not in (0, 1), or labels are no classes.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie in (0, 1); got {level}")
+    check_level(level)
     labels = class_numbers("the rows", labels, *probs.shape)
     below = np.concatenate([np.zeros((len(probs), 1)), np.cumsum(probs, axis=1)], axis=1)
     rows = np.arange(len(probs))
