@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ from bnlora.demo import LEARNING_RATES, SIZES, demo_page, run_demo
 from bnlora.experiment import BAYES, LORA
 from bnlora.files import room, room_for
 from bnlora.fits import Fit, FitDiverged
-from bnlora.formats import ENCODING
+from bnlora.formats import ENCODING, check_columns
 from bnlora.kept import end_if_elsewhere, fit_and_keep, keep
 from bnlora.labels import LabelKind
 from bnlora.outcome import (
@@ -43,12 +43,16 @@ from bnlora.outcome import (
 from bnlora.predict import predict
 from bnlora.recipe import Recipe, Schedule
 from bnlora.tables import (
+    as_strings,
     naming_lines,
     read_columns,
     read_table,
     require_writable,
     write_table,
 )
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 app = typer.Typer(
     help="Bayesian low-rank adapters for language models: fit, predict, and measure calibration.",
@@ -189,7 +193,9 @@ def predict_command(
         rows = read_columns(table, encoding=encoding)
         if not overwrite:
             require_free(rows.column_names, Recipe.from_folder(folder).words, prefix)
-        made, recipe, batch = _restored(folder, table, text, None, encoding)
+        check_columns(repr(str(table)), rows.column_names, [text])
+        texts = as_strings(rows.select([text]))
+        made, recipe, batch = _restored(folder, texts, table, text, None, encoding)
         prediction = predict(jax.random.key(seed), made, batch, num_samples=draws, console=progress)
         predicted = with_prediction(rows, prediction, recipe.words, prefix=prefix)
         place = keep(out, lambda path: write_table(predicted, path), progress)
@@ -215,7 +221,8 @@ def evaluate(
 ) -> None:
     """Measure accuracy and calibration on texts whose labels are known, with bootstrap intervals."""
     with _told() as progress, room_for(report, source=table):
-        made, recipe, batch = _restored(folder, table, text, label, encoding, labels_are)
+        rows = read_table(table, columns=[text, label], encoding=encoding)
+        made, recipe, batch = _restored(folder, rows, table, text, label, encoding, labels_are)
         prediction = predict(jax.random.key(seed), made, batch, num_samples=draws, console=progress)
         labels = np.asarray(batch.labels)
         summary = metrics.summary(prediction, labels)
@@ -248,7 +255,8 @@ def diagnose(
     The rows have labels and were best not fitted. Problems are findings and no errors: the exit code is 0.
     """
     with _told() as progress:
-        made, _, batch = _restored(folder, table, text, label, encoding, labels_are)
+        rows = read_table(table, columns=[text, label], encoding=encoding)
+        made, _, batch = _restored(folder, rows, table, text, label, encoding, labels_are)
         diagnosis = bnlora.diagnose(made, batch, num_samples=draws, console=progress)
         _say(diagnosis_result(diagnosis), diagnosis, json=json)
 
@@ -285,19 +293,18 @@ def _end_if_interrupted(*fits: Fit) -> None:
 
 def _restored(
     folder: Path,
+    rows: "Dataset",
     table: Path,
     text: str,
     label: str | None,
     encoding: str,
     labels_are: LabelKind | None = None,
 ) -> tuple[Fit, Recipe, Batch]:
-    """The fit in a folder, and the rows of a table as its base reads them."""
+    """The fit in a folder, and rows as its base reads them; errors name the lines of their table."""
     recipe = Recipe.from_folder(folder)
     recipe.require_fitted(read_notes(folder))
     if labels_are is not None:
         recipe = replace(recipe, labels_are=labels_are)
-    columns = [text] if label is None else [text, label]
-    rows = read_table(table, columns=columns, encoding=encoding)
     base = recipe.load_base()
     with naming_lines({"rows": table}, encoding=encoding):
         data = recipe.read({"rows": rows}, base, text=text, label=label)

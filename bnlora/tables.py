@@ -56,7 +56,7 @@ def read_table(
         ValueError: When the ending or the encoding is not known, a column is missing, the file is empty or
             cannot be parsed, or has no rows. Where a line is to blame, the message has its number.
     """
-    return _as_strings(read_columns(path, columns=columns, encoding=encoding))
+    return as_strings(read_columns(path, columns=columns, encoding=encoding))
 
 
 def read_columns(
@@ -78,8 +78,8 @@ def read_columns(
     return table
 
 
-def _as_strings(table: "pa.Table") -> "Dataset":
-    """A data set of strings; classes that carry names, lists and objects stay what they are."""
+def as_strings(table: "pa.Table") -> "Dataset":
+    """A data set of strings, as `read_table` gives; named classes, lists and objects stay what they are."""
     import pyarrow as pa
     from datasets import ClassLabel, Dataset, Features
 
