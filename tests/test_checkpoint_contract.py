@@ -14,9 +14,10 @@ import pytest
 import test_guide_contract
 from numpyro.distributions import constraints
 from numpyro.infer import autoguide
+from unfitted import unfitted
 
 import bnlora as bl
-from bnlora.elbo import TERMS, parameter_shapes
+from bnlora.elbo import parameter_shapes
 from bnlora.model import AdapterPrior
 from bnlora.testing import tiny_rows
 
@@ -59,22 +60,7 @@ def made(model, guide) -> bl.Fit:
         {n: jax.tree.map(lambda x, n=n: numbers(x, allowed[n], stream), tree) for n, tree in shapes.items()}
         for _ in range(2)
     )
-    none = np.zeros(0)
-    return bl.Fit(
-        model=model,
-        guide=guide,
-        params=params,
-        last_params=last,
-        history={name: none for name in TERMS},
-        validation={"step": none, "nll": none},
-        train=ROWS,
-        best_step=0,
-        skipped_steps=0,
-        num_traces=1,
-        step_seconds=none,
-        draw_key=jax.random.key(1),
-        stopped="steps",
-    )
+    return unfitted(model, guide, ROWS, params, last)
 
 
 def comes_back(folder, model, guide):

@@ -14,6 +14,7 @@ import numpyro.distributions as dist
 import pytest
 from numpyro.distributions import constraints
 from numpyro.infer.autoguide import AutoIAFNormal, AutoNormal
+from unfitted import unfitted
 
 import bnlora as bl
 from bnlora import copying, inference
@@ -41,25 +42,10 @@ def tracers():
     return [found for found in gc.get_objects() if issubclass(type(found), jax.core.Tracer)]
 
 
-def unfitted(guide, model=MODEL) -> bl.Fit:
+def at_start(guide, model=MODEL) -> bl.Fit:
     """A fit of no steps."""
     start, constrain = initial_parameters(KEY, model, guide, BASE.params, ROWS[:1], len(ROWS))
-    none, params = np.zeros(0), constrain(start)
-    return bl.Fit(
-        model=model,
-        guide=guide,
-        params=params,
-        last_params=params,
-        history={name: none for name in bl.svi.TERMS},
-        validation={"step": none, "nll": none},
-        train=ROWS,
-        best_step=0,
-        skipped_steps=0,
-        num_traces=1,
-        step_seconds=none,
-        draw_key=KEY,
-        stopped="steps",
-    )
+    return unfitted(model, guide, ROWS, constrain(start))
 
 
 def weights():
@@ -79,12 +65,12 @@ def posteriors():
     tuning = Tuning(vectors[:, 0], nothing[:, 0], nothing[:, 0], nothing[:, 0], np.ones(2, int))
     record = {"sampler": "NUTS", "bias": "none", "seconds": 1.0, "stopped": "done"}
     families = {"lm_head": Rotated(weights()["lm_head"]["a"], weights()["lm_head"]["b"], np.ones((1, 1)))}
-    fits = [unfitted(bl.guides.Guide(MODEL.prior, bl.guides.mean_field())) for _ in range(2)]
+    fits = [at_start(bl.guides.Guide(MODEL.prior, bl.guides.mean_field())) for _ in range(2)]
     return {
         "Fit": fits[0],
-        "SiteFlow": unfitted(bl.guides.SiteFlow(MODEL.prior, hidden=4, blocks=1)),
-        "AutoNormal": unfitted(AutoNormal(MODEL.prior)),
-        "AutoIAFNormal": unfitted(AutoIAFNormal(MODEL.prior, num_flows=1)),
+        "SiteFlow": at_start(bl.guides.SiteFlow(MODEL.prior, hidden=4, blocks=1)),
+        "AutoNormal": at_start(AutoNormal(MODEL.prior)),
+        "AutoIAFNormal": at_start(AutoIAFNormal(MODEL.prior, num_flows=1)),
         "Ensemble": inference.Ensemble(tuple(fits)),
         "Laplace": inference.Laplace(MODEL, weights(), "diagonal", Diagonal(one), one, 1.0, 0.0),
         "Swag": inference.Swag(MODEL, weights(), Moments(3, one, one, np.ones((2, size)))),
@@ -105,7 +91,7 @@ def test_copies_and_pickles_give_the_same_draws():
 
 def test_a_copy_shares_the_frozen_base():
     guide = bl.guides.Guide(MODEL.prior, bl.guides.mean_field())
-    made = unfitted(guide)
+    made = at_start(guide)
     assert copy.deepcopy(made).model.base is BASE
     inference.Ensemble((made, copy.deepcopy(made)))  # whose members have one base
     again = pickle.loads(pickle.dumps(made))
@@ -149,7 +135,7 @@ def test_programs_of_a_user_travel_too():
         return {"lm_head": {"a": np.ones((1, 1, 16), np.float32), "b": w}}
 
     model = bl.Classifier(BASE, SITES, prior, label_ids=(3, 5))
-    made = unfitted(frozen_scale(model.prior, 0.1), model)
+    made = at_start(frozen_scale(model.prior, 0.1), model)
     again = pickle.loads(pickle.dumps(made))
     jax.tree.map(np.testing.assert_array_equal, again.draw_adapters(KEY, 2), made.draw_adapters(KEY, 2))
 
@@ -163,7 +149,7 @@ def test_a_pickle_of_another_version_names_the_way(monkeypatch):
 
 def test_errors_that_carry_results_travel():
     """As a pool of processes sends them to who waits."""
-    made = unfitted(bl.guides.Guide(MODEL.prior, bl.guides.mean_field()))
+    made = at_start(bl.guides.Guide(MODEL.prior, bl.guides.mean_field()))
     history = {**made.history, "elbo": np.zeros(4)}
     diverged = bl.FitDiverged(
         replace(made, skipped_steps=3, step_seconds=np.ones(4), history=history), skip_budget=2
