@@ -1,4 +1,4 @@
-r"""Is a set of chains good enough to be called a reference? Five questions, on identifiable functions.
+r"""Is a set of chains good enough to be a reference? Five checks of identifiable functions.
 
     R-hat, rank-normalised and split        below 1.01
     effective sample size, bulk and tail    above 400, all chains together
@@ -6,12 +6,12 @@ r"""Is a set of chains good enough to be called a reference? Five questions, on 
     E-BFMI of every chain                   above 0.3
     for SMC: correlation with ancestors     below 0.7, after the last moves
 
-Draws of a chain depend on each other. What reads them here goes by the effective sample size, to half of
-which `bnlora.compare` thins. So dependence fails no run, and the certificate says which draws to keep where
-nearly independent ones are wanted. `Thresholds(autocorrelation=0.05)` asks for such draws, as posteriordb
-does; the lag-1 autocorrelation, averaged over chains, has a standard error of about 1 / sqrt(draws). Kernels
-without an energy have no E-BFMI, and the certificate says that it was not asked. Kernels without an accept
-step are refused whatever the numbers say: no diagnostic of the draws shows their bias.
+Draws of a chain are autocorrelated. The library accounts for this by the effective sample size; for example,
+`bnlora.compare` thins to half of it. So autocorrelation alone fails no run, and the certificate says which
+draws to keep if you want nearly independent ones. `Thresholds(autocorrelation=0.05)` requires such draws, as
+posteriordb does; the lag-1 autocorrelation, averaged over chains, has a standard error of about
+1 / sqrt(draws). Kernels without an energy have no E-BFMI, and the certificate says so. Kernels without an
+accept step are always refused, because no diagnostic of the draws shows their bias.
 
 References: Vehtari et al. (2021), arXiv 1903.08008 (R-hat, effective sample sizes); Betancourt (2016), arXiv
 1604.00695 (E-BFMI); Magnusson et al. (2024), posteriordb, arXiv 2407.04967 (criteria of a reference).
@@ -44,8 +44,8 @@ class Thresholds:
         ess: Least effective sample size of bulk and of tail.
         divergences: Most divergent transitions.
         bfmi: Least E-BFMI of a chain.
-        autocorrelation: Largest lag-1 autocorrelation of the kept draws; not asked when None.
-        ancestry: Largest correlation of particles with their ancestors that the last moves of SMC may leave.
+        autocorrelation: Largest lag-1 autocorrelation of the kept draws; not checked when None.
+        ancestry: Largest correlation of SMC particles with their ancestors after the last moves.
 
     Example:
         >>> bl.Thresholds(ess=1000.0)

@@ -1,12 +1,12 @@
 """Fits on disk: everything that was learned and recorded, without the base weights.
 
 A folder with `fit.safetensors` (parameters, history, the rows that were fitted, as tokens) and `fit.json`
-(counts, versions, the checksum of the other file, and what tells the model: sites, label ids, and some of
-the base's weights). A prior and a guide are programs and are not stored: whoever loads a fit builds the same
-model and guide first, and every name, shape and range is checked against them.
+(counts, versions, the checksum of the other file, and what identifies the model: sites, label ids, and some
+of the base's weights). A prior and a guide are programs and are not stored. To load a fit, build the same
+model and guide first; every name, shape and range is checked against them.
 
-Format 1 had neither checksum nor sites, label ids and weights, and vectors of one number for scalars; it is
-read in silence, with the checks of names, shapes and ranges alone.
+Format 1 has no checksum, sites, label ids or weights, and stores scalars as vectors of length one. It is
+still read; only names, shapes and ranges are checked.
 """
 
 import json
@@ -154,13 +154,13 @@ def _write(folder: Path, arrays: Mapping[str, np.ndarray], record: Mapping[str, 
 
 
 def _told(model: Any) -> dict[str, Any]:
-    """What tells a model from others of the same shapes."""
+    """What distinguishes a model from others of the same shapes."""
     sites = {f"site {name!r}": asdict(site) for name, site in model.sites.items()}
     return json.loads(json.dumps({"label ids": {"ids": model.label_ids}, **sites}))
 
 
 def _some_weights(model: Any) -> Float[np.ndarray, " k"]:
-    """A few numbers of every array that is frozen: the base's weights, and sites that are held."""
+    """A few numbers of every frozen array: the base's weights and the sites that are held."""
     return np.asarray(_spread((model.base.params, getattr(model, "fixed", {}))))
 
 
@@ -255,7 +255,7 @@ def _restored(
 
 
 def _is_allowed(constraint: Any, value: np.ndarray) -> bool:
-    """Whether a value is finite and in its range, whose edge counts: what is tiny may round to zero."""
+    """Whether a value is finite and in its range, including the edge: a tiny value may round to zero."""
     if not np.isfinite(value).all():
         return False
     step = np.asarray(1e-6 * np.maximum(np.abs(value), 1), value.dtype)

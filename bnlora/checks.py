@@ -92,7 +92,7 @@ def check_indices(name: str, indices: Any, size: int, *, least: int = 0) -> None
 
 
 def brief(value: object) -> str:
-    """A value as a message shows it: what a file holds may have millions of letters."""
+    """A short form of a value for messages; a value from a file may have millions of characters."""
     return _BRIEF.repr(value.item() if isinstance(value, np.generic) else value)
 
 
@@ -126,7 +126,7 @@ def check_parts(name: str, parts: int, batch_size: int) -> None:
 def class_numbers(
     name: str, labels: Any, num_rows: int, num_classes: int | None = None
 ) -> Int[np.ndarray, " n"]:
-    """Labels as integers, one for each row; `ValueError` for another shape and for what is no class number.
+    """Labels as integers, one for each row; `ValueError` for another shape or labels that are not classes.
 
     Args:
         name: Whose labels they are.
@@ -151,7 +151,7 @@ def class_numbers(
 
 
 def _no_integer(labels: np.ndarray) -> str:
-    """The first of labels that are no integers, and what to give in their place."""
+    """The first of labels that are not integers, and what to pass instead."""
     first = labels.tolist()[0]
     if isinstance(first, str):
         remedy = "give the place of each among the label words, [words.index(label) for label in labels]"
@@ -173,7 +173,7 @@ def broken_weights(params: Any) -> str:
 
 
 def check_key(key: Any) -> Array:
-    """One random key of JAX's present kind; one of the old kind (`jax.random.PRNGKey`) is made into it.
+    """The key as a typed JAX key; an old-style key (`jax.random.PRNGKey`) is converted.
 
     Raises:
         ValueError: When it is anything else, such as a number or several keys.

@@ -1,10 +1,10 @@
-"""Compiled programs that run a few times: few of them, kept by their owner, compiled in haste where small.
+"""Few compiled programs: each lives with its owner and is optimised only if that pays.
 
-The first minutes of a process go to the compiler. Three things keep them short:
+A new process spends its first minutes in the compiler. Three functions keep that time short:
 
-    `program`      one compiled program for an owner and a purpose, which lives as long as the owner does
-    `by_pieces`    any number of draws runs through one program, `PIECE` at a time
-    `options`      the compiler optimises no more than pays
+    `program`      compiles a function once for an owner; the program lives as long as the owner
+    `by_pieces`    runs any number of draws through one program, `PIECE` at a time
+    `options`      chooses how far the compiler optimises
 """
 
 from collections.abc import Callable, Iterator
@@ -17,17 +17,17 @@ import numpy as np
 from jax import Array
 
 PIECE = 32
-"""Draws that a program takes at a time; fewer where fewer are wanted."""
+"""Draws that a program takes at a time, or all of them if there are fewer."""
 
 SMALL = 2**14
-"""Numbers in the arrays of a program up to which it is compiled without optimisation.
+"""Size of a program's largest array up to which it is compiled without optimisation.
 
-At this size compiling takes a quarter of the time then, and a run at most twice as long: some milliseconds.
+At this size it then compiles in a quarter of the time and runs at most twice as long: some milliseconds.
 """
 
 
 class _Kept(dict):
-    """What one owner keeps. A copy of the owner, or one that was stored, starts without any."""
+    """The programs of one owner. A copy or a pickle of the owner starts without any."""
 
     def __deepcopy__(self, memo: Any) -> "_Kept":
         return _Kept()
@@ -40,12 +40,12 @@ def options(numbers: int | None = None) -> dict[str, Any] | None:
     """Compiler options for a program; None, JAX's own, on an accelerator.
 
     Args:
-        numbers: About how many numbers its largest arrays hold, of a program that runs seldom: up to `SMALL`
-            of them optimisation does not pay. None for others.
+        numbers: For a program that runs seldom, about how many numbers its largest arrays hold; up to
+            `SMALL`, optimisation does not pay. None for a program that runs often.
 
     Returns:
-        No optimisation, or the least level of it. Above that level a step of a model of real size is no
-        faster (`benchmarks/README.md`), and compiling takes longer.
+        Options for no optimisation or for its lowest level. Higher levels take longer to compile and do not
+        make the step of a model of real size faster (`benchmarks/README.md`).
     """
     if jax.default_backend() != "cpu":
         return None
@@ -67,12 +67,12 @@ def program(
 
     Args:
         owner: An object with a `__dict__`, which keeps the program.
-        function: A function of a module; a closure would be another one each time.
+        function: A module-level function; a closure would be a new function each time.
         numbers: As in `options`.
-        static: Which arguments after the owner are no arrays, by position.
+        static: Positions, after the owner, of arguments that are not arrays.
 
     Returns:
-        The compiled function of the other arguments. It may not be called while another is traced.
+        The compiled function of the other arguments. Do not call it while another function is traced.
     """
 
     def compiled(owner: Any) -> Any:
@@ -99,9 +99,10 @@ def by_pieces(run: Callable[[Any, int], Any], stacks: Any, *, multiple: int = 1)
     """Run a program on all entries of stacked arrays, at most about `PIECE` at a time.
 
     Args:
-        run: Takes a piece, arrays whose first axis has one length in all calls, and how many of its entries
-            count; returns arrays with that axis (`first_entries` does), of which the others are dropped.
-        stacks: Arrays with one first axis.
+        run: Takes a piece (arrays whose first axis has the same length in every call) and the number of its
+            entries that count. Returns arrays with that axis, as `first_entries` does; the other entries are
+            dropped.
+        stacks: Arrays with the same first axis.
         multiple: The length of a piece is a multiple of this.
 
     Returns:
@@ -117,7 +118,7 @@ def by_pieces(run: Callable[[Any, int], Any], stacks: Any, *, multiple: int = 1)
 
 
 def pieces(stacks: Any, *, multiple: int = 1) -> Iterator[tuple[Any, int]]:
-    """Stacked arrays in pieces of one length, the last one filled up, and how many entries of each count."""
+    """Pieces of stacked arrays, of one length (the last is padded), each with how many entries count."""
     stacks = jax.tree.map(np.asarray, stacks)
     total = len(jax.tree.leaves(stacks)[0])
     size = min(multiple * max(PIECE // multiple, 1), -(-total // multiple) * multiple)
@@ -131,16 +132,16 @@ def pieces(stacks: Any, *, multiple: int = 1) -> Iterator[tuple[Any, int]]:
 
 
 def first_entries(one: Callable[..., Any], stacks: Any, count: Any, *shared: Any, together: int = 1) -> Any:
-    """`one(entry, *shared)` for the first `count` entries of stacked arrays; what follows has no meaning.
+    """`one(entry, *shared)` for the first `count` entries of stacked arrays; later entries have no meaning.
 
-    Only as many turns are made as are wanted, so that a piece that is not full costs no more than it should.
+    The loop stops after `count` entries, so a piece that is not full costs no more than its entries.
 
     Args:
         one: A function of one entry.
-        stacks: Arrays with one first axis.
-        count: Number of entries, which may be traced.
-        *shared: What all entries share.
-        together: Entries in one turn; divides the first axis.
+        stacks: Arrays with the same first axis.
+        count: Number of entries; may be traced.
+        *shared: Arguments that all entries share.
+        together: Entries in one turn of the loop; must divide the first axis.
     """
     if together > 1:
         stacks = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), stacks)
@@ -184,7 +185,7 @@ def _split(kind: str, count: int, chosen: tuple) -> Callable[[Array], Array]:
 
 
 def keys_from(key: Array, count: int) -> list[Array]:
-    """The keys into which one is split, one by one, without a program for taking each."""
+    """The keys into which a key is split, without compiling a program to take each of them."""
     data, kind = split_keys(key, count)
     return [key_of(jax.device_put(one), kind) for one in data]
 

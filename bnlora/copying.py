@@ -1,8 +1,8 @@
-"""What `copy` and `pickle` make of objects that hold programs.
+"""How `copy` and `pickle` handle objects that hold programs.
 
 Priors, families of guides and parts of NumPyro's autoguides are functions inside functions, which `pickle`
-cannot find by their name. They go by value (cloudpickle), and come back in a Python and a bnlora of the same
-version alone, for the bytes are code. A pickle is for another process; `bnlora.save_fit` is for keeping.
+cannot find by name. cloudpickle stores their code, so only the same versions of Python and bnlora can read
+it. Use a pickle for another process and `bnlora.save_fit` to keep a fit.
 """
 
 import copy
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class ByValue:
-    """A program on its way through `pickle` or `copy`, out of which it comes as itself."""
+    """Wraps a program for `pickle` and `copy`; both give the program back without the wrapper."""
 
     def __init__(self, program: Any):
         self.program = program
@@ -28,7 +28,7 @@ class ByValue:
 
 
 def state(holder: Any, *programs: str) -> dict[str, Any]:
-    """What `__getstate__` returns: every attribute, those named as programs by value."""
+    """What `__getstate__` returns: all attributes; those named in `programs` are stored by value."""
     kept = vars(holder)
     return kept | {name: ByValue(kept[name]) for name in programs}
 

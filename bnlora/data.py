@@ -30,10 +30,9 @@ class Batch(Shown):
         labels: Class of each row, shape (row,).
         hidden: Activations after the first `depth` layers, shape (row, position, width), if cached.
         depth: Number of layers that `hidden` has passed.
-        trunk: Which layers those were: "" for the base's own, a checksum where adapters at fixed values are
-            among them (`bnlora.condition`).
-        whole: False where only the last position of each row was kept, so that `hidden` cannot be computed
-            again.
+        trunk: Identifies these layers: "" for the base's own, a checksum if they contain adapters at fixed
+            values (`bnlora.condition`).
+        whole: False if only the last position of each row was kept, so `hidden` cannot be computed again.
 
     Example:
         >>> rows
@@ -59,7 +58,7 @@ class Batch(Shown):
         return self.mask.shape[1] - 1 - jnp.argmax(self.mask[:, ::-1], axis=1)
 
     def __getitem__(self, rows: Any) -> "Batch":
-        """The given rows, by slice, list of indices, or mask; a `ValueError` where one does not exist."""
+        """The given rows, by slice, list of indices, or mask; `ValueError` if a row does not exist."""
         rows = _chosen(rows, len(self))
         return jax.tree.map(lambda x: _taken(x, rows), self)
 
@@ -75,7 +74,7 @@ class Batch(Shown):
         return self if self.hidden is None else replace(self, hidden=None, depth=0, trunk="")
 
     def caches(self, depth: int, trunk: str) -> bool:
-        """Whether the cached activations are those after so many layers of this trunk."""
+        """Whether the cached activations are those after `depth` layers of this trunk."""
         return self.hidden is not None and (self.depth, self.trunk) == (depth, trunk)
 
     @property
@@ -112,7 +111,7 @@ class Batch(Shown):
 
 
 def _taken(x: Array, index: Any) -> Array:
-    """A part of an array: by NumPy where both are known, for JAX compiles a program for every shape."""
+    """A part of an array, taken by NumPy on a CPU, because JAX would compile a program for every shape."""
     if any(isinstance(one, jax.core.Tracer) for one in (x, index)) or jax.default_backend() != "cpu":
         return x[index]
     return jax.device_put(np.asarray(x)[np.asarray(index) if isinstance(index, Array) else index])
@@ -140,7 +139,7 @@ def check_form(name: str, rows: Batch) -> None:
 
 
 def _chosen(rows: Any, count: int) -> Any:
-    """Rows as JAX takes them, after a look at what it would not refuse."""
+    """Rows in a form that JAX indexes correctly; `ValueError` for what JAX would clamp."""
     if isinstance(rows, slice | jax.core.Tracer):
         return rows
     found = np.asarray(rows)
@@ -259,8 +258,8 @@ def parts(batch: Batch, batch_size: int, *, narrow: bool = True) -> Iterator[Par
 
     Rows of text differ in length, and padding costs as much to run as text. The widths are rounded up to
     8, 16, 24, 32, 48, 64, 96, ... so that few of them have to be compiled. The last part of the rows is
-    filled up by repeating row 0; what is computed for the filling must be dropped. Without `narrow` all parts
-    have the columns of the widest: one program, for models so small that padding costs less than another.
+    filled up by repeating row 0; results for the filling must be dropped. Without `narrow` all parts have the
+    columns of the widest, so one program serves all: for small models padding costs less than compiling.
     """
     mask = np.asarray(batch.mask)
     first, last = mask.argmax(1), mask.shape[1] - mask[:, ::-1].argmax(1)

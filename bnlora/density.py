@@ -38,7 +38,7 @@ class Density:
         model: The NumPyro model, with `prior` as an attribute.
         params: Values of the prior's NumPyro parameters.
         shapes: Unconstrained shape of each latent site by name, in the order of the vector.
-        observed: Names of what the prior itself observes or weighs, by `obs=` or `numpyro.factor`.
+        observed: Names of the factors and observed sites of the prior.
     """
 
     model: Any
@@ -54,12 +54,12 @@ class Density:
     def log_prior(self, vector: Float[Array, " p"]) -> Float[Array, ""]:
         """Log-density of the vector under the prior, in nats, Jacobians included.
 
-        What the prior itself observes or weighs is a part of it, so that it need not integrate to one.
+        It includes factors and observed sites of the prior, so it need not integrate to one.
         """
         return self._log_density(self.model.prior, vector, ())
 
     def log_observed(self, vector: Float[Array, " p"]) -> Float[Array, ""]:
-        """The part of `log_prior` that `draw` leaves out: of what the prior itself observes or weighs."""
+        """The part of `log_prior` that `draw` leaves out: factors and observed sites of the prior."""
         if not self.observed:
             return jnp.zeros(())
         trace, _ = self._at(self.model.prior, vector, ())

@@ -4,8 +4,7 @@ r"""The objective: an evidence lower bound, term by term.
            - KL(q(U) || p(U))                      inducing_kl: every latent site but the noise
            - E_q KL(q(W|U) || p(W|U))              conditional_kl: sites marked `conditional_noise`
 
-What the prior itself observes or weighs, by `obs=` or `numpyro.factor`, is a part of p(U) and so of
-`inducing_kl`.
+Factors and observed sites of the prior (`numpyro.factor`, `obs=`) are part of p(U) and so of `inducing_kl`.
 
 The terms are NumPyro's `TraceMeanField_ELBO` by site, which takes closed-form KLs where they exist
 and log-ratios of one draw where they do not (the flow). `flow_logdet` is the part of `inducing_kl`
@@ -69,7 +68,7 @@ def _one_draw(key: Array, params: dict, model: Any, guide: Callable, args: tuple
     # The two programs record their sites while the bound runs them, so that each of them runs once.
     recorded_model, recorded_guide = handlers.trace(model), handlers.trace(guide)
     by_site = TraceMeanField_ELBO(sum_sites=False).loss(key, params, recorded_model, recorded_guide, *args)
-    # Marks are those of the prior itself: replayed sites have those of the guide.
+    # Read the marks from the prior itself, because a replayed site has the marks of the guide.
     sites, prior = recorded_model.trace, declared(model.prior)
     noise = {name for name, site in prior.latent.items() if site.is_noise}
 
@@ -131,7 +130,7 @@ def initial_parameters(
         transforms.update({name: biject_to(constraint) for name, constraint in allowed.items()})
         # A parameter may be a tree of arrays: NumPyro's flows keep a whole network under one name.
         values = {n: jax.tree.map(transforms[n].inv, s["value"]) for n, s in sites.items()}
-        # Without JAX's mark for literals, which the first update would remove: a second trace of the step.
+        # Strip weak types; otherwise the first update changes the input types and the step is traced twice.
         return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), values), _computed(allowed)
 
     unconstrained, computed = _run_once(start_values, guide_key, prior_key)
@@ -150,7 +149,7 @@ def initial_parameters(
 
 
 def _check_finite(values: dict[str, Array]) -> None:
-    """Raise `ValueError` unless every unconstrained start is finite; inside another program none is known."""
+    """Raise `ValueError` unless every unconstrained start is finite; traced values cannot be checked."""
     for name, value in values.items():
         leaves = [leaf for leaf in jax.tree.leaves(value) if not isinstance(leaf, jax.core.Tracer)]
         if not all(np.isfinite(leaf).all() for leaf in leaves):
@@ -182,7 +181,7 @@ def _allowed(sites: dict[str, dict[str, Any]]) -> _Allowed:
 
 
 def _computed(allowed: _Allowed) -> _Allowed:
-    """The constraints whose ends a program computes: outside of its trace they must be results of it."""
+    """The constraints whose bounds a program computes and must return; else they leave it as tracers."""
     return {
         name: constraint
         for name, constraint in allowed.items()

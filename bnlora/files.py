@@ -1,4 +1,4 @@
-"""Files written whole or not at all, room for them before the work, checksums, and JSON from anybody."""
+"""Files are written whole or not at all, with checksums; space is checked first, and JSON read safely."""
 
 import hashlib
 import json
@@ -31,11 +31,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that may come from anybody.
+    """Read a JSON object from a file that is not trusted.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no JSON object, or one that is too large or too deeply nested to be meant.
+        ValueError: If it is not a JSON object, or is too large or too deeply nested.
     """
     if path.stat().st_size > LARGEST_JSON:
         raise ValueError(
@@ -60,13 +60,13 @@ def file_checksum(path: Path) -> str:
 
 @contextmanager
 def room(folder: Path) -> Iterator[Callable[[int], None]]:
-    """A folder to write into later: it is made and tried now, and removed if nothing was put into it.
+    """Make a folder to write into later and check that it is writable; remove it if it stays empty.
 
     Args:
         folder: The folder.
 
     Yields:
-        What tries whether a number of bytes fits into the folder; an `OSError` says why it does not.
+        A function that raises `OSError` if a number of bytes does not fit into the folder.
 
     Raises:
         OSError: When the folder cannot be made or written into.
@@ -85,7 +85,7 @@ def room(folder: Path) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def room_for(file: Path | None, *, source: Path | None = None) -> Iterator[None]:
-    """A file to write later (None: none): its folder is made and tried now.
+    """Make the folder of a file to write later (None: no file) and check that it is writable.
 
     Args:
         file: The file to write.
@@ -111,7 +111,7 @@ def room_for(file: Path | None, *, source: Path | None = None) -> Iterator[None]
 
 
 def written(path: Path, write: Callable[[Path], Any], spare: Sequence[Path]) -> tuple[Path, str]:
-    """Have `write` write to a path or, where that fails, into the first spare folder that takes it.
+    """Call `write` on a path or, if that fails, on a path in the first spare folder where it succeeds.
 
     Args:
         path: Where to write.
@@ -119,10 +119,10 @@ def written(path: Path, write: Callable[[Path], Any], spare: Sequence[Path]) -> 
         spare: Folders to write into instead.
 
     Returns:
-        The path that was written, and what was wrong with `path`; empty where nothing was.
+        The path that was written, and what was wrong with `path` ("" if nothing was).
 
     Raises:
-        OSError: When nothing took it.
+        OSError: If writing failed everywhere.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def written(path: Path, write: Callable[[Path], Any], spare: Sequence[Path]) -> 
 
 
 def _try(folder: Path, size: int) -> None:
-    """Make a folder and write so many bytes into it, which are removed again."""
+    """Make a folder, write that many bytes into it, and remove them."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         block = os.urandom(min(size, _BLOCK))  # zeros would take no room on some disks

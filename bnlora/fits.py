@@ -24,7 +24,7 @@ from bnlora.posterior import Draw, draw_both, draw_from_guide, prior_at
 from bnlora.typing import Adapters, Parameters
 
 LOOKED_AT = 8
-"""Training rows at which the base is looked at where a fit diverges: few, for a step had memory for few."""
+"""Training rows on which the base is checked after a divergence: few, because a step had memory for few."""
 
 
 @dataclass(frozen=True)
@@ -94,21 +94,21 @@ class Fit(Shown):
 
         Args:
             sites: Value of every latent site by name, with a leading draw axis.
-            num_samples: Length of that axis, which says it where there are no sites.
+            num_samples: Length of that axis, needed if there are no sites.
 
         Returns:
-            The three, with that axis.
+            All three, with that axis.
         """
         run = program(self, _at_sites, numbers=self.model.sites.num_parameters)
         stacks = dict(sites), np.arange(num_samples)
         return jax.device_put(by_pieces(lambda piece, count: run(self.params, piece, count), stacks))
 
     def by_keys(self, one: Callable[[Any, Parameters, Array], Any], key: Array, num_samples: int) -> Any:
-        """What a function finds with each of the keys of so many draws, in a program that is compiled once.
+        """Results of a function for one key per draw, by a program that is compiled once.
 
         Args:
-            one: `one(fit, params, key)`, a function of a module.
-            key: Random key, split into those of the draws.
+            one: `one(fit, params, key)`, a module-level function.
+            key: Random key, split into the keys of the draws.
             num_samples: Number of draws.
 
         Returns:
@@ -190,13 +190,13 @@ class FitDiverged(ValueError):
 
 
 def divergence_remedy(fit: Fit) -> str:
-    """What to do about steps that were not finite: no rate mends what is not finite before the first step.
+    """What to do about steps that were not finite; a lower rate does not help if the first one failed.
 
     Args:
-        fit: A fit some of whose steps were skipped.
+        fit: A fit with skipped steps.
 
     Returns:
-        The cause that is found, and its remedy.
+        The cause, if it was found, and its remedy.
     """
     weights = broken_weights(fit.model.base.params)
     if weights:

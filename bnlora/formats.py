@@ -1,4 +1,4 @@
-"""What is in a CSV, JSON or Parquet file: its columns, where its rows stand, and how it is written again."""
+"""Reading and writing CSV, JSON and Parquet files, and naming their rows as an editor shows them."""
 
 import codecs
 import csv
@@ -19,9 +19,9 @@ ENCODING = "utf-8"
 
 
 def as_text(value: Any) -> str | None:
-    """What a cell says, in the same words for every kind of file; None for a missing value."""
+    """The text of a cell, the same for every kind of file; None for a missing value."""
     value = value.tolist() if hasattr(value, "tolist") else value
-    if value is None or value != value:  # not a number: how Parquet files of pandas say that one is missing
+    if value is None or value != value:  # NaN: pandas writes it to Parquet for a missing value
         return None
     if isinstance(value, bytes):
         return value.decode(errors="backslashreplace")
@@ -42,7 +42,7 @@ def check_columns(name: str, known: Sequence[str], wanted: Sequence[str]) -> Non
 
 
 def place(path: Path, row: int, encoding: str) -> str:
-    """A row in the words of somebody who has the file open in an editor."""
+    """The place of a row as an editor shows it: its line in a CSV or JSON file."""
     path = path.expanduser()
     ending = path.suffix.lower()
     if ending == ".parquet":
@@ -92,7 +92,7 @@ def _read_csv(path: Path, *, columns: list[str] | None, encoding: str) -> "pa.Ta
 
 
 def _csv_records(path: Path, text: str) -> list[tuple[int, list[str]]]:
-    """Cells of the header and of every row, each with the line on which it begins; blank lines are none."""
+    """Cells of the header and of every row, each with the line where it begins; blank lines are skipped."""
     records, line = [], 1
     limit = csv.field_size_limit(2**31 - 1)  # else a text of 131,072 letters is an error
     try:
@@ -127,7 +127,7 @@ def _read_json(path: Path, *, columns: list[str] | None, encoding: str) -> "pa.T
 def _json_records(
     path: Path, text: str
 ) -> tuple[Literal["line", "object"], list[tuple[int, dict[str, Any]]]]:
-    """Objects of a file with the number of each: that of its line, or its place in one long list."""
+    """Objects of a file, each with its line number or, in a file that is one list, its position."""
     if text.lstrip().startswith("["):
         whole = _json_value(text, f"{str(path)!r}")
         return "object", [
@@ -161,7 +161,7 @@ def _json_object(value: Any, place: str) -> dict[str, Any]:
 
 
 def _json_column(values: list[Any]) -> "pa.Array":
-    """The values with their own type if they share one that keeps them as they are, as strings if not."""
+    """The values with their common type if it preserves them, otherwise as strings."""
     import pyarrow as pa
 
     if len({type(value) for value in values if value is not None}) <= 1:
@@ -203,7 +203,7 @@ def _write_json(table: "pa.Table", path: Path) -> None:
 
 
 def _is_infinite(value: Any) -> bool:
-    """Whether JSON has no word for a value."""
+    """Whether JSON cannot represent a value."""
     return isinstance(value, float) and not math.isfinite(value)
 
 

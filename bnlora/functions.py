@@ -27,7 +27,7 @@ PROBES = 8
 """Rows whose margins are looked at, unless functions are given."""
 
 QUIET = Console(quiet=True)
-"""These predictions are part of something that shows its own progress."""
+"""No progress bar: the caller shows its own."""
 
 
 class Functions(Protocol):
@@ -48,8 +48,8 @@ def identifiable(model: Classifier, probe: Batch, *, families: Sequence[str] | N
 
     Returns:
         Functions named `margin[row]` (`margin[row, class]` with three classes or more), `norm[family]`
-        (over all layers of a family that is not fixed) and `log_likelihood`. They take rows with activations
-        cached for any model; for another one than `model` they compute them again at every draw.
+        (over all layers of a family that is not fixed) and `log_likelihood`. They accept rows with
+        activations cached for any model, but recompute those of another model than `model` for every draw.
     """
     model.check_tokens(probe)
     return Identifiable(model, probe, model.moving if families is None else tuple(families))
@@ -57,7 +57,7 @@ def identifiable(model: Classifier, probe: Batch, *, families: Sequence[str] | N
 
 @dataclass(frozen=True, eq=False)  # equal by identity, as functions are: `jax.jit` wants a hash
 class Identifiable:
-    """What `identifiable` returns: functions of one draw, of which `evaluate` knows a shorter way for many.
+    """What `identifiable` returns: functions of one draw. For many draws, `evaluate` calls `by_draw`.
 
     Attributes:
         model: The classifier.
@@ -76,7 +76,7 @@ class Identifiable:
         return found | {"log_likelihood": log_likelihood(self.model, frozen, adapters, batch)}
 
     def by_draw(self, adapters: Adapters, batch: Batch | None) -> dict[str, Float[np.ndarray, " s"]]:
-        """The same of adapters with a leading draw axis, through the program of predictions.
+        """Values for adapters with a leading draw axis, computed by the program of predictions.
 
         Args:
             adapters: Draws.
@@ -94,9 +94,9 @@ class Identifiable:
 
     @cached_property
     def _prepared(self) -> Batch:
-        """The probe rows with the activations that no draw changes, also when a program is being traced."""
+        """The probe rows with the activations that no draw changes; works while a program is traced."""
         with jax.ensure_compile_time_eval():
-            # Not `with_hidden`: only outermost programs take options of the compiler.
+            # Not `with_hidden`: JAX accepts compiler options only for outermost programs.
             return jax.jit(self.model.prepared)(self.model.base.params, self.probe)
 
     def _margins(self, logits: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What a command leaves on disk: a fit with its recipe, tables, pages.
+"""What a command writes to disk: a fit with its recipe, tables, pages.
 
-A fit takes long, so nothing is lost for a disk that filled up meanwhile: what cannot be written where it was
-asked for goes into the cache folder, or into that of temporary files, and a line on standard error says so.
+A fit takes long, so no result is lost because a disk filled up meanwhile. If a result cannot be written where
+the user asked, it goes into the cache folder or the folder of temporary files, and standard error says where.
 """
 
 import tempfile
@@ -28,7 +28,7 @@ class KeptFit(NamedTuple):
     """A fit on disk.
 
     Attributes:
-        fit: The fit; one that diverged as far as it came.
+        fit: The fit; if it diverged, its last finite state.
         place: The folder that it is in.
         diverged: The error of a fit that diverged, None for any other.
     """
@@ -47,7 +47,7 @@ def fit_and_keep(
     require: Callable[[int], None],
     console: Console,
 ) -> KeptFit:
-    """Fit and write the fit; a diverged one too, as far as it came.
+    """Fit and write the fit; if it diverges, write its last finite state.
 
     Args:
         recipe: How model and guide are built.
@@ -55,8 +55,8 @@ def fit_and_keep(
         base: The base model of the recipe.
         data: Rows to fit, and a split `validation` where there is one.
         out: Folder for the fit.
-        require: Raises where a number of bytes does not fit into it, before the fit.
-        console: Where progress and problems are told.
+        require: Raises if a number of bytes does not fit into the folder; called before the fit.
+        console: Where to report progress and problems.
     """
     model, guide = recipe.build(base, data.label_ids)
     require(fit_size(model, guide, data.train, schedule.num_steps))
@@ -76,7 +76,7 @@ def fit_and_keep(
 
 
 def keep(path: Path, write: Callable[[Path], Any], console: Console) -> Path:
-    """Write a result and return where it is, which is told where that is not `path`."""
+    """Write a result and return its path; if that is not `path`, report where it is."""
     place, problem = written(path, write, [cache_folder() / "kept", Path(tempfile.gettempdir())])
     if problem:
         text = escape(f"{problem}; it is in {str(place)!r} instead")
@@ -85,6 +85,6 @@ def keep(path: Path, write: Callable[[Path], Any], console: Console) -> Path:
 
 
 def end_if_elsewhere(asked: Path, place: Path) -> None:
-    """Leave with the exit code of bad input where a result is not where it was asked for."""
+    """Exit with the code of bad input if a result is not where the user asked for it."""
     if place != asked:
         raise typer.Exit(ExitCode.BAD_INPUT)

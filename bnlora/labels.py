@@ -1,12 +1,12 @@
 """Which class a label means, and which token the word of a class is.
 
-Labels are read by one rule, whatever they are stored as (strings, integers, truth values, whole floats):
+One rule holds for strings, integers, booleans and whole floats:
 
-1. a label that is one of the words, spaces aside, is the class of that word;
-2. else an integer from 0 to C - 1 is the class of that number.
+1. A label that equals one of the words (ignoring spaces) means that word's class.
+2. Otherwise an integer from 0 to C - 1 is the number of the class.
 
-Where both could be meant and differ (the label 1 and the words "1", "2", "3"), the label is refused until
-`labels_are` says which. All labels of a column are of one kind.
+If both readings are possible and differ (the label 1 and the words "1", "2", "3"), the label is refused until
+`labels_are` decides. All labels of a column must be of the same kind.
 """
 
 import difflib
@@ -56,9 +56,8 @@ def read_labels(
         split: Name of the split, for messages.
         column: Labels.
         words: Word of each class.
-        labels_are: "words" or "integers" where they could be both; or what each label means, as one of the
-            words.
-        class_names: Names that a data set gives to its integers (`ClassLabel`). Where they are the words, the
+        labels_are: "words" or "integers" if labels could be either; or a mapping from each label to its word.
+        class_names: Names that a data set gives to its integers (`ClassLabel`). If they are the words, the
             names decide.
 
     Raises:
@@ -89,7 +88,7 @@ def read_labels(
 
 
 def _reader(words: Sequence[str], labels_are: LabelsAre | None) -> Callable[[str], _Meaning]:
-    """What a label could mean."""
+    """A function that gives the classes that a label could mean."""
     if isinstance(labels_are, Mapping):
         named = {}
         for label, word in labels_are.items():
@@ -116,7 +115,7 @@ def _reader(words: Sequence[str], labels_are: LabelsAre | None) -> Callable[[str
 
 
 def _number(text: str) -> int | None:
-    """The integer that a text writes, also as a float that is whole."""
+    """The integer that a text represents, also if it is written as a whole float."""
     found = re.fullmatch(r"\s*([+-]?[0-9]{1,18})(\.0*)?\s*", text)
     return None if found is None else int(found[1])
 
@@ -124,7 +123,7 @@ def _number(text: str) -> int | None:
 def _by_names(
     split: str, class_names: Sequence[str], words: Sequence[str], labels_are: LabelKind | None
 ) -> dict[int, str] | None:
-    """The names of integers if those are to be read, None if the integers are the classes themselves."""
+    """The names of the integers if the names decide; None if the integers are the classes."""
     names = [word.strip() for word in words]
     places = {
         number: names.index(name.strip()) for number, name in enumerate(class_names) if name.strip() in names
@@ -229,7 +228,7 @@ def _token_after(tokenizer: Any, template: str, word: str) -> int | None:
 
 
 def _contexts(template: str) -> list[str]:
-    """What a word may follow: the filled template; after a text that ends the row also nothing known."""
+    """Contexts before a word: the filled template; also none if the template ends with the text."""
     filled = template.replace("{text}", "x")
     return [filled, ""] if template.endswith("{text}") else [filled]
 
@@ -241,7 +240,7 @@ def _with_and_without(tokenizer: Any, context: str, word: str) -> tuple[list[int
 
 
 def _becomes(tokenizer: Any, template: str, word: str) -> str:
-    """What a word that is not one token becomes there, in words."""
+    """A description of the tokens that a word becomes there, if it is not a single one."""
     before, after = _with_and_without(tokenizer, _contexts(template)[0], word)
     same = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(before))
     gone, new = (tokenizer.convert_ids_to_tokens(ids[same:]) for ids in (before, after))

@@ -141,7 +141,7 @@ class Classifier(Shown):
 
     @property
     def trunk(self) -> str:
-        """Which layers lie below `start`, as `Batch.trunk`: the base's own."""
+        """The layers below `start`, as in `Batch.trunk`: the base's own."""
         return ""
 
     @property
@@ -255,7 +255,7 @@ class Classifier(Shown):
         return run(self.base.params, adapters, count, batch, together)
 
     def with_hidden(self, batch: Batch) -> Batch:
-        """`prepared` with the model's weights, in a program for all callers; at depth 0 the rows themselves.
+        """`prepared` with the model's weights, in one program for all callers; at depth 0 the given rows.
 
         Raises:
             ValueError: When a row has a token that the base has no row for.
@@ -269,7 +269,7 @@ class Classifier(Shown):
         return replace(batch, hidden=run(self.base.params, batch.plain), depth=self.start, trunk=self.trunk)
 
     def numbers(self, shape: tuple[int, ...]) -> int:
-        """About how many numbers the largest arrays of a program for so many rows and positions hold."""
+        """Approximate size of the largest array of a program for so many rows and positions."""
         widest = max(max(site.d_in, site.d_out) for site in self.sites.values())
         return max(math.prod(shape) * widest, self.sites.num_parameters)
 

@@ -16,8 +16,8 @@ class Draw(NamedTuple):
 
     Attributes:
         sites: Value of every latent site of the prior, by name.
-        log_prior: Log-density of the draw under the prior, in nats, with what the prior itself observes or
-            weighs (`obs=`, `numpyro.factor`).
+        log_prior: Log-density of the draw under the prior, in nats, including the prior's factors and
+            observed sites.
         log_q: Log-density of the draw under the guide, in nats. The auxiliary sites of a NumPyro
             autoguide count with the densities of its deltas: it is the density over the sites.
         log_prior_of: The part of `log_prior` that each site has, observed ones under their own names.
@@ -41,7 +41,7 @@ def draw_sites(key: Array, model: Any, guide: Callable, params: Parameters) -> D
 def draw_from_guide(
     key: Array, model: Any, guide: Callable, params: Parameters
 ) -> tuple[dict[str, Array], Array, dict[str, Array]]:
-    """The half of a draw that the guide makes: sites, their log-density, and the part of it that each has."""
+    """The guide's half of a draw: the sites, their log-density, and the part of each site."""
     known = getattr(guide, "latent", None)
     if known is None:
         guide_trace, prior_trace = traces(key, model, guide, params)
@@ -61,7 +61,7 @@ def draw_from_prior(key: Array, model: Any, params: Parameters) -> dict[str, Arr
 def prior_at(
     sites: dict[str, Array], model: Any, params: Parameters
 ) -> tuple[Array, dict[str, Array], Adapters]:
-    """The half of a draw that the prior makes: log-density of the sites, its parts, and the adapters."""
+    """The prior's half of a draw: the log-density of the sites, its parts, and the adapters."""
     program = handlers.trace(_seeded(model.prior, jax.random.key(0), {**params, **sites}))
     adapters = program()
     log_prior = _log_densities(program.trace)

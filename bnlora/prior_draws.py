@@ -33,8 +33,8 @@ def draw_prior(
             numbers.
 
     Raises:
-        ValueError: When a parameter of the prior is missing, or running the prior forwards does not draw from
-            it: a law is improper, or a `numpyro.factor` or an observed site weighs what is drawn.
+        ValueError: If a parameter of the prior is missing, or a forward run does not sample from the prior:
+            a law is improper, or a `numpyro.factor` or an observed site weighs the draws.
     """
     key = check_key(key)
     check_parameters(model.prior, params)

@@ -1,8 +1,8 @@
-"""What a prior program declares: names, shapes, plates and laws, found by a run for shapes alone.
+"""What a prior program declares: names, shapes, plates and laws.
 
-A prior is a program, so what it holds shows when it runs. Here it runs without numbers: nothing is compiled
-or computed. A law that cannot be drawn from (`ImproperUniform`) is given a value inside its support, so that
-such a prior runs as any other where only its density is needed.
+A prior is a program, so it must run to show its sites. Here it runs on shapes only: nothing is compiled or
+computed. A site whose law cannot be sampled (`ImproperUniform`) gets a value inside its support, so that such
+a prior runs like any other where only its density is needed.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +21,7 @@ from numpyro.primitives import Messenger
 from bnlora.typing import NOISE
 
 OWNED = {"y": "the labels that the model observes", "data": "the model's plate over the rows"}
-"""Names that no site, plate or parameter of a prior may have, and what has them."""
+"""Names that a prior may not use, and what uses them."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Variable:
         law: Name of its distribution.
         shape: Shape of its value.
         free: Shape of the unconstrained value; None where the site is discrete.
-        event_dim: Number of its last axes that are not those of plates.
-        plates: Axis of every plate that it stands in, by the plate's name.
+        event_dim: Number of its last axes that do not belong to plates.
+        plates: Axis of every plate around it, by the plate's name.
         infer: The marks that the prior gave it.
-        observed: Whether the program says its value, as `obs=` and `numpyro.factor` do.
-        improper: Whether its law cannot be drawn from.
+        observed: Whether the program fixes its value, as `obs=` and `numpyro.factor` do.
+        improper: Whether its law cannot be sampled.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Program:
 
     Attributes:
         latent: The sites that it samples.
-        observed: The sites whose value it says; their densities multiply that of the latent ones.
+        observed: The sites whose value it fixes; their densities multiply that of the latent ones.
         params: Names of its NumPyro parameters.
         names: All names, those of plates and deterministic values included.
     """
@@ -73,11 +73,11 @@ class Program:
     names: tuple[str, ...]
 
     def check_names(self) -> None:
-        """Raise `ValueError` when a name is that of something else."""
+        """Raise `ValueError` if the model or a guide uses one of the names."""
         check_names(self.names, self.latent)
 
     def check(self) -> None:
-        """Raise `ValueError` when a name is that of something else, or a latent site is discrete."""
+        """Raise `ValueError` if the model or a guide uses a name, or if a latent site is discrete."""
         self.check_names()
         for name, site in self.latent.items():
             if site.free is None:
@@ -110,7 +110,7 @@ def declared(prior: Callable[..., Any]) -> Program:
 
 
 def discrete(name: str, law: str) -> ValueError:
-    """What is said of a discrete latent site, which no guide and no sampler here takes."""
+    """The error for a discrete latent site, which no guide and no sampler here supports."""
     return ValueError(
         f"latent sites must be continuous; {name!r} is {law}: sum it out in the prior, as "
         "dist.MixtureSameFamily and priors.spike_and_slab do, or hold it at a value by obs="
@@ -118,7 +118,7 @@ def discrete(name: str, law: str) -> ValueError:
 
 
 def check_names(names: Iterable[str], latent: Iterable[str]) -> None:
-    """Raise `ValueError` when a name is that of a part of the model or of a parameter of a `Guide`.
+    """Raise `ValueError` if a name belongs to a part of the model or to a parameter of a `Guide`.
 
     Args:
         names: Names in the prior.
@@ -138,7 +138,7 @@ def check_names(names: Iterable[str], latent: Iterable[str]) -> None:
 
 
 def require_proper(prior: Callable[..., Any]) -> None:
-    """Raise `ValueError` where a law of the prior is improper, so that no run of it draws from it."""
+    """Raise `ValueError` if a law of the prior is improper and cannot be sampled."""
     _refuse_improper(declared(prior))
 
 
@@ -152,10 +152,10 @@ def _refuse_improper(found: Program) -> None:
 
 
 def require_drawable(prior: Callable[..., Any]) -> None:
-    """Raise `ValueError` unless running the prior forwards draws from it.
+    """Raise `ValueError` unless running the prior forwards samples from it.
 
-    It does not where a law is improper, or where the program also says a value, by `numpyro.factor` or
-    `obs=`, whose density depends on what was drawn before: the draws would lack that part of the prior.
+    This fails if a law is improper. It also fails if the program weighs its draws by `numpyro.factor` or
+    `obs=`: a forward run would ignore that part of the prior.
     """
     found = declared(prior)
     _refuse_improper(found)
@@ -169,7 +169,7 @@ def require_drawable(prior: Callable[..., Any]) -> None:
 
 
 def weighed(prior: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
-    """The latent sites that each observed site of a prior weighs, without those that weigh none."""
+    """The latent sites on which each observed site of a prior depends, if there are any."""
     found = declared(prior)
     if not found.observed:
         return {}
@@ -179,7 +179,7 @@ def weighed(prior: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
 
 
 def runnable(prior: Callable[..., Any]) -> Callable[..., Any]:
-    """The program with a value inside its support at every site whose law cannot be drawn from."""
+    """The program with a value inside the support at every site whose law cannot be sampled."""
     return _Feasible(prior)
 
 
@@ -197,7 +197,7 @@ def innermost(law: Any) -> Any:
 
 class _Feasible(Messenger):
     def process_message(self, msg: dict[str, Any]) -> None:
-        """Give a value, which what stands around the program may replace."""
+        """Set a feasible value, which handlers around the program may replace."""
         if msg["type"] == "sample" and msg["value"] is None and is_improper(msg["fn"]):
             to_support = biject_to(msg["fn"].support)
             msg["value"] = to_support(jnp.zeros(to_support.inverse_shape(msg["fn"].shape())))
@@ -222,7 +222,7 @@ def _variable(site: Mapping[str, Any]) -> Variable:
 
 
 def unwrapped(law: Any) -> Any:
-    """The distribution that the prior names: without expansions, masks and event axes."""
+    """The distribution that the prior wrote, without expansions, masks and event axes."""
     while isinstance(law, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
         law = law.base_dist
     return law

@@ -152,10 +152,9 @@ class Recipe:
         write_json(folder / FILE, asdict(self))
 
     def require_fitted(self, notes: Mapping[str, Any]) -> None:
-        """Raise `ValueError` unless this is the recipe of a fit, whose notes say how it was made.
+        """Raise `ValueError` unless this is the recipe of a fit, given the notes of the fit.
 
-        The base may have moved, and rows may be read in another way: those entries may differ. Fits of before
-        the notes have none.
+        Entries about the place of the base and the reading of rows may differ. Older fits have no notes.
         """
         for name, value in asdict(self).items():
             now = list(value) if isinstance(value, tuple) else value  # as JSON has it

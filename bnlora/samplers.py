@@ -270,7 +270,7 @@ def temper(
         particles of a summary before and after them.
     """
     blackjax = _blackjax()
-    # BlackJAX's solver takes one type for all, also where a model of 32 bits runs in 64-bit mode.
+    # BlackJAX's solver needs one dtype, but a 32-bit model may run in 64-bit mode.
     prior, likelihood = (_of_type(f, particles.weights.dtype) for f in (log_prior, log_likelihood))
     mean = particles.weights @ particles.positions
     variance = particles.weights @ (particles.positions - mean) ** 2 + 1e-10
@@ -302,7 +302,7 @@ def temper(
 
 
 SHORTEST = 1 / 16
-"""Shortest step of a move of SMC over the longest; in between, its logarithm is uniform."""
+"""Ratio of the shortest to the longest step of SMC; the logarithm of the step is uniform in between."""
 
 
 def _of_type(function: LogDensity, dtype: Any) -> LogDensity:
@@ -310,14 +310,14 @@ def _of_type(function: LogDensity, dtype: Any) -> LogDensity:
 
 
 def _repeated(kernel: Callable) -> Callable:
-    """A kernel that moves a number of times that is an array; reports the mean acceptance probability."""
+    """A kernel that makes a traced number of moves and reports the mean acceptance probability."""
 
     def moved(
         key: Array, state: Any, log_density: LogDensity, num_moves: Array, step_size: Array, **options: Any
     ) -> tuple:
         def once(i: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
             step_key, move_key = jax.random.split(jax.random.fold_in(key, i))
-            # A step that suits most particles is refused where a scale is narrow: some are much shorter.
+            # A step that suits most particles is rejected where the target is narrow, so some are shorter.
             step = step_size * SHORTEST ** jax.random.uniform(step_key, dtype=step_size.dtype)
             state, info = kernel(move_key, carry[0], log_density, step_size=step, **options)
             return state, carry[1] + info.acceptance_rate

@@ -1,8 +1,8 @@
-"""Tables of texts in files: CSV, JSON lines and Parquet, read by one rule and written without loss.
+"""Tables of texts in CSV, JSON lines and Parquet files, read by one rule and written without loss.
 
-What a cell says does not depend on the kind of the file. Texts, numbers and truth values are read as
-strings: `1` of a CSV file, `1` of a JSON line and the integer 1 of a Parquet file are the same label. An
-empty cell of a CSV file is an empty string; what JSON or Parquet call null is None.
+Texts, numbers and booleans are read as strings, whatever the kind of file: `1` in a CSV file, `1` in a JSON
+line and the integer 1 in a Parquet file are the same label. An empty cell of a CSV file is an empty string;
+null in JSON or Parquet is None.
 """
 
 import difflib
@@ -113,7 +113,7 @@ def write_table(rows: "Dataset | pa.Table", path: Path) -> None:
 
 @contextmanager
 def naming_lines(files: Mapping[str, Path], *, encoding: str = ENCODING) -> Iterator[None]:
-    """Where a row of a split cannot be used, say on which line of the split's file it begins."""
+    """Replace a `RowError` of a split by one that names the line of the split's file."""
     try:
         yield
     except RowError as error:
@@ -121,7 +121,7 @@ def naming_lines(files: Mapping[str, Path], *, encoding: str = ENCODING) -> Iter
 
 
 def _ending(path: Path, known: Mapping[str, Any]) -> str:
-    """The ending of a name in small letters, if it is a known one."""
+    """The ending of a name in lower case; `ValueError` if it is not known."""
     if path.suffix.lower() not in known:
         raise ValueError(f"{path.name!r} must end in one of {', '.join(known)}; got {path.suffix!r}")
     return path.suffix.lower()

@@ -1,8 +1,8 @@
 """From texts and labels to batches: templates, label words, lengths, and clear refusals.
 
 The classes are words. A row is the template filled with its text; the likelihood reads the logits
-of one token for each class right after it (`bnlora.labels`). What the tokenizer puts before a row (a token
-for its beginning) stays, what it would append does not: the last token of a row is the template's own.
+of one token for each class right after it (`bnlora.labels`). Tokens that the tokenizer adds at the beginning
+of a row stay. Tokens that it would append are dropped, so a row ends with the last token of the template.
 """
 
 import bisect
@@ -106,8 +106,8 @@ def text_classification(
 
     Args:
         dataset: A data set, or several by split name; a single one becomes the split `"train"`.
-        tokenizer: The base model's tokenizer, or the base itself: then tokens that it has no row for are
-            refused here, otherwise by the model.
+        tokenizer: The base model's tokenizer, or the base itself. With the base, tokens without an embedding
+            row are refused here; otherwise the model refuses them.
         text: Column of the texts.
         label: Column of the labels: the words (spaces aside), or integers 0 .. C-1, whatever they are
             stored as. None for rows to predict whose class nobody knows; their labels are -1.
@@ -116,8 +116,8 @@ def text_classification(
         max_length: Longest row in tokens; the tokenizer's own limit when omitted.
         truncate: What to do with longer texts: refuse, or drop letters of the *text* from its left or
             right. The template is never cut.
-        labels_are: Where labels could be words or integers (words "1", "2", "3" and a label 1), which of
-            the two they are; or a mapping from labels to words.
+        labels_are: "words" or "integers", if labels could be either (words "1", "2", "3" and a label 1); or
+            a mapping from labels to words.
 
     Returns:
         Batches padded on the right, the words and their token ids.
@@ -185,10 +185,10 @@ def _labels(
 
 
 def _encoder(tokenizer: Any, template: str) -> Encoder:
-    """What makes rows of texts: the template's own tokens, after those that the tokenizer puts before a row.
+    """A function from texts to rows: the tokenizer's leading tokens, then those of the filled template.
 
-    What it appends, an end of the text say, is left out: the logits are read at the last token. Nothing is
-    put before a template that begins with it already.
+    Tokens that the tokenizer appends are dropped, because the logits are read at the last token. Leading
+    tokens are not added if the template already begins with them.
     """
     sample = template.replace("{text}", "x")
     own, whole = (tokenizer(sample, add_special_tokens=added)["input_ids"] for added in (False, True))
@@ -249,7 +249,7 @@ def _shorten(text: str, encode: Encoder, limit: int, truncate: Truncate) -> list
     def row(size: int) -> list[int]:
         return encode([text[: cuts[size]] if truncate == "right" else text[cuts[-size - 1] :]])[0]
 
-    # A longer part may have a token less, but hardly more: what is found fits, and little more would.
+    # A longer part may have fewer tokens, but rarely: the part found fits, and hardly a longer one would.
     size = bisect.bisect(range(1, len(cuts)), limit, key=lambda size: len(row(size)))
     return row(size) if size else None
 

@@ -1,13 +1,12 @@
-r"""What both sides of a comparison are evaluated under: the second posterior's model.
+r"""The model under which both sides of a comparison are evaluated: that of the second posterior.
 
-Chains may sample some sites and hold the others, and then are draws of
+Chains may sample some sites and hold the others. The comparison is then of
 
     p(free | y, fixed)      against      q(free)      of the approximation, with the same values fixed
 
-For a fit q(free) is its law of the free sites over all values of the others, so a guide whose sites are
-independent loses nothing, and one that ties the free sites to the others is wider here than its own
-conditional law. A posterior that has draws of adapters and no sites is held where the free sites change
-no adapter. To compare like with like fit to the conditional model itself, `chains.model`.
+For a fit, q(free) is the marginal law of the free sites. It equals the conditional law if the guide makes the
+sites independent; otherwise it is wider. A posterior with draws of adapters but no sites is fixed wherever
+the free sites change no adapter. For an exact comparison, fit to the conditional model, `chains.model`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,8 +34,8 @@ class Problem:
 
     Attributes:
         model: The classifier that evaluates draws of both sides.
-        holds: Sites whose values the approximation takes from the reference.
-        notes: What is held on which side, in sentences.
+        holds: Sites that the approximation takes from the reference.
+        notes: Sentences that say what is held on which side.
     """
 
     model: Any
@@ -59,7 +58,7 @@ def _adapters(model: Any, params: Parameters, free: Mapping[str, Array]) -> Adap
 
 
 def common_problem(approx: Posterior, reference: Any, other: str) -> Problem:
-    """The model under which draws of both sides mean the same.
+    """The model under which draws of both sides have the same meaning.
 
     Args:
         approx: The approximation.
@@ -97,7 +96,7 @@ def common_problem(approx: Posterior, reference: Any, other: str) -> Problem:
 
 
 def _restored(approx: Posterior, stored: StoredReference, holds: Sequence[str]) -> Any:
-    """The approximation's model with what a stored reference holds besides."""
+    """The approximation's model, conditioned on the sites that a stored reference holds in addition."""
     params = dict(getattr(approx, "params", {})) | {n: jnp.asarray(x) for n, x in stored.params.items()}
     return condition(approx.model, {n: jnp.asarray(stored.fixed[n]) for n in holds}, params)
 

@@ -1,14 +1,13 @@
-r"""The hyper-parameters of a prior: which of its sites they are, and what ArviZ calls them and their axes.
+r"""The hyper-parameters of a prior, with names of variables and axes for ArviZ.
 
-A site is a *weight* where the prior marks it so, as the building blocks of `bnlora.priors` do with the
-factors, inducing matrices and noise that they sample, or where its name is that of a factor,
-`<family>.<factor>`, or one with a symbol of the notation, `<family>.<factor>.z` (`U`, `V`, `W`, `E`). Weights
-are not identifiable one by one, and functions of the update stand for them. Every other site is a
-hyper-parameter, whatever its name.
+A site is a *weight* if the prior marks it (`bnlora.priors` marks the factors, inducing matrices and noise
+that it samples), if its name is that of a factor, `<family>.<factor>`, or if a symbol of the notation
+follows, `<family>.<factor>.z` (`U`, `V`, `W`, `E`). Weights are not identifiable; ArviZ gets functions of the
+update instead. Every other site is a hyper-parameter.
 
-Axes are named after the plates that a site stands in, and the last ones after the mark `infer={"dims":
-("rank",)}`. The plate of `priors.layers` and the name "rank" give the dimensions of the family's own
-variables. An axis of length one that no plate names is left out, and so is the one layer of the head.
+Plates name the axes of a site, and the mark `infer={"dims": ("rank",)}` names its last axes. The plate of
+`priors.layers` and the name "rank" use the dimensions of the family's own variables. An axis of length one
+that no plate names is dropped, and so is the single layer of the head.
 """
 
 import re
@@ -30,11 +29,11 @@ DIMS = "dims"
 """Mark in the `infer` of a site: names of its last axes, those that are not of plates."""
 
 TREE = ("chain", "draw", "row", "step")
-"""Names that a tree has itself, whatever the sites."""
+"""Names that every tree uses."""
 
 
 class Named(NamedTuple):
-    """Draws of the hyper-parameters as variables: by the name that ArviZ gets, in the order of the prior."""
+    """Draws of the hyper-parameters by their names in ArviZ, in the order of the prior."""
 
     values: dict[str, np.ndarray]
     dims: dict[str, tuple[str, ...]]
@@ -43,7 +42,7 @@ class Named(NamedTuple):
 
 
 def is_weight(sites: Sites, site: Variable) -> bool:
-    """Whether a site of the prior is a factor's own, for which functions of the update stand."""
+    """Whether a site of the prior is a weight, which functions of the update replace in ArviZ."""
     if site.infer.get(WEIGHT) or site.is_noise:
         return True
     _, factor = place(sites, site.name)
@@ -52,14 +51,14 @@ def is_weight(sites: Sites, site: Variable) -> bool:
 
 
 def no_weights(sites: Sites, variables: Mapping[str, Variable]) -> dict[str, Variable]:
-    """Those of some sites of the prior that are no weights, in their order."""
+    """The sites that are not weights, in their order."""
     return {name: site for name, site in variables.items() if not is_weight(sites, site)}
 
 
 def names_in_tree(sites: Sites, program: Program) -> dict[str, str]:
-    """What a tree calls every site of the prior that it has by name: all but weights, observed ones included.
+    """The name in a tree of every site of the prior that is not a weight, observed sites included.
 
-    xarray separates groups by "/", which becomes a dot; a name that is taken gets a number.
+    "/" becomes a dot, because xarray separates groups by it. A name that is already used gets a number.
     """
     own = (name for grid in grids(sites) for name in (*grid.variables, *grid.coords))
     taken = {*TREE, *sites, *own}
@@ -71,7 +70,7 @@ def names_in_tree(sites: Sites, program: Program) -> dict[str, str]:
 
 
 def log_prior_groups(model: Any, log_prior_of: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Log prior of every draw: that of the weights of each family, of each hyper-parameter and observed site.
+    """Log prior of every draw, for the weights of each family, each hyper-parameter and each observed site.
 
     Args:
         model: The classifier.
@@ -107,7 +106,7 @@ def named_draws(model: Any, draws: Mapping[str, Any]) -> Named:
 
 
 class _Axes:
-    """Names of the axes of sites, those of the tree's own variables first; none is the name of a variable."""
+    """Names of the axes of sites. The tree's own axes come first; no axis has the name of a variable."""
 
     def __init__(self, sites: Sites, variables: tuple[str, ...]):
         self.sites, self.variables = sites, variables
@@ -121,7 +120,7 @@ class _Axes:
                 self.families[family, "rank"] = grid.rank_name
 
     def of(self, variable: str, site: Variable) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """The axes that are kept, and their names."""
+        """The axes to keep, with their names."""
         plates = {axis: name for name, axis in site.plates.items()}
         batch, family = len(site.shape) - site.event_dim, place(self.sites, site.name)[0]
         marked = tuple(site.infer.get(DIMS, ()))
@@ -151,7 +150,7 @@ class _Axes:
         return self._sized(clean(name), size)
 
     def _sized(self, wanted: str, size: int) -> str:
-        """The name, or one with a number where another dimension of another length has it."""
+        """The name, with a number if a dimension of another length already uses it."""
         known = self.own | self.coords
         taken = {*TREE, *self.variables, *(name for name in known if len(known[name]) != size)}
         name = _free(wanted, taken)

@@ -1,7 +1,7 @@
 """NumPyro's automatic guides: which of them can be fitted here, and why the others cannot.
 
-Whatever is not refused runs as any NumPyro guide does, guides of later versions and of one's own included.
-Those that are refused would be fitted without an error, and what they then say would be wrong.
+The guides in `REFUSED` would fit without an error, but their results would be wrong. All other guides are
+accepted, including those of later NumPyro versions and of users.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ REFUSED: dict[type, str] = {
     ),
     autoguide.AutoDAIS: ANNEALS,  # and with it AutoSurrogateLikelihoodDAIS, which is one
 }
-"""Automatic guides that are refused, by class, and what is said of them."""
+"""Automatic guides that are refused, with the reason."""
 
 
 def check_automatic(guide: Any) -> None:
@@ -45,13 +45,13 @@ def check_automatic(guide: Any) -> None:
 
 
 def prepare(key: Array, guide: Callable[..., Any], *args: Any) -> None:
-    """Let an automatic guide run once outside of compiled programs.
+    """Run an automatic guide once outside of compiled programs.
 
-    It keeps what its first call computes, such as its start, and inside of one that would be tracers.
+    Its first call stores values, such as its start; inside a compiled program they would be tracers.
 
     Args:
-        key: Random key of what it draws then.
-        guide: Any guide; others than automatic ones are left alone.
+        key: Random key of this run.
+        guide: Any guide; nothing is done to guides that are not automatic.
         *args: Arguments of the guide.
 
     Raises:

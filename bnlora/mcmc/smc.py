@@ -2,22 +2,22 @@ r"""Sequential Monte Carlo through powers of the likelihood, for posteriors with
 
     p_t(u)  is proportional to  p(u) p(y | u)^t,      t from 0 (the prior) to 1 (the posterior)
 
-What the prior itself observes or weighs, by `obs=` or `numpyro.factor`, cannot be drawn from and comes in
-with the likelihood: p(u) is the law of the sites that are sampled, and the evidence that of both.
+Factors and observed sites of the prior (`numpyro.factor`, `obs=`) cannot be sampled, so they are tempered
+with the likelihood: p(u) is the law of the sampled sites, and the evidence includes these factors.
 
 Each stage raises t until the effective number of particles falls to about a share of all, resamples, and
 moves every particle by HMC under p_t. The product of the mean weights estimates the evidence p(y) without
 bias (its logarithm with some). Separate runs give the R-hat of the certificate something to compare: the
 particles of one run share ancestors.
 
-Moves that leave a particle near its ancestor let resampling decide where the particles are, and all runs are
-off in the same direction, which R-hat cannot show. With y = tau (b_1 - b_0) H a + e, tau ~ HalfNormal(5), 200
-rows and 16 inputs, E tau is 3.43 by quadrature and 3.45 by NUTS (with divergences). Five moves of one step
-size gave 2.0 in every run, and 400 gave 2.7: a step that suits most particles is refused where tau is large
-and b small. With steps between that and a sixteenth of it 30 moves gave 3.3 and 100 gave 3.5. So steps vary,
-each stage measures the correlation of the size of each site, prior and likelihood before and after its moves,
-the next stage moves as often as that needs, and the certificate refuses runs whose last moves left too much
-of it.
+If the moves leave particles near their ancestors, resampling alone decides where the particles are. All
+runs are then wrong in the same direction, which R-hat cannot show. With y = tau (b_1 - b_0) H a + e,
+tau ~ HalfNormal(5), 200 rows and 16 inputs, E tau is 3.43 by quadrature and 3.45 by NUTS (with divergences).
+Five moves of one step size gave 2.0 in every run, and 400 gave 2.7: a step that suits most particles is
+rejected where tau is large and b small. With steps between that and a sixteenth of it 30 moves gave 3.3 and
+100 gave 3.5. So the step size varies. Each stage measures the correlation, before and after its moves, of the
+size of each site, of the prior and of the likelihood. The next stage makes as many moves as this correlation
+needs, and the certificate refuses runs whose last moves left too much of it.
 
 References: Del Moral, Doucet and Jasra (2006), Sequential Monte Carlo samplers; Chopin and Papaspiliopoulos
 (2020), An introduction to sequential Monte Carlo, chapter 17.
@@ -47,7 +47,7 @@ from bnlora.samplers import Particles, Tuning, temper
 
 MAX_STAGES = 500
 LEFT = 0.5
-"""Correlation with its start that the moves of a stage should bring a particle to."""
+"""Target for the correlation of a particle with its start after the moves of a stage."""
 
 
 def sample_smc(
@@ -143,7 +143,7 @@ def _stage(made: Target, options: dict[str, Any]) -> Any:
     def stage(
         key: Array, particles: Particles, step_size: Array, num_moves: Array, inputs: Any
     ) -> tuple[Particles, Array, Array]:
-        # Particles start at draws of the prior, which what it weighs itself has no part in: that is tempered.
+        # Particles start at draws of the sampled sites only, so the prior's own factors are tempered too.
         def prior(u: Array) -> Array:
             return made.view.log_prior(u) - made.view.log_observed(u)
 
@@ -151,7 +151,7 @@ def _stage(made: Target, options: dict[str, Any]) -> Any:
             return made.log_likelihood(u, inputs) + made.view.log_observed(u)
 
         def summaries(u: Array) -> Array:
-            # Sizes, which no symmetry of the adapters changes: a sign that never turns is no slow move.
+            # Sizes do not change under the symmetries of adapters, so a sign that never flips is not slow.
             sizes = [jnp.sqrt(jnp.mean(x**2)) for x in made.view.split(u).values()]
             return jnp.stack([*sizes, prior(u), likelihood(u)])
 
@@ -210,7 +210,7 @@ def _run(
 
 
 def _needed(moves: int, left: float, limits: tuple[int, int]) -> int:
-    """Moves that bring the correlation to `LEFT` where so many left this: it falls by a factor with each."""
+    """Moves that bring the correlation to `LEFT`; it decays geometrically, and `moves` left it at `left`."""
     if not left > 0:
         return limits[0]
     wanted = moves * np.log(LEFT) / np.log(min(left, 0.9999))
