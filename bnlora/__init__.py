@@ -33,6 +33,7 @@ from bnlora.data import Batch as Batch
 from bnlora.fits import Fit as Fit
 from bnlora.fits import FitDiverged as FitDiverged
 from bnlora.model import Classifier as Classifier
+from bnlora.plateau import Plateau as Plateau
 from bnlora.predict import Posterior as Posterior
 from bnlora.predict import Prediction as Prediction
 from bnlora.predict import predict as predict
@@ -75,6 +76,15 @@ if _TYPE_CHECKING:  # what type checkers and editors see of the names in `_LATER
     from bnlora.peft import load_peft as load_peft
     from bnlora.peft import save_peft as save_peft
     from bnlora.svi import fit as fit
+    from bnlora.tangent.fit import CoreFit as CoreFit
+    from bnlora.tangent.fit import fit_core as fit_core
+    from bnlora.tangent.frames import frames as frames
+    from bnlora.tangent.gaussian import Gaussian as Gaussian
+    from bnlora.tangent.gaussian import laplace as laplace
+    from bnlora.tangent.model import Tangent as Tangent
+    from bnlora.tangent.scales import Scales as Scales
+    from bnlora.tangent.scales import choose_scales as choose_scales
+    from bnlora.tangent.start import start_at as start_at
 
 _LATER = {
     "bnlora.base": "Base load",
@@ -88,6 +98,12 @@ _LATER = {
     "bnlora.plots": "",
     "bnlora.sbc": "",
     "bnlora.svi": "fit",
+    "bnlora.tangent.fit": "CoreFit fit_core",
+    "bnlora.tangent.frames": "frames",
+    "bnlora.tangent.gaussian": "Gaussian laplace",
+    "bnlora.tangent.model": "Tangent",
+    "bnlora.tangent.scales": "Scales choose_scales",
+    "bnlora.tangent.start": "start_at",
 }
 """Modules that are imported when one of them, or one of these names out of them, is first used: Flax, Optax,
 matplotlib and their like would make `import bnlora` take several times as long. A name of a module that is a
@@ -111,5 +127,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    modules = (module.removeprefix("bnlora.") for module in _LATER)
+    modules = (module.removeprefix("bnlora.") for module in _LATER if module.count(".") == 1)
     return sorted({*globals(), *_HOME, *modules, "__version__"})

@@ -11,14 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from bnlora.data import Batch, parts
+from bnlora.data import Batch, Features, Part, parts
 from bnlora.progress import speaker, track
-
-
-def prefix_bytes(model: Any, batch: Batch) -> int:
-    """Memory that the cached activations of `batch` take, in bytes (float32)."""
-    rows, length = batch.tokens.shape
-    return rows * length * model.base.config.d_model * 4
 
 
 def cache_prefix(
@@ -51,21 +45,59 @@ def cache_prefix(
         Batch(8 rows of 8 positions, activations of depth 2 cached)
     """
     model.check_tokens(batch)
-    depth = model.start
-    if depth == 0 or batch.caches(depth, model.trunk):
+    if model.is_prepared(batch):
         return batch
-    size = prefix_bytes(model, batch)
+    size = model.cache_bytes(batch)
     if size > memory_limit:
         raise ValueError(
             f"caching {len(batch)} rows takes {size / 2**20:,.0f} MiB, more than the limit of "
             f"{memory_limit / 2**20:,.0f} MiB; raise `memory_limit` or fit with prefix_cache='off'"
         )
-    through = f"{depth} of {model.base.num_layers} layers"
-    text = f"prefix cache: {len(batch)} rows through {through}, {size / 2**20:,.1f} MiB"
+    text = f"{_LABELS[model.kind]}: {len(batch)} rows through {_layers(model)}, {size / 2**20:,.1f} MiB"
     speaker(console).print(text, highlight=False)
-    hidden = np.zeros((*batch.tokens.shape, model.base.config.d_model), np.float32)
-    count = -(-len(batch) // batch_size)
-    for part in track(parts(batch.plain, batch_size), count, "prefix cache", console):
-        computed = np.asarray(model.with_hidden(part.batch).hidden)
-        hidden[part.rows, part.columns] = computed[: len(part.rows)]
-    return replace(batch, hidden=jnp.asarray(hidden), depth=depth, trunk=model.trunk)
+    known = batch.caches(model.start, model.trunk)  # a tangent model starts from cached activations
+    rows, count = batch if known else batch.plain, -(-len(batch) // batch_size)
+    made = _Cache(batch)
+    for part in track(parts(rows, batch_size), count, _LABELS[model.kind], console):
+        made.write(model.prepare(part.batch), part)
+    return made.added_to(rows)
+
+
+_LABELS = {"network": "prefix cache", "tangent": "tangent features"}
+
+
+def _layers(model: Any) -> str:
+    total = model.base.num_layers
+    return f"{total} layers" if model.kind == "tangent" else f"{model.start} of {total} layers"
+
+
+class _Cache:
+    """What `prepare` adds to a batch, collected part by part."""
+
+    def __init__(self, batch: Batch):
+        self.batch = batch
+        self.arrays: dict[str, np.ndarray] = {}
+        self.marks: dict[str, Any] = {}
+
+    def write(self, computed: Batch, part: Part) -> None:
+        rows, length = self.batch.tokens.shape
+        if computed.features is not None:
+            self.marks = {"frames": computed.frames}
+            for name, values in computed.features._asdict().items():
+                self._put(name, (rows, *values.shape[1:]), part.rows, values)
+        elif computed.hidden is not None:
+            self.marks = {"depth": computed.depth, "trunk": computed.trunk}
+            shape = rows, length, computed.hidden.shape[2]
+            self._put("hidden", shape, (part.rows, part.columns), computed.hidden)
+
+    def _put(self, name: str, shape: tuple[int, ...], where: Any, values: Any) -> None:
+        if name not in self.arrays:
+            self.arrays[name] = np.zeros(shape, np.float32)
+        count = len(where[0] if isinstance(where, tuple) else where)
+        self.arrays[name][where] = np.asarray(values)[:count]
+
+    def added_to(self, batch: Batch) -> Batch:
+        arrays: dict[str, Any] = {name: jnp.asarray(x) for name, x in self.arrays.items()}
+        if "phi" in arrays:
+            arrays = {"features": Features(arrays["offset"], arrays["phi"])}
+        return replace(batch, **arrays, **self.marks)

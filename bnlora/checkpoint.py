@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -28,12 +27,14 @@ from safetensors.numpy import load_file, save_file
 from bnlora.data import Batch
 from bnlora.elbo import parameter_shapes
 from bnlora.files import file_checksum, read_json, write_json
+from bnlora.fingerprint import fingerprint, is_same
 from bnlora.fits import Fit
+from bnlora.priors.core import frames_of
 
 FORMAT, READABLE = 2, (1, 2)
 ARRAYS, RECORD = "fit.safetensors", "fit.json"
 _COUNTS = ("best_step", "skipped_steps", "num_traces")
-_ENDS = ("steps", "patience", "interrupted", "diverged")
+_ENDS = ("steps", "patience", "plateau", "interrupted", "diverged")
 _ROWS = ("tokens", "mask", "labels")
 
 
@@ -65,6 +66,7 @@ def save_fit(fit: Fit, folder: str | Path, *, notes: Mapping[str, Any] | None = 
     arrays |= {"weights": _some_weights(fit.model)}
     record = {name: getattr(fit, name) for name in (*_COUNTS, "stopped")} | {"format": FORMAT}
     record |= {"key": str(jax.random.key_impl(fit.draw_key)), "model": _told(fit.model)}
+    record |= {"kind": fit.model.kind}
     record |= {"notes": dict(notes or {})}
     record |= {"versions": {name: version(name) for name in ("bnlora", "jax", "numpyro", "flax")}}
     # safetensors needs one block of memory; `np.ascontiguousarray` would make a vector of a scalar.
@@ -160,23 +162,22 @@ def _told(model: Any) -> dict[str, Any]:
 
 
 def _some_weights(model: Any) -> Float[np.ndarray, " k"]:
-    """A few numbers of every frozen array: the base's weights and the sites that are held."""
-    return np.asarray(_spread((model.base.params, getattr(model, "fixed", {}))))
-
-
-@jax.jit
-def _spread(tree: Any) -> Float[Array, " k"]:
-    picked = [jnp.zeros(0)]
-    for leaf in jax.tree.leaves(tree):
-        places = np.linspace(0, leaf.size - 1, min(leaf.size, 16)).astype(np.int64)
-        picked.append(leaf[np.unravel_index(places, leaf.shape)].astype(jnp.float32))
-    return jnp.concatenate(picked)
+    """A few numbers of every frozen array: the base's weights, the sites that are held, the frames."""
+    frames = frames_of(model.prior.program) or {}
+    fixed = {name: (frame.left, frame.right, np.array([frame.unit])) for name, frame in frames.items()}
+    return fingerprint((model.base.params, getattr(model, "fixed", {}), fixed))
 
 
 def _require_same_model(
     record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], model: Any, folder: Path
 ) -> None:
-    """Raise unless the fit was made with the label ids, the sites and the frozen weights of this model."""
+    """Raise unless the fit was made with the kind, label ids, sites and frozen weights of this model."""
+    kind = record.get("kind", "network")  # older ones have none
+    if kind != model.kind:
+        raise ValueError(
+            f"the fit in {str(folder)!r} is one of a {kind} model; got a {model.kind} model, under which the "
+            "same adapters mean something else"
+        )
     then, now = record["model"], _told(model)
     for name in {**then, **now}:
         if name not in then or name not in now:
@@ -188,12 +189,10 @@ def _require_same_model(
                 told = f"{part} {value} of {name}; got {now[name][part]}"
                 raise ValueError(f"the fit in {str(folder)!r} was made with {told}")
     stored, weights = arrays["weights"], _some_weights(model)
-    # A base that is made anew from a random key may differ in the last digits.
-    close = stored.shape == weights.shape and np.allclose(stored, weights, rtol=1e-4, atol=1e-6)
-    if not close:
+    if not is_same(stored, weights):
         raise ValueError(
             f"the fit in {str(folder)!r} was made over another base than {model.base!r}, or with other "
-            "values of the sites that are held; its weights are others"
+            "values of the sites that are held, or other frames; its weights are others"
         )
 
 

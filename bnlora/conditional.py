@@ -12,8 +12,8 @@ import difflib
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, fields
+from functools import cache, cached_property
 from typing import Any
 
 import jax
@@ -134,7 +134,7 @@ def condition(model: Classifier, values: Mapping[str, Array], params: Parameters
     def conditioned(sites: Sites) -> Adapters:
         return handlers.condition(program, data=dict(values))(sites)
 
-    plain = Classifier(model.base, model.sites, conditioned, label_ids=model.label_ids)
+    plain = model.with_prior(conditioned)
     view = density(plain, params or {})
     first, second = _two_places(view)
     moves = {
@@ -142,12 +142,30 @@ def condition(model: Classifier, values: Mapping[str, Array], params: Parameters
         for name in view.model.sites
     }
     lowest = min([model.base.num_layers, *_moving_layers(model.sites, moves)])
-    parts = {name: getattr(plain, name) for name in ("base", "sites", "prior", "label_ids")}
-    made = object.__new__(Conditional)  # the fields of a Classifier are not the arguments that make one
+    if model.kind == "tangent":  # its features are of all adapters, whatever is held
+        lowest = model.sites.start
+    parts = {part.name: getattr(plain, part.name) for part in fields(plain)}
+    made = _blank(type(plain))  # the fields of a Classifier are not the arguments that make one
     fixed = {**before, **values}
     for name, value in {**parts, "fixed": fixed, "lowest": lowest, "below": first, "moves": moves}.items():
         object.__setattr__(made, name, value)
     return made
+
+
+def _blank(kind: type[Classifier]) -> Conditional:
+    """A classifier of some kind with held sites, whose fields are still to be set."""
+    return object.__new__(_holding(kind))
+
+
+@cache
+def _holding(kind: type[Classifier]) -> type[Conditional]:
+    """`Conditional`, or for another kind of classifier a class of both."""
+    if issubclass(Conditional, kind):
+        return Conditional
+    # `pickle` cannot find such a class by its name.
+    parts = {"__reduce__": lambda self: (_blank, (kind,), vars(self)), "__doc__": kind.__doc__}
+    both = type(f"Conditional{kind.__name__}", (kind, Conditional), parts)
+    return dataclass(frozen=True, init=False, repr=False, eq=False)(both)
 
 
 def matching(latent: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:

@@ -15,10 +15,23 @@ from bnlora.checks import brief, check_indices, class_numbers
 from bnlora.display import Showable, Shown, facts
 
 
+class Features(NamedTuple):
+    """What a tangent model reads of each row (`bnlora.tangent`): logits `offset + [0, phi u]`.
+
+    Attributes:
+        offset: Logits of the untouched base, shape (row, class).
+        phi: Derivative of each logit contrast, class c against class 0, in the coordinates u of the update,
+            shape (row, class - 1, coordinate).
+    """
+
+    offset: Float[Array, "n c"]
+    phi: Float[Array, "n k d"]
+
+
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "mask", "labels", "hidden"],
-    meta_fields=["depth", "trunk", "whole"],
+    data_fields=["tokens", "mask", "labels", "hidden", "features"],
+    meta_fields=["depth", "trunk", "whole", "frames"],
 )
 @dataclass(frozen=True)
 class Batch(Shown):
@@ -33,6 +46,8 @@ class Batch(Shown):
         trunk: Identifies these layers: "" for the base's own, a checksum if they contain adapters at fixed
             values (`bnlora.condition`).
         whole: False if only the last position of each row was kept, so `hidden` cannot be computed again.
+        features: What a tangent model reads, if cached.
+        frames: Checksum of the tangent model that `features` belong to.
 
     Example:
         >>> rows
@@ -48,6 +63,8 @@ class Batch(Shown):
     depth: int = field(default=0)
     trunk: str = field(default="")
     whole: bool = field(default=True)
+    features: Features | None = None
+    frames: str = field(default="")
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -70,8 +87,10 @@ class Batch(Shown):
 
     @property
     def plain(self) -> "Batch":
-        """The rows without cached activations."""
-        return self if self.hidden is None else replace(self, hidden=None, depth=0, trunk="")
+        """The rows without anything cached."""
+        if self.hidden is None and self.features is None:
+            return self
+        return replace(self, hidden=None, depth=0, trunk="", features=None, frames="")
 
     def caches(self, depth: int, trunk: str) -> bool:
         """Whether the cached activations are those after `depth` layers of this trunk."""
@@ -80,13 +99,12 @@ class Batch(Shown):
     @property
     def overview(self) -> tuple[Showable, ...]:
         """Sizes, lengths, classes, and what is cached."""
-        arrays = [x for x in (self.tokens, self.mask, self.labels, self.hidden) if x is not None]
         about = {
             "positions": str(self.tokens.shape[1]),
             "tokens in a row": self.lengths,
             "rows of each class": self.classes,
             "cached activations": "none" if self.hidden is None else f"after {self.depth} layers",
-            "memory": f"{sum(x.nbytes for x in arrays) / 2**20:,.1f} MiB",
+            "memory": f"{sum(x.nbytes for x in jax.tree.leaves(self)) / 2**20:,.1f} MiB",
         }
         return (facts(f"Batch of {len(self):,} rows", about),)
 
@@ -107,6 +125,7 @@ class Batch(Shown):
 
     def __repr__(self) -> str:
         cached = "" if self.hidden is None else f", activations of depth {self.depth} cached"
+        cached += "" if self.features is None else f", {self.features.phi.shape[2]:,} tangent features cached"
         return f"Batch({len(self)} rows of {self.tokens.shape[1]} positions{cached})"
 
 

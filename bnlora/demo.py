@@ -1,19 +1,21 @@
-"""The demonstration: plain LoRA and Bayesian-LoRA on SmolLM2-135M and sentences of four domains."""
+"""The demonstration: base, plain LoRA and Bayesian-LoRA on SmolLM2-135M and sentences of four domains."""
 
+from typing import TYPE_CHECKING
+
+import jax
 from rich.console import Console
 
 from bnlora.assets import LABELS, vader_splits
-from bnlora.experiment import BAYES, LORA, Comparison, compare
-from bnlora.recipe import Recipe, Schedule
+from bnlora.recipe import Recipe
+
+if TYPE_CHECKING:
+    from bnlora.display import Table
+    from bnlora.experiment import Comparison
 
 RECIPE = Recipe(words=tuple(f" {label}" for label in LABELS))
-"""Adapters and prior of the demonstration, chosen on validation sentences (`benchmarks/README.md`)."""
+"""Words and template of the demonstration; its adapters are those of `bnlora.experiment`."""
 
-
-LEARNING_RATES = {LORA: 1e-3, BAYES: 3e-2}
-"""Adam's rates, chosen there too."""
-
-SIZES = {"train": 320, "validation": 240, "test": 320, "num_steps": 400, "num_samples": 16}
+SIZES = {"train": 320, "validation": 240, "test": 160, "epochs": 20, "num_draws": 64}
 """Sizes of the demonstration, as `run_demo` takes them."""
 
 
@@ -22,62 +24,85 @@ def run_demo(
     train: int,
     validation: int,
     test: int,
-    num_steps: int,
-    num_samples: int,
+    epochs: int,
+    num_draws: int,
     seed: int,
     console: Console | None = None,
-) -> Comparison:
-    """Fit both methods on movie sentences and predict test sentences of all four domains.
+) -> "Comparison":
+    """Fit all methods on labelled movie sentences and predict test sentences of all four domains.
 
     Args:
-        train: Movie sentences to fit.
-        validation: Movie sentences for the early stopping of plain LoRA.
+        train: Movie sentences that plain LoRA fits.
+        validation: Further labelled movie sentences: plain LoRA chooses step and temperature on them,
+            Bayesian-LoRA fits them too.
         test: Test sentences of each domain.
-        num_steps: Steps of each fit.
-        num_samples: Posterior draws of a prediction.
+        epochs: Epochs of plain LoRA.
+        num_draws: Posterior draws of a prediction.
         seed: Seed of the fits and of the choice of sentences.
         console: Where to report progress.
     """
+    from bnlora.experiment import compare  # here, so that `bnlora --help` does not wait for it
+
     base = RECIPE.load_base()
-    splits = vader_splits(seed=seed, train=train, validation=validation, test=test)
+    splits = vader_splits(seed=seed, train=train + validation, validation=1, test=test)
+    del splits["validation"]
     data = RECIPE.read(splits, base, text="text", label="label")
-    schedules = {
-        method: Schedule(num_steps=num_steps, learning_rate=rate, seed=seed)
-        for method, rate in LEARNING_RATES.items()
-    }
-    return compare(base, data, RECIPE, schedules, num_samples=num_samples, console=console)
+    tests = {name: rows for name, rows in data.splits.items() if name != "train"}
+    return compare(
+        jax.random.key(seed),
+        base,
+        data.train,
+        tests,
+        label_ids=tuple(data.label_ids.tolist()),
+        held_out=validation,
+        epochs=epochs,
+        num_draws=num_draws,
+        console=console,
+    )
 
 
-def demo_page(comparison: Comparison, command: str) -> str:
-    """The report: tables, reliability diagrams, the bound over the steps, and what they mean."""
-    from bnlora import plots  # here, so that `bnlora --help` does not wait for matplotlib
+def demo_tables(comparison: "Comparison") -> tuple["str | Table", ...]:
+    """What the command prints: who won, the scores, the differences, the scales and the cost."""
+    from bnlora import results
+
+    return (
+        results.headline(comparison),
+        results.scores(comparison),
+        results.differences(comparison),
+        *comparison.core.scales.overview,
+        results.posterior_summary(comparison),
+        results.costs(comparison),
+    )
+
+
+def demo_page(comparison: "Comparison", command: str) -> str:
+    """The report: who won, tables, reliability diagrams, the posterior and what it cost."""
+    from bnlora import plots, results
+    from bnlora.experiment import BAYES, CAREFUL, LORA
     from bnlora.report import page
 
-    made, plain = comparison.fits[BAYES], comparison.fits[LORA]
-    gap = made.history["conditional_kl"][-1]
+    core, rows = comparison.core, len(comparison.core.fit.train)
+    shown = {m: comparison.predictions[m] for m in (LORA, CAREFUL, BAYES)}
     return page(
         "Plain LoRA and Bayesian-LoRA on SmolLM2-135M",
         [
-            f"Made by: {command}",
-            f"Both methods fitted {len(made.train)} movie sentences with {made.model.sites.num_parameters:,} "
-            f"adapter weights, the same sentences in the same order for {len(made.step_seconds)} steps.",
+            results.headline(comparison),
+            f"Made by: {command}. All methods have the same {rows} labelled movie sentences: plain LoRA fits the "
+            f"first {len(comparison.lora.train)} by a published recipe, careful LoRA takes the others to choose "
+            "its step and a temperature, Bayesian-LoRA fits all of them.",
             "# Accuracy and calibration",
-            comparison.scores,
-            comparison.differences,
-            (
-                plots.reliability({m: comparison.predictions[m] for m in (LORA, BAYES)}, comparison.labels),
-                plots.RELIABILITY_CAPTION,
-            ),
-            "# The objective",
-            f"For plain LoRA it is the log-likelihood, for Bayesian-LoRA a lower bound on the log-evidence. "
-            f"lam is capped at {RECIPE.lam_max:g}, which restricts the variational family: the bound stays a "
-            f"bound, but {gap:,.0f} nats of conditional KL make it loose, and it says nothing about which "
-            "model is better.",
-            (
-                plots.elbo({LORA: plain, BAYES: made}),
-                plots.ELBO_CAPTION,
-            ),
+            results.scores(comparison),
+            results.differences(comparison),
+            (plots.reliability(shown, comparison.labels), plots.RELIABILITY_CAPTION),
+            results.uncertainty(comparison),
+            "# The posterior",
+            results.posterior_summary(comparison),
+            *core.scales.overview,
+            *core.frames.overview,
+            (plots.frame_energies(core.frames), plots.FRAME_CAPTION),
+            (plots.elbo({BAYES: core.fit}), plots.ELBO_CAPTION),
+            str(comparison.chains.certificate),
             "# Cost",
-            comparison.costs,
+            results.costs(comparison),
         ],
     )

@@ -44,7 +44,8 @@ class Fit(Shown):
         num_traces: How many times the step was traced; 1 unless something is wrong.
         step_seconds: Wall time of each step; the first contains compilation.
         draw_key: Random key of the draws that summaries of this fit use.
-        stopped: Why it ended: "steps" (all done), "patience", "interrupted" or "diverged".
+        stopped: Why it ended: "steps" (all done), "patience", "plateau" (the bound does not grow any more),
+            "interrupted" or "diverged".
 
     Example:
         >>> fit.num_parameters, fit.skipped_steps
@@ -126,6 +127,7 @@ class Fit(Shown):
         lowest = f"{loss.min():.4f} at step {looks[loss.argmin()]}" if len(looks) else "no validation rows"
         seconds = self.step_seconds[1:] if len(self.step_seconds) > 1 else self.step_seconds
         about = {
+            "model": self.model.kind,
             "training rows": f"{len(self.train):,}",
             "parameters": f"{self.num_parameters:,}",
             "steps": f"{len(self.step_seconds)}, {self.skipped_steps} skipped",

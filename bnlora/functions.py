@@ -96,7 +96,7 @@ class Identifiable:
     def _prepared(self) -> Batch:
         """The probe rows with the activations that no draw changes; works while a program is traced."""
         with jax.ensure_compile_time_eval():
-            # Not `with_hidden`: JAX accepts compiler options only for outermost programs.
+            # Not `prepare`: JAX accepts compiler options only for outermost programs.
             return jax.jit(self.model.prepared)(self.model.base.params, self.probe)
 
     def _margins(self, logits: Any) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def evaluate(
     """Names of the functions, and their values at adapters with a leading draw axis."""
     if isinstance(functions, Identifiable):
         return stacked(functions.by_draw(adapters, batch))
-    batch = model.with_hidden(batch)
+    batch = model.prepare(batch)
 
     def one(frozen: Any, drawn: Adapters, rows: Batch) -> dict[str, Array]:
         return scalars(functions(frozen, drawn, rows))

@@ -23,9 +23,11 @@ from bnlora.scores import aurc as aurc
 from bnlora.scores import auroc as auroc
 from bnlora.scores import brier as brier
 from bnlora.scores import checked, confidences, is_correct, width_bin
+from bnlora.scores import debiased_ece as debiased_ece
 from bnlora.scores import ece as ece
 from bnlora.scores import mce as mce
 from bnlora.scores import nll as nll
+from bnlora.scores import null_ece as null_ece
 from bnlora.scores import selective_risks as selective_risks
 
 METRICS: Mapping[str, Callable[..., float]] = {

@@ -10,7 +10,7 @@ a parameter, never a closure. Minibatches are scaled by N / B through the one pl
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +125,10 @@ class Classifier(Shown):
             object.__setattr__(made, name, base if name == "base" else getattr(self, name))
         return made
 
+    def with_prior(self, prior: Prior) -> "Classifier":
+        """The same classifier under another prior."""
+        return Classifier(self.base, self.sites, prior, label_ids=self.label_ids)
+
     @property
     def vocabulary(self) -> int:
         """Number of tokens that the base has a row for; its tokenizer may have fewer."""
@@ -133,6 +137,11 @@ class Classifier(Shown):
     def check_tokens(self, batch: Batch) -> None:
         """Raise `ValueError` where the rows have a token that the base has no row for."""
         check_tokens(batch.tokens, batch.mask, self.vocabulary, getattr(self.base, "tokenizer", None))
+
+    @property
+    def kind(self) -> Literal["network", "tangent"]:
+        """What a draw of the adapters goes through: the network, or its tangent at the base."""
+        return "network"
 
     @property
     def start(self) -> int:
@@ -178,9 +187,11 @@ class Classifier(Shown):
             ValueError: When `n_total` is less than the rows; outside a compiled program also when a row has a
                 label or a token that the model has not.
         """
+        self._observe(self.logits(params, self.prior(), batch), batch, n_total)
+
+    def _observe(self, logits: Float[Array, "n c"], batch: Batch, n_total: int | None) -> None:
         if not isinstance(batch.labels, jax.core.Tracer):
             check_labels("given", batch, len(self.label_ids))
-        logits = self.logits(params, self.prior(), batch)
         rows = len(batch)
         size = rows if n_total is None else n_total
         if rows > size:
@@ -249,22 +260,28 @@ class Classifier(Shown):
     def compiled_log_probs(self, adapters: Any, count: int, batch: Batch, together: int = 1) -> Array:
         """`log_probs_by_draw` of the first `count` of some draws, in a program for all callers.
 
-        Activations that no draw changes must be in the batch already: see `with_hidden`.
+        Activations that no draw changes must be in the batch already: see `prepare`.
         """
         run = program(self, _log_probs_of_piece, static=(4,))
         return run(self.base.params, adapters, count, batch, together)
 
-    def with_hidden(self, batch: Batch) -> Batch:
+    def is_prepared(self, batch: Batch) -> bool:
+        """Whether the batch has what no draw changes, or there is nothing of that kind."""
+        return self.start == 0 or batch.caches(self.start, self.trunk)
+
+    def cache_bytes(self, batch: Batch) -> int:
+        """Memory that `prepare` adds to a batch (float32)."""
+        return math.prod(batch.tokens.shape) * self.base.modules[HEAD][0] * 4
+
+    def prepare(self, batch: Batch) -> Batch:
         """`prepared` with the model's weights, in one program for all callers; at depth 0 the given rows.
 
         Raises:
             ValueError: When a row has a token that the base has no row for.
         """
         self.check_tokens(batch)
-        if batch.caches(self.start, self.trunk):
-            return batch
-        if self.start == 0:
-            return batch.plain
+        if self.is_prepared(batch):
+            return batch if self.start else batch.plain
         run = program(self, type(self).hidden)
         return replace(batch, hidden=run(self.base.params, batch.plain), depth=self.start, trunk=self.trunk)
 

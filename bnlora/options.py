@@ -5,16 +5,14 @@ from typing import Annotated
 
 import typer
 
-from bnlora.demo import LEARNING_RATES
-from bnlora.experiment import BAYES, LORA
 from bnlora.labels import LabelKind
-from bnlora.recipe import PriorName, Recipe
+from bnlora.recipe import LEARNING_RATE, LEARNING_RATE_OF_LORA, PriorName, Recipe
 from bnlora.text import Truncate
 
 TEMPLATE = Recipe.template.replace("\n", r"\n")  # as one types it in a shell
 TARGETS = list(Recipe.targets)
 MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head".split()  # of every family yet
-RATES = f"{LEARNING_RATES[BAYES]:g}; without a prior {LEARNING_RATES[LORA]:g}"
+RATES = f"{LEARNING_RATE:g}; without a prior {LEARNING_RATE_OF_LORA:g}"
 
 
 def _module_names(incomplete: str) -> list[str]:

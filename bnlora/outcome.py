@@ -24,12 +24,13 @@ import numpy as np
 from bnlora import metrics
 from bnlora.diagnostics.page import Diagnosis
 from bnlora.elbo import TERMS
-from bnlora.experiment import Comparison
 from bnlora.fits import Fit
 from bnlora.predict import Prediction
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from bnlora.experiment import Comparison
 
 
 class ExitCode(IntEnum):
@@ -76,8 +77,8 @@ def summary_result(summary: metrics.Summary) -> dict[str, Any]:
     return {"rows": summary.num_rows, "level": summary.level, "metrics": values}
 
 
-def comparison_result(comparison: Comparison, report: Path) -> dict[str, Any]:
-    """Metrics by set of rows and method, and the cost of each fit."""
+def comparison_result(comparison: "Comparison", report: Path) -> dict[str, Any]:
+    """Metrics by set of rows and method, scales, evidence, and seconds of every part."""
     scores = {
         domain: {
             method: summary_result(metrics.summary(predictions[domain], labels))
@@ -85,11 +86,16 @@ def comparison_result(comparison: Comparison, report: Path) -> dict[str, Any]:
         }
         for domain, labels in comparison.labels.items()
     }
-    costs = {
-        method: {"parameters": made.num_parameters, "seconds": float(made.step_seconds.sum())}
-        for method, made in comparison.fits.items()
+    core = comparison.core
+    return {
+        "report": str(report),
+        "scores": scores,
+        "scales": core.scales.by_name,
+        "log_evidence": core.gaussian.log_evidence,
+        "bound": float(core.fit.history["elbo"][-20:].mean()),
+        "certified": comparison.chains.certificate.passed,
+        "seconds": dict(comparison.seconds),
     }
-    return {"report": str(report), "scores": scores, "fits": costs}
 
 
 def diagnosis_result(diagnosis: Diagnosis) -> dict[str, Any]:

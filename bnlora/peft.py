@@ -102,8 +102,9 @@ def save_peft(sites: Sites, adapters: Adapters, folder: str | Path, *, base: Ada
         base: The base model, whose head tells whether the sites have all its rows.
 
     Raises:
-        ValueError: When the adapters do not fit the sites, families differ in rank or alpha (the format has
-            one of each), or the head's `b` holds the rows of label tokens alone.
+        ValueError: When a posterior is given in place of adapters, the adapters do not fit the sites, families
+            differ in rank or alpha (the format has one of each), or the head's `b` holds the rows of label
+            tokens alone.
 
     Example:
         >>> adapters = {"lm_head": {"a": jnp.ones((1, 1, 16)), "b": jnp.zeros((1, 40, 1))}}
@@ -111,6 +112,7 @@ def save_peft(sites: Sites, adapters: Adapters, folder: str | Path, *, base: Ada
         >>> bl.load_peft(folder / "peft", sites)["lm_head"]["b"].shape
         (1, 40, 1)
     """
+    _require_adapters(adapters)
     sites.check(adapters)
     kinds = {(site.rank, site.alpha) for site in sites.values()}
     if len(kinds) != 1:
@@ -142,6 +144,19 @@ def save_peft(sites: Sites, adapters: Adapters, folder: str | Path, *, base: Ada
         "target_modules": sorted(_path(s.module, layer) for s in sites.values() for layer in s.layers),
     }
     (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _require_adapters(adapters: Any) -> None:
+    """Refuse a posterior: one draw of it is a set of adapters, and that of a tangent model not even that."""
+    if not hasattr(adapters, "draw_adapters"):
+        return
+    name = type(adapters).__name__
+    if adapters.model.kind == "tangent":
+        raise ValueError(
+            f"a tangent posterior is not a set of adapters, so this {name} cannot be exported: its draws belong "
+            "to the linear model, and the network is far too uncertain under them; fit the network itself"
+        )
+    raise ValueError(f"peft's format has one adapter; got a {name}: give one draw of its draw_adapters")
 
 
 def _path(module: str, layer: int) -> str:

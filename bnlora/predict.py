@@ -193,7 +193,7 @@ def predict_with_draws(
     narrow = model.numbers((batch_size, data.tokens.shape[1])) > SMALL
     rows = parts(data, batch_size, narrow=narrow)
     for part in track(rows, -(-len(data) // batch_size), "predict", console):
-        batch, begin = model.with_hidden(part.batch), 0
+        batch, begin = model.prepare(part.batch), 0
         for piece, count in some:
             computed = np.asarray(model.compiled_log_probs(piece, count, batch, together))
             log_probs[begin : begin + count, part.rows] = computed[:count, : len(part.rows)]

@@ -257,7 +257,7 @@ def scale_for_spread(
     low, high = bounds
     if not (spread > 0 and 0 < low < high):
         raise ValueError(f"expected spread > 0 and 0 < least < greatest scale; got {spread} and {bounds}")
-    prepared = model.with_hidden(data)
+    prepared = model.prepare(data)
     params_key, draw_key = jax.random.split(key)
 
     @jax.jit

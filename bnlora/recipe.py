@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 PriorName = Literal["sparse-gp", "normal", "none"]
 FILE = "recipe.json"
 _FREE = ("base", "max_length", "truncate", "labels_are")  # what may change after the fit
+LEARNING_RATE, LEARNING_RATE_OF_LORA = 3e-2, 1e-3
+"""Adam's rate with a prior and without one, chosen on validation sentences."""
+
 SMOLLM2 = "smollm2"
 """The one base that is named rather than found: SmolLM2-135M-Instruct out of the package index."""
 
@@ -46,7 +49,7 @@ class Schedule:
 
     num_steps: int = 400
     batch_size: int = 16
-    learning_rate: float = 3e-2
+    learning_rate: float = LEARNING_RATE
     scale_learning_rate: float = 5e-2
     seed: int = 0
 

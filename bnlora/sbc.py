@@ -238,7 +238,7 @@ def run(
     one = _simulation(model, inference, functions)
     program = jax.jit(lambda keys, *shared: jax.lax.map(lambda k: one(k, *shared), keys))
     keys = jax.random.split(run_key, num_simulations)
-    found = program(keys, model.base.params, model.with_hidden(rows), params)
+    found = program(keys, model.base.params, model.prepare(rows), params)
     found = jax.tree.map(np.asarray, found)
     broken = [name for name, ok in found.truth_finite.items() if not ok.all()]
     if broken:

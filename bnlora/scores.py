@@ -238,3 +238,38 @@ def width_bin(confidence: np.ndarray, bins: int) -> np.ndarray:
     """Bin of each confidence; bin b holds (b/bins, (b+1)/bins]."""
     check_at_least({"bins": bins}, 1)
     return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+
+
+def null_ece(log_probs: LogProbs, *, bins: int = BINS, redraws: int = 200) -> float:
+    """Mean ECE if the prediction were exactly right: labels drawn from it, the same draws each time.
+
+    The ECE of finitely many rows is above zero even then; it should be read beside this level.
+
+    Args:
+        log_probs: Log-probabilities, shape (row, class).
+        bins: Number of bins, as in `ece`.
+        redraws: Number of times that labels are drawn.
+
+    Returns:
+        The mean.
+    """
+    probs = np.exp(np.asarray(log_probs, np.float64))
+    ends = np.cumsum(probs / probs.sum(1, keepdims=True), axis=1)
+    uniform = np.random.default_rng(0).random((redraws, len(probs)))
+    drawn = np.minimum((uniform[:, :, None] > ends).sum(2), probs.shape[1] - 1)
+    return float(np.mean([ece(log_probs, labels, bins=bins) for labels in drawn]))
+
+
+def debiased_ece(log_probs: LogProbs, labels: Labels, *, bins: int = BINS, redraws: int = 200) -> float:
+    """ECE less its level under the prediction itself; about zero for a calibrated prediction.
+
+    Args:
+        log_probs: Log-probabilities, shape (row, class).
+        labels: Class of each row.
+        bins: Number of bins.
+        redraws: As in `null_ece`.
+
+    Returns:
+        The difference, which may be below zero.
+    """
+    return ece(log_probs, labels, bins=bins) - null_ece(log_probs, bins=bins, redraws=redraws)

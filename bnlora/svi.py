@@ -6,8 +6,7 @@ when more than the budget are, the fit stops and hands over what it had.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -28,10 +27,11 @@ from bnlora.elbo import TERMS, elbo_terms, initial_parameters
 from bnlora.fits import Fit, FitDiverged
 from bnlora.guides.automatic import check_automatic
 from bnlora.models.execution import Activations, Remat
+from bnlora.plateau import Plateau
 from bnlora.program import declared
-from bnlora.progress import progress_bar
 from bnlora.typing import Parameters
 from bnlora.validation import EarlyStopping, Validation
+from bnlora.watch import Watch, iterate, step_bar
 
 GROUPS = {"lam": (".lam",), "scale": (".scale", "_scale", "_tril")}
 """Endings of the names of parameters with an optimiser of their own; all others are locations."""
@@ -66,6 +66,7 @@ def fit(
     remat: Remat | None = None,
     validation: Batch | None = None,
     early_stopping: EarlyStopping | None = None,
+    plateau: Plateau | None = None,
     start: Parameters | None = None,
     on_step: Callable[[int, Parameters], None] | None = None,
     skip_budget: int = 10,
@@ -97,6 +98,7 @@ def fit(
             run as the model's base says (`Base.running`).
         validation: Rows whose negative log-likelihood picks the best step.
         early_stopping: How often to look at them, and when to stop.
+        plateau: When to stop because the bound does not grow any more; never when omitted.
         start: Parameters to start from, constrained, such as the `params` of another fit of this model and
             guide; the start values of guide and prior when omitted.
         on_step: Called after each step with the number of steps done and the constrained parameters, those
@@ -151,39 +153,13 @@ def fit(
     rule = early_stopping or EarlyStopping()
     look = Validation(model, guide, loop.constrain, validation, rule, look_key, num_steps)
     rows = minibatches(data_key, len(train), batch_size)
-    with _bar(console, num_steps) as show:
-        state, stopped = _iterate(step_key, loop, state, rows, look, num_steps, skip_budget, on_step, show)
+    with step_bar(console, num_steps) as show:
+        watch = Watch(look, plateau, skip_budget, on_step, show)
+        state, stopped = iterate(step_key, loop, state, rows, watch, num_steps)
     result = loop.result(model, state, look, draw_key, stopped)
     if stopped == "diverged":
         raise FitDiverged(result, skip_budget)
     return result
-
-
-def _iterate(
-    key: Array,
-    loop: "_Loop",
-    state: State,
-    rows: Iterator[np.ndarray],
-    look: Validation,
-    num_steps: int,
-    skip_budget: int,
-    on_step: Callable[[int, Parameters], None] | None,
-    show: "Callable[[_Loop], None]",
-) -> tuple[State, str]:
-    """The state after all steps, or where an interrupt or a rule stopped, and which of them did."""
-    try:
-        for step in range(num_steps):
-            state = loop.run(state, jax.random.fold_in(key, step), next(rows))
-            show(loop)
-            if on_step is not None:
-                on_step(step + 1, loop.constrained(state.params))
-            if int(state.skipped) > skip_budget:
-                return state, "diverged"
-            if look.should_stop(step + 1, state.params):
-                return state, "patience"
-    except KeyboardInterrupt:
-        return state, "interrupted"
-    return state, "steps"
 
 
 def _check_rows(
@@ -326,22 +302,10 @@ class _Loop:
             stopped=stopped,
         )
 
+    @property
+    def bound(self) -> np.ndarray:
+        """The bound of every step so far."""
+        return self._column("elbo")
+
     def _column(self, name: str) -> np.ndarray:
         return np.array([step[name] for step in self.steps])
-
-
-@contextmanager
-def _bar(console: Console | None, num_steps: int) -> Iterator[Callable[[_Loop], None]]:
-    with progress_bar(console, "terms") as bar:
-        task = bar.add_task("fit", total=num_steps, terms="compiling")
-
-        def show(loop: _Loop) -> None:
-            t, recent = loop.steps[-1], [step["seconds"] for step in loop.steps[1:][-20:]]
-            speed = f"{1 / np.mean(recent):.2f} steps/s" if recent else "compiled"
-            text = (
-                f"ELBO {t['elbo']:,.0f} = data {t['data']:,.0f} - inducing KL {t['inducing_kl']:,.0f} "
-                f"- conditional KL {t['conditional_kl']:,.0f} | {speed}"
-            )
-            bar.update(task, advance=1, terms=text)
-
-        yield show

@@ -8,7 +8,11 @@ An *adapter* of a family of layers is a pair of stacked factors, `a` of shape
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from jax import Array
+
+AnyArray = Array | np.ndarray
+"""An array of JAX or of NumPy, which keeps double precision."""
 
 FACTORS = ("a", "b")
 """The two factors of an adapter, in the order in which the input passes through them."""

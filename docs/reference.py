@@ -20,7 +20,8 @@ PACKAGE = "bnlora"
 GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "Base, sites and data": ("base", "sites", "data", "text", "model", "conditional", "cache"),
-        "Fit and predict": ("svi", "fits", "validation", "predict", "prior_predictive", "reading"),
+        "Tangent model": ("tangent",),
+        "Fit and predict": ("svi", "fits", "validation", "plateau", "predict", "prior_predictive", "reading"),
         "Samplers": ("mcmc", "certificate"),
         "Comparison": ("comparison",),
         "Save, load and exchange": ("checkpoint", "peft"),
@@ -30,6 +31,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 INSIDE: tuple[str, ...] = (
     "gp",
+    "frame",
+    "affine",
     "elbo",
     "distributions",
     "flows",

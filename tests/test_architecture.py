@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 # its own: `bnlora/inference/swag.py` is `inference.swag` and stands on the floor of `inference`.
 FLOORS = {
     "typing": 0, "data": 0, "assets": 0, "progress": 0, "display": 0, "tables": 0, "checks": 0, "files": 0,
-    "scores": 0, "copying": 0, "kernels": 0, "formats": 0, "compilation": 0,
+    "scores": 0, "copying": 0, "kernels": 0, "formats": 0, "compilation": 0, "fingerprint": 0,
     "gp": 1, "distributions": 1, "ranks": 1, "sites": 1, "metrics": 1, "text": 1, "monte_carlo": 1,
-    "labels": 1,
+    "labels": 1, "affine": 1, "frame": 1, "plateau": 1,
     "models": 1, "models.layers": 1, "models.execution": 1, "models.gguf": 1, "models.loading": 1,
     "models.gguf_file": 1, "models.tensors": 1, "priors": 2, "flows": 2, "calibration": 2, "certificate": 2,
     "program": 2,
@@ -22,6 +22,7 @@ FLOORS = {
     "base": 3, "model": 3, "guides": 3, "elbo": 3, "posterior": 3, "cache": 3, "density": 3,
     "maximise": 3, "accumulate": 3,
     "conditional": 4, "svi": 4, "fits": 4, "predict": 4, "functions": 4, "samplers": 4,
+    "watch": 4, "tangent": 4,
     "prior_predictive": 4, "prior_draws": 3, "validation": 4, "testing": 4,
     "diagnostics": 5, "plots": 5, "sbc": 5, "checkpoint": 5, "report": 5, "recipe": 5, "experiment": 5,
     "inference": 5, "mcmc": 5, "comparison": 5, "peft": 5, "selective": 5, "reading": 5, "comparison.khat": 4,
@@ -36,7 +37,7 @@ SAME_FLOOR = {
     ("models.loading", "models.gguf"), ("guides", "flows"),
     ("tables", "formats"), ("tables", "files"), ("text", "labels"), ("data", "display"), ("data", "checks"),
     ("report", "plots"), ("plots.comparison", "comparison.report"), ("cli", "options"),
-    ("plots.uncertainty", "selective"),
+    ("plots.uncertainty", "selective"), ("frame", "sites"), ("svi", "watch"), ("watch", "validation"),
 }  # fmt: skip
 
 

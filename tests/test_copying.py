@@ -25,6 +25,7 @@ from bnlora.inference.swag import Moments
 from bnlora.inference.tfb import Rotated
 from bnlora.mcmc.chains import Chains
 from bnlora.mcmc.target import Target
+from bnlora.mcmc.whitened import whitened
 from bnlora.samplers import Tuning
 from bnlora.testing import frozen_scale, tiny_base, tiny_rows
 
@@ -33,6 +34,8 @@ BASE = tiny_base(jax.random.key(1), num_layers=1)
 ROWS = tiny_rows(jax.random.key(2), 6)
 SITES = bl.select(BASE, ["lm_head"], rank=1)
 MODEL = bl.Classifier(BASE, SITES, bl.priors.horseshoe(), label_ids=(3, 5))
+FRAMES = bl.frames(KEY, BASE, ["lm_head"], ROWS, label_ids=(3, 5), size=2)
+TANGENT = bl.Tangent(bl.Classifier(BASE, FRAMES.sites, bl.priors.core(FRAMES), label_ids=(3, 5)))
 
 
 def tracers():
@@ -66,6 +69,10 @@ def posteriors():
     record = {"sampler": "NUTS", "bias": "none", "seconds": 1.0, "stopped": "done"}
     families = {"lm_head": Rotated(weights()["lm_head"]["a"], weights()["lm_head"]["b"], np.ones((1, 1)))}
     fits = [at_start(bl.guides.Guide(MODEL.prior, bl.guides.mean_field())) for _ in range(2)]
+    gaussian = bl.laplace(TANGENT, ROWS)
+    around = bl.guides.Guide(TANGENT.prior, bl.guides.around(gaussian))
+    in_rows = whitened(Target(gaussian.view, ROWS, ROWS), gaussian)
+    coordinates = np.random.default_rng(2).normal(size=(2, 6, gaussian.view.size)).astype(np.float32)
     return {
         "Fit": fits[0],
         "SiteFlow": at_start(bl.guides.SiteFlow(MODEL.prior, hidden=4, blocks=1)),
@@ -77,6 +84,9 @@ def posteriors():
         "TrainingFree": inference.TrainingFree(MODEL, families, 0.1),
         "Chain": inference.Chain(view, vectors[0]),
         "Chains": Chains(Target(view, ROWS, ROWS), vectors, reports, tuning, record),
+        "Gaussian": gaussian,
+        "around a Gaussian": at_start(around, TANGENT),
+        "Chains of rows": Chains(in_rows, coordinates, reports, tuning, record),
     }  # fmt: skip
 
 

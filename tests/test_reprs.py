@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import numpyro.distributions as dist
 import optax
 import pytest
 from html_page import Page
@@ -56,6 +57,10 @@ def objects():
     evidence = Evidence(names, draws, np.zeros((2, 60), bool), random.normal(size=(2, 60)))
     pair = [Draws(names, x[None], "independent") for x in draws]
     logits = random.normal(size=(7, 12, 2))
+    frames = bl.frames(KEY, base, ["q_proj", "slope"], rows, label_ids=(3, 5), size=2, layers=[1, 3])
+    scale = dist.HalfNormal(1.0)
+    core = bl.Classifier(base, frames.sites, bl.priors.core(frames, scale=scale), label_ids=(3, 5))
+    tangent = bl.Tangent(core)
     return {
         "base": base,
         "sites": sites,
@@ -70,12 +75,18 @@ def objects():
         "chains": chains(),
         "prior predictive": PriorPredictive(logits, logits.mean(0)),
         "batch": rows,
+        "frames": frames,
+        "tangent": tangent,
+        "conditional tangent": bl.condition(tangent, {"q_proj.U": np.ones((2, 2, 2), np.float32)}),
+        "scales": bl.choose_scales(tangent, rows, prior=scale),
+        "gaussian": bl.laplace(tangent, rows),
         "text": TextData({"train": rows, HOSTILE: rows[:3]}, (" bad", HOSTILE), np.array([3, 5])),
     }
 
 
 NAMES = ["base", "sites", "model", "conditional", "guide", "fit", "prediction", "summary", "comparison",
-         "certificate", "chains", "prior predictive", "batch", "text"]  # fmt: skip
+         "certificate", "chains", "prior predictive", "batch", "frames", "tangent", "conditional tangent",
+         "scales", "gaussian", "text"]  # fmt: skip
 
 
 def cells(overview):

@@ -18,6 +18,7 @@ r"""Guides: variational families for the latent sites of a prior, mixed by name.
 family of a function; `repr` of a guide counts its parameters.
 """
 
+from bnlora.guides.around import around as around
 from bnlora.guides.ensemble import ensemble as ensemble
 from bnlora.guides.family import Family as Family
 from bnlora.guides.family import per_site as per_site

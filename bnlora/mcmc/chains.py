@@ -51,6 +51,11 @@ class Chains(Shown):
         return self.target.model
 
     @property
+    def kind(self) -> str:
+        """What the draws are of: a "network", or its "tangent" at the base."""
+        return getattr(self.model, "kind", "network")
+
+    @property
     def num_chains(self) -> int:
         """Number of chains."""
         return len(self.vectors)
@@ -194,6 +199,7 @@ class Chains(Shown):
         acceptance = np.asarray(self.stats["acceptance"])
         cut = f", {plan.get('num_draws')} were asked for" if self.record["stopped"] == "interrupted" else ""
         about = {
+            "model": self.kind,
             "sampler": str(self.record["sampler"]),
             "chains": str(self.num_chains),
             "draws of each": f"{self.num_draws:,}, every {self.thinning}{cut}",
@@ -212,9 +218,10 @@ class Chains(Shown):
     def __repr__(self) -> str:
         gradients = self.num_gradients
         total = sum(gradients.values())
+        kind = f", {self.kind}" if self.kind == "tangent" else ""
         lines = [
             f"Chains({self.record['sampler']}: {self.num_chains} chains of {self.num_draws} draws, every "
-            f"{self.thinning}, {self.vectors.shape[-1]:,} coordinates)",
+            f"{self.thinning}, {self.vectors.shape[-1]:,} coordinates{kind})",
             f"  {total:,} gradients, {gradients['warm-up'] / max(total, 1):.0%} of them in the warm-up; "
             f"{int(self.stats['divergent'].sum())} divergences; {self.record['seconds']:.0f} s",
         ]

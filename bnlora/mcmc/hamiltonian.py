@@ -17,6 +17,7 @@ from bnlora.fits import Fit
 from bnlora.mcmc.chains import Chains
 from bnlora.mcmc.options import Options, sampled
 from bnlora.mcmc.run import Method
+from bnlora.mcmc.whitened import Geometry
 from bnlora.model import Classifier
 from bnlora.samplers import Hmc, LogDensity, Mass, Nuts, Tuning, hamiltonian, warm_up
 
@@ -30,7 +31,7 @@ def sample_nuts(
     given: Fit | None = None,
     num_warmup: int = 1000,
     target_acceptance: float = 0.95,
-    mass: Mass = "diagonal",
+    mass: Mass | Geometry = "diagonal",
     initial_step_size: float = 0.1,
     max_doublings: int = 10,
     **options: Unpack[Options],
@@ -47,7 +48,8 @@ def sample_nuts(
             sampled, and the starts.
         num_warmup: Transitions that adapt step and mass matrix; none of them is kept.
         target_acceptance: Mean acceptance probability that the step is adapted to.
-        mass: Whether the mass matrix is diagonal or dense.
+        mass: Whether the mass matrix is diagonal or dense, or a Gaussian over the sampled sites
+            (`bl.laplace(tangent, train)`), in whose coordinates the sampler then moves.
         initial_step_size: Step that the adaptation starts from.
         max_doublings: Most doublings of a trajectory; 10 allow 1,023 gradients for one transition.
         **options: How many chains and draws, where they start, and where they are kept: `Options`.
@@ -66,8 +68,9 @@ def sample_nuts(
     """
     key = check_key(key)
     check_at_least({"max_doublings": max_doublings}, 1)
+    mass, geometry = _geometry(mass)
     method = _method(Nuts(max_doublings), num_warmup, target_acceptance, mass, initial_step_size)
-    return sampled(key, model, train, method, sites, given, options)
+    return sampled(key, model, train, method, sites, given, options, geometry)
 
 
 def sample_hmc(
@@ -79,7 +82,7 @@ def sample_hmc(
     given: Fit | None = None,
     num_warmup: int = 1000,
     target_acceptance: float = 0.95,
-    mass: Mass = "diagonal",
+    mass: Mass | Geometry = "diagonal",
     initial_step_size: float = 0.1,
     integration_steps: int = 32,
     **options: Unpack[Options],
@@ -112,8 +115,14 @@ def sample_hmc(
     """
     key = check_key(key)
     check_at_least({"integration_steps": integration_steps}, 1)
+    mass, geometry = _geometry(mass)
     method = _method(Hmc(integration_steps), num_warmup, target_acceptance, mass, initial_step_size)
-    return sampled(key, model, train, method, sites, given, options)
+    return sampled(key, model, train, method, sites, given, options, geometry)
+
+
+def _geometry(mass: Mass | Geometry) -> tuple[Mass, Geometry | None]:
+    """Shape of the mass matrix, and the Gaussian in whose coordinates it is diagonal, if one was given."""
+    return ("diagonal", mass) if isinstance(mass, Geometry) else (mass, None)
 
 
 def _method(

@@ -14,6 +14,7 @@ from bnlora.fits import Fit
 from bnlora.mcmc.chains import Chains
 from bnlora.mcmc.run import Method, Plan, run
 from bnlora.mcmc.target import FixAt, Start, starts, target
+from bnlora.mcmc.whitened import Geometry, whitened
 from bnlora.model import Classifier
 
 
@@ -26,7 +27,8 @@ class Options(TypedDict, total=False):
         thinning: Transitions from one kept draw to the next; 1 when omitted.
         start: `"fit"` for draws of `given` (the default where there is one), `"prior"` for draws of the
             prior, `"pathfinder"` for draws of a normal approximation along a climb of the log-density,
-            `"zero"` (the default without a fit) for where fits of this library start, moved a little.
+            `"zero"` (the default without a fit) for where fits of this library start, moved a little; with a
+            Gaussian as `mass`, for draws of it.
         fix_at: Where sites that are not sampled are held: at the `"mean"` (the default) of draws of `given`,
             or at one `"draw"`.
         folder: Where the draws are kept while they are made; a run that was killed goes on from there.
@@ -52,6 +54,7 @@ def sampled(
     sites: Sequence[str] | None,
     given: Fit | None,
     options: Options,
+    geometry: Geometry | None = None,
 ) -> Chains:
     """Fix what is not sampled, find the starts, and run the chains."""
     unknown = sorted(set(options) - set(Options.__annotations__))
@@ -70,5 +73,7 @@ def sampled(
     )
     fix_key, start_key, run_key = jax.random.split(key, 3)
     made = target(fix_key, model, train, sites=sites, given=given, fix_at=fix_at, console=console)
+    if geometry is not None:
+        made = whitened(made, geometry)
     first = starts(start_key, made, given, start, plan.num_chains)
     return run(run_key, made, method, plan, first, console)

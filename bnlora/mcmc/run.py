@@ -116,7 +116,7 @@ def run(
         ValueError: When the log-density is not finite where a chain starts, or the folder holds pieces of
             another run.
     """
-    began = time.perf_counter()
+    began, starts = time.perf_counter(), target.positions(starts)
     density = _check_starts(target, starts)
     warm_key, draw_key = jax.random.split(key)
     keys = jax.random.split(draw_key, plan.num_chains)
@@ -142,7 +142,8 @@ def run(
     stopped = "done" if len(made) == plan.num_pieces else "interrupted"
     about |= {"seconds": time.perf_counter() - began, "stopped": stopped}
     tuned = jax.tree.map(np.asarray, tuning)
-    return Chains(target, joined.position, joined.report._asdict(), tuned, about, plan.thinning)
+    vectors = target.vectors(joined.position)
+    return Chains(target, vectors, joined.report._asdict(), tuned, about, plan.thinning)
 
 
 def _check_starts(target: Target, starts: Array) -> list[float]:

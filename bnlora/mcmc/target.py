@@ -17,6 +17,7 @@ from jax import Array
 from jaxtyping import Float
 from rich.console import Console
 
+from bnlora.affine import Affine
 from bnlora.cache import cache_prefix
 from bnlora.checks import check_option
 from bnlora.conditional import condition, matching
@@ -46,12 +47,15 @@ class Target:
         train: The rows, with activations up to the lowest free adapter.
         rows: The rows as they were given.
         held: How the sites that are not sampled were fixed, in words; "" where all are sampled.
+        affine: The map from the coordinates that the sampler moves in to the vector; None where it moves the
+            vector itself.
     """
 
     view: Density
     train: Batch
     rows: Batch
     held: str = ""
+    affine: Affine | None = None
 
     @property
     def model(self) -> Classifier:
@@ -59,18 +63,32 @@ class Target:
         return self.view.model
 
     @property
-    def inputs(self) -> tuple[Any, Batch]:
-        """What the density reads beside the vector; to be passed into compiled programs as an argument."""
-        return self.model.base.params, self.train
+    def inputs(self) -> tuple[Any, Batch, Affine | None]:
+        """What the density reads beside its position; to be passed into compiled programs as an argument."""
+        return self.model.base.params, self.train, self.affine
 
-    def log_density(self, vector: Float[Array, " p"], inputs: tuple[Any, Batch]) -> Float[Array, ""]:
-        """Log prior plus log-likelihood of all rows, in nats."""
-        return self.view.log_joint(vector, *inputs)
+    def log_density(self, position: Float[Array, " p"], inputs: tuple) -> Float[Array, ""]:
+        """Log prior plus log-likelihood of all rows, in nats, where the sampler stands."""
+        frozen, batch, affine = inputs
+        vector = position if affine is None else jnp.asarray(affine.apply(position))
+        return self.view.log_joint(vector, frozen, batch)
 
-    def log_likelihood(self, vector: Float[Array, " p"], inputs: tuple[Any, Batch]) -> Float[Array, ""]:
+    def log_likelihood(self, vector: Float[Array, " p"], inputs: tuple) -> Float[Array, ""]:
         """Log-likelihood of all rows, in nats."""
-        frozen, batch = inputs
+        frozen, batch, _ = inputs
         return log_likelihood(self.model, frozen, self.view.adapters(vector), batch)
+
+    def vectors(self, positions: Float[np.ndarray, "... p"]) -> Float[np.ndarray, "... p"]:
+        """The unconstrained vectors of positions of the sampler."""
+        if self.affine is None:
+            return positions
+        return np.asarray(self.affine.apply(positions))
+
+    def positions(self, vectors: Float[Array, "c p"]) -> Float[Array, "c p"]:
+        """Where the sampler stands at given vectors: the inverse of `vectors`."""
+        if self.affine is None:
+            return vectors
+        return jnp.asarray(self.affine.invert(np.asarray(vectors)), vectors.dtype)
 
 
 def target(
@@ -135,6 +153,9 @@ def starts(key: Array, made: Target, given: Fit | None, start: Start, num_chains
         return jnp.stack([made.view.vector(_draw(k, given, names)) for k in keys])
     if start == "prior":
         return jnp.stack([made.view.draw(k) for k in keys])
+    if made.affine is not None and start == "zero":  # draws of the Gaussian
+        normals = jnp.stack([jax.random.normal(k, (made.view.size,)) for k in keys])
+        return jnp.asarray(made.affine.apply(normals))
     # At zero the density of a bilinear adapter has a saddle, so every chain is moved off it a little.
     first = jnp.stack([made.view.start(k) for k in keys])
     first = first + 0.01 * jax.random.normal(jax.random.fold_in(key, 1), first.shape)
@@ -142,9 +163,9 @@ def starts(key: Array, made: Target, given: Fit | None, start: Start, num_chains
         return first
 
     def climb(k: Array, u: Array, inputs: Any) -> Array:
-        return pathfinder(k, lambda v: made.log_density(v, inputs), u)
+        return pathfinder(k, lambda v: made.view.log_joint(v, *inputs), u)
 
-    return jax.jit(jax.vmap(climb, in_axes=(0, 0, None)))(keys, first, made.inputs)
+    return jax.jit(jax.vmap(climb, in_axes=(0, 0, None)))(keys, first, made.inputs[:2])
 
 
 def _draw(key: Array, given: Fit, names: Sequence[str] | None = None) -> dict[str, Array]:

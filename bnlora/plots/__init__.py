@@ -19,6 +19,8 @@ from bnlora.plots.comparison import forest as forest
 from bnlora.plots.comparison import predictive_scatter as predictive_scatter
 from bnlora.plots.comparison import rank_difference as rank_difference
 from bnlora.plots.comparison import worst_pairs as worst_pairs
+from bnlora.plots.frames import FRAME_CAPTION as FRAME_CAPTION
+from bnlora.plots.frames import frame_energies as frame_energies
 from bnlora.plots.prior import prior_predictive as prior_predictive
 from bnlora.plots.reliability import RELIABILITY_CAPTION as RELIABILITY_CAPTION
 from bnlora.plots.reliability import reliability as reliability

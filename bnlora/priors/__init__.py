@@ -2,6 +2,7 @@ r"""Priors over adapters: any function from sites to adapters that calls `numpyr
 
 | prior                                | law of a factor W (d_o x d_i), sigma = scale / sqrt(d_i)          |
 |--------------------------------------|-------------------------------------------------------------------|
+| `core`                               | none of a factor: `b a` is a normal matrix between fixed frames   |
 | `sparse_gp`                          | iid N(0, sigma^2), inducing variables inside the weights          |
 | `normal`                             | iid N(0, sigma^2)                                                 |
 | `laplace`                            | iid Laplace of standard deviation sigma                           |
@@ -29,6 +30,7 @@ from bnlora.priors.base import width_factor as width_factor
 from bnlora.priors.centered import centered as centered
 from bnlora.priors.compose import by_family as by_family
 from bnlora.priors.compose import per_factor as per_factor
+from bnlora.priors.core import core as core
 from bnlora.priors.hierarchy import pooled_scales as pooled_scales
 from bnlora.priors.hierarchy import pooled_sparse_gp as pooled_sparse_gp
 from bnlora.priors.horseshoe import horseshoe as horseshoe

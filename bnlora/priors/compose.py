@@ -11,6 +11,7 @@ import difflib
 import re
 from collections.abc import Mapping
 
+from bnlora.frame import joined
 from bnlora.priors.base import Prior
 from bnlora.sites import Sites
 from bnlora.typing import Adapters
@@ -75,6 +76,9 @@ def by_family(priors: Mapping[str, Prior]) -> Prior:
             filled |= _filled(part, asked, f"the families of {pattern!r}")
         return filled
 
+    known = [part.frames for part in priors.values() if hasattr(part, "frames")]
+    if known and len(known) == len(priors):
+        prior.frames = joined(known)  # type: ignore[attr-defined]
     return prior
 
 

@@ -1,0 +1,98 @@
+r"""The core prior: a Gaussian matrix between fixed frames, one for each layer of a family.
+
+    dW = s L U R^T / unit,      U_kl ~ N(0, 1),      L, R fixed with orthonormal columns (`bnlora.frame`)
+
+One inducing matrix a module and layer, as in the first figure of the paper, at lam = 0. The adapter is
+`a = R^T`, `b = s L U / unit`, so that `s` is the prior standard deviation of a logit contrast in nats
+(exactly on the tangent model, to first order on the network). Only U is random: the posterior has neither the
+scaling and rotation invariances of two random factors nor their dead zone around zero.
+
+References: Lin et al. (2026), Bayesian-LoRA, arXiv 2601.21003, for the inducing matrix; Nakajima and
+Sugiyama (2011), JMLR 12, for the dead zone of two random factors.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+
+from bnlora.checks import listed
+from bnlora.frame import Frames
+from bnlora.priors.base import Prior, layers
+from bnlora.priors.hyper import Hyper, hyper_value, require_positive
+from bnlora.sites import Sites
+from bnlora.typing import FACTORS, WEIGHT, Adapters
+
+Scale = Hyper | Mapping[str, Hyper]
+
+
+def core(frames: Frames, *, scale: Scale = 1.0, by_layer: bool = False) -> Prior:
+    """A standard normal core between fixed frames, times a scale for each family.
+
+    Args:
+        frames: Frames of the families that the prior shall fill, from `bnlora.frames`.
+        scale: Prior standard deviation of a logit contrast in nats, for all families or by family: a number,
+            an array of one number for each layer, `learned(start)`, or a distribution of positive values.
+        by_layer: Whether a learned or random scale is one for each layer of a family, or one for all of them.
+
+    Returns:
+        A prior with one sample site `<family>.U` of shape (layer, m_o, m_i) for each family, and
+        `<family>.scale` where that is learned or random.
+
+    Raises:
+        ValueError: When a scale is not positive or is of a family without frames. The prior raises it on
+            sites that the frames do not belong to, and where it is asked for one factor only.
+
+    Example:
+        >>> prior = bl.priors.core(frames, scale=dist.HalfNormal(1.0))
+        >>> trace = numpyro.handlers.trace(numpyro.handlers.seed(prior, key)).get_trace(frames.sites)
+        >>> [name for name, site in trace.items() if site["type"] == "sample"]
+        ['lm_head.scale', 'lm_head.U']
+    """
+    scales = dict(scale) if isinstance(scale, Mapping) else dict.fromkeys(frames, scale)
+    if set(scales) != set(frames):
+        raise ValueError(
+            f"scale must be one value, or one for each family {listed(tuple(frames))}; "
+            f"got {listed(tuple(scales))}"
+        )
+    for name, value in scales.items():
+        require_positive(f"scale of {name!r}", value)
+
+    def prior(sites: Sites) -> Adapters:
+        frames.check(sites)
+        return {name: _adapter(frames, name, sites, scales[name], by_layer=by_layer) for name in sites}
+
+    prior.frames = frames  # type: ignore[attr-defined]  # what a tangent model of this prior reads
+    return prior
+
+
+def frames_of(prior: Prior) -> Frames | None:
+    """The frames that a prior keeps every update in, or None."""
+    return getattr(prior, "frames", None)
+
+
+def _adapter(frames: Frames, name: str, sites: Sites, scale: Hyper, *, by_layer: bool) -> Mapping:
+    site, frame = sites[name], frames[name]
+    if site.factors != FACTORS:
+        raise ValueError(
+            f"the core prior makes both factors of {name!r} from one matrix; it cannot fill "
+            f"{site.factors[0]!r} alone: use by_family, not per_factor"
+        )
+    start: Any = getattr(scale, "start", scale)
+    each = by_layer or (not hasattr(scale, "sample") and jnp.ndim(start) > 0)
+    spread = hyper_value(f"{name}.scale", scale, site=site if each else None)
+    with layers(site):
+        law = dist.Normal(jnp.zeros(frame.size), 1.0).to_event(2)
+        U = numpyro.sample(f"{name}.U", law, infer={"start": "zero", WEIGHT: True})
+    weight = jnp.broadcast_to(spread / frame.unit, (site.depth,))
+    left, right = jnp.asarray(frame.left), jnp.asarray(frame.right)
+    scaled = numpyro.deterministic(core_name(name), weight[:, None, None] * U)
+    # Divide by alpha / rank, so that the update does not depend on LoRA's alpha.
+    return {"a": jnp.swapaxes(right, 1, 2), "b": left @ scaled / site.scale}
+
+
+def core_name(family: str) -> str:
+    """Name of the update in the frames, L^T dW R, which the prior declares as a deterministic site."""
+    return f"{family}.core"

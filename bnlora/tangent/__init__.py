@@ -1,0 +1,13 @@
+"""The network replaced by its first-order expansion at the base: a Gaussian process over functions.
+
+    logit_c(x) = z_c(x) + phi_c(x)^T u        u: the core of every module and layer (`bnlora.priors.core`)
+
+| module      | what it has                                                            |
+|-------------|------------------------------------------------------------------------|
+| `gradients` | derivatives of logit contrasts, projected to frames or sketched        |
+| `frames`    | frames from rows, without their labels                                 |
+| `model`     | `Tangent`: the same prior and likelihood on features                   |
+| `linear`    | Laplace's approximation of a linear model: mode, evidence, covariance  |
+| `scales`    | scales by evidence                                                     |
+| `gaussian`  | Laplace's Gaussian over all sites: a posterior, a start, a whitening   |
+"""

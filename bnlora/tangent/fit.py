@@ -1,0 +1,161 @@
+r"""The whole way from labelled rows to a posterior under the core prior, in one call.
+
+    frames  ->  features  ->  scales by evidence  ->  Laplace's Gaussian  ->  SVI from there
+
+Every part is a public function of its own; this one fixes the order and measures the seconds of each.
+"""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpyro.distributions as dist
+import optax
+from jax import Array
+from jaxtyping import Int
+from rich.console import Console
+
+from bnlora.base import Base
+from bnlora.cache import cache_prefix
+from bnlora.checks import check_key
+from bnlora.data import Batch
+from bnlora.display import Showable, Shown, Table
+from bnlora.fits import Fit
+from bnlora.frame import Frames
+from bnlora.guides import Guide, around
+from bnlora.model import Classifier
+from bnlora.priors import core
+from bnlora.svi import fit
+from bnlora.tangent.frames import SLOPE, Size, frames
+from bnlora.tangent.gaussian import Gaussian, laplace
+from bnlora.tangent.model import Tangent
+from bnlora.tangent.scales import Scales, choose_scales
+from bnlora.typing import Adapters
+
+SIZES: Mapping[str, int] = {"q_proj": 8, "k_proj": 8, "v_proj": 32}
+"""Placement and sizes of the default, fixed on seeds 0 to 2 of `benchmarks/seeds.py`, with `SLOPE`."""
+
+SCALE_PRIOR = dist.HalfNormal(5.0)
+"""Keeps scales finite on separable rows, and hardly moves them where the rows say something."""
+
+STEPS, RATE, PARTICLES = 100, 3e-3, 4
+"""Adam from Laplace's Gaussian: a hundred full-batch steps, the rate decaying to zero along a cosine."""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class CoreFit(Shown):
+    """A posterior under the core prior, with everything that led to it; a posterior for `predict`.
+
+    Attributes:
+        frames: The frames.
+        scales: The scales, chosen by evidence.
+        gaussian: Laplace's Gaussian at these scales.
+        fit: The variational fit that started there.
+        seconds: Wall time of each part.
+    """
+
+    frames: Frames
+    scales: Scales
+    gaussian: Gaussian
+    fit: Fit
+    seconds: Mapping[str, float]
+
+    @property
+    def model(self) -> Tangent:
+        """The tangent model."""
+        return self.gaussian.model
+
+    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
+        """Adapters under the variational posterior, with a leading draw axis."""
+        return self.fit.draw_adapters(key, num_samples)
+
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """Frames, scales, the fit and its seconds."""
+        rows = tuple((name, f"{seconds:.1f}") for name, seconds in self.seconds.items())
+        total = f"{sum(self.seconds.values()):.0f}"
+        table = Table(f"{total} s in all, compiling included", ("part", "seconds"), rows)
+        return (*self.frames.overview, *self.scales.overview, *self.fit.overview, table)
+
+    def __repr__(self) -> str:
+        return f"CoreFit(tangent, {self.frames!r}\n  {self.scales!r}\n  {self.fit!r})"
+
+
+def fit_core(
+    key: Array,
+    base: Base,
+    train: Batch,
+    *,
+    label_ids: Int[Any, " c"],
+    size: Size = 16,
+    targets: Sequence[str] | None = None,
+    layers: slice | Iterable[int] | None = slice(-2, None),
+    scale_prior: dist.Distribution | None = SCALE_PRIOR,
+    num_steps: int = STEPS,
+    console: Console | None = None,
+) -> CoreFit:
+    """Fit the core prior on the tangent model, with frames and scales chosen from the rows.
+
+    Args:
+        key: Random key of sketches, guide draws and start values.
+        base: The frozen base.
+        train: Rows with labels.
+        label_ids: Token id of each class.
+        size: Directions of each side, as in `bnlora.frames`; a mapping also says which modules are adapted.
+        targets: Modules, and `"slope"`. Omitted, those of `size` where that is a mapping, else of `SIZES`, and
+            `"slope"`.
+        layers: Layers to adapt; the two uppermost when omitted.
+        scale_prior: Distribution of every scale, for their choice by evidence.
+        num_steps: Steps of the variational fit.
+        console: Where to draw progress bars.
+
+    Returns:
+        The posterior with its parts.
+
+    Raises:
+        ValueError: As `bnlora.frames`, `bnlora.choose_scales` and `bnlora.fit`.
+
+    Example:
+        >>> made = bl.fit_core(key, base, rows, label_ids=(3, 5), size={"v_proj": 2}, num_steps=4)
+        >>> made.model.kind, sorted(made.scales.values)
+        ('tangent', ['slope', 'v_proj'])
+    """
+    frame_key, fit_key = jax.random.split(check_key(key))
+    clock, seconds = time.perf_counter(), {}
+
+    def lap(part: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        seconds[part], clock = now - clock, now
+
+    chosen = targets if targets is not None else [*(size if isinstance(size, Mapping) else SIZES), SLOPE]
+    made = frames(
+        frame_key, base, chosen, train, label_ids=label_ids, size=size, layers=layers, console=console
+    )
+    lap("frames")
+    tangent = Tangent(Classifier(base, made.sites, core(made), label_ids=label_ids))
+    rows = cache_prefix(tangent, train, console=console)
+    lap("features")
+    scales = choose_scales(tangent, rows, prior=scale_prior, console=console)
+    lap("scales by evidence")
+    tangent = tangent.with_prior(core(made, scale=scales.values))
+    gaussian = laplace(tangent, rows, console=console)
+    lap("Laplace")
+    guide = Guide(tangent.prior, around(gaussian))
+    rate = optax.adam(optax.cosine_decay_schedule(RATE, num_steps))
+    fitted = fit(
+        fit_key,
+        tangent,
+        guide,
+        rows,
+        rate,
+        scale_optimizer=rate,
+        num_steps=num_steps,
+        batch_size=len(rows),
+        num_particles=PARTICLES,
+        console=console,
+    )
+    lap("variational fit")
+    return CoreFit(made, scales, gaussian, fitted, seconds)

@@ -1,0 +1,286 @@
+r"""Laplace's Gaussian over every latent site of a core prior on a tangent model.
+
+    U | scales, y  ~  N(U*, Sigma),      log scales | y  ~  N(t*, H^{-1})
+
+U* and Sigma are mode and inverse Hessian at the scales (`bnlora.tangent.linear`). Where scales are sites, t*
+is the mode of their marginal posterior: Laplace's evidence times their prior. The mode of (scales, U)
+together would not do: a larger scale with a smaller U is the same function at a higher density. U* moves with
+the scales; its derivative at t* makes the joint Gaussian.
+
+The Gaussian is a posterior for `predict`, the start of a guide (`bnlora.tangent.start`), and coordinates in
+which a sampler moves easily (`sample_nuts(..., mass=gaussian)`).
+
+References: Rue, Martino and Chopin (2009), integrated nested Laplace approximations; MacKay (1992).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy
+from jax import Array
+from jaxtyping import Float
+from rich.console import Console
+
+from bnlora.affine import Affine
+from bnlora.cache import cache_prefix
+from bnlora.checks import check_key, listed
+from bnlora.compilation import program
+from bnlora.data import Batch, check_rows
+from bnlora.density import Density, density
+from bnlora.display import Showable, Shown, facts
+from bnlora.tangent.linear import Linear, Mode, posterior
+from bnlora.tangent.model import Tangent
+from bnlora.tangent.scales import Evidence, check_classes, linear_of
+from bnlora.typing import Adapters, AnyArray, Parameters
+
+MOST = 20_000
+"""Rows or coordinates, whichever is fewer: matrices of 3 GiB."""
+
+NULL = 1e-6
+"""Square of what one prior standard deviation along a direction changes in all contrasts, below which it counts
+as uninformed. Not the curvature: that is nearly zero where the base is sure, and not where it is far from sure."""
+
+STEP = 1e-3
+"""Step of the differences that give curvature and slope in the log scales."""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Gaussian(Shown):
+    """A Gaussian over the unconstrained vector of all latent sites; a posterior for `predict`.
+
+    Attributes:
+        view: The unconstrained view of the model (`bnlora.density`), whose order of coordinates holds here.
+        affine: The map from standard normal to the vector.
+        informed: The likelihood in the columns of `affine.vectors`: derivatives (row, class - 1, r),
+            contrasts at the mean, and labels; None where scales are sites. A sampler then moves these
+            coordinates alone.
+        log_evidence: Laplace's approximation of log p(y), in nats; at the mode of the scales where these are
+            sites, their own part included.
+
+    Example:
+        >>> gaussian = bl.laplace(tangent, rows)
+        >>> gaussian.draw_adapters(key, 5)["lm_head"]["b"].shape
+        (5, 1, 2, 4)
+    """
+
+    view: Density
+    affine: Affine
+    informed: Any
+    log_evidence: float
+
+    @property
+    def model(self) -> Tangent:
+        """The tangent model."""
+        return self.view.model
+
+    @property
+    def loc(self) -> Float[np.ndarray, " p"]:
+        """Mean of the vector."""
+        return np.asarray(self.affine.centre)
+
+    def covariance(self) -> Float[np.ndarray, "p p"]:
+        """Covariance of the vector, whole: p^2 numbers."""
+        root = np.asarray(self.affine.apply(np.eye(len(self.loc)))) - self.loc
+        return root.T @ root
+
+    def draw_vectors(self, key: Array, num_samples: int) -> Float[np.ndarray, "s p"]:
+        """Draws of the unconstrained vector."""
+        normals = np.asarray(jax.random.normal(check_key(key), (num_samples, len(self.loc))), np.float64)
+        return np.asarray(self.affine.apply(normals)).astype(np.float32)
+
+    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
+        """Posterior adapters with a leading draw axis; the same key gives the same draws."""
+        return program(self, _adapters_at)(self.draw_vectors(key, num_samples))
+
+    def log_density(self, vectors: Float[np.ndarray, "s p"]) -> Float[np.ndarray, " s"]:
+        """Log-density of unconstrained vectors, in nats."""
+        white = self.affine.invert(vectors)
+        constant = self.affine.log_determinant + 0.5 * len(self.loc) * np.log(2 * np.pi)
+        return -0.5 * (white**2).sum(-1) - constant
+
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """Size, evidence, and mode of the scales where they are sites."""
+        about = {
+            "coordinates": f"{len(self.loc):,}",
+            "log evidence": f"{self.log_evidence:,.1f} nats, Laplace",
+            "model": "tangent",
+        }
+        return (facts("Gaussian at the posterior mode", about),)
+
+    def __repr__(self) -> str:
+        return f"Gaussian({len(self.loc):,} coordinates, tangent, log evidence {self.log_evidence:,.1f} nats)"
+
+
+def laplace(
+    tangent: Tangent,
+    train: Batch,
+    *,
+    params: Parameters | None = None,
+    console: Console | None = None,
+) -> Gaussian:
+    """Laplace's approximation of the posterior of a tangent model under a core prior.
+
+    Args:
+        tangent: A tangent model whose prior is `priors.core`, or a composition of such priors.
+        train: Rows with labels.
+        params: Values of the prior's NumPyro parameters (learned scales), such as the `params` of a fit.
+        console: Where to draw the progress bar of features.
+
+    Returns:
+        The Gaussian.
+
+    Raises:
+        ValueError: When rows have no labels or one class, the prior has sites that are neither a core nor a
+            scale of one, or rows and coordinates are both more than memory has room for.
+
+    Example:
+        >>> bl.laplace(tangent, rows)
+        Gaussian(4 coordinates, tangent, log evidence -4.9 nats)
+    """
+    check_rows("training", train, tangent)
+    check_classes(train)
+    view = density(tangent, params or {})
+    _require_memory(len(train) * (len(tangent.label_ids) - 1), view.size)
+    model, _ = linear_of(tangent, cache_prefix(tangent, train, console=console), by="layer")
+    scales, cores = _places(view)
+    with jax.enable_x64(new_val=True):
+        laws = _Posterior(view, model, scales, cores)
+        t = laws.mode()
+        evidence, mean, vectors, values = laws.at(t)
+        informed = None if len(t) else laws.informed(vectors, mean)
+        centre, keep = np.zeros(view.size), np.ones(view.size)
+        centre[cores], centre[scales], keep[scales] = mean, t, 0.0
+        block = np.zeros((view.size, len(t)))
+        if len(t):
+            spread = np.linalg.cholesky(laws.covariance(t))
+            block[scales], block[cores] = spread, laws.slope(t) @ spread
+            evidence += float(laws.log_prior(t)) + 0.5 * len(t) * np.log(2 * np.pi)
+            evidence += np.log(np.diag(spread)).sum()
+    whole = np.zeros((view.size, vectors.shape[1]))
+    whole[cores] = vectors
+    affine = Affine(centre, keep, whole, (1 + values) ** -0.5, block, scales)
+    return Gaussian(view, affine, informed, evidence)
+
+
+def _require_memory(rows: int, coordinates: int) -> None:
+    """Raise `ValueError` if the lesser of both is too large for matrices of that size."""
+    least = min(rows, coordinates)
+    if least > MOST:
+        raise ValueError(
+            f"Laplace's Gaussian needs matrices of the lesser of {rows:,} rows times contrasts and "
+            f"{coordinates:,} coordinates, {8 * least**2 / 2**30:,.1f} GiB each; use at most {MOST:,} rows "
+            "or coordinates, or fit a guide by bl.fit"
+        )
+
+
+def _places(view: Density) -> tuple[np.ndarray, np.ndarray]:
+    """Where the vector has scales, and where it has the cores, these in the order of the frames."""
+    begin, at = 0, {}
+    for name, shape in view.shapes.items():
+        size = int(np.prod(shape))
+        at[name] = np.arange(begin, begin + size)
+        begin += size
+    cores = [f"{family}.U" for family in view.model.sites]
+    others = [name for name in at if name not in cores]
+    wrong = [name for name in others if not name.endswith(".scale")] + [c for c in cores if c not in at]
+    if wrong:
+        raise ValueError(
+            f"Laplace's Gaussian needs the sites of priors.core, {listed(cores)} and their scales; the prior "
+            f"has {listed(tuple(at))}"
+        )
+    scales = np.concatenate([at[name] for name in others]) if others else np.zeros(0, int)
+    return scales, np.concatenate([at[name] for name in cores])
+
+
+class _Posterior:
+    """The posterior of scales and cores; every method runs in double precision."""
+
+    def __init__(self, view: Density, model: Linear, scales: np.ndarray, cores: np.ndarray):
+        self.view, self.model, self.scales, self.cores = view, model, scales, cores
+        self.evidence = Evidence.of(model)
+        ends = np.cumsum([group.shape[2] for group in model.groups])
+        self.first = np.concatenate([[0], ends[:-1]])
+        self.units = np.repeat(
+            [view.model.frames[name].unit for name in view.model.sites],
+            [view.model.frames[name].size[0] for name in view.model.sites],
+        )
+        self.value = jax.jit(jax.value_and_grad(self._value))
+        self.moments = jax.jit(self._mode)
+
+    def _vector(self, t: AnyArray, core: float) -> Array:
+        vector = jnp.full(self.view.size, core)
+        return vector if not len(self.scales) else vector.at[self.scales].set(t)
+
+    def log_scales(self, t: Array) -> Array:
+        """Log scale of every family and layer: the prior's own factor, read off a core of ones."""
+        adapters = self.view.adapters(self._vector(t, 1.0))
+        return jnp.log(self.view.model.coordinates(adapters)[self.first] * self.units)
+
+    def log_prior(self, t: AnyArray) -> Array:
+        """Log-density of the unconstrained scales."""
+        return self.view.log_prior(self._vector(t, 0.0)) + 0.5 * len(self.cores) * jnp.log(2 * jnp.pi)
+
+    def _value(self, t: Array, data: Linear) -> Array:
+        return self.evidence.mode(self.log_scales(t), data).log_evidence + self.log_prior(t)
+
+    def _mode(self, t: Array, data: Linear, groups: Sequence[Array]) -> tuple[Mode, Array, Array]:
+        mode, log_scales = self.evidence.mode(self.log_scales(t), data), self.log_scales(t)
+        design = data._replace(groups=groups).design(log_scales)
+        return mode, design, design.T @ mode.weights if self.evidence.in_rows else mode.weights
+
+    def mode(self) -> np.ndarray:
+        """Mode of the marginal posterior of the unconstrained scales."""
+        if not len(self.scales):
+            return np.zeros(0)
+        start = np.asarray(self.view.start(jax.random.key(0)), np.float64)[self.scales]
+
+        def negative(t: np.ndarray) -> tuple[float, np.ndarray]:
+            value, slope = self.value(jnp.asarray(t), self.evidence.model)
+            return -float(value), -np.asarray(slope)
+
+        return scipy.optimize.minimize(negative, start, jac=True, method="L-BFGS-B").x
+
+    def at(self, t: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+        """Evidence, mode, and eigenvectors and eigenvalues of the data's precision that move a contrast."""
+        mode, design, _ = self.moments(jnp.asarray(t), self.evidence.model, self.model.groups)
+        found = posterior(design, mode, in_rows=self.evidence.in_rows)
+        mean, vectors, values = (np.asarray(x) for x in found)
+        moves = ((np.asarray(design) @ vectors) ** 2).sum(0) > NULL
+        return float(mode.log_evidence), mean, vectors[:, moves], values[moves]
+
+    def informed(self, vectors: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Derivatives along some directions, contrasts at the mean, and labels, at fixed scales."""
+        log_scales = np.asarray(self.log_scales(jnp.zeros(0)), np.float64)
+        scaled = [np.exp(s) * group for s, group in zip(log_scales, self.model.groups, strict=True)]
+        design = np.concatenate(scaled, axis=2)
+        return design @ vectors, self.model.offset + design @ mean, np.asarray(self.model.labels)
+
+    def mean(self, t: np.ndarray) -> np.ndarray:
+        """The mode of the cores at given scales."""
+        return np.asarray(self.moments(jnp.asarray(t), self.evidence.model, self.model.groups)[2])
+
+    def covariance(self, t: np.ndarray) -> np.ndarray:
+        """Covariance of the unconstrained scales; no direction is wider than its prior allows."""
+        slopes = _differences(lambda x: np.asarray(self.value(jnp.asarray(x), self.evidence.model)[1]), t)
+        values, vectors = np.linalg.eigh(-(slopes + slopes.T) / 2)
+        return (vectors / np.maximum(values, 0.1)) @ vectors.T
+
+    def slope(self, t: np.ndarray) -> np.ndarray:
+        """Derivative of the mode of the cores in the unconstrained scales."""
+        return _differences(self.mean, t)
+
+
+def _differences(function: Callable[[np.ndarray], np.ndarray], t: np.ndarray) -> np.ndarray:
+    """Central differences, a column for each entry of t."""
+    shifts = STEP * np.eye(len(t))
+    return np.stack([(function(t + d) - function(t - d)) / (2 * STEP) for d in shifts], axis=1)
+
+
+def _adapters_at(gaussian: Gaussian, vectors: Array) -> Adapters:
+    found: Mapping[str, Any] = jax.lax.map(gaussian.view.adapters, vectors)
+    return found

@@ -1,0 +1,291 @@
+r"""Scales of the core prior by evidence: automatic relevance determination over families or layers.
+
+    s* = argmax log p(y | s)  +  log p(s),      log p(y | s) by Laplace (`bnlora.tangent.linear`)
+
+A family whose scale goes to zero is switched off. Scales are those of `priors.core`: nats of a logit
+contrast. Without p(s) this is type-II maximum likelihood: it overfits with few rows, and differences below
+about a nat for each further scale say nothing. With p(s) it is the mode of log s, and stays finite on
+separable rows.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import scipy
+from jax import Array
+from jaxtyping import Float
+from rich.console import Console
+
+from bnlora.cache import cache_prefix
+from bnlora.checks import check_option
+from bnlora.data import Batch, check_rows
+from bnlora.display import Shown, Table
+from bnlora.tangent.linear import Linear, Mode, in_float64, laplace_mode
+from bnlora.tangent.model import Tangent
+
+By = Literal["family", "layer"]
+LOWEST, HIGHEST = np.log(1e-3), np.log(1e2)
+"""Bounds of the log scales: below the first a family is off; a maximum at the second is none."""
+
+STARTS = (0.3, 1.0, 3.0)
+OFF = 0.01
+
+
+@dataclass(frozen=True)
+class Scales(Shown):
+    """Chosen scales, with the evidence for each.
+
+    Attributes:
+        values: Scale by family, as `priors.core(frames, scale=...)` takes them: a number, or one for each
+            layer.
+        log_evidence: Laplace's approximation of log p(y | scales), in nats.
+        without: The same without a family (or layer), the other scales chosen anew, by name.
+        base: Log-likelihood of the untouched base, the evidence with all scales zero.
+        stderr: Standard deviation of each log scale by name, from the curvature at the maximum; infinite
+            where the scale is off.
+
+    Example:
+        >>> chosen = bl.choose_scales(tangent, rows, prior=dist.HalfNormal(1.0))
+        >>> sorted(chosen.values)
+        ['lm_head']
+    """
+
+    values: Mapping[str, float | np.ndarray]
+    log_evidence: float
+    without: Mapping[str, float]
+    base: float
+    stderr: Mapping[str, float]
+
+    @property
+    def by_name(self) -> dict[str, float]:
+        """Scale by family, or by family and layer."""
+        found: dict[str, float] = {}
+        for name, value in self.values.items():
+            if np.ndim(value):
+                found |= {f"{name}[{i}]": float(x) for i, x in enumerate(np.asarray(value))}
+            else:
+                found[name] = float(value)
+        return found
+
+    @property
+    def overview(self) -> tuple[Table]:
+        """Scale and evidence of every family."""
+        rows = []
+        for name, value in self.by_name.items():
+            low, high = (value * np.exp(sign * 1.96 * self.stderr[name]) for sign in (-1, 1))
+            shown = ("off", "") if value <= OFF else (f"{value:.2f}", f"{low:.2f} to {high:.2f}")
+            rows.append((name, *shown, f"{self.log_evidence - self.without[name]:+.1f}"))
+        title = f"Log evidence {self.log_evidence:,.1f} nats; untouched base {self.base:,.1f}"
+        return (Table(title, ("scale of", "nats", "95 %", "gain in evidence"), tuple(rows)),)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{n} {v:.2f}" if v > OFF else f"{n} off" for n, v in self.by_name.items())
+        return f"Scales({shown}; log evidence {self.log_evidence:,.1f} nats, base {self.base:,.1f})"
+
+
+def choose_scales(
+    tangent: Tangent,
+    train: Batch,
+    *,
+    by: By = "family",
+    prior: dist.Distribution | None = None,
+    console: Console | None = None,
+) -> Scales:
+    """Choose the scales of the core prior by Laplace's evidence.
+
+    Args:
+        tangent: A tangent model; the scales of its own prior are not read.
+        train: Rows with labels.
+        by: One scale for each family, or for each of its layers.
+        prior: Distribution of each scale, independent of the others; none when omitted.
+        console: Where to draw progress bars.
+
+    Returns:
+        The scales. `priors.core(frames, scale=scales.values)` is the prior that has them.
+
+    Raises:
+        ValueError: When the frames read labels, rows have no labels or one class, or the evidence has no
+            maximum, as on separable rows.
+    """
+    check_option("by", by, get_args(By))
+    require_label_free(tangent)
+    check_rows("training", train, tangent)
+    model, names = linear_of(tangent, cache_prefix(tangent, train, console=console), by=by)
+    check_classes(train)
+    value = _objective(model, prior)
+    found, best = _maximise(value, np.zeros(len(names)), restart=True)
+    if prior is None and (found > HIGHEST - 0.01).any():
+        where = names[int(found.argmax())]
+        raise ValueError(
+            f"the evidence has no maximum: it still grows at a scale of {np.exp(HIGHEST):.0f} nats for "
+            f"{where}, as on separable rows; give the scales a prior, such as prior=dist.HalfNormal(1.0)"
+        )
+    evidence, _ = _objective(model, None)(found)
+    without = {}
+    for index, name in enumerate(names):
+        if np.exp(found[index]) <= OFF or len(names) == 1:
+            without[name] = evidence if len(names) > 1 else base_evidence(model)
+            continue
+        without[name] = _without(model, prior, found, index)
+    stderr = dict(zip(names, _stderr(value, found), strict=True))
+    scales = np.exp(found)
+    return Scales(_by_family(tangent, names, scales, by), evidence, without, base_evidence(model), stderr)
+
+
+def require_label_free(tangent: Tangent) -> None:
+    """Raise `ValueError` if the frames read labels: then p(y | frames) is no evidence."""
+    if not tangent.frames.label_free:
+        raise ValueError(
+            "these frames were made from labels, so that the evidence would count the labels twice; use "
+            "frames without labels, such as bl.frames(...), or choose scales on other rows"
+        )
+
+
+def check_classes(train: Batch) -> None:
+    """Raise `ValueError` when all rows have one label."""
+    if len(np.unique(np.asarray(train.labels))) < 2:
+        raise ValueError("the training rows must have at least two classes; all of them have one label")
+
+
+def linear_of(tangent: Tangent, batch: Batch, *, by: By) -> tuple[Linear, tuple[str, ...]]:
+    """The linear model of prepared rows, a group for each family or layer at scale one, and their names."""
+    offset, phi = (np.asarray(x, np.float64) for x in tangent.features(tangent.base.params, batch))
+    groups, names, begin = [], [], 0
+    for name in tangent.sites:
+        frame = tangent.frames[name]
+        depth, *core = frame.size
+        for index, size in _blocks(depth, int(np.prod(core)), by):
+            groups.append(phi[:, :, begin : begin + size] / frame.unit)
+            names.append(name if index is None else f"{name}[{index}]")
+            begin += size
+    model = Linear(offset[:, 1:] - offset[:, :1], groups, np.asarray(batch.labels))
+    return in_float64(model), tuple(names)
+
+
+def _blocks(depth: int, size: int, by: By) -> list[tuple[int | None, int]]:
+    return [(None, depth * size)] if by == "family" else [(index, size) for index in range(depth)]
+
+
+def base_evidence(model: Linear) -> float:
+    """Log-likelihood of the untouched base."""
+    logits = np.pad(model.offset, ((0, 0), (1, 0)))
+    log_probs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    return float(np.take_along_axis(log_probs, np.asarray(model.labels)[:, None], axis=1).sum())
+
+
+class Evidence(NamedTuple):
+    """Laplace's log evidence as a JAX function of the log scales, with its data as an argument.
+
+    Attributes:
+        model: The linear model; where it is in rows, Gram matrices stand for its groups.
+        in_rows: Whether it is.
+    """
+
+    model: Linear
+    in_rows: bool
+
+    @classmethod
+    def of(cls, model: Linear) -> "Evidence":
+        """The evidence of a linear model."""
+        if not model.in_rows:
+            return cls(model, in_rows=False)
+        flat = [np.asarray(group).reshape(model.offset.size, -1) for group in model.groups]
+        return cls(model._replace(groups=np.stack([x @ x.T for x in flat])), in_rows=True)
+
+    def mode(self, log_scales: Array, model: Linear) -> Mode:
+        """The mode at some log scales; call it in double precision."""
+        if self.in_rows:
+            kernel = jnp.tensordot(jnp.exp(2 * log_scales), jnp.asarray(model.groups), 1)
+        else:
+            kernel = model.design(log_scales)
+        return laplace_mode(model, kernel, in_rows=self.in_rows)
+
+
+def _objective(
+    model: Linear, prior: dist.Distribution | None
+) -> Callable[[Float[np.ndarray, " g"]], tuple[float, np.ndarray]]:
+    """Value and gradient of the evidence plus the log-density of the log scales."""
+    evidence = Evidence.of(model)
+
+    def total(log_scales: Array, data: Linear) -> Array:
+        density = 0.0 if prior is None else (prior.log_prob(jnp.exp(log_scales)) + log_scales).sum()
+        return evidence.mode(log_scales, data).log_evidence + density
+
+    run = jax.jit(jax.value_and_grad(total))
+
+    def value(log_scales: np.ndarray) -> tuple[float, np.ndarray]:
+        with jax.enable_x64(new_val=True):
+            found, slope = run(jnp.asarray(log_scales, jnp.float64), evidence.model)
+            return float(found), np.asarray(slope)
+
+    return value
+
+
+def _maximise(value: Callable, start: np.ndarray, *, restart: bool, free: Any = slice(None)) -> tuple:
+    """The maximiser over the free log scales, from one or several starts, and the value there."""
+    starts = [np.full(len(start), np.log(s)) for s in STARTS] if restart else [start]
+    best: tuple[np.ndarray, float] = start, np.inf
+    for first in starts:
+        first = np.where(_mask(len(start), free), first, start)
+
+        def negative(x: np.ndarray, first: np.ndarray = first) -> tuple[float, np.ndarray]:
+            whole = first.copy()
+            whole[free] = x
+            found, slope = value(whole)
+            return -found, -slope[free]
+
+        bounds = [(LOWEST, HIGHEST)] * len(first[free])
+        made = scipy.optimize.minimize(negative, first[free], jac=True, method="L-BFGS-B", bounds=bounds)
+        if made.fun < best[1] - 1e-6:
+            whole = first.copy()
+            whole[free] = made.x
+            best = whole, made.fun
+    return best[0], -best[1]
+
+
+def _mask(size: int, free: Any) -> np.ndarray:
+    mask = np.zeros(size, bool)
+    mask[free] = True
+    return mask
+
+
+def _without(model: Linear, prior: dist.Distribution | None, found: np.ndarray, index: int) -> float:
+    """The evidence without one group, the scales of the others chosen anew."""
+    groups = [g for i, g in enumerate(model.groups) if i != index]
+    rest = model._replace(groups=groups)
+    start = np.delete(found, index)
+    best, _ = _maximise(_objective(rest, prior), start, restart=False)
+    return _objective(rest, None)(best)[0]
+
+
+def _stderr(value: Callable, found: np.ndarray, step: float = 1e-3) -> np.ndarray:
+    """Standard deviations of log scales from the curvature; infinite for scales that are off."""
+    on = np.exp(found) > OFF
+    stderr = np.full(len(found), np.inf)
+    if not on.any():
+        return stderr
+    shifts = step * np.eye(len(found))[on]
+    slopes = np.stack([value(found + d)[1] - value(found - d)[1] for d in shifts])[:, on] / (2 * step)
+    values, vectors = np.linalg.eigh(-(slopes + slopes.T) / 2)
+    variance = (vectors**2 / np.maximum(values, 1e-6)).sum(1)
+    stderr[on] = np.sqrt(variance)
+    return stderr
+
+
+def _by_family(
+    tangent: Tangent, names: tuple[str, ...], scales: np.ndarray, by: By
+) -> dict[str, float | np.ndarray]:
+    if by == "family":
+        return dict(zip(names, map(float, scales), strict=True))
+    found: dict[str, float | np.ndarray] = {}
+    begin = 0
+    for name in tangent.sites:
+        depth = tangent.frames[name].size[0]
+        found[name] = scales[begin : begin + depth]
+        begin += depth
+    return found
