@@ -1,13 +1,13 @@
-"""The demonstration's methods over several seeds: python benchmarks/seeds.py run --seeds 3 4 5 6 7; ... report.
+"""The demonstration's methods over several seeds: python benchmarks/seeds.py run --seeds 3 4 5 6 7.
 
-A seed draws 560 labelled movie sentences and 2,000 test sentences of each domain, start values, order of rows
-and posterior draws. Seeds 0 to 2 were used to choose placement, sizes and the scale prior of
-`bnlora.tangent.fit`; they are for development and stand in no table. A seed that is done is kept in a file, so
-that a run that was stopped goes on.
+A seed draws 560 labelled movie sentences and 2,000 test sentences of each domain, start values, order of
+rows and posterior draws. Seeds 0 to 2 were used to choose placement, sizes and the scale prior of
+`bnlora.tangent.fit`; they are for development and stand in no table. A seed that is done is kept in a file:
+a run that was stopped goes on, and `python benchmarks/seeds.py report` prints the tables again.
 
-Methods, all on the same 560 labelled rows: the untouched base; LoRA by a published recipe after 3 and after 20
-epochs; careful LoRA, which fits 320 rows and takes the other 240 for its step and a temperature; the mode of
-the core prior's posterior with a temperature fitted to its own rows (what averaging adds); Bayesian-LoRA.
+Methods, all on the same 560 labelled rows: the untouched base; LoRA by a published recipe after 3 and after
+20 epochs; careful LoRA, which fits 320 rows and takes the other 240 for its step and a temperature;
+Bayesian-LoRA.
 """
 
 import argparse
@@ -58,11 +58,11 @@ def run_seed(seed: int, base: Base, rows: dict[str, bl.Batch], label_ids: tuple[
     long = timed(LORA, lambda: lora(keys[1], 20))
     careful = timed(
         CAREFUL,
-        lambda: fit_lora(
-            keys[2], base, fitted, label_ids=label_ids, validation=held_out, console=QUIET
-        ),
+        lambda: fit_lora(keys[2], base, fitted, label_ids=label_ids, validation=held_out, console=QUIET),
     )
-    core = timed(BAYES, lambda: fit_core(keys[3], base, train, label_ids=label_ids, size=SIZES, console=QUIET))
+    core = timed(
+        BAYES, lambda: fit_core(keys[3], base, train, label_ids=label_ids, size=SIZES, console=QUIET)
+    )
     temperature = temperature_of(keys[4], careful, held_out, console=QUIET)
     for domain, batch in test.items():
         features = bl.cache_prefix(core.model, batch, console=QUIET)
@@ -161,7 +161,7 @@ def report() -> None:
 
 
 def debiased_ratio(found: list[dict], draws: int = 200) -> str:
-    """Ratio of mean debiased ECE, with a bootstrap interval over seeds and rows; the null level as measured."""
+    """Ratio of mean debiased ECE, with a bootstrap interval over seeds and rows."""
     ece = bootstrap(found, bl.metrics.ece, draws)
     null = {
         m: np.mean([[bl.metrics.null_ece(of_positive(f["rows"][d][m]), redraws=50) for d in DOMAINS]

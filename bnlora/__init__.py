@@ -57,6 +57,7 @@ if _TYPE_CHECKING:  # what type checkers and editors see of the names in `_LATER
     from bnlora.base import Base as Base
     from bnlora.base import load as load
     from bnlora.checkpoint import load_fit as load_fit
+    from bnlora.checkpoint import load_frames as load_frames
     from bnlora.checkpoint import save_fit as save_fit
     from bnlora.comparison import Comparison as Comparison
     from bnlora.comparison import compare as compare
@@ -68,6 +69,7 @@ if _TYPE_CHECKING:  # what type checkers and editors see of the names in `_LATER
     from bnlora.mcmc import Certificate as Certificate
     from bnlora.mcmc import Chains as Chains
     from bnlora.mcmc import Thresholds as Thresholds
+    from bnlora.mcmc import log_evidence as log_evidence
     from bnlora.mcmc import sample_elliptical as sample_elliptical
     from bnlora.mcmc import sample_hmc as sample_hmc
     from bnlora.mcmc import sample_mclmc as sample_mclmc
@@ -88,12 +90,12 @@ if _TYPE_CHECKING:  # what type checkers and editors see of the names in `_LATER
 
 _LATER = {
     "bnlora.base": "Base load",
-    "bnlora.checkpoint": "load_fit save_fit",
+    "bnlora.checkpoint": "load_fit load_frames save_fit",
     "bnlora.comparison": "Comparison compare load_reference save_reference store_reference",
     "bnlora.diagnostics": "diagnose to_arviz",
     "bnlora.inference": "",
-    "bnlora.mcmc": "Certificate Chains Thresholds sample_elliptical sample_hmc sample_mclmc sample_nuts "
-    "sample_smc",
+    "bnlora.mcmc": "Certificate Chains Thresholds log_evidence sample_elliptical sample_hmc sample_mclmc "
+    "sample_nuts sample_smc",
     "bnlora.peft": "load_peft save_peft",
     "bnlora.plots": "",
     "bnlora.sbc": "",

@@ -29,6 +29,8 @@ from bnlora.elbo import parameter_shapes
 from bnlora.files import file_checksum, read_json, write_json
 from bnlora.fingerprint import fingerprint, is_same
 from bnlora.fits import Fit
+from bnlora.frame import Frames, frames_from, stored_frames
+from bnlora.priors.core import frames_of
 from bnlora.priors.core import frames_of
 
 FORMAT, READABLE = 2, (1, 2)
@@ -63,7 +65,7 @@ def save_fit(fit: Fit, folder: str | Path, *, notes: Mapping[str, Any] | None = 
     trees = {name: getattr(fit, name) for name in ("params", "last_params", "history", "validation")}
     arrays = _by_path(trees) | {f"train.{name}": getattr(fit.train, name) for name in _ROWS}
     arrays |= {"step_seconds": fit.step_seconds, "draw_key": jax.random.key_data(fit.draw_key)}
-    arrays |= {"weights": _some_weights(fit.model)}
+    arrays |= {"weights": _some_weights(fit.model), **_frame_arrays(fit.model)}
     record = {name: getattr(fit, name) for name in (*_COUNTS, "stopped")} | {"format": FORMAT}
     record |= {"key": str(jax.random.key_impl(fit.draw_key)), "model": _told(fit.model)}
     record |= {"kind": fit.model.kind}
@@ -113,6 +115,31 @@ def load_fit(folder: str | Path, model: Any, guide: Callable) -> Fit:
         draw_key=jax.random.wrap_key_data(jnp.asarray(arrays["draw_key"]), impl=record["key"]),
         **{name: record[name] for name in (*_COUNTS, "stopped")},
     )
+
+
+def load_frames(folder: str | Path, base: Any, sites: Any, *, label_ids: Any) -> Frames:
+    """Read the frames that were saved with a fit.
+
+    Args:
+        folder: A folder that `save_fit` wrote, of a fit under a core prior.
+        base: The base that they were made from.
+        sites: The sites of the fit, `frames.sites` at the time: of the same modules, layers and ranks.
+        label_ids: Token id of each class.
+
+    Returns:
+        The frames, for `priors.core`.
+
+    Raises:
+        FileNotFoundError: When the folder holds no fit.
+        ValueError: When the fit has no frames, or they are of other sites or another base.
+
+    Example:
+        >>> bl.save_fit(tangent_fit, folder / "tangent")
+        >>> bl.load_frames(folder / "tangent", base, frames.sites, label_ids=(3, 5))
+        Frames(4 coordinates from jacobian: lm_head 1x1x4)
+    """
+    folder = Path(folder).expanduser()
+    return frames_from(_read(folder)[1], base.params, sites, tuple(map(int, label_ids)), str(folder))
 
 
 def read_notes(folder: str | Path) -> dict[str, Any]:
@@ -168,6 +195,12 @@ def _some_weights(model: Any) -> Float[np.ndarray, " k"]:
     return fingerprint((model.base.params, getattr(model, "fixed", {}), fixed))
 
 
+def _frame_arrays(model: Any) -> dict[str, np.ndarray]:
+    """The frames that the model's prior keeps its updates in, if it has any."""
+    frames = frames_of(model.prior.program)
+    return {} if frames is None else stored_frames(frames)
+
+
 def _require_same_model(
     record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], model: Any, folder: Path
 ) -> None:
@@ -188,6 +221,12 @@ def _require_same_model(
             if now[name].get(part, value) != value:
                 told = f"{part} {value} of {name}; got {now[name][part]}"
                 raise ValueError(f"the fit in {str(folder)!r} was made with {told}")
+    for name, value in _frame_arrays(model).items():
+        if name in arrays and not (arrays[name].shape == value.shape and np.allclose(arrays[name], value, atol=1e-4)):
+            raise ValueError(
+                f"the fit in {str(folder)!r} was made with other frames than those of this prior; read its own by "
+                "bl.load_frames"
+            )
     stored, weights = arrays["weights"], _some_weights(model)
     if not is_same(stored, weights):
         raise ValueError(

@@ -83,8 +83,8 @@ def _common(
 @app.command()
 def demo(
     report: Annotated[Path, typer.Option(help="Where to write the report.")] = Path("report.html"),
-    train: Annotated[int, typer.Option(help="Movie sentences that plain LoRA fits.", min=16)] = SIZES["train"],
-    validation: Annotated[int, typer.Option(help="More of them, for its step and temperature.", min=2)] = SIZES[
+    train: Annotated[int, typer.Option(help="Sentences that plain LoRA fits.", min=16)] = SIZES["train"],
+    validation: Annotated[int, typer.Option(help="More, for its step and temperature.", min=2)] = SIZES[
         "validation"
     ],
     test: Annotated[int, typer.Option(help="Test sentences of each domain.", min=1)] = SIZES["test"],

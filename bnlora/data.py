@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -272,12 +272,15 @@ class Part(NamedTuple):
     columns: slice
 
 
-def parts(batch: Batch, batch_size: int, *, narrow: bool = True) -> Iterator[Part]:
+def parts(
+    batch: Batch, batch_size: int, *, narrow: bool = True, widths: Literal["many", "few"] = "many"
+) -> Iterator[Part]:
     """All rows, `batch_size` at a time and shortest first, each part cut to the columns that it uses.
 
     Rows of text differ in length, and padding costs as much to run as text. The widths are rounded up to
-    8, 16, 24, 32, 48, 64, 96, ... so that few of them have to be compiled. The last part of the rows is
-    filled up by repeating row 0; results for the filling must be dropped. Without `narrow` all parts have the
+    8, 16, 24, 32, 48, 64, 96, ... so that few of them have to be compiled; with `widths="few"` to powers of
+    two, for programs that take longer to compile than to run. The last part of the rows is filled up by
+    repeating row 0; results for the filling must be dropped. Without `narrow` all parts have the
     columns of the widest, so one program serves all: for small models padding costs less than compiling.
     """
     mask = np.asarray(batch.mask)
@@ -286,16 +289,17 @@ def parts(batch: Batch, batch_size: int, *, narrow: bool = True) -> Iterator[Par
     for start in range(0, len(batch), batch_size):
         rows = order[start : start + batch_size]
         used = rows if narrow else order
-        columns = _columns(int(first[used].min()), int(last[used].max()), mask.shape[1])
+        columns = _columns(int(first[used].min()), int(last[used].max()), mask.shape[1], widths)
         filled = np.concatenate([rows, np.zeros(batch_size - len(rows), rows.dtype)])
         yield Part(batch[filled].cut(columns), rows, columns)
 
 
-def _columns(first: int, last: int, total: int) -> slice:
+def _columns(first: int, last: int, total: int, widths: str) -> slice:
     power = 8
     while power < last - first:
         power *= 2
-    rounded = power * 3 // 4 if last - first <= power * 3 // 4 and power > 16 else power
+    between = widths == "many" and power > 16 and last - first <= power * 3 // 4
+    rounded = power * 3 // 4 if between else power
     width = min(rounded, total)
     begin = min(first, total - width)
     return slice(begin, begin + width)

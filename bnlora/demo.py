@@ -87,9 +87,10 @@ def demo_page(comparison: "Comparison", command: str) -> str:
         "Plain LoRA and Bayesian-LoRA on SmolLM2-135M",
         [
             results.headline(comparison),
-            f"Made by: {command}. All methods have the same {rows} labelled movie sentences: plain LoRA fits the "
-            f"first {len(comparison.lora.train)} by a published recipe, careful LoRA takes the others to choose "
-            "its step and a temperature, Bayesian-LoRA fits all of them.",
+            f"Made by: {command}",
+            f"All methods have the same {rows} labelled movie sentences: plain LoRA fits the first "
+            f"{len(comparison.lora.train)} by a published recipe, careful LoRA takes the others to choose its "
+            "step and a temperature. Bayesian-LoRA fits all of them.",
             "# Accuracy and calibration",
             results.scores(comparison),
             results.differences(comparison),

@@ -12,13 +12,14 @@ U_kl ~ N(0, 1). Dividing by it gives the prior's scale a meaning of its own: nat
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
 from bnlora.checks import listed
 from bnlora.display import Shown, Table
+from bnlora.fingerprint import fingerprint
 from bnlora.fingerprint import is_same
 from bnlora.sites import HEAD, Site, Sites
 
@@ -144,6 +145,50 @@ class Frames(Shown, Mapping[str, Frame]):
     def __repr__(self) -> str:
         sizes = ", ".join(f"{n} {'x'.join(map(str, f.size))}" for n, f in self.families.items())
         return f"Frames({self.num_coordinates:,} coordinates from {self.source}: {sizes})"
+
+
+def stored_frames(frames: Frames) -> dict[str, np.ndarray]:
+    """The frames as arrays with names, for a file; `frames_from` reads them back."""
+    arrays: dict[str, np.ndarray] = {}
+    for name, frame in frames.items():
+        arrays |= {f"frames.{name}.left": frame.left, f"frames.{name}.right": frame.right}
+        arrays[f"frames.{name}.unit"] = np.asarray(frame.unit)
+    arrays["frames.source"] = np.frombuffer(frames.source.encode(), np.uint8)
+    arrays["frames.label_free"] = np.asarray(frames.label_free)
+    return arrays
+
+
+def frames_from(
+    arrays: Mapping[str, np.ndarray], weights: Any, sites: Sites, label_ids: tuple[int, ...], where: str
+) -> Frames:
+    """Frames out of arrays that `stored_frames` made.
+
+    Args:
+        arrays: The arrays.
+        weights: The frozen weights of the base.
+        sites: Sites of the frames.
+        label_ids: Token id of each class.
+        where: The file, for messages.
+
+    Raises:
+        ValueError: When there are no frames, or they are of other sites.
+    """
+    if "frames.source" not in arrays:
+        raise ValueError(f"the fit in {where!r} has no frames: its prior was not priors.core")
+    families = {}
+    for name, site in sites.items():
+        if f"frames.{name}.left" not in arrays:
+            raise ValueError(f"the fit in {where!r} has no frames of {name!r}; give the sites of the fit")
+        left, right = arrays[f"frames.{name}.left"], arrays[f"frames.{name}.right"]
+        if right.shape != (site.depth, site.d_in, site.rank):
+            raise ValueError(
+                f"the frames of {name!r} in {where!r} have shape {right.shape}, (layer, d_in, rank); the sites "
+                f"have {(site.depth, site.d_in, site.rank)}"
+            )
+        families[name] = Frame(left, right, float(arrays[f"frames.{name}.unit"]))
+    source: Any = arrays["frames.source"].tobytes().decode()
+    label_free = bool(arrays["frames.label_free"])
+    return Frames(families, sites, label_ids, source, label_free, fingerprint(weights))
 
 
 def joined(parts: Sequence[Frames]) -> Frames:

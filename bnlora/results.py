@@ -26,7 +26,9 @@ def scores(comparison: Comparison) -> Table:
             rows.append((domain if method == methods[0] else "", method, *cells, f"{null:.3f}"))
     groups = frozenset(range(len(methods), len(rows), len(methods)))
     sizes = ", ".join(f"{len(labels)} {domain}" for domain, labels in comparison.labels.items())
-    title = f"Test rows: {sizes}. Below each value its 95 % bootstrap interval; null: ECE if the prediction were right."
+    title = (
+        f"Test rows: {sizes}. Below each value its 95 % bootstrap interval. Null: ECE of a right prediction."
+    )
     return Table(title, ("rows", "method", *SHOWN, "null"), tuple(rows), groups)
 
 
@@ -100,5 +102,6 @@ def posterior_summary(comparison: Comparison) -> str:
         f"Log evidence by Laplace {core.gaussian.log_evidence:,.1f} nats, bound of the variational fit "
         f"{bound.mean():,.1f} (standard error {bound.std() / len(bound) ** 0.5:.1f}), untouched base "
         f"{core.scales.base:,.1f}. The NUTS run of {chains.num_chains} chains of {chains.num_draws} draws "
-        f"{verdict} ({divergences} divergences). It certifies the posterior of the tangent model, not of the network."
+        f"{verdict} ({divergences} divergences). It certifies the posterior of the tangent model, not that of "
+        "the network."
     )

@@ -7,6 +7,7 @@ gives a figure becomes an SVG, one that gives HTML stays HTML.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -30,7 +31,8 @@ from bnlora.testing import tiny_base, tiny_rows
 SILENT = Console(quiet=True)
 SETTINGS = {
     "jax_platforms": "cpu",
-    "jax_compilation_cache_dir": str(Path(__file__).parents[1] / ".cache" / "jax"),
+    "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    or str(Path(__file__).parents[1] / ".cache" / "jax"),
     "jax_persistent_cache_min_compile_time_secs": 0.1,
     "jax_disable_most_optimizations": True,  # most of the time goes into compiling programs that are tiny
 }

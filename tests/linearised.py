@@ -96,8 +96,8 @@ class Exact:
             W = p[:, :, None] * np.eye(k) - p[:, :, None] * p[:, None, :]
             H = np.eye(d) + np.einsum("nkd,nkl,nle->de", self.design, W, self.design)
             step = np.linalg.solve(H, np.einsum("nkd,nk->d", self.design, residual) - u)
-            # Half a step at first: the likelihood is concave, but a whole step may overshoot.
-            u = u + step * min(1.0, 1 / np.linalg.norm(step))
+            # Short steps at first: the likelihood is concave, but a whole step may overshoot.
+            u = u + step / max(1.0, np.linalg.norm(step))
         return u, H
 
     def log_evidence(self) -> float:

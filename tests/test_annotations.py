@@ -14,9 +14,10 @@ PROGRAM = """
 import sys
 import jaxtyping
 
-NAMES = "data scores metrics predict text prior_predictive ranks gp posterior inference.temperature"
+NAMES = "data scores metrics predict text prior_predictive ranks gp posterior inference.temperature affine"
+NAMES += " fingerprint frame plateau priors.core guides.around tangent mcmc.whitened"
 hook = jaxtyping.install_import_hook([f"bnlora.{name}" for name in NAMES.split()], "beartype.beartype")
-import jax, numpy as np, optax
+import jax, numpy as np, numpyro.distributions as dist, optax
 import bnlora as bl
 from bnlora.inference import fit_temperature
 from bnlora.testing import tiny_base, tiny_rows
@@ -37,6 +38,18 @@ bl.metrics.summary(prediction, labels, resamples=10)
 bl.metrics.reliability(prediction, labels)
 prediction.entropy, prediction.mutual_information
 bl.prior_predictive(key, model, rows, num_samples=3).spread
+frames = bl.frames(key, base, ["q_proj", "slope"], rows, label_ids=np.array([3, 5]), size=2)
+for scale in (1.0, dist.HalfNormal(1.0)):
+    core = bl.priors.core(frames, scale=scale)
+    tangent = bl.Tangent(bl.Classifier(base, frames.sites, core, label_ids=(3, 5)))
+    gaussian = bl.laplace(tangent, rows)
+    guide = bl.guides.Guide(tangent.prior, bl.guides.around(gaussian))
+    start, plateau = bl.start_at(key, guide, gaussian), bl.Plateau(window=2)
+    steps = {"num_steps": 4, "batch_size": 4, "start": start, "plateau": plateau}
+    bl.predict(key, bl.fit(key, tangent, guide, rows, optax.adam(0.01), **steps), rows, num_samples=3)
+    bl.sample_nuts(key, tangent, rows, mass=gaussian, num_warmup=10, num_draws=5, num_chains=2)
+bl.choose_scales(tangent, rows, by="layer", prior=dist.HalfNormal(1.0))
+gaussian.log_density(gaussian.draw_vectors(key, 3))
 print("checked")
 """
 PLANTED = {
@@ -44,6 +57,7 @@ PLANTED = {
     "draws without their axis": "bl.Prediction(np.zeros((3, 2)))",
     "tokens that are no integers": "bl.Batch(rows.tokens * 1.0, rows.mask, rows.labels)",
     "a mask of another length": "bl.Batch(rows.tokens, rows.mask[:, 1:], rows.labels)",
+    "a bound that is no vector": "bl.Plateau().reached(np.zeros((2, 2)))",
 }
 
 

@@ -98,13 +98,25 @@ def test_what_the_readme_does_where_memory_is_short_runs():
 def test_the_script_of_the_readme_runs(capsys):
     """As it stands, but with few steps, rows and draws."""
     script, *_ = blocks("README.md")
-    script = re.sub(r'("num_steps": |num_samples=)\d+', r"\g<1>4", script)
-    script = re.sub(r"train=\d+, validation=\d+, test=\d+", "train=32, validation=16, test=16", script)
+    script = re.sub(r"num_samples=\d+", "num_samples=4", script)
+    script = re.sub(r"train=\d+, validation=\d+, test=\d+", "train=32, validation=1, test=16", script)
+    script = script.replace('"v_proj": 32', '"v_proj": 4').replace('300, "num_draws": 500', '50, "num_draws": 40')
     names: dict = {}
     exec(script, names)
     assert "accuracy" in capsys.readouterr().out
     assert len([line for line in script.splitlines() if line]) <= 20
     assert set(names["tree"].children) >= {"posterior", "log_likelihood"}
+
+
+def test_the_steps_of_the_core_prior_run(capsys):
+    names: dict = {}
+    for code in blocks("docs/guides/core.md"):
+        exec(code, names)
+    printed = capsys.readouterr().out
+    assert "labels unread" in printed
+    assert "gain in evidence" in printed
+    gaussian, fit = names["gaussian"], names["fit"]
+    assert abs(gaussian.log_evidence - fit.history["elbo"][-20:].mean()) < 2
 
 
 def test_readme_opens_with_the_two_commands_and_a_script():

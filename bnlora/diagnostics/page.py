@@ -23,6 +23,7 @@ from bnlora.diagnostics import fit_rules, prior_rules, row_rules
 from bnlora.diagnostics.bound import Bound, FinalBound, bound, final_bound
 from bnlora.diagnostics.classes import ClassCounts, class_counts
 from bnlora.diagnostics.finding import COLOURS, MARKS, Finding, Status
+from bnlora.diagnostics.linearisation import Linearisation, linearisation
 from bnlora.diagnostics.loo import LeaveOneOut, loo, loo_probs
 from bnlora.diagnostics.overlap import Overlap, overlap
 from bnlora.diagnostics.pit import Pit, randomised_pit
@@ -66,6 +67,7 @@ class Diagnosis:
         pit: Transforms of the training rows.
         class_counts: Counts of the classes of the given rows.
         restarts: Agreement with other fits; None where none were given.
+        linearisation: Distance of the network from its tangent; None for a fit of the network.
         num_samples: Number of draws behind all of it.
     """
 
@@ -82,6 +84,7 @@ class Diagnosis:
     pit: Pit | None
     class_counts: ClassCounts
     restarts: Restarts | None
+    linearisation: Linearisation | None
     num_samples: int
 
     @property
@@ -217,6 +220,7 @@ def diagnose(
         pit=_pit(drawn) if drawn.has_density else None,
         class_counts=_class_counts(drawn, data),
         restarts=hold_together([drawn, *others], data) if others else None,
+        linearisation=linearisation(drawn, data),
         num_samples=num_samples,
     )
     return replace(page, findings=tuple(_findings(page, drawn, data)))
@@ -234,6 +238,8 @@ def _findings(page: Diagnosis, drawn: Sample, data: Batch) -> list[Finding]:
     converged = found[1].status == "fine"
     found.append(fit_rules.weights(page.khat, about, converged=converged))
     found += [one for one in [fit_rules.families(page.khat)] if one is not None]
+    if page.linearisation is not None:
+        found.append(page.linearisation.finding)
     if page.restarts is not None:
         found.append(fit_rules.agreement(page.restarts))
     if page.overlap is not None and page.shrinkage is not None:

@@ -8,7 +8,7 @@ each informed direction. In all other directions it stays at the prior, which is
 model.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpyro
@@ -23,6 +23,7 @@ from bnlora.guides.family import Family
 from bnlora.guides.vector import vector_family
 
 
+@runtime_checkable
 class Geometry(Protocol):
     """What has coordinates, such as `bnlora.Gaussian`."""
 

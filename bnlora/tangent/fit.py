@@ -104,8 +104,8 @@ def fit_core(
         train: Rows with labels.
         label_ids: Token id of each class.
         size: Directions of each side, as in `bnlora.frames`; a mapping also says which modules are adapted.
-        targets: Modules, and `"slope"`. Omitted, those of `size` where that is a mapping, else of `SIZES`, and
-            `"slope"`.
+        targets: Modules, and `"slope"`. Omitted, `"slope"` and the modules of `size` where that is a mapping,
+            else those of `SIZES`.
         layers: Layers to adapt; the two uppermost when omitted.
         scale_prior: Distribution of every scale, for their choice by evidence.
         num_steps: Steps of the variational fit.

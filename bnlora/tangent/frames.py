@@ -38,7 +38,7 @@ from bnlora.model import Classifier
 from bnlora.priors import point
 from bnlora.progress import track
 from bnlora.sites import HEAD, Site, Sites, select
-from bnlora.tangent.gradients import features, moments
+from bnlora.tangent.gradients import moments, shared_features
 
 SLOPE = "slope"
 """Target, and family, of the base's own logits."""
@@ -214,7 +214,7 @@ def _jacobian(key: Array, model: Classifier, data: Batch, console: Console | Non
     keys = jax.random.split(key, len(data))
     sums: dict[str, Sides] = {}
     size = min(ROWS, len(data))
-    for part in track(parts(data, size), -(-len(data) // size), "frames", console):
+    for part in track(parts(data, size, widths="few"), -(-len(data) // size), "frames", console):
         filled = np.concatenate([part.rows, np.zeros(size - len(part.rows), int)])
         weights = jnp.asarray(np.arange(size) < len(part.rows), jnp.float32)
         found = jax.tree.map(np.asarray, run(model.base.params, part.batch, keys[filled], weights))
@@ -312,10 +312,10 @@ def _units(
 ) -> dict[str, float]:
     """Root mean square of a contrast between two classes, over rows, under a standard normal core."""
     arrays = {name: tuple(map(jnp.asarray, sides[name])) for name in model.sites}
-    run, size = program(model, features), min(ROWS, len(data))
+    size = min(ROWS, len(data))
     sums = dict.fromkeys(model.sites, 0.0)
-    for part in track(parts(data, size), -(-len(data) // size), "units", console):
-        _, phi = run(model.base.params, arrays, part.batch)
+    for part in track(parts(data, size, widths="few"), -(-len(data) // size), "units", console):
+        _, phi = shared_features(model, arrays, part.batch)
         phi = np.asarray(phi, np.float64)[: len(part.rows)]
         ends = np.cumsum([L.shape[0] * L.shape[2] * R.shape[2] for L, R in arrays.values()])
         for name, block in zip(model.sites, np.split(phi, ends[:-1], axis=2), strict=True):

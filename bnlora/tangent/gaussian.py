@@ -41,8 +41,8 @@ MOST = 20_000
 """Rows or coordinates, whichever is fewer: matrices of 3 GiB."""
 
 NULL = 1e-6
-"""Square of what one prior standard deviation along a direction changes in all contrasts, below which it counts
-as uninformed. Not the curvature: that is nearly zero where the base is sure, and not where it is far from sure."""
+"""Square of what one prior standard deviation along a direction changes in all contrasts, below which it
+counts as uninformed. Not the curvature: that is nearly zero where the base is sure, whatever the direction."""
 
 STEP = 1e-3
 """Step of the differences that give curvature and slope in the log scales."""
@@ -136,7 +136,7 @@ def laplace(
 
     Raises:
         ValueError: When rows have no labels or one class, the prior has sites that are neither a core nor a
-            scale of one, or rows and coordinates are both more than memory has room for.
+            scale of one, cores of another law, or both rows and coordinates are too many for memory.
 
     Example:
         >>> bl.laplace(tangent, rows)
@@ -150,6 +150,7 @@ def laplace(
     scales, cores = _places(view)
     with jax.enable_x64(new_val=True):
         laws = _Posterior(view, model, scales, cores)
+        laws.require_normal()
         t = laws.mode()
         evidence, mean, vectors, values = laws.at(t)
         informed = None if len(t) else laws.informed(vectors, mean)
@@ -163,7 +164,8 @@ def laplace(
             evidence += np.log(np.diag(spread)).sum()
     whole = np.zeros((view.size, vectors.shape[1]))
     whole[cores] = vectors
-    affine = Affine(centre, keep, whole, (1 + values) ** -0.5, block, scales)
+    # A copy: JAX remembers an array that a program in double precision held, and would take it for 64 bits.
+    affine = Affine(centre, keep, whole, (1 + values) ** -0.5, block, scales.copy())
     return Gaussian(view, affine, informed, evidence)
 
 
@@ -212,6 +214,21 @@ class _Posterior:
         self.value = jax.jit(jax.value_and_grad(self._value))
         self.moments = jax.jit(self._mode)
 
+    def require_normal(self) -> None:
+        """Raise `ValueError` unless the cores are standard normal, whatever the scales are."""
+        t, u = self.start(), np.random.default_rng(0).normal(size=len(self.cores))
+        zero = self._vector(t, 0.0)
+        gap = self.view.log_prior(zero.at[self.cores].set(u)) - self.view.log_prior(zero) + 0.5 * (u @ u)
+        if abs(float(gap)) > 1e-6 * len(u):
+            raise ValueError(
+                "Laplace's Gaussian needs cores that are standard normal, as those of priors.core are; those "
+                "of the prior have another law"
+            )
+
+    def start(self) -> np.ndarray:
+        """Where fits start the unconstrained scales."""
+        return np.asarray(self.view.start(jax.random.key(0)), np.float64)[self.scales]
+
     def _vector(self, t: AnyArray, core: float) -> Array:
         vector = jnp.full(self.view.size, core)
         return vector if not len(self.scales) else vector.at[self.scales].set(t)
@@ -237,13 +254,12 @@ class _Posterior:
         """Mode of the marginal posterior of the unconstrained scales."""
         if not len(self.scales):
             return np.zeros(0)
-        start = np.asarray(self.view.start(jax.random.key(0)), np.float64)[self.scales]
 
         def negative(t: np.ndarray) -> tuple[float, np.ndarray]:
             value, slope = self.value(jnp.asarray(t), self.evidence.model)
             return -float(value), -np.asarray(slope)
 
-        return scipy.optimize.minimize(negative, start, jac=True, method="L-BFGS-B").x
+        return scipy.optimize.minimize(negative, self.start(), jac=True, method="L-BFGS-B").x
 
     def at(self, t: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
         """Evidence, mode, and eigenvectors and eigenvalues of the data's precision that move a contrast."""

@@ -15,6 +15,7 @@ Finding structure with randomness, for sketches.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,9 +23,12 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from bnlora.base import Base
+from bnlora.compilation import program
 from bnlora.data import Batch
 from bnlora.model import Classifier
-from bnlora.sites import Site
+from bnlora.priors import point
+from bnlora.sites import Site, Sites
 
 SKETCH = 64
 """Columns of a random sketch of J; a side that is not wider is kept whole."""
@@ -64,6 +68,33 @@ def features(
         return logits, jnp.concatenate(flat, axis=1)
 
     return jax.vmap(of_row)(model.prepared(params, batch))
+
+
+def shared_features(
+    model: Classifier, frames: Mapping[str, tuple[Array, Array]], batch: Batch
+) -> tuple[Float[Array, "n c"], Float[Array, "n k d"]]:
+    """`features` by one program for all models over the same base, sites and label tokens.
+
+    Args:
+        model: The classifier; its prior is not read, nor the rank of its sites.
+        frames: As in `features`.
+        batch: Rows.
+
+    Returns:
+        Logits and derivatives.
+    """
+    families = tuple(replace(site, rank=1, alpha=1.0) for site in model.sites.values())
+    run = program(model.base, _features_of, static=(3, 4))
+    plain = replace(batch, features=None, frames="")
+    return run(
+        model.base.params, dict(frames), plain, replace(model.sites, families=families), model.label_ids
+    )
+
+
+def _features_of(
+    base: Base, params: Any, frames: Mapping, batch: Batch, sites: Sites, label_ids: tuple[int, ...]
+) -> tuple[Array, Array]:
+    return features(Classifier(base, sites, point(), label_ids=label_ids), params, frames, batch)
 
 
 def moments(

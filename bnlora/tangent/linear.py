@@ -86,7 +86,8 @@ def residual_and_root(
     p = jax.nn.softmax(jnp.pad(eta, ((0, 0), (1, 0))))[:, 1:]
     residual = jax.nn.one_hot(labels, p.shape[1] + 1, dtype=eta.dtype)[:, 1:] - p
     if p.shape[1] == 1:
-        return residual, jnp.sqrt(p * (1 - p))[:, :, None]
+        # The root of p (1 - p) by logarithms: where p rounds to one, that of the product has no derivative.
+        return residual, jnp.exp((jax.nn.log_sigmoid(eta) + jax.nn.log_sigmoid(-eta)) / 2)[:, :, None]
     tiny = jnp.finfo(eta.dtype).eps
     hessian = jax.vmap(jnp.diag)(p + tiny) - p[:, :, None] * p[:, None, :]
     return residual, jax.vmap(jnp.linalg.cholesky)(hessian)

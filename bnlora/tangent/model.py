@@ -25,7 +25,7 @@ from jax import Array
 from jaxtyping import Float
 from numpyro import handlers
 
-from bnlora.compilation import kept, program
+from bnlora.compilation import kept
 from bnlora.data import Batch, Features
 from bnlora.display import Showable, facts
 from bnlora.fingerprint import fingerprint, is_same
@@ -34,7 +34,7 @@ from bnlora.model import Classifier
 from bnlora.priors import Prior
 from bnlora.priors.core import core_name, frames_of
 from bnlora.program import runnable
-from bnlora.tangent.gradients import features
+from bnlora.tangent.gradients import features, shared_features
 from bnlora.typing import Adapters
 
 OUTSIDE = 1e-3
@@ -134,17 +134,20 @@ class Tangent(Classifier):
         """The features of the rows: the batch's if they are those of this model, or computed here."""
         if batch.features is not None and self.is_prepared(batch):
             return batch.features
+        return Features(*features(self.network, params, self._arrays, batch))
+
+    @property
+    def _arrays(self) -> dict[str, tuple[Array, Array]]:
+        """L and R of every family, in the order of the sites."""
         frames = ((name, self.frames[name]) for name in self.sites)
-        arrays = {name: (jnp.asarray(frame.left), jnp.asarray(frame.right)) for name, frame in frames}
-        return Features(*features(self.network, params, arrays, batch))
+        return {name: (jnp.asarray(frame.left), jnp.asarray(frame.right)) for name, frame in frames}
 
     def prepare(self, batch: Batch) -> Batch:
         """`prepared` with the model's weights, in one program for all callers."""
         self.check_tokens(batch)
         if self.is_prepared(batch):
             return batch
-        run = program(self, type(self).features)
-        found = run(self.base.params, replace(batch, features=None, frames=""))
+        found = Features(*shared_features(self.network, self._arrays, batch))
         return replace(batch, features=found, frames=self.checksum)
 
     def coordinates(self, adapters: Adapters) -> Float[Array, " d"]:

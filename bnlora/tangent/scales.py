@@ -8,9 +8,9 @@ about a nat for each further scale say nothing. With p(s) it is the mode of log 
 separable rows.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,13 @@ import numpy as np
 import numpyro.distributions as dist
 import scipy
 from jax import Array
-from jaxtyping import Float
 from rich.console import Console
 
 from bnlora.cache import cache_prefix
 from bnlora.checks import check_option
 from bnlora.data import Batch, check_rows
 from bnlora.display import Shown, Table
+from bnlora.priors.hyper import require_positive
 from bnlora.tangent.linear import Linear, Mode, in_float64, laplace_mode
 from bnlora.tangent.model import Tangent
 
@@ -32,7 +32,11 @@ By = Literal["family", "layer"]
 LOWEST, HIGHEST = np.log(1e-3), np.log(1e2)
 """Bounds of the log scales: below the first a family is off; a maximum at the second is none."""
 
-STARTS = (0.3, 1.0, 3.0)
+STARTS = (0.5, 3.0)
+
+ABSENT = -60.0
+"""Log scale of a group that is left out."""
+
 OFF = 0.01
 
 
@@ -109,32 +113,42 @@ def choose_scales(
         The scales. `priors.core(frames, scale=scales.values)` is the prior that has them.
 
     Raises:
-        ValueError: When the frames read labels, rows have no labels or one class, or the evidence has no
-            maximum, as on separable rows.
+        ValueError: When the frames read labels, rows have no labels or one class, the prior is no distribution
+            of positive values, or the evidence has no maximum, as on separable rows.
     """
     check_option("by", by, get_args(By))
+    _check_prior(prior)
     require_label_free(tangent)
     check_rows("training", train, tangent)
     model, names = linear_of(tangent, cache_prefix(tangent, train, console=console), by=by)
     check_classes(train)
-    value = _objective(model, prior)
-    found, best = _maximise(value, np.zeros(len(names)), restart=True)
+    value, all_on = _objective(model, prior), np.ones(len(names), bool)
+    found = _maximise(value, all_on, [np.full(len(names), np.log(s)) for s in STARTS])
     if prior is None and (found > HIGHEST - 0.01).any():
         where = names[int(found.argmax())]
         raise ValueError(
             f"the evidence has no maximum: it still grows at a scale of {np.exp(HIGHEST):.0f} nats for "
             f"{where}, as on separable rows; give the scales a prior, such as prior=dist.HalfNormal(1.0)"
         )
-    evidence, _ = _objective(model, None)(found)
+    evidence = value(found, all_on)[2]
     without = {}
     for index, name in enumerate(names):
-        if np.exp(found[index]) <= OFF or len(names) == 1:
-            without[name] = evidence if len(names) > 1 else base_evidence(model)
-            continue
-        without[name] = _without(model, prior, found, index)
+        on = np.arange(len(names)) != index
+        off = np.exp(found[index]) <= OFF
+        without[name] = evidence if off else value(_maximise(value, on, [found]), on)[2]
     stderr = dict(zip(names, _stderr(value, found), strict=True))
     scales = np.exp(found)
     return Scales(_by_family(tangent, names, scales, by), evidence, without, base_evidence(model), stderr)
+
+
+def _check_prior(prior: object) -> None:
+    """Raise `ValueError` unless this is None or a distribution of positive values."""
+    if prior is not None and not isinstance(prior, dist.Distribution):
+        raise ValueError(
+            f"prior must be a distribution of positive values, such as dist.HalfNormal(1.0); got {prior!r}"
+        )
+    if prior is not None:
+        require_positive("prior", prior)
 
 
 def require_label_free(tangent: Tangent) -> None:
@@ -206,71 +220,64 @@ class Evidence(NamedTuple):
         return laplace_mode(model, kernel, in_rows=self.in_rows)
 
 
-def _objective(
-    model: Linear, prior: dist.Distribution | None
-) -> Callable[[Float[np.ndarray, " g"]], tuple[float, np.ndarray]]:
-    """Value and gradient of the evidence plus the log-density of the log scales."""
+Objective = Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray, float]]
+"""From log scales, and which groups are on, to the objective, its gradient, and the evidence in it."""
+
+
+def _objective(model: Linear, prior: dist.Distribution | None) -> Objective:
+    """The evidence plus the log-density of the log scales, by one program for all sets of groups."""
     evidence = Evidence.of(model)
 
-    def total(log_scales: Array, data: Linear) -> Array:
-        density = 0.0 if prior is None else (prior.log_prob(jnp.exp(log_scales)) + log_scales).sum()
-        return evidence.mode(log_scales, data).log_evidence + density
+    def total(log_scales: Array, on: Array, data: Linear) -> tuple[Array, Array]:
+        found = evidence.mode(jnp.where(on, log_scales, ABSENT), data).log_evidence
+        if prior is None:
+            return found, found
+        return found + jnp.where(on, prior.log_prob(jnp.exp(log_scales)) + log_scales, 0.0).sum(), found
 
-    run = jax.jit(jax.value_and_grad(total))
+    run = jax.jit(jax.value_and_grad(total, has_aux=True))
 
-    def value(log_scales: np.ndarray) -> tuple[float, np.ndarray]:
+    def value(log_scales: np.ndarray, on: np.ndarray) -> tuple[float, np.ndarray, float]:
         with jax.enable_x64(new_val=True):
-            found, slope = run(jnp.asarray(log_scales, jnp.float64), evidence.model)
-            return float(found), np.asarray(slope)
+            (found, part), slope = run(jnp.asarray(log_scales, jnp.float64), on, evidence.model)
+            return float(found), np.asarray(slope), float(part)
 
     return value
 
 
-def _maximise(value: Callable, start: np.ndarray, *, restart: bool, free: Any = slice(None)) -> tuple:
-    """The maximiser over the free log scales, from one or several starts, and the value there."""
-    starts = [np.full(len(start), np.log(s)) for s in STARTS] if restart else [start]
-    best: tuple[np.ndarray, float] = start, np.inf
+def _maximise(value: Objective, on: np.ndarray, starts: Sequence[np.ndarray]) -> np.ndarray:
+    """The log scales at the highest maximum that a climb from the starts finds; those that are off stay."""
+    best: tuple[np.ndarray, float] = starts[0], np.inf
+    if not on.any():
+        return best[0]
     for first in starts:
-        first = np.where(_mask(len(start), free), first, start)
 
         def negative(x: np.ndarray, first: np.ndarray = first) -> tuple[float, np.ndarray]:
-            whole = first.copy()
-            whole[free] = x
-            found, slope = value(whole)
-            return -found, -slope[free]
+            found, slope, _ = value(np.where(on, _spread(x, on), first), on)
+            return -found, -slope[on]
 
-        bounds = [(LOWEST, HIGHEST)] * len(first[free])
-        made = scipy.optimize.minimize(negative, first[free], jac=True, method="L-BFGS-B", bounds=bounds)
+        bounds = [(LOWEST, HIGHEST)] * int(on.sum())
+        made = scipy.optimize.minimize(negative, first[on], jac=True, method="L-BFGS-B", bounds=bounds)
         if made.fun < best[1] - 1e-6:
-            whole = first.copy()
-            whole[free] = made.x
-            best = whole, made.fun
-    return best[0], -best[1]
+            best = np.where(on, _spread(made.x, on), first), made.fun
+    return best[0]
 
 
-def _mask(size: int, free: Any) -> np.ndarray:
-    mask = np.zeros(size, bool)
-    mask[free] = True
-    return mask
+def _spread(x: np.ndarray, on: np.ndarray) -> np.ndarray:
+    whole = np.zeros(len(on))
+    whole[on] = x
+    return whole
 
 
-def _without(model: Linear, prior: dist.Distribution | None, found: np.ndarray, index: int) -> float:
-    """The evidence without one group, the scales of the others chosen anew."""
-    groups = [g for i, g in enumerate(model.groups) if i != index]
-    rest = model._replace(groups=groups)
-    start = np.delete(found, index)
-    best, _ = _maximise(_objective(rest, prior), start, restart=False)
-    return _objective(rest, None)(best)[0]
-
-
-def _stderr(value: Callable, found: np.ndarray, step: float = 1e-3) -> np.ndarray:
+def _stderr(value: Objective, found: np.ndarray, step: float = 1e-3) -> np.ndarray:
     """Standard deviations of log scales from the curvature; infinite for scales that are off."""
-    on = np.exp(found) > OFF
+    on, every = np.exp(found) > OFF, np.ones(len(found), bool)
     stderr = np.full(len(found), np.inf)
     if not on.any():
         return stderr
     shifts = step * np.eye(len(found))[on]
-    slopes = np.stack([value(found + d)[1] - value(found - d)[1] for d in shifts])[:, on] / (2 * step)
+    slopes = np.stack([value(found + d, every)[1] - value(found - d, every)[1] for d in shifts])[:, on] / (
+        2 * step
+    )
     values, vectors = np.linalg.eigh(-(slopes + slopes.T) / 2)
     variance = (vectors**2 / np.maximum(values, 1e-6)).sum(1)
     stderr[on] = np.sqrt(variance)

@@ -52,10 +52,11 @@ def start_at(key: Array, guide: Guide, gaussian: Gaussian) -> Parameters:
     """
     key = check_key(key)
     view, size = gaussian.view, len(gaussian.loc)
-    if list(guide.latent) != list(view.shapes):
+    wanted = {name: int(np.prod(shape)) for name, shape in view.shapes.items()}
+    found = {name: int(np.prod(latent.shape)) for name, latent in guide.latent.items()}
+    if list(found.items()) != list(wanted.items()):
         raise ValueError(
-            f"the guide must have the sites of the Gaussian, {', '.join(view.shapes)}; it has "
-            f"{', '.join(guide.latent)}"
+            f"the guide must have the sites of the Gaussian, {_listed(wanted)}; it has {_listed(found)}"
         )
     if size > MOST:
         raise ValueError(
@@ -68,6 +69,10 @@ def start_at(key: Array, guide: Guide, gaussian: Gaussian) -> Parameters:
     for names, coordinates in _vectors(guide, view.shapes):
         _place(values, names, coordinates, gaussian.loc, covariance, conditional)
     return values
+
+
+def _listed(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} of {size:,}" for name, size in sizes.items())
 
 
 def _vectors(guide: Guide, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, np.ndarray]]:

@@ -1,0 +1,57 @@
+"""Laplace's evidence against bridge sampling on the demonstration's rows: python benchmarks/evidence.py.
+
+The scales that `fit_core` chose are multiplied by five factors. At each, NUTS in the coordinates of Laplace's
+Gaussian draws from the exact posterior of the tangent model, and bridge sampling gives its log evidence. The
+question is whether value and maximiser of Laplace's approximation can be trusted.
+"""
+
+import argparse
+import time
+
+import jax
+import numpy as np
+from pool import pool, rows_of
+from rich.console import Console
+
+import bnlora as bl
+from bnlora.assets import vader_domains
+from bnlora.demo import RECIPE
+from bnlora.tangent.fit import SIZES, fit_core
+
+FACTORS = (0.35, 0.6, 1.0, 1.7, 2.8)
+
+
+def main() -> None:
+    """Print both evidences at every factor."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=560)
+    arguments = parser.parse_args()
+    quiet = Console(quiet=True)
+    base = RECIPE.load_base()
+    movies = pool(base, RECIPE, console=quiet)["movies"]
+    label_ids = RECIPE.read(vader_domains(), base, text="text", label="label").label_ids
+    order = np.random.default_rng(arguments.seed).permutation(len(movies))
+    train = rows_of(movies, order[: arguments.rows])
+    key = jax.random.key(arguments.seed)
+    core = fit_core(key, base, train, label_ids=label_ids, size=SIZES, num_steps=1, console=quiet)
+    print(core.scales)
+    for factor in FACTORS:
+        scale = {name: factor * value for name, value in core.scales.values.items()}
+        tangent = core.model.with_prior(bl.priors.core(core.frames, scale=scale))
+        gaussian = bl.laplace(tangent, core.fit.train)
+        began = time.perf_counter()
+        chains = bl.sample_nuts(key, tangent, core.fit.train, mass=gaussian, num_warmup=300, num_draws=1000,
+                                target_acceptance=0.8, console=quiet)  # fmt: skip
+        exact = bl.log_evidence(key, chains, num_draws=8000)
+        gap = gaussian.log_evidence - exact.value
+        print(
+            f"factor {factor}: Laplace {gaussian.log_evidence:.2f}, bridge {exact.value:.2f} "
+            f"(standard error {exact.stderr:.2f}), gap {gap:+.2f} nats, "
+            f"{int(chains.stats['divergent'].sum())} divergences, {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
