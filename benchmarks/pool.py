@@ -36,11 +36,14 @@ def _cached(model: bl.Classifier, batch: bl.Batch, file: Path, console: Console 
 
 
 def rows_of(batch: bl.Batch, rows: np.ndarray) -> bl.Batch:
-    """Some rows, read from the disk."""
-    taken = {n: jnp.asarray(np.asarray(getattr(batch, n))[rows]) for n in ("tokens", "mask", "labels")}
-    return replace(
-        batch, **taken, hidden=jnp.asarray(batch.hidden[np.sort(rows)][np.argsort(np.argsort(rows))])
-    )
+    """Some rows, read from the disk and cut to the columns that they use."""
+    used = np.flatnonzero(np.asarray(batch.mask)[rows].any(0))
+    columns = slice(int(used[0]), int(used[-1]) + 1)
+    taken = {n: jnp.asarray(np.asarray(getattr(batch, n))[rows][:, columns]) for n in ("tokens", "mask")}
+    labels = jnp.asarray(np.asarray(batch.labels)[rows])
+    in_order = np.sort(rows)  # the disk is read in order
+    hidden = batch.hidden[in_order][np.argsort(np.argsort(rows))][:, columns]
+    return replace(batch, **taken, labels=labels, hidden=jnp.asarray(hidden))
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ def cache_prefix(
     known = batch.caches(model.start, model.trunk)  # a tangent model starts from cached activations
     rows, count = batch if known else batch.plain, -(-len(batch) // batch_size)
     made = _Cache(batch)
-    widths = "few" if known else "many"
-    for part in track(parts(rows, batch_size, widths=widths), count, _LABELS[model.kind], console):
+    pieces = parts(rows, batch_size, widths="few" if known else "many")
+    for part in track(pieces, count, _LABELS[model.kind], console):
         made.write(model.prepare(part.batch), part)
     return made.added_to(rows)
 

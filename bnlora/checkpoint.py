@@ -31,7 +31,6 @@ from bnlora.fingerprint import fingerprint, is_same
 from bnlora.fits import Fit
 from bnlora.frame import Frames, frames_from, stored_frames
 from bnlora.priors.core import frames_of
-from bnlora.priors.core import frames_of
 
 FORMAT, READABLE = 2, (1, 2)
 ARRAYS, RECORD = "fit.safetensors", "fit.json"
@@ -68,7 +67,7 @@ def save_fit(fit: Fit, folder: str | Path, *, notes: Mapping[str, Any] | None = 
     arrays |= {"weights": _some_weights(fit.model), **_frame_arrays(fit.model)}
     record = {name: getattr(fit, name) for name in (*_COUNTS, "stopped")} | {"format": FORMAT}
     record |= {"key": str(jax.random.key_impl(fit.draw_key)), "model": _told(fit.model)}
-    record |= {"kind": fit.model.kind}
+    record |= {"kind": _kind(fit.model)}
     record |= {"notes": dict(notes or {})}
     record |= {"versions": {name: version(name) for name in ("bnlora", "jax", "numpyro", "flax")}}
     # safetensors needs one block of memory; `np.ascontiguousarray` would make a vector of a scalar.
@@ -188,16 +187,19 @@ def _told(model: Any) -> dict[str, Any]:
     return json.loads(json.dumps({"label ids": {"ids": model.label_ids}, **sites}))
 
 
+def _kind(model: Any) -> str:
+    """What the adapters go through: the network, or its tangent at the base."""
+    return getattr(model, "kind", "network")
+
+
 def _some_weights(model: Any) -> Float[np.ndarray, " k"]:
-    """A few numbers of every frozen array: the base's weights, the sites that are held, the frames."""
-    frames = frames_of(model.prior.program) or {}
-    fixed = {name: (frame.left, frame.right, np.array([frame.unit])) for name, frame in frames.items()}
-    return fingerprint((model.base.params, getattr(model, "fixed", {}), fixed))
+    """A few numbers of every frozen array: the base's weights and the sites that are held."""
+    return fingerprint((model.base.params, getattr(model, "fixed", {})))
 
 
 def _frame_arrays(model: Any) -> dict[str, np.ndarray]:
     """The frames that the model's prior keeps its updates in, if it has any."""
-    frames = frames_of(model.prior.program)
+    frames = frames_of(getattr(model.prior, "program", model.prior))
     return {} if frames is None else stored_frames(frames)
 
 
@@ -206,10 +208,10 @@ def _require_same_model(
 ) -> None:
     """Raise unless the fit was made with the kind, label ids, sites and frozen weights of this model."""
     kind = record.get("kind", "network")  # older ones have none
-    if kind != model.kind:
+    if kind != _kind(model):
         raise ValueError(
-            f"the fit in {str(folder)!r} is one of a {kind} model; got a {model.kind} model, under which the "
-            "same adapters mean something else"
+            f"the fit in {str(folder)!r} is one of a {kind} model; got a {_kind(model)} model, under which "
+            "the same adapters mean something else"
         )
     then, now = record["model"], _told(model)
     for name in {**then, **now}:
@@ -222,16 +224,17 @@ def _require_same_model(
                 told = f"{part} {value} of {name}; got {now[name][part]}"
                 raise ValueError(f"the fit in {str(folder)!r} was made with {told}")
     for name, value in _frame_arrays(model).items():
-        if name in arrays and not (arrays[name].shape == value.shape and np.allclose(arrays[name], value, atol=1e-4)):
+        then = arrays.get(name, value)
+        if then.shape != value.shape or not np.allclose(then, value, atol=1e-4):
             raise ValueError(
-                f"the fit in {str(folder)!r} was made with other frames than those of this prior; read its own by "
-                "bl.load_frames"
+                f"the fit in {str(folder)!r} was made with other frames than those of this prior; read its "
+                "own by bl.load_frames"
             )
     stored, weights = arrays["weights"], _some_weights(model)
     if not is_same(stored, weights):
         raise ValueError(
             f"the fit in {str(folder)!r} was made over another base than {model.base!r}, or with other "
-            "values of the sites that are held, or other frames; its weights are others"
+            "values of the sites that are held; its weights are others"
         )
 
 

@@ -154,7 +154,7 @@ def condition(model: Classifier, values: Mapping[str, Array], params: Parameters
 
 def _blank(kind: type[Classifier]) -> Conditional:
     """A classifier of some kind with held sites, whose fields are still to be set."""
-    return object.__new__(_holding(kind))
+    return object.__new__(_holding(kind))  # type: ignore[arg-type]  # a class is hashable
 
 
 @cache

@@ -89,8 +89,8 @@ def demo_page(comparison: "Comparison", command: str) -> str:
             results.headline(comparison),
             f"Made by: {command}",
             f"All methods have the same {rows} labelled movie sentences: plain LoRA fits the first "
-            f"{len(comparison.lora.train)} by a published recipe, careful LoRA takes the others to choose its "
-            "step and a temperature. Bayesian-LoRA fits all of them.",
+            f"{len(comparison.lora.train)} by a published recipe, careful LoRA takes the others to choose "
+            "its step and a temperature. Bayesian-LoRA fits all of them.",
             "# Accuracy and calibration",
             results.scores(comparison),
             results.differences(comparison),

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,8 +44,8 @@ TARGETS = (*SIZES, "lm_head")
 """Modules of plain LoRA: those of the core prior, whose slope is an update of the head."""
 
 RANK, RATE, BATCH, EPOCHS, WARM_UP = 8, 5e-4, 16, 20, 0.06
-"""LoRA's published recipe for sentiment: rank and alpha 8, AdamW at 5e-4 with a linear decay after a warm-up of
-6 %, 16 rows a step (Hu et al., 2022, LoRA, table 9, SST-2 with RoBERTa-base)."""
+"""LoRA's published recipe for sentiment: rank and alpha 8, AdamW at 5e-4 with a linear decay after a warm-up
+of 6 %, 16 rows a step (Hu et al., 2022, LoRA, table 9, SST-2 with RoBERTa-base)."""
 
 
 @dataclass
@@ -172,7 +173,7 @@ def compare(
     return Comparison(predictions, labels, best, core, chains, seconds)
 
 
-NUTS_OPTIONS = {"num_warmup": 300, "num_draws": 500, "target_acceptance": 0.8}
+NUTS_OPTIONS: Mapping[str, Any] = {"num_warmup": 300, "num_draws": 500, "target_acceptance": 0.8}
 """Enough in the coordinates of Laplace's Gaussian; the certificate judges it."""
 
 

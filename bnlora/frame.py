@@ -19,8 +19,7 @@ from jaxtyping import Float
 
 from bnlora.checks import listed
 from bnlora.display import Shown, Table
-from bnlora.fingerprint import fingerprint
-from bnlora.fingerprint import is_same
+from bnlora.fingerprint import fingerprint, is_same
 from bnlora.sites import HEAD, Site, Sites
 
 Source = Literal["jacobian", "weights", "random", "given"]
@@ -182,8 +181,8 @@ def frames_from(
         left, right = arrays[f"frames.{name}.left"], arrays[f"frames.{name}.right"]
         if right.shape != (site.depth, site.d_in, site.rank):
             raise ValueError(
-                f"the frames of {name!r} in {where!r} have shape {right.shape}, (layer, d_in, rank); the sites "
-                f"have {(site.depth, site.d_in, site.rank)}"
+                f"the frames of {name!r} in {where!r} have shape {right.shape}, (layer, d_in, rank); the "
+                f"sites have {(site.depth, site.d_in, site.rank)}"
             )
         families[name] = Frame(left, right, float(arrays[f"frames.{name}.unit"]))
     source: Any = arrays["frames.source"].tobytes().decode()

@@ -102,7 +102,7 @@ def save_peft(sites: Sites, adapters: Adapters, folder: str | Path, *, base: Ada
         base: The base model, whose head tells whether the sites have all its rows.
 
     Raises:
-        ValueError: When a posterior is given in place of adapters, the adapters do not fit the sites, families
+        ValueError: When a posterior is given in place of adapters, adapters do not fit the sites, families
             differ in rank or alpha (the format has one of each), or the head's `b` holds the rows of label
             tokens alone.
 
@@ -153,8 +153,9 @@ def _require_adapters(adapters: Any) -> None:
     name = type(adapters).__name__
     if adapters.model.kind == "tangent":
         raise ValueError(
-            f"a tangent posterior is not a set of adapters, so this {name} cannot be exported: its draws belong "
-            "to the linear model, and the network is far too uncertain under them; fit the network itself"
+            f"a tangent posterior is not a set of adapters, so this {name} cannot be exported: its draws "
+            "belong to the linear model, and the network is far too uncertain under them; fit the network "
+            "itself"
         )
     raise ValueError(f"peft's format has one adapter; got a {name}: give one draw of its draw_adapters")
 

@@ -53,12 +53,10 @@ def headline(comparison: Comparison) -> str:
     """Who has the lower negative log-likelihood where, and where an interval says so."""
     parts = []
     for rival in RIVALS:
-        found = {
-            domain: metrics.paired_difference(
-                metrics.nll, *(comparison.predictions[m][domain] for m in (BAYES, rival)), labels
-            )
-            for domain, labels in comparison.labels.items()
-        }
+        found = {}
+        for domain, labels in comparison.labels.items():
+            ours, theirs = (comparison.predictions[m][domain] for m in (BAYES, rival))
+            found[domain] = metrics.paired_difference(metrics.nll, ours, theirs, labels)
         won = [domain for domain, d in found.items() if d.high < 0]
         lost = [domain for domain, d in found.items() if d.low > 0]
         open_ = [domain for domain in found if domain not in (*won, *lost)]
@@ -102,6 +100,6 @@ def posterior_summary(comparison: Comparison) -> str:
         f"Log evidence by Laplace {core.gaussian.log_evidence:,.1f} nats, bound of the variational fit "
         f"{bound.mean():,.1f} (standard error {bound.std() / len(bound) ** 0.5:.1f}), untouched base "
         f"{core.scales.base:,.1f}. The NUTS run of {chains.num_chains} chains of {chains.num_draws} draws "
-        f"{verdict} ({divergences} divergences). It certifies the posterior of the tangent model, not that of "
-        "the network."
+        f"{verdict} ({divergences} divergences). It certifies the posterior of the tangent model, not that "
+        "of the network."
     )

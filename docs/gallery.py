@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import bnlora as bl
+from bnlora.frame import Frames
 from bnlora.testing import tiny_base, tiny_rows
 
 SILENT = Console(quiet=True)
@@ -101,6 +102,23 @@ def predicted() -> Mapping[str, bl.Prediction]:
         name: bl.predict(jax.random.key(4), fitted(), some, num_samples=64, console=SILENT)
         for name, some in rows.items()
     }
+
+
+@cache
+def framed() -> Frames:
+    """Frames of the value projections and the head of a random model."""
+    model, rows = problem()
+    targets, key = ["v_proj", "lm_head"], jax.random.key(13)
+    some = rows["new rows"].plain
+    return bl.frames(
+        key,
+        model.base,
+        targets,
+        some,
+        label_ids=model.label_ids,
+        size={"v_proj": 8, "lm_head": 4},
+        console=SILENT,
+    )
 
 
 @cache
@@ -228,6 +246,12 @@ PICTURES: Mapping[str, Picture] = MappingProxyType(
             "before any label is seen, beside the base model. A prior too wide decides every row in every "
             "draw; one too narrow leaves the base as it is.",
             lambda: bl.plots.prior_predictive(believed()),
+        ),
+        "frame_energies": Picture(
+            "How many directions a frame needs",
+            "the share of the gradients' energy outside the leading directions of each side, from "
+            "`bl.frames`. Blue: outputs, orange: inputs; the dots are the chosen sizes.",
+            lambda: bl.plots.frame_energies(framed()),
         ),
         "forest": Picture(
             "Two posteriors by function",

@@ -1,6 +1,8 @@
 r"""A tangent model of a tiny network, and its posterior written with NumPy alone, for the tests of both.
 
     eta_i = z_i + phi_i^T u,      u ~ N(0, I),      p(y_i | eta_i) = softmax([0, eta_i])
+
+with eta_i the contrasts of row i, each class against the first.
 """
 
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bnlora as bl
+from bnlora.frame import Frames
 from bnlora.models.execution import Execution
 from bnlora.testing import tiny_base, tiny_rows
 
@@ -25,18 +28,18 @@ FEW = ROWS[np.array([1, 3])]
 
 
 @cache
-def frames(*targets: str, size: int = 2, label_ids: tuple[int, ...] = (3, 5), layers: int = 1) -> bl.frame.Frames:
+def frames(*targets: str, size: int = 2, label_ids: tuple[int, ...] = (3, 5), layers: int = 1) -> Frames:
     """Frames of the uppermost layers."""
     where = slice(-layers, None)
     return bl.frames(KEY, BASE, list(targets), ROWS, label_ids=label_ids, size=size, layers=where)
 
 
-def tangent_of(made: bl.frame.Frames, **options) -> bl.Tangent:
+def tangent_of(made: Frames, **options) -> bl.Tangent:
     """A tangent model under the core prior of some frames."""
     return bl.Tangent(network_of(made, **options))
 
 
-def network_of(made: bl.frame.Frames, **options) -> bl.Classifier:
+def network_of(made: Frames, **options) -> bl.Classifier:
     """The network under the core prior of some frames."""
     prior = bl.priors.core(made, **options)
     return bl.Classifier(BASE, made.sites, prior, label_ids=made.label_ids)
@@ -79,11 +82,9 @@ class Exact:
     def log_likelihood(self, u: np.ndarray) -> np.ndarray:
         """Of vectors with any leading axes."""
         eta = self.offset + np.einsum("nkd,...d->...nk", self.design, u)
-        logits = np.concatenate([np.zeros((*eta.shape[:-1], 1)), eta], -1)
-        logits = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-        return np.take_along_axis(logits, np.broadcast_to(self.labels[:, None], (*eta.shape[:-1], 1)), -1).sum(
-            (-2, -1)
-        )
+        log_sum = np.logaddexp.reduce(np.insert(eta, 0, 0.0, axis=-1), axis=-1)
+        chosen = (self.labels[:, None] == np.arange(1, eta.shape[-1] + 1)) * eta
+        return (chosen.sum(-1) - log_sum).sum(-1)
 
     def mode(self) -> tuple[np.ndarray, np.ndarray]:
         """Posterior mode and Hessian of the negative log-density there, by Newton's method."""

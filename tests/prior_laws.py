@@ -15,6 +15,7 @@ import numpy as np
 from scipy import stats
 
 from bnlora.base import Base
+from bnlora.frame import Frame, Frames
 from bnlora.priors.base import Prior
 from bnlora.priors.sides import JITTER
 from bnlora.sites import Site, Sites, select
@@ -34,6 +35,18 @@ FRAMES = {
     "q_proj.b": (DRAW.normal(size=(2, 4, 3)), DRAW.normal(size=(2, 2, 2))),
 }
 """Frames of one's own for `ONE` with three inducing rows and columns, clipped to their sides."""
+
+
+def core_frames(sites: Sites) -> Frames:
+    """Frames of a core prior for sites of rank two: orthonormal at random, with units that are not one."""
+    families = {}
+    for (name, site), unit in zip(sites.items(), (1.7, 0.6), strict=True):
+        normal = (DRAW.normal(size=(site.depth, d, 2)) for d in (site.d_out, site.d_in))
+        families[name] = Frame(*(np.linalg.qr(x)[0] for x in normal), unit)
+    return Frames(families, sites, (3, 7, 9), "given", True, np.zeros(0))
+
+
+CORE = core_frames(TWO)
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,11 @@ class Member:
     score: Callable[[np.ndarray, Callable], np.ndarray] = lambda w, cdf: stats.norm.ppf(cdf(w))
     sites: Sites = ONE
     weights: Callable[[At], np.ndarray] | None = None
+    symbols: tuple[str, ...] | None = None
+
+    def parts(self, site: Site) -> tuple[str, ...]:
+        """What follows the family in the names of sites: its factors, or the symbols of what makes both."""
+        return site.factors if self.symbols is None else self.symbols
 
 
 def signs(w, cdf):
@@ -291,6 +309,24 @@ def noncentred(at):
 def gained(gain: Of) -> Of:
     """Priors that weigh ranks: gains of shape (layer, rank) on the columns of `b`."""
     return factors(a=direct, b=lambda at: gain(at)[:, None, :] * at[""])
+
+
+def cored(scale: Of) -> Of:
+    """a = R^T and b = s / unit L U, for every layer by itself."""
+
+    def weights(at):
+        frame, U = CORE[at.site.name], at.values[f"{at.site.name}.U"]
+        spread = np.broadcast_to(scale(at) / frame.unit, len(U))
+        pairs = zip(frame.left, U, spread, strict=True)
+        b = np.array([s * L @ u for L, u, s in pairs]) * at.site.rank / at.site.alpha
+        return {"a": np.array([R.T for R in frame.right]), "b": b}[at.factor]
+
+    return weights
+
+
+def of_family(symbol: str) -> Of:
+    """The value of a family as a whole."""
+    return lambda at: np.asarray(at.values[f"{at.site.name}.{symbol}"], np.float64)
 
 
 def regularised(at):

@@ -82,6 +82,21 @@ WIDE = mixture(**quantiles(HALF))
 TAU = {"tau": stats.halfcauchy(scale=0.5), "local": stats.halfcauchy}
 POOL = factors(a=A, b=extended(A, pool=NORM))
 
+
+def core(scale, symbols=("U",), **options):
+    """A core prior: one matrix makes both factors, `a` is fixed, and `b` has less rank than entries."""
+    laws = {"U": NORM, "scale": HALF}
+    return {
+        "prior": priors.core(law.CORE, scale=scale, **options),
+        "density": lambda at: {"": laws[at.factor].logpdf(at[""])},
+        "joint": None,
+        "sites": TWO,
+        "symbols": symbols,
+    }
+
+
+BY_LAYER = {"q_proj": np.array([0.5, 2.0]), "lm_head": 3.0}
+
 # One line a prior: its program, the log-density of its sites, the margins and correlations of its weights.
 MEMBERS = {
     "sparse_gp": Member(gp(), VE, **IID),
@@ -195,6 +210,15 @@ MEMBERS = {
         factors(a=white(), b=extended(white(".core"), **{"core.scale": HALF})),
         None,
         None,
+    ),
+    "core": Member(**core(0.7), weights=law.cored(lambda at: 0.7)),
+    "core by layer": Member(**core(BY_LAYER), weights=law.cored(lambda at: BY_LAYER[at.site.name])),
+    "core learned": Member(
+        **core({"q_proj": learned(0.7), "lm_head": learned(2.0)}), weights=law.cored(law.of_family("scale"))
+    ),
+    "core random": Member(**core(HALF_NORMAL, ("U", "scale")), weights=law.cored(law.of_family("scale"))),
+    "core random by layer": Member(
+        **core(HALF_NORMAL, ("U", "scale"), by_layer=True), weights=law.cored(law.of_family("scale"))
     ),
     "point": Member(priors.point(), white(), None, None, weights=law.direct),
     "per_factor": Member(

@@ -30,7 +30,7 @@ def test_smc_runs_in_64_bit_mode():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["samplers", "references", "fits", "laws", "others"])
+@pytest.mark.parametrize("part", ["samplers", "references", "fits", "laws", "tangent", "others"])
 def test_every_public_function_runs_in_64_bit_mode(part):
     environment = os.environ | {"JAX_ENABLE_X64": "1", "PYTHONPATH": str(WALK.parents[1])}
     found = subprocess.run(

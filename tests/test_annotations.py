@@ -47,7 +47,7 @@ for scale in (1.0, dist.HalfNormal(1.0)):
     start, plateau = bl.start_at(key, guide, gaussian), bl.Plateau(window=2)
     steps = {"num_steps": 4, "batch_size": 4, "start": start, "plateau": plateau}
     bl.predict(key, bl.fit(key, tangent, guide, rows, optax.adam(0.01), **steps), rows, num_samples=3)
-    bl.sample_nuts(key, tangent, rows, mass=gaussian, num_warmup=10, num_draws=5, num_chains=2)
+    bl.sample_nuts(key, tangent, rows, mass=gaussian, num_warmup=20, num_draws=5, num_chains=2)
 bl.choose_scales(tangent, rows, by="layer", prior=dist.HalfNormal(1.0))
 gaussian.log_density(gaussian.draw_vectors(key, 3))
 print("checked")

@@ -26,7 +26,8 @@ def by_quadrature(tangent, rows):
     sign = 2 * np.asarray(rows.labels) - 1
 
     def joint(u, scale):
-        return np.exp(-np.logaddexp(0, -sign * (z + scale * weight * u)).sum() - 0.5 * u**2) / np.sqrt(2 * np.pi)
+        log_likelihood = -np.logaddexp(0, -sign * (z + scale * weight * u)).sum()
+        return np.exp(log_likelihood - 0.5 * u**2) / np.sqrt(2 * np.pi)
 
     return lambda scale: quad(joint, -12, 12, args=(scale,), epsabs=1e-14, limit=400)[0]
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+import numpyro.distributions as dist
 import optax
 import pytest
 
@@ -32,8 +33,18 @@ def names(tmp_path_factory, tokenizer, tiny_folder) -> dict:
     given = {"key": KEY, "base": base, "rows": rows, "sites": sites, "model": model, "guide": guide}
     given |= {"fit": fit, "folder": Path(tmp_path_factory.mktemp("examples"))}
     given |= {"tokenizer": tokenizer, "model_folder": tiny_folder}
-    given |= {"text_fit": fit_of_texts(bl.load(tiny_folder), rows)}
-    return given | {"bl": bl, "jax": jax, "jnp": jnp, "np": np, "numpyro": numpyro, "optax": optax}
+    given |= {"text_fit": fit_of_texts(bl.load(tiny_folder), rows), **linear(base, rows)}
+    given |= {"bl": bl, "jax": jax, "jnp": jnp, "np": np, "numpyro": numpyro, "dist": dist, "optax": optax}
+    return given
+
+
+def linear(base: bl.Base, rows: bl.Batch) -> dict:
+    """Frames of a head, a tangent model under their core prior, and a fit of it."""
+    frames = bl.frames(KEY, base, ["lm_head"], rows, label_ids=(3, 5), size=4)
+    tangent = bl.Tangent(bl.Classifier(base, frames.sites, bl.priors.core(frames), label_ids=(3, 5)))
+    guide = bl.guides.Guide(tangent.prior, bl.guides.mean_field())
+    fit = bl.fit(KEY, tangent, guide, rows, optax.adam(0.01), num_steps=2, batch_size=4)
+    return {"frames": frames, "tangent": tangent, "tangent_fit": fit}
 
 
 def fit_of_texts(base: bl.Base, rows: bl.Batch) -> bl.Fit:

@@ -100,7 +100,8 @@ def test_the_script_of_the_readme_runs(capsys):
     script, *_ = blocks("README.md")
     script = re.sub(r"num_samples=\d+", "num_samples=4", script)
     script = re.sub(r"train=\d+, validation=\d+, test=\d+", "train=32, validation=1, test=16", script)
-    script = script.replace('"v_proj": 32', '"v_proj": 4').replace('300, "num_draws": 500', '50, "num_draws": 40')
+    script = script.replace('"v_proj": 32', '"v_proj": 4')
+    script = script.replace('300, "num_draws": 500', '50, "num_draws": 40')
     names: dict = {}
     exec(script, names)
     assert "accuracy" in capsys.readouterr().out

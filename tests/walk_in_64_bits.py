@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import numpyro.distributions as dist
 import optax
 from numpyro.infer.autoguide import AutoNormal
 
@@ -85,6 +86,21 @@ def laws():
     )  # fmt: skip
     for prior in members:
         bl.prior_predictive(KEY, model(prior, ["q_proj"]), ROWS, num_samples=4)
+
+
+def tangent():
+    frames = bl.frames(KEY, BASE, ["v_proj", "lm_head", "slope"], ROWS, label_ids=(3, 5), size=2)
+    scale = dist.HalfNormal(1.0)
+    core = bl.Classifier(BASE, frames.sites, priors.core(frames, scale=scale), label_ids=(3, 5))
+    linear = bl.Tangent(core)
+    gaussian = finite(bl.laplace(linear, ROWS))
+    guide = guides.Guide(linear.prior, guides.full(over="all"))
+    start, plateau = bl.start_at(KEY, guide, gaussian), bl.Plateau(window=2)
+    finite(fitted(linear, guide, num_steps=8, start=start, plateau=plateau))
+    scales = bl.choose_scales(linear, ROWS, by="layer", prior=scale).values
+    fixed = linear.with_prior(priors.core(frames, scale=scales))
+    finite(bl.sample_nuts(KEY, fixed, ROWS, mass=bl.laplace(fixed, ROWS), **CHAINS))
+    finite(bl.fit_core(KEY, BASE, ROWS, label_ids=(3, 5), size={"v_proj": 2}, num_steps=4))
 
 
 def others():

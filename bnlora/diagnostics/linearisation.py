@@ -40,8 +40,8 @@ class Linearisation:
     def finding(self) -> Finding:
         """The distances in words."""
         measured = (
-            f"a tangent posterior: with the mean of its draws as adapters the network's probabilities differ by "
-            f"{self.at_mean:.3f} from the tangent's, with single draws by {self.at_draws:.3f} (largest "
+            f"a tangent posterior: with the mean of its draws as adapters the network's probabilities differ "
+            f"by {self.at_mean:.3f} from the tangent's, with single draws by {self.at_draws:.3f} (largest "
             f"{self.largest:.2f}, {self.num_rows} rows); its draws are no adapters of the network"
         )
         return Finding("linearisation", "fine", measured, self.at_draws)
@@ -61,8 +61,9 @@ def linearisation(drawn: Sample, data: Batch) -> Linearisation | None:
     # The mean of the updates, which factors at fixed `a` have: the mean of `b`.
     mean = jax.tree.map(lambda x: np.asarray(x, np.float64).mean(0, keepdims=True).astype(x.dtype), some)
     adapters = jax.tree.map(lambda x, y: np.concatenate([x, y]), some, mean)
-    rows, options = data[:ROWS], {"batch_size": drawn.batch_size, "console": drawn.console}
-    pair = (predict_with_draws(m, adapters, rows, **options) for m in (model.network, model))
+    rows, size, console = data[:ROWS], drawn.batch_size, drawn.console
+    models = model.network, model
+    pair = (predict_with_draws(m, adapters, rows, batch_size=size, console=console) for m in models)
     network, tangent = (np.exp(found.draw_log_probs) for found in pair)
     distances = 0.5 * np.abs(network - tangent).sum(-1)
     inner = distances[:-1]

@@ -2,15 +2,15 @@ r"""The evidence by bridge sampling: draws of the posterior against draws of a G
 
     p(y) = E_q[ h(z) f(z) ] / E_post[ h(z) q(z) ],    h = 1 / (s_1 f / p(y) + s_2 q),   f(z) = p(y, z)
 
-iterated to its fixed point, with s_1 and s_2 the shares of both kinds of draws. The Gaussian q is the one in whose
-coordinates the chains moved, where it is standard normal. The standard error is that of Fruehwirth-Schnatter
-(2004), with the autocorrelation of the chains in the second term.
+iterated to its fixed point, with s_1 and s_2 the shares of both kinds of draws. The Gaussian q is the one in
+whose coordinates the chains moved, where it is standard normal. The standard error is that of
+Fruehwirth-Schnatter (2004), with the autocorrelation of the chains in the second term.
 
-References: Meng and Wong (1996), Simulating ratios of normalizing constants via a simple identity; Gronau et al.
-(2017), A tutorial on bridge sampling.
+References: Meng and Wong (1996), Simulating ratios of normalizing constants via a simple identity; Gronau et
+al. (2017), A tutorial on bridge sampling.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,20 +62,25 @@ def log_evidence(key: Array, chains: Chains, *, num_draws: int = 4000) -> LogEvi
         )
     if target.view.observed:
         raise ValueError(
-            f"the prior has factors or observed sites ({', '.join(target.view.observed)}), so that it need not be "
-            "normalised and p(y) is not defined by it"
+            f"the prior has factors or observed sites ({', '.join(target.view.observed)}), so that it need "
+            "not be normalised and p(y) is not defined by it"
         )
     flat = chains.vectors.reshape(-1, chains.vectors.shape[-1])
     posterior = np.asarray(target.positions(jnp.asarray(flat)))
     gaussian = np.asarray(jax.random.normal(key, (num_draws, posterior.shape[1])))
     constant = _constant(target)
-    run = jax.jit(lambda z, inputs: jax.lax.map(lambda one: target.log_density(one, inputs), z, batch_size=64))
-    ratios = []
-    for z in (posterior, gaussian):
+
+    def each(z: Array, inputs: Any) -> Array:
+        return jax.lax.map(lambda one: target.log_density(one, inputs), z, batch_size=64)
+
+    run = jax.jit(each)
+
+    def ratio(z: np.ndarray) -> np.ndarray:
         joint = np.asarray(run(jnp.asarray(z, jnp.result_type(float)), target.inputs), np.float64) + constant
         normal = -0.5 * (z.astype(np.float64) ** 2).sum(1) - 0.5 * z.shape[1] * np.log(2 * np.pi)
-        ratios.append(joint - normal)
-    return _bridge(*ratios, chains.vectors.shape[:2])
+        return joint - normal
+
+    return _bridge(ratio(posterior), ratio(gaussian), chains.vectors.shape[:2])
 
 
 def _constant(target: object) -> float:

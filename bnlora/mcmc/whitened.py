@@ -12,33 +12,20 @@ many coordinates there are.
 
 import hashlib
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from bnlora.affine import Affine
 from bnlora.mcmc.target import Target
+from bnlora.tangent.linear import Informed
 
 NEAR = 0.03
 """Directions whose spread is this near to the prior's are left as they are: they cost more than they gain."""
-
-
-class Informed(NamedTuple):
-    """The likelihood as a function of the coordinates that it depends on.
-
-    Attributes:
-        design: Derivative of each contrast along the columns of V, shape (row, class - 1, r).
-        offset: Contrasts at the centre of the Gaussian, shape (row, class - 1).
-        labels: Classes, shape (row,).
-    """
-
-    design: Float[Array, "n k r"]
-    offset: Float[Array, "n k"]
-    labels: Int[Array, " n"]
 
 
 @runtime_checkable

@@ -10,8 +10,8 @@ from bnlora.frame import Frames
 from bnlora.plots.base import BLUE, ORANGE, make_axes
 
 FRAME_CAPTION = (
-    "Share of the energy outside the leading directions of each side, all layers together; the dots are the sizes "
-    "of the frames. Blue: outputs, orange: inputs."
+    "Share of the energy outside the leading directions of each side, all layers together; the dots are the "
+    "sizes of the frames. Blue: outputs, orange: inputs."
 )
 
 

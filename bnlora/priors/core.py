@@ -47,7 +47,8 @@ def core(frames: Frames, *, scale: Scale = 1.0, by_layer: bool = False) -> Prior
 
     Example:
         >>> prior = bl.priors.core(frames, scale=dist.HalfNormal(1.0))
-        >>> trace = numpyro.handlers.trace(numpyro.handlers.seed(prior, key)).get_trace(frames.sites)
+        >>> sites = frames.sites.with_head_rows(2)  # as a Classifier of two classes has them
+        >>> trace = numpyro.handlers.trace(numpyro.handlers.seed(prior, key)).get_trace(sites)
         >>> [name for name, site in trace.items() if site["type"] == "sample"]
         ['lm_head.scale', 'lm_head.U']
     """

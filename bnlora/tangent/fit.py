@@ -54,6 +54,11 @@ class CoreFit(Shown):
         gaussian: Laplace's Gaussian at these scales.
         fit: The variational fit that started there.
         seconds: Wall time of each part.
+
+    Example:
+        >>> made = bl.fit_core(key, base, rows, label_ids=(3, 5), size={"lm_head": 2}, num_steps=4)
+        >>> made.draw_adapters(key, 5)["lm_head"]["b"].shape  # draws, layers, label rows, rank
+        (5, 1, 2, 2)
     """
 
     frames: Frames
@@ -69,6 +74,7 @@ class CoreFit(Shown):
 
     def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
         """Adapters under the variational posterior, with a leading draw axis."""
+        key = check_key(key)
         return self.fit.draw_adapters(key, num_samples)
 
     @property

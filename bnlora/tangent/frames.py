@@ -273,7 +273,7 @@ def _random(key: Array, sites: Sites, sizes: Mapping[str, int | float]) -> dict[
         is_head, size = site.module == HEAD, int(sizes[name])
         widths = min(size, site.d_out - is_head), size
         left, right = (
-            np.asarray(jax.random.normal(one, (site.depth, d, m)))
+            np.asarray(jax.random.normal(one, (site.depth, d, m)), np.float64)
             for one, d, m in zip(jax.random.split(k), (site.d_out, site.d_in), widths, strict=True)
         )
         if is_head:  # what all classes share moves no contrast
@@ -311,12 +311,12 @@ def _units(
     model: Classifier, sides: Mapping[str, tuple], data: Batch, console: Console | None
 ) -> dict[str, float]:
     """Root mean square of a contrast between two classes, over rows, under a standard normal core."""
-    arrays = {name: tuple(map(jnp.asarray, sides[name])) for name in model.sites}
+    arrays = {name: (jnp.asarray(sides[name][0]), jnp.asarray(sides[name][1])) for name in model.sites}
     size = min(ROWS, len(data))
     sums = dict.fromkeys(model.sites, 0.0)
     for part in track(parts(data, size, widths="few"), -(-len(data) // size), "units", console):
-        _, phi = shared_features(model, arrays, part.batch)
-        phi = np.asarray(phi, np.float64)[: len(part.rows)]
+        _, found = shared_features(model, arrays, part.batch)
+        phi = np.asarray(found, np.float64)[: len(part.rows)]
         ends = np.cumsum([L.shape[0] * L.shape[2] * R.shape[2] for L, R in arrays.values()])
         for name, block in zip(model.sites, np.split(phi, ends[:-1], axis=2), strict=True):
             sums[name] += contrast_energy(block).sum()

@@ -32,7 +32,7 @@ from bnlora.compilation import program
 from bnlora.data import Batch, check_rows
 from bnlora.density import Density, density
 from bnlora.display import Showable, Shown, facts
-from bnlora.tangent.linear import Linear, Mode, posterior
+from bnlora.tangent.linear import Informed, Linear, Mode, posterior
 from bnlora.tangent.model import Tangent
 from bnlora.tangent.scales import Evidence, check_classes, linear_of
 from bnlora.typing import Adapters, AnyArray, Parameters
@@ -42,7 +42,7 @@ MOST = 20_000
 
 NULL = 1e-6
 """Square of what one prior standard deviation along a direction changes in all contrasts, below which it
-counts as uninformed. Not the curvature: that is nearly zero where the base is sure, whatever the direction."""
+counts as uninformed. It is not the curvature: that is nearly zero for rows of which the base is sure."""
 
 STEP = 1e-3
 """Step of the differences that give curvature and slope in the log scales."""
@@ -55,9 +55,8 @@ class Gaussian(Shown):
     Attributes:
         view: The unconstrained view of the model (`bnlora.density`), whose order of coordinates holds here.
         affine: The map from standard normal to the vector.
-        informed: The likelihood in the columns of `affine.vectors`: derivatives (row, class - 1, r),
-            contrasts at the mean, and labels; None where scales are sites. A sampler then moves these
-            coordinates alone.
+        informed: The likelihood in the columns of `affine.vectors`, with contrasts at the mean; None where
+            scales are sites. A sampler then moves these coordinates alone.
         log_evidence: Laplace's approximation of log p(y), in nats; at the mode of the scales where these are
             sites, their own part included.
 
@@ -69,7 +68,7 @@ class Gaussian(Shown):
 
     view: Density
     affine: Affine
-    informed: Any
+    informed: Informed | None
     log_evidence: float
 
     @property
@@ -140,7 +139,7 @@ def laplace(
 
     Example:
         >>> bl.laplace(tangent, rows)
-        Gaussian(4 coordinates, tangent, log evidence -4.9 nats)
+        Gaussian(4 coordinates, tangent, log evidence -5.4 nats)
     """
     check_rows("training", train, tangent)
     check_classes(train)
@@ -269,12 +268,12 @@ class _Posterior:
         moves = ((np.asarray(design) @ vectors) ** 2).sum(0) > NULL
         return float(mode.log_evidence), mean, vectors[:, moves], values[moves]
 
-    def informed(self, vectors: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def informed(self, vectors: np.ndarray, mean: np.ndarray) -> Informed:
         """Derivatives along some directions, contrasts at the mean, and labels, at fixed scales."""
         log_scales = np.asarray(self.log_scales(jnp.zeros(0)), np.float64)
         scaled = [np.exp(s) * group for s, group in zip(log_scales, self.model.groups, strict=True)]
         design = np.concatenate(scaled, axis=2)
-        return design @ vectors, self.model.offset + design @ mean, np.asarray(self.model.labels)
+        return Informed(design @ vectors, self.model.offset + design @ mean, np.asarray(self.model.labels))
 
     def mean(self, t: np.ndarray) -> np.ndarray:
         """The mode of the cores at given scales."""

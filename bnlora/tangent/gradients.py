@@ -14,7 +14,7 @@ References: Immer et al. (2021), arXiv 2008.08400, for the linear model; Halko, 
 Finding structure with randomness, for sketches.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -63,11 +63,21 @@ def features(
         return logits[1:] - logits[0], logits
 
     def of_row(row: Batch) -> tuple[Array, Array]:
-        slopes, logits = jax.jacrev(contrasts, has_aux=True)(zero, jax.tree.map(lambda x: x[None], row))
+        slopes, logits = jax.jacrev(contrasts, has_aux=True)(zero, row)
         flat = [slopes[name].reshape(len(logits) - 1, -1) for name in model.sites]
         return logits, jnp.concatenate(flat, axis=1)
 
-    return jax.vmap(of_row)(model.prepared(params, batch))
+    return _each_row(of_row, model.prepared(params, batch))
+
+
+def _each_row(function: Callable[..., Any], batch: Batch, *others: Array) -> Any:
+    """`function` of each row, a batch of one, and of each entry of other arrays; the results stacked."""
+    leaves, form = jax.tree.flatten(batch)
+
+    def of_one(row: list[Array], *entries: Array) -> Any:
+        return function(jax.tree.unflatten(form, [x[None] for x in row]), *entries)
+
+    return jax.vmap(of_one)(leaves, *others)
 
 
 def shared_features(
@@ -114,13 +124,12 @@ def moments(
     """
 
     def of_row(row: Batch, key: Array) -> dict[str, tuple[Array, Array]]:
-        alone = jax.tree.map(lambda x: x[None], row)
         class_key, *rest = jax.random.split(key, 1 + len(model.sites))
         probes = {name: _probes(site, k) for (name, site), k in zip(model.sites.items(), rest, strict=True)}
 
         def objective(free: Mapping[str, Mapping[str, Array]]) -> Array:
             adapters = {name: _joined(probes[name], free[name], model.sites[name]) for name in probes}
-            logits = model.logits(params, adapters, alone)[0]
+            logits = model.logits(params, adapters, row)[0]
             if len(logits) == 2:
                 return logits[1] - logits[0]
             drawn = jax.random.categorical(class_key, jax.lax.stop_gradient(logits))
@@ -138,7 +147,7 @@ def moments(
             jnp.einsum("nlki,nlkj->lij", weighted * right, right),
         )
 
-    rows = jax.vmap(of_row)(model.prepared(params, batch), keys)
+    rows = _each_row(of_row, model.prepared(params, batch), keys)
     return {name: total(roots) for name, roots in rows.items()}
 
 

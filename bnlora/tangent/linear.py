@@ -57,6 +57,20 @@ class Linear(NamedTuple):
         return jnp.concatenate(scaled, axis=2).reshape(self.offset.size, -1)
 
 
+class Informed(NamedTuple):
+    """The likelihood as a function of the coordinates that it depends on, the columns of some V.
+
+    Attributes:
+        design: Derivative of each contrast along the columns of V, shape (row, class - 1, r).
+        offset: Contrasts at the centre of a Gaussian, shape (row, class - 1).
+        labels: Classes, shape (row,).
+    """
+
+    design: Float[AnyArray, "n k r"]
+    offset: Float[AnyArray, "n k"]
+    labels: Int[AnyArray, " n"]
+
+
 class Mode(NamedTuple):
     """The posterior mode and what depends on it.
 

@@ -113,8 +113,15 @@ def choose_scales(
         The scales. `priors.core(frames, scale=scales.values)` is the prior that has them.
 
     Raises:
-        ValueError: When the frames read labels, rows have no labels or one class, the prior is no distribution
-            of positive values, or the evidence has no maximum, as on separable rows.
+        ValueError: When the frames read labels, rows have no labels or one class, the prior is no
+            distribution of positive values, or the evidence has no maximum, as on separable rows.
+
+    Example:
+        >>> chosen = bl.choose_scales(tangent, rows, prior=dist.HalfNormal(1.0))
+        >>> prior = bl.priors.core(frames, scale=chosen.values)
+        >>> at_them = bl.laplace(tangent.with_prior(prior), rows).log_evidence
+        >>> bool(np.isclose(at_them, chosen.log_evidence))
+        True
     """
     check_option("by", by, get_args(By))
     _check_prior(prior)
