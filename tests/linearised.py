@@ -23,8 +23,8 @@ from bnlora.testing import tiny_base, tiny_rows
 KEY = jax.random.key(0)
 BASE = tiny_base(jax.random.key(1), num_layers=2)
 ROWS, NEW = tiny_rows(jax.random.key(2), 24), tiny_rows(jax.random.key(3), 9)
-FEW = ROWS[np.array([1, 3])]
-"""Two rows of different classes: they inform two coordinates."""
+FEW = ROWS[np.unique(ROWS.labels, return_index=True)[1]]
+"""Two rows, one of each class: they inform two coordinates."""
 
 
 @cache

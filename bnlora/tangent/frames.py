@@ -171,10 +171,9 @@ def _chosen(
 def _slope(model: Classifier) -> tuple[np.ndarray, np.ndarray]:
     """Frames of updates within the label rows of the head, for all classes together."""
     rows = _label_rows(model)
-    left = np.linalg.svd(rows, full_matrices=False)[0][:, : len(rows) - 1]
-    right = np.linalg.svd(rows, full_matrices=False)[2][: len(rows) - 1].T
-    sign = np.sign((left.T @ rows @ right).trace()) or 1.0
-    return left[None].astype(np.float32), (sign * right)[None].astype(np.float32)
+    left, _, right = np.linalg.svd(rows, full_matrices=False)
+    left, right = left[:, : len(rows) - 1], right[: len(rows) - 1].T
+    return left[None].astype(np.float32), right[None].astype(np.float32)
 
 
 def _label_rows(model: Classifier) -> Float[np.ndarray, "c d"]:
