@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy
-from dense_laplace import CURVATURE, dense, problem
+from dense_laplace import CURVATURE, SLOPE, dense, problem
 
 from bnlora.tangent.linear import (
     Linear,
@@ -109,6 +109,20 @@ def test_a_bad_start_leads_to_the_same_mode():
         found = laplace_mode(model, design, in_rows=False, start=jnp.full(4, start))
         np.testing.assert_allclose(found.weights, expected[1], atol=1e-7)
         np.testing.assert_allclose(found.log_evidence, expected[0], atol=1e-8)
+
+
+@pytest.mark.parametrize("in_rows", [True, False])
+def test_the_mode_is_found_where_the_base_is_sure_and_wrong(in_rows):
+    """Curvature is nearly zero at the start, so that the first Newton step is thousands of times too long."""
+    generator = np.random.default_rng(7)
+    X, labels = generator.normal(size=(200, 1, 3)), generator.integers(0, 2, 200)
+    model, at = Linear(30.0 * (1.0 - 2.0 * labels[:, None]), [X], labels), np.log([100.0])
+    design = np.asarray(model.design(jnp.asarray(at)))
+    kernel = design @ design.T if in_rows else design
+    found = laplace_mode(model, jnp.asarray(kernel), in_rows=in_rows)
+    mode = design.T @ found.weights if in_rows else found.weights
+    slope = SLOPE(mode, design[:, None], model.offset, labels)
+    assert np.abs(slope).max() < 1e-6 * np.abs(SLOPE(0.0 * mode, design[:, None], model.offset, labels)).max()
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])

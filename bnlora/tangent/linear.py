@@ -128,7 +128,8 @@ def laplace_mode(model: Linear, kernel: Array, *, in_rows: bool, start: Array | 
     def improve(carry: tuple) -> tuple:
         weights, value, _, count = carry
         step = _newton(model, fixed, weights, in_rows=in_rows) - weights
-        shares = 0.5 ** jnp.arange(12.0, dtype=kernel.dtype)
+        # Where the base is sure and wrong, the first step may be 10^4 times too long at a large scale.
+        shares = 0.5 ** jnp.arange(40.0, dtype=kernel.dtype)
         values = jax.lax.map(lambda t: penalised(weights + t * step), shares)
         first = jnp.argmax(values > value)  # the longest step that improves
         better = values[first] > value
