@@ -10,7 +10,7 @@ U_kl ~ N(0, 1). Dividing by it gives the prior's scale a meaning of its own: nat
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from jaxtyping import Float
 from bnlora.checks import listed
 from bnlora.display import Shown, Table
 from bnlora.fingerprint import fingerprint, is_same
-from bnlora.sites import HEAD, Site, Sites
+from bnlora.sites import HEAD, Sites
 
 Source = Literal["jacobian", "weights", "random", "given"]
 
@@ -190,23 +190,24 @@ def frames_from(
     return Frames(families, sites, label_ids, source, label_free, fingerprint(weights))
 
 
-def joined(parts: Sequence[Frames]) -> Frames:
-    """The families of several frames of one base; of a family that occurs twice, the first."""
-    first = parts[0]
-    families: dict[str, Frame] = {}
-    sites: dict[str, Site] = {}
-    for frames in parts:
-        if frames.label_ids != first.label_ids or not is_same(frames.base, first.base):
-            raise ValueError("frames of one prior must be of one base and of the same label ids")
-        families |= {n: f for n, f in frames.families.items() if n not in families}
-        sites |= {n: frames.sites[n] for n in frames.sites if n not in sites}
-    if len({id(frames) for frames in parts}) == 1:
+def joined(chosen: Mapping[str, Frames]) -> Frames:
+    """The frames of one prior whose families have frames from several places.
+
+    Args:
+        chosen: Where the frame of each family is taken from.
+
+    Raises:
+        ValueError: When they are of several bases or of other label ids.
+    """
+    first, *others = parts = list({id(frames): frames for frames in chosen.values()}.values())
+    if any(x.label_ids != first.label_ids or not is_same(x.base, first.base) for x in others):
+        raise ValueError("frames of one prior must be of one base and of the same label ids")
+    if not others and set(chosen) == set(first):
         return first
-    together = replace(first.sites, families=tuple(sites.values()))
     return replace(
         first,
-        families=families,
-        sites=together,
+        families={name: frames[name] for name, frames in chosen.items()},
+        sites=replace(first.sites, families=tuple(frames.sites[name] for name, frames in chosen.items())),
         label_free=all(frames.label_free for frames in parts),
         source=first.source if len({frames.source for frames in parts}) == 1 else "given",
     )

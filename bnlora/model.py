@@ -120,9 +120,16 @@ class Classifier(Shown):
 
     def over(self, base: LanguageModel) -> Self:
         """The same classifier over a base of the same weights that runs in another way (`Base.running`)."""
+        return self._changed(base=base)
+
+    def under(self, prior: Prior) -> Self:
+        """The same classifier under another prior, unchecked: for programs in which its scales are traced."""
+        return self._changed(prior=AdapterPrior(self.sites, prior))
+
+    def _changed(self, **values: Any) -> Self:
         made = object.__new__(type(self))  # the fields of a classifier are not the arguments that make one
-        for name in (field.name for field in fields(self)):
-            object.__setattr__(made, name, base if name == "base" else getattr(self, name))
+        for field in fields(self):
+            object.__setattr__(made, field.name, values.get(field.name, getattr(self, field.name)))
         return made
 
     def with_prior(self, prior: Prior) -> "Classifier":

@@ -258,11 +258,12 @@ def scale_for_spread(
     if not (spread > 0 and 0 < low < high):
         raise ValueError(f"expected spread > 0 and 0 < least < greatest scale; got {spread} and {bounds}")
     prepared = model.prepare(data)
+    model.with_prior(prior_at(jnp.asarray(low, jnp.float32)))  # checked at one scale: the others are traced
     params_key, draw_key = jax.random.split(key)
 
     @jax.jit
     def spread_at(frozen: Any, rows: Batch, scale: Array) -> Array:
-        at = Classifier(model.base, model.sites, prior_at(scale), label_ids=model.label_ids)
+        at = model.under(prior_at(scale))
         draws = draw_prior(draw_key, at, prior_parameters(params_key, at), num_samples)
         return jnp.sqrt(jnp.mean(_spread(jnp, _logits_by_draw(at, frozen, draws, rows)) ** 2))
 

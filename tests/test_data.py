@@ -91,12 +91,19 @@ def test_parts_hold_every_row_once_and_every_real_token(side):
     assert found[0].batch.tokens.shape[1] < found[-1].batch.tokens.shape[1]
 
 
+@pytest.mark.parametrize(
+    ("widths", "known"),
+    [
+        ("many", (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)),
+        ("few", (8, 16, 32, 64, 128, 256, 512)),
+    ],
+)
 @given(st.integers(1, 300), st.integers(0, 300), st.integers(0, 300))
-def test_widths_are_few_and_hold_what_is_needed(needed, before, after):
-    columns = _columns(before, before + needed, before + needed + after)
+def test_widths_are_few_and_hold_what_is_needed(widths, known, needed, before, after):
+    columns = _columns(before, before + needed, before + needed + after, widths)
     assert columns.start <= before < before + needed <= columns.stop <= before + needed + after
     width = columns.stop - columns.start
-    assert width in (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, before + needed + after)
+    assert width in (*known, before + needed + after)
     assert width < max(2 * needed, 9)
 
 

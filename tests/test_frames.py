@@ -303,10 +303,11 @@ def test_the_core_prior_is_refused_on_other_sites():
 
 def test_frames_of_two_bases_or_other_classes_are_not_joined():
     own, slope = made(), made(("slope",))
-    assert list(joined([own, slope])) == [HEAD, "slope"]
-    assert joined([own, slope]).source == "jacobian"
-    assert joined([own, made(source="random", targets=("slope",))]).source == "given"
-    marked = joined([slope, made(source=PAIR, label_free=False)])
+    both = joined({HEAD: own, "slope": slope})
+    assert list(both) == list(both.sites) == [HEAD, "slope"]
+    assert both.source == "jacobian"
+    assert joined({HEAD: own, "slope": made(source="random", targets=("slope",))}).source == "given"
+    marked = joined({"slope": slope, HEAD: made(source=PAIR, label_free=False)})
     assert not marked.label_free
     other = tiny_base(jax.random.key(8), num_layers=2)
     foreign = bl.frames(KEY, other, ["slope"], ROWS, label_ids=TWO)

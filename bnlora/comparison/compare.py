@@ -29,7 +29,7 @@ from bnlora.comparison.khat import LEAST_DRAWS, KHat, has_density, khat
 from bnlora.comparison.pairs import LEAST_SIZE, pairs, varying
 from bnlora.comparison.problem import Problem, common_problem
 from bnlora.comparison.report import Comparison, Other, compare_draws
-from bnlora.comparison.stored import StoredReference, require_same_problem
+from bnlora.comparison.stored import StoredReference, describe, require_same_problem
 from bnlora.data import Batch, check_labels
 from bnlora.fits import Fit
 from bnlora.functions import PROBES, Functions, evaluate, identifiable
@@ -101,8 +101,9 @@ def compare(
 
     Raises:
         UncertifiedReference: When the reference has no certificate or did not pass.
-        ValueError: When both sides have different sites or label words, or hold a site at different values;
-            when a function is no finite scalar, none varies, or there are too few draws.
+        ValueError: When both sides have different sites or label words, one is of the network and the other
+            of its tangent model, or they hold a site at different values; when a function is no finite
+            scalar, none varies, or there are too few draws.
 
     Example:
         >>> bl.compare(key, fit, chains, rows)  # doctest: +ELLIPSIS
@@ -180,12 +181,11 @@ def _check_same_problem(model: Any, reference: Any, data: Batch, functions: Func
             raise ValueError("a stored reference has the default functions alone; leave `functions` out")
         require_same_problem(reference, model, data)
         return
-    other = reference.model
-    if model.sites != other.sites or model.label_ids != other.label_ids:
+    own, other = describe(model), describe(reference.model)
+    if own != other:
         raise ValueError(
-            "expected both posteriors over the same sites and label words; got\n"
-            f"{model.sites!r}\nwith label ids {model.label_ids}, and\n"
-            f"{other.sites!r}\nwith label ids {other.label_ids}"
+            "expected both posteriors over the same sites and label words, and both of the network or both "
+            f"of the tangent model in the same frames; got\n{own}\nand\n{other}"
         )
 
 

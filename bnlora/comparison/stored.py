@@ -122,8 +122,11 @@ def _arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def describe(model: Any) -> str:
-    """Sites and label words of a classifier, in words."""
-    return f"{model.sites!r}\nlabel ids {model.label_ids}"
+    """Sites and label words of a classifier, and what its draws go through, in words."""
+    text = f"{model.sites!r}\nlabel ids {model.label_ids}"
+    if getattr(model, "kind", "network") == "network":
+        return text
+    return f"{text}\ntangent model in the frames {model.checksum[:12]}"
 
 
 def checksum(data: Batch) -> str:

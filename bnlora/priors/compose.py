@@ -61,8 +61,11 @@ def by_family(priors: Mapping[str, Prior]) -> Prior:
         except re.error as error:
             raise ValueError(f"{pattern!r} is not a valid pattern: {error}") from error
 
+    def taker(name: str) -> str | None:
+        return next((pattern for pattern in priors if re.fullmatch(pattern, name)), None)
+
     def prior(sites: Sites) -> Adapters:
-        chosen = {name: next((p for p in priors if re.fullmatch(p, name)), None) for name in sites}
+        chosen = {name: taker(name) for name in sites}
         for pattern in priors:
             if pattern not in chosen.values():
                 near = difflib.get_close_matches(pattern, list(sites), n=1, cutoff=0.0)
@@ -76,9 +79,12 @@ def by_family(priors: Mapping[str, Prior]) -> Prior:
             filled |= _filled(part, asked, f"the families of {pattern!r}")
         return filled
 
-    known = [part.frames for part in priors.values() if hasattr(part, "frames")]
-    if known and len(known) == len(priors):
-        prior.frames = joined(known)  # type: ignore[attr-defined]
+    known = {pattern: part.frames for pattern, part in priors.items() if hasattr(part, "frames")}
+    if len(known) == len(priors):
+        takers = {name: taker(name) for frames in known.values() for name in frames}
+        of_family = {name: known[p] for name, p in takers.items() if p is not None and name in known[p]}
+        if of_family:
+            prior.frames = joined(of_family)  # type: ignore[attr-defined]
     return prior
 
 

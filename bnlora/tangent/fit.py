@@ -1,6 +1,6 @@
 r"""The whole way from labelled rows to a posterior under the core prior, in one call.
 
-    frames  ->  features  ->  scales by evidence  ->  Laplace's Gaussian  ->  SVI from there
+    trunk  ->  frames  ->  features  ->  scales by evidence  ->  Laplace's Gaussian  ->  SVI from there
 
 Every part is a public function of its own; this one fixes the order and measures the seconds of each.
 """
@@ -26,9 +26,9 @@ from bnlora.fits import Fit
 from bnlora.frame import Frames
 from bnlora.guides import Guide, around
 from bnlora.model import Classifier
-from bnlora.priors import core
+from bnlora.priors import core, point
 from bnlora.svi import fit
-from bnlora.tangent.frames import SLOPE, Size, frames
+from bnlora.tangent.frames import SLOPE, Size, frames, target_sites
 from bnlora.tangent.gaussian import Gaussian, laplace
 from bnlora.tangent.model import Tangent
 from bnlora.tangent.scales import Scales, choose_scales
@@ -137,6 +137,9 @@ def fit_core(
         seconds[part], clock = now - clock, now
 
     chosen = targets if targets is not None else [*(size if isinstance(size, Mapping) else SIZES), SLOPE]
+    trunk = Classifier(base, target_sites(base, chosen, layers), point(), label_ids=label_ids)
+    train = cache_prefix(trunk, train, console=console)  # frames and features both start from there
+    lap("trunk")
     made = frames(
         frame_key, base, chosen, train, label_ids=label_ids, size=size, layers=layers, console=console
     )

@@ -105,7 +105,7 @@ def frames(
         raise ValueError("frames need at least one row; got none")
     if not isinstance(source, Mapping):
         check_option("source", source, tuple(s for s in get_args(Source) if s != "given"))
-    sites = _sites(base, targets, layers)
+    sites = target_sites(base, targets, layers)
     model = Classifier(base, sites, point(), label_ids=label_ids)
     inner = model.sites.only(families=[name for name in sites if name != SLOPE])
     sizes = _sizes(inner, size, energies=source in ("jacobian", "weights"))
@@ -132,8 +132,14 @@ def frames(
     )
 
 
-def _sites(base: Base, targets: Sequence[str], layers: Any) -> Sites:
-    """Sites of rank one, those of the slope last."""
+def target_sites(base: Base, targets: Sequence[str], layers: Any) -> Sites:
+    """Sites of rank one of modules, as `bnlora.select` gives them, and last that of the slope.
+
+    Args:
+        base: The base.
+        targets: Modules, and `"slope"`.
+        layers: Layers, as in `bnlora.select`.
+    """
     modules = [name for name in targets if name != SLOPE]
     for name in modules:
         if name not in base.modules and difflib.get_close_matches(name, [SLOPE], cutoff=0.75):
