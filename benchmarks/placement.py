@@ -18,9 +18,9 @@ from rich.console import Console
 import bnlora as bl
 from bnlora.assets import DOMAINS, vader_domains
 from bnlora.demo import RECIPE
-from bnlora.tangent.frames import SLOPE
 from bnlora.tangent.linear import posterior
 from bnlora.tangent.scales import STARTS, Evidence, _maximise, _objective, linear_of
+from bnlora.tangent.targets import SLOPE
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "lm_head")
 PLACEMENTS = (

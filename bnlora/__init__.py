@@ -32,6 +32,7 @@ from bnlora.conditional import condition as condition
 from bnlora.data import Batch as Batch
 from bnlora.fits import Fit as Fit
 from bnlora.fits import FitDiverged as FitDiverged
+from bnlora.frame import Frames as Frames
 from bnlora.model import Classifier as Classifier
 from bnlora.plateau import Plateau as Plateau
 from bnlora.predict import Posterior as Posterior

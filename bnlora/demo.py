@@ -103,6 +103,7 @@ def demo_page(comparison: "Comparison", command: str) -> str:
             (plots.frame_energies(core.frames), plots.FRAME_CAPTION),
             (plots.elbo({BAYES: core.fit}), plots.ELBO_CAPTION),
             str(comparison.chains.certificate),
+            results.agreements(comparison),
             "# Cost",
             results.costs(comparison),
         ],

@@ -51,6 +51,12 @@ class Density:
         """Length of the vector."""
         return sum(int(np.prod(shape)) for shape in self.shapes.values())
 
+    @property
+    def places(self) -> dict[str, np.ndarray]:
+        """Indices of every latent site in the vector."""
+        sizes = [int(np.prod(shape)) for shape in self.shapes.values()]
+        return dict(zip(self.shapes, np.split(np.arange(self.size), np.cumsum(sizes)[:-1]), strict=True))
+
     def log_prior(self, vector: Float[Array, " p"]) -> Float[Array, ""]:
         """Log-density of the vector under the prior, in nats, Jacobians included.
 

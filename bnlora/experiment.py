@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -25,17 +25,21 @@ from rich.console import Console
 from bnlora import metrics
 from bnlora.base import Base
 from bnlora.cache import cache_prefix
+from bnlora.comparison import Comparison as Agreement
+from bnlora.comparison import compare as hold_against
 from bnlora.data import Batch
 from bnlora.fits import Fit
-from bnlora.guides import Guide, delta
+from bnlora.guides import Guide, SiteFlow, delta
 from bnlora.inference.temperature import tempered
 from bnlora.mcmc import Chains, sample_nuts
 from bnlora.model import Classifier
-from bnlora.predict import Prediction, predict
+from bnlora.predict import Posterior, Prediction, predict
 from bnlora.priors import point
 from bnlora.sites import select
 from bnlora.svi import fit
-from bnlora.tangent.fit import SIZES, CoreFit, fit_core
+from bnlora.tangent.fit import PARTICLES, SIZES, CoreFit, fit_core
+from bnlora.tangent.fit import RATE as CORE_RATE
+from bnlora.tangent.start import start_at
 from bnlora.validation import EarlyStopping
 
 BASE, LORA, CAREFUL = "base", "LoRA", "LoRA, careful"
@@ -58,6 +62,8 @@ class Comparison:
         lora: The maximum-likelihood fit.
         core: The Bayesian fit.
         chains: Draws of its posterior.
+        agreements: Approximations of that posterior held against the draws, by name, or why that one could
+            not be compared, as with too few independent draws.
         seconds: Wall time by part.
     """
 
@@ -66,6 +72,7 @@ class Comparison:
     lora: Fit
     core: CoreFit
     chains: Chains
+    agreements: Mapping[str, Agreement | ValueError]
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -140,7 +147,7 @@ def compare(
         num_draws: Posterior draws of a prediction.
         console: Where to report progress.
     """
-    lora_key, core_key, nuts_key, draw_key = jax.random.split(key, 4)
+    lora_key, core_key, nuts_key, draw_key, flow_key, agree_key = jax.random.split(key, 6)
     seconds: dict[str, float] = {}
     with _timed(seconds, "trunk, labelled rows"):
         sites = select(base, TARGETS, rank=1, layers=slice(-2, None))
@@ -163,6 +170,11 @@ def compare(
         chains = sample_nuts(
             nuts_key, core.model, core.fit.train, mass=core.gaussian, **NUTS_OPTIONS, console=console
         )
+    with _timed(seconds, "SiteFlow"):
+        flow = fit_flow(flow_key, core, console=console)
+    with _timed(seconds, "posteriors against NUTS"):
+        posteriors = {"Laplace": core.gaussian, "Gaussian by SVI": core.fit, "SiteFlow by SVI": flow}
+        agreements = against_nuts(agree_key, posteriors, chains, core.fit.train, console=console)
     with _timed(seconds, "trunk, test rows"):
         tests = {name: cache_prefix(trunk, rows, console=console) for name, rows in tests.items()}
     with _timed(seconds, "features, test rows"):
@@ -170,7 +182,49 @@ def compare(
     with _timed(seconds, "predictions"):
         predictions = _predictions(draw_key, best, core, chains, validation, tests, num_draws, console)
     labels = {name: np.asarray(rows.labels) for name, rows in tests.items()}
-    return Comparison(predictions, labels, best, core, chains, seconds)
+    return Comparison(predictions, labels, best, core, chains, agreements, seconds)
+
+
+def fit_flow(key: Array, core: CoreFit, *, console: Console | None) -> Fit:
+    """The paper's guide on the same posterior, from Laplace's Gaussian, with the steps of the core fit."""
+    start_key, fit_key = jax.random.split(key)
+    guide, rows, steps = SiteFlow(core.model.prior), core.fit.train, len(core.fit.step_seconds)
+    rate = optax.adam(optax.cosine_decay_schedule(CORE_RATE, steps))
+    return fit(
+        fit_key,
+        core.model,
+        guide,
+        rows,
+        rate,
+        scale_optimizer=rate,
+        num_steps=steps,
+        batch_size=len(rows),
+        num_particles=PARTICLES,
+        start=start_at(start_key, guide, core.gaussian),
+        console=console,
+    )
+
+
+def against_nuts(
+    key: Array, posteriors: Mapping[str, Posterior], chains: Chains, rows: Batch, *, console: Console | None
+) -> dict[str, Agreement | ValueError]:
+    """Each posterior held against the draws of NUTS; a refusal stands in the place of a result.
+
+    Args:
+        key: Random key, the same for all.
+        posteriors: Approximations by name.
+        chains: The draws; without a passed certificate they are not called a reference.
+        rows: Rows with labels, at which they are compared.
+        console: Where to report progress.
+    """
+    against: Literal["reference", "anything"] = "reference" if chains.certificate.passed else "anything"
+    found: dict[str, Agreement | ValueError] = {}
+    for name, posterior in posteriors.items():
+        try:
+            found[name] = hold_against(key, posterior, chains, rows, against=against, console=console)
+        except ValueError as error:  # the other results must not be lost
+            found[name] = error
+    return found
 
 
 NUTS_OPTIONS: Mapping[str, Any] = {"num_warmup": 300, "num_draws": 500, "target_acceptance": 0.8}

@@ -77,6 +77,23 @@ def uncertainty(comparison: Comparison) -> Table:
     return Table("Where Bayesian-LoRA is uncertain, mean over test rows", header, tuple(rows))
 
 
+def agreements(comparison: Comparison) -> Table:
+    """How far each approximation of the posterior is from NUTS."""
+    rows = []
+    for name, found in comparison.agreements.items():
+        if isinstance(found, ValueError):
+            rows.append((name, "", "", "", "", f"not compared: {found}"))
+            continue
+        measures = {m.name: m for m in found.measures}
+        shift, ratio = measures["largest |difference of means| / sd"], measures["ratio of sd, worst"]
+        khat = f"{found.khat.value:.2f}" if found.khat else ""
+        differs = ", ".join(found.differences) or "nothing"
+        rows.append((name, f"{shift.value:.2f}", f"{shift.null:.2f}", f"{ratio.value:.2f}", khat, differs))
+    header = ("posterior", "largest shift / sd", "of halves of NUTS", "worst sd ratio", "k-hat", "differs in")
+    title = "Approximations against NUTS, on the tangent posterior, in margins, norms and log-likelihood"
+    return Table(title, header, tuple(rows), texts=frozenset({5}))
+
+
 def costs(comparison: Comparison) -> Table:
     """Seconds of every part."""
     total, lora = sum(comparison.seconds.values()), comparison.seconds[LORA]

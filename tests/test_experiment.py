@@ -90,6 +90,16 @@ def test_tables_show_the_metrics_of_the_predictions(comparison):
     assert float(costs["of it frames"][1]) == pytest.approx(comparison.core.seconds["frames"], abs=0.06)
 
 
+def test_approximations_are_held_against_the_draws_of_nuts(comparison):
+    table = results.agreements(comparison)
+    assert [row[0] for row in table.rows] == ["Laplace", "Gaussian by SVI", "SiteFlow by SVI"]
+    passed = comparison.chains.certificate.passed
+    for row, found in zip(table.rows, comparison.agreements.values(), strict=True):
+        assert found.other == ("reference" if passed else "other posterior")
+        assert float(row[1]) == pytest.approx(np.abs(found.moments.shift).max(), abs=0.006)
+        assert row[5] == (", ".join(found.differences) or "nothing")
+
+
 def test_the_headline_says_what_the_intervals_say(comparison):
     said = results.headline(comparison)
     for rival in (BASE, LORA, CAREFUL):

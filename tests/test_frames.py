@@ -198,10 +198,12 @@ def test_a_scale_is_the_prior_deviation_of_a_contrast_between_two_classes(label_
 
 
 def network_at(frames: Frames, core: np.ndarray, scale: float = 1.0) -> np.ndarray:
-    """Contrasts of the network itself, not of its tangent, at one value of the core of the slope."""
+    """Contrasts of the network itself, not of its tangent, at one value of the core of a family."""
     prior = bl.priors.core(frames, scale=scale)
     model = bl.Classifier(BASE, frames.sites, prior, label_ids=frames.label_ids)
-    fixed = numpyro.handlers.substitute(model.prior, data={"slope.U": jnp.asarray(core, jnp.float32)})
+    fixed = numpyro.handlers.substitute(
+        model.prior, data={f"{next(iter(frames))}.U": jnp.asarray(core, jnp.float32)}
+    )
     adapters = numpyro.handlers.seed(fixed, KEY)()
     logits = np.asarray(model.logits(BASE.params, adapters, ROWS), np.float64)
     return logits[:, 1:] - logits[:, :1]
@@ -227,6 +229,42 @@ def test_the_slope_of_three_classes_has_the_multiples_of_the_base_among_its_upda
     for source in ("weights", "random", PAIR):  # exact whatever the others are made of
         again = made((HEAD, "slope"), label_ids=TWO, source=source)["slope"]
         np.testing.assert_array_equal(again.right, made(("slope",))["slope"].right)
+
+
+def head_inputs(rows) -> np.ndarray:
+    """What enters the head at the last token of each row, from the layers themselves."""
+    module = BASE.module
+    final = module.blocks(module.embed(rows.tokens), rows.mask, start=0, stop=2, at=rows.last[:, None])[:, 0]
+    gain = np.asarray(module.final_norm[...], np.float64)
+    final = np.asarray(final, np.float64)
+    return final / np.sqrt((final**2).mean(1, keepdims=True) + module.config.rms_eps) * gain
+
+
+@pytest.mark.parametrize("label_ids", [TWO, THREE])
+def test_the_bias_is_the_direction_of_the_head_that_is_most_nearly_constant(label_ids):
+    frames = made(("bias",), label_ids=label_ids)
+    frame, inputs = frames["bias"], head_inputs(ROWS)
+    classes = len(label_ids)
+    assert frame.size == (1, classes - 1, 1)
+    np.testing.assert_allclose(frame.left[0].T @ frame.left[0], np.eye(classes - 1), atol=1e-6)
+    np.testing.assert_allclose(frame.left[0].sum(0), 0.0, atol=1e-6)
+    square = inputs.T @ inputs / len(inputs)
+    ridge = 1e-3 * np.trace(square) / 16 * np.eye(16)
+    expected = np.linalg.solve(square + ridge, inputs.mean(0))
+    np.testing.assert_allclose(frame.right[0, :, 0], expected / np.linalg.norm(expected), atol=1e-4)
+    core = np.linspace(0.5, 1.0, classes - 1).reshape(1, classes - 1, 1)
+    moved = network_at(frames, core) - network_at(frames, 0 * core)
+    shift = frame.left[0] @ core[0, :, 0] / frame.unit
+    by_row = inputs @ frame.right[0, :, 0]
+    np.testing.assert_allclose(moved, np.outer(by_row, shift[1:] - shift[0]), atol=1e-4)
+
+
+def test_the_bias_of_rows_that_are_all_alike_is_a_constant():
+    alike = bl.frames(KEY, BASE, ["bias"], ROWS[[3] * 6], label_ids=TWO)
+    model = bl.Classifier(BASE, alike.sites, bl.priors.core(alike), label_ids=TWO)
+    tangent = bl.Tangent(model)
+    phi = np.asarray(tangent.prepare(ROWS[[3] * 6]).features.phi)[:, 0, 0] / alike["bias"].unit
+    np.testing.assert_allclose(np.abs(phi), 1.0, rtol=1e-4)  # the unit is their root mean square
 
 
 # -- refusals

@@ -12,6 +12,7 @@ from scipy import optimize, stats
 
 import bnlora as bl
 from bnlora.guides.around import Informed
+from bnlora.tangent.restricted import kronecker, low_rank
 
 TWO = frames("o_proj", "lm_head")
 SCALES = {"o_proj": 0.8, "lm_head": 2.0}
@@ -106,11 +107,32 @@ def test_a_full_guide_starts_with_mean_and_covariance(gaussians, name):
     np.testing.assert_allclose(vector["fn"].log_prob(some), gaussian.log_density(some), rtol=1e-4, atol=1e-3)
 
 
-def test_a_full_guide_of_each_layer_starts_with_the_covariance_of_the_layer(gaussians):
+def test_a_guide_of_each_layer_starts_at_the_covariance_given_the_rest(gaussians):
     gaussian = gaussians["fixed"]
+    P = np.linalg.inv(gaussian.covariance())[:4, :4]
     start = bl.start_at(KEY, bl.guides.Guide(gaussian.model.prior, bl.guides.full()), gaussian)
     tril = np.asarray(start["o_proj.U.q.scale_tril"], np.float64)[0]
-    np.testing.assert_allclose(tril @ tril.T, gaussian.covariance()[:4, :4], atol=1e-5)
+    np.testing.assert_allclose(tril @ tril.T, np.linalg.inv(P), atol=1e-5)
+    start = bl.start_at(KEY, bl.guides.Guide(gaussian.model.prior, bl.guides.matrix_normal()), gaussian)
+    roots = (np.asarray(start[f"o_proj.U.q.{side}_tril"], np.float64)[0] for side in ("row", "column"))
+    A, B = kronecker(P, 2, 2)
+    np.testing.assert_allclose(np.kron(*(L @ L.T for L in roots)), np.kron(A, B), atol=1e-5)
+
+
+@pytest.mark.parametrize("over", ["layer", "family", "all"])
+def test_a_low_rank_guide_starts_with_its_own_covariance(gaussians, over):
+    gaussian = gaussians["fixed"]
+    guide = bl.guides.Guide(gaussian.model.prior, bl.guides.low_rank(rank=2, over=over))
+    start = bl.start_at(KEY, guide, gaussian)
+    mean, deviation = moments(guide, start, gaussian.view)
+    P = np.linalg.inv(gaussian.covariance())
+    groups = [np.arange(len(P))] if over == "all" else list(gaussian.view.places.values())
+    expected = np.zeros(len(P))
+    for at in groups:
+        s, F = low_rank(P[np.ix_(at, at)], 2)
+        expected[at] = s * np.sqrt(1 + (F**2).sum(1))
+    assert (np.abs(mean - gaussian.loc) < 4 / 4000**0.5 * expected).all()
+    assert (np.abs(deviation / expected - 1) < 4 / 8000**0.5).all()
 
 
 def test_independent_laws_start_at_the_mean_and_conditional_deviations(gaussians):

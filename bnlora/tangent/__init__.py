@@ -5,9 +5,11 @@
 | module      | what it has                                                            |
 |-------------|------------------------------------------------------------------------|
 | `gradients` | derivatives of logit contrasts, projected to frames or sketched        |
+| `targets`   | what may be adapted: modules, the base's own slope, a class bias       |
 | `frames`    | frames from rows, without their labels                                 |
 | `model`     | `Tangent`: the same prior and likelihood on features                   |
 | `linear`    | Laplace's approximation of a linear model: mode, evidence, covariance  |
 | `scales`    | scales by evidence                                                     |
+| `restricted`| closest Gaussian of a restricted covariance, for starts of guides      |
 | `gaussian`  | Laplace's Gaussian over all sites: a posterior, a start, a whitening   |
 """

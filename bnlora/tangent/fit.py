@@ -28,10 +28,11 @@ from bnlora.guides import Guide, around
 from bnlora.model import Classifier
 from bnlora.priors import core, point
 from bnlora.svi import fit
-from bnlora.tangent.frames import SLOPE, Size, frames, target_sites
+from bnlora.tangent.frames import Size, frames
 from bnlora.tangent.gaussian import Gaussian, laplace
 from bnlora.tangent.model import Tangent
 from bnlora.tangent.scales import Scales, choose_scales
+from bnlora.tangent.targets import SLOPE, target_sites
 from bnlora.typing import Adapters
 
 SIZES: Mapping[str, int] = {"q_proj": 8, "k_proj": 8, "v_proj": 32}
@@ -110,8 +111,8 @@ def fit_core(
         train: Rows with labels.
         label_ids: Token id of each class.
         size: Directions of each side, as in `bnlora.frames`; a mapping also says which modules are adapted.
-        targets: Modules, and `"slope"`. Omitted, `"slope"` and the modules of `size` where that is a mapping,
-            else those of `SIZES`.
+        targets: Modules, `"slope"` and `"bias"`. Omitted, `"slope"` and the modules of `size` where that is a
+            mapping, else those of `SIZES`.
         layers: Layers to adapt; the two uppermost when omitted.
         scale_prior: Distribution of every scale, for their choice by evidence.
         num_steps: Steps of the variational fit.

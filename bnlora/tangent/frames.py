@@ -7,15 +7,10 @@ r"""Frames of the core prior, computed from rows without their labels.
 | "random"   | nothing: Haar-distributed                                                                 |
 | a mapping  | given: (L, R) by family                                                                   |
 
-The target `"slope"` is no module: it stands for the base's own logits. Its family adapts the head in the
-space of the label rows of the head itself, so that for two classes the update multiplies the base's log-odds,
-the inverse temperature of the base as a random variable. Its frames are exact whatever the source is.
-
-They depend on the inputs and the base alone, so p(y | x) under the core prior is a proper conditional
+Frames depend on the inputs and the base alone, so p(y | x) under the core prior is a proper conditional
 evidence. The sums run over rows in parts; nothing of the size rows x weights is kept.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -37,17 +32,12 @@ from bnlora.frame import Frame, Frames, Source
 from bnlora.model import Classifier
 from bnlora.priors import point
 from bnlora.progress import track
-from bnlora.sites import HEAD, Site, Sites, select
+from bnlora.sites import HEAD, Sites
 from bnlora.tangent.gradients import moments, shared_features
-
-SLOPE = "slope"
-"""Target, and family, of the base's own logits."""
+from bnlora.tangent.targets import OWN, ROWS, label_rows, own_sides, target_sites
 
 Size = int | float | Mapping[str, int | float]
 Sides = tuple[Float[np.ndarray, "l d_out d_out"], Float[np.ndarray, "l d_in d_in"]]
-ROWS = 16
-"""Rows that are differentiated at a time."""
-
 NULL = 1e-6
 """Eigenvalues below this share of the largest are zero: frames do not extend into the null space."""
 
@@ -73,8 +63,8 @@ def frames(
     Args:
         key: Random key of sketches and of random frames.
         base: The frozen base.
-        targets: Modules to adapt, as `bnlora.select` takes a list of them, and `"slope"` for a multiple of
-            the base's own logits.
+        targets: Modules to adapt, as `bnlora.select` takes a list of them, `"slope"` for a multiple of the
+            base's own logits, and `"bias"` for a class bias (`bnlora.tangent.targets`).
         data: Rows; labels are not read. Activations that are cached below the adapted layers are used.
         label_ids: Token id of each class.
         size: Directions of each side: a number, or a share of the energy between 0 and 1, which every layer
@@ -107,12 +97,11 @@ def frames(
         check_option("source", source, tuple(s for s in get_args(Source) if s != "given"))
     sites = target_sites(base, targets, layers)
     model = Classifier(base, sites, point(), label_ids=label_ids)
-    inner = model.sites.only(families=[name for name in sites if name != SLOPE])
+    inner = model.sites.only(families=[name for name in sites if name not in OWN])
     sizes = _sizes(inner, size, energies=source in ("jacobian", "weights"))
     data = cache_prefix(model, data, console=console)
     sides, energies = _chosen(key, model, inner, sizes, source, data, console)
-    if SLOPE in sites:
-        sides[SLOPE] = _slope(model)
+    sides |= own_sides(model, data, console)
     units = _units(model, sides, data, console)
     families = {
         name: Frame(left, right, units[name], energies.get(name, ()))
@@ -132,26 +121,6 @@ def frames(
     )
 
 
-def target_sites(base: Base, targets: Sequence[str], layers: Any) -> Sites:
-    """Sites of rank one of modules, as `bnlora.select` gives them, and last that of the slope.
-
-    Args:
-        base: The base.
-        targets: Modules, and `"slope"`.
-        layers: Layers, as in `bnlora.select`.
-    """
-    modules = [name for name in targets if name != SLOPE]
-    for name in modules:
-        if name not in base.modules and difflib.get_close_matches(name, [SLOPE], cutoff=0.75):
-            raise ValueError(f"target {name!r} matches no module; nearest names: {SLOPE}")
-    if len(modules) == len(targets):
-        return select(base, targets, rank=1, layers=layers)
-    d_in, d_out = base.modules[HEAD]
-    slope = Site(SLOPE, HEAD, (base.num_layers,), d_in, d_out, 1, 1.0)
-    families = select(base, modules, rank=1, layers=layers).families if modules else ()
-    return Sites((*families, slope), base.num_layers)
-
-
 def _chosen(
     key: Array,
     model: Classifier,
@@ -161,7 +130,7 @@ def _chosen(
     data: Batch,
     console: Console | None,
 ) -> tuple[dict[str, tuple], dict[str, tuple]]:
-    """Frames of every family but the slope, and the energies behind them, if any."""
+    """Frames of every module, and the energies behind them, if any."""
     if not len(sites):
         return {}, {}
     if isinstance(source, Mapping):
@@ -172,22 +141,6 @@ def _chosen(
         return _leading(_weights(model, sites), sizes)
     whole = Classifier(model.base, sites, point(), label_ids=model.label_ids)
     return _leading(_jacobian(key, whole, data, console), sizes)
-
-
-def _slope(model: Classifier) -> tuple[np.ndarray, np.ndarray]:
-    """Frames of updates within the label rows of the head, for all classes together."""
-    rows = _label_rows(model)
-    left, _, right = np.linalg.svd(rows, full_matrices=False)
-    left, right = left[:, : len(rows) - 1], right[: len(rows) - 1].T
-    return left[None].astype(np.float32), right[None].astype(np.float32)
-
-
-def _label_rows(model: Classifier) -> Float[np.ndarray, "c d"]:
-    """The label rows of the head less their mean: what all classes share moves no contrast."""
-    module = model.base.bind(model.base.params)
-    table = module.embedding if module.lm_head is None else module.lm_head
-    rows = np.asarray(table[...])[list(model.label_ids)].astype(np.float64)
-    return rows - rows.mean(0)
 
 
 def _sizes(sites: Sites, size: Size, *, energies: bool) -> dict[str, int | float]:
@@ -234,7 +187,7 @@ def _weights(model: Classifier, sites: Sites) -> dict[str, Sides]:
     module, grams = model.base.bind(model.base.params), {}
     for name, site in sites.items():
         if site.module == HEAD:
-            kernels = _label_rows(model)[None]
+            kernels = label_rows(model)[None]
         else:
             stack = np.asarray(module.layers[site.module][...])[list(site.layers)]
             kernels = np.swapaxes(stack, 1, 2).astype(np.float64)

@@ -181,11 +181,7 @@ def _require_memory(rows: int, coordinates: int) -> None:
 
 def _places(view: Density) -> tuple[np.ndarray, np.ndarray]:
     """Where the vector has scales, and where it has the cores, these in the order of the frames."""
-    begin, at = 0, {}
-    for name, shape in view.shapes.items():
-        size = int(np.prod(shape))
-        at[name] = np.arange(begin, begin + size)
-        begin += size
+    at = view.places
     cores = [f"{family}.U" for family in view.model.sites]
     others = [name for name in at if name not in cores]
     wrong = [name for name in others if not name.endswith(".scale")] + [c for c in cores if c not in at]

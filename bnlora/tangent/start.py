@@ -1,20 +1,18 @@
 r"""Start values of a guide at Laplace's Gaussian: the mean, and as much covariance as the guide can hold.
 
-| parameter of the guide | starts at                                                        |
-|------------------------|------------------------------------------------------------------|
-| `loc`                  | the mean                                                         |
-| `scale_tril`           | Cholesky root of the covariance of its vector                    |
-| `scale`                | conditional standard deviations, which a mean-field law tends to |
+| parameter of the guide            | starts at                                                        |
+|-----------------------------------|------------------------------------------------------------------|
+| `loc`                             | the mean                                                         |
+| `scale_tril`                      | Cholesky root of the covariance of its vector                    |
+| `row_tril`, `column_tril`         | roots of the closest matrix normal                               |
+| `scale` and `factor`              | the closest law of diagonal plus low rank                        |
+| `scale` alone                     | conditional standard deviations, the closest diagonal law        |
 
-A flow starts near the identity, so its base has `loc` and `scale`. The factor of a low-rank law starts where
-the guide starts it.
-
-Reference: Turner and Sahani (2011), Two problems with variational expectation maximisation, for the
-conditional variances of mean-field laws.
+Closest is meant as a variational fit means it (`bnlora.tangent.restricted`), so that these starts are where
+fits on a Gaussian posterior end. A flow starts near the identity: its base has `loc` and `scale`.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +22,7 @@ from bnlora.checks import check_key
 from bnlora.elbo import initial_parameters
 from bnlora.guides import Guide
 from bnlora.tangent.gaussian import Gaussian
+from bnlora.tangent.restricted import diagonal, kronecker, low_rank
 from bnlora.typing import Parameters
 
 MOST = 8_000
@@ -64,10 +63,13 @@ def start_at(key: Array, guide: Guide, gaussian: Gaussian) -> Parameters:
         )
     free, constrain = initial_parameters(key, gaussian.model, guide)
     values = constrain(free) | {n: value for n, value in view.params.items() if n in free}
-    covariance = gaussian.covariance()
-    conditional = 1 / np.sqrt(np.diag(np.linalg.inv(covariance)))
-    for names, coordinates in _vectors(guide, view.shapes):
-        _place(values, names, coordinates, gaussian.loc, covariance, conditional)
+    precision = np.linalg.inv(gaussian.covariance())
+    for name, at in _vectors(guide, view.places):
+        prefix = f"{name}.q."
+        own = {key.removeprefix(prefix): x for key, x in values.items() if key.startswith(prefix)}
+        # A law that factorises over vectors tends to the covariance given the others.
+        for suffix, found in _starts(own, gaussian.loc[at], precision[np.ix_(at, at)]).items():
+            values[prefix + suffix] = jnp.asarray(found.reshape(own[suffix].shape), own[suffix].dtype)
     return values
 
 
@@ -75,36 +77,35 @@ def _listed(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name} of {size:,}" for name, size in sizes.items())
 
 
-def _vectors(guide: Guide, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, np.ndarray]]:
+def _vectors(guide: Guide, places: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
     """First site and coordinates of what the guide treats as one: all sites of a joint family, or one."""
-    begin, at = 0, {}
-    for name, shape in shapes.items():
-        count = int(np.prod(shape))
-        at[name] = np.arange(begin, begin + count)
-        begin += count
     found = []
     for family, names in guide.groups:
         together = [tuple(names)] if family.joint else [(name,) for name in names]
-        found += [(group[0], np.concatenate([at[name] for name in group])) for group in together]
+        found += [(group[0], np.concatenate([places[name] for name in group])) for group in together]
     return found
 
 
-def _place(
-    values: dict[str, Any],
-    name: str,
-    coordinates: np.ndarray,
-    loc: np.ndarray,
-    covariance: np.ndarray,
-    conditional: np.ndarray,
-) -> None:
-    """Set the parameters of one vector, which may be cut into layers."""
-    for suffix, source in (("loc", loc), ("scale", conditional)):
-        key = f"{name}.q.{suffix}"
-        if key in values and values[key].size == len(coordinates):
-            values[key] = jnp.asarray(source[coordinates].reshape(values[key].shape), values[key].dtype)
-    key = f"{name}.q.scale_tril"
-    if key in values:
-        size = values[key].shape[-1]
-        blocks = coordinates.reshape(-1, size)
-        roots = np.stack([np.linalg.cholesky(covariance[np.ix_(b, b)]) for b in blocks])
-        values[key] = jnp.asarray(roots.reshape(values[key].shape), values[key].dtype)
+def _starts(own: Mapping[str, Array], loc: np.ndarray, precision: np.ndarray) -> dict[str, np.ndarray]:
+    """Start of the parameters of one vector by their names; those of other sizes are left as they are."""
+    found = {"loc": loc}
+    if "scale_tril" in own:
+        blocks = _blocks(precision, own["scale_tril"].shape[-1])
+        found["scale_tril"] = np.linalg.cholesky(np.linalg.inv(np.stack(blocks)))
+    elif "factor" in own:
+        size, rank = own["factor"].shape[-2:]
+        pairs = [low_rank(P, rank) for P in _blocks(precision, size)]
+        found["scale"], found["factor"] = map(np.stack, zip(*pairs, strict=True))
+    elif "row_tril" in own:
+        rows, cols = own["row_tril"].shape[-1], own["column_tril"].shape[-1]
+        pairs = [kronecker(P, rows, cols) for P in _blocks(precision, rows * cols)]
+        A, B = map(np.stack, zip(*pairs, strict=True))
+        found["row_tril"], found["column_tril"] = np.linalg.cholesky(A), np.linalg.cholesky(B)
+    else:
+        found["scale"] = diagonal(precision)
+    return {name: x for name, x in found.items() if name in own and own[name].size == x.size}
+
+
+def _blocks(precision: np.ndarray, size: int) -> list[np.ndarray]:
+    """The diagonal blocks of a given size: the layers of a vector that is cut into them."""
+    return [precision[i : i + size, i : i + size] for i in range(0, len(precision), size)]

@@ -1,0 +1,114 @@
+"""The gold standard of the demonstration's tangent posterior: python benchmarks/gold.py.
+
+NUTS in the coordinates of Laplace's Gaussian, at the scales that `fit_core` chose and with scales as sites,
+on 560 labelled movie sentences. At fixed scales NumPyro's NUTS gets the same density in the same coordinates,
+in turns; its seconds and gradients are held against those of `bnlora.sample_nuts`, compiling included.
+Effective sizes are the least over the contrasts of eight rows and the log-likelihood.
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from numpyro.infer import MCMC, NUTS
+from pool import pool, rows_of
+from rich.console import Console
+
+import bnlora as bl
+from bnlora.assets import vader_domains
+from bnlora.demo import RECIPE
+from bnlora.mcmc.whitened import InRows
+from bnlora.monte_carlo import bulk_ess
+from bnlora.tangent.fit import SIZES, fit_core
+
+QUIET = Console(quiet=True)
+CHAINS, ACCEPTANCE = 4, 0.8
+
+
+def least_ess(target: InRows, positions: np.ndarray) -> float:
+    """Least bulk effective size over some contrasts and the log-likelihood, positions (chain, draw, r)."""
+    design, offset, labels = (np.asarray(x) for x in target.likelihood)
+    moved = np.asarray(positions, np.float64) * np.asarray(target.gaussian.gains)
+    contrasts = offset[:, 0] + moved @ design[:, 0].T
+    log_likelihood = -np.logaddexp(0, np.where(labels == 1, -contrasts, contrasts)).sum(-1, keepdims=True)
+    return float(bulk_ess(np.concatenate([contrasts[..., :8], log_likelihood], axis=-1)).min())
+
+
+def by_numpyro(key: jax.Array, target: InRows, warmup: int, draws: int) -> tuple[np.ndarray, int]:
+    """Positions (chain, draw, r) and gradients after the warm-up."""
+    inputs = target.inputs
+    kernel = NUTS(potential_fn=lambda z: -target.log_density(z, inputs), target_accept_prob=ACCEPTANCE)
+    sampler = MCMC(kernel, num_warmup=warmup, num_samples=draws, num_chains=CHAINS,
+                   chain_method="vectorized", progress_bar=False)  # fmt: skip
+    start = jnp.zeros((CHAINS, len(target.gaussian.gains)))
+    sampler.run(key, init_params=start, extra_fields=("num_steps",))
+    return sampler.get_samples(group_by_chain=True), int(np.sum(sampler.get_extra_fields()["num_steps"]))
+
+
+def fixed(core, warmup: int, draws: int, rounds: int) -> None:
+    """Both samplers at fixed scales, in turns."""
+    options = {"num_warmup": warmup, "num_draws": draws, "target_acceptance": ACCEPTANCE, "console": QUIET}
+    print("| sampler | round | s | gradients | least ESS | ESS / s |\n|---|---|---|---|---|---|")
+    for number in range(rounds):
+        key = jax.random.key(number)
+        began = time.perf_counter()
+        chains = bl.sample_nuts(key, core.model, core.fit.train, mass=core.gaussian, **options)
+        seconds, target = time.perf_counter() - began, chains.target
+        ess = least_ess(target, np.stack([target.positions(c) for c in chains.vectors]))
+        gradients = chains.num_gradients["sampling"]
+        print(
+            f"| bnlora | {number} | {seconds:.1f} | {gradients:,} | {ess:.0f} | {ess / seconds:.1f} |",
+            flush=True,
+        )
+        began = time.perf_counter()
+        positions, gradients = by_numpyro(key, target, warmup, draws)
+        seconds, ess = time.perf_counter() - began, least_ess(target, positions)
+        print(
+            f"| NumPyro | {number} | {seconds:.1f} | {gradients:,} | {ess:.0f} | {ess / seconds:.1f} |",
+            flush=True,
+        )
+    print(chains.certificate, int(chains.stats["divergent"].sum()), "divergences")
+
+
+def random_scales(core, warmup: int, draws: int, acceptance: float) -> None:
+    """NUTS with scales as sites."""
+    prior = bl.priors.core(core.frames, scale=dist.HalfNormal(5.0))
+    tangent = core.model.with_prior(prior)
+    began = time.perf_counter()
+    gaussian = bl.laplace(tangent, core.fit.train)
+    print(
+        f"Laplace with scales as sites: {gaussian.log_evidence:.1f} nats, {time.perf_counter() - began:.0f} s"
+    )
+    began = time.perf_counter()
+    chains = bl.sample_nuts(jax.random.key(1), tangent, core.fit.train, mass=gaussian, num_warmup=warmup,
+                            num_draws=draws, target_acceptance=acceptance, console=QUIET)  # fmt: skip
+    divergences = int(chains.stats["divergent"].sum())
+    print(f"{time.perf_counter() - began:.0f} s, {chains.num_gradients}, {divergences} divergences")
+    print(chains.certificate, flush=True)
+
+
+def main() -> None:
+    """Print both."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--warmup", type=int, default=300)
+    parser.add_argument("--draws", type=int, default=500)
+    parser.add_argument("--acceptance", type=float, default=0.95, help="of the run with scales as sites")
+    arguments = parser.parse_args()
+    base = RECIPE.load_base()
+    movies = pool(base, RECIPE, console=QUIET)["movies"]
+    label_ids = RECIPE.read(vader_domains(), base, text="text", label="label").label_ids
+    train = rows_of(movies, np.random.default_rng(0).permutation(len(movies))[:560])
+    core = fit_core(
+        jax.random.key(0), base, train, label_ids=label_ids, size=SIZES, num_steps=1, console=QUIET
+    )
+    print(core.scales)
+    fixed(core, arguments.warmup, arguments.draws, arguments.rounds)
+    random_scales(core, arguments.warmup, 2 * arguments.draws, arguments.acceptance)
+
+
+if __name__ == "__main__":
+    main()
