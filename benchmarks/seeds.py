@@ -154,9 +154,18 @@ def report() -> None:
             centre = np.append(centre, centre.mean())
             cells = [f"{c:+.3f} ({a:+.3f} to {b:+.3f})" for c, a, b in zip(centre, low, high, strict=True)]
             print(f"| {name} | {BAYES} minus {m} | " + " | ".join(cells) + " |")
+    compact(table)
     print("mean debiased ECE over that of a rival:", debiased_ratio(found, table["debiased"]))
     for f in found:
         print(f["seed"], {k: round(v, 1) for k, v in f["seconds"].items()}, f["about"])
+
+
+def compact(table: dict[str, dict[str, np.ndarray]]) -> None:
+    """NLL / debiased ECE / accuracy by method and domain: the table of the README."""
+    print("| | " + " | ".join(DOMAINS) + " |\n|" + "---|" * (len(DOMAINS) + 1))
+    for m in METHODS:
+        triples = zip(*(table[name][m] for name in ("NLL", "debiased", "ACC")), strict=True)
+        print(f"| {m} | " + " | ".join(" / ".join(f"{x:.3f}" for x in triple) for triple in triples) + " |")
 
 
 def debiased_ratio(found: list[dict], debiased: dict[str, np.ndarray], draws: int = 200) -> str:

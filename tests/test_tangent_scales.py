@@ -144,6 +144,28 @@ def test_a_prior_moves_the_scale_towards_its_own():
     assert narrow.log_evidence < found.log_evidence
 
 
+@pytest.mark.parametrize("within", [0.5, 2.0])
+def test_caution_lowers_all_scales_by_one_factor_until_the_evidence_has_lost_so_much(within):
+    model, linear, found = two()
+    lowered = bl.choose_scales(model, rows_of(model, linear), within=within)
+    shift = log_scales(lowered) - log_scales(found)
+    assert (shift < 0).all()
+    np.testing.assert_allclose(shift, shift[0], atol=1e-4)
+    assert evidence(linear, log_scales(lowered)) == pytest.approx(
+        evidence(linear, log_scales(found)) - within, abs=0.01
+    )
+    assert lowered.log_evidence == pytest.approx(evidence(linear, log_scales(lowered)), abs=1e-3)
+    assert lowered.stderr == found.stderr  # of the maximum
+
+
+def test_caution_beyond_what_the_rows_say_leaves_the_base():
+    model, linear, found = two()
+    everything = found.log_evidence - found.base
+    lowered = bl.choose_scales(model, rows_of(model, linear), within=everything + 1)
+    assert max(lowered.values.values()) < OFF
+    assert lowered.log_evidence == pytest.approx(found.base, abs=1e-3)
+
+
 def test_a_family_of_noise_is_switched_off():
     """Each row comes with its mirror image: the noise cannot have moved its label."""
     model, half, _ = two()
@@ -245,6 +267,7 @@ def test_frames_that_read_labels_are_refused():
     ("options", "message"),
     [
         ({"by": "module"}, "by must be one of .*got 'module'"),
+        ({"within": -1.0}, "within must be a number of nats of at least zero; got -1.0"),
         ({"prior": 1.0}, "prior must be a distribution of positive values.*got 1.0"),
         ({"prior": dist.Normal(0.0, 1.0)}, "prior must be .*distribution of positive values"),
     ],

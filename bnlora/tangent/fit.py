@@ -100,6 +100,7 @@ def fit_core(
     targets: Sequence[str] | None = None,
     layers: slice | Iterable[int] | None = slice(-2, None),
     scale_prior: dist.Distribution | None = SCALE_PRIOR,
+    within: float = 0.0,
     num_steps: int = STEPS,
     console: Console | None = None,
 ) -> CoreFit:
@@ -115,6 +116,7 @@ def fit_core(
             mapping, else those of `SIZES`.
         layers: Layers to adapt; the two uppermost when omitted.
         scale_prior: Distribution of every scale, for their choice by evidence.
+        within: Nats of evidence to give up for smaller scales, as in `bnlora.choose_scales`.
         num_steps: Steps of the variational fit.
         console: Where to draw progress bars.
 
@@ -148,7 +150,7 @@ def fit_core(
     tangent = Tangent(Classifier(base, made.sites, core(made), label_ids=label_ids))
     rows = cache_prefix(tangent, train, console=console)
     lap("features")
-    scales = choose_scales(tangent, rows, prior=scale_prior, console=console)
+    scales = choose_scales(tangent, rows, prior=scale_prior, within=within, console=console)
     lap("scales by evidence")
     tangent = tangent.with_prior(core(made, scale=scales.values))
     gaussian = laplace(tangent, rows, console=console)

@@ -98,6 +98,7 @@ def choose_scales(
     *,
     by: By = "family",
     prior: dist.Distribution | None = None,
+    within: float = 0.0,
     console: Console | None = None,
 ) -> Scales:
     """Choose the scales of the core prior by Laplace's evidence.
@@ -107,6 +108,9 @@ def choose_scales(
         train: Rows with labels.
         by: One scale for each family, or for each of its layers.
         prior: Distribution of each scale, independent of the others; none when omitted.
+        within: Nats of evidence to give up for caution: all scales are lowered by the one factor at which the
+            evidence is so far below its maximum. Rows say little between the two, and smaller scales keep
+            predictions nearer to the base's where new rows differ from the training rows.
         console: Where to draw progress bars.
 
     Returns:
@@ -114,7 +118,8 @@ def choose_scales(
 
     Raises:
         ValueError: When the frames read labels, rows have no labels or one class, the prior is no
-            distribution of positive values, or the evidence has no maximum, as on separable rows.
+            distribution of positive values, `within` is negative, or the evidence has no maximum, as on
+            separable rows.
 
     Example:
         >>> chosen = bl.choose_scales(tangent, rows, prior=dist.HalfNormal(1.0))
@@ -125,6 +130,8 @@ def choose_scales(
     """
     check_option("by", by, get_args(By))
     _check_prior(prior)
+    if not 0 <= within < np.inf:
+        raise ValueError(f"within must be a number of nats of at least zero; got {within!r}")
     require_label_free(tangent)
     check_rows("training", train, tangent)
     model, names = linear_of(tangent, cache_prefix(tangent, train, console=console), by=by)
@@ -137,13 +144,14 @@ def choose_scales(
             f"the evidence has no maximum: it still grows at a scale of {np.exp(HIGHEST):.0f} nats for "
             f"{where}, as on separable rows; give the scales a prior, such as prior=dist.HalfNormal(1.0)"
         )
+    stderr = dict(zip(names, _stderr(value, found), strict=True))
+    found = found + _lowered(lambda shift: value(found + shift, all_on)[2], within)
     evidence = value(found, all_on)[2]
     without = {}
     for index, name in enumerate(names):
         on = np.arange(len(names)) != index
         off = np.exp(found[index]) <= OFF
         without[name] = evidence if off else value(_maximise(value, on, [found]), on)[2]
-    stderr = dict(zip(names, _stderr(value, found), strict=True))
     scales = np.exp(found)
     return Scales(_by_family(tangent, names, scales, by), evidence, without, base_evidence(model), stderr)
 
@@ -267,6 +275,16 @@ def _maximise(value: Objective, on: np.ndarray, starts: Sequence[np.ndarray]) ->
         if made.fun < best[1] - 1e-6:
             best = np.where(on, _spread(made.x, on), first), made.fun
     return best[0]
+
+
+def _lowered(evidence: Callable[[float], float], within: float) -> float:
+    """The shift of all log scales at which the evidence is so many nats below that of no shift."""
+    if not within:
+        return 0.0
+    lowest, wanted = float(LOWEST - HIGHEST), evidence(0.0) - within
+    if evidence(lowest) > wanted:  # the base itself is as good
+        return lowest
+    return float(scipy.optimize.brentq(lambda shift: evidence(shift) - wanted, lowest, 0.0, xtol=1e-4))
 
 
 def _spread(x: np.ndarray, on: np.ndarray) -> np.ndarray:
