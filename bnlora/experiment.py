@@ -173,7 +173,8 @@ def compare(
     with _timed(seconds, "SiteFlow"):
         flow = fit_flow(flow_key, core, console=console)
     with _timed(seconds, "posteriors against NUTS"):
-        posteriors = {"Laplace": core.gaussian, "Gaussian by SVI": core.fit, "SiteFlow by SVI": flow}
+        posteriors: dict[str, Posterior] = {"Laplace": core.gaussian, "Gaussian by SVI": core.fit}
+        posteriors["SiteFlow by SVI"] = flow
         agreements = against_nuts(agree_key, posteriors, chains, core.fit.train, console=console)
     with _timed(seconds, "trunk, test rows"):
         tests = {name: cache_prefix(trunk, rows, console=console) for name, rows in tests.items()}

@@ -68,8 +68,8 @@ def start_at(key: Array, guide: Guide, gaussian: Gaussian) -> Parameters:
         prefix = f"{name}.q."
         own = {key.removeprefix(prefix): x for key, x in values.items() if key.startswith(prefix)}
         # A law that factorises over vectors tends to the covariance given the others.
-        for suffix, found in _starts(own, gaussian.loc[at], precision[np.ix_(at, at)]).items():
-            values[prefix + suffix] = jnp.asarray(found.reshape(own[suffix].shape), own[suffix].dtype)
+        for suffix, value in _starts(own, gaussian.loc[at], precision[np.ix_(at, at)]).items():
+            values[prefix + suffix] = jnp.asarray(value.reshape(own[suffix].shape), own[suffix].dtype)
     return values
 
 

@@ -92,11 +92,12 @@ def _bias(model: Classifier, data: Batch, console: Console | None) -> Sides:
     """All differences of classes, times the direction of a constant."""
     classes = len(model.label_ids)
     left = np.linalg.svd(np.eye(classes) - 1 / classes)[0][:, : classes - 1]
-    total, mean = 0.0, 0.0
+    width = model.sites[BIAS].d_in
+    total, mean = np.zeros((width, width)), np.zeros(width)
     for inputs in _head_inputs(model, data, console):
         total, mean = total + inputs.T @ inputs / len(data), mean + inputs.sum(0) / len(data)
-    ridge = RIDGE * np.trace(total) / len(total)
-    right = np.linalg.solve(total + ridge * np.eye(len(total)), mean)
+    ridge = RIDGE * np.trace(total) / width
+    right = np.linalg.solve(total + ridge * np.eye(width), mean)
     right = right / np.linalg.norm(right)
     return left[None].astype(np.float32), right[None, :, None].astype(np.float32)
 
