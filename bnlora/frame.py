@@ -66,6 +66,10 @@ class Frames(Shown, Mapping[str, Frame]):
         source: What they were made of.
         label_free: Whether no label was read. Evidence is comparable only between frames of this kind.
         base: Some weights of the base (`bnlora.fingerprint`).
+
+    Example:
+        >>> frames.num_coordinates, frames["lm_head"].size  # layers, rows and columns of a core
+        (4, (1, 1, 4))
     """
 
     families: Mapping[str, Frame]
