@@ -15,8 +15,16 @@ to the same simulations.
 Uniform ranks are necessary, not sufficient: an inference that ignores the data and returns prior
 draws passes for every function that does not read them.
 
+An average over the prior may say little about the one data set at hand. `run_posterior` asks near that one:
+
+    adapters_0 ~ posterior(y),   y' ~ likelihood(adapters_0),   adapters_1, ..., adapters_L ~ inference(y, y')
+
+Given y and y', adapters_0 is a draw of the posterior of both, so that its ranks are uniform once more
+(Saeilynoja et al. 2025).
+
 References: Talts, Betancourt, Simpson, Vehtari and Gelman (2018), arXiv 1804.06788; Yao, Vehtari, Simpson
-and Gelman (2018), arXiv 1802.02538; Modrak et al. (2023), arXiv 2211.02383; `bnlora.ranks` for the tests.
+and Gelman (2018), arXiv 1802.02538; Modrak et al. (2023), arXiv 2211.02383; Saeilynoja, Schmitt, Buerkner and
+Vehtari (2025), Posterior SBC, arXiv 2502.03279; `bnlora.ranks` for the tests.
 """
 
 from collections.abc import Callable
@@ -30,18 +38,18 @@ import optax
 from jax import Array
 
 from bnlora.calibration import Calibration
-from bnlora.checks import broken_weights, check_at_least, check_key
-from bnlora.data import Batch
+from bnlora.checks import check_at_least, check_key, listed
+from bnlora.data import Batch, check_labels
 from bnlora.density import check_parameters
 from bnlora.elbo import initial_parameters
-from bnlora.functions import Functions, identifiable, log_likelihood, scalars
+from bnlora.functions import Functions, identifiable, log_likelihood
 from bnlora.guides.automatic import prepare
 from bnlora.maximise import maximise
 from bnlora.model import Classifier
 from bnlora.posterior import draw_adapters
 from bnlora.prior_draws import draw_prior, prior_parameters
 from bnlora.program import declared
-from bnlora.ranks import rank
+from bnlora.ranking import ranked
 from bnlora.typing import Adapters, Parameters
 
 
@@ -54,6 +62,10 @@ class Inference(Protocol):
     def __call__(self, key: Array, frozen: Any, batch: Batch) -> Adapters:
         """Adapters with a leading draw axis."""
         ...
+
+
+Start = Callable[[Array, Any, Batch], Parameters]
+"""From key, frozen weights and rows to constrained values of all parameters; pure, like an `Inference`."""
 
 
 class Simulation(NamedTuple):
@@ -95,6 +107,7 @@ def svi_inference(
     num_steps: int,
     num_draws: int,
     num_particles: int = 1,
+    start: Start | None = None,
 ) -> Inference:
     """Fit a guide to all rows at once for a fixed number of steps, then draw from it.
 
@@ -109,13 +122,16 @@ def svi_inference(
         num_steps: Number of steps.
         num_draws: Draws of the fitted guide, L.
         num_particles: Guide draws averaged in a step.
+        start: From key, frozen weights and rows to the values at which the parameters start, as `start` of
+            `bnlora.fit`; those of guide and prior when omitted.
 
     Returns:
         An inference for `run`.
 
     Raises:
         ValueError: When a number is below one, the prior has a discrete latent site or a name that is not
-            free, or the guide cannot be fitted.
+            free, or the guide cannot be fitted. The inference raises it where `start` lacks a parameter or
+            gives one another shape.
     """
     key = check_key(key)
     check_at_least({"num_steps": num_steps, "num_draws": num_draws, "num_particles": num_particles}, 1)
@@ -125,9 +141,10 @@ def svi_inference(
     def infer(key: Array, frozen: Any, batch: Batch) -> Adapters:
         start_key, step_key, draw_key = jax.random.split(key, 3)
         arguments = (frozen, batch, len(batch))
+        begin = None if start is None else start(start_key, frozen, batch)
         params = maximise(
             step_key,
-            *initial_parameters(start_key, model, guide, *arguments),
+            *initial_parameters(start_key, model, guide, *arguments, start=begin),
             model,
             guide,
             *arguments,
@@ -227,63 +244,105 @@ def run(
             that is not finite, or when every simulation failed.
     """
     key = check_key(key)
-    if num_simulations < 2 or len(rows) < 1 or not 0 < level < 1:
-        raise ValueError(
-            "calibration needs at least two simulations, one row and a level in (0, 1); got "
-            f"num_simulations={num_simulations}, {len(rows)} rows, level={level}"
-        )
+    _check_sizes(f"num_simulations={num_simulations}", num_simulations, rows, level)
     params_key, run_key = jax.random.split(key)
     params = prior_parameters(params_key, model) if params is None else params
-    functions = identifiable(model, rows[:3]) if functions is None else functions
-    one = _simulation(model, inference, functions)
-    program = jax.jit(lambda keys, *shared: jax.lax.map(lambda k: one(k, *shared), keys))
-    keys = jax.random.split(run_key, num_simulations)
-    found = program(keys, model.base.params, model.prepare(rows), params)
-    found = jax.tree.map(np.asarray, found)
-    broken = [name for name, ok in found.truth_finite.items() if not ok.all()]
-    if broken:
-        remedy = broken_weights(model.base.params) or "lower the prior's scale, or rank other functions"
+
+    def make(key: Array, own: None, frozen: Any, rows: Batch, params: Parameters) -> Simulation:
+        return simulate(key, model, frozen, rows, params)
+
+    return ranked(
+        run_key,
+        model,
+        inference,
+        identifiable(model, rows[:3]) if functions is None else functions,
+        make,
+        None,
+        model.prepare(rows),
+        params,
+        num_simulations=num_simulations,
+        level=level,
+        origin="draws of the prior",
+        remedy="lower the prior's scale, or rank other functions",
+    )
+
+
+def run_posterior(
+    key: Array,
+    model: Classifier,
+    inference: Inference,
+    observed: Batch,
+    truths: Adapters,
+    *,
+    functions: Functions | None = None,
+    level: float = 0.05,
+) -> Calibration:
+    """Simulate from the posterior of observed rows, infer from both data sets together, and rank.
+
+    Each truth draws new labels of the same rows. The inference then gets the rows twice: with the labels that
+    were observed, and with those that were drawn. Functions that read the data get both, too.
+
+    Args:
+        key: Random key.
+        model: A `Classifier`.
+        inference: What is to be judged.
+        observed: Rows with labels.
+        truths: Draws of the posterior given `observed`, one for each simulation. They should come from
+            another inference, one that is exact, or from the same one: then ranks tell whether it agrees
+            with itself. They must be independent of each other, so thin the draws of chains.
+        functions: What is ranked; `identifiable(model, observed[:3])` when omitted.
+        level: Level of the verdicts.
+
+    Returns:
+        Ranks of the truths among the draws, with their tests.
+
+    Raises:
+        ValueError: On rows without labels, fewer than two truths, truths that are no adapters of the model, a
+            level outside (0, 1), and where `run` would raise it because of draws or functions.
+    """
+    key = check_key(key)
+    check_labels("observed", observed, len(model.label_ids))
+    count = _count(model, truths)
+    _check_sizes(f"{count} truths", count, observed, level)
+
+    def make(key: Array, truth: Adapters, frozen: Any, rows: Batch, shared: None) -> Simulation:
+        labels = jax.random.categorical(key, model.logits(frozen, truth, rows)).astype(rows.labels.dtype)
+        twice = rows[np.tile(np.arange(len(rows)), 2)]
+        return Simulation(truth, replace(twice, labels=jnp.concatenate([rows.labels, labels])))
+
+    return ranked(
+        key,
+        model,
+        inference,
+        identifiable(model, observed[:3]) if functions is None else functions,
+        make,
+        jax.tree.map(jnp.asarray, truths),
+        model.prepare(observed),
+        None,
+        num_simulations=count,
+        level=level,
+        origin="the truths",
+        remedy="give other truths, or rank other functions",
+    )
+
+
+def _check_sizes(simulations: str, count: int, rows: Batch, level: float) -> None:
+    """Raise `ValueError` unless there are simulations and rows, and the level is one."""
+    if count < 2 or len(rows) < 1 or not 0 < level < 1:
         raise ValueError(
-            f"the functions must be finite at draws of the prior; not so: {', '.join(broken)}; {remedy}"
+            "calibration needs at least two simulations, one row and a level in (0, 1); got "
+            f"{simulations}, {len(rows)} rows, level={level}"
         )
-    finite = np.all(list(found.draws_finite.values()), axis=0)
-    if not finite.any():
+
+
+def _count(model: Classifier, truths: Adapters) -> int:
+    """Number of truths; `ValueError` unless all of them are adapters of the model."""
+    counts = {jnp.shape(x)[:1] for x in jax.tree.leaves(truths)}
+    if len(counts) != 1 or counts == {()}:
+        lengths = [str(shape[0]) if shape else "none" for shape in sorted(counts)]
         raise ValueError(
-            f"all {num_simulations} simulations gave draws that are not finite, so nothing can be ranked; "
-            "run the inference by itself on rows of `simulate`, and lower its learning rate or its step"
+            "truths need a leading axis for the simulations, of one length in all factors; got "
+            f"{listed(lengths)}"
         )
-    ranks = np.stack(list(found.ranks.values()), axis=1)[finite]
-    return Calibration(tuple(found.ranks), ranks, int(found.num_draws[0]), ~finite, level)
-
-
-class _Found(NamedTuple):
-    """What one simulation gives; mappings by name of the function."""
-
-    ranks: dict[str, Array]
-    draws_finite: dict[str, Array]
-    truth_finite: dict[str, Array]
-    num_draws: Array
-
-
-def _simulation(model: Classifier, inference: Inference, functions: Functions) -> Callable[..., _Found]:
-    def one(key: Array, frozen: Any, rows: Batch, params: Parameters) -> _Found:
-        truth_key, fit_key, rank_key = jax.random.split(key, 3)
-        adapters, batch = simulate(truth_key, model, frozen, rows, params)
-        draws = inference(fit_key, frozen, batch)
-        model.sites.check(jax.tree.map(lambda x: x[0], draws))
-        truth = scalars(functions(frozen, adapters, batch))
-        values = jax.lax.map(lambda drawn: dict(functions(frozen, drawn, batch)), draws)
-        names = sorted(truth)
-        inner, outer = jnp.stack([values[n] for n in names], 1), jnp.stack([truth[n] for n in names])
-
-        def by_name(x: Array) -> dict[str, Array]:
-            return dict(zip(names, x, strict=True))
-
-        return _Found(
-            by_name(rank(rank_key, inner, outer)),
-            by_name(jnp.isfinite(inner).all(0)),
-            by_name(jnp.isfinite(outer)),
-            jnp.asarray(len(inner)),
-        )
-
-    return one
+    model.sites.check(jax.tree.map(lambda x: x[0], truths))
+    return int(counts.pop()[0])

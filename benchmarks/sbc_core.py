@@ -1,0 +1,172 @@
+"""Is the posterior of the core prior calibrated? Simulation-based calibration on the tangent model.
+
+    OPENBLAS_NUM_THREADS=1 python benchmarks/sbc_core.py
+
+Truths come from the prior at 3 nats, labels from the likelihood, and every inference starts anew on every
+data set; frames and scales stay as they are. The rows are movie sentences of the demonstration under
+SmolLM2-135M, with the last two layers adapted as in `bl.fit_core` but with smaller frames, 8 and 320 of them.
+Importance resampling from the prior, which is exact, is within reach for the head of a tiny network alone.
+
+Posterior calibration then starts from the labels that 320 sentences do have: truths from their posterior, new
+labels of the same rows, inference from both.
+
+The activations of the sentences must be on the disk: python benchmarks/pool.py. Without them, `--tiny` takes
+random rows of a tiny network. LAPACK's threads wait for each other where other programs run: give it one.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import jax
+import numpy as np
+from pool import rows_of
+from rich.console import Console
+
+import bnlora as bl
+from bnlora import sbc
+from bnlora.assets import cache_folder, vader_domains
+from bnlora.calibration import Calibration
+from bnlora.demo import RECIPE
+from bnlora.tangent.calibrate import gaussian_inference, laplace_inference, nuts_inference
+from bnlora.testing import tiny_base, tiny_rows
+
+KEY = jax.random.key(0)
+QUIET = Console(quiet=True)
+LAYERS, SIZE, SCALE, DRAWS, FEW, MANY = slice(-2, None), 8, 3.0, 63, 8, 320
+TARGETS = ["v_proj", "slope"]
+NUTS, LAPLACE, OWN = "NUTS", "Laplace", "Laplace, truths its own"
+HEADER = (
+    "rows",
+    "inference",
+    "function",
+    "mean p (95 %)",
+    "variance of ranks over uniform (95 %)",
+    "SBC p",
+    "s",
+)
+
+
+def movies() -> tuple[bl.Batch, bl.Batch, tuple[int, ...], object]:
+    """Movie sentences with cached activations, 8 and 320 of them, label tokens, and the base."""
+    base = RECIPE.load_base()
+    data = RECIPE.read(vader_domains(), base, text="text", label="label")
+    depth = base.num_layers + LAYERS.start
+    file = cache_folder() / "pool" / f"movies-{depth}.npy"
+    if not file.is_file():
+        raise SystemExit(f"{file} is not there: run python benchmarks/pool.py, or this with --tiny")
+    every = replace(data["movies"], hidden=np.load(file, mmap_mode="r"), depth=depth)
+    order = np.random.default_rng(0).permutation(len(every))
+    rows = rows_of(every, order[:MANY])
+    return rows[:FEW], rows, tuple(data.label_ids.tolist()), base
+
+
+def tangent_of(base, targets: list[str], rows: bl.Batch, label_ids: tuple[int, ...], size: int) -> bl.Tangent:
+    """The tangent model in frames of the rows, whose labels are not read."""
+    frames = bl.frames(KEY, base, targets, rows, label_ids=label_ids, size=size, layers=LAYERS, console=QUIET)
+    network = bl.Classifier(base, frames.sites, bl.priors.core(frames, scale=SCALE), label_ids=label_ids)
+    return bl.Tangent(network)
+
+
+def inferences(tangent: bl.Tangent) -> dict[str, sbc.Inference]:
+    """All inferences but importance resampling."""
+    return {
+        NUTS: nuts_inference(tangent, num_draws=DRAWS),
+        "full Gaussian, SVI": gaussian_inference(KEY, tangent, num_draws=DRAWS),
+        LAPLACE: laplace_inference(tangent, num_draws=DRAWS),
+        "Laplace, spread times 0.5 (wrong)": laplace_inference(tangent, num_draws=DRAWS, spread=0.5),
+    }
+
+
+def interval(values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> list[str]:
+    """A statistic of columns with a 95 % interval, simulations drawn again."""
+    random = np.random.default_rng(0)
+    again = [statistic(values[random.integers(0, len(values), len(values))]) for _ in range(2000)]
+    low, high = np.quantile(again, [0.025, 0.975], axis=0)
+    return [f"{x:.3f} ({a:.3f}, {b:.3f})" for x, a, b in zip(statistic(values), low, high, strict=True)]
+
+
+def lines(rows: str, name: str, result: Calibration, seconds: float) -> list[str]:
+    """The lines of the Markdown table for one inference; p-values are adjusted over its functions."""
+    uniform = ((result.num_draws + 1) ** 2 - 1) / 12
+    means = interval(result.probabilities, lambda p: p.mean(0))
+    spreads = interval(result.ranks, lambda r: r.var(0, ddof=1) / uniform)
+    found = []
+    for k, function in enumerate(result.names):
+        p = result.adjusted[k]
+        lost = f", {int(result.failed.sum())} failed" if result.failed.any() and k == 0 else ""
+        first = (rows, name + lost) if k == 0 else ("", "")
+        last = f"{seconds:.0f}" if k == 0 else ""
+        cells = (*first, function, means[k], spreads[k], "<1e-4" if p < 1e-4 else f"{p:.4f}", last)
+        found.append("| " + " | ".join(cells) + " |")
+    return found
+
+
+def judged(
+    rows: str, made: Mapping[str, sbc.Inference], run: Callable[[str, sbc.Inference], Calibration]
+) -> list[str]:
+    """Run the inferences one after the other; lines of the table."""
+    found = []
+    for name, inference in made.items():
+        began = time.perf_counter()
+        result = run(name, inference)
+        found += lines(rows, name, result, time.perf_counter() - began)
+        print(f"{rows}, {name}: {result.verdict}", flush=True)
+    return found
+
+
+def prior_part(tangent: bl.Tangent, rows: bl.Batch, label: str, simulations: int, **more) -> list[str]:
+    """Calibration under the prior."""
+
+    def run(name: str, inference: sbc.Inference) -> Calibration:
+        return sbc.run(jax.random.key(1), tangent, inference, rows, num_simulations=simulations)
+
+    return judged(label, more | inferences(tangent), run)
+
+
+def posterior_part(tangent: bl.Tangent, rows: bl.Batch, label: str, simulations: int) -> list[str]:
+    """Calibration under the posterior of the rows' own labels; truths are draws of NUTS but for one line."""
+    exact = nuts_inference(tangent, num_draws=simulations, num_warmup=200, thinning=8)
+    gaussian = laplace_inference(tangent, num_draws=simulations)
+    truths = {
+        name: jax.jit(infer)(jax.random.key(2), tangent.base.params, rows)
+        for name, infer in ((NUTS, exact), (OWN, gaussian))
+    }
+
+    def run(name: str, inference: sbc.Inference) -> Calibration:
+        return sbc.run_posterior(
+            jax.random.key(3), tangent, inference, rows, truths[OWN if name == OWN else NUTS]
+        )
+
+    made = inferences(tangent)
+    return judged(label, {NUTS: made[NUTS], LAPLACE: made[LAPLACE], OWN: made[LAPLACE]}, run)
+
+
+def main() -> None:
+    """Calibrate every inference and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--simulations", type=int, default=200)
+    parser.add_argument("--tiny", action="store_true", help="a tiny network instead of SmolLM2-135M")
+    arguments = parser.parse_args()
+    count, began = arguments.simulations, time.perf_counter()
+    tiny, task = tiny_base(jax.random.key(1), num_layers=2), tiny_rows(jax.random.key(2), MANY)
+    head = tangent_of(tiny, ["lm_head"], task, (3, 5), 4)
+    importance = sbc.importance_inference(head, num_particles=4096, num_draws=DRAWS, num_together=512)
+    label = f"{FEW}, tiny head"
+    table = prior_part(head, head.prepare(task[:FEW]), label, count, **{"importance (exact)": importance})
+    few, many, label_ids, base = (task[:FEW], task, (3, 5), tiny) if arguments.tiny else movies()
+    tangent = tangent_of(base, TARGETS, many, label_ids, SIZE)
+    few, many = (bl.cache_prefix(tangent, rows, console=QUIET) for rows in (few, many))
+    where = "tiny network" if arguments.tiny else "SmolLM2-135M"
+    for rows in (few, many):
+        table += prior_part(tangent, rows, f"{len(rows)}, {where}", count)
+    table += posterior_part(tangent, many, f"{len(many)}, {where}, posterior", count)
+    print(f"\n{count} simulations of {DRAWS} draws, scale {SCALE} nats; {tangent.frames!r} for {where}")
+    print(f"{time.perf_counter() - began:.0f} s in all; those in the table include compiling\n")
+    print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
+    print("\n".join(table))
+
+
+if __name__ == "__main__":
+    main()
