@@ -157,6 +157,12 @@ def report() -> None:
     compact(table)
     print("mean debiased ECE over that of a rival:", debiased_ratio(found, table["debiased"]))
     for f in found:
+        labels = {d: np.asarray(f["rows"][d]["labels"]) for d in DOMAINS}
+        ours, base = (
+            np.array([bl.metrics.nll(of_positive(f["rows"][d][m]), labels[d]) for d in DOMAINS])
+            for m in (BAYES, BASE)
+        )
+        print(f["seed"], "NLL minus that of the base by domain:", np.round(ours - base, 3).tolist())
         print(f["seed"], {k: round(v, 1) for k, v in f["seconds"].items()}, f["about"])
 
 
