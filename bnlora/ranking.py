@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from bnlora.calibration import Calibration
-from bnlora.checks import broken_weights
+from bnlora.checks import broken_weights, check_key
 from bnlora.data import Batch
 from bnlora.functions import Functions, scalars
 from bnlora.model import Classifier
@@ -66,6 +66,7 @@ def ranked(
         ValueError: When a function is no scalar or not finite at a truth, draws have other shapes than the
             adapters, or every simulation failed.
     """
+    key = check_key(key)
     one = _simulation(model, inference, functions, make)
     program = jax.jit(lambda each, *together: jax.lax.map(lambda e: one(*e, *together), each))
     keys = jax.random.split(key, num_simulations)
