@@ -156,6 +156,9 @@ def test_caution_lowers_all_scales_by_one_factor_until_the_evidence_has_lost_so_
     )
     assert lowered.log_evidence == pytest.approx(evidence(linear, log_scales(lowered)), abs=1e-3)
     assert lowered.stderr == found.stderr  # of the maximum
+    for name in found.values:  # what a family gains is a question of the maximum, too
+        gain = found.log_evidence - found.without[name]
+        assert lowered.log_evidence - lowered.without[name] == pytest.approx(gain, abs=1e-3)
 
 
 def test_caution_beyond_what_the_rows_say_leaves_the_base():

@@ -48,7 +48,8 @@ class Scales(Shown):
         values: Scale by family, as `priors.core(frames, scale=...)` takes them: a number, or one for each
             layer.
         log_evidence: Laplace's approximation of log p(y | scales), in nats.
-        without: The same without a family (or layer), the other scales chosen anew, by name.
+        without: The same without a family (or layer), the other scales chosen anew, by name; less what was
+            given up for caution, so that the difference is the gain at the maximum.
         base: Log-likelihood of the untouched base, the evidence with all scales zero.
         stderr: Standard deviation of each log scale by name, from the curvature at the maximum; infinite
             where the scale is off.
@@ -145,14 +146,16 @@ def choose_scales(
             f"{where}, as on separable rows; give the scales a prior, such as prior=dist.HalfNormal(1.0)"
         )
     stderr = dict(zip(names, _stderr(value, found), strict=True))
-    found = found + _lowered(lambda shift: value(found + shift, all_on)[2], within)
-    evidence = value(found, all_on)[2]
+    highest = value(found, all_on)[2]
+    lowered = found + _lowered(lambda shift: value(found + shift, all_on)[2], highest, within)
+    evidence = highest if not within else value(lowered, all_on)[2]
     without = {}
     for index, name in enumerate(names):
         on = np.arange(len(names)) != index
         off = np.exp(found[index]) <= OFF
-        without[name] = evidence if off else value(_maximise(value, on, [found]), on)[2]
-    scales = np.exp(found)
+        best = highest if off else value(_maximise(value, on, [found]), on)[2]
+        without[name] = best - (highest - evidence)  # with the same caution
+    scales = np.exp(lowered)
     return Scales(_by_family(tangent, names, scales, by), evidence, without, base_evidence(model), stderr)
 
 
@@ -277,11 +280,11 @@ def _maximise(value: Objective, on: np.ndarray, starts: Sequence[np.ndarray]) ->
     return best[0]
 
 
-def _lowered(evidence: Callable[[float], float], within: float) -> float:
-    """The shift of all log scales at which the evidence is so many nats below that of no shift."""
+def _lowered(evidence: Callable[[float], float], highest: float, within: float) -> float:
+    """The shift of all log scales that costs so many nats of evidence; the highest is that of no shift."""
     if not within:
         return 0.0
-    lowest, wanted = float(LOWEST - HIGHEST), evidence(0.0) - within
+    lowest, wanted = float(LOWEST - HIGHEST), highest - within
     if evidence(lowest) > wanted:  # the base itself is as good
         return lowest
     return float(scipy.optimize.brentq(lambda shift: evidence(shift) - wanted, lowest, 0.0, xtol=1e-4))
