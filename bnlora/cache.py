@@ -4,8 +4,9 @@ They are constants of the data. Training, prediction and Monte Carlo start from 
 the layers above; with an adapted head alone nothing of the transformer is left to run.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,12 +57,25 @@ def cache_prefix(
     text = f"{_LABELS[model.kind]}: {len(batch)} rows through {_layers(model)}, {size / 2**20:,.1f} MiB"
     speaker(console).print(text, highlight=False)
     known = batch.caches(model.start, model.trunk)  # a tangent model starts from cached activations
-    rows, count = batch if known else batch.plain, -(-len(batch) // batch_size)
-    made = _Cache(batch)
-    pieces = parts(rows, batch_size, widths="few" if known else "many")
-    for part in track(pieces, count, _LABELS[model.kind], console):
+    rows, made = batch if known else batch.plain, _Cache(batch)
+    widths: Literal["few", "many"] = "few" if known else "many"
+    for part in tracked_parts(rows, batch_size, _LABELS[model.kind], console, widths=widths):
         made.write(model.prepare(part.batch), part)
     return made.added_to(rows)
+
+
+def tracked_parts(
+    batch: Batch,
+    batch_size: int,
+    label: str,
+    console: Console | None,
+    *,
+    narrow: bool = True,
+    widths: Literal["many", "few"] = "many",
+) -> Iterator[Part]:
+    """The parts of a batch, as `bnlora.data.parts` cuts them, while a bar counts them."""
+    count = -(-len(batch) // batch_size)
+    return track(parts(batch, batch_size, narrow=narrow, widths=widths), count, label, console)
 
 
 _LABELS = {"network": "prefix cache", "tangent": "tangent features"}

@@ -22,7 +22,7 @@ from bnlora.display import Shown, Table
 from bnlora.fingerprint import fingerprint, is_same
 from bnlora.sites import HEAD, Sites
 
-Source = Literal["jacobian", "weights", "random", "given"]
+Source = Literal["jacobian", "activations", "weights", "random", "given"]
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,7 @@ def stored_frames(frames: Frames) -> dict[str, np.ndarray]:
     for name, frame in frames.items():
         arrays |= {f"frames.{name}.left": frame.left, f"frames.{name}.right": frame.right}
         arrays[f"frames.{name}.unit"] = np.asarray(frame.unit)
+        arrays |= {f"frames.{name}.energy {side}": x for side, x in enumerate(frame.energies)}
     arrays["frames.source"] = np.frombuffer(frames.source.encode(), np.uint8)
     arrays["frames.label_free"] = np.asarray(frames.label_free)
     return arrays
@@ -188,7 +189,9 @@ def frames_from(
                 f"the frames of {name!r} in {where!r} have shape {right.shape}, (layer, d_in, rank); the "
                 f"sites have {(site.depth, site.d_in, site.rank)}"
             )
-        families[name] = Frame(left, right, float(arrays[f"frames.{name}.unit"]))
+        sides = (f"frames.{name}.energy {side}" for side in (0, 1))
+        energies = tuple(arrays[side] for side in sides if side in arrays)
+        families[name] = Frame(left, right, float(arrays[f"frames.{name}.unit"]), energies)
     source: Any = arrays["frames.source"].tobytes().decode()
     label_free = bool(arrays["frames.label_free"])
     return Frames(families, sites, label_ids, source, label_free, fingerprint(weights))

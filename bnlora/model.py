@@ -49,7 +49,7 @@ class LanguageModel(Protocol):
         ...
 
     def bind(self, params: Any) -> Any:
-        """The module with these weights, offering `embed`, `blocks` (all positions, or some) and `head`."""
+        """The module with these weights: `embed`, `blocks` (all positions, or some), `inputs` and `head`."""
         ...
 
 

@@ -17,11 +17,11 @@ from jax import Array
 from jaxtyping import Float, Int
 from rich.console import Console
 
+from bnlora.cache import tracked_parts
 from bnlora.checks import check_key, class_numbers
 from bnlora.compilation import SMALL, pieces
-from bnlora.data import Batch, check_form, parts
+from bnlora.data import Batch, check_form
 from bnlora.display import Showable, Shown, Table
-from bnlora.progress import track
 from bnlora.typing import Adapters
 
 
@@ -191,8 +191,7 @@ def predict_with_draws(
     log_probs, together = np.empty(sizes, np.float64), _together(draws_together)
     some = [(jax.device_put(piece), count) for piece, count in pieces(draws, multiple=together)]
     narrow = model.numbers((batch_size, data.tokens.shape[1])) > SMALL
-    rows = parts(data, batch_size, narrow=narrow)
-    for part in track(rows, -(-len(data) // batch_size), "predict", console):
+    for part in tracked_parts(data, batch_size, "predict", console, narrow=narrow):
         batch, begin = model.prepare(part.batch), 0
         for piece, count in some:
             computed = np.asarray(model.compiled_log_probs(piece, count, batch, together))

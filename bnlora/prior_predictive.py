@@ -28,14 +28,14 @@ from jax import Array
 from jaxtyping import Float
 from rich.console import Console
 
+from bnlora.cache import tracked_parts
 from bnlora.checks import broken_weights, check_key
-from bnlora.data import Batch, parts
+from bnlora.data import Batch
 from bnlora.display import Showable, Shown, Table
 from bnlora.model import Classifier
 from bnlora.prior_draws import draw_prior, prior_parameters
 from bnlora.priors import Prior
 from bnlora.program import declared
-from bnlora.progress import track
 from bnlora.typing import Adapters, Parameters
 
 NEARLY_ALL = 0.99
@@ -197,7 +197,7 @@ def prior_predictive(
     draws = jax.jit(lambda k, p: _with_base(model, draw_prior(k, model, p, num_samples)))(draw_key, params)
     compiled = jax.jit(lambda frozen, adapters, batch: _logits_by_draw(model, frozen, adapters, batch))
     logits = np.empty((num_samples + 1, len(data), len(model.label_ids)), np.float32)
-    for part in track(parts(data, batch_size), -(-len(data) // batch_size), "prior predictive", console):
+    for part in tracked_parts(data, batch_size, "prior predictive", console):
         computed = np.asarray(compiled(model.base.params, draws, part.batch))
         logits[:, part.rows] = computed[:, : len(part.rows)]
     broken = np.array([not np.isfinite(of_draw).all() for of_draw in logits])
@@ -257,8 +257,10 @@ def scale_for_spread(
     low, high = bounds
     if not (spread > 0 and 0 < low < high):
         raise ValueError(f"expected spread > 0 and 0 < least < greatest scale; got {spread} and {bounds}")
+    model = model.with_prior(model.prior.program)  # without what a conditional model holds
+    if model.kind == "tangent":  # must stay inside its frames, which traced scales do not show
+        model.with_prior(prior_at(jnp.asarray(low, jnp.float32)))
     prepared = model.prepare(data)
-    model.with_prior(prior_at(jnp.asarray(low, jnp.float32)))  # checked at one scale: the others are traced
     params_key, draw_key = jax.random.split(key)
 
     @jax.jit

@@ -8,7 +8,7 @@ and compiling cost the same at any depth. Adapters are an input of the call, not
 positions of the last layer are wanted, it computes keys and values alone at the others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import jax
@@ -130,15 +130,54 @@ class Llama(nnx.Module):
             check_indices("positions", at, hidden.shape[1])
         adapters = {name: dict(pair) for name, pair in (adapters or {}).items()}
         layers.check_adapters(adapters, _layer_modules(self.config), stop - start)
-        positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
-        config, execution = self.config, self.execution
-        frequencies = layers.rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        tables = layers.rotary_tables(positions, frequencies)
-        layer = partial(_layer, config, execution.kernel, allowed=layers.causal_mask(mask), tables=tables)
         weights = {name: weight[...] for name, weight in self.layers.items()}
         return layers.run_layers(
-            layer, hidden, weights, adapters, start=start, stop=stop, at=at, execution=execution
-        )
+            self._layer(mask), hidden, weights, adapters, start=start, stop=stop, at=at,
+            execution=self.execution,
+        )  # fmt: skip
+
+    def inputs(
+        self,
+        hidden: Float[Array, "b t d"],
+        mask: Bool[Array, "b t"],
+        modules: Sequence[str],
+        *,
+        start: int,
+    ) -> dict[str, Float[Array, "l b t d_in"]]:
+        """What enters some modules of the layers from `start` on, and the head, without adapters.
+
+        Args:
+            hidden: Residual stream that enters layer `start`.
+            mask: True at real tokens; what stands at the others is meaningless.
+            modules: Names of modules; "lm_head" has one layer.
+            start: First layer.
+
+        Returns:
+            Inputs by module, stacked over layers.
+        """
+        layer, inner = self._layer(mask), [name for name in modules if name != "lm_head"]
+
+        def step(hidden: Array, weights: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+            met: dict[str, Array] = {}
+            return layer(hidden, weights, {}, met=met), {name: met[name] for name in inner}
+
+        weights = {name: weight[...][start:] for name, weight in self.layers.items()}
+        hidden, found = jax.lax.scan(step, hidden.astype(self.execution.dtype), weights)
+        if "lm_head" in modules:
+            found["lm_head"] = self._normal(hidden)[None]
+        return found
+
+    def _layer(self, mask: Bool[Array, "b t"]) -> partial:
+        """One layer over rows of this mask."""
+        positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
+        config = self.config
+        frequencies = layers.rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        tables = layers.rotary_tables(positions, frequencies)
+        return partial(_layer, config, self.execution.kernel, allowed=layers.causal_mask(mask), tables=tables)
+
+    def _normal(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """The final norm, in float32."""
+        return layers.rms_norm(hidden.astype(jnp.float32), self.final_norm[...], self.config.rms_eps)
 
     def head(
         self,
@@ -169,8 +208,7 @@ class Llama(nnx.Module):
         if adapter is not None:
             stacked = {"lm_head": {name: value[None] for name, value in adapter.items()}}
             layers.check_adapters(stacked, {"lm_head": (table.shape[1], table.shape[0])}, 1)
-        normal = layers.rms_norm(hidden.astype(jnp.float32), self.final_norm[...], self.config.rms_eps)
-        return layers.dense(normal, table.T, adapter, implementation=self.execution.kernel)
+        return layers.dense(self._normal(hidden), table.T, adapter, implementation=self.execution.kernel)
 
     def __call__(
         self,
@@ -255,8 +293,11 @@ def _layer(
     allowed: Array,
     tables: tuple[Array, Array],
     at: Array | None = None,
+    met: dict[str, Array] | None = None,
 ) -> Array:
     def dense(name: str, x: Array) -> Array:
+        if met is not None:
+            met[name] = x
         return layers.dense(x, weights[name], adapters.get(name), implementation=kernel)
 
     def heads(name: str, x: Array) -> Array:

@@ -19,8 +19,15 @@ Updates = Mapping[tuple[str, int], np.ndarray]
 """dW (d_out, d_in) by module and layer; of the head the label rows, at layer 0."""
 
 
-def logits(base: bl.Base, label_ids: tuple[int, ...], tokens: np.ndarray, updates: Updates) -> np.ndarray:
-    """Logits of the label tokens after the last of some tokens, none of them padding."""
+def logits(
+    base: bl.Base,
+    label_ids: tuple[int, ...],
+    tokens: np.ndarray,
+    updates: Updates,
+    met: dict[tuple[str, int], np.ndarray] | None = None,
+) -> np.ndarray:
+    """Logits of the label tokens after the last of some tokens, none of them padding; `met` gets inputs."""
+    met = {} if met is None else met
     module, config = base.module, base.config
     weights = {name: np.asarray(w[...], np.float64) for name, w in module.layers.items()}
     embedding = np.asarray(module.embedding[...], np.float64)
@@ -30,6 +37,7 @@ def logits(base: bl.Base, label_ids: tuple[int, ...], tokens: np.ndarray, update
     for layer in range(config.num_layers):
 
         def dense(name: str, x: np.ndarray, layer: int = layer) -> np.ndarray:
+            met[name, layer] = x
             return x @ (weights[name][layer] + np.asarray(updates.get((name, layer), 0.0)).T)
 
         def heads(name: str, x: np.ndarray, dense=dense) -> np.ndarray:
@@ -48,7 +56,8 @@ def logits(base: bl.Base, label_ids: tuple[int, ...], tokens: np.ndarray, update
         x = x + dense("down_proj", gate / (1 + np.exp(-gate)) * dense("up_proj", normal))
     table = embedding if module.lm_head is None else np.asarray(module.lm_head[...], np.float64)
     rows = table[list(label_ids)] + updates.get((HEAD, 0), 0.0)
-    return rows @ _normal(x[-1], np.asarray(module.final_norm[...], np.float64), config.rms_eps)
+    met[HEAD, 0] = _normal(x[-1:], np.asarray(module.final_norm[...], np.float64), config.rms_eps)
+    return rows @ met[HEAD, 0][0]
 
 
 def _normal(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:

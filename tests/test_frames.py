@@ -115,11 +115,39 @@ def test_a_share_of_the_energy_is_reached_by_every_layer_and_no_smaller_size_rea
     assert sum(narrower) >= 4
 
 
-@pytest.mark.parametrize("source", ["jacobian", "weights", "random"])
+@pytest.mark.parametrize("source", ["jacobian", "activations", "weights", "random"])
 def test_the_head_has_a_direction_less_than_classes(source):
     left = made(label_ids=THREE, size=7, source=source)[HEAD].left
     assert left.shape == (1, 3, 2)
     np.testing.assert_allclose(left.sum(1), 0.0, atol=1e-5)  # what all classes share moves no contrast
+
+
+def test_frames_of_activations_are_eigenvectors_of_what_enters_and_leaves():
+    """Second moments of a second implementation in float64, row by row without padding."""
+    found = made(TARGETS, label_ids=THREE, source="activations", size=4, layers=[0, 1])
+    sums: dict[tuple[str, int], np.ndarray] = {}
+    for tokens, mask in zip(np.asarray(ROWS.tokens), np.asarray(ROWS.mask), strict=True):
+        met: dict[tuple[str, int], np.ndarray] = {}
+        exact_llama.logits(BASE, THREE, tokens[mask], {}, met)
+        for place, x in met.items():
+            sums[place] = sums.get(place, 0.0) + x.T @ x
+    for name, frame in found.items():
+        for layer in range(len(frame.left)):
+            if name == HEAD:
+                W = np.asarray(BASE.module.lm_head[...], np.float64)[list(THREE)]
+                W = W - W.mean(0)
+            else:
+                W = np.asarray(BASE.module.layers[name][...], np.float64)[layer].T
+            X = sums[name, layer]
+            for side, energies, wanted in zip(
+                (frame.left, frame.right), frame.energies, (W @ X @ W.T, X), strict=True
+            ):
+                values, vectors = (x[..., ::-1] for x in np.linalg.eigh(wanted))
+                np.testing.assert_allclose(energies[layer], values, atol=1e-5 * values[0])
+                m = side.shape[2]
+                assert values[m - 1] - values[m : m + 1].sum() > 1e-3 * values[0]  # the subspace is unique
+                inside = vectors[:, :m] @ (vectors[:, :m].T @ side[layer])
+                np.testing.assert_allclose(inside, side[layer], atol=1e-3)
 
 
 def test_frames_of_weights_are_singular_vectors_of_the_kernels():
@@ -282,7 +310,7 @@ def test_the_bias_of_rows_that_are_all_alike_is_a_constant():
         ({"size": 0.5, "source": PAIR}, "from 1 to 16, its smaller side; got 0.5"),
         ({"size": {"v_proj": 2}}, "size must be one value, or one for each family lm_head; got v_proj"),
         ({"source": "jacobean"}, "source must be one of .*got 'jacobean', nearest is 'jacobian'"),
-        ({"source": "activations"}, "source must be one of .*got 'activations'"),
+        ({"source": "activation"}, "source must be one of .*got .activation., nearest is .activations."),
         ({"source": "given"}, "source must be one of .*got 'given'"),
         ({"targets": ("q_prj",)}, "'q_prj' matches no module; nearest names: q_proj"),
         ({"targets": (HEAD, "slop")}, "'slop' matches no module; nearest names: slope"),

@@ -55,6 +55,20 @@ def test_the_scale_of_a_wanted_spread_is_that_of_the_tangent_model():
     np.testing.assert_allclose(again.overall_spread, 1.5, rtol=1e-3)
 
 
+def test_a_model_that_holds_sites_has_the_scale_of_the_whole_one():
+    """The prior in the question is another one, which holds nothing."""
+    made = frames("v_proj", "lm_head", layers=2)
+    options = {"spread": 1.0, "num_samples": 50}
+    for model in (network_of(made), tangent_of(made)):
+        shape = model.prior.sites["v_proj"].depth, *made["v_proj"].size[1:]
+        held = bl.condition(model, {"v_proj.U": jnp.full(shape, 3.0)})
+        whole, part = (
+            bl.scale_for_spread(KEY, m, lambda s: bl.priors.core(made, scale=s), ROWS, **options)
+            for m in (model, held)
+        )
+        assert part == pytest.approx(whole, rel=1e-5)
+
+
 def test_a_family_has_the_frames_of_the_part_that_fills_it():
     both, other = frames("v_proj", "lm_head"), frames("v_proj", "lm_head", size=3)
     prior = bl.priors.by_family({"lm_head": bl.priors.core(both), ".*": bl.priors.core(other)})

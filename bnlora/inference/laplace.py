@@ -33,12 +33,12 @@ from numpyro import handlers
 from rich.console import Console
 
 from bnlora import metrics
+from bnlora.cache import tracked_parts
 from bnlora.checks import check_at_least, check_key, check_option, check_positive
-from bnlora.data import Batch, check_rows, parts
+from bnlora.data import Batch, check_rows
 from bnlora.inference import curvature as algebra
 from bnlora.inference.mode import flattened, mode_of, unflattened
 from bnlora.predict import Posterior, Prediction
-from bnlora.progress import track
 from bnlora.typing import FACTORS, Adapters
 
 Structure = Literal["diagonal", "kronecker", "low-rank", "full"]
@@ -184,7 +184,7 @@ def linearised(
         return jax.lax.map(lambda one: jax.nn.log_softmax(centre + push(one)), deviations)
 
     found = np.empty((num_samples, len(data), len(laplace.model.label_ids)), np.float64)
-    for part in track(parts(data, batch_size), -(-len(data) // batch_size), "predict", console):
+    for part in tracked_parts(data, batch_size, "predict", console):
         computed = np.asarray(log_probs(laplace.model.base.params, part.batch))
         found[:, part.rows] = computed[:, : len(part.rows)]
     return Prediction(found)
@@ -230,8 +230,7 @@ class _Local:
 
             return jax.vmap(of_row)(batch)
 
-        count = -(-len(self.train) // self.batch_size)
-        for part in track(parts(self.train, self.batch_size), count, "curvature", self.console):
+        for part in tracked_parts(self.train, self.batch_size, "curvature", self.console):
             logits, jacobian = of_rows(self.model.base.params, part.batch)
             kept = slice(len(part.rows))  # the rest only fills the last part up
             whitened = np.asarray(jacobian[kept], np.float64) / self.root

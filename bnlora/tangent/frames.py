@@ -1,11 +1,12 @@
 r"""Frames of the core prior, computed from rows without their labels.
 
-| source     | L and R are the leading eigenvectors of                                                   |
-|------------|-------------------------------------------------------------------------------------------|
-| "jacobian" | `sum_i J_i J_i^T` and `sum_i J_i^T J_i`, J_i the derivative of the base's logit contrast  |
-| "weights"  | `W W^T` and `W^T W`, W the frozen kernel                                                  |
-| "random"   | nothing: Haar-distributed                                                                 |
-| a mapping  | given: (L, R) by family                                                                   |
+| source        | L and R are the leading eigenvectors of                                                  |
+|---------------|------------------------------------------------------------------------------------------|
+| "jacobian"    | `sum_i J_i J_i^T` and `sum_i J_i^T J_i`, J_i the derivative of the base's logit contrast |
+| "activations" | `W X W^T` and `X = sum x x^T`, x what enters the module (`bnlora.tangent.activations`)   |
+| "weights"     | `W W^T` and `W^T W`, W the frozen kernel                                                 |
+| "random"      | nothing: Haar-distributed                                                                |
+| a mapping     | given: (L, R) by family                                                                  |
 
 Frames depend on the inputs and the base alone, so p(y | x) under the core prior is a proper conditional
 evidence. The sums run over rows in parts; nothing of the size rows x weights is kept.
@@ -26,15 +27,15 @@ from bnlora.base import Base
 from bnlora.cache import cache_prefix
 from bnlora.checks import check_key, check_option, is_integer, listed
 from bnlora.compilation import program
-from bnlora.data import Batch, check_form, parts
+from bnlora.data import Batch, Part, check_form
 from bnlora.fingerprint import fingerprint
 from bnlora.frame import Frame, Frames, Source
 from bnlora.model import Classifier
 from bnlora.priors import point
-from bnlora.progress import track
-from bnlora.sites import HEAD, Sites
-from bnlora.tangent.gradients import moments, shared_features
-from bnlora.tangent.targets import OWN, ROWS, label_rows, own_sides, target_sites
+from bnlora.sites import HEAD, Site, Sites
+from bnlora.tangent.activations import second_moments
+from bnlora.tangent.gradients import counted, differentiated, moments, shared_features, summed
+from bnlora.tangent.targets import OWN, label_rows, own_sides, target_sites
 
 Size = int | float | Mapping[str, int | float]
 Sides = tuple[Float[np.ndarray, "l d_out d_out"], Float[np.ndarray, "l d_in d_in"]]
@@ -98,7 +99,7 @@ def frames(
     sites = target_sites(base, targets, layers)
     model = Classifier(base, sites, point(), label_ids=label_ids)
     inner = model.sites.only(families=[name for name in sites if name not in OWN])
-    sizes = _sizes(inner, size, energies=source in ("jacobian", "weights"))
+    sizes = _sizes(inner, size, energies=source in ("jacobian", "activations", "weights"))
     data = cache_prefix(model, data, console=console)
     sides, energies = _chosen(key, model, inner, sizes, source, data, console)
     sides |= own_sides(model, data, console)
@@ -137,9 +138,11 @@ def _chosen(
         return _given(sites, source), {}
     if source == "random":
         return _random(key, sites, sizes), {}
-    if source == "weights":
-        return _leading(_weights(model, sites), sizes)
     whole = Classifier(model.base, sites, point(), label_ids=model.label_ids)
+    if source == "weights":
+        return _leading(_weights(whole), sizes)
+    if source == "activations":
+        return _leading(_activations(whole, data, console), sizes)
     return _leading(_jacobian(key, whole, data, console), sizes)
 
 
@@ -152,8 +155,7 @@ def _sizes(sites: Sites, size: Size, *, energies: bool) -> dict[str, int | float
             f"got {listed(tuple(by_family))}"
         )
     for name, value in by_family.items():
-        site = sites[name]
-        side = site.d_in if site.module == HEAD else min(site.d_in, site.d_out)
+        side = smaller_side(sites[name])
         if is_integer(value) and 1 <= value <= side:
             continue
         if isinstance(value, float) and 0 < value < 1 and energies:
@@ -166,33 +168,49 @@ def _sizes(sites: Sites, size: Size, *, energies: bool) -> dict[str, int | float
     return by_family
 
 
+def smaller_side(site: Site) -> int:
+    """The most directions that a size may ask for; the output side of the head is as small as it must be."""
+    return site.d_in if site.module == HEAD else min(site.d_in, site.d_out)
+
+
 def _jacobian(key: Array, model: Classifier, data: Batch, console: Console | None) -> dict[str, Sides]:
     """Sums over all rows of J J^T and J^T J, in float64."""
-    run = program(model, moments)
     keys = jax.random.split(key, len(data))
-    sums: dict[str, Sides] = {}
-    size = min(ROWS, len(data))
-    for part in track(parts(data, size, widths="few"), -(-len(data) // size), "frames", console):
-        filled = np.concatenate([part.rows, np.zeros(size - len(part.rows), int)])
-        weights = jnp.asarray(np.arange(size) < len(part.rows), jnp.float32)
-        found = jax.tree.map(np.asarray, run(model.base.params, part.batch, keys[filled], weights))
-        for name, pair in found.items():
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = tuple(b + x.astype(np.float64) for b, x in zip(before, pair, strict=True))
-    return sums
+
+    def of_part(part: Part) -> Any:
+        filled = np.concatenate([part.rows, np.zeros(len(part.batch) - len(part.rows), int)])
+        return program(model, moments)(model.base.params, part.batch, keys[filled], counted(part))
+
+    return summed(differentiated(data, "frames", console), of_part)
 
 
-def _weights(model: Classifier, sites: Sites) -> dict[str, Sides]:
-    """W W^T and W^T W of the frozen kernels; W of shape (d_out, d_in)."""
-    module, grams = model.base.bind(model.base.params), {}
-    for name, site in sites.items():
+def _activations(model: Classifier, data: Batch, console: Console | None) -> dict[str, Sides]:
+    """Sums over rows and tokens of y y^T and x x^T, where x enters a module and y = W x leaves it."""
+
+    def of_part(part: Part) -> Any:
+        return program(model, second_moments)(model.base.params, part.batch, counted(part))
+
+    inputs = summed(differentiated(data, "frames", console), of_part)
+    return {
+        name: (W @ inputs[name] @ np.swapaxes(W, 1, 2), inputs[name]) for name, W in _kernels(model).items()
+    }
+
+
+def _weights(model: Classifier) -> dict[str, Sides]:
+    """W W^T and W^T W of the frozen kernels."""
+    return {name: (W @ np.swapaxes(W, 1, 2), np.swapaxes(W, 1, 2) @ W) for name, W in _kernels(model).items()}
+
+
+def _kernels(model: Classifier) -> dict[str, Float[np.ndarray, "l d_out d_in"]]:
+    """The frozen kernels of every family; of the head the label rows less their mean."""
+    module, found = model.base.bind(model.base.params), {}
+    for name, site in model.sites.items():
         if site.module == HEAD:
-            kernels = label_rows(model)[None]
+            found[name] = label_rows(model)[None]
         else:
             stack = np.asarray(module.layers[site.module][...])[list(site.layers)]
-            kernels = np.swapaxes(stack, 1, 2).astype(np.float64)
-        grams[name] = (kernels @ np.swapaxes(kernels, 1, 2), np.swapaxes(kernels, 1, 2) @ kernels)
-    return grams
+            found[name] = np.swapaxes(stack, 1, 2).astype(np.float64)
+    return found
 
 
 def _leading(
@@ -270,9 +288,8 @@ def _units(
 ) -> dict[str, float]:
     """Root mean square of a contrast between two classes, over rows, under a standard normal core."""
     arrays = {name: (jnp.asarray(sides[name][0]), jnp.asarray(sides[name][1])) for name in model.sites}
-    size = min(ROWS, len(data))
     sums = dict.fromkeys(model.sites, 0.0)
-    for part in track(parts(data, size, widths="few"), -(-len(data) // size), "units", console):
+    for part in differentiated(data, "units", console):
         _, found = shared_features(model, arrays, part.batch)
         phi = np.asarray(found, np.float64)[: len(part.rows)]
         ends = np.cumsum([L.shape[0] * L.shape[2] * R.shape[2] for L, R in arrays.values()])

@@ -14,27 +14,52 @@ References: Immer et al. (2021), arXiv 2008.08400, for the linear model; Halko, 
 Finding structure with randomness, for sketches.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
+from rich.console import Console
 
 from bnlora.base import Base
+from bnlora.cache import tracked_parts
 from bnlora.compilation import program
-from bnlora.data import Batch
+from bnlora.data import Batch, Part
 from bnlora.model import Classifier
 from bnlora.priors import point
 from bnlora.sites import Site, Sites
+
+ROWS = 16
+"""Rows that are differentiated at a time."""
 
 SKETCH = 64
 """Columns of a random sketch of J; a side that is not wider is kept whole."""
 
 Moments = Mapping[str, tuple[Array, Array]]
 """Sums of J J^T, (layer, d_out, d_out), and of J^T J, (layer, d_in, d_in), by family."""
+
+
+def differentiated(data: Batch, label: str, console: Console | None) -> Iterator[Part]:
+    """Parts of the rows to differentiate, under a bar: of few widths, for each takes long to compile."""
+    return tracked_parts(data, min(ROWS, len(data)), label, console, widths="few")
+
+
+def counted(part: Part) -> Float[Array, " n"]:
+    """Weight of each row of a part: 0 for rows that only fill it up."""
+    return jnp.asarray(np.arange(len(part.batch)) < len(part.rows), jnp.float32)
+
+
+def summed(pieces: Iterable[Part], of_part: Callable[[Part], Any]) -> Any:
+    """Sum over parts, in float64, of a tree of arrays that a program makes of each."""
+    total: Any = None
+    for part in pieces:
+        found = jax.tree.map(lambda x: np.asarray(x, np.float64), of_part(part))
+        total = found if total is None else jax.tree.map(np.add, total, found)
+    return total
 
 
 def features(

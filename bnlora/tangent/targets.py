@@ -12,7 +12,7 @@ the ridge solution r of `h_i r = 1` over the rows, with h_i what enters the head
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,19 +21,16 @@ from jaxtyping import Float
 from rich.console import Console
 
 from bnlora.base import Base
-from bnlora.data import Batch, parts
+from bnlora.data import Batch
 from bnlora.model import Classifier
-from bnlora.progress import track
+from bnlora.priors import point
 from bnlora.sites import HEAD, Site, Sites, select
-from bnlora.tangent.gradients import shared_features
+from bnlora.tangent.gradients import differentiated, shared_features
 
 SLOPE, BIAS = "slope", "bias"
 """Targets, and families, of the base's own logits and of a class bias."""
 
 OWN = (SLOPE, BIAS)
-
-ROWS = 16
-"""Rows that are differentiated at a time."""
 
 RIDGE = 1e-3
 """Ridge of the bias direction, relative to the mean square of an activation."""
@@ -102,15 +99,13 @@ def _bias(model: Classifier, data: Batch, console: Console | None) -> Sides:
     return left[None].astype(np.float32), right[None, :, None].astype(np.float32)
 
 
-def _head_inputs(model: Classifier, data: Batch, console: Console | None) -> Any:
+def _head_inputs(model: Classifier, data: Batch, console: Console | None) -> Iterator[np.ndarray]:
     """What enters the head, for some rows at a time: the derivative of a logit in its row of the head."""
-    site = model.sites[BIAS]
-    plain = Classifier(model.base, Sites((site,), model.sites.num_layers), model.prior.program,
-                       label_ids=model.label_ids)  # fmt: skip
+    sites = model.sites.only(families=[BIAS])
+    plain = Classifier(model.base, sites, point(), label_ids=model.label_ids)
     second = np.zeros((1, len(model.label_ids), 1), np.float32)
     second[0, 1] = 1.0  # the contrast of the second class against the first
-    arrays = {BIAS: (jnp.asarray(second), jnp.eye(site.d_in)[None])}
-    size = min(ROWS, len(data))
-    for part in track(parts(data, size, widths="few"), -(-len(data) // size), "bias direction", console):
+    arrays = {BIAS: (jnp.asarray(second), jnp.eye(sites[BIAS].d_in)[None])}
+    for part in differentiated(data, "bias direction", console):
         _, found = shared_features(plain, arrays, part.batch)
         yield np.asarray(found, np.float64)[: len(part.rows), 0]
