@@ -3,20 +3,24 @@
 Data flows one way: load a base, select sites, write a prior, build a guide on it, fit, predict,
 measure, diagnose.
 
-    base  = bl.load("model.gguf")
-    sites = bl.select(base, ["q_proj", "k_proj", "lm_head"], rank=8)
-    data  = bl.text_classification(dataset, base.tokenizer, text=..., label=..., words=[...])
-    model = bl.Classifier(base, sites, bl.priors.sparse_gp(), label_ids=data.label_ids)
-    guide = bl.guides.SiteFlow(model.prior)
-    fit   = bl.fit(key, model, guide, data.train, optax.adam(1e-2), num_steps=300, batch_size=16)
-    pred  = bl.predict(key, fit, data.test)
+    base = bl.load("model.gguf")
+    data = bl.text_classification(dataset, base.tokenizer, text=..., label=..., words=[...])
+    core = bl.fit_core(key, base, data.train, label_ids=data.label_ids, size={"v_proj": 32})
+    pred = bl.predict(key, core, data.test)
     bl.metrics.summary(pred, data.test.labels)
-    bl.diagnose(fit, data.test)
-    tree  = bl.to_arviz(fit, data.test)
+    bl.diagnose(core.fit, data.test)
+    tree = bl.to_arviz(core.fit, data.test)
 
-    chains = bl.sample_nuts(key, model, data.train, given=fit)
+    chains = bl.sample_nuts(key, core.model, core.fit.train, mass=core.gaussian)
     chains.certificate
-    bl.compare(key, fit, chains, data.test)
+    bl.compare(key, core.fit, chains, data.test)
+
+Or with a prior and a guide of one's own, on the network itself:
+
+    sites = bl.select(base, ["q_proj", "k_proj", "lm_head"], rank=8)
+    model = bl.Classifier(base, sites, my_prior, label_ids=data.label_ids)
+    guide = bl.guides.Guide(model.prior, bl.guides.low_rank(over="all"))
+    fit   = bl.fit(key, model, guide, data.train, optax.adam(1e-2), num_steps=300, batch_size=16)
 """
 
 import difflib as _difflib
@@ -58,7 +62,6 @@ if _TYPE_CHECKING:  # what type checkers and editors see of the names in `_LATER
     from bnlora.base import Base as Base
     from bnlora.base import load as load
     from bnlora.checkpoint import load_fit as load_fit
-    from bnlora.checkpoint import load_frames as load_frames
     from bnlora.checkpoint import save_fit as save_fit
     from bnlora.comparison import Comparison as Comparison
     from bnlora.comparison import compare as compare
@@ -88,10 +91,13 @@ if _TYPE_CHECKING:  # what type checkers and editors see of the names in `_LATER
     from bnlora.tangent.scales import Scales as Scales
     from bnlora.tangent.scales import choose_scales as choose_scales
     from bnlora.tangent.start import start_at as start_at
+    from bnlora.tangent.stored import load_core as load_core
+    from bnlora.tangent.stored import load_frames as load_frames
+    from bnlora.tangent.stored import save_core as save_core
 
 _LATER = {
     "bnlora.base": "Base load",
-    "bnlora.checkpoint": "load_fit load_frames save_fit",
+    "bnlora.checkpoint": "load_fit save_fit",
     "bnlora.comparison": "Comparison compare load_reference save_reference store_reference",
     "bnlora.diagnostics": "diagnose to_arviz",
     "bnlora.inference": "",
@@ -107,6 +113,7 @@ _LATER = {
     "bnlora.tangent.model": "Tangent",
     "bnlora.tangent.scales": "Scales choose_scales",
     "bnlora.tangent.start": "start_at",
+    "bnlora.tangent.stored": "load_core load_frames save_core",
 }
 """Modules that are imported when one of them, or one of these names out of them, is first used: Flax, Optax,
 matplotlib and their like would make `import bnlora` take several times as long. A name of a module that is a

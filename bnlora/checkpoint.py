@@ -29,7 +29,7 @@ from bnlora.elbo import parameter_shapes
 from bnlora.files import file_checksum, read_json, write_json
 from bnlora.fingerprint import fingerprint, is_same
 from bnlora.fits import Fit
-from bnlora.frame import Frames, frames_from, stored_frames
+from bnlora.frame import stored_frames
 from bnlora.priors.core import frames_of
 
 FORMAT, READABLE = 2, (1, 2)
@@ -59,16 +59,22 @@ def save_fit(fit: Fit, folder: str | Path, *, notes: Mapping[str, Any] | None = 
         >>> sorted(path.name for path in (folder / "fit").iterdir())
         ['fit.json', 'fit.safetensors']
     """
+    write_fit(fit, folder, notes or {}, {})
+
+
+def write_fit(fit: Fit, folder: str | Path, notes: Mapping[str, Any], more: Mapping[str, np.ndarray]) -> None:
+    """`save_fit` with further arrays in the same file, under names of their own."""
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     trees = {name: getattr(fit, name) for name in ("params", "last_params", "history", "validation")}
     arrays = _by_path(trees) | {f"train.{name}": getattr(fit.train, name) for name in _ROWS}
     arrays |= {"step_seconds": fit.step_seconds, "draw_key": jax.random.key_data(fit.draw_key)}
     arrays |= {"weights": _some_weights(fit.model), **_frame_arrays(fit.model)}
+    arrays |= {"guide": fingerprint(_constants(fit.guide)), **more}
     record = {name: getattr(fit, name) for name in (*_COUNTS, "stopped")} | {"format": FORMAT}
     record |= {"key": str(jax.random.key_impl(fit.draw_key)), "model": _told(fit.model)}
     record |= {"kind": _kind(fit.model)}
-    record |= {"notes": dict(notes or {})}
+    record |= {"notes": dict(notes)}
     record |= {"versions": {name: version(name) for name in ("bnlora", "jax", "numpyro", "flax")}}
     # safetensors needs one block of memory; `np.ascontiguousarray` would make a vector of a scalar.
     _write(folder, {name: np.asarray(value, order="C") for name, value in arrays.items()}, record)
@@ -96,9 +102,10 @@ def load_fit(folder: str | Path, model: Any, guide: Callable) -> Fit:
         True
     """
     folder = Path(folder).expanduser()
-    record, arrays = _read(folder)
+    record, arrays = read_stored(folder)
     if record["format"] > 1:
         _require_same_model(record, arrays, model, folder)
+        _require_same_guide(arrays, guide, folder)
     train = _rows(arrays, model, folder)
     like, allowed = parameter_shapes(model, guide, model.base.params, train[:1], len(train))
     params, last_params = (_restored(n, like, allowed, arrays, folder) for n in ("params", "last_params"))
@@ -116,31 +123,6 @@ def load_fit(folder: str | Path, model: Any, guide: Callable) -> Fit:
     )
 
 
-def load_frames(folder: str | Path, base: Any, sites: Any, *, label_ids: Any) -> Frames:
-    """Read the frames that were saved with a fit.
-
-    Args:
-        folder: A folder that `save_fit` wrote, of a fit under a core prior.
-        base: The base that they were made from.
-        sites: The sites of the fit, `frames.sites` at the time: of the same modules, layers and ranks.
-        label_ids: Token id of each class.
-
-    Returns:
-        The frames, for `priors.core`.
-
-    Raises:
-        FileNotFoundError: When the folder holds no fit.
-        ValueError: When the fit has no frames, or they are of other sites or another base.
-
-    Example:
-        >>> bl.save_fit(tangent_fit, folder / "tangent")
-        >>> bl.load_frames(folder / "tangent", base, frames.sites, label_ids=(3, 5))
-        Frames(4 coordinates from jacobian: lm_head 1x1x4)
-    """
-    folder = Path(folder).expanduser()
-    return frames_from(_read(folder)[1], base.params, sites, tuple(map(int, label_ids)), str(folder))
-
-
 def read_notes(folder: str | Path) -> dict[str, Any]:
     """The `notes` that `save_fit` was given, by name; none where it was given none.
 
@@ -154,7 +136,7 @@ def read_notes(folder: str | Path) -> dict[str, Any]:
         FileNotFoundError: When the folder holds no fit.
         ValueError: When a file is corrupt or belongs to another fit.
     """
-    return _read(Path(folder).expanduser())[0].get("notes", {})
+    return read_stored(Path(folder).expanduser())[0].get("notes", {})
 
 
 def fit_size(model: Any, guide: Callable, train: Batch, num_steps: int) -> int:
@@ -228,13 +210,28 @@ def _require_same_model(
         if then.shape != value.shape or not np.allclose(then, value, atol=1e-4):
             raise ValueError(
                 f"the fit in {str(folder)!r} was made with other frames than those of this prior; read its "
-                "own by bl.load_frames"
+                f"own by bl.load_frames({str(folder)!r}, base)"
             )
     stored, weights = arrays["weights"], _some_weights(model)
     if not is_same(stored, weights):
         raise ValueError(
             f"the fit in {str(folder)!r} was made over another base than {model.base!r}, or with other "
             "values of the sites that are held; its weights are others"
+        )
+
+
+def _constants(guide: Callable) -> Any:
+    """The arrays that a guide holds fixed, such as the coordinates of `around`."""
+    return getattr(guide, "constants", {})
+
+
+def _require_same_guide(arrays: Mapping[str, np.ndarray], guide: Callable, folder: Path) -> None:
+    """Raise unless the guide's fixed arrays are those of the fit; eigenvectors can turn between machines."""
+    now = fingerprint(_constants(guide))
+    if not is_same(arrays.get("guide", now), now):  # older ones have none
+        raise ValueError(
+            f"the fit in {str(folder)!r} was made with a guide around another Gaussian, in whose coordinates "
+            "its parameters are; give that Gaussian, or keep fits of bl.fit_core by bl.save_core"
         )
 
 
@@ -303,7 +300,8 @@ def _is_allowed(constraint: Any, value: np.ndarray) -> bool:
     return any(np.all(constraint(x)) for x in (value, value + step, value - step))
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read_stored(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Record and arrays of a folder that holds a fit, once both are known to be whole."""
     absent = [name for name in (RECORD, ARRAYS) if not (folder / name).is_file()]
     if absent:
         raise FileNotFoundError(f"{str(folder)!r} holds no fit: it lacks {' and '.join(absent)}")

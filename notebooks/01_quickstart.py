@@ -49,7 +49,6 @@ from IPython.display import display
 
 import bnlora as bl
 from bnlora.assets import fetch_smollm2, vader_splits
-from bnlora.checkpoint import read_notes
 from bnlora.display import Table
 
 fast = bool(os.environ.get("BNLORA_FAST"))
@@ -276,27 +275,17 @@ print(
 assert apart.at_draws > apart.at_mean
 
 # %% [markdown]
-# Where the finding "learned" advises to leave a family out, read it with care. It looks at the norm of the whole update, and of most
-# of its directions so few rows say nothing, so that the norm is much as under the prior. Whether a family is needed is a question for
-# the table of scales above.
-#
 # ## Save and load
 #
-# A folder holds the fit, the frames and the notes that one gives it, without the weights of the base. A prior and a guide are programs, so they
-# are built again.
+# A folder holds the fit with its frames, scales and Gaussian, without the weights of the base. It is all that another process needs
+# beside the base.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    bl.save_fit(core.fit, folder, notes={"scales": core.scales.by_name})
-    frames = bl.load_frames(folder, base, core.frames.sites, label_ids=data.label_ids)
-    prior = bl.priors.core(frames, scale=read_notes(folder)["scales"])
-    tangent = bl.Tangent(bl.Classifier(base, frames.sites, prior, label_ids=data.label_ids))
-    gaussian = bl.laplace(tangent, core.fit.train)  # the coordinates of the guide
-    guide = bl.guides.Guide(tangent.prior, bl.guides.around(gaussian))
-    again = bl.load_fit(folder, tangent, guide)
+    bl.save_core(core, folder)
+    again = bl.load_core(folder, base)
 before, after = (bl.predict(k_predict, one, rows["movies"], num_samples=num_draws) for one in (core, again))
-np.testing.assert_allclose(before.probs, after.probs, atol=1e-4)
-print(f"Largest difference of a probability: {np.abs(before.probs - after.probs).max():.1e}.")
+np.testing.assert_array_equal(before.probs, after.probs)
 
 # %% [markdown]
 # ## What to conclude, and what not

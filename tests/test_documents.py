@@ -95,18 +95,21 @@ def test_what_the_readme_does_where_memory_is_short_runs():
 
 
 @pytest.mark.slow
-def test_the_script_of_the_readme_runs(capsys):
+def test_the_script_of_the_readme_runs(capsys, tmp_path, monkeypatch):
     """As it stands, but with few steps, rows and draws."""
+    monkeypatch.chdir(tmp_path)
     script, *_ = blocks("README.md")
     script = re.sub(r"num_samples=\d+", "num_samples=4", script)
     script = re.sub(r"train=\d+, validation=\d+, test=\d+", "train=32, validation=1, test=16", script)
     script = script.replace('"v_proj": 32', '"v_proj": 4')
-    script = script.replace('300, "num_draws": 500', '50, "num_draws": 40')
+    script = script.replace('300, "num_draws": 1000', '50, "num_draws": 40')
     names: dict = {}
     exec(script, names)
     assert "accuracy" in capsys.readouterr().out
     assert len([line for line in script.splitlines() if line]) <= 20
     assert set(names["tree"].children) >= {"posterior", "log_likelihood"}
+    again = bl.predict(names["k_predict"], bl.load_core("core", names["base"]), names["data"]["movies"])
+    assert again.probs.shape == names["prediction"].probs.shape
 
 
 def test_the_steps_of_the_core_prior_run(capsys):

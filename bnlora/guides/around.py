@@ -8,6 +8,7 @@ each informed direction. In all other directions it stays at the prior, which is
 model.
 """
 
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -67,7 +68,8 @@ def around(gaussian: Geometry) -> Family:
         affine = known.cast(jnp.result_type(float))
         return dist.TransformedDistribution(unit, Informed(affine, loc, scale, known.log_determinant))
 
-    return vector_family("Gaussian around another one", law, count=lambda size: 2 * size, over="all")
+    family = vector_family("Gaussian around another one", law, count=lambda size: 2 * size, over="all")
+    return replace(family, constants=known)
 
 
 class Informed(Transform):

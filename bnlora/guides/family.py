@@ -1,7 +1,7 @@
 """What a guide is made of: families, and what they do to the sites they are given."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpyro.distributions as dist
@@ -22,11 +22,13 @@ class Family:
             It may sample auxiliary sites (`infer={"is_auxiliary": True}`), whose density counts towards the
             bound.
         joint: Whether it ties its sites together.
+        constants: Arrays that the law holds fixed and its parameters refer to; a stored fit needs the same.
     """
 
     label: str
     build: Build
     joint: bool = False
+    constants: Any = field(default=(), compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return state(self, "build")

@@ -101,6 +101,11 @@ class Guide(Shown):
         return draws
 
     @property
+    def constants(self) -> list[Any]:
+        """The arrays that each family holds fixed."""
+        return [family.constants for family, _ in self.groups]
+
+    @property
     def overview(self) -> tuple[Table]:
         """One row for each site with its family and what it costs; a joint family counts at its first."""
         family = {name: family for family, names in self.groups for name in names}

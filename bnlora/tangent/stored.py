@@ -1,0 +1,177 @@
+"""Core fits on disk: what `bnlora.save_fit` writes, and what it takes to build the posterior again.
+
+| arrays                        | hold                                                          |
+|-------------------------------|---------------------------------------------------------------|
+| `frames.*`                    | the frames, as of every fit under a core prior                |
+| `core.scales.*`               | the chosen scales, their evidence and standard deviations     |
+| `core.affine.*`, `core.informed.*` | Laplace's Gaussian, in whose coordinates the guide is    |
+| `core.seconds.*`              | seconds of every part                                         |
+
+The Gaussian is stored and not computed again: its directions are eigenvectors, which may turn or change their
+sign on another machine, and the guide's parameters with them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnlora.affine import Affine
+from bnlora.base import Base
+from bnlora.checkpoint import load_fit, read_stored, write_fit
+from bnlora.density import density
+from bnlora.fingerprint import fingerprint, is_same
+from bnlora.frame import Frames, frames_from
+from bnlora.guides import Guide, around
+from bnlora.model import Classifier
+from bnlora.priors import core as core_prior
+from bnlora.sites import HEAD, Site, Sites
+from bnlora.tangent.fit import CoreFit
+from bnlora.tangent.gaussian import Gaussian
+from bnlora.tangent.linear import Informed
+from bnlora.tangent.model import Tangent
+from bnlora.tangent.scales import Scales
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def save_core(core: CoreFit, folder: str | Path, *, notes: Mapping[str, Any] | None = None) -> None:
+    """Write a fit of `bnlora.fit_core` into a folder, as `bnlora.save_fit` does, with all that led to it.
+
+    Args:
+        core: The fit.
+        folder: Folder to write; made where there is none.
+        notes: What else to keep, as in `bnlora.save_fit`, such as how the rows were read.
+
+    Raises:
+        OSError: When the folder cannot be written; a fit that it held is still there.
+
+    Example:
+        >>> made = bl.fit_core(key, base, rows, label_ids=(3, 5), size={"lm_head": 2}, num_steps=4)
+        >>> bl.save_core(made, folder / "core")
+        >>> again = bl.load_core(folder / "core", base)  # in another process, say
+        >>> bool((again.gaussian.loc == made.gaussian.loc).all())
+        True
+    """
+    write_fit(core.fit, folder, notes or {}, _arrays(core))
+
+
+def load_core(folder: str | Path, base: Base) -> CoreFit:
+    """Read back what `save_core` wrote: the same draws, with nothing to build again but the base.
+
+    Args:
+        folder: The folder.
+        base: The base of the fit.
+
+    Returns:
+        The posterior with its parts; its rows are there without cached features.
+
+    Raises:
+        FileNotFoundError: When the folder holds no fit.
+        ValueError: When a file is corrupt, the fit was written by `save_fit`, or is of another base.
+
+    Example:
+        >>> made = bl.fit_core(key, base, rows, label_ids=(3, 5), size={"lm_head": 2}, num_steps=4)
+        >>> bl.save_core(made, folder / "core")
+        >>> bl.load_core(folder / "core", base).scales == made.scales
+        True
+    """
+    folder = Path(folder).expanduser()
+    arrays = read_stored(folder)[1]
+    if "core.affine.centre" not in arrays:
+        raise ValueError(
+            f"the fit in {str(folder)!r} was not written by bl.save_core; read it by bl.load_fit"
+        )
+    frames = load_frames(folder, base)
+    scales = _scales(arrays, tuple(frames))
+    prior = core_prior(frames, scale=scales.values)
+    tangent = Tangent(Classifier(base, frames.sites, prior, label_ids=frames.label_ids))
+    gaussian = _gaussian(arrays, tangent)
+    fit = load_fit(folder, tangent, Guide(tangent.prior, around(gaussian)))
+    spent = sorted(_group(arrays, "core.seconds.").items())
+    seconds = {name.split(" ", 1)[1]: float(x) for name, x in spent}
+    return CoreFit(frames, scales, gaussian, fit, seconds)
+
+
+def load_frames(folder: str | Path, base: Base) -> Frames:
+    """Read the frames that were saved with a fit, and its sites and label tokens with them.
+
+    Args:
+        folder: A folder that `save_fit` or `save_core` wrote, of a fit under a core prior.
+        base: The base that they were made from.
+
+    Returns:
+        The frames, for `priors.core`.
+
+    Raises:
+        FileNotFoundError: When the folder holds no fit.
+        ValueError: When the fit has no frames, or they are of another base.
+
+    Example:
+        >>> bl.save_fit(tangent_fit, folder / "tangent")
+        >>> bl.load_frames(folder / "tangent", base)
+        Frames(4 coordinates from jacobian: lm_head 1x1x4)
+    """
+    folder = Path(folder).expanduser()
+    record, arrays = read_stored(folder)
+    if "frames.source" not in arrays:
+        raise ValueError(f"the fit in {str(folder)!r} has no frames: its prior was not priors.core")
+    weights = fingerprint(base.params)
+    if not is_same(arrays["weights"][: len(weights)], weights):
+        raise ValueError(f"the frames in {str(folder)!r} are of another base than {base!r}")
+    told = dict(record["model"])
+    label_ids = tuple(told.pop("label ids")["ids"])
+    sites = Sites(tuple(_site(base, values) for values in told.values()), base.num_layers)
+    return frames_from(arrays, base.params, sites, label_ids, str(folder))
+
+
+def _site(base: Base, values: Mapping[str, Any]) -> Site:
+    """A site out of a record, with all rows of the head, as sites of frames have them."""
+    whole: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in values.items()}
+    site = Site(**whole)
+    return replace(site, d_out=base.modules[HEAD][1]) if site.module == HEAD else site
+
+
+def _arrays(core: CoreFit) -> dict[str, np.ndarray]:
+    """The parts of a core fit beside its variational fit, by name."""
+    scales, gaussian = core.scales, core.gaussian
+    parts: dict[str, Any] = {f"scales.values.{name}": x for name, x in scales.values.items()}
+    parts |= {f"scales.without.{name}": x for name, x in scales.without.items()}
+    parts |= {f"scales.stderr.{name}": x for name, x in scales.stderr.items()}
+    parts |= {"scales.log_evidence": scales.log_evidence, "scales.base": scales.base}
+    parts |= {f"affine.{name}": x for name, x in gaussian.affine._asdict().items()}
+    if gaussian.informed is not None:
+        parts |= {f"informed.{name}": x for name, x in gaussian.informed._asdict().items()}
+    parts |= {"log_evidence": gaussian.log_evidence}
+    # A file has no order of its own; the parts of a fit have one.
+    parts |= {f"seconds.{i} {name}": x for i, (name, x) in enumerate(core.seconds.items())}
+    return {f"core.{name}": np.asarray(x) for name, x in parts.items()}
+
+
+def _scales(arrays: Arrays, families: tuple[str, ...]) -> Scales:
+    """The scales, in the order of the families: a file has none."""
+
+    def numbers(part: str) -> dict[str, Any]:
+        stored = _group(arrays, f"core.scales.{part}.")
+        return {name: x if x.ndim else float(x) for name, x in stored.items()}
+
+    values = numbers("values")
+    values = {name: values[name] for name in families}
+    log_evidence, base = (float(arrays[f"core.scales.{name}"]) for name in ("log_evidence", "base"))
+    return Scales(values, log_evidence, numbers("without"), base, numbers("stderr"))
+
+
+def _gaussian(arrays: Arrays, tangent: Tangent) -> Gaussian:
+    informed = _group(arrays, "core.informed.")
+    return Gaussian(
+        density(tangent, {}),
+        Affine(**_group(arrays, "core.affine.")),
+        Informed(**informed) if informed else None,
+        float(arrays["core.log_evidence"]),
+    )
+
+
+def _group(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
