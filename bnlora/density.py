@@ -14,6 +14,7 @@ Reference: Kucukelbir et al. (2017), Automatic differentiation variational infer
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -54,8 +55,7 @@ class Density:
     @property
     def places(self) -> dict[str, np.ndarray]:
         """Indices of every latent site in the vector."""
-        sizes = [int(np.prod(shape)) for shape in self.shapes.values()]
-        return dict(zip(self.shapes, np.split(np.arange(self.size), np.cumsum(sizes)[:-1]), strict=True))
+        return _cut(np.arange(self.size), self.shapes)
 
     def log_prior(self, vector: Float[Array, " p"]) -> Float[Array, ""]:
         """Log-density of the vector under the prior, in nats, Jacobians included.
@@ -197,6 +197,10 @@ def _trace(program: Callable, key: Array, *args: Any, **values: Any) -> dict[str
 
 
 def _split(vector: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
-    ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
-    parts = jnp.split(vector, ends[:-1])
-    return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    return {name: part.reshape(shapes[name]) for name, part in _cut(vector, shapes).items()}
+
+
+def _cut(vector: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The numbers of each site, out of a vector of all of them."""
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()]).tolist()
+    return {name: vector[a:b] for name, (a, b) in zip(shapes, pairwise([0, *ends]), strict=True)}

@@ -9,9 +9,7 @@
 | Bayesian-LoRA, NUTS | the same posterior by its gold standard                                             |
 """
 
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -35,10 +33,10 @@ from bnlora.mcmc import Chains, sample_nuts
 from bnlora.model import Classifier
 from bnlora.predict import Posterior, Prediction, predict
 from bnlora.priors import point
+from bnlora.progress import timed
 from bnlora.sites import select
 from bnlora.svi import fit
-from bnlora.tangent.fit import PARTICLES, SIZES, CoreFit, fit_core
-from bnlora.tangent.fit import RATE as CORE_RATE
+from bnlora.tangent.fit import SIZES, CoreFit, fit_core, fit_near
 from bnlora.tangent.start import start_at
 from bnlora.validation import EarlyStopping
 
@@ -149,12 +147,12 @@ def compare(
     """
     lora_key, core_key, nuts_key, draw_key, flow_key, agree_key = jax.random.split(key, 6)
     seconds: dict[str, float] = {}
-    with _timed(seconds, "trunk, labelled rows"):
+    with timed(seconds, "trunk, labelled rows"):
         sites = select(base, TARGETS, rank=1, layers=slice(-2, None))
         trunk = Classifier(base, sites, point(), label_ids=label_ids)
         train = cache_prefix(trunk, train, console=console)
     fitted, validation = train[: len(train) - held_out], train[len(train) - held_out :]
-    with _timed(seconds, "LoRA"):
+    with timed(seconds, "LoRA"):
         best = fit_lora(
             lora_key,
             base,
@@ -164,46 +162,37 @@ def compare(
             validation=validation,
             console=console,
         )
-    with _timed(seconds, "Bayesian-LoRA"):
-        core = fit_core(core_key, base, train, label_ids=label_ids, size=SIZES, console=console)
-    with _timed(seconds, "NUTS"):
+    with timed(seconds, "Bayesian-LoRA"):
+        core = fit_core(core_key, base, train, label_ids=label_ids, console=console)
+    with timed(seconds, "NUTS"):
         chains = sample_nuts(
             nuts_key, core.model, core.fit.train, mass=core.gaussian, **NUTS_OPTIONS, console=console
         )
-    with _timed(seconds, "SiteFlow"):
+    with timed(seconds, "SiteFlow"):
         flow = fit_flow(flow_key, core, console=console)
-    with _timed(seconds, "posteriors against NUTS"):
-        posteriors: dict[str, Posterior] = {"Laplace": core.gaussian, "Gaussian by SVI": core.fit}
-        posteriors["SiteFlow by SVI"] = flow
+    with timed(seconds, "posteriors against NUTS"):
+        posteriors: dict[str, Posterior] = {
+            "Laplace": core.gaussian,
+            "Gaussian by SVI": core.fit,
+            "SiteFlow by SVI": flow,
+        }
         agreements = against_nuts(agree_key, posteriors, chains, core.fit.train, console=console)
-    with _timed(seconds, "trunk, test rows"):
+    with timed(seconds, "trunk, test rows"):
         tests = {name: cache_prefix(trunk, rows, console=console) for name, rows in tests.items()}
-    with _timed(seconds, "features, test rows"):
+    with timed(seconds, "features, test rows"):
         tests = {name: cache_prefix(core.model, rows, console=console) for name, rows in tests.items()}
-    with _timed(seconds, "predictions"):
+    with timed(seconds, "predictions"):
         predictions = _predictions(draw_key, best, core, chains, validation, tests, num_draws, console)
     labels = {name: np.asarray(rows.labels) for name, rows in tests.items()}
     return Comparison(predictions, labels, best, core, chains, agreements, seconds)
 
 
 def fit_flow(key: Array, core: CoreFit, *, console: Console | None) -> Fit:
-    """The paper's guide on the same posterior, from Laplace's Gaussian, with the steps of the core fit."""
+    """The paper's guide on the same posterior, from Laplace's Gaussian, for as many steps."""
     start_key, fit_key = jax.random.split(key)
-    guide, rows, steps = SiteFlow(core.model.prior), core.fit.train, len(core.fit.step_seconds)
-    rate = optax.adam(optax.cosine_decay_schedule(CORE_RATE, steps))
-    return fit(
-        fit_key,
-        core.model,
-        guide,
-        rows,
-        rate,
-        scale_optimizer=rate,
-        num_steps=steps,
-        batch_size=len(rows),
-        num_particles=PARTICLES,
-        start=start_at(start_key, guide, core.gaussian),
-        console=console,
-    )
+    guide = SiteFlow(core.model.prior)
+    start, steps = start_at(start_key, guide, core.gaussian), len(core.fit.step_seconds)
+    return fit_near(fit_key, core.model, guide, core.fit.train, num_steps=steps, start=start, console=console)
 
 
 def against_nuts(
@@ -279,10 +268,3 @@ def temperature_of(key: Array, fitted: Fit, validation: Batch, *, console: Conso
 def _last(best: Fit) -> Fit:
     """The same fit after its last step."""
     return replace(best, params=best.last_params, best_step=len(best.step_seconds))
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    seconds[part] = time.perf_counter() - began

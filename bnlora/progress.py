@@ -1,6 +1,8 @@
-"""Progress bars: shown on a terminal or in a notebook, silent elsewhere."""
+"""Progress bars, shown on a terminal or in a notebook and silent elsewhere, and seconds of parts of a job."""
 
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich import get_console
@@ -39,3 +41,11 @@ def track(items: Iterable[Item], total: int, label: str, console: Console | None
         for item in items:
             yield item
             bar.advance(task)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Write down how long a part of a job takes."""
+    began = time.perf_counter()
+    yield
+    seconds[part] = time.perf_counter() - began

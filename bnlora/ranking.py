@@ -11,7 +11,7 @@ from jax import Array
 from bnlora.calibration import Calibration
 from bnlora.checks import broken_weights, check_key
 from bnlora.data import Batch
-from bnlora.functions import Functions, scalars
+from bnlora.functions import Functions, identifiable, scalars
 from bnlora.model import Classifier
 from bnlora.ranks import rank
 from bnlora.typing import Adapters
@@ -35,7 +35,7 @@ def ranked(
     key: Array,
     model: Classifier,
     inference: Callable[[Array, Any, Batch], Adapters],
-    functions: Functions,
+    functions: Functions | None,
     make: Make,
     own: Any,
     rows: Batch,
@@ -52,10 +52,10 @@ def ranked(
         key: Random key.
         model: A `Classifier`.
         inference: What is to be judged.
-        functions: What is ranked.
+        functions: What is ranked; `identifiable(model, rows[:3])` when None.
         make: Makes the truth and the rows of one simulation.
         own: Arrays with a leading simulation axis, the third argument of `make` by slices; None for none.
-        rows: Prepared rows.
+        rows: Rows.
         shared: What else `make` reads.
         num_simulations: Number of simulations.
         level: Level of the verdicts.
@@ -67,10 +67,11 @@ def ranked(
             adapters, or every simulation failed.
     """
     key = check_key(key)
+    functions = identifiable(model, rows[:3]) if functions is None else functions
     one = _simulation(model, inference, functions, make)
     program = jax.jit(lambda each, *together: jax.lax.map(lambda e: one(*e, *together), each))
     keys = jax.random.split(key, num_simulations)
-    found = jax.tree.map(np.asarray, program((keys, own), model.base.params, rows, shared))
+    found = jax.tree.map(np.asarray, program((keys, own), model.base.params, model.prepare(rows), shared))
     broken = [name for name, ok in found.truth_finite.items() if not ok.all()]
     if broken:
         remedy = broken_weights(model.base.params) or remedy

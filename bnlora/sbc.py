@@ -42,7 +42,7 @@ from bnlora.checks import check_at_least, check_key, listed
 from bnlora.data import Batch, check_labels
 from bnlora.density import check_parameters
 from bnlora.elbo import initial_parameters
-from bnlora.functions import Functions, identifiable, log_likelihood
+from bnlora.functions import Functions, log_likelihood
 from bnlora.guides.automatic import prepare
 from bnlora.maximise import maximise
 from bnlora.model import Classifier
@@ -94,8 +94,13 @@ def simulate(key: Array, model: Classifier, frozen: Any, rows: Batch, params: Pa
     key = check_key(key)
     prior_key, label_key = jax.random.split(key)
     adapters = jax.tree.map(lambda x: x[0], draw_prior(prior_key, model, params, 1))
-    labels = jax.random.categorical(label_key, model.logits(frozen, adapters, rows))
-    return Simulation(adapters, replace(rows, labels=labels.astype(rows.labels.dtype)))
+    return Simulation(adapters, replace(rows, labels=_labels(label_key, model, frozen, adapters, rows)))
+
+
+def _labels(key: Array, model: Classifier, frozen: Any, adapters: Adapters, rows: Batch) -> Array:
+    """Labels of the rows, drawn from the likelihood."""
+    drawn = jax.random.categorical(key, model.logits(frozen, adapters, rows))
+    return drawn.astype(rows.labels.dtype)
 
 
 def svi_inference(
@@ -255,10 +260,10 @@ def run(
         run_key,
         model,
         inference,
-        identifiable(model, rows[:3]) if functions is None else functions,
+        functions,
         make,
         None,
-        model.prepare(rows),
+        rows,
         params,
         num_simulations=num_simulations,
         level=level,
@@ -306,18 +311,17 @@ def run_posterior(
     _check_sizes(f"{count} truths", count, observed, level)
 
     def make(key: Array, truth: Adapters, frozen: Any, rows: Batch, shared: None) -> Simulation:
-        labels = jax.random.categorical(key, model.logits(frozen, truth, rows)).astype(rows.labels.dtype)
-        twice = rows[np.tile(np.arange(len(rows)), 2)]
-        return Simulation(truth, replace(twice, labels=jnp.concatenate([rows.labels, labels])))
+        twice, drawn = rows[np.tile(np.arange(len(rows)), 2)], _labels(key, model, frozen, truth, rows)
+        return Simulation(truth, replace(twice, labels=jnp.concatenate([rows.labels, drawn])))
 
     return ranked(
         key,
         model,
         inference,
-        identifiable(model, observed[:3]) if functions is None else functions,
+        functions,
         make,
         jax.tree.map(jnp.asarray, truths),
-        model.prepare(observed),
+        observed,
         None,
         num_simulations=count,
         level=level,

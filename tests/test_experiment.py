@@ -23,7 +23,6 @@ METHODS = (BASE, LORA, CAREFUL, BAYES, NUTS)
 @pytest.fixture(scope="module")
 def comparison():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "SIZES", {"v_proj": 2, "q_proj": 2})
         patch.setattr(experiment, "TARGETS", ("q_proj", "v_proj", "lm_head"))
         patch.setattr(experiment, "RANK", 2)
         patch.setattr(

@@ -124,7 +124,7 @@ def _arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def describe(model: Any) -> str:
     """Sites and label words of a classifier, and what its draws go through, in words."""
     text = f"{model.sites!r}\nlabel ids {model.label_ids}"
-    if getattr(model, "kind", "network") == "network":
+    if model.kind == "network":
         return text
     return f"{text}\ntangent model in the frames {model.checksum[:12]}"
 

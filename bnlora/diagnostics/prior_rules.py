@@ -72,7 +72,11 @@ def learned(found: Overlap, spread: Shrinkage) -> Finding:
     idle = [family for family, low in by_family.items() if min(low) > AS_WIDE and family in same]
     if idle:
         measured += f"; size and spread of the update as under the prior: {', '.join(idle)}"
-        remedy = f"Leave the adapters of {', '.join(idle)} out, or give them a wider prior."
+        remedy = (
+            f"A few directions of {', '.join(idle)} may count all the same: compare the evidence with and "
+            "without it (bnlora.choose_scales under a core prior), or predictions of validation rows; if "
+            "nothing is lost, leave it out."
+        )
         return Finding("learned", "caution", measured, least, SAME, remedy)
     if cells:
         ratios = [cell.ratio for cell in cells]

@@ -53,7 +53,7 @@ class Chains(Shown):
     @property
     def kind(self) -> str:
         """What the draws are of: a "network", or its "tangent" at the base."""
-        return getattr(self.model, "kind", "network")
+        return self.model.kind
 
     @property
     def num_chains(self) -> int:

@@ -64,11 +64,8 @@ class InRows(Target):
 
     def log_density(self, position: Float[Array, " r"], inputs: Any) -> Float[Array, ""]:
         """Log prior of the informed coordinates plus log-likelihood, in nats, up to a constant."""
-        (design, offset, labels), (centre, gains) = inputs[2]
-        moved = gains * position
-        logits = jnp.pad(offset + design @ moved, ((0, 0), (1, 0)))
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)
-        return chosen.sum() - 0.5 * jnp.sum((centre + moved) ** 2)
+        likelihood, along = inputs[2]
+        return likelihood.log_posterior(position, *along)
 
     def vectors(self, positions: Float[np.ndarray, "... r"]) -> Float[np.ndarray, "... p"]:
         """Whole vectors: the informed part as it is, the rest drawn from the prior, the same each time."""

@@ -12,4 +12,7 @@
 | `scales`    | scales by evidence                                                     |
 | `restricted`| closest Gaussian of a restricted covariance, for starts of guides      |
 | `gaussian`  | Laplace's Gaussian over all sites: a posterior, a start, a whitening   |
+| `start`     | start values of guides at that Gaussian                                |
+| `fit`       | all of it in one call                                                  |
+| `calibrate` | inferences for simulation-based calibration                            |
 """

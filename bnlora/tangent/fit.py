@@ -5,7 +5,6 @@ r"""The whole way from labelled rows to a posterior under the core prior, in one
 Every part is a public function of its own; this one fixes the order and measures the seconds of each.
 """
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,16 +26,21 @@ from bnlora.frame import Frames
 from bnlora.guides import Guide, around
 from bnlora.model import Classifier
 from bnlora.priors import core, point
+from bnlora.progress import timed
+from bnlora.sites import Sites
 from bnlora.svi import fit
-from bnlora.tangent.frames import Size, frames
+from bnlora.tangent.frames import Size, frames, smaller_side
 from bnlora.tangent.gaussian import Gaussian, laplace
 from bnlora.tangent.model import Tangent
 from bnlora.tangent.scales import Scales, choose_scales
-from bnlora.tangent.targets import SLOPE, target_sites
-from bnlora.typing import Adapters
+from bnlora.tangent.targets import OWN, SLOPE, target_sites
+from bnlora.typing import Adapters, Parameters
 
 SIZES: Mapping[str, int] = {"q_proj": 8, "k_proj": 8, "v_proj": 32}
 """Placement and sizes of the default, fixed on seeds 0 to 2 of `benchmarks/seeds.py`, with `SLOPE`."""
+
+OTHERS = 16
+"""Size of modules that are not in that table."""
 
 SCALE_PRIOR = dist.HalfNormal(5.0)
 """Keeps scales finite on separable rows, and hardly moves them where the rows say something."""
@@ -96,7 +100,7 @@ def fit_core(
     train: Batch,
     *,
     label_ids: Int[Any, " c"],
-    size: Size = 16,
+    size: Size | None = None,
     targets: Sequence[str] | None = None,
     layers: slice | Iterable[int] | None = slice(-2, None),
     scale_prior: dist.Distribution | None = SCALE_PRIOR,
@@ -112,6 +116,7 @@ def fit_core(
         train: Rows with labels.
         label_ids: Token id of each class.
         size: Directions of each side, as in `bnlora.frames`; a mapping also says which modules are adapted.
+            Omitted, those of `SIZES` and 16 for other modules, or as many as the smaller side has.
         targets: Modules, `"slope"` and `"bias"`. Omitted, `"slope"` and the modules of `size` where that is a
             mapping, else those of `SIZES`.
         layers: Layers to adapt; the two uppermost when omitted.
@@ -132,33 +137,59 @@ def fit_core(
         ('tangent', ['slope', 'v_proj'])
     """
     frame_key, fit_key = jax.random.split(check_key(key))
-    clock, seconds = time.perf_counter(), {}
-
-    def lap(part: str) -> None:
-        nonlocal clock
-        now = time.perf_counter()
-        seconds[part], clock = now - clock, now
-
+    seconds: dict[str, float] = {}
     chosen = targets if targets is not None else [*(size if isinstance(size, Mapping) else SIZES), SLOPE]
-    trunk = Classifier(base, target_sites(base, chosen, layers), point(), label_ids=label_ids)
-    train = cache_prefix(trunk, train, console=console)  # frames and features both start from there
-    lap("trunk")
-    made = frames(
-        frame_key, base, chosen, train, label_ids=label_ids, size=size, layers=layers, console=console
-    )
-    lap("frames")
-    tangent = Tangent(Classifier(base, made.sites, core(made), label_ids=label_ids))
-    rows = cache_prefix(tangent, train, console=console)
-    lap("features")
-    scales = choose_scales(tangent, rows, prior=scale_prior, within=within, console=console)
-    lap("scales by evidence")
-    tangent = tangent.with_prior(core(made, scale=scales.values))
-    gaussian = laplace(tangent, rows, console=console)
-    lap("Laplace")
-    guide = Guide(tangent.prior, around(gaussian))
+    sites = target_sites(base, chosen, layers)
+    places = {"label_ids": label_ids, "size": _sizes(sites) if size is None else size, "layers": layers}
+    with timed(seconds, "trunk"):  # frames and features both start from there
+        trunk = Classifier(base, sites, point(), label_ids=label_ids)
+        train = cache_prefix(trunk, train, console=console)
+    with timed(seconds, "frames"):
+        made = frames(frame_key, base, chosen, train, **places, console=console)
+    with timed(seconds, "features"):
+        tangent = Tangent(Classifier(base, made.sites, core(made), label_ids=label_ids))
+        rows = cache_prefix(tangent, train, console=console)
+    with timed(seconds, "scales by evidence"):
+        scales = choose_scales(tangent, rows, prior=scale_prior, within=within, console=console)
+    with timed(seconds, "Laplace"):
+        tangent = tangent.with_prior(core(made, scale=scales.values))
+        gaussian = laplace(tangent, rows, console=console)
+    with timed(seconds, "variational fit"):
+        guide = Guide(tangent.prior, around(gaussian))
+        fitted = fit_near(fit_key, tangent, guide, rows, num_steps=num_steps, console=console)
+    return CoreFit(made, scales, gaussian, fitted, seconds)
+
+
+def _sizes(sites: Sites) -> dict[str, int]:
+    """Size of every module by default."""
+    modules = {name: site for name, site in sites.items() if name not in OWN}
+    return {name: min(SIZES.get(name, OTHERS), smaller_side(site)) for name, site in modules.items()}
+
+
+def fit_near(
+    key: Array,
+    tangent: Tangent,
+    guide: Guide,
+    rows: Batch,
+    *,
+    num_steps: int = STEPS,
+    start: Parameters | None = None,
+    console: Console | None = None,
+) -> Fit:
+    """Fit a guide that is near the posterior already: Adam on all rows, with a rate that decays to zero.
+
+    Args:
+        key: Random key.
+        tangent: A tangent model.
+        guide: A guide of its prior.
+        rows: Rows with labels.
+        num_steps: Number of steps.
+        start: Where the parameters start, as in `bnlora.fit`.
+        console: Where to draw the progress bar.
+    """
     rate = optax.adam(optax.cosine_decay_schedule(RATE, num_steps))
-    fitted = fit(
-        fit_key,
+    return fit(
+        key,
         tangent,
         guide,
         rows,
@@ -167,7 +198,6 @@ def fit_core(
         num_steps=num_steps,
         batch_size=len(rows),
         num_particles=PARTICLES,
+        start=start,
         console=console,
     )
-    lap("variational fit")
-    return CoreFit(made, scales, gaussian, fitted, seconds)

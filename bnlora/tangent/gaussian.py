@@ -194,6 +194,20 @@ def _places(view: Density) -> tuple[np.ndarray, np.ndarray]:
     return scales, np.concatenate([at[name] for name in cores])
 
 
+def is_standard_normal(view: Density, zero: Array, at: np.ndarray, tolerance: float) -> bool:
+    """Whether the prior of some coordinates is standard normal, as far as one random place tells.
+
+    Args:
+        view: The unconstrained view of a model.
+        zero: A vector that is zero there.
+        at: The coordinates.
+        tolerance: Error of the log-density for each of them, in nats: rounding.
+    """
+    u = np.random.default_rng(0).normal(size=len(at))
+    gap = view.log_prior(zero.at[at].set(u)) - view.log_prior(zero) + 0.5 * (u @ u)
+    return abs(float(gap)) <= tolerance * len(u)
+
+
 class _Posterior:
     """The posterior of scales and cores; every method runs in double precision."""
 
@@ -211,10 +225,7 @@ class _Posterior:
 
     def require_normal(self) -> None:
         """Raise `ValueError` unless the cores are standard normal, whatever the scales are."""
-        t, u = self.start(), np.random.default_rng(0).normal(size=len(self.cores))
-        zero = self._vector(t, 0.0)
-        gap = self.view.log_prior(zero.at[self.cores].set(u)) - self.view.log_prior(zero) + 0.5 * (u @ u)
-        if abs(float(gap)) > 1e-6 * len(u):
+        if not is_standard_normal(self.view, self._vector(self.start(), 0.0), self.cores, 1e-6):
             raise ValueError(
                 "Laplace's Gaussian needs cores that are standard normal, as those of priors.core are; those "
                 "of the prior have another law"

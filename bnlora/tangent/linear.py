@@ -70,6 +70,14 @@ class Informed(NamedTuple):
     offset: Float[AnyArray, "n k"]
     labels: Int[AnyArray, " n"]
 
+    def log_posterior(
+        self, z: Float[Array, " r"], centre: Float[Array, " r"], gains: Float[Array, " r"]
+    ) -> Float[Array, ""]:
+        """Log posterior density at `centre + gains z` under a standard normal prior, up to a constant."""
+        moved = gains * z
+        eta = jnp.asarray(self.offset + self.design @ moved)
+        return log_likelihood(eta, self.labels) - 0.5 * jnp.sum((centre + moved) ** 2)
+
 
 class Mode(NamedTuple):
     """The posterior mode and what depends on it.
