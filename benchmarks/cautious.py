@@ -10,29 +10,26 @@ import argparse
 
 import jax
 import numpy as np
-from pool import pool, rows_of
+from pool import Pool, drawn, pool
 from rich.console import Console
-from seeds import LABELLED, TEST, of_positive
+from seeds import TEST, of_positive
 
 import bnlora as bl
-from bnlora.assets import DOMAINS, vader_domains
-from bnlora.demo import RECIPE
+from bnlora.assets import DOMAINS
 from bnlora.experiment import untouched
-from bnlora.tangent.fit import SCALE_PRIOR, SIZES, fit_core
+from bnlora.tangent.fit import SCALE_PRIOR, fit_core
 
 QUIET = Console(quiet=True)
 BASE = "base"
 SHOWN = {"NLL": bl.metrics.nll, "debiased ECE": bl.metrics.debiased_ece, "ACC": bl.metrics.accuracy}
 
 
-def run_seed(seed: int, base, pooled, label_ids, rules: list[float], count: int) -> dict:
+def run_seed(seed: int, pooled: Pool, rules: list[float], count: int) -> dict:
     """Log-probabilities of the second class by rule and domain, and the labels."""
-    random = np.random.default_rng(seed)
-    order = {name: random.permutation(len(batch)) for name, batch in pooled.items()}
-    train = rows_of(pooled["movies"], order["movies"][:LABELLED])
+    train, tests = drawn(pooled, seed, test=count)
     keys = jax.random.split(jax.random.key(seed), 5)  # those of `seeds.py`: the same fit
-    options = {"label_ids": label_ids, "size": SIZES, "num_steps": 1, "console": QUIET}
-    core = fit_core(keys[3], base, train, **options)
+    options = {"label_ids": pooled.label_ids, "num_steps": 1, "console": QUIET}
+    core = fit_core(keys[3], pooled.base, train, **options)
     found: dict = {"scales": {}}
     gaussians = {}
     for within in rules:
@@ -41,10 +38,7 @@ def run_seed(seed: int, base, pooled, label_ids, rules: list[float], count: int)
         gaussians[f"{within:g} nats"] = bl.laplace(core.model.with_prior(prior), core.fit.train)
         found["scales"][within] = scales.by_name
     for name in DOMAINS:
-        skip = LABELLED if name == "movies" else 0
-        rows = bl.cache_prefix(
-            core.model, rows_of(pooled[name], order[name][skip : skip + count]), console=QUIET
-        )
+        rows = bl.cache_prefix(core.model, tests[name], console=QUIET)
         predicted = {BASE: untouched(rows)}
         for rule, gaussian in gaussians.items():
             predicted[rule] = bl.predict(keys[4], gaussian, rows, num_samples=64, console=QUIET)
@@ -93,12 +87,9 @@ def main() -> None:
     parser.add_argument("--within", type=float, nargs="*", default=[0.0, 2.0])
     parser.add_argument("--test", type=int, default=TEST)
     arguments = parser.parse_args()
-    base = RECIPE.load_base()
-    pooled = pool(base, RECIPE, console=QUIET)
-    label_ids = RECIPE.read(vader_domains(), base, text="text", label="label").label_ids
-    found = []
+    pooled, found = pool(console=QUIET), []
     for seed in arguments.seeds:
-        found.append(run_seed(seed, base, pooled, label_ids, arguments.within, arguments.test))
+        found.append(run_seed(seed, pooled, arguments.within, arguments.test))
         print(f"seed {seed}: {found[-1]['scales']}", flush=True)
     report(found, [f"{within:g} nats" for within in arguments.within])
 

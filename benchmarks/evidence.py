@@ -10,13 +10,11 @@ import time
 
 import jax
 import numpy as np
-from pool import pool, rows_of
+from pool import drawn, pool
 from rich.console import Console
 
 import bnlora as bl
-from bnlora.assets import vader_domains
-from bnlora.demo import RECIPE
-from bnlora.tangent.fit import SIZES, fit_core
+from bnlora.tangent.fit import fit_core
 
 FACTORS = (0.35, 0.6, 1.0, 1.7, 2.8)
 
@@ -34,13 +32,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=560)
     arguments = parser.parse_args()
     quiet = Console(quiet=True)
-    base = RECIPE.load_base()
-    movies = pool(base, RECIPE, console=quiet)["movies"]
-    label_ids = RECIPE.read(vader_domains(), base, text="text", label="label").label_ids
-    order = np.random.default_rng(arguments.seed).permutation(len(movies))
-    train = rows_of(movies, order[: arguments.rows])
+    found = pool(["movies"], console=quiet)
+    train, _ = drawn(found, arguments.seed, labelled=arguments.rows)
     key = jax.random.key(arguments.seed)
-    core = fit_core(key, base, train, label_ids=label_ids, size=SIZES, num_steps=1, console=quiet)
+    core = fit_core(key, found.base, train, label_ids=found.label_ids, num_steps=1, console=quiet)
     print(core.scales)
     both: dict[str, list[float]] = {"Laplace": [], "bridge sampling": []}
     for factor in FACTORS:

@@ -14,15 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from numpyro.infer import MCMC, NUTS
-from pool import pool, rows_of
+from pool import drawn, pool
 from rich.console import Console
 
 import bnlora as bl
-from bnlora.assets import vader_domains
-from bnlora.demo import RECIPE
 from bnlora.mcmc.whitened import InRows
 from bnlora.monte_carlo import bulk_ess
-from bnlora.tangent.fit import SIZES, fit_core
+from bnlora.tangent.fit import fit_core
 
 QUIET = Console(quiet=True)
 CHAINS, ACCEPTANCE = 4, 0.8
@@ -98,13 +96,10 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--acceptance", type=float, default=0.95, help="of the run with scales as sites")
     arguments = parser.parse_args()
-    base = RECIPE.load_base()
-    movies = pool(base, RECIPE, console=QUIET)["movies"]
-    label_ids = RECIPE.read(vader_domains(), base, text="text", label="label").label_ids
-    train = rows_of(movies, np.random.default_rng(0).permutation(len(movies))[:560])
-    core = fit_core(
-        jax.random.key(0), base, train, label_ids=label_ids, size=SIZES, num_steps=1, console=QUIET
-    )
+    found = pool(["movies"], console=QUIET)
+    train, _ = drawn(found, 0)
+    options = {"label_ids": found.label_ids, "num_steps": 1, "console": QUIET}
+    core = fit_core(jax.random.key(0), found.base, train, **options)
     print(core.scales)
     fixed(core, arguments.warmup, arguments.draws, arguments.rounds)
     random_scales(core, arguments.warmup, 2 * arguments.draws, arguments.acceptance)

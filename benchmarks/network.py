@@ -12,14 +12,13 @@ import time
 import jax
 import numpy as np
 import optax
-from pool import pool, rows_of
+from pool import Pool, drawn, pool
 from rich.console import Console
 
 import bnlora as bl
-from bnlora.assets import DOMAINS, vader_domains
-from bnlora.demo import RECIPE
+from bnlora.assets import DOMAINS
 from bnlora.predict import predict_with_draws
-from bnlora.tangent.fit import SIZES, fit_core
+from bnlora.tangent.fit import fit_core
 
 QUIET = Console(quiet=True)
 FACTORS = (0.1, 0.2, 0.4, 0.7)
@@ -55,16 +54,13 @@ def shown(predictions: dict, tests: dict) -> str:
     return " | ".join(" / ".join(f"{x:.3f}" for x in pair) for pair in cells)
 
 
-def run_seed(seed: int, base, pooled, label_ids, num_test: int, draws: int) -> None:
+def run_seed(seed: int, found: Pool, num_test: int, draws: int) -> None:
     """Print the lines of one seed."""
-    random = np.random.default_rng(seed)
-    order = {name: random.permutation(len(batch)) for name, batch in pooled.items()}
-    train = rows_of(pooled["movies"], order["movies"][:560])
-    skip = {name: 560 if name == "movies" else 0 for name in DOMAINS}
-    tests = {n: rows_of(pooled[n], order[n][skip[n] : skip[n] + num_test]) for n in DOMAINS}
+    base, label_ids = found.base, found.label_ids
+    train, tests = drawn(found, seed, test=num_test)
     key, fit_key, bound_key, draw_key = jax.random.split(jax.random.key(seed), 4)
     began = time.perf_counter()
-    core = fit_core(key, base, train, label_ids=label_ids, size=SIZES, console=QUIET)
+    core = fit_core(key, base, train, label_ids=label_ids, console=QUIET)
     spent = time.perf_counter() - began
     tangent = {
         n: bl.predict(draw_key, core, rows, num_samples=draws, console=QUIET) for n, rows in tests.items()
@@ -98,13 +94,11 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=500)
     parser.add_argument("--draws", type=int, default=16)
     arguments = parser.parse_args()
-    base = RECIPE.load_base()
-    pooled = pool(base, RECIPE, console=QUIET)
-    label_ids = RECIPE.read(vader_domains(), base, text="text", label="label").label_ids
+    found = pool(console=QUIET)
     print("| seed | model | multiple | bound | s | " + " | ".join(DOMAINS) + " | mean |")
     print("|" + "---|" * (6 + len(DOMAINS)))
     for seed in arguments.seeds:
-        run_seed(seed, base, pooled, label_ids, arguments.test, arguments.draws)
+        run_seed(seed, found, arguments.test, arguments.draws)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from pool import pool, rows_of
+from pool import drawn, pool
 from rich.console import Console
 
 import bnlora as bl
-from bnlora.assets import DOMAINS, vader_domains
-from bnlora.demo import RECIPE
+from bnlora.assets import DOMAINS
 from bnlora.tangent.linear import posterior
 from bnlora.tangent.scales import STARTS, Evidence, _maximise, _objective, linear_of
 from bnlora.tangent.targets import SLOPE
@@ -76,23 +75,18 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="*", default=[16, 32])
     parser.add_argument("--test", type=int, default=1200)
     arguments = parser.parse_args()
-    base = RECIPE.load_base()
-    rows = pool(base, RECIPE, console=QUIET)
-    label_ids = RECIPE.read(vader_domains(), base, text="text", label="label").label_ids
+    pooled = pool(console=QUIET)
+    base, label_ids = pooled.base, pooled.label_ids
     found: dict = {}
     for seed in arguments.seeds:
-        random = np.random.default_rng(seed)
-        order = {name: random.permutation(len(batch)) for name, batch in rows.items()}
-        begin = {name: 560 if name == "movies" else 0 for name in DOMAINS}
-        train = rows_of(rows["movies"], order["movies"][:560])
-        taken = {n: order[n][begin[n] : begin[n] + arguments.test] for n in DOMAINS}
+        train, plain = drawn(pooled, seed, test=arguments.test)
         for size in arguments.sizes:
             options = {"label_ids": label_ids, "size": size, "layers": slice(-2, None), "console": QUIET}
             frames = bl.frames(jax.random.key(seed), base, [*MODULES, SLOPE], train, **options)
             prior = bl.priors.core(frames)
             tangent = bl.Tangent(bl.Classifier(base, frames.sites, prior, label_ids=label_ids))
             ready = bl.cache_prefix(tangent, train, console=QUIET)
-            tests = {n: bl.cache_prefix(tangent, rows_of(rows[n], taken[n]), console=QUIET) for n in DOMAINS}
+            tests = {n: bl.cache_prefix(tangent, plain[n], console=QUIET) for n in DOMAINS}
             for placement in PLACEMENTS:
                 for name, prior in PRIORS.items():
                     key = size, " ".join(placement), name

@@ -10,36 +10,39 @@ Importance resampling from the prior, which is exact, is within reach for the he
 Posterior calibration then starts from the labels that 320 sentences do have: truths from their posterior, new
 labels of the same rows, inference from both.
 
-The activations of the sentences must be on the disk: python benchmarks/pool.py. Without them, `--tiny` takes
-random rows of a tiny network. LAPACK's threads wait for each other where other programs run: give it one.
+`--tiny` takes random rows of a tiny network instead. LAPACK's threads wait for each other where other
+programs run: give it one.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from pool import rows_of
+from pool import drawn, pool
 from rich.console import Console
 
 import bnlora as bl
 from bnlora import sbc
-from bnlora.assets import cache_folder, vader_domains
 from bnlora.calibration import Calibration
-from bnlora.demo import RECIPE
 from bnlora.tangent.calibrate import gaussian_inference, laplace_inference, nuts_inference
 from bnlora.testing import tiny_base, tiny_rows
 
 KEY = jax.random.key(0)
 QUIET = Console(quiet=True)
 LAYERS, SIZE, SCALE, DRAWS, FEW, MANY = slice(-2, None), 8, 3.0, 63, 8, 320
-STEPS = 500
-"""Of SVI: half of the default, for the sake of time. The bounds of such fits of 129 coordinates, on a tiny
-network, ended 0.4 nats (8 rows) and 0.9 nats (320 rows) below the highest one of a Gaussian."""
 TARGETS = ["v_proj", "slope"]
 NUTS, LAPLACE, OWN = "NUTS", "Laplace", "Laplace, truths its own"
+SHORT = (
+    "rows",
+    "inference",
+    "log-likelihood",
+    "norm of the slope (of the head)",
+    "margins at three rows",
+    "least adjusted SBC p",
+)
 HEADER = (
     "rows",
     "inference",
@@ -49,20 +52,6 @@ HEADER = (
     "SBC p",
     "s",
 )
-
-
-def movies() -> tuple[bl.Batch, bl.Batch, tuple[int, ...], object]:
-    """Movie sentences with cached activations, 8 and 320 of them, label tokens, and the base."""
-    base = RECIPE.load_base()
-    data = RECIPE.read(vader_domains(), base, text="text", label="label")
-    depth = base.num_layers + LAYERS.start
-    file = cache_folder() / "pool" / f"movies-{depth}.npy"
-    if not file.is_file():
-        raise SystemExit(f"{file} is not there: run python benchmarks/pool.py, or this with --tiny")
-    every = replace(data["movies"], hidden=np.load(file, mmap_mode="r"), depth=depth)
-    order = np.random.default_rng(0).permutation(len(every))
-    rows = rows_of(every, order[:MANY])
-    return rows[:FEW], rows, tuple(data.label_ids.tolist()), base
 
 
 def tangent_of(base, targets: list[str], rows: bl.Batch, label_ids: tuple[int, ...], size: int) -> bl.Tangent:
@@ -76,7 +65,7 @@ def inferences(tangent: bl.Tangent) -> dict[str, sbc.Inference]:
     """All inferences but importance resampling."""
     return {
         NUTS: nuts_inference(tangent, num_draws=DRAWS),
-        "full Gaussian, SVI": gaussian_inference(KEY, tangent, num_draws=DRAWS, num_steps=STEPS),
+        "full Gaussian, SVI": gaussian_inference(KEY, tangent, num_draws=DRAWS),
         LAPLACE: laplace_inference(tangent, num_draws=DRAWS),
         "Laplace, spread times 0.5 (wrong)": laplace_inference(tangent, num_draws=DRAWS, spread=0.5),
     }
@@ -90,45 +79,81 @@ def interval(values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) 
     return [f"{x:.3f} ({a:.3f}, {b:.3f})" for x, a, b in zip(statistic(values), low, high, strict=True)]
 
 
-def lines(rows: str, name: str, result: Calibration, seconds: float) -> list[str]:
+class Judged(NamedTuple):
+    """What came out for one inference."""
+
+    rows: str
+    name: str
+    result: Calibration
+    seconds: float
+
+    def mean(self, p: np.ndarray) -> np.ndarray:
+        """Mean probability of each function."""
+        return p.mean(0)
+
+    def spread(self, ranks: np.ndarray) -> np.ndarray:
+        """Variance of the ranks of each function over that of uniform ones."""
+        return ranks.var(0, ddof=1) / (((self.result.num_draws + 1) ** 2 - 1) / 12)
+
+
+def p_text(p: float) -> str:
+    """A p-value in four digits."""
+    return "<1e-4" if p < 1e-4 else f"{p:.4f}"
+
+
+def condensed(judged: Judged) -> str:
+    """One line for an inference: mean p and variance of ranks by kind of function, and the least p-value."""
+    names, result = judged.result.names, judged.result
+    means, spreads = judged.mean(result.probabilities), judged.spread(result.ranks)
+
+    def cell(chosen: list[int]) -> str:
+        ends = ((x[chosen].min(), x[chosen].max()) for x in (means, spreads))
+        return ", ".join(f"{a:.3f}" if a == b else f"{a:.3f} to {b:.3f}" for a, b in ends)
+
+    norm = "norm[slope]" if "norm[slope]" in names else "norm[lm_head]"
+    kinds = (["log_likelihood"], [norm], [n for n in names if n.startswith("margin")])
+    cells = (cell([names.index(n) for n in kind]) for kind in kinds)
+    return " | ".join(("", judged.rows, judged.name, *cells, p_text(result.adjusted.min()), "")).strip()
+
+
+def lines(judged: Judged) -> list[str]:
     """The lines of the Markdown table for one inference; p-values are adjusted over its functions."""
-    uniform = ((result.num_draws + 1) ** 2 - 1) / 12
-    means = interval(result.probabilities, lambda p: p.mean(0))
-    spreads = interval(result.ranks, lambda r: r.var(0, ddof=1) / uniform)
+    rows, name, result, seconds = judged
+    means = interval(result.probabilities, judged.mean)
+    spreads = interval(result.ranks, judged.spread)
     found = []
     for k, function in enumerate(result.names):
-        p = result.adjusted[k]
         lost = f", {int(result.failed.sum())} failed" if result.failed.any() and k == 0 else ""
         first = (rows, name + lost) if k == 0 else ("", "")
         last = f"{seconds:.0f}" if k == 0 else ""
-        cells = (*first, function, means[k], spreads[k], "<1e-4" if p < 1e-4 else f"{p:.4f}", last)
+        cells = (*first, function, means[k], spreads[k], p_text(result.adjusted[k]), last)
         found.append("| " + " | ".join(cells) + " |")
     return found
 
 
-def judged(
+def judge(
     rows: str, made: Mapping[str, sbc.Inference], run: Callable[[str, sbc.Inference], Calibration]
-) -> list[str]:
-    """Run the inferences one after the other; lines of the table."""
+) -> list[Judged]:
+    """Run the inferences one after the other."""
     found = []
     for name, inference in made.items():
         began = time.perf_counter()
         result = run(name, inference)
-        found += lines(rows, name, result, time.perf_counter() - began)
+        found.append(Judged(rows, name, result, time.perf_counter() - began))
         print(f"{rows}, {name}: {result.verdict}", flush=True)
     return found
 
 
-def prior_part(tangent: bl.Tangent, rows: bl.Batch, label: str, simulations: int, **more) -> list[str]:
+def prior_part(tangent: bl.Tangent, rows: bl.Batch, label: str, simulations: int, **more) -> list[Judged]:
     """Calibration under the prior."""
 
     def run(name: str, inference: sbc.Inference) -> Calibration:
         return sbc.run(jax.random.key(1), tangent, inference, rows, num_simulations=simulations)
 
-    return judged(label, more | inferences(tangent), run)
+    return judge(label, more | inferences(tangent), run)
 
 
-def posterior_part(tangent: bl.Tangent, rows: bl.Batch, label: str, simulations: int) -> list[str]:
+def posterior_part(tangent: bl.Tangent, rows: bl.Batch, label: str, simulations: int) -> list[Judged]:
     """Calibration under the posterior of the rows' own labels; truths are draws of NUTS but for one line."""
     exact = nuts_inference(tangent, num_draws=simulations, num_warmup=200, thinning=8)
     gaussian = laplace_inference(tangent, num_draws=simulations)
@@ -143,11 +168,11 @@ def posterior_part(tangent: bl.Tangent, rows: bl.Batch, label: str, simulations:
         )
 
     made = inferences(tangent)
-    return judged(label, {NUTS: made[NUTS], LAPLACE: made[LAPLACE], OWN: made[LAPLACE]}, run)
+    return judge(label, {NUTS: made[NUTS], LAPLACE: made[LAPLACE], OWN: made[LAPLACE]}, run)
 
 
 def main() -> None:
-    """Calibrate every inference and print one table."""
+    """Calibrate every inference and print a line for each, and one for each function."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--simulations", type=int, default=200)
     parser.add_argument("--tiny", action="store_true", help="a tiny network instead of SmolLM2-135M")
@@ -157,18 +182,23 @@ def main() -> None:
     head = tangent_of(tiny, ["lm_head"], task, (3, 5), 4)
     importance = sbc.importance_inference(head, num_particles=4096, num_draws=DRAWS, num_together=512)
     label = f"{FEW}, tiny head"
-    table = prior_part(head, head.prepare(task[:FEW]), label, count, **{"importance (exact)": importance})
-    few, many, label_ids, base = (task[:FEW], task, (3, 5), tiny) if arguments.tiny else movies()
-    tangent = tangent_of(base, TARGETS, many, label_ids, SIZE)
-    few, many = (bl.cache_prefix(tangent, rows, console=QUIET) for rows in (few, many))
+    found = prior_part(head, head.prepare(task[:FEW]), label, count, **{"importance (exact)": importance})
+    base, rows, label_ids = tiny, task, (3, 5)
+    if not arguments.tiny:
+        movies = pool(["movies"])
+        base, label_ids, (rows, _) = movies.base, movies.label_ids, drawn(movies, 0, labelled=MANY)
+    tangent = tangent_of(base, TARGETS, rows, label_ids, SIZE)
+    many = bl.cache_prefix(tangent, rows, console=QUIET)
+    few = many[:FEW]
     where = "tiny network" if arguments.tiny else "SmolLM2-135M"
     for rows in (few, many):
-        table += prior_part(tangent, rows, f"{len(rows)}, {where}", count)
-    table += posterior_part(tangent, many, f"{len(many)}, {where}, posterior", count)
+        found += prior_part(tangent, rows, f"{len(rows)}, {where}", count)
+    found += posterior_part(tangent, many, f"{len(many)}, {where}, posterior", count)
     print(f"\n{count} simulations of {DRAWS} draws, scale {SCALE} nats; {tangent.frames!r} for {where}")
     print(f"{time.perf_counter() - began:.0f} s in all; those in the table include compiling\n")
-    print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
-    print("\n".join(table))
+    for header, table in ((SHORT, [condensed(x) for x in found]), (HEADER, sum(map(lines, found), []))):
+        print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+        print("\n".join(table) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,57 +12,42 @@ Bayesian-LoRA.
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
-from pool import pool, rows_of
+from pool import LABELLED, Pool, drawn, pool
 from rich.console import Console
 
 import bnlora as bl
-from bnlora.assets import DOMAINS, cache_folder, vader_domains
-from bnlora.base import Base
-from bnlora.demo import RECIPE
+from bnlora.assets import DOMAINS, cache_folder
 from bnlora.experiment import BASE, BAYES, CAREFUL, LORA, fit_lora, temperature_of, untouched
 from bnlora.inference.temperature import tempered
-from bnlora.tangent.fit import SIZES, fit_core
+from bnlora.progress import timed
+from bnlora.tangent.fit import fit_core
 
-LABELLED, HELD_OUT, TEST, DRAWS = 560, 240, 2000, 64
+HELD_OUT, TEST, DRAWS = 240, 2000, 64
 SHORT = "LoRA, 3 epochs"
 METHODS = (BASE, SHORT, LORA, CAREFUL, BAYES)
+SHOWN = {BASE: "untouched base", LORA: "LoRA, 20 epochs"} | {m: m for m in (SHORT, CAREFUL, BAYES)}
 QUIET = Console(quiet=True)
 
 
-def run_seed(seed: int, base: Base, rows: dict[str, bl.Batch], label_ids: tuple[int, ...]) -> dict:
+def run_seed(seed: int, pooled: Pool) -> dict:
     """Log-probabilities by method and domain, labels, and seconds of one seed."""
-    random = np.random.default_rng(seed)
-    order = {name: random.permutation(len(batch)) for name, batch in rows.items()}
-    train = rows_of(rows["movies"], order["movies"][:LABELLED])
-    skip = {name: LABELLED if name == "movies" else 0 for name in DOMAINS}
-    test = {n: rows_of(rows[n], order[n][skip[n] : skip[n] + TEST]) for n in DOMAINS}
+    train, test = drawn(pooled, seed, test=TEST)
     keys = jax.random.split(jax.random.key(seed), 5)
     seconds, found = {}, {}
-
-    def timed(name, make):
-        began = time.perf_counter()
-        made = make()
-        seconds[name] = time.perf_counter() - began
-        return made
-
-    def lora(key, epochs):
-        return fit_lora(key, base, train, label_ids=label_ids, epochs=epochs, console=QUIET)
-
     fitted, held_out = train[: LABELLED - HELD_OUT], train[LABELLED - HELD_OUT :]
-    short = timed(SHORT, lambda: lora(keys[0], 3))
-    long = timed(LORA, lambda: lora(keys[1], 20))
-    careful = timed(
-        CAREFUL,
-        lambda: fit_lora(keys[2], base, fitted, label_ids=label_ids, validation=held_out, console=QUIET),
-    )
-    core = timed(
-        BAYES, lambda: fit_core(keys[3], base, train, label_ids=label_ids, size=SIZES, console=QUIET)
-    )
+    base, options = pooled.base, {"label_ids": pooled.label_ids, "console": QUIET}
+    with timed(seconds, SHORT):
+        short = fit_lora(keys[0], base, train, epochs=3, **options)
+    with timed(seconds, LORA):
+        long = fit_lora(keys[1], base, train, epochs=20, **options)
+    with timed(seconds, CAREFUL):
+        careful = fit_lora(keys[2], base, fitted, validation=held_out, **options)
+    with timed(seconds, BAYES):
+        core = fit_core(keys[3], base, train, **options)
     temperature = temperature_of(keys[4], careful, held_out, console=QUIET)
     for domain, batch in test.items():
         features = bl.cache_prefix(core.model, batch, console=QUIET)
@@ -89,13 +74,11 @@ def folder() -> Path:
 
 def run(seeds: list[int]) -> None:
     """Run the seeds that are not done yet."""
-    base = RECIPE.load_base()
-    rows = pool(base, RECIPE, console=Console(stderr=True))
-    data = RECIPE.read(vader_domains(), base, text="text", label="label")
+    pooled = pool(console=Console(stderr=True))
     for seed in seeds:
         file = folder() / f"seed-{seed}.json"
         if not file.is_file():
-            file.write_text(json.dumps(run_seed(seed, base, rows, tuple(data.label_ids.tolist()))))
+            file.write_text(json.dumps(run_seed(seed, pooled)))
             print(f"seed {seed} done", flush=True)
 
 
@@ -143,7 +126,8 @@ def report() -> None:
     print("| metric | method | " + " | ".join(DOMAINS) + " | mean |\n|" + "---|" * (len(DOMAINS) + 3))
     for name, by in table.items():
         for m, values in by.items():
-            print(f"| {name} | {m} | " + " | ".join(f"{x:.3f}" for x in values) + f" | {values.mean():.3f} |")
+            cells = " | ".join(f"{x:.3f}" for x in (*values, values.mean()))
+            print(f"| {name} | {SHOWN[m]} | {cells} |")
     for name, metric in (("NLL", bl.metrics.nll), ("ACC", bl.metrics.accuracy)):
         draws = bootstrap(found, metric)
         for m in METHODS[:-1]:
@@ -153,7 +137,7 @@ def report() -> None:
             centre = table[name][BAYES] - table[name][m]
             centre = np.append(centre, centre.mean())
             cells = [f"{c:+.3f} ({a:+.3f} to {b:+.3f})" for c, a, b in zip(centre, low, high, strict=True)]
-            print(f"| {name} | {BAYES} minus {m} | " + " | ".join(cells) + " |")
+            print(f"| {name} | {BAYES} minus {SHOWN[m]} | " + " | ".join(cells) + " |")
     compact(table)
     print("mean debiased ECE over that of a rival:", debiased_ratio(found, table["debiased"]))
     for f in found:
@@ -171,7 +155,8 @@ def compact(table: dict[str, dict[str, np.ndarray]]) -> None:
     print("| | " + " | ".join(DOMAINS) + " |\n|" + "---|" * (len(DOMAINS) + 1))
     for m in METHODS:
         triples = zip(*(table[name][m] for name in ("NLL", "debiased", "ACC")), strict=True)
-        print(f"| {m} | " + " | ".join(" / ".join(f"{x:.3f}" for x in triple) for triple in triples) + " |")
+        cells = " | ".join(" / ".join(f"{x:.3f}" for x in triple) for triple in triples)
+        print(f"| {SHOWN[m]} | {cells} |")
 
 
 def debiased_ratio(found: list[dict], debiased: dict[str, np.ndarray], draws: int = 200) -> str:
@@ -185,7 +170,7 @@ def debiased_ratio(found: list[dict], debiased: dict[str, np.ndarray], draws: in
     for rival in (LORA, SHORT, CAREFUL, BASE):
         low, high = np.quantile(means[BAYES] / means[rival], [0.025, 0.975])
         point = debiased[BAYES].mean() / debiased[rival].mean()
-        parts.append(f"{rival}: {point:.2f} ({low:.2f} to {high:.2f})")
+        parts.append(f"{SHOWN[rival]}: {point:.2f} ({low:.2f} to {high:.2f})")
     return "; ".join(parts)
 
 
