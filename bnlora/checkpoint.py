@@ -30,6 +30,7 @@ from bnlora.files import file_checksum, read_json, write_json
 from bnlora.fingerprint import fingerprint, is_same
 from bnlora.fits import Fit
 from bnlora.frame import stored_frames
+from bnlora.model import kind_of
 from bnlora.priors.core import frames_of
 
 FORMAT, READABLE = 2, (1, 2)
@@ -73,7 +74,7 @@ def write_fit(fit: Fit, folder: str | Path, notes: Mapping[str, Any], more: Mapp
     arrays |= {"guide": fingerprint(_constants(fit.guide)), **more}
     record = {name: getattr(fit, name) for name in (*_COUNTS, "stopped")} | {"format": FORMAT}
     record |= {"key": str(jax.random.key_impl(fit.draw_key)), "model": _told(fit.model)}
-    record |= {"kind": _kind(fit.model)}
+    record |= {"kind": kind_of(fit.model)}
     record |= {"notes": dict(notes)}
     record |= {"versions": {name: version(name) for name in ("bnlora", "jax", "numpyro", "flax")}}
     # safetensors needs one block of memory; `np.ascontiguousarray` would make a vector of a scalar.
@@ -169,11 +170,6 @@ def _told(model: Any) -> dict[str, Any]:
     return json.loads(json.dumps({"label ids": {"ids": model.label_ids}, **sites}))
 
 
-def _kind(model: Any) -> str:
-    """What the adapters go through: the network, or its tangent at the base."""
-    return getattr(model, "kind", "network")
-
-
 def _some_weights(model: Any) -> Float[np.ndarray, " k"]:
     """A few numbers of every frozen array: the base's weights and the sites that are held."""
     return fingerprint((model.base.params, getattr(model, "fixed", {})))
@@ -190,9 +186,9 @@ def _require_same_model(
 ) -> None:
     """Raise unless the fit was made with the kind, label ids, sites and frozen weights of this model."""
     kind = record.get("kind", "network")  # older ones have none
-    if kind != _kind(model):
+    if kind != kind_of(model):
         raise ValueError(
-            f"the fit in {str(folder)!r} is one of a {kind} model; got a {_kind(model)} model, under which "
+            f"the fit in {str(folder)!r} is one of a {kind} model; got a {kind_of(model)} model, under which "
             "the same adapters mean something else"
         )
     then, now = record["model"], _told(model)

@@ -298,6 +298,11 @@ class Classifier(Shown):
         return max(math.prod(shape) * widest, self.sites.num_parameters)
 
 
+def kind_of(model: Any) -> str:
+    """What draws of the adapters go through, "network" or "tangent"; the former for other programs."""
+    return getattr(model, "kind", "network")
+
+
 def _log_probs_of_piece(
     model: Classifier, params: Any, adapters: Adapters, count: Array, batch: Batch, together: int
 ) -> Array:

@@ -12,8 +12,7 @@ update, and the log-likelihood of the data, which notices what functions of the 
 A variational posterior is hardly ever exact. Yao et al. (2018) ask less of it: that the probability
 p = Pr_q(f < f(adapters_0)) is symmetric about one half, that is, unbiased on average. Both questions are put
 to the same simulations.
-Uniform ranks are necessary, not sufficient: an inference that ignores the data and returns prior
-draws passes for every function that does not read them.
+Uniform ranks are necessary, not sufficient: draws of the prior pass where a function reads no data.
 
 An average over the prior may say little about the one data set at hand. `run_posterior` asks near that one:
 
@@ -99,8 +98,7 @@ def simulate(key: Array, model: Classifier, frozen: Any, rows: Batch, params: Pa
 
 def _labels(key: Array, model: Classifier, frozen: Any, adapters: Adapters, rows: Batch) -> Array:
     """Labels of the rows, drawn from the likelihood."""
-    drawn = jax.random.categorical(key, model.logits(frozen, adapters, rows))
-    return drawn.astype(rows.labels.dtype)
+    return jax.random.categorical(key, model.logits(frozen, adapters, rows)).astype(rows.labels.dtype)
 
 
 def svi_inference(

@@ -70,7 +70,7 @@ def test_careful_lora_is_the_best_step_of_the_same_fit_with_a_temperature(compar
 def test_chains_and_fit_are_of_one_posterior(comparison):
     assert comparison.chains.model is comparison.core.model
     assert comparison.core.model.kind == "tangent"
-    assert comparison.core.scales.values.keys() == {"q_proj", "v_proj", "slope"}
+    assert comparison.core.scales.values.keys() == {"q_proj", "k_proj", "v_proj", "slope"}
 
 
 def test_tables_show_the_metrics_of_the_predictions(comparison):
@@ -129,7 +129,7 @@ def test_report_stands_alone(comparison):
 def test_the_result_as_json_has_scores_scales_and_bound(comparison, tmp_path):
     found = comparison_result(comparison, tmp_path / "report.html")
     assert set(found["scores"]["near"]) == set(METHODS)
-    assert set(found["scales"]) == {"q_proj", "v_proj", "slope"}
+    assert set(found["scales"]) == {"q_proj", "k_proj", "v_proj", "slope"}
     assert found["bound"] == pytest.approx(comparison.core.fit.history["elbo"][-20:].mean())
 
 

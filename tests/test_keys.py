@@ -38,6 +38,8 @@ def takers() -> dict[str, tuple]:
         for item in [getattr(module, name) for name in dir(module)]:
             if not getattr(item, "__module__", "").startswith("bnlora") or inspect.ismodule(item):
                 continue
+            if getattr(item, "__name__", "").startswith("_"):
+                continue
             members = inspect.getmembers(item, is_ours) if inspect.isclass(item) else [("", item)]
             for name, function in members:
                 if name.startswith("_") or not callable(function) or getattr(item, "_is_protocol", False):

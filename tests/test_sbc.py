@@ -15,6 +15,7 @@ from scipy.stats import ks_2samp, kstest
 import bnlora as bl
 from bnlora import ranks, sbc
 from bnlora.calibration import Calibration
+from bnlora.functions import identifiable
 from bnlora.prior_draws import draw_prior, prior_parameters
 from bnlora.testing import frozen_scale, tiny_base, tiny_rows
 
@@ -44,7 +45,7 @@ def from_prior(key, frozen, batch):
 
 def parameters_alone(frozen, adapters, batch):
     """Functions of the adapters that do not read the data."""
-    values = dict(sbc.identifiable(MODEL, ROWS[:2])(frozen, adapters, batch))
+    values = dict(identifiable(MODEL, ROWS[:2])(frozen, adapters, batch))
     del values["log_likelihood"]
     return values
 
@@ -125,7 +126,7 @@ def test_the_reference_draws_from_the_prior_at_the_given_parameters():
 
     def judged(**given):
         inference = sbc.importance_inference(model, **options, **given)
-        functions = sbc.identifiable(model, ROWS[:1])
+        functions = identifiable(model, ROWS[:1])
         return sbc.run(KEY, model, inference, ROWS, num_simulations=100, params=params, functions=functions)
 
     assert judged(params=params).adjusted.min() > RARE
@@ -165,7 +166,7 @@ def test_default_functions_are_what_they_say():
         n: {f: jax.random.normal(jax.random.key(i), s) for i, (f, s) in enumerate(site.shapes.items())}
         for n, site in three.sites.items()
     }
-    got = jax.jit(sbc.identifiable(three, ROWS[:2]))(BASE.params, adapters, ROWS)
+    got = jax.jit(identifiable(three, ROWS[:2]))(BASE.params, adapters, ROWS)
     logits = np.asarray(jax.jit(three.logits)(BASE.params, adapters, ROWS), np.float64)
     assert set(got) == {f"margin[{r}, {c}]" for r in (0, 1) for c in (1, 2)} | {
         "norm[v_proj]", "norm[lm_head]", "log_likelihood"

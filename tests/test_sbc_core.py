@@ -15,6 +15,7 @@ from scipy import optimize, stats
 import bnlora as bl
 from bnlora import sbc
 from bnlora.density import density
+from bnlora.functions import identifiable
 from bnlora.monte_carlo import chain_mcse
 from bnlora.priors import learned
 from bnlora.tangent.calibrate import (
@@ -272,7 +273,7 @@ def test_the_inference_gets_the_rows_with_their_own_labels_and_with_those_of_the
         jax.debug.callback(record, batch.labels, cached)
         return jax.tree.map(lambda x: x[:3], truths)
 
-    functions = sbc.identifiable(model, prepared[:1])
+    functions = identifiable(model, prepared[:1])
     sbc.run_posterior(KEY, model, infer, EIGHT.plain, truths, functions=functions)
     jax.effects_barrier()
     labels = np.stack([one for one, _ in seen])

@@ -28,6 +28,7 @@ from bnlora.conditional import Conditional
 from bnlora.data import Batch, check_labels
 from bnlora.files import file_checksum, read_json, write_json, write_whole
 from bnlora.functions import PROBES, evaluate, identifiable
+from bnlora.model import kind_of
 from bnlora.predict import Prediction, predict_with_draws
 
 RECORD, DRAWS, HELD = "certificate.json", "draws.nc", "held.safetensors"
@@ -124,7 +125,7 @@ def _arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def describe(model: Any) -> str:
     """Sites and label words of a classifier, and what its draws go through, in words."""
     text = f"{model.sites!r}\nlabel ids {model.label_ids}"
-    if model.kind == "network":
+    if kind_of(model) == "network":
         return text
     return f"{text}\ntangent model in the frames {model.checksum[:12]}"
 

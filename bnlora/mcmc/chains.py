@@ -17,6 +17,7 @@ from bnlora.data import Batch
 from bnlora.display import Showable, Shown, facts
 from bnlora.functions import PROBES, Functions, evaluate, identifiable
 from bnlora.mcmc.target import Target
+from bnlora.model import kind_of
 from bnlora.samplers import Tuning
 from bnlora.typing import Adapters
 
@@ -53,7 +54,7 @@ class Chains(Shown):
     @property
     def kind(self) -> str:
         """What the draws are of: a "network", or its "tangent" at the base."""
-        return self.model.kind
+        return kind_of(self.model)
 
     @property
     def num_chains(self) -> int:
