@@ -34,6 +34,9 @@ PROCESSOR = $(shell { lscpu || sysctl machdep.cpu; } 2>/dev/null | grep -iE "mod
 test fast rounding versions elsewhere docs notebooks oldest newest: \
 	export JAX_COMPILATION_CACHE_DIR ?= $(CACHE)/programs-$(PROCESSOR)
 
+# Workers are as many as cores: LAPACK's own threads would only wait for each other (a quarter of the time of some files).
+test fast rounding versions elsewhere oldest newest: export OPENBLAS_NUM_THREADS ?= 1
+
 # A file stays with one worker, for its tests share programs and fits; in the order of their names, the slowest come early.
 PYTEST := -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=25
 
