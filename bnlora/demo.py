@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 RECIPE = Recipe(words=tuple(f" {label}" for label in LABELS))
 """Words and template of the demonstration; its adapters are those of `bnlora.experiment`."""
 
-SIZES = {"train": 320, "validation": 240, "test": 160, "epochs": 20, "num_draws": 64}
+SIZES = {"train": 320, "validation": 160, "test": 120, "epochs": 10, "num_draws": 64}
 """Sizes of the demonstration, as `run_demo` takes them."""
 
 

@@ -25,6 +25,7 @@ from bnlora.base import Base
 from bnlora.cache import cache_prefix
 from bnlora.comparison import Comparison as Agreement
 from bnlora.comparison import compare as hold_against
+from bnlora.comparison import store_reference
 from bnlora.data import Batch
 from bnlora.fits import Fit
 from bnlora.guides import Guide, SiteFlow, delta
@@ -207,11 +208,14 @@ def against_nuts(
         rows: Rows with labels, at which they are compared.
         console: Where to report progress.
     """
-    against: Literal["reference", "anything"] = "reference" if chains.certificate.passed else "anything"
+    passed = chains.certificate.passed
+    against: Literal["reference", "anything"] = "reference" if passed else "anything"
+    # What is read of the draws is computed once for all.
+    reference = store_reference(chains, rows) if passed else chains
     found: dict[str, Agreement | ValueError] = {}
     for name, posterior in posteriors.items():
         try:
-            found[name] = hold_against(key, posterior, chains, rows, against=against, console=console)
+            found[name] = hold_against(key, posterior, reference, rows, against=against, console=console)
         except ValueError as error:  # the other results must not be lost
             found[name] = error
     return found

@@ -1,10 +1,11 @@
 """Tables of a comparison of methods, and the sentence that says who won where."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from bnlora import metrics
+from bnlora.compilation import kept
 from bnlora.display import Table
 from bnlora.experiment import BASE, BAYES, CAREFUL, LORA, Comparison
 
@@ -15,7 +16,11 @@ RIVALS = (BASE, LORA, CAREFUL)
 
 
 def scores(comparison: Comparison) -> Table:
-    """Accuracy and calibration by set of rows and method, with 95 % bootstrap intervals."""
+    """Accuracy and calibration by set of rows and method, with 95 % bootstrap intervals; computed once."""
+    return kept(comparison, _scores)
+
+
+def _scores(comparison: Comparison) -> Table:
     rows, chosen = [], {name: metrics.METRICS[metric] for name, metric in SHOWN.items()}
     methods = list(comparison.predictions)
     for domain, labels in comparison.labels.items():
@@ -32,19 +37,23 @@ def scores(comparison: Comparison) -> Table:
     return Table(title, ("rows", "method", *SHOWN, "null"), tuple(rows), groups)
 
 
-def differences(comparison: Comparison, rivals: Sequence[str] = RIVALS) -> Table:
-    """Bayesian-LoRA minus each rival, on the same rows, with paired intervals."""
+def differences(comparison: Comparison) -> Table:
+    """Bayesian-LoRA minus each rival, on the same rows, with paired intervals; computed once."""
+    return kept(comparison, _differences)
+
+
+def _differences(comparison: Comparison) -> Table:
     rows = []
     for domain, labels in comparison.labels.items():
-        for method in rivals:
+        for method in RIVALS:
             ours, theirs = (comparison.predictions[m][domain] for m in (BAYES, method))
             pairs = (
                 metrics.paired_difference(metrics.METRICS[metric], ours, theirs, labels)
                 for metric in SHOWN.values()
             )
             cells = (f"{d.value:+.3f}\n{d.low:+.3f} to {d.high:+.3f}" for d in pairs)
-            rows.append((domain if method == rivals[0] else "", method, *cells))
-    groups = frozenset(range(len(rivals), len(rows), len(rivals)))
+            rows.append((domain if method == RIVALS[0] else "", method, *cells))
+    groups = frozenset(range(len(RIVALS), len(rows), len(RIVALS)))
     title = "Bayesian-LoRA minus each rival: below zero is better, except for ACC."
     return Table(title, ("rows", "minus", *SHOWN), tuple(rows), groups)
 
