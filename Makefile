@@ -13,9 +13,10 @@ PARITY := $(shell $(PYTHON) -c 'import sys; print(",parity" if sys.version_info[
 # Test files whose verdict rounding cannot move: they hold names, messages, files, shapes and pages against each other.
 # All others run under another rounding too, a new file among them: they hold statistics, or compare long computations.
 EXACT := 64_bits annotations architecture assets checkpoint checkpoint_contract cli comparison_plots comparison_stored \
-	copying data demo display docs docstrings documents experiment files guide_refusals hyper journey kept \
+	compilation copying data demo display docs docstrings documents experiment files guide_refusals hyper journey kept \
 	kernels_lowering kernels_tpu keys labels loading loading_refusals notebooks packaging parity peft plots \
-	plots_uncertainty prior_refusals progress references reprs sites tables text
+	plots_uncertainty prior_refusals progress references reprs sites tables tangent_kinds tangent_refusals \
+	tangent_stored text
 ROUNDED = $(filter-out $(EXACT),$(patsubst tests/test_%.py,%,$(sort $(wildcard tests/test_*.py))))
 
 # What touches the compiler, the kernels, ArviZ and the packages.
