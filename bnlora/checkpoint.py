@@ -68,7 +68,7 @@ def write_fit(fit: Fit, folder: str | Path, notes: Mapping[str, Any], more: Mapp
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     trees = {name: getattr(fit, name) for name in ("params", "last_params", "history", "validation")}
-    arrays = _by_path(trees) | {f"train.{name}": getattr(fit.train, name) for name in _ROWS}
+    arrays = by_path(trees) | {f"train.{name}": getattr(fit.train, name) for name in _ROWS}
     arrays |= {"step_seconds": fit.step_seconds, "draw_key": jax.random.key_data(fit.draw_key)}
     arrays |= {"weights": _some_weights(fit.model), **_frame_arrays(fit.model)}
     arrays |= {"guide": fingerprint(_constants(fit.guide)), **more}
@@ -103,7 +103,13 @@ def load_fit(folder: str | Path, model: Any, guide: Callable) -> Fit:
         True
     """
     folder = Path(folder).expanduser()
-    record, arrays = read_stored(folder)
+    return fit_from(*read_stored(folder), model, guide, folder)
+
+
+def fit_from(
+    record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], model: Any, guide: Callable, folder: Path
+) -> Fit:
+    """`load_fit` of what `read_stored` returned."""
     if record["format"] > 1:
         _require_same_model(record, arrays, model, folder)
         _require_same_guide(arrays, guide, folder)
@@ -115,8 +121,8 @@ def load_fit(folder: str | Path, model: Any, guide: Callable) -> Fit:
         guide=guide,
         params=params,
         last_params=last_params,
-        history=_group("history", arrays),
-        validation=_group("validation", arrays),
+        history=group("history", arrays),
+        validation=group("validation", arrays),
         train=train,
         step_seconds=arrays["step_seconds"],
         draw_key=jax.random.wrap_key_data(jnp.asarray(arrays["draw_key"]), impl=record["key"]),
@@ -249,13 +255,14 @@ def _rows(arrays: Mapping[str, np.ndarray], model: Any, folder: Path) -> Batch:
     return Batch(jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(labels))
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
+def by_path(tree: Any) -> dict[str, Any]:
     """Leaves by the path to them, such as `params['q_proj.a.V.q.flow'].first[0]`."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {f"{path[0].key}{jax.tree_util.keystr(path[1:])}": leaf for path, leaf in leaves}
 
 
-def _group(name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def group(name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of one mapping that `by_path` has named, by their keys in it."""
     prefix = f"{name}['"
     return {key[len(prefix) : -2]: value for key, value in arrays.items() if key.startswith(prefix)}
 
@@ -264,7 +271,7 @@ def _restored(
     name: str, like: Any, allowed: Mapping[str, Any], arrays: Mapping[str, np.ndarray], folder: Path
 ) -> Any:
     """A tree of parameters; their names, shapes and ranges are those that model and guide declare."""
-    wanted = {key: leaf.shape for key, leaf in _by_path({name: like}).items()}
+    wanted = {key: leaf.shape for key, leaf in by_path({name: like}).items()}
     found = {key: value for key, value in arrays.items() if key.startswith(f"{name}[")}
     for key in wanted.keys() & found.keys():
         if wanted[key] == () and found[key].shape == (1,):  # how format 1 has scalars
@@ -335,5 +342,5 @@ def _problem(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str
             return f"{name!r} in {RECORD} must be a whole number of at least 0; got {record[name]!r}"
     if record["stopped"] not in _ENDS:
         return f"'stopped' in {RECORD} must be one of {', '.join(_ENDS)}; got {record['stopped']!r}"
-    lengths = {value.shape for value in _group("history", arrays).values()} | {arrays["step_seconds"].shape}
+    lengths = {value.shape for value in group("history", arrays).values()} | {arrays["step_seconds"].shape}
     return "" if len(lengths) == 1 else f"the columns of the history in {ARRAYS} differ in length"

@@ -182,7 +182,7 @@ def frames_from(
     families = {}
     for name, site in sites.items():
         if f"frames.{name}.left" not in arrays:
-            raise ValueError(f"the fit in {where!r} has no frames of {name!r}; give the sites of the fit")
+            raise ValueError(f"the fit in {where!r} has no frames of {name!r}")
         left, right = arrays[f"frames.{name}.left"], arrays[f"frames.{name}.right"]
         if right.shape != (site.depth, site.d_in, site.rank):
             raise ValueError(

@@ -169,7 +169,7 @@ def _sizes(sites: Sites, size: Size, *, energies: bool) -> dict[str, int | float
 
 
 def smaller_side(site: Site) -> int:
-    """The most directions that a size may ask for; the output side of the head is as small as it must be."""
+    """The most directions that a size may ask for; of the head, whose classes are few, inputs alone count."""
     return site.d_in if site.module == HEAD else min(site.d_in, site.d_out)
 
 

@@ -1,11 +1,11 @@
 """Core fits on disk: what `bnlora.save_fit` writes, and what it takes to build the posterior again.
 
-| arrays                        | hold                                                          |
-|-------------------------------|---------------------------------------------------------------|
-| `frames.*`                    | the frames, as of every fit under a core prior                |
-| `core.scales.*`               | the chosen scales, their evidence and standard deviations     |
-| `core.affine.*`, `core.informed.*` | Laplace's Gaussian, in whose coordinates the guide is    |
-| `core.seconds.*`              | seconds of every part                                         |
+| arrays                          | hold                                                              |
+|---------------------------------|-------------------------------------------------------------------|
+| `frames.*`                      | the frames, as of every fit under a core prior                    |
+| `core.scales`, `.without`, ...  | the chosen scales, their evidence and standard deviations         |
+| `core.affine`, `core.informed`  | Laplace's Gaussian, in whose coordinates the guide is             |
+| `core.seconds`                  | seconds of every part                                             |
 
 The Gaussian is stored and not computed again: its directions are eigenvectors, which may turn or change their
 sign on another machine, and the guide's parameters with them.
@@ -20,9 +20,9 @@ import numpy as np
 
 from bnlora.affine import Affine
 from bnlora.base import Base
-from bnlora.checkpoint import load_fit, read_stored, write_fit
+from bnlora.checkpoint import by_path, fit_from, group, read_stored, write_fit
 from bnlora.density import density
-from bnlora.fingerprint import fingerprint, is_same
+from bnlora.fingerprint import is_same
 from bnlora.frame import Frames, frames_from
 from bnlora.guides import Guide, around
 from bnlora.model import Classifier
@@ -79,20 +79,22 @@ def load_core(folder: str | Path, base: Base) -> CoreFit:
         True
     """
     folder = Path(folder).expanduser()
-    arrays = read_stored(folder)[1]
-    if "core.affine.centre" not in arrays:
+    record, arrays = read_stored(folder)
+    affine, informed, numbers = (group(f"core.{name}", arrays) for name in ("affine", "informed", "numbers"))
+    if not affine:
         raise ValueError(
             f"the fit in {str(folder)!r} was not written by bl.save_core; read it by bl.load_fit"
         )
-    frames = load_frames(folder, base)
-    scales = _scales(arrays, tuple(frames))
+    frames = _frames(record, arrays, base, folder)
+    scales = _scales(arrays, tuple(frames), numbers)
     prior = core_prior(frames, scale=scales.values)
     tangent = Tangent(Classifier(base, frames.sites, prior, label_ids=frames.label_ids))
-    gaussian = _gaussian(arrays, tangent)
-    fit = load_fit(folder, tangent, Guide(tangent.prior, around(gaussian)))
-    spent = sorted(_group(arrays, "core.seconds.").items())
-    seconds = {name.split(" ", 1)[1]: float(x) for name, x in spent}
-    return CoreFit(frames, scales, gaussian, fit, seconds)
+    likelihood = Informed(**informed) if informed else None
+    log_evidence = float(numbers["gaussian"])
+    gaussian = Gaussian(density(tangent, {}), Affine(**affine), likelihood, log_evidence)
+    fit = fit_from(record, arrays, tangent, Guide(tangent.prior, around(gaussian)), folder)
+    spent = sorted(group("core.seconds", arrays).items())
+    return CoreFit(frames, scales, gaussian, fit, {name.split(" ", 1)[1]: float(x) for name, x in spent})
 
 
 def load_frames(folder: str | Path, base: Base) -> Frames:
@@ -115,16 +117,19 @@ def load_frames(folder: str | Path, base: Base) -> Frames:
         Frames(4 coordinates from jacobian: lm_head 1x1x4)
     """
     folder = Path(folder).expanduser()
-    record, arrays = read_stored(folder)
-    if "frames.source" not in arrays:
-        raise ValueError(f"the fit in {str(folder)!r} has no frames: its prior was not priors.core")
-    weights = fingerprint(base.params)
-    if not is_same(arrays["weights"][: len(weights)], weights):
-        raise ValueError(f"the frames in {str(folder)!r} are of another base than {base!r}")
-    told = dict(record["model"])
+    return _frames(*read_stored(folder), base, folder)
+
+
+def _frames(record: Mapping[str, Any], arrays: Arrays, base: Base, folder: Path) -> Frames:
+    """`load_frames` of what `read_stored` returned."""
+    told = dict(record.get("model", {"label ids": {"ids": ()}}))  # the first format has none, and no frames
     label_ids = tuple(told.pop("label ids")["ids"])
     sites = Sites(tuple(_site(base, values) for values in told.values()), base.num_layers)
-    return frames_from(arrays, base.params, sites, label_ids, str(folder))
+    frames = frames_from(arrays, base.params, sites, label_ids, str(folder))
+    stored = arrays["weights"][: len(frames.base)]  # behind them are those of sites that were held
+    if not is_same(stored, frames.base):
+        raise ValueError(f"the frames in {str(folder)!r} are of another base than {base!r}")
+    return frames
 
 
 def _site(base: Base, values: Mapping[str, Any]) -> Site:
@@ -137,41 +142,26 @@ def _site(base: Base, values: Mapping[str, Any]) -> Site:
 def _arrays(core: CoreFit) -> dict[str, np.ndarray]:
     """The parts of a core fit beside its variational fit, by name."""
     scales, gaussian = core.scales, core.gaussian
-    parts: dict[str, Any] = {f"scales.values.{name}": x for name, x in scales.values.items()}
-    parts |= {f"scales.without.{name}": x for name, x in scales.without.items()}
-    parts |= {f"scales.stderr.{name}": x for name, x in scales.stderr.items()}
-    parts |= {"scales.log_evidence": scales.log_evidence, "scales.base": scales.base}
-    parts |= {f"affine.{name}": x for name, x in gaussian.affine._asdict().items()}
-    if gaussian.informed is not None:
-        parts |= {f"informed.{name}": x for name, x in gaussian.informed._asdict().items()}
-    parts |= {"log_evidence": gaussian.log_evidence}
-    # A file has no order of its own; the parts of a fit have one.
-    parts |= {f"seconds.{i} {name}": x for i, (name, x) in enumerate(core.seconds.items())}
-    return {f"core.{name}": np.asarray(x) for name, x in parts.items()}
+    numbers = {"scales": scales.log_evidence, "base": scales.base, "gaussian": gaussian.log_evidence}
+    parts: dict[str, Mapping[str, Any]] = {
+        "core.scales": dict(scales.values),
+        "core.without": dict(scales.without),
+        "core.stderr": dict(scales.stderr),
+        "core.numbers": numbers,
+        "core.affine": gaussian.affine._asdict(),
+        "core.informed": {} if gaussian.informed is None else gaussian.informed._asdict(),
+        # A file has no order of its own; the parts of a fit have one.
+        "core.seconds": {f"{i} {name}": x for i, (name, x) in enumerate(core.seconds.items())},
+    }
+    return {name: np.asarray(x) for name, x in by_path(parts).items()}
 
 
-def _scales(arrays: Arrays, families: tuple[str, ...]) -> Scales:
-    """The scales, in the order of the families: a file has none."""
-
-    def numbers(part: str) -> dict[str, Any]:
-        stored = _group(arrays, f"core.scales.{part}.")
-        return {name: x if x.ndim else float(x) for name, x in stored.items()}
-
-    values = numbers("values")
-    values = {name: values[name] for name in families}
-    log_evidence, base = (float(arrays[f"core.scales.{name}"]) for name in ("log_evidence", "base"))
-    return Scales(values, log_evidence, numbers("without"), base, numbers("stderr"))
-
-
-def _gaussian(arrays: Arrays, tangent: Tangent) -> Gaussian:
-    informed = _group(arrays, "core.informed.")
-    return Gaussian(
-        density(tangent, {}),
-        Affine(**_group(arrays, "core.affine.")),
-        Informed(**informed) if informed else None,
-        float(arrays["core.log_evidence"]),
+def _scales(arrays: Arrays, families: tuple[str, ...], numbers: Arrays) -> Scales:
+    """The scales, in the order of the families."""
+    stored = group("core.scales", arrays)
+    values = {name: stored[name] if stored[name].ndim else float(stored[name]) for name in families}
+    without, stderr = (
+        {name: float(x) for name, x in group(part, arrays).items()}
+        for part in ("core.without", "core.stderr")
     )
-
-
-def _group(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:
-    return {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
+    return Scales(values, float(numbers["scales"]), without, float(numbers["base"]), stderr)
