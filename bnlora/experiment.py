@@ -211,7 +211,7 @@ def against_nuts(
     passed = chains.certificate.passed
     against: Literal["reference", "anything"] = "reference" if passed else "anything"
     # What is read of the draws is computed once for all.
-    reference = store_reference(chains, rows) if passed else chains
+    reference = store_reference(chains, rows, console=console) if passed else chains
     found: dict[str, Agreement | ValueError] = {}
     for name, posterior in posteriors.items():
         try:

@@ -201,6 +201,11 @@ class Layer(Protocol):
         ...
 
 
+def weights_of(index: Int[Array, ""], weights: Mapping[str, Array]) -> dict[str, Array]:
+    """One layer's weights out of the whole stack, for a scan: slicing the stack would copy it."""
+    return {name: jax.lax.dynamic_index_in_dim(w, index, keepdims=False) for name, w in weights.items()}
+
+
 def run_layers(
     layer: Layer,
     hidden: Float[Array, "b t d"],
@@ -231,12 +236,10 @@ def run_layers(
     if start == stop:
         return take_positions(hidden, at)
 
-    # Each step takes its layer out of the whole stack: slicing the stack to [start, stop) would copy it.
-    # The backward pass takes it out once more rather than storing a copy of every layer.
+    # The backward pass takes a layer's weights out once more rather than storing a copy of every layer.
     @partial(rerun, remat=execution.remat)
     def apply(hidden: Array, index: Array, adapter: Mapping[str, Any], at: Array | None = None) -> Array:
-        one = {name: jax.lax.dynamic_index_in_dim(w, index, keepdims=False) for name, w in weights.items()}
-        return layer(hidden, one, adapter, at=at)
+        return layer(hidden, weights_of(index, weights), adapter, at=at)
 
     def step(hidden: Array, inputs: tuple[Array, Mapping[str, Mapping[str, Array]]]) -> tuple[Array, None]:
         return apply(hidden, *inputs), None

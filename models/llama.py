@@ -156,13 +156,15 @@ class Llama(nnx.Module):
             Inputs by module, stacked over layers.
         """
         layer, inner = self._layer(mask), [name for name in modules if name != "lm_head"]
+        weights = {name: weight[...] for name, weight in self.layers.items()}
 
-        def step(hidden: Array, weights: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+        def step(hidden: Array, index: Array) -> tuple[Array, dict[str, Array]]:
             met: dict[str, Array] = {}
-            return layer(hidden, weights, {}, met=met), {name: met[name] for name in inner}
+            hidden = layer(hidden, layers.weights_of(index, weights), {}, met=met)
+            return hidden, {name: met[name] for name in inner}
 
-        weights = {name: weight[...][start:] for name, weight in self.layers.items()}
-        hidden, found = jax.lax.scan(step, hidden.astype(self.execution.dtype), weights)
+        above = jnp.arange(start, self.config.num_layers)
+        hidden, found = jax.lax.scan(step, hidden.astype(self.execution.dtype), above)
         if "lm_head" in modules:
             found["lm_head"] = self._normal(hidden)[None]
         return found

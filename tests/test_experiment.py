@@ -71,6 +71,9 @@ def test_chains_and_fit_are_of_one_posterior(comparison):
     assert comparison.chains.model is comparison.core.model
     assert comparison.core.model.kind == "tangent"
     assert comparison.core.scales.values.keys() == {"q_proj", "k_proj", "v_proj", "slope"}
+    # The sizes of the default, 8, 8 and 32, or all that a side of this base has: 8 outputs of k and v.
+    inputs = {name: frame.size[2] for name, frame in comparison.core.frames.items()}
+    assert inputs == {"q_proj": 8, "k_proj": 8, "v_proj": 8, "slope": 1}
 
 
 def test_tables_show_the_metrics_of_the_predictions(comparison):

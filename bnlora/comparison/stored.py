@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -81,7 +82,12 @@ class StoredReference:
 
 
 def store_reference(
-    chains: Any, data: Batch, *, num_predictions: int = 400, batch_size: int = 32
+    chains: Any,
+    data: Batch,
+    *,
+    num_predictions: int = 400,
+    batch_size: int = 32,
+    console: Console | None = None,
 ) -> StoredReference:
     """Keep of a run what comparisons need.
 
@@ -90,6 +96,7 @@ def store_reference(
         data: Rows with labels: those of the functions (margins at the first eight) and of the predictions.
         num_predictions: Most draws whose predictions are kept.
         batch_size: Rows to run at a time.
+        console: Where to draw the progress bar; the terminal or notebook when omitted.
 
     Returns:
         What a comparison reads of the run.
@@ -108,7 +115,7 @@ def store_reference(
     names, values = evaluate(identifiable(model, data[:PROBES]), model, adapters, data)
     chosen = evenly(len(values), min(num_predictions, len(values)))
     some = jax.tree.map(lambda x: x[chosen], adapters)
-    prediction = predict_with_draws(model, some, data, batch_size=batch_size)
+    prediction = predict_with_draws(model, some, data, batch_size=batch_size, console=console)
     draws = Draws(names, values.reshape(chains.num_chains, -1, len(names)), "chains")
     about = dict(chains.record) | {"held": chains.target.held, "thinning": chains.thinning}
     stored = StoredReference(draws, prediction, chains.certificate, about, checksum(data), describe(model))
