@@ -3,7 +3,8 @@
 NUTS in the coordinates of Laplace's Gaussian, at the scales that `fit_core` chose and with scales as sites,
 on 560 labelled movie sentences. At fixed scales NumPyro's NUTS gets the same density in the same coordinates,
 in turns; its seconds and gradients are held against those of `bnlora.sample_nuts`, compiling included.
-Effective sizes are the least over the contrasts of eight rows and the log-likelihood.
+Effective sizes are the least over the contrasts of eight rows and the log-likelihood. With scales as sites a
+gradient factorises two matrices of the size of the rows: some ten minutes on two cores.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 from numpyro.infer import MCMC, NUTS
 from pool import drawn, pool
 from rich.console import Console
@@ -20,7 +20,7 @@ from rich.console import Console
 import bnlora as bl
 from bnlora.mcmc.whitened import InRows
 from bnlora.monte_carlo import bulk_ess
-from bnlora.tangent.fit import fit_core
+from bnlora.tangent.fit import SCALE_PRIOR, fit_core
 
 QUIET = Console(quiet=True)
 CHAINS, ACCEPTANCE = 4, 0.8
@@ -46,8 +46,8 @@ def by_numpyro(key: jax.Array, target: InRows, warmup: int, draws: int) -> tuple
     return sampler.get_samples(group_by_chain=True), int(np.sum(sampler.get_extra_fields()["num_steps"]))
 
 
-def fixed(core, warmup: int, draws: int, rounds: int) -> None:
-    """Both samplers at fixed scales, in turns."""
+def fixed(core, warmup: int, draws: int, rounds: int) -> bl.Chains:
+    """Both samplers at fixed scales, in turns; the last chains of ours."""
     options = {"num_warmup": warmup, "num_draws": draws, "target_acceptance": ACCEPTANCE, "console": QUIET}
     print("| sampler | round | s | gradients | least ESS | ESS / s |\n|---|---|---|---|---|---|")
     for number in range(rounds):
@@ -69,23 +69,49 @@ def fixed(core, warmup: int, draws: int, rounds: int) -> None:
             flush=True,
         )
     print(chains.certificate, int(chains.stats["divergent"].sum()), "divergences")
+    return chains
 
 
-def random_scales(core, warmup: int, draws: int, acceptance: float) -> None:
-    """NUTS with scales as sites."""
-    prior = bl.priors.core(core.frames, scale=dist.HalfNormal(5.0))
+def random_scales(core, warmup: int, draws: int) -> bl.Chains:
+    """NUTS with scales as sites, in coordinates that follow them."""
+    prior = bl.priors.core(core.frames, scale=SCALE_PRIOR)
     tangent = core.model.with_prior(prior)
     began = time.perf_counter()
     gaussian = bl.laplace(tangent, core.fit.train)
-    print(
-        f"Laplace with scales as sites: {gaussian.log_evidence:.1f} nats, {time.perf_counter() - began:.0f} s"
-    )
+    print(f"{gaussian}, {gaussian.informed.pull.size} directions, {time.perf_counter() - began:.0f} s")
     began = time.perf_counter()
     chains = bl.sample_nuts(jax.random.key(1), tangent, core.fit.train, mass=gaussian, num_warmup=warmup,
-                            num_draws=draws, target_acceptance=acceptance, console=QUIET)  # fmt: skip
+                            num_draws=draws, target_acceptance=ACCEPTANCE, console=QUIET)  # fmt: skip
+    seconds = time.perf_counter() - began
     divergences = int(chains.stats["divergent"].sum())
-    print(f"{time.perf_counter() - began:.0f} s, {chains.num_gradients}, {divergences} divergences")
+    print(f"{seconds:.0f} s, gradients {chains.num_gradients}, {divergences} divergences")
     print(chains.certificate, flush=True)
+    print("| scale | chosen by evidence | 5 % | median | 95 % | bulk ESS |\n|---|---|---|---|---|---|")
+    for name, values in chains.sites().items():
+        if name.endswith(".scale"):
+            flat = values.reshape(*values.shape[:2], 1)
+            low, middle, high = np.quantile(flat, [0.05, 0.5, 0.95])
+            chosen = core.scales.values[name.removesuffix(".scale")]
+            ess = float(bulk_ess(flat)[0])
+            print(f"| {name} | {chosen:.2f} | {low:.2f} | {middle:.2f} | {high:.2f} | {ess:.0f} |")
+    exact = bl.log_evidence(jax.random.key(2), chains)
+    print(f"log evidence {exact.value:.2f} ({exact.stderr:.2f}) by bridge sampling, "
+          f"{gaussian.log_evidence:.2f} by Laplace, scales integrated out", flush=True)  # fmt: skip
+    return chains
+
+
+def predictions(posteriors: dict[str, object], tests: dict[str, bl.Batch]) -> None:
+    """NLL and debiased ECE by domain of some posteriors of tangent models with the same features."""
+    print("| posterior | " + " | ".join(tests) + " |\n|" + "---|" * (len(tests) + 1))
+    for name, posterior in posteriors.items():
+        cells = []
+        for rows in tests.values():
+            found = bl.predict(jax.random.key(3), posterior, rows, num_samples=256, console=QUIET).log_probs
+            labels = np.asarray(rows.labels)
+            cells.append(
+                f"{bl.metrics.nll(found, labels):.3f} / {bl.metrics.debiased_ece(found, labels):.3f}"
+            )
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
@@ -94,15 +120,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--warmup", type=int, default=300)
     parser.add_argument("--draws", type=int, default=500)
-    parser.add_argument("--acceptance", type=float, default=0.95, help="of the run with scales as sites")
+    parser.add_argument("--test", type=int, default=1000, help="test rows of each domain")
     arguments = parser.parse_args()
-    found = pool(["movies"], console=QUIET)
-    train, _ = drawn(found, 0)
-    options = {"label_ids": found.label_ids, "num_steps": 1, "console": QUIET}
-    core = fit_core(jax.random.key(0), found.base, train, **options)
+    found = pool(console=QUIET)
+    train, tests = drawn(found, 0, test=arguments.test)
+    core = fit_core(jax.random.key(0), found.base, train, label_ids=found.label_ids, console=QUIET)
     print(core.scales)
-    fixed(core, arguments.warmup, arguments.draws, arguments.rounds)
-    random_scales(core, arguments.warmup, 2 * arguments.draws, arguments.acceptance)
+    chains = fixed(core, arguments.warmup, arguments.draws, arguments.rounds)
+    random = random_scales(core, arguments.warmup, arguments.draws)
+    features = {name: bl.cache_prefix(core.model, rows, console=QUIET) for name, rows in tests.items()}
+    predictions({"SVI": core, "NUTS": chains, "NUTS, scales as sites": random}, features)
 
 
 if __name__ == "__main__":

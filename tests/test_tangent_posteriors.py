@@ -99,7 +99,6 @@ def test_adapters_and_predictions_of_chains_are_of_whole_vectors(few):
 def test_random_scales_in_the_coordinates_of_the_gaussian_are_those_of_plain_coordinates():
     tangent = tangent_of(frames("lm_head"), scale=dist.HalfNormal(2.0))
     gaussian = bl.laplace(tangent, ROWS)
-    assert gaussian.informed is None
     found = []
     for mass, key in ((gaussian, KEY), ("diagonal", jax.random.key(1))):
         chains = bl.sample_nuts(key, tangent, ROWS, mass=mass, num_draws=1500, num_warmup=200)

@@ -19,7 +19,7 @@ from jax import Array
 
 from bnlora.checks import check_at_least, check_key
 from bnlora.mcmc.chains import Chains
-from bnlora.mcmc.whitened import InRows
+from bnlora.mcmc.whitened import InRows, WithScales
 from bnlora.monte_carlo import bulk_ess
 
 ITERATIONS = 1000
@@ -55,7 +55,7 @@ def log_evidence(key: Array, chains: Chains, *, num_draws: int = 4000) -> LogEvi
     key = check_key(key)
     check_at_least({"num_draws": num_draws}, 100)
     target = chains.target
-    if not isinstance(target, InRows) and target.affine is None:
+    if target.affine is None:
         raise ValueError(
             "bridge sampling needs chains that moved in the coordinates of a Gaussian; sample with "
             "mass=bl.laplace(tangent, train)"
@@ -85,6 +85,8 @@ def log_evidence(key: Array, chains: Chains, *, num_draws: int = 4000) -> LogEvi
 
 def _constant(target: object) -> float:
     """What the density of the position lacks: the Jacobian, and for `InRows` the constant of the prior."""
+    if isinstance(target, WithScales):
+        return 0.0
     if not isinstance(target, InRows):
         return target.affine.log_determinant  # type: ignore[attr-defined]
     gains = np.asarray(target.gaussian.gains, np.float64)

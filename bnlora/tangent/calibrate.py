@@ -34,9 +34,9 @@ from bnlora.guides import Guide, full
 from bnlora.program import declared
 from bnlora.samplers import Nuts, Report, Tuning, hamiltonian
 from bnlora.sbc import Inference, svi_inference
-from bnlora.tangent.gaussian import is_standard_normal
 from bnlora.tangent.linear import Informed, Linear, laplace_mode, posterior
 from bnlora.tangent.model import Tangent
+from bnlora.tangent.where import is_standard_normal
 from bnlora.typing import Adapters, Parameters
 
 STEP = 0.8

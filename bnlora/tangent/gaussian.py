@@ -27,15 +27,17 @@ from rich.console import Console
 
 from bnlora.affine import Affine
 from bnlora.cache import cache_prefix
-from bnlora.checks import check_key, listed
+from bnlora.checks import check_key
 from bnlora.compilation import program
 from bnlora.data import Batch, check_rows
 from bnlora.density import Density, density
 from bnlora.display import Showable, Shown, facts
 from bnlora.tangent.linear import Informed, Linear, Mode, posterior
 from bnlora.tangent.model import Tangent
+from bnlora.tangent.moving import Moving, moving
 from bnlora.tangent.scales import Evidence, check_classes, linear_of
-from bnlora.typing import Adapters, AnyArray, Parameters
+from bnlora.tangent.where import Where
+from bnlora.typing import Adapters, Parameters
 
 MOST = 20_000
 """Rows or coordinates, whichever is fewer: matrices of 3 GiB."""
@@ -55,8 +57,8 @@ class Gaussian(Shown):
     Attributes:
         view: The unconstrained view of the model (`bnlora.density`), whose order of coordinates holds here.
         affine: The map from standard normal to the vector.
-        informed: The likelihood in the columns of `affine.vectors`, with contrasts at the mean; None where
-            scales are sites. A sampler then moves these coordinates alone.
+        informed: What a sampler moves in: the likelihood in the columns of `affine.vectors`, with contrasts
+            at the mean, or coordinates that follow the scales where these are sites.
         log_evidence: Laplace's approximation of log p(y), in nats; at the mode of the scales where these are
             sites, their own part included.
 
@@ -68,7 +70,7 @@ class Gaussian(Shown):
 
     view: Density
     affine: Affine
-    informed: Informed | None
+    informed: Informed | Moving
     log_evidence: float
 
     @property
@@ -146,25 +148,25 @@ def laplace(
     view = density(tangent, params or {})
     _require_memory(len(train) * (len(tangent.label_ids) - 1), view.size)
     model, _ = linear_of(tangent, cache_prefix(tangent, train, console=console), by="layer")
-    scales, cores = _places(view)
+    where = Where.of(view)
     with jax.enable_x64(new_val=True):
-        laws = _Posterior(view, model, scales, cores)
-        laws.require_normal()
+        laws = _Posterior(where, model)
+        where.require_normal(laws.start())
         t = laws.mode()
         evidence, mean, vectors, values = laws.at(t)
-        informed = None if len(t) else laws.informed(vectors, mean)
+        informed: Informed | Moving = laws.moving(t, mean) if len(t) else laws.informed(vectors, mean)
         centre, keep = np.zeros(view.size), np.ones(view.size)
-        centre[cores], centre[scales], keep[scales] = mean, t, 0.0
+        centre[where.cores], centre[where.scales], keep[where.scales] = mean, t, 0.0
         block = np.zeros((view.size, len(t)))
         if len(t):
             spread = np.linalg.cholesky(laws.covariance(t))
-            block[scales], block[cores] = spread, laws.slope(t) @ spread
-            evidence += float(laws.log_prior(t)) + 0.5 * len(t) * np.log(2 * np.pi)
+            block[where.scales], block[where.cores] = spread, laws.slope(t) @ spread
+            evidence += float(where.log_prior(t)) + 0.5 * len(t) * np.log(2 * np.pi)
             evidence += np.log(np.diag(spread)).sum()
     whole = np.zeros((view.size, vectors.shape[1]))
-    whole[cores] = vectors
+    whole[where.cores] = vectors
     # A copy: JAX remembers an array that a program in double precision held, and would take it for 64 bits.
-    affine = Affine(centre, keep, whole, (1 + values) ** -0.5, block, scales.copy())
+    affine = Affine(centre, keep, whole, (1 + values) ** -0.5, block, where.scales.copy())
     return Gaussian(view, affine, informed, evidence)
 
 
@@ -179,86 +181,31 @@ def _require_memory(rows: int, coordinates: int) -> None:
         )
 
 
-def _places(view: Density) -> tuple[np.ndarray, np.ndarray]:
-    """Where the vector has scales, and where it has the cores, these in the order of the frames."""
-    at = view.places
-    cores = [f"{family}.U" for family in view.model.sites]
-    others = [name for name in at if name not in cores]
-    wrong = [name for name in others if not name.endswith(".scale")] + [c for c in cores if c not in at]
-    if wrong:
-        raise ValueError(
-            f"Laplace's Gaussian needs the sites of priors.core, {listed(cores)} and their scales; the prior "
-            f"has {listed(tuple(at))}"
-        )
-    scales = np.concatenate([at[name] for name in others]) if others else np.zeros(0, int)
-    return scales, np.concatenate([at[name] for name in cores])
-
-
-def is_standard_normal(view: Density, zero: Array, at: np.ndarray, tolerance: float) -> bool:
-    """Whether the prior of some coordinates is standard normal, as far as one random place tells.
-
-    Args:
-        view: The unconstrained view of a model.
-        zero: A vector that is zero there.
-        at: The coordinates.
-        tolerance: Error of the log-density for each of them, in nats: rounding.
-    """
-    u = np.random.default_rng(0).normal(size=len(at))
-    gap = view.log_prior(zero.at[at].set(u)) - view.log_prior(zero) + 0.5 * (u @ u)
-    return abs(float(gap)) <= tolerance * len(u)
-
-
 class _Posterior:
     """The posterior of scales and cores; every method runs in double precision."""
 
-    def __init__(self, view: Density, model: Linear, scales: np.ndarray, cores: np.ndarray):
-        self.view, self.model, self.scales, self.cores = view, model, scales, cores
+    def __init__(self, where: Where, model: Linear):
+        self.where, self.model = where, model
         self.evidence = Evidence.of(model)
-        ends = np.cumsum([group.shape[2] for group in model.groups])
-        self.first = np.concatenate([[0], ends[:-1]])
-        self.units = np.repeat(
-            [view.model.frames[name].unit for name in view.model.sites],
-            [view.model.frames[name].size[0] for name in view.model.sites],
-        )
         self.value = jax.jit(jax.value_and_grad(self._value))
         self.moments = jax.jit(self._mode)
 
-    def require_normal(self) -> None:
-        """Raise `ValueError` unless the cores are standard normal, whatever the scales are."""
-        if not is_standard_normal(self.view, self._vector(self.start(), 0.0), self.cores, 1e-6):
-            raise ValueError(
-                "Laplace's Gaussian needs cores that are standard normal, as those of priors.core are; those "
-                "of the prior have another law"
-            )
-
     def start(self) -> np.ndarray:
         """Where fits start the unconstrained scales."""
-        return np.asarray(self.view.start(jax.random.key(0)), np.float64)[self.scales]
-
-    def _vector(self, t: AnyArray, core: float) -> Array:
-        vector = jnp.full(self.view.size, core)
-        return vector if not len(self.scales) else vector.at[self.scales].set(t)
-
-    def log_scales(self, t: Array) -> Array:
-        """Log scale of every family and layer: the prior's own factor, read off a core of ones."""
-        adapters = self.view.adapters(self._vector(t, 1.0))
-        return jnp.log(self.view.model.coordinates(adapters)[self.first] * self.units)
-
-    def log_prior(self, t: AnyArray) -> Array:
-        """Log-density of the unconstrained scales."""
-        return self.view.log_prior(self._vector(t, 0.0)) + 0.5 * len(self.cores) * jnp.log(2 * jnp.pi)
+        view = self.where.view
+        return np.asarray(view.start(jax.random.key(0)), np.float64)[self.where.scales]
 
     def _value(self, t: Array, data: Linear) -> Array:
-        return self.evidence.mode(self.log_scales(t), data).log_evidence + self.log_prior(t)
+        return self.evidence.mode(self.where.log_scales(t), data).log_evidence + self.where.log_prior(t)
 
     def _mode(self, t: Array, data: Linear, groups: Sequence[Array]) -> tuple[Mode, Array, Array]:
-        mode, log_scales = self.evidence.mode(self.log_scales(t), data), self.log_scales(t)
+        mode, log_scales = self.evidence.mode(self.where.log_scales(t), data), self.where.log_scales(t)
         design = data._replace(groups=groups).design(log_scales)
         return mode, design, design.T @ mode.weights if self.evidence.in_rows else mode.weights
 
     def mode(self) -> np.ndarray:
         """Mode of the marginal posterior of the unconstrained scales."""
-        if not len(self.scales):
+        if not len(self.where.scales):
             return np.zeros(0)
 
         def negative(t: np.ndarray) -> tuple[float, np.ndarray]:
@@ -277,10 +224,16 @@ class _Posterior:
 
     def informed(self, vectors: np.ndarray, mean: np.ndarray) -> Informed:
         """Derivatives along some directions, contrasts at the mean, and labels, at fixed scales."""
-        log_scales = np.asarray(self.log_scales(jnp.zeros(0)), np.float64)
+        log_scales = np.asarray(self.where.log_scales(jnp.zeros(0)), np.float64)
         scaled = [np.exp(s) * group for s, group in zip(log_scales, self.model.groups, strict=True)]
         design = np.concatenate(scaled, axis=2)
         return Informed(design @ vectors, self.model.offset + design @ mean, np.asarray(self.model.labels))
+
+    def moving(self, t: np.ndarray, mean: np.ndarray) -> Moving:
+        """Coordinates that follow the scales."""
+        slope = np.asarray(jax.jacfwd(self.where.log_scales)(jnp.asarray(t)))
+        spread = np.sqrt(np.einsum("gi,ij,gj->g", slope, self.covariance(t), slope))
+        return moving(self.model, np.asarray(self.where.log_scales(jnp.asarray(t))), spread, mean)
 
     def mean(self, t: np.ndarray) -> np.ndarray:
         """The mode of the cores at given scales."""

@@ -89,9 +89,8 @@ def load_core(folder: str | Path, base: Base) -> CoreFit:
     scales = _scales(arrays, tuple(frames), numbers)
     prior = core_prior(frames, scale=scales.values)
     tangent = Tangent(Classifier(base, frames.sites, prior, label_ids=frames.label_ids))
-    likelihood = Informed(**informed) if informed else None
     log_evidence = float(numbers["gaussian"])
-    gaussian = Gaussian(density(tangent, {}), Affine(**affine), likelihood, log_evidence)
+    gaussian = Gaussian(density(tangent, {}), Affine(**affine), Informed(**informed), log_evidence)
     fit = fit_from(record, arrays, tangent, Guide(tangent.prior, around(gaussian)), folder)
     spent = sorted(group("core.seconds", arrays).items())
     return CoreFit(frames, scales, gaussian, fit, {name.split(" ", 1)[1]: float(x) for name, x in spent})
@@ -149,7 +148,7 @@ def _arrays(core: CoreFit) -> dict[str, np.ndarray]:
         "core.stderr": dict(scales.stderr),
         "core.numbers": numbers,
         "core.affine": gaussian.affine._asdict(),
-        "core.informed": {} if gaussian.informed is None else gaussian.informed._asdict(),
+        "core.informed": gaussian.informed._asdict(),
         # A file has no order of its own; the parts of a fit have one.
         "core.seconds": {f"{i} {name}": x for i, (name, x) in enumerate(core.seconds.items())},
     }
