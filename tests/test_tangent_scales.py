@@ -144,6 +144,22 @@ def test_a_prior_moves_the_scale_towards_its_own():
     assert narrow.log_evidence < found.log_evidence
 
 
+def test_scales_with_less_evidence_than_the_base_say_so():
+    """With few rows a wide prior of the scales may weigh more than the rows do."""
+    model, linear, found = two()
+    assert found.log_evidence > found.base
+    assert not found.caution
+    assert len(found.overview) == 1
+    noise = np.random.default_rng(6).gumbel(size=(len(linear.labels), 2))
+    base = linear._replace(labels=(np.pad(linear.offset, ((0, 0), (1, 0))) + noise).argmax(1))
+    wide = bl.choose_scales(model, rows_of(model, base), prior=dist.LogNormal(np.log(10.0), 0.05))
+    below = wide.base - wide.log_evidence
+    assert below > 0.05
+    assert f"{below:.1f} nats below that of the untouched base" in wide.caution
+    assert "below the base's" in repr(wide)
+    assert wide.overview[-1] == wide.caution
+
+
 @pytest.mark.parametrize("within", [0.5, 2.0])
 def test_caution_lowers_all_scales_by_one_factor_until_the_evidence_has_lost_so_much(within):
     model, linear, found = two()

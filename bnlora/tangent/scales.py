@@ -78,7 +78,18 @@ class Scales(Shown):
         return found
 
     @property
-    def overview(self) -> tuple[Table]:
+    def caution(self) -> str:
+        """What to know before these scales are used; empty where the rows ask for an update."""
+        if self.log_evidence >= self.base:
+            return ""
+        return (
+            f"The evidence is {self.base - self.log_evidence:.1f} nats below that of the untouched base: "
+            "here the prior of the scales weighs more than the rows. Use a narrower one, such as "
+            "dist.HalfNormal(1.0), more rows, or the base as it is."
+        )
+
+    @property
+    def overview(self) -> tuple[Table | str, ...]:
         """Scale and evidence of every family."""
         rows = []
         for name, value in self.by_name.items():
@@ -86,11 +97,13 @@ class Scales(Shown):
             shown = ("off", "") if value <= OFF else (f"{value:.2f}", f"{low:.2f} to {high:.2f}")
             rows.append((name, *shown, f"{self.log_evidence - self.without[name]:+.1f}"))
         title = f"Log evidence {self.log_evidence:,.1f} nats; untouched base {self.base:,.1f}"
-        return (Table(title, ("scale of", "nats", "95 %", "gain in evidence"), tuple(rows)),)
+        table = Table(title, ("scale of", "nats", "95 %", "gain in evidence"), tuple(rows))
+        return (table, self.caution) if self.caution else (table,)
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{n} {v:.2f}" if v > OFF else f"{n} off" for n, v in self.by_name.items())
-        return f"Scales({shown}; log evidence {self.log_evidence:,.1f} nats, base {self.base:,.1f})"
+        below = ", below the base's: see `caution`" if self.caution else ""
+        return f"Scales({shown}; log evidence {self.log_evidence:,.1f} nats, base {self.base:,.1f}{below})"
 
 
 def choose_scales(
