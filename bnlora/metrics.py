@@ -22,7 +22,7 @@ from bnlora.scores import adaptive_ece as adaptive_ece
 from bnlora.scores import aurc as aurc
 from bnlora.scores import auroc as auroc
 from bnlora.scores import brier as brier
-from bnlora.scores import checked, confidences, is_correct, width_bin
+from bnlora.scores import checked, confidences, formula_of, is_correct, width_bin
 from bnlora.scores import debiased_ece as debiased_ece
 from bnlora.scores import ece as ece
 from bnlora.scores import mce as mce
@@ -126,10 +126,10 @@ def summary(
     """
     log_probs, labels = checked(prediction, labels)
     estimates = {}
-    for name, metric in metrics.items():
+    for name, formula in {name: formula_of(metric) for name, metric in metrics.items()}.items():
 
-        def on(rows: np.ndarray, metric: Callable[..., float] = metric) -> float:
-            return metric(log_probs[rows], labels[rows])
+        def on(rows: np.ndarray, formula: Callable[..., float] = formula) -> float:
+            return formula(log_probs[rows], labels[rows])
 
         estimates[name] = bootstrap(on, len(labels), level=level, resamples=resamples, seed=seed)
     return Summary(estimates, level, len(labels))
@@ -167,10 +167,11 @@ def paired_difference(
     """
     one, labels = checked(first, labels)
     two, labels = checked(second, labels)
+    formula = formula_of(metric)
 
     def difference(rows: np.ndarray) -> float:
         # Floats of Python: infinity minus infinity is NaN without a warning.
-        return float(metric(one[rows], labels[rows])) - float(metric(two[rows], labels[rows]))
+        return float(formula(one[rows], labels[rows])) - float(formula(two[rows], labels[rows]))
 
     return bootstrap(difference, len(labels), level=level, resamples=resamples, seed=seed)
 

@@ -13,7 +13,9 @@ With p the predictive distribution of a row, y its class, k = argmax p and c = m
 Every function takes log-probabilities, or a `Prediction` in their place, whose mixture is then meant.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -22,10 +24,33 @@ from bnlora.checks import check_at_least, class_numbers
 
 BINS = 15
 
+P = ParamSpec("P")
+
 LogProbs = Float[np.ndarray, "n c"]
 Labels = Int[Any, " n"]
 
 
+def score(formula: Callable[Concatenate[Any, Any, P], float]) -> Callable[Concatenate[Any, Any, P], float]:
+    """A formula of log-probabilities and labels that checks both first; `formula_of` gives it back."""
+
+    @wraps(formula)
+    def checking(log_probs: LogProbs, labels: Labels, *args: P.args, **options: P.kwargs) -> float:
+        return formula(*checked(log_probs, labels), *args, **options)
+
+    checking.formula = formula  # type: ignore[attr-defined]
+    return checking
+
+
+def formula_of(metric: Callable[..., float]) -> Callable[..., float]:
+    """The formula of a score, for arrays that are known to be sound; another function as it is.
+
+    A bootstrap computes a metric thousands of times on rows of arrays that were checked once.
+    """
+    found: Callable[..., float] = getattr(metric, "formula", metric)
+    return found
+
+
+@score
 def accuracy(log_probs: LogProbs, labels: Labels) -> float:
     """Share of rows whose most probable class is the true one.
 
@@ -39,9 +64,10 @@ def accuracy(log_probs: LogProbs, labels: Labels) -> float:
     Raises:
         ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
     """
-    return float(is_correct(*checked(log_probs, labels)).mean())
+    return float(is_correct(log_probs, labels).mean())
 
 
+@score
 def nll(log_probs: LogProbs, labels: Labels) -> float:
     """Mean negative log-probability of the true class, in nats.
 
@@ -55,9 +81,10 @@ def nll(log_probs: LogProbs, labels: Labels) -> float:
     Raises:
         ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
     """
-    return float(_row_nll(*checked(log_probs, labels)).mean())
+    return float(_row_nll(log_probs, labels).mean())
 
 
+@score
 def brier(log_probs: LogProbs, labels: Labels) -> float:
     """Mean squared distance of the probability vector to the true class's corner; in [0, 2].
 
@@ -71,9 +98,10 @@ def brier(log_probs: LogProbs, labels: Labels) -> float:
     Raises:
         ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
     """
-    return float(_row_brier(*checked(log_probs, labels)).mean())
+    return float(_row_brier(log_probs, labels).mean())
 
 
+@score
 def ece(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> float:
     """Expected calibration error of the confidence, over bins of equal width in (0, 1].
 
@@ -88,12 +116,12 @@ def ece(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> float:
     Raises:
         ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
     """
-    log_probs, labels = checked(log_probs, labels)
     confidence, correct = confidences(log_probs), is_correct(log_probs, labels)
     gap = np.bincount(width_bin(confidence, bins), weights=correct - confidence, minlength=bins)
     return float(np.abs(gap).sum() / len(labels))
 
 
+@score
 def adaptive_ece(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> float:
     """Expected calibration error over bins that hold equally many rows (to within one).
 
@@ -108,13 +136,13 @@ def adaptive_ece(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> fl
     Raises:
         ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
     """
-    log_probs, labels = checked(log_probs, labels)
     confidence, correct = confidences(log_probs), is_correct(log_probs, labels)
     order = np.argsort(confidence, kind="stable")
     parts = np.array_split((correct - confidence)[order], min(bins, len(labels)))
     return float(sum(abs(part.sum()) for part in parts) / len(labels))
 
 
+@score
 def mce(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> float:
     """Largest gap between accuracy and confidence among the non-empty bins of equal width.
 
@@ -129,13 +157,13 @@ def mce(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> float:
     Raises:
         ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
     """
-    log_probs, labels = checked(log_probs, labels)
     confidence, correct = confidences(log_probs), is_correct(log_probs, labels)
     index = width_bin(confidence, bins)
     gap = np.bincount(index, weights=correct - confidence, minlength=bins)
     return float(np.max(np.abs(gap) / np.maximum(np.bincount(index, minlength=bins), 1)))
 
 
+@score
 def auroc(log_probs: LogProbs, labels: Labels) -> float:
     """Probability that a right row is more confident than a wrong one, ties counting half.
 
@@ -151,7 +179,6 @@ def auroc(log_probs: LogProbs, labels: Labels) -> float:
     Raises:
         ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
     """
-    log_probs, labels = checked(log_probs, labels)
     confidence, correct = confidences(log_probs), is_correct(log_probs, labels)
     right, wrong = confidence[correct], np.sort(confidence[~correct])
     if not len(right) or not len(wrong):
@@ -160,6 +187,7 @@ def auroc(log_probs: LogProbs, labels: Labels) -> float:
     return float((below + up_to).mean() / 2 / len(wrong))
 
 
+@score
 def aurc(log_probs: LogProbs, labels: Labels) -> float:
     """Area under the risk-coverage curve: error rate of the i most confident rows, averaged over i.
 
@@ -175,7 +203,6 @@ def aurc(log_probs: LogProbs, labels: Labels) -> float:
     Raises:
         ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
     """
-    log_probs, labels = checked(log_probs, labels)
     return float(selective_risks(-confidences(log_probs), ~is_correct(log_probs, labels)).mean())
 
 
@@ -253,11 +280,13 @@ def null_ece(log_probs: LogProbs, *, bins: int = BINS, redraws: int = 200) -> fl
     Returns:
         The mean.
     """
-    probs = np.exp(np.asarray(log_probs, np.float64))
+    log_probs = np.asarray(getattr(log_probs, "log_probs", log_probs), np.float64)
+    probs = np.exp(log_probs)
     ends = np.cumsum(probs / probs.sum(1, keepdims=True), axis=1)
     uniform = np.random.default_rng(0).random((redraws, len(probs)))
     drawn = np.minimum((uniform[:, :, None] > ends).sum(2), probs.shape[1] - 1)
-    return float(np.mean([ece(log_probs, labels, bins=bins) for labels in drawn]))
+    log_probs, _ = checked(log_probs, drawn[0])
+    return float(np.mean([formula_of(ece)(log_probs, labels, bins=bins) for labels in drawn]))
 
 
 def debiased_ece(log_probs: LogProbs, labels: Labels, *, bins: int = BINS, redraws: int = 200) -> float:

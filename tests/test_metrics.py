@@ -11,6 +11,7 @@ from sklearn import metrics as sk
 
 from bnlora import metrics
 from bnlora.predict import Prediction
+from bnlora.scores import checked
 
 
 def simulate(seed: int, rows: int = 200, classes: int = 3, ties: int | None = None):
@@ -222,6 +223,23 @@ def test_interval_ends_are_the_usual_quantiles_of_finite_replicates():
     expected = np.quantile([metrics.brier(log_probs[r], labels[r]) for r in rows], [0.05, 0.95])
     found = metrics.summary(log_probs, labels, level=0.9, resamples=50, seed=3)["brier"]
     np.testing.assert_allclose([found.low, found.high], expected)
+
+
+def test_a_bootstrap_checks_its_input_once(monkeypatch):
+    log_probs, labels = simulate(4)
+    expected = metrics.summary(log_probs, labels, resamples=20)
+    calls = []
+
+    def counting(*args):
+        calls.append(args)
+        return checked(*args)
+
+    for module in ("metrics", "scores"):
+        monkeypatch.setattr(f"bnlora.{module}.checked", counting)
+    assert metrics.summary(log_probs, labels, resamples=20).estimates == expected.estimates
+    assert len(calls) == 1
+    metrics.paired_difference(metrics.nll, log_probs, log_probs, labels, resamples=20)
+    assert len(calls) == 3
 
 
 def test_a_prediction_stands_for_its_mixture():
