@@ -3,7 +3,8 @@
 A seed draws 560 labelled movie sentences and 2,000 test sentences of each domain, start values, order of
 rows and posterior draws. Seeds 0 to 2 were used to choose placement, sizes and the scale prior of
 `bnlora.tangent.fit`; they are for development and stand in no table. A seed that is done is kept in a file:
-a run that was stopped goes on, and `python benchmarks/seeds.py report` prints the tables again.
+a run that was stopped goes on. `python benchmarks/seeds.py report` prints the tables from the files of this
+machine and, for other seeds, from `seeds.npz`, which `python benchmarks/seeds.py store` writes.
 
 Methods, all on the same 560 labelled rows: the untouched base; LoRA by a published recipe after 3 and after
 20 epochs; careful LoRA, which fits 320 rows and takes the other 240 for its step and a temperature;
@@ -82,6 +83,49 @@ def run(seeds: list[int]) -> None:
             print(f"seed {seed} done", flush=True)
 
 
+STORED = Path(__file__).with_name("seeds.npz")
+
+
+def finished() -> list[dict]:
+    """The reported seeds that are done, from this machine or as stored."""
+    found = stored() if STORED.is_file() else {}
+    for file in folder().glob("seed-*.json"):
+        one = json.loads(file.read_text())
+        found[one["seed"]] = one
+    return [found[seed] for seed in sorted(found) if seed > 2]
+
+
+def store() -> None:
+    """Write the seeds that are done to one file: log-odds, labels, and everything else as JSON."""
+    arrays, about = {}, []
+    for one in finished():
+        about.append({name: value for name, value in one.items() if name != "rows"})
+        for domain, rows in one["rows"].items():
+            for name, values in rows.items():
+                p = np.asarray(values)
+                # Log-odds keep their precision where a probability is near one.
+                small = (
+                    p.astype(np.int8) if name == "labels" else (p - np.log(-np.expm1(p))).astype(np.float32)
+                )
+                arrays[f"{one['seed']}/{domain}/{name}"] = small
+    np.savez_compressed(STORED, about=json.dumps(about), **arrays)
+
+
+def stored() -> dict[int, dict]:
+    """The seeds of that file."""
+    with np.load(STORED) as arrays:
+        found = {
+            one["seed"]: one | {"rows": {d: {} for d in DOMAINS}} for one in json.loads(str(arrays["about"]))
+        }
+        for path in arrays.files:
+            if path != "about":
+                seed, domain, name = path.split("/")
+                values = arrays[path]
+                log_probs = -np.logaddexp(0, -values.astype(np.float64))
+                found[int(seed)]["rows"][domain][name] = (values if name == "labels" else log_probs).tolist()
+    return found
+
+
 def of_positive(log_probs: list[float]) -> np.ndarray:
     """Log-probabilities of both classes from those of the second."""
     second = np.asarray(log_probs)
@@ -109,8 +153,7 @@ def bootstrap(found: list[dict], metric, draws: int = 200) -> dict[str, np.ndarr
 
 def report() -> None:
     """Means over the seeds that are done, and paired intervals."""
-    found = [json.loads(p.read_text()) for p in sorted(folder().glob("seed-*.json"))]
-    found = [f for f in found if f["seed"] > 2]
+    found = finished()
     print(f"seeds {[f['seed'] for f in found]}, {TEST} test rows of each domain")
     table = {
         name: {
@@ -177,11 +220,13 @@ def debiased_ratio(found: list[dict], debiased: dict[str, np.ndarray], draws: in
 def main() -> None:
     """Run seeds, or report those that are done."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["run", "report"])
+    parser.add_argument("what", choices=["run", "report", "store"])
     parser.add_argument("--seeds", type=int, nargs="*", default=[3, 4, 5, 6, 7])
     arguments = parser.parse_args()
     if arguments.what == "run":
         run(arguments.seeds)
+    if arguments.what == "store":
+        store()
     report()
 
 
