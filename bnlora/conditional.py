@@ -207,7 +207,8 @@ def _two_places(view: Density) -> tuple[Adapters, Adapters]:
     """
     places = np.random.default_rng(0).normal(size=(2, view.size)).astype(np.float32)
     both = jax.jit(lambda u: jax.lax.map(view.adapters, u), compiler_options=options(0))(places)
-    return jax.tree.map(lambda x: x[0], both), jax.tree.map(lambda x: x[1], both)
+    both = jax.tree.map(np.asarray, both)  # JAX would compile a program for each entry that is taken
+    return jax.tree.map(lambda x: jnp.asarray(x[0]), both), jax.tree.map(lambda x: jnp.asarray(x[1]), both)
 
 
 def _moving_layers(sites: Sites, moves: Mapping[str, Mapping[str, np.ndarray]]) -> set[int]:

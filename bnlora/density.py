@@ -92,17 +92,20 @@ class Density:
         """
         if set(sites) != set(self.shapes):
             raise ValueError(f"the latent sites are {sorted(self.shapes)}; got {sorted(sites)}")
-        trace = _trace(self.model.prior, jax.random.key(0), data={**self.params, **sites})
-        joined = self._joined(trace)
+        joined = self.vector_of(sites)
         if not jnp.isfinite(joined).all():
             raise ValueError("every site must lie inside its support; a given value is on its edge or beyond")
         return joined
 
+    def vector_of(self, sites: Mapping[str, Array]) -> Float[Array, " p"]:
+        """`vector` without its checks, so that it can be compiled; not finite outside a support."""
+        return self._joined(_trace(self.model.prior, jax.random.key(0), data={**self.params, **sites}))
+
     def start(self, key: Array) -> Float[Array, " p"]:
-        """Where fits of this library start: at zero where the prior says so, else at a draw of it."""
+        """Where fits of this library start: at zero where the prior says so, else at a draw of it; pure."""
         placed = handlers.substitute(self.model.prior, data=dict(self.params))
         trace = _trace(placed, key, substitute_fn=init_to_base)
-        return self.vector({name: trace[name]["value"] for name in self.shapes})
+        return self._joined(trace)
 
     def draw(self, key: Array) -> Float[Array, " p"]:
         """A draw of the prior's latent sites, run forwards; pure, so that it can be compiled.

@@ -6,7 +6,7 @@ with u the vector of `bnlora.density`. The activations below the lowest free ada
 the head alone is free, those of the last token are all that is kept, and a gradient costs the head.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -20,6 +20,7 @@ from rich.console import Console
 from bnlora.affine import Affine
 from bnlora.cache import cache_prefix
 from bnlora.checks import check_option
+from bnlora.compilation import options
 from bnlora.conditional import condition, matching
 from bnlora.data import Batch, check_rows
 from bnlora.density import Density, density
@@ -150,14 +151,14 @@ def starts(key: Array, made: Target, given: Fit | None, start: Start, num_chains
         if given is None:
             raise ValueError("start='fit' needs `given`, a fit to start from; got none, use start='prior'")
         names = tuple(made.view.shapes)
-        return jnp.stack([made.view.vector(_draw(k, given, names)) for k in keys])
+        return _each(lambda k: made.view.vector_of(_draw(k, given, names)), keys)
     if start == "prior":
-        return jnp.stack([made.view.draw(k) for k in keys])
+        return _each(made.view.draw, keys)
     if made.affine is not None and start == "zero":  # draws of the Gaussian
         normals = jnp.stack([jax.random.normal(k, (made.view.size,)) for k in keys])
         return jnp.asarray(made.affine.apply(normals))
     # At zero the density of a bilinear adapter has a saddle, so every chain is moved off it a little.
-    first = jnp.stack([made.view.start(k) for k in keys])
+    first = _each(made.view.start, keys)
     first = first + 0.01 * jax.random.normal(jax.random.fold_in(key, 1), first.shape)
     if start == "zero":
         return first
@@ -166,6 +167,12 @@ def starts(key: Array, made: Target, given: Fit | None, start: Start, num_chains
         return pathfinder(k, lambda v: made.view.log_joint(v, *inputs), u)
 
     return jax.jit(jax.vmap(climb, in_axes=(0, 0, None)))(keys, first, made.inputs[:2])
+
+
+def _each(function: Callable[[Array], Array], keys: Array) -> Float[Array, "c p"]:
+    """A function of every key, in one program: run as it is, a prior compiles each of its operations."""
+    made: Array = jax.jit(lambda k: jax.lax.map(function, k), compiler_options=options(0))(keys)
+    return made
 
 
 def _draw(key: Array, given: Fit, names: Sequence[str] | None = None) -> dict[str, Array]:

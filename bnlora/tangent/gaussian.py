@@ -161,7 +161,7 @@ def laplace(
         if len(t):
             spread = np.linalg.cholesky(laws.covariance(t))
             block[where.scales], block[where.cores] = spread, laws.slope(t) @ spread
-            evidence += float(where.log_prior(t)) + 0.5 * len(t) * np.log(2 * np.pi)
+            evidence += float(laws.log_prior(jnp.asarray(t))) + 0.5 * len(t) * np.log(2 * np.pi)
             evidence += np.log(np.diag(spread)).sum()
     whole = np.zeros((view.size, vectors.shape[1]))
     whole[where.cores] = vectors
@@ -189,11 +189,12 @@ class _Posterior:
         self.evidence = Evidence.of(model)
         self.value = jax.jit(jax.value_and_grad(self._value))
         self.moments = jax.jit(self._mode)
+        self.log_scales, self.log_prior = jax.jit(where.log_scales), jax.jit(where.log_prior)
 
     def start(self) -> np.ndarray:
         """Where fits start the unconstrained scales."""
         view = self.where.view
-        return np.asarray(view.start(jax.random.key(0)), np.float64)[self.where.scales]
+        return np.asarray(jax.jit(view.start)(jax.random.key(0)), np.float64)[self.where.scales]
 
     def _value(self, t: Array, data: Linear) -> Array:
         return self.evidence.mode(self.where.log_scales(t), data).log_evidence + self.where.log_prior(t)
@@ -224,16 +225,16 @@ class _Posterior:
 
     def informed(self, vectors: np.ndarray, mean: np.ndarray) -> Informed:
         """Derivatives along some directions, contrasts at the mean, and labels, at fixed scales."""
-        log_scales = np.asarray(self.where.log_scales(jnp.zeros(0)), np.float64)
+        log_scales = np.asarray(self.log_scales(jnp.zeros(0)), np.float64)
         scaled = [np.exp(s) * group for s, group in zip(log_scales, self.model.groups, strict=True)]
         design = np.concatenate(scaled, axis=2)
         return Informed(design @ vectors, self.model.offset + design @ mean, np.asarray(self.model.labels))
 
     def moving(self, t: np.ndarray, mean: np.ndarray) -> Moving:
         """Coordinates that follow the scales."""
-        slope = np.asarray(jax.jacfwd(self.where.log_scales)(jnp.asarray(t)))
+        slope = np.asarray(jax.jit(jax.jacfwd(self.where.log_scales))(jnp.asarray(t)))
         spread = np.sqrt(np.einsum("gi,ij,gj->g", slope, self.covariance(t), slope))
-        return moving(self.model, np.asarray(self.where.log_scales(jnp.asarray(t))), spread, mean)
+        return moving(self.model, np.asarray(self.log_scales(jnp.asarray(t))), spread, mean)
 
     def mean(self, t: np.ndarray) -> np.ndarray:
         """The mode of the cores at given scales."""
