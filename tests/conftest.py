@@ -32,9 +32,12 @@ SETTINGS = {
 for name, value in SETTINGS.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)  # for the processes that tests start
+# Tests have a process for each core: a compiler that splits its work among threads only loses time.
+FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
 if jax.__version_info__ < (0, 11):
     # The way of older compilers, in half the time; later ones end the process at the name of the flag.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 mpl.use("agg")
 # No verdict depends on how busy the machine is.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -55,14 +58,22 @@ if OFFSET:
     jax.random.key, jax.random.PRNGKey = moved(jax.random.key), moved(jax.random.PRNGKey)
     np.random.default_rng = moved(np.random.default_rng)
 
+MOST_MAPS = 15_000
+"""Pieces of mapped memory at the end of a file above which compiled programs are dropped."""
+
 CORPUS = ["the plot is good", "the film was bad", "Review: good", "Sentiment: bad good"] * 20
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled_programs():
-    """Every compiled program holds mapped memory, of which a process may have only so many pieces."""
+    """Every compiled program holds mapped memory, of which a process may have only so many pieces (65,530).
+
+    What is kept serves the next file: small operations are the same in all of them.
+    """
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -94,4 +94,4 @@ def is_standard_normal(
     both = np.stack([np.asarray(zero)] * 2)
     both[0, at] = u
     moved, still = jax.jit(lambda x: jax.lax.map(view.log_prior, x), compiler_options=options(0))(both)
-    return abs(float(moved) - float(still) + 0.5 * (u @ u)) <= tolerance * len(u)
+    return bool(abs(float(moved) - float(still) + 0.5 * (u @ u)) <= tolerance * len(u))
