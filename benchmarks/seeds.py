@@ -126,6 +126,25 @@ def stored() -> dict[int, dict]:
     return found
 
 
+def seconds(seeds: list[int]) -> None:
+    """Seconds of whole fits on an otherwise idle machine, compiling included; nothing is predicted."""
+    pooled = pool(console=QUIET)
+    options = {"label_ids": pooled.label_ids, "console": QUIET}
+    print("| seed | " + " | ".join((SHORT, LORA, BAYES)) + " |\n|---|---|---|---|")
+    for seed in seeds:
+        train, _ = drawn(pooled, seed)
+        keys = jax.random.split(jax.random.key(seed), 5)  # those of `run_seed`
+        spent: dict[str, float] = {}
+        with timed(spent, LORA):
+            fit_lora(keys[1], pooled.base, train, epochs=20, **options)
+        with timed(spent, SHORT):
+            fit_lora(keys[0], pooled.base, train, epochs=3, **options)
+        with timed(spent, BAYES):
+            fit_core(keys[3], pooled.base, train, **options)
+        cells = " | ".join(f"{spent[m]:.1f}" for m in (SHORT, LORA, BAYES))
+        print(f"| {seed} | {cells} |", flush=True)
+
+
 def of_positive(log_probs: list[float]) -> np.ndarray:
     """Log-probabilities of both classes from those of the second."""
     second = np.asarray(log_probs)
@@ -220,11 +239,13 @@ def debiased_ratio(found: list[dict], debiased: dict[str, np.ndarray], draws: in
 def main() -> None:
     """Run seeds, or report those that are done."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["run", "report", "store"])
+    parser.add_argument("what", choices=["run", "report", "store", "time"])
     parser.add_argument("--seeds", type=int, nargs="*", default=[3, 4, 5, 6, 7])
     arguments = parser.parse_args()
     if arguments.what == "run":
         run(arguments.seeds)
+    if arguments.what == "time":
+        return seconds(arguments.seeds)
     if arguments.what == "store":
         store()
     report()

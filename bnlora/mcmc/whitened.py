@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -177,7 +177,7 @@ def whitened(made: Target, geometry: Geometry) -> Target:
     return WithScales(*parts, affine, where=where, moving=moving, centre=centre, spread=spread)
 
 
-def _cast(arrays: NamedTuple, dtype: Any) -> list[Array]:
+def _cast(arrays: tuple[AnyArray, ...], dtype: Any) -> list[Array]:
     """Floats in a type, integers as they are."""
     return [jnp.asarray(x, dtype if np.asarray(x).dtype.kind == "f" else None) for x in arrays]
 

@@ -146,7 +146,8 @@ def moving(
     grams = np.stack([columns[:, group == g] @ columns[:, group == g].T for g in range(len(flat))])
     basis = Q.reshape(*model.offset.shape, -1)
     c = columns @ (np.exp(log_scales)[group] * mode)
-    residual, root = (np.asarray(x) for x in residual_and_root(model.offset + basis @ c, model.labels))
+    eta = jnp.asarray(model.offset + basis @ c)
+    residual, root = (np.asarray(x) for x in residual_and_root(eta, model.labels))
     half = np.einsum("nij,nir->njr", root, basis).reshape(model.offset.size, -1)
     curvature = half.T @ half
     pull = curvature @ c + Q.T @ residual.reshape(-1)
