@@ -245,7 +245,8 @@ def main() -> None:
     if arguments.what == "run":
         run(arguments.seeds)
     if arguments.what == "time":
-        return seconds(arguments.seeds)
+        seconds(arguments.seeds)
+        return
     if arguments.what == "store":
         store()
     report()

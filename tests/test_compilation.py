@@ -203,3 +203,16 @@ def test_a_fit_compiles_few_programs_beside_its_step():
     assert found["jit(_traced_step)"] == found["jit(start_values)"] == found["jit(constrain)"] == 1, found
     assert found.total() <= 14, found
     assert made.num_traces == 1
+
+
+def test_chains_that_start_from_a_fit_compile_few_programs():
+    """A prior that runs outside of a program compiles each of its operations: 450 for such a run, once."""
+    sites = bl.select(BASE, ["q_proj", "k_proj"], rank=2, layers=[1, 3])
+    model = bl.Classifier(BASE, sites, bl.priors.sparse_gp(rows=2, cols=2), label_ids=(3, 5))
+    guide = bl.guides.SiteFlow(model.prior, hidden=4, blocks=1)
+    fit = bl.fit(KEY, model, guide, ROWS, optax.adam(1e-2), num_steps=2, batch_size=8, console=QUIET)
+    jax.clear_caches()
+    short = {"num_warmup": 20, "num_draws": 4, "num_chains": 2, "console": QUIET}
+    with counting() as found:
+        bl.sample_nuts(KEY, model, ROWS, sites=["q_proj"], given=fit, **short)
+    assert found.total() < 80, found
