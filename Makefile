@@ -22,7 +22,7 @@ ROUNDED = $(filter-out $(EXACT),$(patsubst tests/test_%.py,%,$(sort $(wildcard t
 # What touches the compiler, the kernels, ArviZ and the packages.
 VERSIONED := diagnose diagnostics display execution guides kernels_api kernels_lowering llama mcmc packaging plots predict svi
 
-.PHONY: demo test fast rounding versions elsewhere lint tpu docs notebooks oldest newest clean
+.PHONY: demo test fast rounding versions elsewhere slow lint tpu docs notebooks oldest newest clean
 
 # The demonstration needs the library and nothing that tests need; where those have been set up, that will do.
 demo: $(if $(wildcard $(READY)),$(READY),$(DEMO_READY))
@@ -32,11 +32,11 @@ demo: $(if $(wildcard $(READY)),$(READY),$(DEMO_READY))
 # apart, but not the processors that a program was compiled for: the name of the folder does.
 CACHE := $(or $(BNLORA_CACHE),$(HOME)/.cache/bnlora)
 PROCESSOR = $(shell { lscpu || sysctl machdep.cpu; } 2>/dev/null | grep -iE "model name|flags|features" | cksum | cut -d" " -f1)
-test fast rounding versions elsewhere docs notebooks oldest newest: \
+test fast rounding versions elsewhere slow docs notebooks oldest newest: \
 	export JAX_COMPILATION_CACHE_DIR ?= $(CACHE)/programs-$(PROCESSOR)
 
 # Workers are as many as cores: LAPACK's own threads would only wait for each other (a quarter of the time of some files).
-test fast rounding versions elsewhere oldest newest: export OPENBLAS_NUM_THREADS ?= 1
+test fast rounding versions elsewhere slow oldest newest: export OPENBLAS_NUM_THREADS ?= 1
 
 # A file stays with one worker, for its tests share programs and fits; in the order of their names, the slowest come early.
 PYTEST := -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=25
@@ -58,9 +58,18 @@ rounding: $(READY)
 versions: $(READY)
 	$(BIN)/python $(PYTEST) -m "not slow" $(VERSIONED:%=tests/test_%.py)
 
-# Both at once, in half the time of one after the other. Where it fails, the two alone say which of them it was.
+# Both at once, on what varies with versions and on the statistics that every result rests on. `make rounding` has all
+# files; where this fails, `make rounding` and `make versions` say which of the two it was.
+STATISTICS := bridge density elbo gold_standard gp inference_laplace inference_tfb metrics sbc smc tangent tangent_gaussian \
+	tangent_moving tangent_scales
 elsewhere: $(READY)
-	XLA_FLAGS="$(ROUNDING)" $(BIN)/python $(PYTEST) -m "not slow" $(sort $(patsubst %,tests/test_%.py,$(ROUNDED) $(VERSIONED)))
+	XLA_FLAGS="$(ROUNDING)" $(BIN)/python $(PYTEST) -m "not slow" $(sort $(patsubst %,tests/test_%.py,$(STATISTICS) $(VERSIONED)))
+
+# What is slow by nature and need not run for every change: all pairs of the contract of saved fits, and every fast test
+# under another rounding. About half an hour on two idle cores.
+slow: $(READY)
+	BNLORA_EVERY=1 $(BIN)/python $(PYTEST) tests/test_checkpoint_contract.py
+	XLA_FLAGS="$(ROUNDING)" $(BIN)/python $(PYTEST) -m "not slow" $(ROUNDED:%=tests/test_%.py)
 
 # The TPU's own compiler, which needs no TPU: 640 MB of a package that nothing else here uses.
 tpu: $(READY)

@@ -21,7 +21,7 @@ from bnlora.predict import predict_with_draws
 from bnlora.tangent.fit import fit_core
 
 QUIET = Console(quiet=True)
-FACTORS = (0.1, 0.2, 0.4, 0.7)
+FACTORS = (0.03, 0.1, 0.2)
 STEPS, BATCH, RATE = 400, 16, 1e-2
 
 

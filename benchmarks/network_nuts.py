@@ -16,7 +16,7 @@ from rich.console import Console
 
 import bnlora as bl
 from bnlora.assets import DOMAINS
-from bnlora.tangent.fit import SCALE_PRIOR, fit_core
+from bnlora.tangent.fit import fit_core
 
 QUIET = Console(quiet=True)
 FAMILY = "v_proj"
@@ -49,7 +49,7 @@ def main() -> None:
     print(
         core.scales,
         ", ".join(DOMAINS),
-        f"{core.frames.num_coordinates} coordinates, prior of the scale {SCALE_PRIOR}",
+        f"{core.frames.num_coordinates} coordinates",
     )
     print(
         "Spread: median ratio of standard deviations of contrasts to those of the tangent model; gap: median"
