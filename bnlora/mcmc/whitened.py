@@ -202,7 +202,7 @@ def _random_scales(where: Where, moving: Moving) -> Contrasts:
 
     def found(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         t, u = vectors[:, where.scales], vectors[:, where.cores]
-        log_scales, log_prior = jax.vmap(where.log_scales)(t), jax.vmap(where.log_prior)(t)
+        log_scales, log_prior = (jax.jit(jax.vmap(f))(t) for f in (where.log_scales, where.log_prior))
         c = (u * np.exp(log_scales)[:, moving.group]) @ np.asarray(moving.columns).T
         contrasts = np.einsum("nkr,sr->snk", moving.basis, c) + moving.offset
         return np.asarray(log_prior) - 0.5 * (u**2).sum(1), contrasts
