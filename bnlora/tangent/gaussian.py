@@ -30,7 +30,7 @@ from bnlora.cache import cache_prefix
 from bnlora.checks import check_key
 from bnlora.compilation import program
 from bnlora.data import Batch, check_rows
-from bnlora.density import Density, density
+from bnlora.density import Density, density, require_inside
 from bnlora.display import Showable, Shown, facts
 from bnlora.tangent.linear import Informed, Linear, Mode, posterior
 from bnlora.tangent.model import Tangent
@@ -154,15 +154,18 @@ def laplace(
         where.require_normal(laws.start())
         t = laws.mode()
         evidence, mean, vectors, values = laws.at(t)
-        informed: Informed | Moving = laws.moving(t, mean) if len(t) else laws.informed(vectors, mean)
         centre, keep = np.zeros(view.size), np.ones(view.size)
         centre[where.cores], centre[where.scales], keep[where.scales] = mean, t, 0.0
         block = np.zeros((view.size, len(t)))
         if len(t):
-            spread = np.linalg.cholesky(laws.covariance(t))
+            covariance = laws.covariance(t)
+            informed: Informed | Moving = laws.moving(t, mean, covariance)
+            spread = np.linalg.cholesky(covariance)
             block[where.scales], block[where.cores] = spread, laws.slope(t) @ spread
             evidence += float(laws.log_prior(jnp.asarray(t))) + 0.5 * len(t) * np.log(2 * np.pi)
             evidence += np.log(np.diag(spread)).sum()
+        else:
+            informed = laws.informed(vectors, mean)
     whole = np.zeros((view.size, vectors.shape[1]))
     whole[where.cores] = vectors
     # A copy: JAX remembers an array that a program in double precision held, and would take it for 64 bits.
@@ -194,7 +197,8 @@ class _Posterior:
     def start(self) -> np.ndarray:
         """Where fits start the unconstrained scales."""
         view = self.where.view
-        return np.asarray(jax.jit(view.start)(jax.random.key(0)), np.float64)[self.where.scales]
+        start = require_inside(jax.jit(view.start)(jax.random.key(0)))
+        return np.asarray(start, np.float64)[self.where.scales]
 
     def _value(self, t: Array, data: Linear) -> Array:
         return self.evidence.mode(self.where.log_scales(t), data).log_evidence + self.where.log_prior(t)
@@ -230,10 +234,10 @@ class _Posterior:
         design = np.concatenate(scaled, axis=2)
         return Informed(design @ vectors, self.model.offset + design @ mean, np.asarray(self.model.labels))
 
-    def moving(self, t: np.ndarray, mean: np.ndarray) -> Moving:
-        """Coordinates that follow the scales."""
+    def moving(self, t: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> Moving:
+        """Coordinates that follow the scales, from mode and covariance of the unconstrained ones."""
         slope = np.asarray(jax.jit(jax.jacfwd(self.where.log_scales))(jnp.asarray(t)))
-        spread = np.sqrt(np.einsum("gi,ij,gj->g", slope, self.covariance(t), slope))
+        spread = np.sqrt(np.einsum("gi,ij,gj->g", slope, covariance, slope))
         return moving(self.model, np.asarray(self.log_scales(jnp.asarray(t))), spread, mean)
 
     def mean(self, t: np.ndarray) -> np.ndarray:

@@ -72,6 +72,10 @@ class Moving(NamedTuple):
         half = jax.scipy.linalg.solve_triangular(L, R.T @ self.pull, lower=True)
         return R, L, jax.scipy.linalg.solve_triangular(L.T, half, lower=False)
 
+    def scaled(self, log_scales: Float[Array, " g"]) -> Float[Array, "r p"]:
+        """`columns` with the scales inside: c is their product with a vector u."""
+        return jnp.asarray(self.columns) * jnp.exp(log_scales)[self.group]
+
     def log_joint(self, log_scales: Float[Array, " g"], e: Float[Array, " r"]) -> Float[Array, ""]:
         """Log-density of e and the labels given the scales, in nats; e = 0 is about their mode."""
         return _log_joint(self, log_scales, e)
@@ -81,21 +85,25 @@ class Moving(NamedTuple):
     ) -> Float[Array, " p"]:
         """A vector u with the c of e; `normal` is a draw of its prior, which fills what c leaves open."""
         R, L, m = self.roots(log_scales)
-        x = m + jax.scipy.linalg.solve_triangular(L.T, e, lower=False)
-        scaled = self.columns * jnp.exp(log_scales)[self.group]
-        missing = R @ x - scaled @ normal
+        scaled = self.scaled(log_scales)
+        missing = R @ _prior_coordinates(L, m, e) - scaled @ normal
         return normal + scaled.T @ jax.scipy.linalg.cho_solve((R, True), missing)
 
     def standard(self, log_scales: Float[Array, " g"], u: Float[Array, " p"]) -> Float[Array, " r"]:
         """The e of a vector u: the inverse of `cores`."""
         R, L, m = self.roots(log_scales)
-        c = (self.columns * jnp.exp(log_scales)[self.group]) @ u
-        return L.T @ (jax.scipy.linalg.solve_triangular(R, c, lower=True) - m)
+        x = jax.scipy.linalg.solve_triangular(R, self.scaled(log_scales) @ u, lower=True)
+        return L.T @ (x - m)
+
+
+def _prior_coordinates(L: Array, m: Array, e: Array) -> Array:
+    """The x of e, standard normal a priori."""
+    return m + jax.scipy.linalg.solve_triangular(L.T, e, lower=False)
 
 
 def _formula(moving: Moving, log_scales: Array, e: Array) -> Array:
     R, L, m = moving.roots(log_scales)
-    x = m + jax.scipy.linalg.solve_triangular(L.T, e, lower=False)
+    x = _prior_coordinates(L, m, e)
     eta = jnp.asarray(moving.offset + moving.basis @ (R @ x))
     log_prior = -0.5 * (x @ x) - 0.5 * len(e) * jnp.log(2 * jnp.pi)
     return log_likelihood(eta, moving.labels) + log_prior - jnp.log(jnp.diag(L)).sum()

@@ -47,10 +47,9 @@ class Where:
         scales = np.concatenate([at[name] for name in others]) if others else np.zeros(0, int)
         return cls(view, scales, np.concatenate([at[name] for name in cores]))
 
-    def vector(self, t: Float[AnyArray, " t"], core: float) -> Float[Array, " v"]:
-        """The vector with some unconstrained scales and the same number in every core."""
-        vector = jnp.full(self.view.size, core)
-        return vector if not len(self.scales) else vector.at[self.scales].set(t)
+    def vector(self, t: Float[AnyArray, " t"], cores: Float[Array, " p"] | float) -> Float[Array, " v"]:
+        """The vector with some unconstrained scales and cores, or one number in every core."""
+        return jnp.zeros(self.view.size).at[self.scales].set(t).at[self.cores].set(cores)
 
     def log_scales(self, t: Float[AnyArray, " t"]) -> Float[Array, " g"]:
         """Log scale of every family and layer: the prior's own factor, read off a core of ones."""
@@ -65,14 +64,9 @@ class Where:
         """Log-density of the unconstrained scales, in nats."""
         return self.view.log_prior(self.vector(t, 0.0)) + 0.5 * len(self.cores) * jnp.log(2 * jnp.pi)
 
-    def require_normal(self, t: Float[AnyArray, " t"], tolerance: float = 1e-6) -> None:
-        """Raise `ValueError` unless the cores are standard normal at some scales.
-
-        Args:
-            t: Unconstrained scales.
-            tolerance: As in `is_standard_normal`.
-        """
-        if not is_standard_normal(self.view, self.vector(t, 0.0), self.cores, tolerance):
+    def require_normal(self, t: Float[AnyArray, " t"]) -> None:
+        """Raise `ValueError` unless the cores are standard normal at some unconstrained scales."""
+        if not is_standard_normal(self.view, self.vector(t, 0.0), self.cores, 1e-6):
             raise ValueError(
                 "Laplace's Gaussian needs cores that are standard normal, as those of priors.core are; those "
                 "of the prior have another law"
