@@ -92,17 +92,17 @@ class Density:
         """
         if set(sites) != set(self.shapes):
             raise ValueError(f"the latent sites are {sorted(self.shapes)}; got {sorted(sites)}")
-        joined = self.vector_of(sites)
-        if not jnp.isfinite(joined).all():
-            raise ValueError("every site must lie inside its support; a given value is on its edge or beyond")
-        return joined
+        return require_inside(self.vector_of(sites))
 
     def vector_of(self, sites: Mapping[str, Array]) -> Float[Array, " p"]:
-        """`vector` without its checks, so that it can be compiled; not finite outside a support."""
+        """`vector` without its checks, so that it can be compiled; see `require_inside`."""
         return self._joined(_trace(self.model.prior, jax.random.key(0), data={**self.params, **sites}))
 
     def start(self, key: Array) -> Float[Array, " p"]:
-        """Where fits of this library start: at zero where the prior says so, else at a draw of it; pure."""
+        """Where fits of this library start: at zero where the prior says so, else at a draw of it.
+
+        Pure, so that it can be compiled; see `require_inside`.
+        """
         placed = handlers.substitute(self.model.prior, data=dict(self.params))
         trace = _trace(placed, key, substitute_fn=init_to_base)
         return self._joined(trace)
@@ -148,6 +148,13 @@ class Density:
         placed = handlers.substitute(program, data=dict(self.params))
         trace = _trace(placed, jax.random.key(0), *args, substitute_fn=value)
         return trace, sum(log_dets, start=jnp.zeros(()))
+
+
+def require_inside(vectors: Float[Array, "... p"]) -> Float[Array, "... p"]:
+    """The same vectors; `ValueError` if a site of one lies on the edge of its support or beyond."""
+    if not jnp.isfinite(vectors).all():
+        raise ValueError("every site must lie inside its support; a given value is on its edge or beyond")
+    return vectors
 
 
 def density(model: Any, params: Parameters) -> Density:

@@ -139,3 +139,21 @@ def test_bad_input(view):
     sites = view.sites(points(view, 1)[0])
     with pytest.raises(ValueError, match="every site must lie inside its support"):
         view.vector({**sites, "tau": jnp.array(-1.0)})
+
+
+def test_a_start_on_the_edge_of_a_support_is_refused_by_samplers():
+    """Their starts are compiled, where nothing can be raised; the check comes after."""
+
+    def prior(sites):
+        tau = numpyro.sample("tau", dist.HalfNormal(1.0), infer={"start": "zero"})
+        return {n: {"a": f["a"], "b": tau * f["b"]} for n, f in bl.priors.normal()(sites).items()}
+
+    model = bl.Classifier(BASE, bl.select(BASE, ["lm_head"], rank=1), prior, label_ids=(3, 5))
+    schedule = bl.inference.Schedule(burn_in=2, num_draws=4, thinning=1, batch_size=4)
+    samplers = (
+        lambda: bl.sample_nuts(KEY, model, ROWS, num_warmup=20, num_draws=4),
+        lambda: bl.inference.sgld(KEY, model, ROWS, schedule, step_size=1e-3),
+    )
+    for sample in samplers:
+        with pytest.raises(ValueError, match="every site must lie inside its support"):
+            sample()

@@ -40,9 +40,10 @@ from bnlora.checks import (
     check_option,
     check_positive,
 )
+from bnlora.compilation import options
 from bnlora.copying import error_parts
 from bnlora.data import Batch, check_rows, minibatches
-from bnlora.density import Density, density
+from bnlora.density import Density, density, require_inside
 from bnlora.samplers import Kernel, langevin, stochastic_hamiltonian
 from bnlora.typing import Adapters, Parameters
 
@@ -255,7 +256,10 @@ def _prepared(
     check_batch_size(schedule.batch_size, len(train))
     view = density(model, params or {})
     start_key, chain_key = jax.random.split(key)
-    vector = view.start(start_key) if start is None else view.vector(start)
+    if start is None:  # in one program: run as it is, a prior compiles each of its operations
+        vector = require_inside(jax.jit(view.start, compiler_options=options(0))(start_key))
+    else:
+        vector = view.vector(start)
     if prefix_cache == "memory":
         train = cache_prefix(model, train, console=console)
     return _Setup(chain_key, view, train, vector, schedule)

@@ -23,7 +23,7 @@ from bnlora.checks import check_option
 from bnlora.compilation import options
 from bnlora.conditional import condition, matching
 from bnlora.data import Batch, check_rows
-from bnlora.density import Density, density
+from bnlora.density import Density, density, require_inside
 from bnlora.fits import Fit
 from bnlora.functions import log_likelihood
 from bnlora.model import Classifier
@@ -73,6 +73,11 @@ class Target:
         frozen, batch, affine = inputs
         vector = position if affine is None else jnp.asarray(affine.apply(position))
         return self.view.log_joint(vector, frozen, batch)
+
+    @property
+    def log_constant(self) -> float:
+        """What `log_density` lacks to be the density of position and labels, in nats: the Jacobian."""
+        return 0.0 if self.affine is None else self.affine.log_determinant
 
     def log_likelihood(self, vector: Float[Array, " p"], inputs: tuple) -> Float[Array, ""]:
         """Log-likelihood of all rows, in nats."""
@@ -171,8 +176,8 @@ def starts(key: Array, made: Target, given: Fit | None, start: Start, num_chains
 
 def _each(function: Callable[[Array], Array], keys: Array) -> Float[Array, "c p"]:
     """A function of every key, in one program: run as it is, a prior compiles each of its operations."""
-    made: Array = jax.jit(lambda k: jax.lax.map(function, k), compiler_options=options(0))(keys)
-    return made
+    run = jax.jit(lambda k: jax.lax.map(function, k), compiler_options=options(0))
+    return require_inside(run(keys))
 
 
 def _draw(key: Array, given: Fit, names: Sequence[str] | None = None) -> dict[str, Array]:
