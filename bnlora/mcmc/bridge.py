@@ -19,7 +19,6 @@ from jax import Array
 
 from bnlora.checks import check_at_least, check_key
 from bnlora.mcmc.chains import Chains
-from bnlora.mcmc.whitened import InRows, WithScales
 from bnlora.monte_carlo import bulk_ess
 
 ITERATIONS = 1000
@@ -68,7 +67,6 @@ def log_evidence(key: Array, chains: Chains, *, num_draws: int = 4000) -> LogEvi
     flat = chains.vectors.reshape(-1, chains.vectors.shape[-1])
     posterior = np.asarray(target.positions(jnp.asarray(flat)))
     gaussian = np.asarray(jax.random.normal(key, (num_draws, posterior.shape[1])))
-    constant = _constant(target)
 
     def each(z: Array, inputs: Any) -> Array:
         return jax.lax.map(lambda one: target.log_density(one, inputs), z, batch_size=64)
@@ -76,21 +74,14 @@ def log_evidence(key: Array, chains: Chains, *, num_draws: int = 4000) -> LogEvi
     run = jax.jit(each)
 
     def ratio(z: np.ndarray) -> np.ndarray:
-        joint = np.asarray(run(jnp.asarray(z, jnp.result_type(float)), target.inputs), np.float64) + constant
+        joint = (
+            np.asarray(run(jnp.asarray(z, jnp.result_type(float)), target.inputs), np.float64)
+            + target.log_constant
+        )
         normal = -0.5 * (z.astype(np.float64) ** 2).sum(1) - 0.5 * z.shape[1] * np.log(2 * np.pi)
         return joint - normal
 
     return _bridge(ratio(posterior), ratio(gaussian), chains.vectors.shape[:2])
-
-
-def _constant(target: object) -> float:
-    """What the density of the position lacks: the Jacobian, and for `InRows` the constant of the prior."""
-    if isinstance(target, WithScales):
-        return 0.0
-    if not isinstance(target, InRows):
-        return target.affine.log_determinant  # type: ignore[attr-defined]
-    gains = np.asarray(target.gaussian.gains, np.float64)
-    return float(np.log(gains).sum() - 0.5 * len(gains) * np.log(2 * np.pi))
 
 
 def _bridge(posterior: np.ndarray, gaussian: np.ndarray, shape: tuple[int, int]) -> LogEvidence:

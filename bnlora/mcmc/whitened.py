@@ -74,6 +74,12 @@ class InRows(Target):
         likelihood, along = inputs[2]
         return likelihood.log_posterior(position, *along)
 
+    @property
+    def log_constant(self) -> float:
+        """The Jacobian, and the constant of the prior."""
+        gains = np.asarray(self.gaussian.gains, np.float64)
+        return float(np.log(gains).sum() - 0.5 * len(gains) * np.log(2 * np.pi))
+
     def vectors(self, positions: Float[np.ndarray, "... r"]) -> Float[np.ndarray, "... p"]:
         """Whole vectors: the informed part as it is, the rest drawn from the prior, the same each time."""
         V, gains = (np.asarray(x, np.float64) for x in (self.gaussian.vectors, self.gaussian.gains))
@@ -110,6 +116,11 @@ class WithScales(Target):
         log_scales = self.where.log_prior(t) + jnp.log(jnp.diag(spread)).sum()
         return log_scales + moving.log_joint(self.where.log_scales(t), e)
 
+    @property
+    def log_constant(self) -> float:
+        """Nothing: the density is whole."""
+        return 0.0
+
     def vectors(self, positions: Float[np.ndarray, "... q"]) -> Float[np.ndarray, "... p"]:
         """Whole vectors: scales and c as they are, the rest drawn from the prior, the same each time."""
         cores, flat = self.where.cores, positions.reshape(-1, positions.shape[-1])
@@ -127,8 +138,7 @@ class WithScales(Target):
 
     def _vector(self, inputs: Any, position: Array, normal: Array) -> Array:
         t, e = self._parts(position, inputs)
-        u = inputs[2][0].cores(self.where.log_scales(t), e, normal)
-        return jnp.zeros(self.view.size, u.dtype).at[self.where.scales].set(t).at[self.where.cores].set(u)
+        return self.where.vector(t, inputs[2][0].cores(self.where.log_scales(t), e, normal))
 
     def _position(self, inputs: Any, vector: Array) -> Array:
         moving, centre, spread = inputs[2]
