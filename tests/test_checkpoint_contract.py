@@ -86,10 +86,12 @@ def mean_field(program):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(prior_members.MEMBERS)), ids=prior_members.MEMBERS)
-def test_every_prior_and_every_guide(tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "prior"), list(enumerate(prior_members.MEMBERS)), ids=prior_members.MEMBERS
+)
+def test_every_prior_and_every_guide(tmp_path, number, prior):
     """Each with a quarter of the others; `make slow` has all pairs."""
-    model = model_of(list(prior_members.MEMBERS)[number])
+    model = model_of(prior)
     for place, make in enumerate(FAMILIES.values()):
         if EVERY or (number + place) % 4 == 0:
             comes_back(tmp_path, model, bl.guides.Guide(model.prior, make(0.1)))
