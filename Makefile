@@ -11,7 +11,8 @@ WORKERS ?= 2
 PARITY := $(shell $(PYTHON) -c 'import sys; print(",parity" if sys.version_info[:2] == (3, 11) else "")')
 
 # Test files whose verdict rounding cannot move: they hold names, messages, files, shapes and pages against each other.
-# All others run under another rounding too, a new file among them: they hold statistics, or compare long computations.
+# `make rounding` runs all others under another rounding too, a new file among them: they hold statistics, or compare
+# long computations.
 EXACT := 64_bits annotations architecture assets checkpoint checkpoint_contract cli comparison_plots comparison_stored \
 	compilation copying data demo display docs docstrings documents experiment files guide_refusals hyper journey kept \
 	kernels_lowering kernels_tpu keys labels loading loading_refusals notebooks packaging parity peft plots \
@@ -65,11 +66,10 @@ STATISTICS := bridge density elbo gold_standard gp inference_laplace inference_t
 elsewhere: $(READY)
 	XLA_FLAGS="$(ROUNDING)" $(BIN)/python $(PYTEST) -m "not slow" $(sort $(patsubst %,tests/test_%.py,$(STATISTICS) $(VERSIONED)))
 
-# What is slow by nature and need not run for every change: all pairs of the contract of saved fits, and every fast test
-# under another rounding. About half an hour on two idle cores.
-slow: $(READY)
+# What is slow by nature and need not run for every change: every fast test under another rounding, and all pairs of the
+# contract of saved fits.
+slow: rounding
 	BNLORA_EVERY=1 $(BIN)/python $(PYTEST) tests/test_checkpoint_contract.py
-	XLA_FLAGS="$(ROUNDING)" $(BIN)/python $(PYTEST) -m "not slow" $(ROUNDED:%=tests/test_%.py)
 
 # The TPU's own compiler, which needs no TPU: 640 MB of a package that nothing else here uses.
 tpu: $(READY)
