@@ -13,7 +13,9 @@ Bayesian-LoRA.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,21 +36,33 @@ SHOWN = {BASE: "untouched base", LORA: "LoRA, 20 epochs"} | {m: m for m in (SHOR
 QUIET = Console(quiet=True)
 
 
+def fitted(
+    seed: int, pooled: Pool, train: bl.Batch, methods: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Fits by method on the labelled rows of a seed, and their seconds, compiling included."""
+    keys = jax.random.split(jax.random.key(seed), 5)
+    base, options = pooled.base, {"label_ids": pooled.label_ids, "console": QUIET}
+    first, held_out = train[: LABELLED - HELD_OUT], train[LABELLED - HELD_OUT :]
+    makers = {
+        SHORT: lambda: fit_lora(keys[0], base, train, epochs=3, **options),
+        LORA: lambda: fit_lora(keys[1], base, train, epochs=20, **options),
+        CAREFUL: lambda: fit_lora(keys[2], base, first, validation=held_out, **options),
+        BAYES: lambda: fit_core(keys[3], base, train, **options),
+    }
+    fits, seconds = {}, {}
+    for method in methods:
+        with timed(seconds, method):
+            fits[method] = makers[method]()
+    return fits, seconds
+
+
 def run_seed(seed: int, pooled: Pool) -> dict:
     """Log-probabilities by method and domain, labels, and seconds of one seed."""
     train, test = drawn(pooled, seed, test=TEST)
     keys = jax.random.split(jax.random.key(seed), 5)
-    seconds, found = {}, {}
-    fitted, held_out = train[: LABELLED - HELD_OUT], train[LABELLED - HELD_OUT :]
-    base, options = pooled.base, {"label_ids": pooled.label_ids, "console": QUIET}
-    with timed(seconds, SHORT):
-        short = fit_lora(keys[0], base, train, epochs=3, **options)
-    with timed(seconds, LORA):
-        long = fit_lora(keys[1], base, train, epochs=20, **options)
-    with timed(seconds, CAREFUL):
-        careful = fit_lora(keys[2], base, fitted, validation=held_out, **options)
-    with timed(seconds, BAYES):
-        core = fit_core(keys[3], base, train, **options)
+    held_out, found = train[LABELLED - HELD_OUT :], {}
+    fits, seconds = fitted(seed, pooled, train, METHODS[1:])
+    short, long, careful, core = fits.values()
     temperature = temperature_of(keys[4], careful, held_out, console=QUIET)
     for domain, batch in test.items():
         features = bl.cache_prefix(core.model, batch, console=QUIET)
@@ -102,12 +116,10 @@ def store() -> None:
         about.append({name: value for name, value in one.items() if name != "rows"})
         for domain, rows in one["rows"].items():
             for name, values in rows.items():
-                p = np.asarray(values)
-                # Log-odds keep their precision where a probability is near one.
-                small = (
-                    p.astype(np.int8) if name == "labels" else (p - np.log(-np.expm1(p))).astype(np.float32)
-                )
-                arrays[f"{one['seed']}/{domain}/{name}"] = small
+                x = np.asarray(values)
+                if name != "labels":  # log-odds keep their precision where a probability is near one
+                    x = (x - np.log(-np.expm1(x))).astype(np.float32)
+                arrays[f"{one['seed']}/{domain}/{name}"] = x
     np.savez_compressed(STORED, about=json.dumps(about), **arrays)
 
 
@@ -127,22 +139,12 @@ def stored() -> dict[int, dict]:
 
 
 def seconds(seeds: list[int]) -> None:
-    """Seconds of whole fits on an otherwise idle machine, compiling included; nothing is predicted."""
-    pooled = pool(console=QUIET)
-    options = {"label_ids": pooled.label_ids, "console": QUIET}
-    print("| seed | " + " | ".join((SHORT, LORA, BAYES)) + " |\n|---|---|---|---|")
+    """Seconds of whole fits, compiling included; nothing is predicted. Leave the machine idle meanwhile."""
+    pooled, methods = pool(console=QUIET), (LORA, SHORT, BAYES)
+    print("| seed | " + " | ".join(SHOWN[m] for m in methods) + " |\n|---|---|---|---|")
     for seed in seeds:
-        train, _ = drawn(pooled, seed)
-        keys = jax.random.split(jax.random.key(seed), 5)  # those of `run_seed`
-        spent: dict[str, float] = {}
-        with timed(spent, LORA):
-            fit_lora(keys[1], pooled.base, train, epochs=20, **options)
-        with timed(spent, SHORT):
-            fit_lora(keys[0], pooled.base, train, epochs=3, **options)
-        with timed(spent, BAYES):
-            fit_core(keys[3], pooled.base, train, **options)
-        cells = " | ".join(f"{spent[m]:.1f}" for m in (SHORT, LORA, BAYES))
-        print(f"| {seed} | {cells} |", flush=True)
+        _, spent = fitted(seed, pooled, drawn(pooled, seed)[0], methods)
+        print(f"| {seed} | " + " | ".join(f"{spent[m]:.1f}" for m in methods) + " |", flush=True)
 
 
 def of_positive(log_probs: list[float]) -> np.ndarray:
