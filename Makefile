@@ -18,7 +18,8 @@ EXACT := 64_bits annotations architecture assets checkpoint checkpoint_contract 
 	kernels_lowering kernels_tpu keys labels loading loading_refusals notebooks packaging parity peft plots \
 	plots_uncertainty prior_refusals progress references reprs sites tables tangent_kinds tangent_refusals \
 	tangent_stored text
-ROUNDED = $(filter-out $(EXACT),$(patsubst tests/test_%.py,%,$(sort $(wildcard tests/test_*.py))))
+TESTS := $(sort $(wildcard tests/*/test_*.py))
+files = $(foreach name,$(1),$(filter %/test_$(name).py,$(TESTS)))
 
 # What touches the compiler, the kernels, ArviZ and the packages.
 VERSIONED := diagnose diagnostics display execution guides kernels_api kernels_lowering llama mcmc packaging plots predict svi
@@ -53,28 +54,28 @@ fast: $(READY)
 ROUNDING := $(if $(filter x86_64,$(shell uname -m)),--xla_cpu_max_isa=SSE4_2) --xla_cpu_multi_thread_eigen=false
 
 rounding: $(READY)
-	XLA_FLAGS="$(ROUNDING)" $(BIN)/python $(PYTEST) -m "not slow" $(ROUNDED:%=tests/test_%.py)
+	XLA_FLAGS="$(ROUNDING)" $(BIN)/python $(PYTEST) -m "not slow" $(filter-out $(call files,$(EXACT)),$(TESTS))
 
 # What may differ from one version of Python, JAX or ArviZ to the next.
 versions: $(READY)
-	$(BIN)/python $(PYTEST) -m "not slow" $(VERSIONED:%=tests/test_%.py)
+	$(BIN)/python $(PYTEST) -m "not slow" $(call files,$(VERSIONED))
 
 # Both at once, on what varies with versions and on the statistics that every result rests on. `make rounding` has all
 # files; where this fails, `make rounding` and `make versions` say which of the two it was.
 STATISTICS := bridge density elbo gold_standard gp inference_laplace inference_tfb metrics sbc smc tangent tangent_gaussian \
 	tangent_moving tangent_scales
 elsewhere: $(READY)
-	XLA_FLAGS="$(ROUNDING)" $(BIN)/python $(PYTEST) -m "not slow" $(sort $(patsubst %,tests/test_%.py,$(STATISTICS) $(VERSIONED)))
+	XLA_FLAGS="$(ROUNDING)" $(BIN)/python $(PYTEST) -m "not slow" $(sort $(call files,$(STATISTICS) $(VERSIONED)))
 
 # What is slow by nature and need not run for every change: every fast test under another rounding, and all pairs of the
 # contract of saved fits.
 slow: rounding
-	BNLORA_EVERY=1 $(BIN)/python $(PYTEST) tests/test_checkpoint_contract.py
+	BNLORA_EVERY=1 $(BIN)/python $(PYTEST) $(call files,checkpoint_contract)
 
 # The TPU's own compiler, which needs no TPU: 640 MB of a package that nothing else here uses.
 tpu: $(READY)
 	$(BIN)/python -m pip install --quiet --editable ".[tpu]"
-	$(BIN)/python -m pytest -n $(WORKERS) tests/test_kernels_tpu.py
+	$(BIN)/python -m pytest -n $(WORKERS) $(call files,kernels_tpu)
 
 # Every notebook in full, through a Jupyter kernel, into build/notebooks.
 notebooks: $(READY)
@@ -105,7 +106,7 @@ docs: $(DOCS_READY) build/gallery/pictures.json
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python docs/check_site.py build/site
 
-build/gallery/pictures.json: docs/gallery.py $(wildcard bnlora/*.py bnlora/*/*.py) | $(DOCS_READY)
+build/gallery/pictures.json: docs/gallery.py $(shell find -L bnlora -name "*.py") | $(DOCS_READY)
 	$(BIN)/python docs/gallery.py build/gallery
 
 $(DOCS_READY): pyproject.toml

@@ -16,9 +16,9 @@ from rich.console import Console
 from seeds import TEST, of_positive
 
 import bnlora as bl
-from bnlora.assets import DOMAINS
-from bnlora.experiment import untouched
-from bnlora.tangent.fit import SCALE_PRIOR, CoreFit, fit_core
+from bnlora.app.experiment import untouched
+from bnlora.data.assets import DOMAINS
+from bnlora.infer.core.fit import SCALE_PRIOR, CoreFit, fit_core
 
 QUIET = Console(quiet=True)
 BASE, BY_LAYER = "base", "one a layer"

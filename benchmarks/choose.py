@@ -15,10 +15,10 @@ import numpy as np
 from rich.console import Console
 
 import bnlora as bl
-from bnlora.assets import vader_splits
-from bnlora.demo import RECIPE
-from bnlora.display import Table
-from bnlora.recipe import Recipe, Schedule
+from bnlora._util.display import Table
+from bnlora.app.demo import RECIPE
+from bnlora.app.recipe import Recipe, Schedule
+from bnlora.data.assets import vader_splits
 
 HEADER = (
     "method",

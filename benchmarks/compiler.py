@@ -1,7 +1,7 @@
 """Cost and gain of XLA's levels of optimisation on CPUs, for a step: python benchmarks/compiler.py.
 
 Each step, of a small and of a wide model, is compiled once at every level without a cache. The compiled steps
-then run in turn (`rounds.py`). `bnlora/compilation.py` chooses the level by these numbers.
+then run in turn (`rounds.py`). `bnlora/_util/compilation.py` chooses the level by these numbers.
 """
 
 import argparse
@@ -14,10 +14,10 @@ import optax
 from rounds import in_turn, show
 
 import bnlora as bl
+from bnlora._util.compilation import SMALL, options
 from bnlora.base import random_base
-from bnlora.compilation import SMALL, options
+from bnlora.infer.svi.fit import _Loop, _prepare
 from bnlora.models.llama import LlamaConfig
-from bnlora.svi import _Loop, _prepare
 from bnlora.testing import tiny_base, tiny_rows
 
 WIDE = {"d_model": 576, "d_ff": 1536, "num_layers": 4, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64}

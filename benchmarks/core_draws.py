@@ -12,10 +12,10 @@ from rich.console import Console
 from rounds import in_turn, show
 
 import bnlora as bl
-from bnlora.assets import fetch_smollm2
-from bnlora.predict import predict_with_draws
-from bnlora.tangent.fit import SIZES
-from bnlora.tangent.targets import SLOPE
+from bnlora.data.assets import fetch_smollm2
+from bnlora.infer.core.fit import SIZES
+from bnlora.prediction.predict import predict_with_draws
+from bnlora.program.tangent.targets import SLOPE
 from bnlora.testing import tiny_rows
 
 QUIET = Console(quiet=True)

@@ -14,7 +14,7 @@ from pool import drawn, pool
 from rich.console import Console
 
 import bnlora as bl
-from bnlora.tangent.fit import fit_core
+from bnlora.infer.core.fit import fit_core
 
 FACTORS = (0.35, 0.6, 1.0, 1.7, 2.8)
 

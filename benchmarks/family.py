@@ -22,11 +22,11 @@ from scipy.special import expit, log_expit
 
 import bnlora as bl
 from bnlora import guides
-from bnlora.assets import vader_splits
-from bnlora.demo import RECIPE
-from bnlora.display import Table
+from bnlora._util.display import Table
+from bnlora.app.demo import RECIPE
+from bnlora.app.recipe import Recipe, Schedule
+from bnlora.data.assets import vader_splits
 from bnlora.models import layers
-from bnlora.recipe import Recipe, Schedule
 
 HEAD = replace(RECIPE, targets=("lm_head",), top_layers=None)
 HEADER = ("family", "scale", "bound", "data", "conditional KL", "validation NLL", "ECE")

@@ -18,9 +18,9 @@ from pool import drawn, pool
 from rich.console import Console
 
 import bnlora as bl
-from bnlora.mcmc.whitened import InRows
-from bnlora.monte_carlo import bulk_ess
-from bnlora.tangent.fit import SCALE_PRIOR, fit_core
+from bnlora.infer.core.fit import SCALE_PRIOR, fit_core
+from bnlora.infer.mcmc.whitened import InRows
+from bnlora.metrics.monte_carlo import bulk_ess
 
 QUIET = Console(quiet=True)
 CHAINS, ACCEPTANCE = 4, 0.8

@@ -8,7 +8,7 @@ queries, at ranks 1 and 2. The prior's scales give the log-odds a spread of abou
 from dataclasses import dataclass, replace
 
 import bnlora as bl
-from bnlora.assets import REUTERS_WORDS, fetch_smollm2, reuters_splits, vader_splits
+from bnlora.data.assets import REUTERS_WORDS, fetch_smollm2, reuters_splits, vader_splits
 
 REVIEW = {"template": "Review: {text}\nSentiment:", "words": [" negative", " positive"]}
 NEWS = {"template": "News: {text}\nTopic:", "words": list(REUTERS_WORDS)}

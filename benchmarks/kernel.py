@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rounds import in_turn, spread
 
-from bnlora.display import Table
+from bnlora._util.display import Table
 from bnlora.kernels import ahead, api
 
 # (tokens, d_in, d_out): SmolLM2-135M's queries and feed-forward, and the same of a model of seven billion.

@@ -15,8 +15,8 @@ import numpy as np
 from rounds import in_turn, spread
 
 import bnlora as bl
-from bnlora.assets import fetch_smollm2
-from bnlora.sites import HEAD
+from bnlora.adapters.sites import HEAD
+from bnlora.data.assets import fetch_smollm2
 from bnlora.testing import tiny_rows
 
 PLACES = {

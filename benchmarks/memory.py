@@ -14,10 +14,10 @@ from rich.console import Console
 from rounds import in_turn
 
 import bnlora as bl
+from bnlora._util.display import Table
 from bnlora.base import random_base
-from bnlora.display import Table
+from bnlora.infer.svi.fit import _prepare, _program
 from bnlora.models.llama import LlamaConfig
-from bnlora.svi import _prepare, _program
 from bnlora.testing import tiny_rows
 
 SIZES = {"d_model": 576, "d_ff": 1536, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64}

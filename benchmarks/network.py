@@ -16,9 +16,9 @@ from pool import Pool, drawn, pool
 from rich.console import Console
 
 import bnlora as bl
-from bnlora.assets import DOMAINS
-from bnlora.predict import predict_with_draws
-from bnlora.tangent.fit import fit_core
+from bnlora.data.assets import DOMAINS
+from bnlora.infer.core.fit import fit_core
+from bnlora.prediction.predict import predict_with_draws
 
 QUIET = Console(quiet=True)
 FACTORS = (0.03, 0.1, 0.2)

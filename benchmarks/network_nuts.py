@@ -15,8 +15,8 @@ from pool import drawn, pool
 from rich.console import Console
 
 import bnlora as bl
-from bnlora.assets import DOMAINS
-from bnlora.tangent.fit import fit_core
+from bnlora.data.assets import DOMAINS
+from bnlora.infer.core.fit import fit_core
 
 QUIET = Console(quiet=True)
 FAMILY = "v_proj"

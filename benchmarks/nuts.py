@@ -18,11 +18,11 @@ from rich.console import Console
 
 import bnlora as bl
 from bnlora import guides
-from bnlora.display import Table
-from bnlora.functions import evaluate, identifiable
-from bnlora.mcmc.target import Target, starts, target
-from bnlora.monte_carlo import bulk_ess
-from bnlora.posterior import adapters_at
+from bnlora._util.display import Table
+from bnlora.infer.mcmc.target import Target, starts, target
+from bnlora.metrics.monte_carlo import bulk_ess
+from bnlora.prediction.functions import evaluate, identifiable
+from bnlora.program.draws import adapters_at
 
 QUIET = Console(quiet=True)
 ACCEPTANCE = 0.9

@@ -3,7 +3,7 @@
 For each seed from 0 to 2 the features of all placements are computed once: 560 labelled movie sentences, and
 1,200 test sentences of each domain. Every line then has scales by Laplace's evidence and predictions by
 Laplace's Gaussian, whose logits have a closed form; no network runs. These test sentences were looked at when
-`bnlora.tangent.fit` got its defaults, so seeds 0 to 2 stand in no other table.
+`bnlora.infer.core.fit` got its defaults, so seeds 0 to 2 stand in no other table.
 """
 
 import argparse
@@ -16,10 +16,10 @@ from pool import drawn, pool
 from rich.console import Console
 
 import bnlora as bl
-from bnlora.assets import DOMAINS
-from bnlora.tangent.linear import posterior
-from bnlora.tangent.scales import STARTS, Evidence, _maximise, _objective, linear_of
-from bnlora.tangent.targets import SLOPE
+from bnlora.data.assets import DOMAINS
+from bnlora.infer.core.scales import STARTS, Evidence, _maximise, _objective, linear_of
+from bnlora.program.tangent.linear import posterior
+from bnlora.program.tangent.targets import SLOPE
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "lm_head")
 PLACEMENTS = (

@@ -12,9 +12,9 @@ import numpy as np
 from rich.console import Console
 
 import bnlora as bl
-from bnlora.assets import DOMAINS, cache_folder, vader_domains
+from bnlora.app.demo import RECIPE
 from bnlora.base import Base
-from bnlora.demo import RECIPE
+from bnlora.data.assets import DOMAINS, cache_folder, vader_domains
 
 LABELLED = 560
 """Labelled movie sentences of a seed."""

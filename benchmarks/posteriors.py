@@ -22,8 +22,9 @@ from numpyro.infer.autoguide import AutoNormal
 from rich.console import Console
 
 import bnlora as bl
-from bnlora import guides, inference
-from bnlora.display import Table
+from bnlora import guides
+from bnlora._util.display import Table
+from bnlora.infer import approximate as inference
 
 FOLDER = Path(__file__).parent / "references"
 QUIET = Console(quiet=True)

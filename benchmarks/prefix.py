@@ -15,7 +15,7 @@ import optax
 from rich.console import Console
 
 import bnlora as bl
-from bnlora.demo import RECIPE
+from bnlora.app.demo import RECIPE
 from bnlora.testing import tiny_rows
 
 SHOWN = "prefix_cache={}: {:.0f} MiB more than the loaded base at the peak, {:.3f} s a step, {:.1f} s in all"

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from bnlora.display import Table
+from bnlora._util.display import Table
 
 WARM_UP = 2  # rounds that are not counted: compilation, and caches of the machine
 

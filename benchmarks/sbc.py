@@ -20,9 +20,10 @@ from numpyro.infer.autoguide import AutoNormal
 from rich.console import Console
 
 import bnlora as bl
-from bnlora import guides, plots, sbc
-from bnlora.calibration import Calibration
-from bnlora.display import Table
+from bnlora import guides, plots
+from bnlora._util.display import Table
+from bnlora.assess import sbc
+from bnlora.assess.sbc.calibration import Calibration
 from bnlora.testing import frozen_scale, tiny_base, tiny_rows
 
 SCALE = 1.5

@@ -25,9 +25,9 @@ from pool import drawn, pool
 from rich.console import Console
 
 import bnlora as bl
-from bnlora import sbc
-from bnlora.calibration import Calibration
-from bnlora.tangent.calibrate import gaussian_inference, laplace_inference, nuts_inference
+from bnlora.assess import sbc
+from bnlora.assess.sbc.calibration import Calibration
+from bnlora.assess.sbc.core import gaussian_inference, laplace_inference, nuts_inference
 from bnlora.testing import tiny_base, tiny_rows
 
 KEY = jax.random.key(0)

@@ -1,10 +1,10 @@
 """The demonstration's methods over several seeds: python benchmarks/seeds.py run --seeds 3 4 5 6 7.
 
-A seed draws 560 labelled movie sentences and 2,000 test sentences of each domain, start values, order of
-rows and posterior draws. Seeds 0 to 2 were used to choose placement, sizes and the scale prior of
-`bnlora.tangent.fit`; they are for development and stand in no table. A seed that is done is kept in a file:
-a run that was stopped goes on. `python benchmarks/seeds.py report` prints the tables from the files of this
-machine and, for other seeds, from `seeds.npz`, which `python benchmarks/seeds.py store` writes.
+A seed draws 560 labelled movie sentences and 2,000 test sentences of each domain, start values, order of rows
+and posterior draws. Seeds 0 to 2 were used to choose placement, sizes and the scale prior of
+`bnlora.infer.core.fit`; they are for development and stand in no table. A seed that is done is kept in a
+file: a run that was stopped goes on. `python benchmarks/seeds.py report` prints the tables from the files of
+this machine and, for other seeds, from `seeds.npz`, which `python benchmarks/seeds.py store` writes.
 
 Methods, all on the same 560 labelled rows: the untouched base; LoRA by a published recipe after 3 and after
 20 epochs; careful LoRA, which fits 320 rows and takes the other 240 for its step and a temperature;
@@ -23,11 +23,11 @@ from pool import LABELLED, Pool, drawn, pool
 from rich.console import Console
 
 import bnlora as bl
-from bnlora.assets import DOMAINS, cache_folder
-from bnlora.experiment import BASE, BAYES, CAREFUL, LORA, fit_lora, temperature_of, untouched
-from bnlora.inference.temperature import tempered
-from bnlora.progress import timed
-from bnlora.tangent.fit import fit_core
+from bnlora._util.progress import timed
+from bnlora.app.experiment import BASE, BAYES, CAREFUL, LORA, fit_lora, temperature_of, untouched
+from bnlora.data.assets import DOMAINS, cache_folder
+from bnlora.infer.approximate.temperature import tempered
+from bnlora.infer.core.fit import fit_core
 
 HELD_OUT, TEST, DRAWS = 240, 2000, 64
 SHORT = "LoRA, 3 epochs"

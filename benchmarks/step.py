@@ -21,10 +21,10 @@ import optax
 from rounds import in_turn, show
 
 import bnlora as bl
-from bnlora.demo import RECIPE
-from bnlora.predict import predict_with_draws
-from bnlora.recipe import PriorName
-from bnlora.svi import State, _Loop, _prepare
+from bnlora.app.demo import RECIPE
+from bnlora.app.recipe import PriorName
+from bnlora.infer.svi.fit import State, _Loop, _prepare
+from bnlora.prediction.predict import predict_with_draws
 from bnlora.testing import tiny_base, tiny_rows
 
 LABEL_IDS = np.array([100, 200])

@@ -23,8 +23,8 @@ from step import LABEL_IDS, loop_of
 from transformers import AutoModelForCausalLM
 
 import bnlora as bl
-from bnlora.assets import fetch_smollm2
-from bnlora.demo import RECIPE
+from bnlora.app.demo import RECIPE
+from bnlora.data.assets import fetch_smollm2
 from bnlora.testing import tiny_rows
 
 RATE = 1e-3  # that of `loop_of`

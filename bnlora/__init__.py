@@ -31,104 +31,111 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from bnlora import guides as guides
 from bnlora import metrics as metrics
 from bnlora import priors as priors
-from bnlora.cache import cache_prefix as cache_prefix
-from bnlora.conditional import condition as condition
-from bnlora.data import Batch as Batch
-from bnlora.fits import Fit as Fit
-from bnlora.fits import FitDiverged as FitDiverged
-from bnlora.frame import Frames as Frames
-from bnlora.model import Classifier as Classifier
-from bnlora.plateau import Plateau as Plateau
-from bnlora.predict import Posterior as Posterior
-from bnlora.predict import Prediction as Prediction
-from bnlora.predict import predict as predict
-from bnlora.prior_predictive import PriorPredictive as PriorPredictive
-from bnlora.prior_predictive import prior_predictive as prior_predictive
-from bnlora.prior_predictive import scale_for_spread as scale_for_spread
-from bnlora.reading import Reading as Reading
-from bnlora.reading import read_along as read_along
-from bnlora.sites import Site as Site
-from bnlora.sites import Sites as Sites
-from bnlora.sites import select as select
-from bnlora.text import TextData as TextData
-from bnlora.text import text_classification as text_classification
-from bnlora.validation import EarlyStopping as EarlyStopping
+from bnlora.adapters.frames import Frames as Frames
+from bnlora.adapters.sites import Site as Site
+from bnlora.adapters.sites import Sites as Sites
+from bnlora.adapters.sites import select as select
+from bnlora.assess.prior_predictive import PriorPredictive as PriorPredictive
+from bnlora.assess.prior_predictive import prior_predictive as prior_predictive
+from bnlora.assess.prior_predictive import scale_for_spread as scale_for_spread
+from bnlora.data.batch import Batch as Batch
+from bnlora.data.text import TextData as TextData
+from bnlora.data.text import text_classification as text_classification
+from bnlora.infer.svi.plateau import Plateau as Plateau
+from bnlora.infer.svi.result import Fit as Fit
+from bnlora.infer.svi.result import FitDiverged as FitDiverged
+from bnlora.infer.svi.validation import EarlyStopping as EarlyStopping
+from bnlora.prediction.predict import Posterior as Posterior
+from bnlora.prediction.predict import Prediction as Prediction
+from bnlora.prediction.predict import predict as predict
+from bnlora.prediction.reading import Reading as Reading
+from bnlora.prediction.reading import read_along as read_along
+from bnlora.program.cache import cache_prefix as cache_prefix
+from bnlora.program.conditional import condition as condition
+from bnlora.program.model import Classifier as Classifier
 
 if _TYPE_CHECKING:  # what type checkers and editors see of the names in `_LATER`
-    from bnlora import diagnostics as diagnostics
-    from bnlora import inference as inference
     from bnlora import plots as plots
-    from bnlora import sbc as sbc
+    from bnlora.adapters.peft import load_peft as load_peft
+    from bnlora.adapters.peft import save_peft as save_peft
+    from bnlora.assess import comparison as comparison
+    from bnlora.assess import diagnostics as diagnostics
+    from bnlora.assess import sbc as sbc
+    from bnlora.assess.comparison import Comparison as Comparison
+    from bnlora.assess.comparison import compare as compare
+    from bnlora.assess.comparison import load_reference as load_reference
+    from bnlora.assess.comparison import save_reference as save_reference
+    from bnlora.assess.comparison import store_reference as store_reference
+    from bnlora.assess.diagnostics import diagnose as diagnose
+    from bnlora.assess.diagnostics import to_arviz as to_arviz
     from bnlora.base import Base as Base
     from bnlora.base import load as load
-    from bnlora.checkpoint import load_fit as load_fit
-    from bnlora.checkpoint import save_fit as save_fit
-    from bnlora.comparison import Comparison as Comparison
-    from bnlora.comparison import compare as compare
-    from bnlora.comparison import load_reference as load_reference
-    from bnlora.comparison import save_reference as save_reference
-    from bnlora.comparison import store_reference as store_reference
-    from bnlora.diagnostics import diagnose as diagnose
-    from bnlora.diagnostics import to_arviz as to_arviz
-    from bnlora.mcmc import Certificate as Certificate
-    from bnlora.mcmc import Chains as Chains
-    from bnlora.mcmc import Thresholds as Thresholds
-    from bnlora.mcmc import log_evidence as log_evidence
-    from bnlora.mcmc import sample_elliptical as sample_elliptical
-    from bnlora.mcmc import sample_hmc as sample_hmc
-    from bnlora.mcmc import sample_mclmc as sample_mclmc
-    from bnlora.mcmc import sample_nuts as sample_nuts
-    from bnlora.mcmc import sample_smc as sample_smc
-    from bnlora.peft import load_peft as load_peft
-    from bnlora.peft import save_peft as save_peft
-    from bnlora.svi import fit as fit
-    from bnlora.tangent.fit import CoreFit as CoreFit
-    from bnlora.tangent.fit import fit_core as fit_core
-    from bnlora.tangent.frames import frames as frames
-    from bnlora.tangent.gaussian import Gaussian as Gaussian
-    from bnlora.tangent.gaussian import laplace as laplace
-    from bnlora.tangent.model import Tangent as Tangent
-    from bnlora.tangent.scales import Scales as Scales
-    from bnlora.tangent.scales import choose_scales as choose_scales
-    from bnlora.tangent.start import start_at as start_at
-    from bnlora.tangent.stored import load_core as load_core
-    from bnlora.tangent.stored import load_frames as load_frames
-    from bnlora.tangent.stored import save_core as save_core
+    from bnlora.infer import approximate as approximate
+    from bnlora.infer import mcmc as mcmc
+    from bnlora.infer.core.fit import CoreFit as CoreFit
+    from bnlora.infer.core.fit import fit_core as fit_core
+    from bnlora.infer.core.gaussian import Gaussian as Gaussian
+    from bnlora.infer.core.gaussian import laplace as laplace
+    from bnlora.infer.core.scales import Scales as Scales
+    from bnlora.infer.core.scales import choose_scales as choose_scales
+    from bnlora.infer.core.start import start_at as start_at
+    from bnlora.infer.core.stored import load_core as load_core
+    from bnlora.infer.core.stored import load_frames as load_frames
+    from bnlora.infer.core.stored import save_core as save_core
+    from bnlora.infer.mcmc import Certificate as Certificate
+    from bnlora.infer.mcmc import Chains as Chains
+    from bnlora.infer.mcmc import Thresholds as Thresholds
+    from bnlora.infer.mcmc import log_evidence as log_evidence
+    from bnlora.infer.mcmc import sample_elliptical as sample_elliptical
+    from bnlora.infer.mcmc import sample_hmc as sample_hmc
+    from bnlora.infer.mcmc import sample_mclmc as sample_mclmc
+    from bnlora.infer.mcmc import sample_nuts as sample_nuts
+    from bnlora.infer.mcmc import sample_smc as sample_smc
+    from bnlora.infer.svi.checkpoint import load_fit as load_fit
+    from bnlora.infer.svi.checkpoint import save_fit as save_fit
+    from bnlora.infer.svi.fit import fit as fit
+    from bnlora.program.tangent.frames import frames as frames
+    from bnlora.program.tangent.model import Tangent as Tangent
 
 _LATER = {
+    "bnlora.adapters.peft": "load_peft save_peft",
+    "bnlora.assess.comparison": "Comparison compare load_reference save_reference store_reference",
+    "bnlora.assess.diagnostics": "diagnose to_arviz",
     "bnlora.base": "Base load",
-    "bnlora.checkpoint": "load_fit save_fit",
-    "bnlora.comparison": "Comparison compare load_reference save_reference store_reference",
-    "bnlora.diagnostics": "diagnose to_arviz",
-    "bnlora.inference": "",
-    "bnlora.mcmc": "Certificate Chains Thresholds log_evidence sample_elliptical sample_hmc sample_mclmc "
-    "sample_nuts sample_smc",
-    "bnlora.peft": "load_peft save_peft",
-    "bnlora.plots": "",
-    "bnlora.sbc": "",
-    "bnlora.svi": "fit",
-    "bnlora.tangent.fit": "CoreFit fit_core",
-    "bnlora.tangent.frames": "frames",
-    "bnlora.tangent.gaussian": "Gaussian laplace",
-    "bnlora.tangent.model": "Tangent",
-    "bnlora.tangent.scales": "Scales choose_scales",
-    "bnlora.tangent.start": "start_at",
-    "bnlora.tangent.stored": "load_core load_frames save_core",
+    "bnlora.infer.core.fit": "CoreFit fit_core",
+    "bnlora.infer.core.gaussian": "Gaussian laplace",
+    "bnlora.infer.core.scales": "Scales choose_scales",
+    "bnlora.infer.core.start": "start_at",
+    "bnlora.infer.core.stored": "load_core load_frames save_core",
+    "bnlora.infer.mcmc": "Certificate Chains Thresholds log_evidence sample_elliptical sample_hmc "
+    "sample_mclmc sample_nuts sample_smc",
+    "bnlora.infer.svi.checkpoint": "load_fit save_fit",
+    "bnlora.infer.svi.fit": "fit",
+    "bnlora.program.tangent.frames": "frames",
+    "bnlora.program.tangent.model": "Tangent",
 }
-"""Modules that are imported when one of them, or one of these names out of them, is first used: Flax, Optax,
-matplotlib and their like would make `import bnlora` take several times as long. A name of a module that is a
-function here as well (`predict`) cannot stand in this table, for importing the module would shadow it."""
+"""Names that are imported when they are first used, by the module that has them: Flax, Optax, matplotlib and
+their like would make `import bnlora` take several times as long."""
 _HOME = {name: module for module, names in _LATER.items() for name in names.split()}
+_PACKAGES = {
+    "approximate": "bnlora.infer.approximate",
+    "comparison": "bnlora.assess.comparison",
+    "diagnostics": "bnlora.assess.diagnostics",
+    "mcmc": "bnlora.infer.mcmc",
+    "plots": "bnlora.plots",
+    "sbc": "bnlora.assess.sbc",
+}
+"""Packages that are an attribute of this one, imported in the same way."""
 
 
 def __getattr__(name: str) -> object:
-    """A name of `_LATER`, or the version of the installed package."""
+    """A name of `_LATER` or `_PACKAGES`, or the version of the installed package."""
     if name == "__version__":
         return _metadata.version("bnlora")
     if name in _HOME:
         value = getattr(_importlib.import_module(_HOME[name]), name)
-    elif f"bnlora.{name}" in _LATER:
-        value = _importlib.import_module(f"bnlora.{name}")
+    elif name in _PACKAGES:
+        value = _importlib.import_module(_PACKAGES[name])
     else:
         near = _difflib.get_close_matches(name, __dir__(), n=1)
         hint = f"; the nearest is {near[0]!r}" if near else ""
@@ -137,5 +144,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    modules = (module.removeprefix("bnlora.") for module in _LATER if module.count(".") == 1)
-    return sorted({*globals(), *_HOME, *modules, "__version__"})
+    return sorted({*globals(), *_HOME, *_PACKAGES, "__version__"})

@@ -1,6 +1,6 @@
 """`python -m bnlora` is the command `bnlora`."""
 
-from bnlora.cli import main
+from bnlora.app.cli import main
 
 if __name__ == "__main__":
     main()

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bnlora.checks import brief, check_key, check_positive
-from bnlora.data import unknown_token
-from bnlora.display import Showable, Shown, Table, facts
+from bnlora._util.checks import brief, check_key, check_positive
+from bnlora._util.display import Showable, Shown, Table, facts
+from bnlora.data.batch import unknown_token
 from bnlora.models import llama
 from bnlora.models.execution import DEFAULT, Execution
 from bnlora.models.loading import read_checkpoint

@@ -27,13 +27,13 @@ from jax import Array
 from jaxtyping import Float
 from numpyro import handlers
 
+from bnlora._util.checks import check_key
+from bnlora._util.typing import Parameters
 from bnlora.base import Base
-from bnlora.checks import check_key
-from bnlora.data import Batch
-from bnlora.elbo import initial_parameters
-from bnlora.maximise import maximise
+from bnlora.data.batch import Batch
+from bnlora.infer.svi.elbo import initial_parameters
+from bnlora.infer.svi.maximise import maximise
 from bnlora.models.llama import LlamaConfig
-from bnlora.typing import Parameters
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import bnlora as bl
-from bnlora.frame import Frames
+from bnlora.adapters.frames import Frames
 from bnlora.testing import tiny_base, tiny_rows
 
 SILENT = Console(quiet=True)

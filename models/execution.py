@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from bnlora.checks import check_option
+from bnlora._util.checks import check_option
 from bnlora.kernels import api
 
 Activations = Literal["float32", "bfloat16"]

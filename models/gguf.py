@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnlora.checks import brief, check_indices, check_size
+from bnlora._util.checks import brief, check_indices, check_size
 from bnlora.models.tensors import Stored
 
 if TYPE_CHECKING:  # imported where it is used: it takes longer than the rest of the library

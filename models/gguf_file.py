@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader, GGUFValueType
 
-from bnlora.checks import brief, check_size, listed
+from bnlora._util.checks import brief, check_size, listed
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 # A list of the metadata is read value by value. The largest vocabularies have some 300,000 tokens.

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from bnlora.checks import brief, check_positive
+from bnlora._util.checks import brief, check_positive
 from bnlora.kernels import api
 from bnlora.models.execution import Execution, keep_product, rerun
 

@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from bnlora.checks import check_indices
-from bnlora.data import check_tokens
+from bnlora._util.checks import check_indices
+from bnlora.data.batch import check_tokens
 from bnlora.models import layers
 from bnlora.models.execution import DEFAULT, Execution
 from bnlora.models.llama_config import LlamaConfig as LlamaConfig

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from bnlora.checks import brief, check_positive, check_size
+from bnlora._util.checks import brief, check_positive, check_size
 from bnlora.models import layers
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
-from bnlora.checks import brief, listed
-from bnlora.files import read_json
+from bnlora._util.checks import brief, listed
+from bnlora._util.files import read_json
 from bnlora.models.gguf import read_gguf
 from bnlora.models.tensors import Stored, TensorFiles, safetensors_headers
 

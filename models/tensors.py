@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import safe_open
 
-from bnlora.checks import listed
+from bnlora._util.checks import listed
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # Types of float tensors, in safetensors' names and in numpy's.

@@ -48,8 +48,8 @@ import numpy as np
 from IPython.display import display
 
 import bnlora as bl
-from bnlora.assets import fetch_smollm2, vader_splits
-from bnlora.display import Table
+from bnlora._util.display import Table
+from bnlora.data.assets import fetch_smollm2, vader_splits
 
 fast = bool(os.environ.get("BNLORA_FAST"))
 num_train, num_test, size = (48, 32, 4) if fast else (256, 128, 32)

@@ -38,7 +38,7 @@ import numpyro.distributions as dist
 from scipy import stats
 
 import bnlora as bl
-from bnlora.assets import REUTERS_WORDS, fetch_smollm2, reuters_splits, vader_splits
+from bnlora.data.assets import REUTERS_WORDS, fetch_smollm2, reuters_splits, vader_splits
 from bnlora.plots.base import BLUE, GREY, ORANGE, caption, legend_above, make_axes
 
 fast = bool(os.environ.get("BNLORA_FAST"))

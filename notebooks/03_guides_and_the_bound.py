@@ -43,8 +43,8 @@ from scipy.special import log_expit, logsumexp
 
 import bnlora as bl
 from bnlora import guides
-from bnlora.assets import fetch_smollm2, vader_splits
-from bnlora.display import Table
+from bnlora._util.display import Table
+from bnlora.data.assets import fetch_smollm2, vader_splits
 from bnlora.plots.base import BLUE, GREY, ORANGE, caption, make_axes
 
 fast = bool(os.environ.get("BNLORA_FAST"))

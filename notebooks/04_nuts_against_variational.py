@@ -38,9 +38,9 @@ from IPython.display import display
 
 import bnlora as bl
 from bnlora import guides
-from bnlora.assets import fetch_smollm2, vader_splits
-from bnlora.comparison.compare import UncertifiedReference
-from bnlora.display import Table
+from bnlora._util.display import Table
+from bnlora.assess.comparison.compare import UncertifiedReference
+from bnlora.data.assets import fetch_smollm2, vader_splits
 
 fast = bool(os.environ.get("BNLORA_FAST"))
 size, num_steps, num_samples = (4, 300, 200) if fast else (32, 1000, 400)

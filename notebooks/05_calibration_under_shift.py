@@ -44,11 +44,11 @@ from IPython.display import display
 
 import bnlora as bl
 from bnlora import guides
-from bnlora.assets import fetch_smollm2, vader_splits
-from bnlora.display import Table
-from bnlora.inference import fit_temperature, tempered
+from bnlora._util.display import Table
+from bnlora.data.assets import fetch_smollm2, vader_splits
+from bnlora.infer.approximate import fit_temperature, tempered
 from bnlora.plots.base import BLUE, COLOURS, ORANGE, caption, make_axes
-from bnlora.selective import separation
+from bnlora.prediction.selective import separation
 
 fast = bool(os.environ.get("BNLORA_FAST"))
 num_steps, num_draws = (300, 100) if fast else (2000, 400)

@@ -91,7 +91,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory, tokenizer) -> Path:
     """A Hugging Face folder of a random Llama with three layers and that tokenizer."""
-    reference = runpy.run_path(str(Path(__file__).parent / "data" / "make_reference.py"))
+    reference = runpy.run_path(str(Path(__file__).parent / "references" / "make_reference.py"))
     config = reference["CONFIGS"]["grouped"] | {"vocab_size": len(tokenizer)}
     folder = tmp_path_factory.mktemp("models") / "tiny"
     folder.mkdir()

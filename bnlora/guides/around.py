@@ -2,9 +2,9 @@ r"""A Gaussian in the coordinates of another one: the guide that starts at Lapla
 
     x = affine(z),      V^T z ~ N(loc, diag(scale)^2),      z otherwise standard normal
 
-with `affine` the map of a Gaussian (`bnlora.affine`) and V its directions, those that the data inform. At
-loc = 0, scale = 1 the guide is that Gaussian, whatever the number of coordinates; a fit moves two numbers for
-each informed direction. In all other directions it stays at the prior, which is exact there on a tangent
+with `affine` the map of a Gaussian (`bnlora.guides.affine`) and V its directions, those that the data inform.
+At loc = 0, scale = 1 the guide is that Gaussian, whatever the number of coordinates; a fit moves two numbers
+for each informed direction. In all other directions it stays at the prior, which is exact there on a tangent
 model.
 """
 
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 
-from bnlora.affine import Affine
+from bnlora.guides.affine import Affine
 from bnlora.guides.family import Family
 from bnlora.guides.vector import vector_family
 

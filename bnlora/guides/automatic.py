@@ -19,7 +19,7 @@ ANNEALS = (
 REFUSED: dict[type, str] = {
     autoguide.AutoLaplaceApproximation: (
         "is a point while it is fitted, so that its draws would all be equal; fit AutoDelta and pass the fit "
-        "to bl.inference.laplace"
+        "to bl.approximate.laplace"
     ),
     autoguide.AutoSemiDAIS: (
         "is made for a latent variable of every row, and a prior over adapters has none; use "

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpyro.distributions as dist
 
-from bnlora.copying import state
+from bnlora._util.copying import state
 from bnlora.guides.latent import Latent
 
 Build = Callable[[Sequence[Latent]], Mapping[str, dist.Distribution]]

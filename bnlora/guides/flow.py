@@ -29,7 +29,8 @@ from jax import Array
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import AffineTransform
 
-from bnlora.flows import (
+from bnlora.guides.family import Family, per_site
+from bnlora.guides.flows import (
     BlockNet,
     BlockNeural,
     Conditioner,
@@ -38,10 +39,9 @@ from bnlora.flows import (
     SplineCoupling,
     near_identity,
 )
-from bnlora.flows import block_neural as blocks_flow
-from bnlora.flows import spline as spline_flow
-from bnlora.flows.autoregressive import LOG_SCALE_BOUND
-from bnlora.guides.family import Family, per_site
+from bnlora.guides.flows import block_neural as blocks_flow
+from bnlora.guides.flows import spline as spline_flow
+from bnlora.guides.flows.autoregressive import LOG_SCALE_BOUND
 from bnlora.guides.latent import Latent
 from bnlora.guides.vector import MAX_PARAMETERS, Over, vector_family
 from bnlora.priors.hyper import require_count, require_number

@@ -17,9 +17,9 @@ from jax import Array
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import LowerCholeskyAffine
 
-from bnlora.distributions import LowRankGaussian
 from bnlora.guides.family import Family
 from bnlora.guides.vector import MAX_PARAMETERS, Over, vector_family
+from bnlora.priors.distributions import LowRankGaussian
 from bnlora.priors.hyper import require_count, require_number
 
 

@@ -23,12 +23,12 @@ from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import biject_to
 
-from bnlora.display import Shown, Table
-from bnlora.distributions import MatrixConditional
+from bnlora._util.display import Shown, Table
 from bnlora.guides.family import Family
 from bnlora.guides.latent import Latent, init_to_base, latents_of
 from bnlora.guides.noise import noise as noise_family
-from bnlora.program import check_names, discrete, runnable
+from bnlora.priors.declared import check_names, discrete, runnable
+from bnlora.priors.distributions import MatrixConditional
 
 
 @dataclass(frozen=True)

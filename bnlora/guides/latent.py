@@ -15,10 +15,10 @@ from numpyro.distributions import constraints
 from numpyro.distributions.transforms import ReshapeTransform, Transform, biject_to
 from numpyro.infer import init_to_median, init_to_sample
 
-from bnlora.checks import check_key, check_option
+from bnlora._util.checks import check_key, check_option
+from bnlora._util.typing import NOISE
 from bnlora.priors.base import Start
-from bnlora.program import is_improper, runnable
-from bnlora.typing import NOISE
+from bnlora.priors.declared import is_improper, runnable
 
 
 def init_to_base(site: Mapping[str, Any] | None = None) -> Any:

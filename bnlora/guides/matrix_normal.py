@@ -15,10 +15,10 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import ReshapeTransform
 
-from bnlora.distributions import MatrixAffine
 from bnlora.guides.family import Family, per_site
 from bnlora.guides.latent import Latent
 from bnlora.guides.vector import MAX_PARAMETERS
+from bnlora.priors.distributions import MatrixAffine
 from bnlora.priors.hyper import require_number
 
 

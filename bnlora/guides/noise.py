@@ -14,9 +14,9 @@ import numpyro.distributions as dist
 from jax import Array
 from numpyro.distributions import constraints
 
-from bnlora.distributions import MatrixConditional
 from bnlora.guides.family import Family, per_site
 from bnlora.guides.latent import Latent
+from bnlora.priors.distributions import MatrixConditional
 from bnlora.priors.hyper import require_number
 
 

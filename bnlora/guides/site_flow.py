@@ -6,7 +6,7 @@ Reference: Lin et al. (2026), arXiv 2601.21003 (row-shared flow on the inducing 
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
-from bnlora.checks import check_option
+from bnlora._util.checks import check_option
 from bnlora.guides.family import Family
 from bnlora.guides.flow import block_neural, iaf, row_shared, spline
 from bnlora.guides.guide import Guide

@@ -17,7 +17,7 @@ import numpyro
 import numpyro.distributions as dist
 from jax import Array
 
-from bnlora.checks import check_option
+from bnlora._util.checks import check_option
 from bnlora.guides.family import Family, per_site
 from bnlora.guides.latent import Latent
 

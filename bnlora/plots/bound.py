@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.lib.stride_tricks import sliding_window_view
 
+from bnlora.infer.svi.fit import Fit
 from bnlora.plots.base import BLUE, GREEN, ORANGE, make_axes
-from bnlora.svi import Fit
 
 ELBO_CAPTION = (
     "Terms of the objective in nats over all training rows; pale: each step (one minibatch, one draw), full: "

@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bnlora.calibration import Calibration
+from bnlora.assess.sbc.calibration import Calibration
+from bnlora.metrics.ranks import band
 from bnlora.plots.base import BLUE, GREY, ORANGE, caption, make_axes
-from bnlora.ranks import band
 
 
 def sbc(result: Calibration, *, ax: Sequence[Axes] | None = None) -> Figure:
@@ -22,7 +22,7 @@ def sbc(result: Calibration, *, ax: Sequence[Axes] | None = None) -> Figure:
     keeps all curves inside with probability `1 - result.level`.
 
     Args:
-        result: From `bnlora.sbc.run`.
+        result: From `bnlora.assess.sbc.simulation.run`.
         ax: One axes for each function; a figure of its own when omitted.
 
     Returns:
@@ -62,7 +62,7 @@ def vsbc(result: Calibration, *, ax: Sequence[Axes] | None = None) -> Figure:
     the number of bins divides L + 1.
 
     Args:
-        result: From `bnlora.sbc.run`.
+        result: From `bnlora.assess.sbc.simulation.run`.
         ax: One axes for each function; a figure of its own when omitted.
 
     Returns:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import kstwobign
 
-from bnlora.comparison.report import Comparison
+from bnlora.assess.comparison.report import Comparison
 from bnlora.plots.base import BLUE, GREY, ORANGE, caption, legend_above, make_axes
 
 

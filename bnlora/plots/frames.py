@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bnlora.frame import Frames
+from bnlora.adapters.frames import Frames
 from bnlora.plots.base import BLUE, ORANGE, make_axes
 
 FRAME_CAPTION = (

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bnlora.assess.prior_predictive import NEARLY_ALL, PriorPredictive
 from bnlora.plots.base import BLUE, GREY, ORANGE, caption, legend_above, make_axes
-from bnlora.prior_predictive import NEARLY_ALL, PriorPredictive
 
 
 def prior_predictive(
@@ -21,7 +21,7 @@ def prior_predictive(
     with more that of the class the base model prefers in the row.
 
     Args:
-        found: From `bnlora.prior_predictive`.
+        found: From `bnlora.assess.prior_predictive`.
         ax: Two axes to draw on; a figure of its own when omitted.
         max_rows: Rows shown on the right, evenly taken in the order of the base model's probability.
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from bnlora import metrics
 from bnlora.plots.base import BLUE, GREY, make_axes
-from bnlora.predict import Prediction
+from bnlora.prediction.predict import Prediction
 
 RELIABILITY_CAPTION = (
     "Reliability: accuracy against mean confidence in 15 bins of equal width, with 95 % Wilson intervals; "

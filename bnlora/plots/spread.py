@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from bnlora.checks import check_option
+from bnlora._util.checks import check_option
+from bnlora.adapters.sites import HEAD
 from bnlora.plots.base import caption, make_axes
-from bnlora.sites import HEAD
 
 Spread = Literal["ratio", "posterior_sd", "kl"]
 

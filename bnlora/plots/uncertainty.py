@@ -8,11 +8,11 @@ from jaxtyping import Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bnlora.checks import check_option
+from bnlora._util.checks import check_option
 from bnlora.plots.base import BLUE, COLOURS, GREY, ORANGE, caption, legend_above, make_axes
-from bnlora.predict import Prediction
-from bnlora.selective import Doubt, separation
-from bnlora.selective import risk_coverage as curve
+from bnlora.prediction.predict import Prediction
+from bnlora.prediction.selective import Doubt, separation
+from bnlora.prediction.selective import risk_coverage as curve
 
 _ORDER = {
     "confidence": "confidence, highest first",

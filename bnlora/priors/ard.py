@@ -9,10 +9,10 @@ Reference: MacKay (1994); Neal (1996), Bayesian learning for neural networks; Bi
 
 from jax import Array
 
+from bnlora.adapters.sites import Site
 from bnlora.priors.base import Prior, Width
 from bnlora.priors.hyper import ByFactor, Hyper, hyper_value, learned, require_positive
 from bnlora.priors.rank_gains import rank_gains
-from bnlora.sites import Site
 
 
 def ard(

@@ -20,10 +20,10 @@ import numpyro.distributions as dist
 from jax import Array
 from jaxtyping import Float
 
-from bnlora.checks import check_option
+from bnlora._util.checks import check_option
+from bnlora._util.typing import WEIGHT, Adapters
+from bnlora.adapters.sites import Site, Sites
 from bnlora.priors.hyper import Hyper, is_random
-from bnlora.sites import Site, Sites
-from bnlora.typing import WEIGHT, Adapters
 
 Start = Literal["draw", "zero", "median"]
 Width = Literal["scaled", "unscaled"]

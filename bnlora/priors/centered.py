@@ -12,9 +12,9 @@ from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.primitives import Messenger
 
+from bnlora._util.typing import Adapters
+from bnlora.adapters.sites import Sites
 from bnlora.priors.base import Prior
-from bnlora.sites import Sites
-from bnlora.typing import Adapters
 
 
 class _FactorsAtZero(Messenger):

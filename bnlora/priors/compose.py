@@ -11,10 +11,10 @@ import difflib
 import re
 from collections.abc import Mapping
 
-from bnlora.frame import joined
+from bnlora._util.typing import Adapters
+from bnlora.adapters.frames import joined
+from bnlora.adapters.sites import Sites
 from bnlora.priors.base import Prior
-from bnlora.sites import Sites
-from bnlora.typing import Adapters
 
 
 def per_factor(*, a: Prior, b: Prior) -> Prior:

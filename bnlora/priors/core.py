@@ -1,6 +1,7 @@
 r"""The core prior: a Gaussian matrix between fixed frames, one for each layer of a family.
 
-    dW = s L U R^T / unit,      U_kl ~ N(0, 1),      L, R fixed with orthonormal columns (`bnlora.frame`)
+    dW = s L U R^T / unit,      U_kl ~ N(0, 1),      L, R fixed with orthonormal columns
+    (`bnlora.adapters.frames`)
 
 One inducing matrix a module and layer, as in the first figure of the paper, at lam = 0. The adapter is
 `a = R^T`, `b = s L U / unit`, so that `s` is the prior standard deviation of a logit contrast in nats
@@ -18,12 +19,12 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 
-from bnlora.checks import listed
-from bnlora.frame import Frames
+from bnlora._util.checks import listed
+from bnlora._util.typing import FACTORS, WEIGHT, Adapters
+from bnlora.adapters.frames import Frames
+from bnlora.adapters.sites import Sites
 from bnlora.priors.base import Prior, layers
 from bnlora.priors.hyper import Hyper, hyper_value, require_positive
-from bnlora.sites import Sites
-from bnlora.typing import FACTORS, WEIGHT, Adapters
 
 Scale = Hyper | Mapping[str, Hyper]
 

@@ -21,8 +21,10 @@ import numpyro
 import numpyro.distributions as dist
 from jax import Array
 
-from bnlora import gp
-from bnlora.checks import check_option
+from bnlora._util.checks import check_option
+from bnlora._util.typing import FACTORS, NOISE, Adapters
+from bnlora.adapters.sites import Site, Sites
+from bnlora.priors import gp
 from bnlora.priors.base import START, Prior, Width, each_factor, layers, require_width, width_factor
 from bnlora.priors.hyper import (
     ByFactor,
@@ -36,8 +38,6 @@ from bnlora.priors.hyper import (
 )
 from bnlora.priors.sides import frames_side, require_sizes
 from bnlora.priors.sparse_gp import standard_normal
-from bnlora.sites import Site, Sites
-from bnlora.typing import FACTORS, NOISE, Adapters
 
 
 def pooled_scales(prior: Prior, *, spread: Hyper = learned(0.5), factor: str = "b") -> Prior:  # noqa: B008

@@ -17,10 +17,10 @@ import numpyro
 import numpyro.distributions as dist
 from jax import Array
 
+from bnlora.adapters.sites import Site
 from bnlora.priors.base import Prior, Width, layers
 from bnlora.priors.hyper import ByFactor, require_number
 from bnlora.priors.rank_gains import rank_gains
-from bnlora.sites import Site
 
 
 def horseshoe(*, global_scale: float = 0.5, scale: ByFactor = 1.0, width: Width = "scaled") -> Prior:

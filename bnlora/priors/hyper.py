@@ -20,8 +20,8 @@ import numpyro.distributions as dist
 from jax import Array
 from numpyro.distributions import constraints
 
-from bnlora.sites import Site
-from bnlora.typing import FACTORS
+from bnlora._util.typing import FACTORS
+from bnlora.adapters.sites import Site
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ Reference: Tibshirani (1996) for the mode; Park and Casella (2008), The Bayesian
 import numpyro.distributions as dist
 from jax import Array
 
+from bnlora.adapters.sites import Site
 from bnlora.priors.base import Prior, Width, each_factor, require_width, sample_matrices, width_factor
 from bnlora.priors.hyper import ByFactor, by_factor, hyper_value
-from bnlora.sites import Site
 
 
 def laplace(*, scale: ByFactor = 1.0, width: Width = "scaled") -> Prior:

@@ -12,9 +12,9 @@ Reference: Louizos and Welling (2016), for matrix normal laws of weights; MacKay
 import numpyro.distributions as dist
 from jax import Array
 
+from bnlora.adapters.sites import Site
 from bnlora.priors.base import Prior, Width, each_factor, require_width, sample_matrices, width_factor
 from bnlora.priors.hyper import ByFactor, Hyper, by_factor, hyper_value, is_random, learned, require_positive
-from bnlora.sites import Site
 
 
 def matrix_normal(

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 
+from bnlora.adapters.sites import Site
 from bnlora.priors.base import Prior, Width, each_factor, require_width, sample_matrices, width_factor
 from bnlora.priors.hyper import ByFactor, Hyper, by_factor, hyper_value, require_number, require_unit
-from bnlora.sites import Site
 
 
 def spike_and_slab(

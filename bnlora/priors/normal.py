@@ -6,9 +6,9 @@ The law that the sparse GP has too: their evidences may be compared.
 import numpyro.distributions as dist
 from jax import Array
 
+from bnlora.adapters.sites import Site
 from bnlora.priors.base import Prior, Width, each_factor, require_width, sample_matrices, width_factor
 from bnlora.priors.hyper import ByFactor, by_factor, hyper_value
-from bnlora.sites import Site
 
 
 def normal(*, scale: ByFactor = 1.0, width: Width = "scaled") -> Prior:

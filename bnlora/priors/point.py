@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpyro
 from jax import Array
 
+from bnlora.adapters.sites import Site
 from bnlora.priors.base import Prior, each_factor
-from bnlora.sites import Site
 
 
 def point() -> Prior:

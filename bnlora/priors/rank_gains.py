@@ -12,9 +12,9 @@ import numpyro.distributions as dist
 from jax import Array
 from jaxtyping import Float
 
+from bnlora.adapters.sites import Site
 from bnlora.priors.base import Prior, Width, each_factor, require_width, sample_matrices, width_factor
 from bnlora.priors.hyper import ByFactor, by_factor, hyper_value
-from bnlora.sites import Site
 
 Gain = Callable[[Site], Float[Array, "layer rank"]]
 

@@ -10,7 +10,7 @@ import numpyro
 from jax import Array
 from numpyro.distributions import constraints
 
-from bnlora import gp
+from bnlora.priors import gp
 from bnlora.priors.hyper import require_count
 
 Inducing = Literal["frames", "bases"]

@@ -30,10 +30,12 @@ import numpyro.distributions as dist
 from jax import Array
 from jaxtyping import Float
 
-from bnlora import gp
-from bnlora.checks import check_option
-from bnlora.distributions import MatrixAffine, MatrixConditional
+from bnlora._util.checks import check_option
+from bnlora._util.typing import NOISE, WEIGHT
+from bnlora.adapters.sites import Site
+from bnlora.priors import gp
 from bnlora.priors.base import START, Prior, Start, Width, each_factor, require_width, width_factor
+from bnlora.priors.distributions import MatrixAffine, MatrixConditional
 from bnlora.priors.hyper import (
     ByFactor,
     Hyper,
@@ -52,8 +54,6 @@ from bnlora.priors.sides import (
     require_frames,
     require_sizes,
 )
-from bnlora.sites import Site
-from bnlora.typing import NOISE, WEIGHT
 
 Form = Literal["whitened", "unwhitened", "weights"]
 

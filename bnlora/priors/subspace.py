@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 
+from bnlora._util.typing import Adapters
+from bnlora.adapters.sites import Sites
 from bnlora.priors.base import Prior, layers
 from bnlora.priors.hyper import Hyper, hyper_value, require_positive
 from bnlora.priors.point import parameter
-from bnlora.sites import Sites
-from bnlora.typing import Adapters
 
 
 def subspace(*, scale: Hyper = 1.0) -> Prior:

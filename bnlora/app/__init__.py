@@ -1,0 +1,1 @@
+"""The command line: `bnlora demo`, `fit`, `predict`, `evaluate` and `diagnose`."""

@@ -1,0 +1,274 @@
+"""Base, plain LoRA and Bayesian-LoRA on the same labelled rows, at one placement.
+
+| method              | what it does with the labelled rows                                                 |
+|---------------------|-------------------------------------------------------------------------------------|
+| base                | nothing: the untouched base                                                         |
+| LoRA                | maximum likelihood on the first part of them, a published recipe, the last step     |
+| LoRA, careful       | the same; the other part chooses the best step and a temperature                    |
+| Bayesian-LoRA       | fits all of them: core prior on the tangent model (`bnlora.infer.core.fit`)         |
+| Bayesian-LoRA, NUTS | the same posterior by its gold standard                                             |
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+import scipy
+from jax import Array
+from rich.console import Console
+
+from bnlora import metrics
+from bnlora._util.progress import timed
+from bnlora.adapters.sites import select
+from bnlora.assess.comparison import Comparison as Agreement
+from bnlora.assess.comparison import compare as hold_against
+from bnlora.assess.comparison import store_reference
+from bnlora.base import Base
+from bnlora.data.batch import Batch
+from bnlora.guides import Guide, SiteFlow, delta
+from bnlora.infer.approximate.temperature import tempered
+from bnlora.infer.core.fit import SIZES, CoreFit, fit_core, fit_near
+from bnlora.infer.core.start import start_at
+from bnlora.infer.mcmc import Chains, sample_nuts
+from bnlora.infer.svi.fit import fit
+from bnlora.infer.svi.result import Fit
+from bnlora.infer.svi.validation import EarlyStopping
+from bnlora.prediction.predict import Posterior, Prediction, predict
+from bnlora.priors import point
+from bnlora.program.cache import cache_prefix
+from bnlora.program.model import Classifier
+
+BASE, LORA, CAREFUL = "base", "LoRA", "LoRA, careful"
+BAYES, NUTS = "Bayesian-LoRA", "Bayesian-LoRA, NUTS"
+TARGETS = (*SIZES, "lm_head")
+"""Modules of plain LoRA: those of the core prior, whose slope is an update of the head."""
+
+RANK, RATE, BATCH, EPOCHS, WARM_UP = 8, 5e-4, 16, 20, 0.06
+"""LoRA's published recipe for sentiment: rank and alpha 8, AdamW at 5e-4 with a linear decay after a warm-up
+of 6 %, 16 rows a step (Hu et al., 2022, LoRA, table 9, SST-2 with RoBERTa-base)."""
+
+
+@dataclass
+class Comparison:
+    """The fits, what they predict, and what they cost.
+
+    Attributes:
+        predictions: Prediction by method and set of rows.
+        labels: True classes by set of rows.
+        lora: The maximum-likelihood fit.
+        core: The Bayesian fit.
+        chains: Draws of its posterior.
+        agreements: Approximations of that posterior held against the draws, by name, or why that one could
+            not be compared, as with too few independent draws.
+        seconds: Wall time by part.
+    """
+
+    predictions: Mapping[str, Mapping[str, Prediction]]
+    labels: Mapping[str, np.ndarray]
+    lora: Fit
+    core: CoreFit
+    chains: Chains
+    agreements: Mapping[str, Agreement | ValueError]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def fit_lora(
+    key: Array,
+    base: Base,
+    train: Batch,
+    *,
+    label_ids: tuple[int, ...],
+    epochs: int = EPOCHS,
+    layers: int = 2,
+    validation: Batch | None = None,
+    console: Console | None = None,
+) -> Fit:
+    """Plain LoRA by maximum likelihood along the published recipe.
+
+    Args:
+        key: Random key of start values and the order of rows.
+        base: The frozen base.
+        train: Rows to fit.
+        label_ids: Token id of each class.
+        epochs: Passes over the rows.
+        layers: How many of the uppermost layers are adapted.
+        validation: Rows that pick the best step, looked at ten times.
+        console: Where to report progress.
+    """
+    sites = select(base, TARGETS, rank=RANK, layers=slice(-layers, None))
+    model = Classifier(base, sites, point(), label_ids=label_ids)
+    steps = max(epochs * len(train) // BATCH, 1)
+    warm_up = max(int(WARM_UP * steps), 1)
+    rate = optax.join_schedules(
+        [optax.linear_schedule(0.0, RATE, warm_up), optax.linear_schedule(RATE, 0.0, steps - warm_up)],
+        [warm_up],
+    )
+    looks = EarlyStopping(every=max(steps // 10, 1), patience=steps, num_samples=1)
+    return fit(
+        key,
+        model,
+        Guide(model.prior, delta()),
+        train,
+        optax.adamw(rate),
+        num_steps=steps,
+        batch_size=BATCH,
+        validation=validation,
+        early_stopping=None if validation is None else looks,
+        console=console,
+    )
+
+
+def compare(
+    key: Array,
+    base: Base,
+    train: Batch,
+    tests: Mapping[str, Batch],
+    *,
+    label_ids: tuple[int, ...],
+    held_out: int,
+    epochs: int = EPOCHS,
+    num_draws: int = 64,
+    console: Console | None = None,
+) -> Comparison:
+    """Fit all methods and predict the test rows.
+
+    Args:
+        key: Random key.
+        base: The frozen base.
+        train: All labelled rows.
+        tests: Rows to predict, by name.
+        label_ids: Token id of each class.
+        held_out: How many of the labelled rows, the last, plain LoRA keeps for step and temperature.
+        epochs: Epochs of plain LoRA.
+        num_draws: Posterior draws of a prediction.
+        console: Where to report progress.
+    """
+    lora_key, core_key, nuts_key, draw_key, flow_key, agree_key = jax.random.split(key, 6)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "trunk, labelled rows"):
+        sites = select(base, TARGETS, rank=1, layers=slice(-2, None))
+        trunk = Classifier(base, sites, point(), label_ids=label_ids)
+        train = cache_prefix(trunk, train, console=console)
+    fitted, validation = train[: len(train) - held_out], train[len(train) - held_out :]
+    with timed(seconds, "LoRA"):
+        best = fit_lora(
+            lora_key,
+            base,
+            fitted,
+            label_ids=label_ids,
+            epochs=epochs,
+            validation=validation,
+            console=console,
+        )
+    with timed(seconds, "Bayesian-LoRA"):
+        core = fit_core(core_key, base, train, label_ids=label_ids, console=console)
+    with timed(seconds, "NUTS"):
+        chains = sample_nuts(
+            nuts_key, core.model, core.fit.train, mass=core.gaussian, **NUTS_OPTIONS, console=console
+        )
+    with timed(seconds, "SiteFlow"):
+        flow = fit_flow(flow_key, core, console=console)
+    with timed(seconds, "posteriors against NUTS"):
+        posteriors: dict[str, Posterior] = {
+            "Laplace": core.gaussian,
+            "Gaussian by SVI": core.fit,
+            "SiteFlow by SVI": flow,
+        }
+        agreements = against_nuts(agree_key, posteriors, chains, core.fit.train, console=console)
+    with timed(seconds, "trunk, test rows"):
+        tests = {name: cache_prefix(trunk, rows, console=console) for name, rows in tests.items()}
+    with timed(seconds, "features, test rows"):
+        tests = {name: cache_prefix(core.model, rows, console=console) for name, rows in tests.items()}
+    with timed(seconds, "predictions"):
+        predictions = _predictions(draw_key, best, core, chains, validation, tests, num_draws, console)
+    labels = {name: np.asarray(rows.labels) for name, rows in tests.items()}
+    return Comparison(predictions, labels, best, core, chains, agreements, seconds)
+
+
+def fit_flow(key: Array, core: CoreFit, *, console: Console | None) -> Fit:
+    """The paper's guide on the same posterior, from Laplace's Gaussian, for as many steps."""
+    start_key, fit_key = jax.random.split(key)
+    guide = SiteFlow(core.model.prior)
+    start, steps = start_at(start_key, guide, core.gaussian), len(core.fit.step_seconds)
+    return fit_near(fit_key, core.model, guide, core.fit.train, num_steps=steps, start=start, console=console)
+
+
+def against_nuts(
+    key: Array, posteriors: Mapping[str, Posterior], chains: Chains, rows: Batch, *, console: Console | None
+) -> dict[str, Agreement | ValueError]:
+    """Each posterior held against the draws of NUTS; a refusal stands in the place of a result.
+
+    Args:
+        key: Random key, the same for all.
+        posteriors: Approximations by name.
+        chains: The draws; without a passed certificate they are not called a reference.
+        rows: Rows with labels, at which they are compared.
+        console: Where to report progress.
+    """
+    passed = chains.certificate.passed
+    against: Literal["reference", "anything"] = "reference" if passed else "anything"
+    # What is read of the draws is computed once for all.
+    reference = store_reference(chains, rows, console=console) if passed else chains
+    found: dict[str, Agreement | ValueError] = {}
+    for name, posterior in posteriors.items():
+        try:
+            found[name] = hold_against(key, posterior, reference, rows, against=against, console=console)
+        except ValueError as error:  # the other results must not be lost
+            found[name] = error
+    return found
+
+
+NUTS_OPTIONS: Mapping[str, Any] = {"num_warmup": 300, "num_draws": 500, "target_acceptance": 0.8}
+"""Enough in the coordinates of Laplace's Gaussian; the certificate judges it."""
+
+
+def _predictions(
+    key: Array,
+    best: Fit,
+    core: CoreFit,
+    chains: Chains,
+    validation: Batch,
+    tests: Mapping[str, Batch],
+    num_draws: int,
+    console: Console | None,
+) -> dict[str, dict[str, Prediction]]:
+    """Prediction by method and set of rows."""
+    temperature = temperature_of(key, best, validation, console=console)
+    last = _last(best)
+    found: dict[str, dict[str, Prediction]] = {m: {} for m in (BASE, LORA, CAREFUL, BAYES, NUTS)}
+    for name, rows in tests.items():
+        found[BASE][name] = untouched(rows)
+        found[LORA][name] = predict(key, last, rows, num_samples=1, console=console)
+        careful = predict(key, best, rows, num_samples=1, console=console)
+        found[CAREFUL][name] = tempered(careful, temperature)
+        found[BAYES][name] = predict(key, core, rows, num_samples=num_draws, console=console)
+        found[NUTS][name] = predict(key, chains, rows, num_samples=num_draws, console=console)
+    return found
+
+
+def untouched(rows: Batch) -> Prediction:
+    """What the base itself predicts, read off the features of a tangent model."""
+    if rows.features is None:
+        raise ValueError("these rows have no features; give them to cache_prefix with a tangent model first")
+    logits = np.asarray(rows.features.offset, np.float64)
+    return Prediction((logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))[None])
+
+
+def temperature_of(key: Array, fitted: Fit, validation: Batch, *, console: Console | None) -> float:
+    """The temperature of least negative log-likelihood on validation rows, from a tenth to ten."""
+    prediction = predict(key, fitted, validation, num_samples=1, console=console)
+    labels = np.asarray(validation.labels)
+
+    def loss(t: float) -> float:
+        return metrics.nll(tempered(prediction, float(np.exp(t))).log_probs, labels)
+
+    found = scipy.optimize.minimize_scalar(loss, bounds=(-np.log(10), np.log(10)), method="bounded")
+    return float(np.exp(found.x))
+
+
+def _last(best: Fit) -> Fit:
+    """The same fit after its last step."""
+    return replace(best, params=best.last_params, best_step=len(best.step_seconds))

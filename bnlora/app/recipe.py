@@ -1,0 +1,182 @@
+"""A model, a guide and a fit by names and numbers: what the command line keeps, to build the same again."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+import jax
+import optax
+from jaxtyping import Int
+
+from bnlora import guides, priors
+from bnlora._util.checks import check_at_least, check_option
+from bnlora._util.files import read_json, write_json
+from bnlora.adapters.sites import select
+from bnlora.base import Base, load
+from bnlora.data.assets import fetch_smollm2
+from bnlora.data.batch import Batch
+from bnlora.data.labels import LabelKind
+from bnlora.data.text import TextData, Truncate, text_classification
+from bnlora.infer.svi.fit import fit
+from bnlora.infer.svi.result import Fit
+from bnlora.program.model import Classifier
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+PriorName = Literal["sparse-gp", "normal", "none"]
+FILE = "recipe.json"
+_FREE = ("base", "max_length", "truncate", "labels_are")  # what may change after the fit
+LEARNING_RATE, LEARNING_RATE_OF_LORA = 3e-2, 1e-3
+"""Adam's rate with a prior and without one, chosen on validation sentences."""
+
+SMOLLM2 = "smollm2"
+"""The one base that is named rather than found: SmolLM2-135M-Instruct out of the package index."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a model is fitted: Adam, its rate decaying to zero along a cosine.
+
+    Attributes:
+        num_steps: Number of steps.
+        batch_size: Rows of a step.
+        learning_rate: Rate of the locations.
+        scale_learning_rate: Rate of the scales and of `lam`, which does not decay.
+        seed: Seed of start values, order of rows and guide draws.
+    """
+
+    num_steps: int = 400
+    batch_size: int = 16
+    learning_rate: float = LEARNING_RATE
+    scale_learning_rate: float = 5e-2
+    seed: int = 0
+
+    def fit(self, model: Classifier, guide: Callable, train: Batch, **options: Any) -> Fit:
+        """`bnlora.fit` along this schedule; `options` are more of its arguments."""
+        return fit(
+            jax.random.key(self.seed),
+            model,
+            guide,
+            train,
+            optax.adam(optax.cosine_decay_schedule(self.learning_rate, self.num_steps)),
+            scale_optimizer=optax.adam(self.scale_learning_rate),
+            num_steps=self.num_steps,
+            batch_size=self.batch_size,
+            **options,
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Names and numbers that make a model and a guide.
+
+    Attributes:
+        words: Word of each class, in the order of the labels.
+        base: `"smollm2"`, a `.gguf` file, a Hugging Face folder, or a hub name.
+        template: Text around each row, with `{text}` in it.
+        targets: Modules that get adapters.
+        top_layers: How many of the uppermost layers are adapted; all when None.
+        rank: Rank of every update.
+        alpha: LoRA's alpha; the rank when None.
+        prior: `"sparse-gp"`, `"normal"`, or `"none"` for plain LoRA by maximum likelihood.
+        scale_a: Prior scale of factor A: spread of its output for a unit-variance input.
+        scale_b: Prior scale of factor B.
+        inducing: Inducing rows and columns of the sparse GP.
+        lam_max: Cap on the guide's `lam`; below 1 the family is a restricted one.
+        max_length: Longest row in tokens; the base's own limit when None.
+        truncate: What to do with longer rows.
+        labels_are: "words" or "integers" where a word is itself an integer, as in `text_classification`.
+
+    Raises:
+        ValueError: On an unknown prior.
+    """
+
+    words: tuple[str, ...]
+    base: str = SMOLLM2
+    template: str = "Review: {text}\nSentiment:"
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "lm_head")
+    top_layers: int | None = 2
+    rank: int = 8
+    alpha: float | None = None
+    prior: PriorName = "sparse-gp"
+    scale_a: float = 1.0
+    scale_b: float = 3.0
+    inducing: int = 9
+    lam_max: float = 0.03
+    max_length: int | None = None
+    truncate: Truncate = "error"
+    labels_are: LabelKind | None = None
+
+    def __post_init__(self):
+        for name in ("words", "targets"):  # JSON knows lists alone
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_option("prior", self.prior, get_args(PriorName))
+
+    def load_base(self) -> Base:
+        """The frozen base model."""
+        return load(fetch_smollm2() if self.base == SMOLLM2 else self.base)
+
+    def read(
+        self, rows: "Dataset | Mapping[str, Dataset]", base: Base, *, text: str, label: str | None
+    ) -> TextData:
+        """Tokenised rows, from the columns `text` and `label` (None: rows without labels)."""
+        return text_classification(
+            rows,
+            base,
+            text=text,
+            label=label,
+            words=self.words,
+            template=self.template,
+            max_length=self.max_length,
+            truncate=self.truncate,
+            labels_are=self.labels_are,
+        )
+
+    def build(self, base: Base, label_ids: Int[Any, " c"]) -> tuple[Classifier, Callable]:
+        """The model over a base and its guide."""
+        if self.top_layers is not None:
+            check_at_least({"top_layers": self.top_layers}, 1)  # a slice from -0 on would be all layers
+        layers = None if self.top_layers is None else slice(-self.top_layers, None)
+        sites = select(base, self.targets, rank=self.rank, alpha=self.alpha, layers=layers)
+        scale = {"a": self.scale_a, "b": self.scale_b}
+        by_name: dict[str, Callable[[], priors.Prior]] = {
+            "sparse-gp": lambda: priors.sparse_gp(rows=self.inducing, cols=self.inducing, scale=scale),
+            "normal": lambda: priors.normal(scale=scale),
+            "none": priors.point,
+        }
+        model = Classifier(base, sites, by_name[self.prior](), label_ids=label_ids)
+        lam_init = min(0.01, self.lam_max / 2)
+        return model, guides.SiteFlow(model.prior, lam_init=lam_init, lam_max=self.lam_max)
+
+    def save(self, folder: Path) -> None:
+        """Write the recipe into a folder that exists."""
+        write_json(folder / FILE, asdict(self))
+
+    def require_fitted(self, notes: Mapping[str, Any]) -> None:
+        """Raise `ValueError` unless this is the recipe of a fit, given the notes of the fit.
+
+        Entries about the place of the base and the reading of rows may differ. Older fits have no notes.
+        """
+        for name, value in asdict(self).items():
+            now = list(value) if isinstance(value, tuple) else value  # as JSON has it
+            then = notes.get(name, now)
+            if name not in _FREE and then != now:
+                raise ValueError(f"{FILE} has {name}={now!r}; the fit was made with {then!r}, put that back")
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """Read a recipe back.
+
+        Raises:
+            FileNotFoundError: When the folder holds none.
+            ValueError: When the file is not a recipe.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{str(folder)!r} holds no {FILE}; it is not a folder of `bnlora fit`")
+        try:
+            return cls(**read_json(path))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{str(path)!r} is not a recipe of this version ({error})") from error

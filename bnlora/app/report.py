@@ -1,0 +1,54 @@
+"""A page of HTML that holds text, tables and figures: one file, nothing to fetch."""
+
+from base64 import b64encode
+from collections.abc import Sequence
+from html import escape
+from io import BytesIO
+
+from bnlora._util.display import Table
+from bnlora.plots import Figure
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a }
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2rem }
+div.wide { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; margin: 1rem 0 }
+caption { text-align: left; padding-bottom: .4rem; color: #444 }
+th, td { padding: .2rem .8rem; text-align: right; vertical-align: top }
+th:first-child, td:first-child, td:nth-child(2):not(:last-child), .text { text-align: left }
+thead th { border-bottom: 2px solid #1a1a1a } tr.group td { border-top: 1px solid #bbb }
+figure { margin: 1rem 0 } img { max-width: 100% } figcaption { color: #444; font-size: .9rem }
+"""
+
+
+def page(title: str, parts: Sequence[str | Table | tuple[Figure, str]]) -> str:
+    """A page of HTML that stands alone.
+
+    Args:
+        title: Its heading.
+        parts: Text (a line that begins with `# ` is a heading), tables, and figures with their captions.
+    """
+    body = "\n".join(map(_html, parts))
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<body><h1>{escape(title)}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def _html(part: str | Table | tuple[Figure, str]) -> str:
+    if isinstance(part, Table):
+        return f"<div class=wide>{part.html()}</div>"
+    if isinstance(part, str):
+        return f"<h2>{escape(part[2:])}</h2>" if part.startswith("# ") else f"<p>{escape(part)}</p>"
+    figure, caption = part
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=130)
+    source = b64encode(picture.getvalue()).decode("ascii")
+    text = escape(caption)
+    return (
+        f'<figure><img src="data:image/png;base64,{source}" alt="{text}">'
+        f"<figcaption>{text}</figcaption></figure>"
+    )

@@ -1,0 +1,160 @@
+r"""Draws of scalar functions from one posterior, and how much can be read off them.
+
+    n = S for independent draws,    n = ESS / 2 for those of chains
+
+is how many of them are taken for independent (`independent_size`): chains are thinned to draws about twice
+the integrated autocorrelation time apart. In an autoregression of order one, whose time is
+(1 + r) / (1 - r), neighbours after that have the correlation r^(2 (1 + r) / (1 - r)), at most e^-4 = 0.02.
+
+References: Geyer (1992), Practical Markov chain Monte Carlo; Vehtari et al. (2021), arXiv 1903.08008.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from bnlora.metrics.monte_carlo import bulk_ess, chain_mcse, independent_mcse
+
+Kind = Literal["chains", "independent"]
+LEAST_DRAWS = 8
+"""Fewest draws, of each chain or in all, from which a standard error is computed."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Draws:
+    """Draws of scalar functions.
+
+    Args:
+        names: Name of each function.
+        values: Values, shape (chain, draw, function).
+        kind: "chains" where draws of a chain depend on each other (one chain may do), "independent" for
+            draws that do not, in one row of `values`.
+
+    Raises:
+        ValueError: When names and values do not fit, a value is not finite, or draws are too few.
+    """
+
+    names: tuple[str, ...]
+    values: Float[np.ndarray, "chain draw k"]
+    kind: Kind
+
+    def __post_init__(self):
+        values = np.asarray(self.values, np.float64)
+        object.__setattr__(self, "values", values)
+        if self.kind not in ("chains", "independent"):
+            raise ValueError(f"kind must be 'chains' or 'independent'; got {self.kind!r}")
+        if values.ndim != 3 or values.shape[2] != len(self.names) or len(set(self.names)) < len(self.names):
+            raise ValueError(
+                f"expected values of shape (chain, draw, {len(self.names)}), one column for each of the "
+                f"different names; got shape {values.shape} and names {self.names}"
+            )
+        if not self.names:
+            raise ValueError("expected at least one function; got none")
+        if values.shape[1] < LEAST_DRAWS or not len(values):
+            raise ValueError(f"expected at least {LEAST_DRAWS} draws of each chain; got shape {values.shape}")
+        if self.kind == "independent" and len(values) > 1:
+            raise ValueError(f"independent draws come as one row, shape (1, draw, k); got {values.shape}")
+        broken = [n for n, x in zip(self.names, values.T, strict=True) if not np.isfinite(x).all()]
+        if broken:
+            raise ValueError(f"expected finite values in every draw; not so: {', '.join(broken)}")
+
+    def __repr__(self) -> str:
+        return f"Draws({len(self.names)} functions, {self.describe})"
+
+    @property
+    def describe(self) -> str:
+        """How many draws of what kind there are, in words."""
+        chains, draws, _ = self.values.shape
+        if self.kind == "independent":
+            return f"{draws} independent draws"
+        plural = "chain" if chains == 1 else "chains"
+        return f"{chains} {plural} of {draws} draws, least effective number {self.least_ess:.0f}"
+
+    @property
+    def pooled(self) -> Float[np.ndarray, "s k"]:
+        """All draws, chain after chain."""
+        return self.values.reshape(-1, len(self.names))
+
+    @property
+    def constant(self) -> tuple[str, ...]:
+        """Names of the functions that have one value in every draw."""
+        # By the range: the standard deviation of equal numbers may differ from zero by rounding.
+        return tuple(n for n, x in zip(self.names, np.ptp(self.pooled, axis=0), strict=True) if x == 0)
+
+    def only(self, names: Sequence[str]) -> "Draws":
+        """Some of the functions, in the order of the names."""
+        order = [self.names.index(name) for name in names]
+        return replace(self, names=tuple(names), values=self.values[:, :, order])
+
+    @property
+    def mean(self) -> Float[np.ndarray, " k"]:
+        """Mean of each function."""
+        return self.pooled.mean(0)
+
+    @property
+    def sd(self) -> Float[np.ndarray, " k"]:
+        """Standard deviation of each function."""
+        return self.pooled.std(0, ddof=1)
+
+    @property
+    def mcse_mean(self) -> Float[np.ndarray, " k"]:
+        """Monte Carlo standard error of `mean`."""
+        return self._errors[0]
+
+    @property
+    def mcse_sd(self) -> Float[np.ndarray, " k"]:
+        """Monte Carlo standard error of `sd`."""
+        return self._errors[1]
+
+    @cached_property
+    def ess(self) -> Float[np.ndarray, " k"]:
+        """Effective number of draws for the bulk of each function."""
+        if self.kind == "independent":
+            return np.full(len(self.names), float(len(self.pooled)))
+        return bulk_ess(self.values)
+
+    @property
+    def least_ess(self) -> float:
+        """The least `ess` of the functions that vary; the number of draws where none does."""
+        known = self.ess[np.isfinite(self.ess)]
+        return float(known.min()) if len(known) else float(len(self.pooled))
+
+    @property
+    def independent_size(self) -> int:
+        """How many of the draws, evenly spaced, are taken for independent."""
+        return len(self.pooled) if self.kind == "independent" else int(self.least_ess / 2)
+
+    def halves(self) -> tuple["Draws", "Draws"]:
+        """Equal halves: of the chains (an odd one is left out), or of the draws of a single chain."""
+        chains, draws, _ = self.values.shape
+        half = chains // 2 if chains > 1 else draws // 2
+        first, second = (
+            self.values[part] if chains > 1 else self.values[:, part]
+            for part in (slice(half), slice(half, 2 * half))
+        )
+        return replace(self, values=first), replace(self, values=second)
+
+    def thinned(self, size: int) -> Float[np.ndarray, "size k"]:
+        """`size` of the pooled draws, evenly spaced."""
+        return self.pooled[evenly(len(self.pooled), size)]
+
+    @cached_property
+    def _errors(self) -> tuple[np.ndarray, np.ndarray]:
+        if self.kind == "independent":
+            return independent_mcse(self.pooled)
+        return chain_mcse(self.values)
+
+
+def evenly(count: int, size: int) -> np.ndarray:
+    """Indices of `size` out of `count` things in the middles of equal parts.
+
+    Raises:
+        ValueError: When there are fewer than `size`.
+    """
+    if not 0 < size <= count:
+        raise ValueError(f"expected to keep between 1 and {count} draws; got {size}")
+    return ((np.arange(size) + 0.5) * count / size).astype(int)

@@ -1,0 +1,99 @@
+r"""Samples of equal size for measures between two samples, and for the null levels beside them.
+
+    value = (d(A_1, R_1) + d(A_2, R_2)) / 2,    null level = d(R_1, R_2)
+
+A_1, A_2 are halves of the approximation's draws and R_1, R_2 those of the reference, all thinned to the same
+number n of draws that are taken for independent. A distance between samples is above zero even where
+their laws are equal, by an amount that depends on n (of the order n^-1/2); with equal sizes it is the same
+amount in value and null level, so that they can be held against each other. Every function is in units of the
+reference: minus its mean, over its standard deviation.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from bnlora._util.checks import listed
+from bnlora.assess.comparison.draws import Draws
+
+LEAST_SIZE = 10
+MAX_SIZE = 500
+
+
+def varying(approx: Draws, reference: Draws) -> tuple[Draws, Draws]:
+    """Both sides without the functions that are constant under the reference.
+
+    Raises:
+        ValueError: When the functions differ, or none varies.
+    """
+    _check_names(approx, reference)
+    constant = reference.constant
+    if len(constant) == len(reference.names):
+        raise ValueError(
+            "expected a function that varies under the second posterior; these have one value in all of its "
+            f"draws: {listed(constant)}"
+        )
+    names = [name for name in reference.names if name not in constant]
+    return approx.only(names), reference.only(names)
+
+
+def _check_names(approx: Draws, reference: Draws) -> None:
+    if approx.names != reference.names:
+        raise ValueError(
+            f"expected the same functions on both sides; got {approx.names} and {reference.names}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Two halves of each side, standardised by the reference.
+
+    Attributes:
+        approx: Halves of the approximation, shape (2, n, function).
+        reference: Halves of the reference.
+    """
+
+    approx: Float[np.ndarray, "2 n k"]
+    reference: Float[np.ndarray, "2 n k"]
+
+    @property
+    def size(self) -> int:
+        """Number of draws n in each half."""
+        return self.approx.shape[1]
+
+
+def check_same_functions(approx: Draws, reference: Draws) -> None:
+    """Raise `ValueError` unless both sides have the same functions, which vary under the reference."""
+    _check_names(approx, reference)
+    if reference.constant:
+        fixed = ", ".join(reference.constant)
+        raise ValueError(f"expected functions that vary under the reference; constant: {fixed}")
+
+
+def pairs(approx: Draws, reference: Draws, *, max_size: int = MAX_SIZE) -> Pairs:
+    """Halves of equal size from both sides.
+
+    Args:
+        approx: Draws of the approximation.
+        reference: Draws of the reference.
+        max_size: Most draws in each half; times of the measures grow with its square.
+
+    Raises:
+        ValueError: When the functions differ, one is constant under the reference, or either side has
+            too few independent draws.
+    """
+    check_same_functions(approx, reference)
+    size = min(approx.independent_size // 2, reference.independent_size // 2, max_size)
+    if size < LEAST_SIZE:
+        raise ValueError(
+            f"expected at least {2 * LEAST_SIZE} draws on each side that may be taken for independent; got "
+            f"{approx.independent_size} ({approx.describe}) and {reference.independent_size} "
+            f"({reference.describe}); draw more"
+        )
+
+    def standardised(side: Draws) -> np.ndarray:
+        taken = np.stack([half.thinned(size) for half in side.halves()])
+        return (taken - reference.mean) / reference.sd
+
+    return Pairs(standardised(approx), standardised(reference))

@@ -1,0 +1,174 @@
+r"""How far two posteriors are apart in what they predict, row by row.
+
+    TV_i = 1/2 sum_c |p_a(c | x_i) - p_r(c | x_i)|,    KL_i = sum_c p_r(c | x_i) log(p_r / p_a)(c | x_i)
+
+p_a and p_r are the mixtures over draws of the approximation and of the reference. The mutual information of
+class and adapters says how uncertain each is for want of knowledge; it is held against that of the reference
+by the mean absolute difference and the correlation over the rows.
+
+Mixtures over finitely many draws differ even where the posteriors do not. So every measure is taken at m
+draws a side, the mean over two disjoint pairs of halves, and stands beside the same measure between the
+halves of the reference (`bnlora.assess.comparison.pairs`). The p-values are those of permutation: draws are
+dealt anew to the two sides, and the mean over rows of TV (of the difference of mutual information) between
+all 2m draws of each is compared. They are exact for independent draws.
+
+Reference: Phipson and Smyth (2010), Permutation p-values should never be zero.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from bnlora.prediction.predict import Prediction
+
+LEAST_DRAWS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class PredictiveAgreement:
+    """Distances between predictions, by row, with their null levels.
+
+    Attributes:
+        approx: Prediction by the approximation, 2m draws.
+        reference: Prediction by the reference, as many.
+        total_variation: TV of each row at m draws.
+        total_variation_null: The same between halves of the reference.
+        total_variation_p: Permutation p-value of equal predictions.
+        divergence: KL(reference || approximation) of each row in nats.
+        divergence_null: The same between halves of the reference.
+        mutual_information_gap: Absolute difference of the mutual information of each row in nats.
+        mutual_information_gap_null: The same between halves of the reference.
+        mutual_information_p: Permutation p-value of equal mutual information.
+        correlation: Correlation over the rows of the mutual information; NaN where it does not vary.
+        correlation_null: The same between halves of the reference.
+    """
+
+    approx: Prediction
+    reference: Prediction
+    total_variation: Float[np.ndarray, " n"]
+    total_variation_null: Float[np.ndarray, " n"]
+    total_variation_p: float
+    divergence: Float[np.ndarray, " n"]
+    divergence_null: Float[np.ndarray, " n"]
+    mutual_information_gap: Float[np.ndarray, " n"]
+    mutual_information_gap_null: Float[np.ndarray, " n"]
+    mutual_information_p: float
+    correlation: float
+    correlation_null: float
+
+
+def predictive_agreement(
+    random: np.random.Generator, approx: Prediction, reference: Prediction, *, num_permutations: int = 999
+) -> PredictiveAgreement:
+    """Hold two predictions for the same rows against each other.
+
+    Args:
+        random: Source of the permutations.
+        approx: Prediction by independent draws of the approximation.
+        reference: Prediction by as many draws of the reference, thinned until nearly independent, in the
+            order of its chains.
+        num_permutations: Number of permutations.
+
+    Returns:
+        How far the predictions of both differ, row by row.
+
+    Raises:
+        ValueError: When rows, classes or numbers of draws differ, draws are fewer than four, or there
+            are no permutations.
+    """
+    shapes = approx.draw_log_probs.shape, reference.draw_log_probs.shape
+    if shapes[0] != shapes[1] or shapes[0][0] < LEAST_DRAWS or num_permutations < 1:
+        raise ValueError(
+            f"expected predictions of one shape (draw, row, class) with at least {LEAST_DRAWS} draws, and at "
+            f"least one permutation; got shapes {shapes[0]} and {shapes[1]}, {num_permutations} permutations"
+        )
+    matched = list(zip(_halves(approx), _halves(reference), strict=True))
+    among = _halves(reference)
+
+    def both(measure: Callable[[Prediction, Prediction], Any]) -> tuple[Any, Any]:
+        return np.mean([measure(a, r) for a, r in matched], axis=0), measure(*among)
+
+    variation, divergence, gap = both(total_variation), both(divergence_from), both(_gap)
+    correlation = both(_correlation)
+    variation_p, gap_p = _permuted(random, approx, reference, num_permutations)
+    return PredictiveAgreement(
+        approx=approx,
+        reference=reference,
+        total_variation=variation[0],
+        total_variation_null=variation[1],
+        total_variation_p=variation_p,
+        divergence=divergence[0],
+        divergence_null=divergence[1],
+        mutual_information_gap=gap[0],
+        mutual_information_gap_null=gap[1],
+        mutual_information_p=gap_p,
+        correlation=float(correlation[0]),
+        correlation_null=float(correlation[1]),
+    )
+
+
+def total_variation(approx: Prediction, reference: Prediction) -> Float[np.ndarray, " n"]:
+    """Total variation between the mixtures, by row."""
+    return 0.5 * np.abs(approx.probs - reference.probs).sum(-1)
+
+
+def divergence_from(approx: Prediction, reference: Prediction) -> Float[np.ndarray, " n"]:
+    """KL(reference || approximation) between the mixtures in nats, by row."""
+    # 0 log 0 = 0: a class that the reference excludes adds nothing.
+    log_r = np.maximum(reference.log_probs, np.finfo(np.float64).min)
+    log_a = np.maximum(approx.log_probs, np.finfo(np.float64).min)
+    terms = np.where(reference.probs > 0, reference.probs * (log_r - log_a), 0.0)
+    return np.maximum(terms.sum(-1), 0.0)
+
+
+def _halves(prediction: Prediction) -> tuple[Prediction, Prediction]:
+    half = len(prediction.draw_log_probs) // 2
+    values = prediction.draw_log_probs
+    return Prediction(values[:half]), Prediction(values[half : 2 * half])
+
+
+def _gap(x: Prediction, y: Prediction) -> np.ndarray:
+    return np.abs(x.mutual_information - y.mutual_information)
+
+
+def _correlation(x: Prediction, y: Prediction) -> float:
+    a, b = x.mutual_information, y.mutual_information
+    if len(a) < 3 or a.std() < 1e-12 or b.std() < 1e-12:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _permuted(
+    random: np.random.Generator, approx: Prediction, reference: Prediction, num_permutations: int
+) -> tuple[float, float]:
+    """P-values of the mean total variation and of the mean difference of mutual information."""
+    draws, rows, classes = approx.draw_log_probs.shape
+    log_probs = np.concatenate([approx.draw_log_probs, reference.draw_log_probs])
+    probs = np.exp(log_probs).reshape(2 * draws, -1)
+    terms = np.where(log_probs > -np.inf, np.exp(log_probs) * np.maximum(log_probs, -1e300), 0.0)
+    noise = -terms.sum(-1)  # entropy of each draw's prediction
+
+    whole, whole_noise = probs.sum(0) / draws, noise.sum(0) / draws
+
+    def statistics(own: np.ndarray) -> tuple[float, float]:
+        weights = own / draws
+        mixed, spent = weights @ probs, weights @ noise
+        p, q = (x.reshape(rows, classes) for x in (mixed, np.maximum(whole - mixed, 0.0)))
+        information, other = _entropy(p) - spent, _entropy(q) - (whole_noise - spent)
+        return 0.5 * np.abs(p - q).sum(-1).mean(), np.abs(information - other).mean()
+
+    own = np.arange(2 * draws) < draws
+    observed = np.array(statistics(own))
+    # Equal labellings may differ by rounding, and must count as equal.
+    as_large = sum(
+        np.array(statistics(random.permutation(own))) >= observed - 1e-12 for _ in range(num_permutations)
+    )
+    variation_p, information_p = (1 + np.asarray(as_large)) / (1 + num_permutations)
+    return float(variation_p), float(information_p)
+
+
+def _entropy(probs: np.ndarray) -> np.ndarray:
+    return -(probs * np.log(np.where(probs > 0, probs, 1.0))).sum(-1)

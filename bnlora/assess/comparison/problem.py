@@ -1,0 +1,105 @@
+r"""The model under which both sides of a comparison are evaluated: that of the second posterior.
+
+Chains may sample some sites and hold the others. The comparison is then of
+
+    p(free | y, fixed)      against      q(free)      of the approximation, with the same values fixed
+
+For a fit, q(free) is the marginal law of the free sites. It equals the conditional law if the guide makes the
+sites independent; otherwise it is wider. A posterior with draws of adapters but no sites is fixed wherever
+the free sites change no adapter. For an exact comparison, fit to the conditional model, `chains.model`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from bnlora._util.checks import listed
+from bnlora._util.typing import Adapters, Parameters
+from bnlora.assess.comparison.stored import StoredReference
+from bnlora.infer.svi.result import Fit
+from bnlora.prediction.predict import Posterior
+from bnlora.program.conditional import Conditional, condition
+from bnlora.program.draws import adapters_at
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The model of a comparison, and how the approximation comes to it.
+
+    Attributes:
+        model: The classifier that evaluates draws of both sides.
+        holds: Sites that the approximation takes from the reference.
+        notes: Sentences that say what is held on which side.
+    """
+
+    model: Any
+    holds: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def draw_adapters(self, key: Array, approx: Posterior, num_samples: int) -> Adapters:
+        """Adapters of the approximation, with the reference's values where those are held."""
+        if not self.holds:
+            return approx.draw_adapters(key, num_samples)
+        if not isinstance(approx, Fit):
+            return self.model.held(approx.draw_adapters(key, num_samples))
+        drawn = approx.draws(key, num_samples)[0].sites
+        free = {name: values for name, values in drawn.items() if name not in self.model.fixed}
+        return jax.jit(partial(_adapters, self.model))(approx.params, free)
+
+
+def _adapters(model: Any, params: Parameters, free: Mapping[str, Array]) -> Adapters:
+    return jax.lax.map(lambda sites: adapters_at(model, params, sites), dict(free))
+
+
+def common_problem(approx: Posterior, reference: Any, other: str) -> Problem:
+    """The model under which draws of both sides have the same meaning.
+
+    Args:
+        approx: The approximation.
+        reference: The second posterior, or a stored reference.
+        other: What the second posterior is called.
+
+    Raises:
+        ValueError: When both hold a site, at different values.
+    """
+    stored = isinstance(reference, StoredReference)
+    own = _fixed(approx.model)
+    fixed = reference.fixed if stored else _fixed(reference.model)
+    unequal = [n for n in fixed if n in own and not np.array_equal(own[n], fixed[n])]
+    if unequal:
+        raise ValueError(
+            f"expected both posteriors with the same values of the sites that they hold; those of "
+            f"{listed(unequal)} differ: fit to the reference's own model, `chains.model`"
+        )
+    holds = tuple(n for n in fixed if n not in own)
+    notes = []
+    if fixed:
+        notes.append(f"both sides hold {listed(fixed)} at the values of the {other}")
+    if holds:
+        by_sites = "draws of the other sites are those of the whole fit, and so is k-hat"
+        by_adapters = "adapters that the other sites change are those of the whole approximation"
+        notes.append(by_sites if isinstance(approx, Fit) else by_adapters)
+    if stored and reference.holds_unknown:
+        held = reference.record["held"]
+        notes.append(f"only the {other} holds sites ({held}), for it was stored without their values")
+    loose = [n for n in own if n not in fixed]
+    if loose:
+        notes.append(f"the approximation holds {listed(loose)}, which the {other} does not")
+    model = _restored(approx, reference, holds) if stored else reference.model
+    return Problem(model, holds, tuple(notes))
+
+
+def _restored(approx: Posterior, stored: StoredReference, holds: Sequence[str]) -> Any:
+    """The approximation's model, conditioned on the sites that a stored reference holds in addition."""
+    params = dict(getattr(approx, "params", {})) | {n: jnp.asarray(x) for n, x in stored.params.items()}
+    return condition(approx.model, {n: jnp.asarray(stored.fixed[n]) for n in holds}, params)
+
+
+def _fixed(model: Any) -> Mapping[str, Array]:
+    return model.fixed if isinstance(model, Conditional) else {}

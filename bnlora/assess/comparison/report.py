@@ -1,0 +1,329 @@
+"""A comparison of two posteriors: every measure beside its null level, and a verdict by rules.
+
+The rules are those of `bnlora.assess.comparison.verdict`; what each measure is stands in its own module.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from bnlora._util.checks import check_level
+from bnlora._util.display import Showable, Shown, Table
+from bnlora.assess.comparison import verdict as say
+from bnlora.assess.comparison.classifier import ClassifierTest, classifier_test
+from bnlora.assess.comparison.coverage import Coverage, coverage
+from bnlora.assess.comparison.draws import Draws
+from bnlora.assess.comparison.kernel import KernelTest, kernel_test
+from bnlora.assess.comparison.moments import Moments, moments, moments_null
+from bnlora.assess.comparison.pairs import pairs, varying
+from bnlora.assess.comparison.predictive import PredictiveAgreement, predictive_agreement
+from bnlora.assess.comparison.transport import Transport, transport
+from bnlora.metrics.khat import KHat
+from bnlora.prediction.predict import Prediction
+
+Other = Literal["reference", "other posterior"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a comparison.
+
+    Attributes:
+        name: What it measures.
+        value: Between approximation and reference.
+        null: Between halves of the reference; NaN where it has none.
+        p_value: P-value of no difference, adjusted where it is that of several functions; NaN without a test.
+        note: Where it was found, its standard error, or its threshold.
+    """
+
+    name: str
+    value: float
+    null: float = np.nan
+    p_value: float = np.nan
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison(Shown):
+    """An approximate posterior held against another one.
+
+    Attributes:
+        approx: Draws of the functions under the approximation.
+        reference: Draws of the same functions under the reference.
+        moments: Means and standard deviations.
+        moments_null: The same between halves of the reference.
+        transport: Wasserstein distances.
+        kernel: Maximum mean discrepancy.
+        classifier: Classifier two-sample test.
+        coverage: Coverage of credible intervals.
+        predictive: Agreement of predictions; None where none were compared.
+        khat: Pareto k-hat of the approximation; None where it has no density.
+        size: Draws in each half of each side, for the measures between samples.
+        level: Chance of a false alarm, over all aspects together.
+        other: What the second posterior is called: "reference" only where it is a certified one.
+        constant: Functions that were left out because they are constant under the second posterior.
+        notes: What else must be known about the two sides, in sentences.
+
+    Example:
+        >>> found = bl.compare(key, fit, chains, rows, num_samples=100, against="anything")
+        >>> found.other
+        'other posterior'
+    """
+
+    approx: Draws
+    reference: Draws
+    moments: Moments
+    moments_null: Moments
+    transport: Transport
+    kernel: KernelTest
+    classifier: ClassifierTest
+    coverage: Coverage
+    predictive: PredictiveAgreement | None
+    khat: KHat | None
+    size: int
+    level: float
+    other: Other
+    constant: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the functions."""
+        return self.approx.names
+
+    @property
+    def findings(self) -> tuple[say.Finding, ...]:
+        """What each aspect says, at its share of the level."""
+        level = self.level / num_aspects(self.predictive)
+        found = [
+            say.means(self.names, self.moments, level, self.other),
+            say.spread(self.names, self.moments, level, self.other),
+            say.joint_law(self.kernel, self.classifier, level),
+        ]
+        if self.predictive is not None:
+            found.append(say.predictions(self.predictive, level, self.other))
+            found.append(say.epistemic(self.predictive, level, self.other))
+        return tuple(found)
+
+    @property
+    def differences(self) -> tuple[str, ...]:
+        """The aspects in which a difference was found."""
+        return tuple(finding.aspect for finding in self.findings if finding.differs)
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The findings in words, what k-hat says, how far an agreement reaches, and what was compared."""
+        texts = [finding.text for finding in self.findings] + [say.weights(self.khat)]
+        if not self.differences:
+            texts.append(
+                f"nothing told the two apart at level {self.level:g}, in these functions and rows and with "
+                "this many draws"
+            )
+        if self.constant:
+            texts.append(f"left out, constant under the {self.other}: {', '.join(self.constant)}")
+        return (*texts, *self.notes)
+
+    @property
+    def verdict(self) -> str:
+        """The sentences in one, by the rules of `bnlora.assess.comparison.verdict`."""
+        return "; ".join(self.sentences)
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """Every measure as one number, those by function or row summed up."""
+        found, null = self.moments, self.moments_null
+        k = int(np.abs(found.shift).argmax())
+        j = say.furthest(found.ratio, np.ones(len(self.names), bool))
+        far = int(self.transport.marginal.argmax())
+        null_ratio = null.ratio[say.furthest(null.ratio, np.ones(len(self.names), bool))]
+        error = f"± {found.shift_mcse[k]:.2g}, {self.names[k]}"
+        ratio_error = f"± {found.ratio[j] * found.ratio_mcse[j]:.2g}, {self.names[j]}"
+        tested = self.classifier
+        rows = [
+            Measure("largest |difference of means| / sd", abs(found.shift[k]), np.abs(null.shift).max(),
+                    found.shift_adjusted[k], error),
+            Measure("ratio of sd, median", np.median(found.ratio), np.median(null.ratio)),
+            Measure("ratio of sd, worst", found.ratio[j], null_ratio, found.ratio_adjusted[j], ratio_error),
+            Measure("Wasserstein-1 / sd, mean", self.transport.marginal.mean(),
+                    self.transport.marginal_null.mean(), note=f"largest in {self.names[far]}"),
+            Measure("sliced Wasserstein-2 / sd", self.transport.sliced, self.transport.sliced_null),
+            Measure("squared MMD", self.kernel.squared, self.kernel.null, self.kernel.p_value),
+            Measure("classifier accuracy", tested.accuracy, tested.null, tested.p_value,
+                    f"± {tested.standard_error:.2g}, area {tested.area:.3f}"),
+        ]  # fmt: skip
+        held = zip(self.coverage.levels, self.coverage.share, self.coverage.null, strict=True)
+        rows += [Measure(f"in {c:.0%} intervals, mean", x.mean(), y.mean()) for c, x, y in held]
+        if self.khat is not None:
+            rows.append(Measure("Pareto k-hat", self.khat.value, note=f"at most {self.khat.threshold:.2f}"))
+        return (*rows, *_of_predictions(self.predictive))
+
+    @property
+    def table(self) -> Table:
+        """One row for each measure, with its null level."""
+        rows = tuple(
+            (m.name, _number(m.value), _number(m.null), _p_value(m.p_value), m.note) for m in self.measures
+        )
+        title = (
+            f"Comparison with the {self.other} in {len(self.names)} functions\n"
+            f"approximation: {self.approx.describe}\n{self.other}: {self.reference.describe}\n"
+            f"null: between halves of the {self.other}; measures between samples: {self.size} against "
+            f"{self.size} draws"
+        )
+        return Table(title, ("measure", "value", "null", "p", "note"), rows, texts=frozenset({4}))
+
+    @property
+    def functions_table(self) -> Table:
+        """One row for each function."""
+        found, share = self.moments, self.coverage
+        ninety = int(np.abs(np.array(share.levels) - 0.9).argmin())
+        rows = tuple(
+            (
+                name,
+                f"{found.shift[k]:+.2f} ± {found.shift_mcse[k]:.2f}",
+                say.p_text(found.shift_adjusted[k]),
+                f"{found.ratio[k]:.2f} ± {found.ratio[k] * found.ratio_mcse[k]:.2f}",
+                say.p_text(found.ratio_adjusted[k]),
+                f"{self.transport.marginal[k]:.2f}",
+                f"{self.transport.marginal_null[k]:.2f}",
+                f"{share.share[ninety, k]:.2f} ± {share.mcse[ninety, k]:.2f}",
+            )
+            for k, name in enumerate(self.names)
+        )
+        held = f"in {share.levels[ninety]:.0%}"
+        header = ("function", "mean", "p", "sd ratio", "p", "W1", "null", held)
+        title = f"Functions: differences in sd of the {self.other}, p-values adjusted (Holm)"
+        return Table(title, header, rows)
+
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """What was found in words, and the numbers behind it."""
+        return (self.sentences, self.table, self.functions_table)
+
+    def to_dataframe(self, of: Literal["functions", "measures"] = "functions") -> Any:
+        """Every number by function, or those of `table` by measure, as a pandas DataFrame.
+
+        Raises:
+            ValueError: When asked for anything else.
+        """
+        import pandas
+
+        if of == "functions":
+            return pandas.DataFrame(self._by_function(), index=pandas.Index(self.names, name="function"))
+        if of == "measures":
+            return pandas.DataFrame([vars(m) for m in self.measures]).set_index("name")
+        raise ValueError(f"`of` must be 'functions' or 'measures'; got {of!r}")
+
+    def __repr__(self) -> str:
+        return "\n".join([repr(self.table), *self.sentences])
+
+    def _by_function(self) -> dict[str, np.ndarray]:
+        found, share = self.moments, self.coverage
+        held = {f"in_{c:.0%}": x for c, x in zip(share.levels, share.share, strict=True)}
+        return {
+            "mean": self.approx.mean,
+            "other_mean": self.reference.mean,
+            "sd": self.approx.sd,
+            "other_sd": self.reference.sd,
+            "difference": found.shift,
+            "difference_mcse": found.shift_mcse,
+            "difference_p": found.shift_adjusted,
+            "sd_ratio": found.ratio,
+            "sd_ratio_mcse": found.ratio * found.ratio_mcse,
+            "sd_ratio_p": found.ratio_adjusted,
+            "W1": self.transport.marginal,
+            "W1_null": self.transport.marginal_null,
+            **held,
+        }
+
+
+def compare_draws(
+    random: np.random.Generator,
+    approx: Draws,
+    reference: Draws,
+    *,
+    predictions: tuple[Prediction, Prediction] | None = None,
+    khat: KHat | None = None,
+    level: float = 0.05,
+    other: Other = "reference",
+    notes: tuple[str, ...] = (),
+) -> Comparison:
+    """Every measure between draws of two posteriors; `bnlora.compare` makes the draws.
+
+    Args:
+        random: Source of slices, folds and permutations.
+        approx: Draws of the approximation.
+        reference: Draws of the reference.
+        predictions: Predictions of both for the same rows, as `predictive_agreement` takes them.
+        khat: Pareto k-hat of the approximation.
+        level: Chance of a false alarm, over all aspects together.
+        other: What the second posterior is called.
+        notes: What else must be known about the two sides, in sentences.
+
+    Returns:
+        Every measure beside its null level, but for those that need predictions. Functions that are
+        constant under `reference` are left out, and named.
+
+    Raises:
+        ValueError: When the level lies outside (0, 1), and what the measures refuse.
+    """
+    check_level(level)
+    constant = reference.constant
+    approx, reference = varying(approx, reference)
+    samples = pairs(approx, reference)
+    # So many that the least p-value is well below an aspect's share of the level.
+    count = max(999, int(np.ceil(40 / level)))
+    agreement = None
+    if predictions is not None:
+        agreement = predictive_agreement(random, *predictions, num_permutations=count)
+    return Comparison(
+        approx=approx,
+        reference=reference,
+        moments=moments(approx, reference),
+        moments_null=moments_null(reference),
+        transport=transport(random, samples),
+        kernel=kernel_test(random, samples, num_permutations=count),
+        classifier=classifier_test(random, samples),
+        coverage=coverage(approx, reference),
+        predictive=agreement,
+        khat=khat,
+        size=samples.size,
+        level=level,
+        other=other,
+        constant=constant,
+        notes=notes,
+    )
+
+
+def num_aspects(predictive: PredictiveAgreement | None) -> int:
+    """Among how many aspects the level is shared."""
+    return 3 if predictive is None else 5
+
+
+def _of_predictions(found: PredictiveAgreement | None) -> list[Measure]:
+    if found is None:
+        return []
+    variation, divergence, gap = (
+        (value.mean(), null.mean())
+        for value, null in (
+            (found.total_variation, found.total_variation_null),
+            (found.divergence, found.divergence_null),
+            (found.mutual_information_gap, found.mutual_information_gap_null),
+        )
+    )
+    row = int(found.total_variation.argmax())
+    largest = f"largest {found.total_variation[row]:.3g}, row {row}"
+    return [
+        Measure("total variation, mean of rows", *variation, found.total_variation_p, largest),
+        Measure("KL divergence, mean of rows", *divergence),
+        Measure("|difference| of mutual information", *gap, found.mutual_information_p),
+        Measure("correlation of mutual information", found.correlation, found.correlation_null),
+    ]
+
+
+def _number(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.3g}"
+
+
+def _p_value(value: float) -> str:
+    return "" if np.isnan(value) else say.p_text(value)

@@ -1,0 +1,253 @@
+r"""A certified reference on disk: function values and predictions, without adapters or the language model.
+
+The factors of a head are many and not identifiable; what a comparison reads of them is little. A folder holds
+`certificate.json` (the verdict, the numbers behind it, what was sampled and how, and checksums of the other
+files), `draws.nc` (values of the functions by chain and draw, and log-probabilities of the classes by draw
+and row), and, where sites were held, `held.safetensors` (their values, and the parameters of the prior), so
+that another posterior can be held at the same values. The rows are not stored: a checksum of their tokens and
+labels is, so that a comparison on others is refused. Folders of before the checksums are read without them.
+
+The idea of draws that travel with their certificate is that of posteriordb (Magnusson et al. 2024, arXiv
+2407.04967).
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from bnlora._util.files import file_checksum, read_json, write_json, write_whole
+from bnlora.assess.comparison.draws import Draws, evenly
+from bnlora.data.batch import Batch, check_labels
+from bnlora.infer.mcmc.certificate import Certificate
+from bnlora.prediction.functions import PROBES, evaluate, identifiable
+from bnlora.prediction.predict import Prediction, predict_with_draws
+from bnlora.program.conditional import Conditional
+from bnlora.program.model import kind_of
+
+RECORD, DRAWS, HELD = "certificate.json", "draws.nc", "held.safetensors"
+
+
+@dataclass(frozen=True, repr=False)
+class StoredReference:
+    """What a comparison reads of a run of MCMC.
+
+    Attributes:
+        draws: Values of the default functions at every draw, by chain.
+        prediction: Log-probabilities of the rows' classes under some of the draws.
+        certificate: What the checks of the run concluded.
+        record: How it was made: sampler, options, seed, sizes, seconds, command, versions.
+        rows: Checksum of the rows of functions and predictions.
+        sites: The adapted sites and label words, in words.
+        fixed: Value of every site that was held, by name.
+        params: Values of the prior's parameters, where sites were held.
+    """
+
+    draws: Draws
+    prediction: Prediction
+    certificate: Certificate
+    record: Mapping[str, Any]
+    rows: str
+    sites: str
+    fixed: Mapping[str, np.ndarray] = field(default_factory=dict)
+    params: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Families whose norms are among the functions."""
+        return tuple(n[len("norm[") : -1] for n in self.draws.names if n.startswith("norm["))
+
+    @property
+    def holds_unknown(self) -> bool:
+        """Whether sites were held whose values were not stored, as in folders of earlier versions."""
+        return bool(self.record.get("held")) and not self.fixed
+
+    def thinned_prediction(self, size: int) -> Prediction:
+        """The prediction from `size` evenly spaced ones of the kept draws."""
+        kept = self.prediction.draw_log_probs
+        return Prediction(kept[evenly(len(kept), size)])
+
+    def __repr__(self) -> str:
+        chains, count, functions = self.draws.values.shape
+        made = self.record.get("sampler", "a sampler")
+        sizes = f"{chains} chains of {count} draws, {functions} functions"
+        return f"StoredReference({made}, {sizes})\n  {self.certificate.verdict}"
+
+
+def store_reference(
+    chains: Any,
+    data: Batch,
+    *,
+    num_predictions: int = 400,
+    batch_size: int = 32,
+    console: Console | None = None,
+) -> StoredReference:
+    """Keep of a run what comparisons need.
+
+    Args:
+        chains: A run of MCMC with `model`, `num_chains`, `stored_adapters`, `certificate` and `record`.
+        data: Rows with labels: those of the functions (margins at the first eight) and of the predictions.
+        num_predictions: Most draws whose predictions are kept.
+        batch_size: Rows to run at a time.
+        console: Where to draw the progress bar; the terminal or notebook when omitted.
+
+    Returns:
+        What a comparison reads of the run.
+
+    Raises:
+        ValueError: When a row has a label or a token that the model has not.
+
+    Example:
+        >>> stored = bl.store_reference(chains, rows, num_predictions=20)
+        >>> stored.prediction.probs.shape
+        (8, 2)
+    """
+    model = chains.model
+    check_labels("data", data, len(model.label_ids))
+    adapters = chains.stored_adapters()
+    names, values = evaluate(identifiable(model, data[:PROBES]), model, adapters, data)
+    chosen = evenly(len(values), min(num_predictions, len(values)))
+    some = jax.tree.map(lambda x: x[chosen], adapters)
+    prediction = predict_with_draws(model, some, data, batch_size=batch_size, console=console)
+    draws = Draws(names, values.reshape(chains.num_chains, -1, len(names)), "chains")
+    about = dict(chains.record) | {"held": chains.target.held, "thinning": chains.thinning}
+    stored = StoredReference(draws, prediction, chains.certificate, about, checksum(data), describe(model))
+    if not isinstance(model, Conditional):
+        return stored
+    fixed, params = (_arrays(values) for values in (model.fixed, chains.target.view.params))
+    return replace(stored, fixed=fixed, params=params)
+
+
+def _arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.array(value, order="C") for name, value in values.items()}
+
+
+def describe(model: Any) -> str:
+    """Sites and label words of a classifier, and what its draws go through, in words."""
+    text = f"{model.sites!r}\nlabel ids {model.label_ids}"
+    if kind_of(model) == "network":
+        return text
+    return f"{text}\ntangent model in the frames {model.checksum[:12]}"
+
+
+def checksum(data: Batch) -> str:
+    """Checksum of the real tokens and the labels of some rows, whatever their padding."""
+    digest = hashlib.sha256()
+    for tokens, mask, label in zip(*map(np.asarray, (data.tokens, data.mask, data.labels)), strict=True):
+        digest.update(np.asarray([label, *tokens[mask]], np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def save_reference(stored: StoredReference, folder: str | Path) -> None:
+    """Write a reference into a folder, which is made if it is not there.
+
+    Args:
+        stored: What `store_reference` gave.
+        folder: Folder to write; made where there is none.
+
+    Example:
+        >>> bl.save_reference(bl.store_reference(chains, rows, num_predictions=20), folder / "reference")
+        >>> bl.load_reference(folder / "reference").certificate == chains.certificate
+        True
+    """
+    import xarray
+
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = xarray.Dataset(
+        {
+            "values": (("chain", "draw", "function"), stored.draws.values.astype(np.float32)),
+            "log_probs": (("sample", "row", "class"), stored.prediction.draw_log_probs.astype(np.float32)),
+        },
+        coords={"function": list(stored.draws.names)},
+    )
+    packed = {name: {"zlib": True, "complevel": 9} for name in kept.data_vars}
+    write_whole(folder / DRAWS, lambda scratch: kept.to_netcdf(scratch, engine="h5netcdf", encoding=packed))
+    about = {
+        "certificate": stored.certificate.to_json(),
+        "record": dict(stored.record),
+        "rows": stored.rows,
+        "sites": stored.sites,
+    }
+    parts = {"fixed": stored.fixed, "params": stored.params}
+    held = {f"{part}.{name}": x for part, values in parts.items() for name, x in values.items()}
+    if held:
+        write_whole(folder / HELD, lambda scratch: save_file(held, scratch))
+    else:
+        (folder / HELD).unlink(missing_ok=True)
+    about["checksums"] = {
+        name: file_checksum(folder / name) for name in ((DRAWS, HELD) if held else (DRAWS,))
+    }
+    write_json(folder / RECORD, about)
+
+
+def load_reference(folder: str | Path) -> StoredReference:
+    """Read a reference back.
+
+    Args:
+        folder: Folder that `save_reference` wrote.
+
+    Returns:
+        The reference, for `bnlora.compare`.
+
+    Raises:
+        FileNotFoundError: When the folder holds none.
+        ValueError: When a file is corrupt, the two files are not of one reference, a value is not finite, or
+            the probabilities of the classes do not sum to one.
+
+    Example:
+        >>> bl.save_reference(bl.store_reference(chains, rows, num_predictions=20), folder / "kept")
+        >>> bl.load_reference(folder / "kept").prediction.draw_log_probs.shape  # draws, rows, classes
+        (20, 8, 2)
+    """
+    import xarray
+
+    folder = Path(folder).expanduser()
+    absent = [name for name in (RECORD, DRAWS) if not (folder / name).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{str(folder)!r} holds no reference: it lacks {' and '.join(absent)}")
+    try:
+        about = read_json(folder / RECORD)
+        with xarray.open_dataset(folder / DRAWS, engine="h5netcdf") as kept:
+            names = tuple(str(name) for name in kept["function"].values)
+            values = np.asarray(kept["values"].values, np.float64)
+            log_probs = np.asarray(kept["log_probs"].values)
+        certificate = Certificate.from_json(about["certificate"])
+        parts = {name: about[name] for name in ("record", "rows", "sites")}
+        held = load_file(folder / HELD) if (folder / HELD).is_file() else {}
+        _check(about, folder, values, log_probs)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"the reference in {str(folder)!r} is corrupt: {error}") from error
+    parts |= {
+        part: {n.removeprefix(f"{part}."): x for n, x in held.items() if n.startswith(f"{part}.")}
+        for part in ("fixed", "params")
+    }
+    return StoredReference(Draws(names, values, "chains"), Prediction(log_probs), certificate, **parts)
+
+
+def _check(about: Mapping[str, Any], folder: Path, values: np.ndarray, log_probs: np.ndarray) -> None:
+    """Raise `ValueError` unless the files are of one reference and their numbers can be."""
+    for name, expected in about.get("checksums", {}).items():  # older folders have none
+        if file_checksum(folder / name) != expected:
+            raise ValueError(
+                f"{name} is not the file that {RECORD} describes: another reference's, or changed"
+            )
+    if not np.isfinite(values).all():
+        raise ValueError(f"{DRAWS} has values that are not finite")
+    if not np.allclose(np.exp(log_probs, dtype=np.float64).sum(-1), 1, atol=1e-3):
+        raise ValueError(f"{DRAWS} has probabilities of the classes that do not sum to one")
+
+
+def require_same_problem(stored: StoredReference, model: Any, data: Batch) -> None:
+    """Raise `ValueError` unless a reference is of these sites, label words and rows."""
+    if stored.sites != describe(model):
+        raise ValueError(f"expected a posterior over the reference's\n{stored.sites}\ngot\n{describe(model)}")
+    if stored.rows != checksum(data):
+        raise ValueError("the reference was stored for other rows; give the rows that it was stored with")

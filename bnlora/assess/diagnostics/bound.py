@@ -1,0 +1,188 @@
+r"""Has the bound converged? Its terms over the steps, smoothed by windows, and two questions about the end.
+
+    m_k = mean of the bound over window k,    change = m_K - m_{K-1},    se = (se_K^2 + se_{K-1}^2)^(1/2)
+
+with K = 5 windows of equal length. The fit is *moving* when |change| > tolerance * max(|m_K|, 1) + 2 se:
+further steps would still change the bound by more than its noise; or when the same holds of its KL term
+alone, which in closed form has hardly any noise and betrays a scale that still grows under a bound that
+looks flat. *Too noisy* when 2 se alone is above ten times that tolerance and above one nat, so that a
+change of this size would not be seen. *Too short* with fewer than `LEAST_STEPS` steps. R-hat of the two
+last windows taken as chains says the same in units of the noise of a step, whatever its size. Steps that
+were not finite are left out.
+
+`final_bound` is the bound at the fitted parameters from other draws and all rows. Where it is far below the
+mean of the last window, the path jumps about and ended in a bad place.
+
+A path that creeps, or circles without a trend, looks converged here: rates that are far too low or too high
+may be betrayed by the importance weights alone (`weights`), or by fits from other keys (`restarts`).
+
+References: Dhaka, Catalina, Andersen, Magnusson, Huggins and Vehtari (2020), Robust, accurate stochastic
+optimization for variational inference, arXiv 2009.00666; Yao et al. (2018), arXiv 1802.02538, for the
+relative change of the bound.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from bnlora._util.checks import check_positive
+from bnlora._util.display import Shown, Table
+from bnlora.assess.diagnostics.sample import Sample
+from bnlora.infer.svi.elbo import TERMS
+from bnlora.infer.svi.result import Fit
+from bnlora.metrics.monte_carlo import rank_rhat
+
+WINDOWS = 5
+KL_TERMS = ("inducing_kl", "conditional_kl")
+LEAST_STEPS = 50
+NOISE = 10
+Verdict = Literal["converged", "moving", "too noisy", "too short"]
+
+
+@dataclass(frozen=True, repr=False)
+class Bound(Shown):
+    """The bound over the steps of a fit, in nats over all training rows.
+
+    Attributes:
+        terms: Mean of every term in each window, oldest first.
+        errors: Standard error of each mean, from the spread of the steps within the window.
+        last_step: Last step of each window.
+        num_steps: Finite steps behind all of it.
+        tolerance: Relative change of the smoothed bound that counts as none.
+        rhat: R-hat of the last two windows as chains; NaN with fewer than four steps in each.
+    """
+
+    terms: dict[str, Float[np.ndarray, " window"]]
+    errors: dict[str, Float[np.ndarray, " window"]]
+    last_step: np.ndarray
+    num_steps: int
+    tolerance: float
+    rhat: float
+
+    @property
+    def value(self) -> float:
+        """Mean of the bound over the last window."""
+        return float(self.terms["elbo"][-1])
+
+    @property
+    def change(self) -> float:
+        """How much higher the last window is than the one before, in nats."""
+        return float(np.diff(self.terms["elbo"][-2:])[0])
+
+    @property
+    def change_error(self) -> float:
+        """Standard error of `change`."""
+        return float(np.linalg.norm(self.errors["elbo"][-2:]))
+
+    @property
+    def kl_change(self) -> float:
+        """How much higher the KL terms are in the last window than in the one before, in nats."""
+        return float(np.diff(self._kl[-2:])[0])
+
+    @property
+    def kl_change_error(self) -> float:
+        """Standard error of `kl_change`, both terms taken as moving together."""
+        return float(np.linalg.norm(sum(self.errors[name][-2:] for name in KL_TERMS)))
+
+    @property
+    def _kl(self) -> np.ndarray:
+        return np.sum([self.terms[name] for name in KL_TERMS], axis=0)
+
+    @property
+    def relative_change(self) -> float:
+        """`change` relative to the bound, or to one nat where that is less."""
+        return self.change / max(abs(self.value), 1.0)
+
+    @property
+    def allowed(self) -> float:
+        """Largest change in nats that counts as none."""
+        return self.tolerance * max(abs(self.value), 1.0)
+
+    @property
+    def verdict(self) -> Verdict:
+        """By the rules at the top of this file."""
+        if self.num_steps < LEAST_STEPS:
+            return "too short"
+        moves = (self.change, self.change_error), (self.kl_change, self.kl_change_error)
+        if not all(abs(change) <= self.allowed + 2 * error for change, error in moves):
+            return "moving"
+        unseen = 2 * self.change_error
+        return "too noisy" if unseen > max(NOISE * self.allowed, 1.0) else "converged"
+
+    @cached_property
+    def table(self) -> Any:
+        """Means of all terms by window and their errors, a pandas DataFrame with the last steps as index."""
+        import pandas
+
+        columns = self.terms | {f"{name}_error": x for name, x in self.errors.items()}
+        return pandas.DataFrame(columns, index=pandas.Index(self.last_step, name="last_step"))
+
+    @property
+    def overview(self) -> tuple[Table]:
+        """The table."""
+        rows = tuple(
+            (f"to step {step}", *(f"{self.terms[n][k]:,.1f} ± {self.errors[n][k]:,.1f}" for n in TERMS))
+            for k, step in enumerate(self.last_step)
+        )
+        title = (
+            f"The bound by window: {self.verdict}, last change {self.relative_change:+.2%} "
+            f"({self.change:+.2f} ± {self.change_error:.2f} nats), R-hat {self.rhat:.2f}"
+        )
+        return (Table(title, ("window", *TERMS), rows),)
+
+
+def bound(fit: Fit | Sample, *, tolerance: float = 0.01) -> Bound:
+    """Smooth the terms of the bound by windows and ask whether it has converged.
+
+    Args:
+        fit: A fit, or a `Sample` of it; no draws are needed.
+        tolerance: Relative change from one fifth of the steps to the next that counts as none.
+
+    Raises:
+        ValueError: When the tolerance is not positive, or fewer than ten steps were finite.
+    """
+    check_positive({"tolerance": tolerance})
+    made = fit.fit if isinstance(fit, Sample) else fit
+    finite = np.isfinite(np.stack([made.history[name] for name in TERMS])).all(0)
+    length = int(finite.sum()) // WINDOWS
+    if length < 2:
+        raise ValueError(f"expected at least {2 * WINDOWS} finite steps; got {finite.sum()}")
+    used = np.flatnonzero(finite)[-WINDOWS * length :]
+    windows = {n: made.history[n][used].astype(np.float64).reshape(WINDOWS, length) for n in TERMS}
+    last = windows["elbo"][-2:, :, None]
+    return Bound(
+        terms={n: x.mean(1) for n, x in windows.items()},
+        errors={n: x.std(1, ddof=1) / length**0.5 for n, x in windows.items()},
+        last_step=used.reshape(WINDOWS, length)[:, -1] + 1,
+        num_steps=int(finite.sum()),
+        tolerance=tolerance,
+        rhat=float(rank_rhat(last)[0]) if length >= 4 and np.ptp(last) > 0 else np.nan,
+    )
+
+
+@dataclass(frozen=True)
+class FinalBound:
+    """The bound at the parameters of the fit, from its draws and all training rows.
+
+    Attributes:
+        value: Mean of log p - log q in nats.
+        error: Standard error of it.
+    """
+
+    value: float
+    error: float
+
+
+def final_bound(drawn: Sample) -> FinalBound:
+    """The bound at the fitted parameters.
+
+    Raises:
+        ValueError: When the guide has no density.
+    """
+    if not drawn.has_density:
+        raise ValueError("the bound at given parameters needs a guide with a density over every latent site")
+    ratio = drawn.log_joint - drawn.log_q
+    return FinalBound(float(ratio.mean()), float(ratio.std(ddof=1)) / len(ratio) ** 0.5)

@@ -1,0 +1,131 @@
+r"""Does each class come as often as predicted? A predictive check of counts by class and probability.
+
+The rows are put into B bins of equal size by p_i(c), for each class c, and in each bin
+
+    O = number of rows of class c,    E = sum_i p_i(c),    z = (O - E) / (sum_i p_i(c) (1 - p_i(c)))^(1/2)
+
+Labels are simulated from the predictions themselves, all classes of a row together; the band around E holds
+every count of every class at once with probability `level`, and the p-value is the share of simulations
+whose largest |z| exceeds that of the labels. It is a check by predictive replication, on rows that the fit
+has not seen; with counts this discrete a pointwise interval would be crossed somewhere most of the time.
+
+References: Gelman, Meng and Stern (1996), Posterior predictive assessment of model fitness via realized
+discrepancies; Broecker and Smith (2007), Increasing the reliability of reliability diagrams, for bands by
+resampling under calibration.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from bnlora._util.checks import check_at_least, check_level, class_numbers
+
+SIMULATIONS = 2000
+MOST_BINS = 5
+ROWS_PER_BIN = 20
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """Observed and expected counts by class and bin of predicted probability.
+
+    Attributes:
+        observed: Rows of the class in each bin, shape (class, bin).
+        expected: Sum of their probabilities.
+        low: Lower end of the simultaneous band of the counts.
+        high: Upper end of it.
+        rows: Rows in each bin.
+        p_value: Share of simulated labels at least as far from the expectation.
+        level: Probability with which the band holds all counts.
+    """
+
+    observed: Float[np.ndarray, "c b"]
+    expected: Float[np.ndarray, "c b"]
+    low: Float[np.ndarray, "c b"]
+    high: Float[np.ndarray, "c b"]
+    rows: Int[np.ndarray, "c b"]
+    p_value: float
+    level: float
+
+    @property
+    def table(self) -> Any:
+        """One row for each class and bin, a pandas DataFrame."""
+        import pandas
+
+        classes, bins = np.indices(self.observed.shape)
+        columns = {"class": classes.ravel(), "bin": bins.ravel(), "rows": self.rows.ravel()}
+        columns |= {n: getattr(self, n).ravel() for n in ("observed", "expected", "low", "high")}
+        return pandas.DataFrame(columns)
+
+    @property
+    def worst(self) -> tuple[int, int]:
+        """Class and bin furthest from its expectation, relative to the band on that side of it."""
+        gap = self.observed - self.expected
+        side = np.where(gap > 0, self.high - self.expected, self.expected - self.low)
+        far = np.abs(gap) / np.maximum(side, 1e-12)
+        return tuple(np.unravel_index(far.argmax(), far.shape))  # type: ignore[return-value]
+
+    def __repr__(self) -> str:
+        classes, bins = self.observed.shape
+        return f"ClassCounts({classes} classes, {bins} bins, {self.rows[0].sum()} rows, p {self.p_value:.3g})"
+
+
+def class_counts(
+    random: np.random.Generator,
+    probs: Float[np.ndarray, "n c"],
+    labels: Int[np.ndarray, " n"],
+    *,
+    bins: int | None = None,
+    level: float = 0.95,
+) -> ClassCounts:
+    """Counts of each class against predictive probabilities, with simultaneous bands.
+
+    Args:
+        random: Source of the simulated labels.
+        probs: Probabilities of the classes of each row.
+        labels: The class of each row.
+        bins: Bins of equal size for each class; one for every 20 rows and at most five when omitted.
+        level: Probability of the simultaneous band.
+
+    Raises:
+        ValueError: When `level` is not in (0, 1), there are fewer rows than bins, or labels are no classes.
+    """
+    check_level(level)
+    count, classes = probs.shape
+    bins = int(np.clip(count // ROWS_PER_BIN, 1, MOST_BINS)) if bins is None else bins
+    check_at_least({"bins": bins}, 1)
+    check_at_least({"the number of rows": count}, bins)
+    labels = class_numbers("the rows", labels, count, classes)
+    member = _bins(probs, bins)
+    expected = np.einsum("cbn,nc->cb", member, probs)
+    sd = np.sqrt(np.einsum("cbn,nc->cb", member, probs * (1 - probs)))
+    ends = np.cumsum(probs, axis=1)[:, :-1]
+    simulated = (random.random((SIMULATIONS, count, 1)) > ends).sum(-1)
+    far = np.array([_distance(_counts(member, y), expected, sd) for y in simulated])
+    width = np.quantile(far, level) * sd
+    observed = _counts(member, labels)
+    # A hair's breadth less, or rounding would part counts that are equal.
+    beyond = (far >= _distance(observed, expected, sd) - 1e-9).sum()
+    rows = member.sum(2).astype(int)
+    low, high = np.maximum(expected - width, 0), np.minimum(expected + width, rows)
+    return ClassCounts(observed, expected, low, high, rows, float((1 + beyond) / (1 + SIMULATIONS)), level)
+
+
+def _bins(probs: np.ndarray, bins: int) -> np.ndarray:
+    """Whether a row is in a bin of a class, shape (class, bin, row): bins of equal size by probability."""
+    count, classes = probs.shape
+    place = np.empty((classes, count), int)
+    for c, order in enumerate(np.argsort(probs, axis=0, kind="stable").T):
+        place[c, order] = np.arange(count) * bins // count
+    return (place[:, None] == np.arange(bins)[:, None]).astype(float)
+
+
+def _counts(member: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return np.einsum("cbn,cn->cb", member, (np.arange(len(member))[:, None] == labels).astype(float))
+
+
+def _distance(found: np.ndarray, expected: np.ndarray, sd: np.ndarray) -> float:
+    """Largest |z| over classes and bins."""
+    return float((np.abs(found - expected) / np.maximum(sd, 1e-12)).max())

@@ -1,0 +1,179 @@
+r"""Leave-one-out from a fit: how well would each training row have been predicted without it?
+
+    elpd = sum_i log p(y_i | y_-i),    p(y_i | y_-i) = sum_s w_is p(y_i | theta_s) / sum_s w_is,
+    w_is = p(theta_s, y) / (q(theta_s) p(y_i | theta_s)),    theta_s ~ q
+
+The weights correct two things at once: from the guide to the posterior, and from the posterior to the one
+without the row; they are smoothed by Pareto laws, and the k-hat of each row says whether that worked. Where
+that of the fit itself is too large (`khat`), that of every row is. `p` is the effective number of
+parameters, the log-likelihood that is lost by leaving out.
+
+Of many rows a random part is left out and the sum over the others estimated by differences to their log-
+likelihood (Magnusson et al. 2019), which adds `subsampling_error`. That saves the smoothing, not the
+forward passes: the joint density in the weights is over all rows.
+
+References: Vehtari, Gelman and Gabry (2017), arXiv 1507.04544; Magnusson, Andersen, Jonasson and Vehtari
+(2019), arXiv 1904.10679, for approximate posteriors and subsampling; Yao et al. (2018), arXiv 1704.02030,
+for stacking.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from bnlora._util.checks import check_at_least
+from bnlora._util.display import Shown, Table
+from bnlora.assess.diagnostics.sample import Sample, sample_of
+from bnlora.assess.diagnostics.tree import tree_of_draws
+from bnlora.infer.svi.result import Fit
+from bnlora.metrics.monte_carlo import approximate_loo, compare_elpd, smoothed_weights
+
+
+@dataclass(frozen=True, repr=False)
+class LeaveOneOut(Shown):
+    """Leave-one-out predictive density of the training rows.
+
+    Attributes:
+        elpd: Sum over the training rows of log p(y_i | y_-i), in nats.
+        error: Standard error of it over rows.
+        p: Effective number of parameters.
+        rows: Which training rows were left out.
+        elpd_of: Log p(y_i | y_-i) of these.
+        pareto_k: k-hat of these.
+        threshold: Largest k-hat at which the draws are enough.
+        num_rows: Number of training rows.
+        subsampling_error: Standard error from leaving out some rows alone; zero where all were.
+        record: ArviZ's own record, for `arviz_stats.compare` and plots.
+    """
+
+    elpd: float
+    error: float
+    p: float
+    rows: Int[np.ndarray, " m"]
+    elpd_of: Float[np.ndarray, " m"]
+    pareto_k: Float[np.ndarray, " m"]
+    threshold: float
+    num_rows: int
+    subsampling_error: float
+    record: Any = field(compare=False)
+
+    @property
+    def unreliable(self) -> Int[np.ndarray, " b"]:
+        """Rows whose k-hat is above the threshold, worst first."""
+        order = np.argsort(-self.pareto_k)
+        return self.rows[order][~(self.pareto_k[order] <= self.threshold)]
+
+    @property
+    def overview(self) -> tuple[Table]:
+        """The table."""
+        left = f"{len(self.rows)} of {self.num_rows} rows"
+        some = f", subsampling ± {self.subsampling_error:.1f}" if self.subsampling_error else ""
+        rows = (
+            ("elpd, nats", f"{self.elpd:.1f} ± {self.error:.1f}{some}"),
+            ("effective number of parameters", f"{self.p:.1f}"),
+            (f"rows with k-hat above {self.threshold:.2f}", f"{len(self.unreliable)} of {len(self.rows)}"),
+            ("largest k-hat", f"{self.pareto_k.max():.2f}"),
+        )
+        return (Table(f"Leave-one-out over {left}", ("", "value"), rows),)
+
+
+def loo(fit: Fit | Sample, *, observations: int | None = None) -> LeaveOneOut:
+    """Approximate leave-one-out cross-validation over the training rows.
+
+    Args:
+        fit: A fit, or a `Sample` of it.
+        observations: How many training rows to leave out, chosen at random by the key of the sample; all when
+            omitted.
+
+    Raises:
+        ValueError: When the guide has no density, or `observations` is not between 2 and the number of rows.
+    """
+    drawn = sample_of(fit)
+    return _leave_out(drawn, observations, _seed(drawn))
+
+
+def _seed(drawn: Sample) -> int:
+    return int(drawn.random(3).integers(2**31))
+
+
+def _leave_out(drawn: Sample, observations: int | None, seed: int) -> LeaveOneOut:
+    _require_density(drawn)
+    total = len(drawn.fit.train)
+    if observations is not None:
+        check_at_least({"observations": observations}, 2)
+        if observations > total:
+            raise ValueError(
+                f"observations must be at most the number of training rows, {total}; got {observations}, "
+                "which None means too"
+            )
+    tree = tree_of_draws({"log_likelihood": {"y": drawn.log_likelihood}}, dims={"y": ["row"]})
+    some = None if observations == total else observations
+    densities = (x[None] for x in (drawn.log_joint, drawn.log_q))
+    record = approximate_loo(tree, *densities, observations=some, seed=seed)
+    pointwise = np.asarray(record.pareto_k, np.float64).reshape(-1)
+    rows = np.flatnonzero(~np.isnan(pointwise)) if some else np.arange(total)
+    return LeaveOneOut(
+        elpd=float(record.elpd),
+        error=float(record.se),
+        p=float(record.p),
+        rows=rows,
+        elpd_of=np.asarray(record.elpd_i, np.float64).reshape(-1)[rows],
+        pareto_k=pointwise[rows],
+        threshold=float(record.good_k),
+        num_rows=total,
+        subsampling_error=float(record.subsampling_se) if some else 0.0,
+        record=record,
+    )
+
+
+def loo_probs(fit: Fit | Sample) -> Float[np.ndarray, "n c"]:
+    """Probabilities of the classes of every training row without it: p(y_i = c | y_-i).
+
+    Args:
+        fit: A fit, or a `Sample` of it.
+
+    Raises:
+        ValueError: When the guide has no density.
+    """
+    drawn = sample_of(fit)
+    _require_density(drawn)
+    own = (drawn.log_joint - drawn.log_q)[:, None] - drawn.log_likelihood
+    weights = smoothed_weights(own)
+    return np.einsum("sn,snc->nc", weights, np.exp(drawn.train_prediction.draw_log_probs))
+
+
+def compare_fits(fits: Mapping[str, Fit | Sample], *, observations: int | None = None) -> Any:
+    """Compare fits of the same training rows by leave-one-out.
+
+    Args:
+        fits: Fits, or samples of them, by name.
+        observations: As in `loo`.
+
+    Returns:
+        ArviZ's table, best first, with differences, their standard errors and weights by stacking: a pandas
+        DataFrame.
+
+    Raises:
+        ValueError: With fewer than two fits, or fits of other rows than the first.
+    """
+    check_at_least({"the number of fits": len(fits)}, 2)
+    made = {name: sample_of(one) for name, one in fits.items()}
+    first = next(iter(made.values())).fit.train
+    for name, one in made.items():
+        rows = one.fit.train
+        same = rows.tokens.shape == first.tokens.shape and bool((rows.tokens == first.tokens).all())
+        if not (same and bool((rows.labels == first.labels).all())):
+            raise ValueError(f"all fits must have the training rows of the first; {name!r} has others")
+    seed = _seed(next(iter(made.values())))  # one for all, so that they leave out the same rows
+    return compare_elpd({n: _leave_out(one, observations, seed).record for n, one in made.items()})
+
+
+def _require_density(drawn: Sample) -> None:
+    if not drawn.has_density:
+        raise ValueError(
+            "leave-one-out by importance weights needs a guide with a density over every latent site; this "
+            "one sets some to a point: hold rows out instead"
+        )

@@ -1,0 +1,127 @@
+r"""Are the labels as random as the predictions say? Randomised probability integral transforms.
+
+    u_i = F_i(y_i - 1) + v_i p_i(y_i),    F_i(c) = sum_{c' <= c} p_i(c'),    v_i uniform on (0, 1)
+
+If y_i is drawn from p_i, u_i is uniform, exactly, for discrete classes in any fixed order. With p_i the
+prediction of row i by leave-one-out no row is used twice. The distribution function of the u is held
+against bands that contain all of it with probability `level`:
+
+    P( gamma / 2 <= Bin(n, z).cdf(n ECDF(z)) <= 1 - gamma / 2  for all z ) = level
+
+with gamma found by simulation of uniform samples, and a p-value from the same simulation. Skewed: one end
+of the classes is predicted too often; a hill in the middle: predictions too cautious; a valley: too sure.
+
+Reference: Czado, Gneiting and Held (2009), Predictive model assessment for count data; Saeilynoja, Buerkner
+and Vehtari (2022), Graphical test for discrete uniformity, arXiv 2103.10522.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.stats import binom
+
+from bnlora._util.checks import check_level, class_numbers
+from bnlora.assess.diagnostics.loo import loo_probs
+from bnlora.assess.diagnostics.sample import Sample, sample_of
+from bnlora.infer.svi.result import Fit
+
+SIMULATIONS = 2000
+POINTS = 50
+
+
+@dataclass(frozen=True)
+class Pit:
+    """Randomised probability integral transforms against uniformity.
+
+    Attributes:
+        values: The transform of every row.
+        grid: Points z at which the distribution functions are compared.
+        ecdf: Share of the values that are at most z.
+        low: Lower end of the simultaneous band.
+        high: Upper end of it.
+        p_value: Probability that uniform values leave the narrowest band that holds these.
+        level: Probability with which uniform values stay in the band everywhere.
+    """
+
+    values: Float[np.ndarray, " n"]
+    grid: Float[np.ndarray, " z"]
+    ecdf: Float[np.ndarray, " z"]
+    low: Float[np.ndarray, " z"]
+    high: Float[np.ndarray, " z"]
+    p_value: float
+    level: float
+
+    @property
+    def inside(self) -> bool:
+        """Whether the distribution function stays within the band."""
+        return bool(((self.low <= self.ecdf) & (self.ecdf <= self.high)).all())
+
+    def __repr__(self) -> str:
+        where = "within" if self.inside else "outside"
+        return f"Pit({len(self.values)} rows, {where} the {self.level:.0%} band, p {self.p_value:.3g})"
+
+
+def loo_pit(fit: Fit | Sample, *, level: float = 0.95) -> Pit:
+    """Randomised transforms of the training rows under their leave-one-out predictions.
+
+    Args:
+        fit: A fit, or a `Sample` of it.
+        level: Probability of the simultaneous band.
+
+    Raises:
+        ValueError: When the guide has no density, or `level` is not in (0, 1).
+    """
+    drawn = sample_of(fit)
+    labels = np.asarray(drawn.fit.train.labels)
+    return randomised_pit(drawn.random(4), loo_probs(drawn), labels, level=level)
+
+
+def randomised_pit(
+    random: np.random.Generator,
+    probs: Float[np.ndarray, "n c"],
+    labels: Int[np.ndarray, " n"],
+    *,
+    level: float = 0.95,
+) -> Pit:
+    """Randomised transforms of labels under predictive probabilities.
+
+    Args:
+        random: Source of the uniform numbers and of the simulation.
+        probs: Probabilities of the classes of each row.
+        labels: The class of each row.
+        level: Probability of the simultaneous band.
+
+    Raises:
+        ValueError: When `level` is not in (0, 1), or labels are no classes.
+    """
+    check_level(level)
+    labels = class_numbers("the rows", labels, *probs.shape)
+    below = np.concatenate([np.zeros((len(probs), 1)), np.cumsum(probs, axis=1)], axis=1)
+    rows = np.arange(len(probs))
+    values = below[rows, labels] + random.random(len(probs)) * probs[rows, labels]
+    count = len(values)
+    grid = np.arange(1, POINTS) / POINTS
+    depths = np.array([_depth(random.random(count), grid) for _ in range(SIMULATIONS)])
+    gamma = float(np.quantile(depths, 1 - level))
+    low, high = (binom.ppf(q, count, grid) / count for q in (gamma / 2, 1 - gamma / 2))
+    p_value = (1 + (depths <= _depth(values, grid)).sum()) / (1 + SIMULATIONS)
+    ecdf = np.searchsorted(np.sort(values), grid, side="right") / count
+    return Pit(values, grid, ecdf, low, high, float(p_value), level)
+
+
+def _depth(values: np.ndarray, grid: np.ndarray) -> float:
+    """The least pointwise two-sided tail probability of the counts below the grid's points."""
+    count = len(values)
+    below = np.searchsorted(np.sort(values), grid, side="right")
+    lower, upper = _tails(count)
+    at = np.arange(len(grid))
+    return float(2 * min(lower[at, below].min(), upper[at, below].min()))
+
+
+@lru_cache(maxsize=4)
+def _tails(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """P(X <= k) and P(X >= k) of binomial counts at every point of the grid, shape (point, count + 1)."""
+    grid, k = np.arange(1, POINTS)[:, None] / POINTS, np.arange(count + 1)
+    return binom.cdf(k, count, grid), binom.sf(k - 1, count, grid)

@@ -1,0 +1,117 @@
+r"""Would another strength of prior or likelihood change the answer? Power-scaling sensitivity.
+
+    prior:       p_alpha(theta | y)  proportional to  p(y | theta) p(theta)^alpha
+    likelihood:  p_alpha(theta | y)  proportional to  p(y | theta)^alpha p(theta)
+
+near alpha = 1, by importance weights on the draws, smoothed by Pareto laws. The sensitivity of a function
+is the change of its distribution (cumulative Jensen-Shannon distance) for each doubling of alpha. Above
+0.05 in both: the prior and the data disagree, or the prior simply informs where data do too. Above in the
+prior alone: the prior decides and the data hardly matter. Above in the likelihood alone is what one hopes
+for.
+
+The draws are those of the guide, taken for the posterior: what is scaled is the posterior that the fit
+claims. The power acts on the density of all latent sites (all adapter weights), whose log varies over draws
+with the square root of half their number. In thousands of dimensions even a power of 0.99 gives uneven
+weights; `khat_prior` and `khat_likelihood` say whether the weights can be believed.
+
+Reference: Kallioinen, Paananen, Buerkner and Vehtari (2024), arXiv 2107.14054.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from bnlora._util.display import Shown, Table
+from bnlora.assess.diagnostics.hyper import log_prior_groups
+from bnlora.assess.diagnostics.overlap import probe_values
+from bnlora.assess.diagnostics.sample import Sample, sample_of
+from bnlora.assess.diagnostics.tree import tree_of_draws
+from bnlora.data.batch import Batch
+from bnlora.infer.svi.result import Fit
+from bnlora.metrics.monte_carlo import pareto_k, power_sensitivity
+
+THRESHOLD = 0.05
+ALPHA = 0.99
+
+
+@dataclass(frozen=True, repr=False)
+class Sensitivity(Shown):
+    """Power-scaling sensitivity of identifiable functions.
+
+    Attributes:
+        names: Name of each function.
+        prior: Sensitivity of each to the prior.
+        likelihood: Sensitivity of each to the likelihood of the training rows.
+        khat_prior: Pareto k-hat of the weights behind `prior`.
+        khat_likelihood: Of those behind `likelihood`.
+    """
+
+    names: tuple[str, ...]
+    prior: Float[np.ndarray, " k"]
+    likelihood: Float[np.ndarray, " k"]
+    khat_prior: float
+    khat_likelihood: float
+
+    @property
+    def conflicts(self) -> tuple[str, ...]:
+        """Functions that depend on both: prior and data may disagree about them."""
+        both = (self.prior >= THRESHOLD) & (self.likelihood >= THRESHOLD)
+        return tuple(name for name, found in zip(self.names, both, strict=True) if found)
+
+    @property
+    def prior_alone(self) -> tuple[str, ...]:
+        """Functions that depend on the prior and hardly on the data."""
+        alone = (self.prior >= THRESHOLD) & (self.likelihood < THRESHOLD)
+        return tuple(name for name, found in zip(self.names, alone, strict=True) if found)
+
+    @property
+    def table(self) -> Any:
+        """One row for each function, a pandas DataFrame."""
+        import pandas
+
+        columns = {"prior": self.prior, "likelihood": self.likelihood}
+        return pandas.DataFrame(columns, index=pandas.Index(self.names, name="function"))
+
+    @property
+    def overview(self) -> tuple[Table]:
+        """The table."""
+        rows = tuple(
+            (name, f"{self.prior[k]:.3f}", f"{self.likelihood[k]:.3f}") for k, name in enumerate(self.names)
+        )
+        title = (
+            f"Power-scaling sensitivity, threshold {THRESHOLD:g} (k-hat of the weights: prior "
+            f"{self.khat_prior:.2f}, likelihood {self.khat_likelihood:.2f})"
+        )
+        return (Table(title, ("function", "prior", "likelihood"), rows),)
+
+
+def sensitivity(fit: Fit | Sample, probe: Batch) -> Sensitivity:
+    """Power-scaling sensitivity of margins at probe rows and of the norms of the updates.
+
+    Args:
+        fit: A fit, or a `Sample` of it.
+        probe: Rows whose margins are looked at, the first eight of them; labels are not read.
+
+    Raises:
+        ValueError: When the prior has no latent sites.
+    """
+    drawn = sample_of(fit)
+    drawn.require_prior("power-scaling")
+    draw, adapters = drawn.drawn
+    names, values = probe_values(drawn, adapters, probe)
+    by_group = log_prior_groups(drawn.fit.model, draw.log_prior_of)
+    tree = tree_of_draws(
+        {
+            "posterior": {"value": values},
+            "log_prior": by_group,
+            "log_likelihood": {"y": drawn.log_likelihood},
+        },
+        dims={"value": ["function"], "y": ["row"]},
+        coords={"function": list(names)},
+    )
+    prior, likelihood = (power_sensitivity(tree, group)["value"] for group in ("prior", "likelihood"))
+    log_prior = sum(by_group.values(), start=np.zeros(len(values)))
+    scaled = [pareto_k((ALPHA - 1) * x) for x in (log_prior, drawn.log_likelihood.sum(1))]
+    return Sensitivity(names, prior, likelihood, *scaled)

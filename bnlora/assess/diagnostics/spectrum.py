@@ -1,0 +1,116 @@
+r"""How many directions does the update of each layer use? Posterior singular values and effective rank.
+
+The singular values and the effective rank are functions of each draw (`bnlora.assess.diagnostics.updates`);
+what is reported are their posterior mean and 90 % interval, beside the effective rank under the prior: the
+rank of a prior draw is no evidence for anything. Random matrices have well separated singular values, so that
+the effective rank of a prior draw lies somewhat below the rank.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from bnlora._util.display import Shown, Table
+from bnlora.assess.diagnostics.sample import Sample, sample_of
+from bnlora.assess.diagnostics.updates import effective_rank, singular_values
+from bnlora.infer.svi.result import Fit
+
+INTERVAL = (0.05, 0.95)
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """Singular values of the update of one layer.
+
+    Attributes:
+        family: Name of the family.
+        module: Name of the adapted module.
+        layer: Index of the layer; the number of layers for the head.
+        values: Posterior draws of the singular values, largest first, shape (draw, rank).
+        prior_values: The same under the prior; NaN where the prior cannot be drawn from.
+    """
+
+    family: str
+    module: str
+    layer: int
+    values: Float[np.ndarray, "s r"]
+    prior_values: Float[np.ndarray, "s r"]
+
+    @property
+    def rank(self) -> int:
+        """Rank of the adapter."""
+        return self.values.shape[1]
+
+    @cached_property
+    def effective_rank(self) -> Float[np.ndarray, " s"]:
+        """Effective rank of every posterior draw."""
+        return effective_rank(self.values)
+
+    @cached_property
+    def prior_effective_rank(self) -> Float[np.ndarray, " s"]:
+        """Effective rank of every prior draw."""
+        return effective_rank(self.prior_values)
+
+
+@dataclass(frozen=True, repr=False)
+class Spectrum(Shown):
+    """Singular values of the updates of a fit.
+
+    Attributes:
+        layers: One entry for each family and layer.
+    """
+
+    layers: tuple[LayerSpectrum, ...]
+
+    @cached_property
+    def table(self) -> Any:
+        """A pandas DataFrame: effective rank (mean, 90 % interval, prior mean) and mean singular values."""
+        import pandas
+
+        return pandas.DataFrame([_row(one) for one in self.layers])
+
+    @property
+    def overview(self) -> tuple[Table]:
+        """The table."""
+        rows = tuple(
+            (
+                f"{one.family} {one.layer}",
+                str(one.rank),
+                "{effective_rank:.2f} ({low:.2f} to {high:.2f})".format(**_row(one)),
+                f"{one.prior_effective_rank.mean():.2f}",
+                ", ".join(f"{x:.3g}" for x in one.values.mean(0)[:4]) + (", ..." if one.rank > 4 else ""),
+            )
+            for one in self.layers
+        )
+        header = ("update", "rank", "effective rank, 90 %", "prior", "mean singular values")
+        return (Table("Effective rank of the updates", header, rows),)
+
+
+def spectrum(fit: Fit | Sample) -> Spectrum:
+    """Posterior of the singular values and of the effective rank, layer by layer.
+
+    Args:
+        fit: A fit, or a `Sample` of it.
+    """
+    drawn = sample_of(fit)
+    found = []
+    for name, site in drawn.fit.model.sites.items():
+        posterior = abs(site.scale) * singular_values(**drawn.drawn[1][name])
+        if drawn.prior_refusal:
+            prior = np.full_like(posterior, np.nan)
+        else:
+            prior = abs(site.scale) * singular_values(**drawn.prior_adapters[name])
+        for index, layer in enumerate(site.layers):
+            found.append(LayerSpectrum(name, site.module, layer, posterior[:, index], prior[:, index]))
+    return Spectrum(tuple(found))
+
+
+def _row(one: LayerSpectrum) -> dict[str, Any]:
+    low, high = np.quantile(one.effective_rank, INTERVAL)
+    row = {"family": one.family, "module": one.module, "layer": one.layer, "rank": one.rank}
+    row |= {"effective_rank": float(one.effective_rank.mean()), "low": float(low), "high": float(high)}
+    row |= {"prior_effective_rank": float(one.prior_effective_rank.mean())}
+    return row | {f"singular_value_{i + 1}": float(x) for i, x in enumerate(one.values.mean(0))}

@@ -1,0 +1,130 @@
+r"""From a fit to ArviZ: one DataTree of draws, densities and the record of the optimisation.
+
+The factors of an adapter are not identifiable: (A, B) and (R A, B R^-1) are one update. The posterior group
+therefore holds functions of the update `alpha / rank * B A`, its Frobenius norm and its singular values, in
+place of the sites that make it up, and every other site of the prior by name
+(`bnlora.assess.diagnostics.hyper`).
+
+Draws of a guide are independent by construction, so R-hat and effective sample sizes of this tree say
+nothing about how good the fit is; `log_p` and `log_q` are there for the diagnostics that do
+(`arviz_stats.loo_approximate_posterior`, Pareto k).
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from bnlora._util.checks import check_key
+from bnlora.assess.diagnostics.hyper import Named, log_prior_groups, named_draws
+from bnlora.assess.diagnostics.updates import Summaries, summaries
+from bnlora.data.batch import Batch, check_labels
+from bnlora.prediction.predict import predict_with_draws
+
+CHAINS = 4  # ArviZ splits draws over chains; four equal parts of independent draws are as good as any
+
+
+def to_arviz(
+    fit: Any, data: Batch, *, num_samples: int = 200, batch_size: int = 32, key: Array | None = None
+) -> Any:
+    """Draws of a fit and their predictions for some rows, as an ArviZ DataTree.
+
+    Args:
+        fit: A fit.
+        data: Rows with labels for the groups over rows.
+        num_samples: Number of draws, a multiple of 4.
+        batch_size: Rows to run at a time.
+        key: Random key of the draws; the fit's own when omitted, so that two calls agree.
+
+    Returns:
+        A DataTree with the groups
+        `posterior`: `update_norm` (module, layer) and `singular_value` (module, layer, rank), the same
+        with the ending `_lm_head` for an adapted head, and the prior's hyper-parameters: every site that is
+        no weight of a factor, with the dimensions that its plates name. In names "/" becomes a dot, and one
+        that the tree has already gets a number; the attribute `site` is the name in the prior;
+        `sample_stats`: `log_p` (log prior plus log-likelihood of the training rows), `log_q`, and
+        over optimisation steps `elbo` and its terms;
+        `log_prior`: one variable for the weights of each family, for each hyper-parameter, and for what the
+        prior observes or weighs itself, for `arviz_stats.psense`, which wants the training rows as `data`;
+        absent where the prior has no latent sites;
+        `log_likelihood`, `posterior_predictive`, `observed_data`: `y` over the rows of `data`.
+
+    Raises:
+        ValueError: When `num_samples` is not a positive multiple of 4, or the rows have no labels.
+
+    Example:
+        >>> tree = bl.to_arviz(fit, rows, num_samples=4)
+        >>> "posterior" in tree.children, "log_likelihood" in tree.children
+        (True, True)
+    """
+    key = None if key is None else check_key(key)
+    if num_samples < CHAINS or num_samples % CHAINS:
+        raise ValueError(f"num_samples must be a positive multiple of {CHAINS}; got {num_samples}")
+    check_labels("data", data, len(fit.model.label_ids))
+    draws, adapters = fit.draws(fit.draw_key if key is None else key, num_samples)
+    predicted = partial(predict_with_draws, fit.model, adapters, batch_size=batch_size)
+    in_training = predicted(fit.train).log_probs_of(fit.train.labels)
+    prediction = predicted(data)
+    stats = {"log_p": np.asarray(draws.log_prior, np.float64) + in_training.sum(1), "log_q": draws.log_q}
+    found = summaries(fit.model.sites, adapters)
+    groups = {
+        "posterior": found.values,
+        "sample_stats": stats,
+        "log_prior": log_prior_groups(fit.model, draws.log_prior_of),
+        "log_likelihood": {"y": prediction.log_probs_of(data.labels)},
+        "posterior_predictive": {"y": _sample_classes(prediction.draw_log_probs)},
+    }
+    groups = {name: group for name, group in groups.items() if group}
+    hyper = named_draws(fit.model, draws.sites)
+    return _tree(jax.tree.map(_by_chain, groups), found, hyper, fit, data)
+
+
+def tree_of_draws(groups: Mapping[str, Mapping[str, np.ndarray]], **options: Any) -> Any:
+    """A DataTree of arrays with a leading draw axis, as one chain.
+
+    Args:
+        groups: Arrays by group and name.
+        **options: `dims` and `coords`, as `arviz_base.from_dict` takes them.
+    """
+    import arviz_base
+
+    chains = {g: {n: np.asarray(x)[None] for n, x in group.items()} for g, group in groups.items()}
+    return arviz_base.from_dict(chains, check_conventions=False, **options)
+
+
+def _sample_classes(log_probs: np.ndarray) -> np.ndarray:
+    """One class for each draw and row, by inverting the distribution function at a fixed uniform stream."""
+    uniform = np.random.default_rng(0).random(log_probs.shape[:2])[..., None]
+    return (np.exp(log_probs).cumsum(-1)[..., :-1] < uniform).sum(-1)
+
+
+def _by_chain(x: Any) -> np.ndarray:
+    array = np.asarray(x)
+    return array.reshape(CHAINS, -1, *array.shape[1:])
+
+
+def _tree(
+    groups: dict[str, dict[str, np.ndarray]], found: Summaries, hyper: Named, fit: Any, data: Batch
+) -> Any:
+    import arviz_base
+    import xarray
+
+    groups = {**groups, "observed_data": {"y": np.asarray(data.labels)}}
+    dims = found.dims | {"y": ["row"]}
+    # ArviZ's convention that a chain is longer than the number of chains is about MCMC; these draws are few.
+    tree = arviz_base.from_dict(groups, dims=dims, coords=found.coords, check_conventions=False)
+    trace = {name: ("step", values) for name, values in fit.history.items()}
+    steps = {"step": np.arange(1, len(fit.step_seconds) + 1)}
+    stats = tree["sample_stats"].to_dataset().assign(trace).assign_coords(steps)
+    tree["sample_stats"] = xarray.DataTree(stats)
+    # Apart from the others, for the group of log priors has a number a draw under each of these names.
+    variables = {
+        name: (("chain", "draw", *hyper.dims[name]), _by_chain(values), {"site": hyper.sites[name]})
+        for name, values in hyper.values.items()
+    }
+    posterior = tree["posterior"].to_dataset().assign(variables).assign_coords(hyper.coords)
+    tree["posterior"] = xarray.DataTree(posterior)
+    return tree

@@ -1,0 +1,139 @@
+"""What the ranks of a simulation-based calibration say: two tests for each function, and one verdict.
+
+    SBC   R ~ uniform on {0, ..., L}                       the draws are right on average over data
+    VSBC  p = R / L has the same law as 1 - p              they are unbiased on average over data
+
+Each test has its own Holm correction over the functions. Tests and references: `bnlora.metrics.ranks`.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from bnlora._util.display import Showable, Shown, Table
+from bnlora.metrics.ranks import dispersion, holm, symmetry, uniformity
+
+
+@dataclass(frozen=True, repr=False)
+class Calibration(Shown):
+    """Ranks of the truth among the draws of an inference, over simulations, and what they say.
+
+    Attributes:
+        names: Names of the functions.
+        ranks: Number of draws below the truth, shape (simulation, function), of the simulations whose draws
+            were all finite.
+        num_draws: Number of draws L; ranks run from 0 to L.
+        failed: Which of all simulations gave a draw that is not finite, shape (simulation,).
+        level: Level of every verdict, over all functions together.
+    """
+
+    names: tuple[str, ...]
+    ranks: Int[np.ndarray, "m k"]
+    num_draws: int
+    failed: Bool[np.ndarray, " m"]
+    level: float = 0.05
+
+    @cached_property
+    def p_values(self) -> Float[np.ndarray, " k"]:
+        """Exact p-values of uniform ranks (SBC), by function."""
+        return np.array([uniformity(r, self.num_draws) for r in self.ranks.T])
+
+    @cached_property
+    def symmetry_p_values(self) -> Float[np.ndarray, " k"]:
+        """Exact p-values of p symmetric about one half (VSBC), by function."""
+        return np.array([symmetry(r, self.num_draws)[1] for r in self.ranks.T])
+
+    @property
+    def adjusted(self) -> Float[np.ndarray, " k"]:
+        """`p_values` adjusted by Holm's rule for the number of functions."""
+        return holm(self.p_values)
+
+    @property
+    def symmetry_adjusted(self) -> Float[np.ndarray, " k"]:
+        """`symmetry_p_values` adjusted by Holm's rule for the number of functions."""
+        return holm(self.symmetry_p_values)
+
+    @property
+    def probabilities(self) -> Float[np.ndarray, "m k"]:
+        """Pr_q(f < f(truth)) in each simulation, in the middle of its step of 1 / (L + 1)."""
+        return (self.ranks + 0.5) / (self.num_draws + 1)
+
+    @property
+    def passed(self) -> bool:
+        """Whether no function rejects uniform ranks at `level` and no simulation failed."""
+        return bool((self.adjusted >= self.level).all()) and not self.failed.any()
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether no function rejects symmetry at `level` and no simulation failed: less than `passed`."""
+        return bool((self.symmetry_adjusted >= self.level).all()) and not self.failed.any()
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """What is wrong with each function's draws, "" where neither test rejects.
+
+        Bias is named where symmetry is rejected. Width is named only elsewhere, where `dispersion` is two
+        standard errors off: bias raises that too, whatever the width.
+        """
+        return tuple(self._direction(k) for k in range(len(self.names)))
+
+    def _direction(self, k: int) -> str:
+        uneven, biased = self.adjusted[k] < self.level, self.symmetry_adjusted[k] < self.level
+        if not (uneven or biased):
+            return ""
+        if biased:
+            return "too low" if self.probabilities[:, k].mean() > 0.5 else "too high"
+        _, score = dispersion(self.ranks[:, k], self.num_draws)
+        if abs(score) > 2:
+            return "too narrow" if score > 0 else "too wide"
+        return "wrong shape"
+
+    @property
+    def verdict(self) -> str:
+        """What both tests conclude, and how many simulations failed."""
+        total, lost = len(self.failed), int(self.failed.sum())
+        texts = []
+        for name, adjusted in (("SBC", self.adjusted), ("VSBC", self.symmetry_adjusted)):
+            bad = [f for f, p in zip(self.names, adjusted, strict=True) if p < self.level]
+            claim = "uniform ranks" if name == "SBC" else "symmetry"
+            held = f"no function rejects {claim}" if not bad else f"rejects {claim} for {', '.join(bad)}"
+            texts.append(f"{name}: {held} (least adjusted p {_p(adjusted.min())}, level {self.level:g})")
+        if lost:
+            texts.append(
+                f"{lost} of {total} simulations were not finite and have no rank, so neither test passes"
+            )
+        return "; ".join(texts)
+
+    @property
+    def table(self) -> Table:
+        """One row for each function.
+
+        "spread" is the second moment of the ranks about L / 2 over that of uniform ones: narrow draws raise
+        it, wide ones lower it, and bias raises it, whatever the width.
+        """
+        tests = (self.p_values, self.adjusted, self.symmetry_p_values, self.symmetry_adjusted)
+        rows = []
+        for k, name in enumerate(self.names):
+            spread, _ = dispersion(self.ranks[:, k], self.num_draws)
+            numbers = [f"{self.probabilities[:, k].mean():.3f}", f"{spread:.2f}", *(_p(t[k]) for t in tests)]
+            rows.append((name, *numbers, self.directions[k]))
+        header = ("function", "mean p", "spread", "SBC p", "adjusted", "VSBC p", "adjusted", "draws are")
+        title = (
+            f"Calibration: {len(self.failed)} simulations, {int(self.failed.sum())} failed, "
+            f"{self.num_draws} draws each"
+        )
+        return Table(title, header, tuple(rows))
+
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """The table and the verdict."""
+        return (self.table, self.verdict)
+
+    def __repr__(self) -> str:
+        return f"{self.table!r}\n{self.verdict}"
+
+
+def _p(value: float) -> str:
+    return "<1e-4" if value < 1e-4 else f"{value:.4f}"

@@ -1,0 +1,127 @@
+"""Tables of texts in CSV, JSON lines and Parquet files, read by one rule and written without loss.
+
+Texts, numbers and booleans are read as strings, whatever the kind of file: `1` in a CSV file, `1` in a JSON
+line and the integer 1 in a Parquet file are the same label. An empty cell of a CSV file is an empty string;
+null in JSON or Parquet is None.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bnlora._util.files import write_whole
+from bnlora.data.formats import ENCODING, READERS, WRITERS, as_text, place
+
+if TYPE_CHECKING:  # imported where they are used: they take as long as the rest of the library
+    import pyarrow as pa
+    from datasets import Dataset
+
+
+class RowError(ValueError):
+    """A row that cannot be used.
+
+    Attributes:
+        split: Name of the split.
+        row: Index of the row in it.
+    """
+
+    def __init__(self, before: str, split: str, row: int, after: str):
+        super().__init__(f"{before}row {row} of split {split!r}{after}")
+        self.split, self.row = split, row
+        self._around = before, after
+
+    def at(self, place: str) -> ValueError:
+        """The same error with another name for the row."""
+        before, after = self._around
+        return ValueError(f"{before}{place}{after}")
+
+
+def read_table(
+    path: str | Path, *, columns: Sequence[str] | None = None, encoding: str = ENCODING
+) -> "Dataset":
+    """Read a table from a file, its kind known by the ending of its name.
+
+    Texts, numbers and truth values are read as strings, whatever the kind of the file.
+
+    Args:
+        path: A `.csv` (with a header), `.jsonl` or `.json` (one object a line), or `.parquet` file.
+        columns: Columns to read; all of them when None.
+        encoding: Encoding of a CSV or JSON file, e.g. "cp1252".
+
+    Raises:
+        FileNotFoundError: When there is no such file; the message names the nearest one beside it.
+        ValueError: When the ending or the encoding is not known, a column is missing, the file is empty or
+            cannot be parsed, or has no rows. Where a line is to blame, the message has its number.
+    """
+    return as_strings(read_columns(path, columns=columns, encoding=encoding))
+
+
+def read_columns(
+    path: str | Path, *, columns: Sequence[str] | None = None, encoding: str = ENCODING
+) -> "pa.Table":
+    """Read a table as `read_table` does, with the types that the file gives to its columns."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        hint = f"; the nearest is {str(path.parent / near[0])!r}" if near else ""
+        raise FileNotFoundError(f"there is no file {str(path)!r}{hint}")
+    read = READERS[_ending(path, READERS)]
+    if path.stat().st_size == 0:
+        raise ValueError(f"{str(path)!r} is empty")
+    table = read(path, columns=None if columns is None else list(dict.fromkeys(columns)), encoding=encoding)
+    if len(table) == 0:
+        raise ValueError(f"{str(path)!r} has no rows")
+    return table
+
+
+def as_strings(table: "pa.Table") -> "Dataset":
+    """A data set of strings, as `read_table` gives; named classes, lists and objects stay what they are."""
+    import pyarrow as pa
+    from datasets import ClassLabel, Dataset, Features
+
+    named = (
+        Features.from_arrow_schema(table.schema) if b"huggingface" in (table.schema.metadata or {}) else {}
+    )
+    arrays = [
+        column
+        if isinstance(named.get(name), ClassLabel) or pa.types.is_nested(column.type)
+        else pa.array([as_text(value) for value in column.to_pylist()], pa.string())
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    ]
+    strings = pa.table(dict(zip(table.column_names, arrays, strict=True)))
+    return Dataset(strings.replace_schema_metadata(table.schema.metadata))
+
+
+def require_writable(path: Path) -> None:
+    """Raise `ValueError` unless `write_table` knows the ending of this name."""
+    _ending(path, WRITERS)
+
+
+def write_table(rows: "Dataset | pa.Table", path: Path) -> None:
+    """Write a table to a `.csv`, `.jsonl` or `.parquet` file (in UTF-8), replacing one that is there."""
+    import pyarrow as pa
+
+    ending = _ending(path, WRITERS)
+    table = rows if isinstance(rows, pa.Table) else rows.with_format("arrow")[:]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, partial(WRITERS[ending], table))
+
+
+@contextmanager
+def naming_lines(files: Mapping[str, Path], *, encoding: str = ENCODING) -> Iterator[None]:
+    """Replace a `RowError` of a split by one that names the line of the split's file."""
+    try:
+        yield
+    except RowError as error:
+        raise error.at(place(files[error.split], error.row, encoding)) from error
+
+
+def _ending(path: Path, known: Mapping[str, Any]) -> str:
+    """The ending of a name in lower case; `ValueError` if it is not known."""
+    if path.suffix.lower() not in known:
+        raise ValueError(f"{path.name!r} must end in one of {', '.join(known)}; got {path.suffix!r}")
+    return path.suffix.lower()

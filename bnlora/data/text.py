@@ -1,0 +1,264 @@
+"""From texts and labels to batches: templates, label words, lengths, and clear refusals.
+
+The classes are words. A row is the template filled with its text; the likelihood reads the logits of one
+token for each class right after it (`bnlora.data.labels`). Tokens that the tokenizer adds at the beginning of
+a row stay. Tokens that it would append are dropped, so a row ends with the last token of the template.
+"""
+
+import bisect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from bnlora._util.checks import check_at_least, check_option
+from bnlora._util.display import Shown, Table
+from bnlora.data.batch import Batch, check_tokens, unknown_token
+from bnlora.data.formats import check_columns
+from bnlora.data.labels import LabelsAre, label_tokens, read_labels
+from bnlora.data.tables import RowError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Truncate = Literal["error", "left", "right"]
+Encoder = Callable[[list[str]], list[list[int]]]
+
+_MULTIPLE = 8  # rows are padded to a multiple of it, so that data sets of similar length share a program
+
+
+@dataclass(frozen=True, repr=False)
+class TextData(Shown):
+    """Tokenised splits of a classification task.
+
+    Attributes:
+        splits: Batches by name.
+        words: Word of each class, in the order of the labels.
+        label_ids: Token id of each word, shape (class,).
+
+    Example:
+        >>> bl.TextData({"train": rows}, words=(" bad", " good"), label_ids=np.array([3, 5]))
+        TextData(train 8 x 8; words [' bad', ' good'])
+    """
+
+    splits: Mapping[str, Batch]
+    words: tuple[str, ...]
+    label_ids: Int[np.ndarray, " c"]
+
+    def __getitem__(self, name: str) -> Batch:
+        """The split of this name; a `KeyError` names those that exist."""
+        if name not in self.splits:
+            raise KeyError(f"no split {name!r}; the splits are {', '.join(self.splits)}")
+        return self.splits[name]
+
+    @property
+    def train(self) -> Batch:
+        """The split `"train"`."""
+        return self["train"]
+
+    @property
+    def validation(self) -> Batch:
+        """The split `"validation"`."""
+        return self["validation"]
+
+    @property
+    def test(self) -> Batch:
+        """The split `"test"`."""
+        return self["test"]
+
+    @property
+    def overview(self) -> tuple[Table, ...]:
+        """One row for each split, and the words of the classes."""
+        splits = tuple(
+            (name, f"{len(rows):,}", str(rows.tokens.shape[1]), rows.lengths, rows.classes)
+            for name, rows in self.splits.items()
+        )
+        header = ("split", "rows", "positions", "tokens in a row", "rows of each class")
+        words = tuple((str(c), repr(w), str(self.label_ids[c])) for c, w in enumerate(self.words))
+        return (
+            Table("Text data", header, splits, texts=frozenset({3, 4})),
+            Table("Classes", ("class", "word", "token"), words, texts=frozenset({1})),
+        )
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(
+            f"{name} {len(batch)} x {batch.tokens.shape[1]}" for name, batch in self.splits.items()
+        )
+        return f"TextData({sizes}; words {list(self.words)})"
+
+
+def text_classification(
+    dataset: "Dataset | Mapping[str, Dataset]",
+    tokenizer: Any,
+    *,
+    text: str,
+    label: str | None,
+    words: Sequence[str],
+    template: str = "{text}",
+    max_length: int | None = None,
+    truncate: Truncate = "error",
+    labels_are: LabelsAre | None = None,
+) -> TextData:
+    """Tokenise a classification data set whose classes are words.
+
+    Args:
+        dataset: A data set, or several by split name; a single one becomes the split `"train"`.
+        tokenizer: The base model's tokenizer, or the base itself. With the base, tokens without an embedding
+            row are refused here; otherwise the model refuses them.
+        text: Column of the texts.
+        label: Column of the labels: the words (spaces aside), or integers 0 .. C-1, whatever they are
+            stored as. None for rows to predict whose class nobody knows; their labels are -1.
+        words: Word of each class, with a leading space where the template ends in none.
+        template: Text around each row, with `{text}` in it; it may hold chat markup.
+        max_length: Longest row in tokens; the tokenizer's own limit when omitted.
+        truncate: What to do with longer texts: refuse, or drop letters of the *text* from its left or
+            right. The template is never cut.
+        labels_are: "words" or "integers", if labels could be either (words "1", "2", "3" and a label 1); or
+            a mapping from labels to words.
+
+    Returns:
+        Batches padded on the right, the words and their token ids.
+
+    Raises:
+        ValueError: When a column is missing, a split is empty, the split `"train"` has labels of one
+            class only, a label is missing, unknown or could mean two classes, a word is not a single
+            token of its own, a text is too long, or the base has no row for a token.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> table = Dataset.from_dict({"text": ["the plot is", "the film was"], "label": ["good", "bad"]})
+        >>> columns = {"text": "text", "label": "label"}
+        >>> data = bl.text_classification(table, tokenizer, **columns, words=[" bad", " good"])
+        >>> data.train.labels
+        Array([1, 0], dtype=int32)
+    """
+    splits = dict(dataset) if isinstance(dataset, Mapping) else {"train": dataset}
+    if not splits:
+        raise ValueError("the data set has no split")
+    if template.count("{text}") != 1:
+        raise ValueError(f"the template must contain {{text}} once; got {template!r}")
+    check_option("truncate", truncate, get_args(Truncate))
+    base = tokenizer if hasattr(tokenizer, "modules") else None
+    tokenizer = tokenizer if base is None else base.tokenizer
+    limit = min(int(tokenizer.model_max_length), 2**20) if max_length is None else max_length
+    check_at_least({"max_length": limit}, 1)
+    ids, encode = label_tokens(tokenizer, words, template), _encoder(tokenizer, template)
+    batches = {}
+    for name, rows in splits.items():
+        check_columns(f"split {name!r}", rows.column_names, [text] if label is None else [text, label])
+        if len(rows) == 0:
+            raise ValueError(f"split {name!r} is empty")
+        labels = (
+            np.full(len(rows), -1, np.int32)
+            if label is None
+            else _labels(name, rows, label, words, labels_are)
+        )
+        tokens = _tokenise(name, list(rows[text]), encode, limit, truncate)
+        batches[name] = _pad(tokens, labels, tokenizer)
+    if base is not None:
+        _check_known(base, batches, dict(zip(words, ids.tolist(), strict=True)))
+    return TextData(batches, tuple(words), ids)
+
+
+def _check_known(base: Any, batches: Mapping[str, Batch], label_ids: Mapping[str, int]) -> None:
+    """Raise `ValueError` where rows or label words have a token that the base has no row for."""
+    size = base.modules["lm_head"][1]
+    for word, index in label_ids.items():
+        if index >= size:
+            raise ValueError(f"the label word {word!r} is {unknown_token(index, size, base.tokenizer)}")
+    for name, rows in batches.items():
+        check_tokens(rows.tokens, rows.mask, size, base.tokenizer, split=name)
+
+
+def _labels(
+    split: str, rows: "Dataset", label: str, words: Sequence[str], labels_are: LabelsAre | None
+) -> np.ndarray:
+    class_names = getattr(rows.features[label], "names", None)
+    labels = read_labels(split, rows[label], words, labels_are=labels_are, class_names=class_names)
+    if split == "train" and len(np.unique(labels)) < 2:
+        only = words[labels[0]].strip()
+        raise ValueError(f"split {split!r} has rows of one class only ({only!r}); two are needed")
+    return labels
+
+
+def _encoder(tokenizer: Any, template: str) -> Encoder:
+    """A function from texts to rows: the tokenizer's leading tokens, then those of the filled template.
+
+    Tokens that the tokenizer appends are dropped, because the logits are read at the last token. Leading
+    tokens are not added if the template already begins with them.
+    """
+    sample = template.replace("{text}", "x")
+    own, whole = (tokenizer(sample, add_special_tokens=added)["input_ids"] for added in (False, True))
+    starts = [i for i in range(len(whole) - len(own) + 1) if whole[i : i + len(own)] == own]
+    if not starts:
+        raise ValueError(
+            "the tokenizer must add its special tokens before and after a text, not within it; got "
+            f"{tokenizer.convert_ids_to_tokens(whole)} for {sample!r}"
+        )
+    before = whole[: starts[0]]
+    if own[: len(before)] == before:
+        before = []
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        filled = [template.replace("{text}", text) for text in texts]
+        rows = tokenizer(filled, add_special_tokens=False, verbose=False)["input_ids"]
+        return [before + ids for ids in rows]
+
+    return encode
+
+
+def _tokenise(
+    split: str, texts: list[Any], encode: Encoder, limit: int, truncate: Truncate
+) -> list[list[int]]:
+    for row, value in enumerate(texts):
+        if not isinstance(value, str) or not value.strip():
+            raise RowError("the text in ", split, row, f" must be a non-empty string; got {value!r}")
+    rows = encode(texts)
+    too_long = [i for i, ids in enumerate(rows) if len(ids) > limit]
+    if too_long and truncate == "error":
+        longest = max(len(rows[i]) for i in too_long)
+        count = f"{len(too_long)} of {len(rows)} texts of split {split!r}"
+        raise RowError(
+            f"{count} are longer than {limit} tokens (first: ",
+            split,
+            too_long[0],
+            f", longest: {longest}); pass truncate='left' or 'right', or a larger max_length",
+        )
+    for i in too_long:
+        shortened = _shorten(texts[i], encode, limit, truncate)
+        if shortened is None:
+            raise RowError(
+                f"the template takes {len(encode([''])[0])} of {limit} tokens, and no letter of the text in ",
+                split,
+                i,
+                " fits beside it; shorten the template or raise max_length",
+            )
+        rows[i] = shortened
+    return rows
+
+
+def _shorten(text: str, encode: Encoder, limit: int, truncate: Truncate) -> list[int] | None:
+    """The longest row within the limit whose text keeps its beginning (or its end), cut between letters."""
+    import regex
+
+    cuts = [0, *(letter.end() for letter in regex.finditer(r"\X", text))]  # a letter with its accents is one
+
+    def row(size: int) -> list[int]:
+        return encode([text[: cuts[size]] if truncate == "right" else text[cuts[-size - 1] :]])[0]
+
+    # A longer part may have fewer tokens, but rarely: the part found fits, and hardly a longer one would.
+    size = bisect.bisect(range(1, len(cuts)), limit, key=lambda size: len(row(size)))
+    return row(size) if size else None
+
+
+def _pad(rows: list[list[int]], labels: np.ndarray, tokenizer: Any) -> Batch:
+    length = -(-max(len(ids) for ids in rows) // _MULTIPLE) * _MULTIPLE
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    tokens = np.full((len(rows), length), filler, np.int32)
+    mask = np.zeros((len(rows), length), bool)
+    for i, ids in enumerate(rows):
+        tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
+    return Batch(jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(labels))

@@ -1,0 +1,205 @@
+r"""The whole way from labelled rows to a posterior under the core prior, in one call.
+
+    trunk  ->  frames  ->  features  ->  scales by evidence  ->  Laplace's Gaussian  ->  SVI from there
+
+Every part is a public function of its own; this one fixes the order and measures the seconds of each.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpyro.distributions as dist
+import optax
+from jax import Array
+from jaxtyping import Int
+from rich.console import Console
+
+from bnlora._util.checks import check_key
+from bnlora._util.display import Showable, Shown, Table
+from bnlora._util.progress import timed
+from bnlora._util.typing import Adapters, Parameters
+from bnlora.adapters.frames import Frames
+from bnlora.adapters.sites import Sites
+from bnlora.base import Base
+from bnlora.data.batch import Batch
+from bnlora.guides import Guide, around
+from bnlora.infer.core.gaussian import Gaussian, laplace
+from bnlora.infer.core.scales import Scales, choose_scales
+from bnlora.infer.svi.fit import fit
+from bnlora.infer.svi.result import Fit
+from bnlora.priors import core, point
+from bnlora.program.cache import cache_prefix
+from bnlora.program.model import Classifier
+from bnlora.program.tangent.frames import Size, frames, smaller_side
+from bnlora.program.tangent.model import Tangent
+from bnlora.program.tangent.targets import OWN, SLOPE, target_sites
+
+SIZES: Mapping[str, int] = {"q_proj": 8, "k_proj": 8, "v_proj": 32}
+"""Placement and sizes of the default, fixed on seeds 0 to 2 of `benchmarks/seeds.py`, with `SLOPE`."""
+
+OTHERS = 16
+"""Size of modules that are not in that table."""
+
+SCALE_PRIOR = dist.HalfNormal(5.0)
+"""Keeps scales finite on separable rows, and hardly moves them where the rows say something."""
+
+STEPS, RATE, PARTICLES = 100, 1e-2, 64
+"""Adam from Laplace's Gaussian: a hundred full-batch steps, the rate decaying to zero along a cosine.
+
+The start is near the optimum, so the noise of the gradient limits the fit: hence many draws a step."""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class CoreFit(Shown):
+    """A posterior under the core prior, with everything that led to it; a posterior for `predict`.
+
+    Attributes:
+        frames: The frames.
+        scales: The scales, chosen by evidence.
+        gaussian: Laplace's Gaussian at these scales.
+        fit: The variational fit that started there.
+        seconds: Wall time of each part.
+
+    Example:
+        >>> made = bl.fit_core(key, base, rows, label_ids=(3, 5), size={"lm_head": 2}, num_steps=4)
+        >>> made.draw_adapters(key, 5)["lm_head"]["b"].shape  # draws, layers, label rows, rank
+        (5, 1, 2, 2)
+    """
+
+    frames: Frames
+    scales: Scales
+    gaussian: Gaussian
+    fit: Fit
+    seconds: Mapping[str, float]
+
+    @property
+    def model(self) -> Tangent:
+        """The tangent model."""
+        return self.gaussian.model
+
+    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
+        """Adapters under the variational posterior, with a leading draw axis."""
+        key = check_key(key)
+        return self.fit.draw_adapters(key, num_samples)
+
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """Frames, scales, the fit and its seconds."""
+        rows = tuple((name, f"{seconds:.1f}") for name, seconds in self.seconds.items())
+        total = f"{sum(self.seconds.values()):.0f}"
+        table = Table(f"{total} s in all, compiling included", ("part", "seconds"), rows)
+        return (*self.frames.overview, *self.scales.overview, *self.fit.overview, table)
+
+    def __repr__(self) -> str:
+        return f"CoreFit(tangent, {self.frames!r}\n  {self.scales!r}\n  {self.fit!r})"
+
+
+def fit_core(
+    key: Array,
+    base: Base,
+    train: Batch,
+    *,
+    label_ids: Int[Any, " c"],
+    size: Size | None = None,
+    targets: Sequence[str] | None = None,
+    layers: slice | Iterable[int] | None = slice(-2, None),
+    scale_prior: dist.Distribution | None = SCALE_PRIOR,
+    within: float = 0.0,
+    num_steps: int = STEPS,
+    console: Console | None = None,
+) -> CoreFit:
+    """Fit the core prior on the tangent model, with frames and scales chosen from the rows.
+
+    Args:
+        key: Random key of sketches, guide draws and start values.
+        base: The frozen base.
+        train: Rows with labels.
+        label_ids: Token id of each class.
+        size: Directions of each side, as in `bnlora.frames`; a mapping also says which modules are adapted.
+            Omitted, those of `SIZES` and 16 for other modules, or as many as the smaller side has.
+        targets: Modules, `"slope"` and `"bias"`. Omitted, `"slope"` and the modules of `size` where that is a
+            mapping, else those of `SIZES`.
+        layers: Layers to adapt; the two uppermost when omitted.
+        scale_prior: Distribution of every scale, for their choice by evidence.
+        within: Nats of evidence to give up for smaller scales, as in `bnlora.choose_scales`.
+        num_steps: Steps of the variational fit.
+        console: Where to draw progress bars.
+
+    Returns:
+        The posterior with its parts.
+
+    Raises:
+        ValueError: As `bnlora.frames`, `bnlora.choose_scales` and `bnlora.fit`.
+
+    Example:
+        >>> made = bl.fit_core(key, base, rows, label_ids=(3, 5), size={"v_proj": 2}, num_steps=4)
+        >>> made.model.kind, sorted(made.scales.values)
+        ('tangent', ['slope', 'v_proj'])
+    """
+    frame_key, fit_key = jax.random.split(check_key(key))
+    seconds: dict[str, float] = {}
+    chosen = targets if targets is not None else [*(size if isinstance(size, Mapping) else SIZES), SLOPE]
+    sites = target_sites(base, chosen, layers)
+    places = {"label_ids": label_ids, "size": _sizes(sites) if size is None else size, "layers": layers}
+    with timed(seconds, "trunk"):  # frames and features both start from there
+        trunk = Classifier(base, sites, point(), label_ids=label_ids)
+        train = cache_prefix(trunk, train, console=console)
+    with timed(seconds, "frames"):
+        made = frames(frame_key, base, chosen, train, **places, console=console)
+    with timed(seconds, "features"):
+        tangent = Tangent(Classifier(base, made.sites, core(made), label_ids=label_ids))
+        rows = cache_prefix(tangent, train, console=console)
+    with timed(seconds, "scales by evidence"):
+        scales = choose_scales(tangent, rows, prior=scale_prior, within=within, console=console)
+    with timed(seconds, "Laplace"):
+        tangent = tangent.with_prior(core(made, scale=scales.values))
+        gaussian = laplace(tangent, rows, console=console)
+    with timed(seconds, "variational fit"):
+        guide = Guide(tangent.prior, around(gaussian))
+        fitted = fit_near(fit_key, tangent, guide, rows, num_steps=num_steps, console=console)
+    return CoreFit(made, scales, gaussian, fitted, seconds)
+
+
+def _sizes(sites: Sites) -> dict[str, int]:
+    """Size of every module by default."""
+    modules = {name: site for name, site in sites.items() if name not in OWN}
+    return {name: min(SIZES.get(name, OTHERS), smaller_side(site)) for name, site in modules.items()}
+
+
+def fit_near(
+    key: Array,
+    tangent: Tangent,
+    guide: Guide,
+    rows: Batch,
+    *,
+    num_steps: int = STEPS,
+    start: Parameters | None = None,
+    console: Console | None = None,
+) -> Fit:
+    """Fit a guide that is near the posterior already: Adam on all rows, with a rate that decays to zero.
+
+    Args:
+        key: Random key.
+        tangent: A tangent model.
+        guide: A guide of its prior.
+        rows: Rows with labels.
+        num_steps: Number of steps.
+        start: Where the parameters start, as in `bnlora.fit`.
+        console: Where to draw the progress bar.
+    """
+    rate = optax.adam(optax.cosine_decay_schedule(RATE, num_steps))
+    return fit(
+        key,
+        tangent,
+        guide,
+        rows,
+        rate,
+        scale_optimizer=rate,
+        num_steps=num_steps,
+        batch_size=len(rows),
+        num_particles=PARTICLES,
+        start=start,
+        console=console,
+    )

@@ -1,0 +1,267 @@
+r"""Laplace's Gaussian over every latent site of a core prior on a tangent model.
+
+    U | scales, y  ~  N(U*, Sigma),      log scales | y  ~  N(t*, H^{-1})
+
+U* and Sigma are mode and inverse Hessian at the scales (`bnlora.program.tangent.linear`). Where scales are
+sites, t* is the mode of their marginal posterior: Laplace's evidence times their prior. The mode of (scales,
+U) together would not do: a larger scale with a smaller U is the same function at a higher density. U* moves
+with the scales; its derivative at t* makes the joint Gaussian.
+
+The Gaussian is a posterior for `predict`, the start of a guide (`bnlora.infer.core.start`), and coordinates
+in which a sampler moves easily (`sample_nuts(..., mass=gaussian)`).
+
+References: Rue, Martino and Chopin (2009), integrated nested Laplace approximations; MacKay (1992).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy
+from jax import Array
+from jaxtyping import Float
+from rich.console import Console
+
+from bnlora._util.checks import check_key
+from bnlora._util.compilation import program
+from bnlora._util.display import Showable, Shown, facts
+from bnlora._util.typing import Adapters, Parameters
+from bnlora.data.batch import Batch, check_rows
+from bnlora.guides.affine import Affine
+from bnlora.infer.core.scales import Evidence, check_classes, linear_of
+from bnlora.program.cache import cache_prefix
+from bnlora.program.density import Density, density, require_inside
+from bnlora.program.tangent.linear import Informed, Linear, Mode, posterior
+from bnlora.program.tangent.model import Tangent
+from bnlora.program.tangent.moving import Moving, moving
+from bnlora.program.tangent.where import Where
+
+MOST = 20_000
+"""Rows or coordinates, whichever is fewer: matrices of 3 GiB."""
+
+NULL = 1e-6
+"""Square of what one prior standard deviation along a direction changes in all contrasts, below which it
+counts as uninformed. It is not the curvature: that is nearly zero for rows of which the base is sure."""
+
+STEP = 1e-3
+"""Step of the differences that give curvature and slope in the log scales."""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Gaussian(Shown):
+    """A Gaussian over the unconstrained vector of all latent sites; a posterior for `predict`.
+
+    Attributes:
+        view: The unconstrained view of the model (`bnlora.program.density`), whose order of coordinates holds
+            here.
+        affine: The map from standard normal to the vector.
+        informed: What a sampler moves in: the likelihood in the columns of `affine.vectors`, with contrasts
+            at the mean, or coordinates that follow the scales where these are sites.
+        log_evidence: Laplace's approximation of log p(y), in nats; at the mode of the scales where these are
+            sites, their own part included.
+
+    Example:
+        >>> gaussian = bl.laplace(tangent, rows)
+        >>> gaussian.draw_adapters(key, 5)["lm_head"]["b"].shape
+        (5, 1, 2, 4)
+    """
+
+    view: Density
+    affine: Affine
+    informed: Informed | Moving
+    log_evidence: float
+
+    @property
+    def model(self) -> Tangent:
+        """The tangent model."""
+        return self.view.model
+
+    @property
+    def loc(self) -> Float[np.ndarray, " p"]:
+        """Mean of the vector."""
+        return np.asarray(self.affine.centre)
+
+    def covariance(self) -> Float[np.ndarray, "p p"]:
+        """Covariance of the vector, whole: p^2 numbers."""
+        root = np.asarray(self.affine.apply(np.eye(len(self.loc)))) - self.loc
+        return root.T @ root
+
+    def draw_vectors(self, key: Array, num_samples: int) -> Float[np.ndarray, "s p"]:
+        """Draws of the unconstrained vector."""
+        normals = np.asarray(jax.random.normal(check_key(key), (num_samples, len(self.loc))), np.float64)
+        return np.asarray(self.affine.apply(normals)).astype(np.float32)
+
+    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
+        """Posterior adapters with a leading draw axis; the same key gives the same draws."""
+        return program(self, _adapters_at)(self.draw_vectors(key, num_samples))
+
+    def log_density(self, vectors: Float[np.ndarray, "s p"]) -> Float[np.ndarray, " s"]:
+        """Log-density of unconstrained vectors, in nats."""
+        white = self.affine.invert(vectors)
+        constant = self.affine.log_determinant + 0.5 * len(self.loc) * np.log(2 * np.pi)
+        return -0.5 * (white**2).sum(-1) - constant
+
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """Size, evidence, and mode of the scales where they are sites."""
+        about = {
+            "coordinates": f"{len(self.loc):,}",
+            "log evidence": f"{self.log_evidence:,.1f} nats, Laplace",
+            "model": "tangent",
+        }
+        return (facts("Gaussian at the posterior mode", about),)
+
+    def __repr__(self) -> str:
+        return f"Gaussian({len(self.loc):,} coordinates, tangent, log evidence {self.log_evidence:,.1f} nats)"
+
+
+def laplace(
+    tangent: Tangent,
+    train: Batch,
+    *,
+    params: Parameters | None = None,
+    console: Console | None = None,
+) -> Gaussian:
+    """Laplace's approximation of the posterior of a tangent model under a core prior.
+
+    Args:
+        tangent: A tangent model whose prior is `priors.core`, or a composition of such priors.
+        train: Rows with labels.
+        params: Values of the prior's NumPyro parameters (learned scales), such as the `params` of a fit.
+        console: Where to draw the progress bar of features.
+
+    Returns:
+        The Gaussian.
+
+    Raises:
+        ValueError: When rows have no labels or one class, the prior has sites that are neither a core nor a
+            scale of one, cores of another law, or both rows and coordinates are too many for memory.
+
+    Example:
+        >>> bl.laplace(tangent, rows)
+        Gaussian(4 coordinates, tangent, log evidence -5.4 nats)
+    """
+    check_rows("training", train, tangent)
+    check_classes(train)
+    view = density(tangent, params or {})
+    _require_memory(len(train) * (len(tangent.label_ids) - 1), view.size)
+    model, _ = linear_of(tangent, cache_prefix(tangent, train, console=console), by="layer")
+    where = Where.of(view)
+    with jax.enable_x64(new_val=True):
+        laws = _Posterior(where, model)
+        where.require_normal(laws.start())
+        t = laws.mode()
+        evidence, mean, vectors, values = laws.at(t)
+        centre, keep = np.zeros(view.size), np.ones(view.size)
+        centre[where.cores], centre[where.scales], keep[where.scales] = mean, t, 0.0
+        block = np.zeros((view.size, len(t)))
+        if len(t):
+            covariance = laws.covariance(t)
+            informed: Informed | Moving = laws.moving(t, mean, covariance)
+            spread = np.linalg.cholesky(covariance)
+            block[where.scales], block[where.cores] = spread, laws.slope(t) @ spread
+            evidence += float(laws.log_prior(jnp.asarray(t))) + 0.5 * len(t) * np.log(2 * np.pi)
+            evidence += np.log(np.diag(spread)).sum()
+        else:
+            informed = laws.informed(vectors, mean)
+    whole = np.zeros((view.size, vectors.shape[1]))
+    whole[where.cores] = vectors
+    # A copy: JAX remembers an array that a program in double precision held, and would take it for 64 bits.
+    affine = Affine(centre, keep, whole, (1 + values) ** -0.5, block, where.scales.copy())
+    return Gaussian(view, affine, informed, evidence)
+
+
+def _require_memory(rows: int, coordinates: int) -> None:
+    """Raise `ValueError` if the lesser of both is too large for matrices of that size."""
+    least = min(rows, coordinates)
+    if least > MOST:
+        raise ValueError(
+            f"Laplace's Gaussian needs matrices of the lesser of {rows:,} rows times contrasts and "
+            f"{coordinates:,} coordinates, {8 * least**2 / 2**30:,.1f} GiB each; use at most {MOST:,} rows "
+            "or coordinates, or fit a guide by bl.fit"
+        )
+
+
+class _Posterior:
+    """The posterior of scales and cores; every method runs in double precision."""
+
+    def __init__(self, where: Where, model: Linear):
+        self.where, self.model = where, model
+        self.evidence = Evidence.of(model)
+        self.value = jax.jit(jax.value_and_grad(self._value))
+        self.moments = jax.jit(self._mode)
+        self.log_scales, self.log_prior = jax.jit(where.log_scales), jax.jit(where.log_prior)
+
+    def start(self) -> np.ndarray:
+        """Where fits start the unconstrained scales."""
+        view = self.where.view
+        start = require_inside(jax.jit(view.start)(jax.random.key(0)))
+        return np.asarray(start, np.float64)[self.where.scales]
+
+    def _value(self, t: Array, data: Linear) -> Array:
+        return self.evidence.mode(self.where.log_scales(t), data).log_evidence + self.where.log_prior(t)
+
+    def _mode(self, t: Array, data: Linear, groups: Sequence[Array]) -> tuple[Mode, Array, Array]:
+        mode, log_scales = self.evidence.mode(self.where.log_scales(t), data), self.where.log_scales(t)
+        design = data._replace(groups=groups).design(log_scales)
+        return mode, design, design.T @ mode.weights if self.evidence.in_rows else mode.weights
+
+    def mode(self) -> np.ndarray:
+        """Mode of the marginal posterior of the unconstrained scales."""
+        if not len(self.where.scales):
+            return np.zeros(0)
+
+        def negative(t: np.ndarray) -> tuple[float, np.ndarray]:
+            value, slope = self.value(jnp.asarray(t), self.evidence.model)
+            return -float(value), -np.asarray(slope)
+
+        return scipy.optimize.minimize(negative, self.start(), jac=True, method="L-BFGS-B").x
+
+    def at(self, t: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+        """Evidence, mode, and eigenvectors and eigenvalues of the data's precision that move a contrast."""
+        mode, design, _ = self.moments(jnp.asarray(t), self.evidence.model, self.model.groups)
+        found = posterior(design, mode, in_rows=self.evidence.in_rows)
+        mean, vectors, values = (np.asarray(x) for x in found)
+        moves = ((np.asarray(design) @ vectors) ** 2).sum(0) > NULL
+        return float(mode.log_evidence), mean, vectors[:, moves], values[moves]
+
+    def informed(self, vectors: np.ndarray, mean: np.ndarray) -> Informed:
+        """Derivatives along some directions, contrasts at the mean, and labels, at fixed scales."""
+        log_scales = np.asarray(self.log_scales(jnp.zeros(0)), np.float64)
+        scaled = [np.exp(s) * group for s, group in zip(log_scales, self.model.groups, strict=True)]
+        design = np.concatenate(scaled, axis=2)
+        return Informed(design @ vectors, self.model.offset + design @ mean, np.asarray(self.model.labels))
+
+    def moving(self, t: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> Moving:
+        """Coordinates that follow the scales, from mode and covariance of the unconstrained ones."""
+        slope = np.asarray(jax.jit(jax.jacfwd(self.where.log_scales))(jnp.asarray(t)))
+        spread = np.sqrt(np.einsum("gi,ij,gj->g", slope, covariance, slope))
+        return moving(self.model, np.asarray(self.log_scales(jnp.asarray(t))), spread, mean)
+
+    def mean(self, t: np.ndarray) -> np.ndarray:
+        """The mode of the cores at given scales."""
+        return np.asarray(self.moments(jnp.asarray(t), self.evidence.model, self.model.groups)[2])
+
+    def covariance(self, t: np.ndarray) -> np.ndarray:
+        """Covariance of the unconstrained scales; no direction is wider than its prior allows."""
+        slopes = _differences(lambda x: np.asarray(self.value(jnp.asarray(x), self.evidence.model)[1]), t)
+        values, vectors = np.linalg.eigh(-(slopes + slopes.T) / 2)
+        return (vectors / np.maximum(values, 0.1)) @ vectors.T
+
+    def slope(self, t: np.ndarray) -> np.ndarray:
+        """Derivative of the mode of the cores in the unconstrained scales."""
+        return _differences(self.mean, t)
+
+
+def _differences(function: Callable[[np.ndarray], np.ndarray], t: np.ndarray) -> np.ndarray:
+    """Central differences, a column for each entry of t."""
+    shifts = STEP * np.eye(len(t))
+    return np.stack([(function(t + d) - function(t - d)) / (2 * STEP) for d in shifts], axis=1)
+
+
+def _adapters_at(gaussian: Gaussian, vectors: Array) -> Adapters:
+    found: Mapping[str, Any] = jax.lax.map(gaussian.view.adapters, vectors)
+    return found

@@ -1,0 +1,339 @@
+r"""Scales of the core prior by evidence: automatic relevance determination over families or layers.
+
+    s* = argmax log p(y | s)  +  log p(s),      log p(y | s) by Laplace (`bnlora.program.tangent.linear`)
+
+A family whose scale goes to zero is switched off. Scales are those of `priors.core`: nats of a logit
+contrast. Without p(s) this is type-II maximum likelihood: it overfits with few rows, and differences below
+about a nat for each further scale say nothing. With p(s) it is the mode of log s, and stays finite on
+separable rows.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import scipy
+from jax import Array
+from rich.console import Console
+
+from bnlora._util.checks import check_option
+from bnlora._util.display import Shown, Table
+from bnlora.data.batch import Batch, check_rows
+from bnlora.priors.hyper import require_positive
+from bnlora.program.cache import cache_prefix
+from bnlora.program.tangent.linear import Linear, Mode, in_float64, laplace_mode
+from bnlora.program.tangent.model import Tangent
+
+By = Literal["family", "layer"]
+LOWEST, HIGHEST = np.log(1e-3), np.log(1e2)
+"""Bounds of the log scales: below the first a family is off; a maximum at the second is none."""
+
+STARTS = (0.5, 3.0)
+
+ABSENT = -60.0
+"""Log scale of a group that is left out."""
+
+OFF = 0.01
+
+
+@dataclass(frozen=True)
+class Scales(Shown):
+    """Chosen scales, with the evidence for each.
+
+    Attributes:
+        values: Scale by family, as `priors.core(frames, scale=...)` takes them: a number, or one for each
+            layer.
+        log_evidence: Laplace's approximation of log p(y | scales), in nats.
+        without: The same without a family (or layer), the other scales chosen anew, by name; less what was
+            given up for caution, so that the difference is the gain at the maximum.
+        base: Log-likelihood of the untouched base, the evidence with all scales zero.
+        stderr: Standard deviation of each log scale by name, from the curvature at the maximum; infinite
+            where the scale is off.
+
+    Example:
+        >>> chosen = bl.choose_scales(tangent, rows, prior=dist.HalfNormal(1.0))
+        >>> sorted(chosen.values)
+        ['lm_head']
+    """
+
+    values: Mapping[str, float | np.ndarray]
+    log_evidence: float
+    without: Mapping[str, float]
+    base: float
+    stderr: Mapping[str, float]
+
+    @property
+    def by_name(self) -> dict[str, float]:
+        """Scale by family, or by family and layer."""
+        found: dict[str, float] = {}
+        for name, value in self.values.items():
+            if np.ndim(value):
+                found |= {f"{name}[{i}]": float(x) for i, x in enumerate(np.asarray(value))}
+            else:
+                found[name] = float(value)
+        return found
+
+    @property
+    def caution(self) -> str:
+        """What to know before these scales are used; empty where the rows ask for an update."""
+        if self.log_evidence >= self.base:
+            return ""
+        return (
+            f"The evidence is {self.base - self.log_evidence:.1f} nats below that of the untouched base: "
+            "here the prior of the scales weighs more than the rows. Use a narrower one, such as "
+            "dist.HalfNormal(1.0), more rows, or the base as it is."
+        )
+
+    @property
+    def overview(self) -> tuple[Table | str, ...]:
+        """Scale and evidence of every family."""
+        rows = []
+        for name, value in self.by_name.items():
+            low, high = (value * np.exp(sign * 1.96 * self.stderr[name]) for sign in (-1, 1))
+            shown = ("off", "") if value <= OFF else (f"{value:.2f}", f"{low:.2f} to {high:.2f}")
+            rows.append((name, *shown, f"{self.log_evidence - self.without[name]:+.1f}"))
+        title = f"Log evidence {self.log_evidence:,.1f} nats; untouched base {self.base:,.1f}"
+        table = Table(title, ("scale of", "nats", "95 %", "gain in evidence"), tuple(rows))
+        return (table, self.caution) if self.caution else (table,)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{n} {v:.2f}" if v > OFF else f"{n} off" for n, v in self.by_name.items())
+        below = ", below the base's: see `caution`" if self.caution else ""
+        return f"Scales({shown}; log evidence {self.log_evidence:,.1f} nats, base {self.base:,.1f}{below})"
+
+
+def choose_scales(
+    tangent: Tangent,
+    train: Batch,
+    *,
+    by: By = "family",
+    prior: dist.Distribution | None = None,
+    within: float = 0.0,
+    console: Console | None = None,
+) -> Scales:
+    """Choose the scales of the core prior by Laplace's evidence.
+
+    Args:
+        tangent: A tangent model; the scales of its own prior are not read.
+        train: Rows with labels.
+        by: One scale for each family, or for each of its layers.
+        prior: Distribution of each scale, independent of the others; none when omitted.
+        within: Nats of evidence to give up for caution: all scales are lowered by the one factor at which the
+            evidence is so far below its maximum. Rows say little between the two, and smaller scales keep
+            predictions nearer to the base's where new rows differ from the training rows.
+        console: Where to draw progress bars.
+
+    Returns:
+        The scales. `priors.core(frames, scale=scales.values)` is the prior that has them.
+
+    Raises:
+        ValueError: When the frames read labels, rows have no labels or one class, the prior is no
+            distribution of positive values, `within` is negative, or the evidence has no maximum, as on
+            separable rows.
+
+    Example:
+        >>> chosen = bl.choose_scales(tangent, rows, prior=dist.HalfNormal(1.0))
+        >>> prior = bl.priors.core(frames, scale=chosen.values)
+        >>> at_them = bl.laplace(tangent.with_prior(prior), rows).log_evidence
+        >>> bool(np.isclose(at_them, chosen.log_evidence))
+        True
+    """
+    check_option("by", by, get_args(By))
+    _check_prior(prior)
+    if not 0 <= within < np.inf:
+        raise ValueError(f"within must be a number of nats of at least zero; got {within!r}")
+    require_label_free(tangent)
+    check_rows("training", train, tangent)
+    model, names = linear_of(tangent, cache_prefix(tangent, train, console=console), by=by)
+    check_classes(train)
+    value, all_on = _objective(model, prior), np.ones(len(names), bool)
+    found = _maximise(value, all_on, [np.full(len(names), np.log(s)) for s in STARTS])
+    if prior is None and (found > HIGHEST - 0.01).any():
+        where = names[int(found.argmax())]
+        raise ValueError(
+            f"the evidence has no maximum: it still grows at a scale of {np.exp(HIGHEST):.0f} nats for "
+            f"{where}, as on separable rows; give the scales a prior, such as prior=dist.HalfNormal(1.0)"
+        )
+    stderr = dict(zip(names, _stderr(value, found), strict=True))
+    highest = value(found, all_on)[2]
+    lowered = found + _lowered(lambda shift: value(found + shift, all_on)[2], highest, within)
+    evidence = highest if not within else value(lowered, all_on)[2]
+    without = {}
+    for index, name in enumerate(names):
+        on = np.arange(len(names)) != index
+        off = np.exp(found[index]) <= OFF
+        best = highest if off else value(_maximise(value, on, [found]), on)[2]
+        without[name] = best - (highest - evidence)  # with the same caution
+    scales = np.exp(lowered)
+    return Scales(_by_family(tangent, names, scales, by), evidence, without, base_evidence(model), stderr)
+
+
+def _check_prior(prior: object) -> None:
+    """Raise `ValueError` unless this is None or a distribution of positive values."""
+    if prior is not None and not isinstance(prior, dist.Distribution):
+        raise ValueError(
+            f"prior must be a distribution of positive values, such as dist.HalfNormal(1.0); got {prior!r}"
+        )
+    if prior is not None:
+        require_positive("prior", prior)
+
+
+def require_label_free(tangent: Tangent) -> None:
+    """Raise `ValueError` if the frames read labels: then p(y | frames) is no evidence."""
+    if not tangent.frames.label_free:
+        raise ValueError(
+            "these frames were made from labels, so that the evidence would count the labels twice; use "
+            "frames without labels, such as bl.frames(...), or choose scales on other rows"
+        )
+
+
+def check_classes(train: Batch) -> None:
+    """Raise `ValueError` when all rows have one label."""
+    if len(np.unique(np.asarray(train.labels))) < 2:
+        raise ValueError("the training rows must have at least two classes; all of them have one label")
+
+
+def linear_of(tangent: Tangent, batch: Batch, *, by: By) -> tuple[Linear, tuple[str, ...]]:
+    """The linear model of prepared rows, a group for each family or layer at scale one, and their names."""
+    offset, phi = (np.asarray(x, np.float64) for x in tangent.features(tangent.base.params, batch))
+    groups, names, begin = [], [], 0
+    for name in tangent.sites:
+        frame = tangent.frames[name]
+        depth, *core = frame.size
+        for index, size in _blocks(depth, int(np.prod(core)), by):
+            groups.append(phi[:, :, begin : begin + size] / frame.unit)
+            names.append(name if index is None else f"{name}[{index}]")
+            begin += size
+    model = Linear(offset[:, 1:] - offset[:, :1], groups, np.asarray(batch.labels))
+    return in_float64(model), tuple(names)
+
+
+def _blocks(depth: int, size: int, by: By) -> list[tuple[int | None, int]]:
+    return [(None, depth * size)] if by == "family" else [(index, size) for index in range(depth)]
+
+
+def base_evidence(model: Linear) -> float:
+    """Log-likelihood of the untouched base."""
+    logits = np.pad(model.offset, ((0, 0), (1, 0)))
+    log_probs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    return float(np.take_along_axis(log_probs, np.asarray(model.labels)[:, None], axis=1).sum())
+
+
+class Evidence(NamedTuple):
+    """Laplace's log evidence as a JAX function of the log scales, with its data as an argument.
+
+    Attributes:
+        model: The linear model; where it is in rows, Gram matrices stand for its groups.
+        in_rows: Whether it is.
+    """
+
+    model: Linear
+    in_rows: bool
+
+    @classmethod
+    def of(cls, model: Linear) -> "Evidence":
+        """The evidence of a linear model."""
+        if not model.in_rows:
+            return cls(model, in_rows=False)
+        flat = [np.asarray(group).reshape(model.offset.size, -1) for group in model.groups]
+        return cls(model._replace(groups=np.stack([x @ x.T for x in flat])), in_rows=True)
+
+    def mode(self, log_scales: Array, model: Linear) -> Mode:
+        """The mode at some log scales; call it in double precision."""
+        if self.in_rows:
+            kernel = jnp.tensordot(jnp.exp(2 * log_scales), jnp.asarray(model.groups), 1)
+        else:
+            kernel = model.design(log_scales)
+        return laplace_mode(model, kernel, in_rows=self.in_rows)
+
+
+Objective = Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray, float]]
+"""From log scales, and which groups are on, to the objective, its gradient, and the evidence in it."""
+
+
+def _objective(model: Linear, prior: dist.Distribution | None) -> Objective:
+    """The evidence plus the log-density of the log scales, by one program for all sets of groups."""
+    evidence = Evidence.of(model)
+
+    def total(log_scales: Array, on: Array, data: Linear) -> tuple[Array, Array]:
+        found = evidence.mode(jnp.where(on, log_scales, ABSENT), data).log_evidence
+        if prior is None:
+            return found, found
+        return found + jnp.where(on, prior.log_prob(jnp.exp(log_scales)) + log_scales, 0.0).sum(), found
+
+    run = jax.jit(jax.value_and_grad(total, has_aux=True))
+
+    def value(log_scales: np.ndarray, on: np.ndarray) -> tuple[float, np.ndarray, float]:
+        with jax.enable_x64(new_val=True):
+            (found, part), slope = run(jnp.asarray(log_scales, jnp.float64), on, evidence.model)
+            return float(found), np.asarray(slope), float(part)
+
+    return value
+
+
+def _maximise(value: Objective, on: np.ndarray, starts: Sequence[np.ndarray]) -> np.ndarray:
+    """The log scales at the highest maximum that a climb from the starts finds; those that are off stay."""
+    best: tuple[np.ndarray, float] = starts[0], np.inf
+    if not on.any():
+        return best[0]
+    for first in starts:
+
+        def negative(x: np.ndarray, first: np.ndarray = first) -> tuple[float, np.ndarray]:
+            found, slope, _ = value(np.where(on, _spread(x, on), first), on)
+            return -found, -slope[on]
+
+        bounds = [(LOWEST, HIGHEST)] * int(on.sum())
+        made = scipy.optimize.minimize(negative, first[on], jac=True, method="L-BFGS-B", bounds=bounds)
+        if made.fun < best[1] - 1e-6:
+            best = np.where(on, _spread(made.x, on), first), made.fun
+    return best[0]
+
+
+def _lowered(evidence: Callable[[float], float], highest: float, within: float) -> float:
+    """The shift of all log scales that costs so many nats of evidence; the highest is that of no shift."""
+    if not within:
+        return 0.0
+    lowest, wanted = float(LOWEST - HIGHEST), highest - within
+    if evidence(lowest) > wanted:  # the base itself is as good
+        return lowest
+    return float(scipy.optimize.brentq(lambda shift: evidence(shift) - wanted, lowest, 0.0, xtol=1e-4))
+
+
+def _spread(x: np.ndarray, on: np.ndarray) -> np.ndarray:
+    whole = np.zeros(len(on))
+    whole[on] = x
+    return whole
+
+
+def _stderr(value: Objective, found: np.ndarray, step: float = 1e-3) -> np.ndarray:
+    """Standard deviations of log scales from the curvature; infinite for scales that are off."""
+    on, every = np.exp(found) > OFF, np.ones(len(found), bool)
+    stderr = np.full(len(found), np.inf)
+    if not on.any():
+        return stderr
+    shifts = step * np.eye(len(found))[on]
+    slopes = np.stack([value(found + d, every)[1] - value(found - d, every)[1] for d in shifts])[:, on] / (
+        2 * step
+    )
+    values, vectors = np.linalg.eigh(-(slopes + slopes.T) / 2)
+    variance = (vectors**2 / np.maximum(values, 1e-6)).sum(1)
+    stderr[on] = np.sqrt(variance)
+    return stderr
+
+
+def _by_family(
+    tangent: Tangent, names: tuple[str, ...], scales: np.ndarray, by: By
+) -> dict[str, float | np.ndarray]:
+    if by == "family":
+        return dict(zip(names, map(float, scales), strict=True))
+    found: dict[str, float | np.ndarray] = {}
+    begin = 0
+    for name in tangent.sites:
+        depth = tangent.frames[name].size[0]
+        found[name] = scales[begin : begin + depth]
+        begin += depth
+    return found

@@ -1,0 +1,166 @@
+"""Core fits on disk: what `bnlora.save_fit` writes, and what it takes to build the posterior again.
+
+| arrays                          | hold                                                              |
+|---------------------------------|-------------------------------------------------------------------|
+| `frames.*`                      | the frames, as of every fit under a core prior                    |
+| `core.scales`, `.without`, ...  | the chosen scales, their evidence and standard deviations         |
+| `core.affine`, `core.informed`  | Laplace's Gaussian, in whose coordinates the guide is             |
+| `core.seconds`                  | seconds of every part                                             |
+
+The Gaussian is stored and not computed again: its directions are eigenvectors, which may turn or change their
+sign on another machine, and the guide's parameters with them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnlora._util.fingerprint import is_same
+from bnlora.adapters.frames import Frames, frames_from
+from bnlora.adapters.sites import HEAD, Site, Sites
+from bnlora.base import Base
+from bnlora.guides import Guide, around
+from bnlora.guides.affine import Affine
+from bnlora.infer.core.fit import CoreFit
+from bnlora.infer.core.gaussian import Gaussian
+from bnlora.infer.core.scales import Scales
+from bnlora.infer.svi.checkpoint import by_path, fit_from, group, read_stored, write_fit
+from bnlora.priors import core as core_prior
+from bnlora.program.density import density
+from bnlora.program.model import Classifier
+from bnlora.program.tangent.linear import Informed
+from bnlora.program.tangent.model import Tangent
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def save_core(core: CoreFit, folder: str | Path, *, notes: Mapping[str, Any] | None = None) -> None:
+    """Write a fit of `bnlora.fit_core` into a folder, as `bnlora.save_fit` does, with all that led to it.
+
+    Args:
+        core: The fit.
+        folder: Folder to write; made where there is none.
+        notes: What else to keep, as in `bnlora.save_fit`, such as how the rows were read.
+
+    Raises:
+        OSError: When the folder cannot be written; a fit that it held is still there.
+
+    Example:
+        >>> made = bl.fit_core(key, base, rows, label_ids=(3, 5), size={"lm_head": 2}, num_steps=4)
+        >>> bl.save_core(made, folder / "core")
+        >>> again = bl.load_core(folder / "core", base)  # in another process, say
+        >>> bool((again.gaussian.loc == made.gaussian.loc).all())
+        True
+    """
+    write_fit(core.fit, folder, notes or {}, _arrays(core))
+
+
+def load_core(folder: str | Path, base: Base) -> CoreFit:
+    """Read back what `save_core` wrote: the same draws, with nothing to build again but the base.
+
+    Args:
+        folder: The folder.
+        base: The base of the fit.
+
+    Returns:
+        The posterior with its parts; its rows are there without cached features.
+
+    Raises:
+        FileNotFoundError: When the folder holds no fit.
+        ValueError: When a file is corrupt, the fit was written by `save_fit`, or is of another base.
+
+    Example:
+        >>> made = bl.fit_core(key, base, rows, label_ids=(3, 5), size={"lm_head": 2}, num_steps=4)
+        >>> bl.save_core(made, folder / "core")
+        >>> bl.load_core(folder / "core", base).scales == made.scales
+        True
+    """
+    folder = Path(folder).expanduser()
+    record, arrays = read_stored(folder)
+    affine, informed, numbers = (group(f"core.{name}", arrays) for name in ("affine", "informed", "numbers"))
+    if not affine:
+        raise ValueError(
+            f"the fit in {str(folder)!r} was not written by bl.save_core; read it by bl.load_fit"
+        )
+    frames = _frames(record, arrays, base, folder)
+    scales = _scales(arrays, tuple(frames), numbers)
+    prior = core_prior(frames, scale=scales.values)
+    tangent = Tangent(Classifier(base, frames.sites, prior, label_ids=frames.label_ids))
+    log_evidence = float(numbers["gaussian"])
+    gaussian = Gaussian(density(tangent, {}), Affine(**affine), Informed(**informed), log_evidence)
+    fit = fit_from(record, arrays, tangent, Guide(tangent.prior, around(gaussian)), folder)
+    spent = sorted(group("core.seconds", arrays).items())
+    return CoreFit(frames, scales, gaussian, fit, {name.split(" ", 1)[1]: float(x) for name, x in spent})
+
+
+def load_frames(folder: str | Path, base: Base) -> Frames:
+    """Read the frames that were saved with a fit, and its sites and label tokens with them.
+
+    Args:
+        folder: A folder that `save_fit` or `save_core` wrote, of a fit under a core prior.
+        base: The base that they were made from.
+
+    Returns:
+        The frames, for `priors.core`.
+
+    Raises:
+        FileNotFoundError: When the folder holds no fit.
+        ValueError: When the fit has no frames, or they are of another base.
+
+    Example:
+        >>> bl.save_fit(tangent_fit, folder / "tangent")
+        >>> bl.load_frames(folder / "tangent", base)
+        Frames(4 coordinates from jacobian: lm_head 1x1x4)
+    """
+    folder = Path(folder).expanduser()
+    return _frames(*read_stored(folder), base, folder)
+
+
+def _frames(record: Mapping[str, Any], arrays: Arrays, base: Base, folder: Path) -> Frames:
+    """`load_frames` of what `read_stored` returned."""
+    told = dict(record.get("model", {"label ids": {"ids": ()}}))  # the first format has none, and no frames
+    label_ids = tuple(told.pop("label ids")["ids"])
+    sites = Sites(tuple(_site(base, values) for values in told.values()), base.num_layers)
+    frames = frames_from(arrays, base.params, sites, label_ids, str(folder))
+    stored = arrays["weights"][: len(frames.base)]  # behind them are those of sites that were held
+    if not is_same(stored, frames.base):
+        raise ValueError(f"the frames in {str(folder)!r} are of another base than {base!r}")
+    return frames
+
+
+def _site(base: Base, values: Mapping[str, Any]) -> Site:
+    """A site out of a record, with all rows of the head, as sites of frames have them."""
+    whole: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in values.items()}
+    site = Site(**whole)
+    return replace(site, d_out=base.modules[HEAD][1]) if site.module == HEAD else site
+
+
+def _arrays(core: CoreFit) -> dict[str, np.ndarray]:
+    """The parts of a core fit beside its variational fit, by name."""
+    scales, gaussian = core.scales, core.gaussian
+    numbers = {"scales": scales.log_evidence, "base": scales.base, "gaussian": gaussian.log_evidence}
+    parts: dict[str, Mapping[str, Any]] = {
+        "core.scales": dict(scales.values),
+        "core.without": dict(scales.without),
+        "core.stderr": dict(scales.stderr),
+        "core.numbers": numbers,
+        "core.affine": gaussian.affine._asdict(),
+        "core.informed": gaussian.informed._asdict(),
+        # A file has no order of its own; the parts of a fit have one.
+        "core.seconds": {f"{i} {name}": x for i, (name, x) in enumerate(core.seconds.items())},
+    }
+    return {name: np.asarray(x) for name, x in by_path(parts).items()}
+
+
+def _scales(arrays: Arrays, families: tuple[str, ...], numbers: Arrays) -> Scales:
+    """The scales, in the order of the families."""
+    stored = group("core.scales", arrays)
+    values = {name: stored[name] if stored[name].ndim else float(stored[name]) for name in families}
+    without, stderr = (
+        {name: float(x) for name, x in group(part, arrays).items()}
+        for part in ("core.without", "core.stderr")
+    )
+    return Scales(values, float(numbers["scales"]), without, float(numbers["base"]), stderr)

@@ -1,0 +1,341 @@
+r"""Is a set of chains good enough to be a reference? Five checks of identifiable functions.
+
+    R-hat, rank-normalised and split        below 1.01
+    effective sample size, bulk and tail    above 400, all chains together
+    divergent transitions                   none
+    E-BFMI of every chain                   above 0.3
+    for SMC: correlation with ancestors     below 0.7, after the last moves
+
+Draws of a chain are autocorrelated. The library accounts for this by the effective sample size; for example,
+`bnlora.compare` thins to half of it. So autocorrelation alone fails no run, and the certificate says which
+draws to keep if you want nearly independent ones. `Thresholds(autocorrelation=0.05)` requires such draws, as
+posteriordb does; the lag-1 autocorrelation, averaged over chains, has a standard error of about
+1 / sqrt(draws). Kernels without an energy have no E-BFMI, and the certificate says so. Kernels without an
+accept step are always refused, because no diagnostic of the draws shows their bias.
+
+References: Vehtari et al. (2021), arXiv 1903.08008 (R-hat, effective sample sizes); Betancourt (2016), arXiv
+1604.00695 (E-BFMI); Magnusson et al. (2024), posteriordb, arXiv 2407.04967 (criteria of a reference).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from bnlora._util.display import Showable, Shown, Table
+from bnlora.metrics.monte_carlo import bulk_ess, rank_rhat, tail_ess
+
+_NEARLY = 0.05
+"""Autocorrelation up to which draws are called nearly independent."""
+
+Bias = Literal["none", "step"]
+"""What a kernel's draws converge to: the target, or a law that its step size decides."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What draws must reach; stricter or laxer values are the caller's to defend.
+
+    Attributes:
+        rhat: Largest R-hat.
+        ess: Least effective sample size of bulk and of tail.
+        divergences: Most divergent transitions.
+        bfmi: Least E-BFMI of a chain.
+        autocorrelation: Largest lag-1 autocorrelation of the kept draws; not checked when None.
+        ancestry: Largest correlation of SMC particles with their ancestors after the last moves.
+
+    Example:
+        >>> bl.Thresholds(ess=1000.0)
+        Thresholds(rhat=1.01, ess=1000.0, divergences=0, bfmi=0.3, autocorrelation=None, ancestry=0.7)
+    """
+
+    rhat: float = 1.01
+    ess: float = 400.0
+    divergences: int = 0
+    bfmi: float = 0.3
+    autocorrelation: float | None = None
+    ancestry: float = 0.7
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a certificate looks at.
+
+    Attributes:
+        names: Names of the functions.
+        values: Their values, shape (chain, draw, function).
+        divergent: Which transitions diverged, shape (chain, transition).
+        energy: Energy of every transition, NaN where the kernel has none.
+        bias: "step" where the kernel has no accept step, so that its draws follow another law.
+        constant: Functions that were left out because nothing that was sampled changes them.
+        ancestry: For SMC, the correlation of particles with their ancestors after the last moves of each run.
+        moves: How many moves those were.
+    """
+
+    names: tuple[str, ...]
+    values: Float[np.ndarray, "c s k"]
+    divergent: Bool[np.ndarray, "c n"]
+    energy: Float[np.ndarray, "c n"]
+    bias: Bias = "none"
+    constant: tuple[str, ...] = ()
+    ancestry: tuple[float, ...] = ()
+    moves: int = 0
+
+
+@dataclass(frozen=True, repr=False)
+class Certificate(Shown):
+    """What was found, and whether it suffices.
+
+    Attributes:
+        names: Names of the functions.
+        rhat: R-hat of each function.
+        ess_bulk: Effective sample size of the bulk of each function.
+        ess_tail: That of its 5 % and 95 % quantiles, the smaller one.
+        autocorrelation: Lag-1 autocorrelation of each function.
+        divergences: Divergent transitions after the warm-up.
+        bfmi: E-BFMI of each chain; empty where the kernel has no energy.
+        thresholds: What had to be reached.
+        bias: "step" where the kernel has no accept step; such draws are never certified.
+        constant: Functions that were left out because nothing that was sampled changes them.
+        keep_every: Step between draws whose autocorrelation is at most 0.05 (or the threshold) in every
+            function; 0 where the chains are too short to have one.
+        num_draws: Draws of each chain; 0 where it was not recorded.
+        ancestry: For SMC, the correlation of particles with their ancestors after the last moves of each run.
+        moves: How many moves those were.
+
+    Example:
+        >>> found = {"rhat": (1.001,), "ess_bulk": (900.0,), "ess_tail": (750.0,), "autocorrelation": (0.01,)}
+        >>> limits = bl.Thresholds()
+        >>> bl.Certificate(("norm",), **found, divergences=0, bfmi=(0.9, 1.1), thresholds=limits).passed
+        True
+    """
+
+    names: tuple[str, ...]
+    rhat: tuple[float, ...]
+    ess_bulk: tuple[float, ...]
+    ess_tail: tuple[float, ...]
+    autocorrelation: tuple[float, ...]
+    divergences: int
+    bfmi: tuple[float, ...]
+    thresholds: Thresholds
+    bias: Bias = "none"
+    constant: tuple[str, ...] = ()
+    keep_every: int = 1
+    num_draws: int = 0
+    ancestry: tuple[float, ...] = ()
+    moves: int = 0
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failures
+
+    @cached_property
+    def failures(self) -> tuple[str, ...]:
+        """One sentence for each failure: what was found, what was asked, and what to change."""
+        t = self.thresholds
+        found = [
+            self._worst("R-hat", self.rhat, max, t.rhat, "run longer chains, or a longer warm-up"),
+            self._worst("bulk ESS", self.ess_bulk, min, t.ess, _draw_more(self.ess_bulk, t.ess)),
+            self._worst("tail ESS", self.ess_tail, min, t.ess, _draw_more(self.ess_tail, t.ess)),
+        ]
+        if t.autocorrelation is not None:
+            name, values = "lag-1 autocorrelation", self.autocorrelation
+            found.append(self._worst(name, values, max, t.autocorrelation, self._thin))
+        if self.divergences > t.divergences:
+            found.append(
+                f"{self.divergences} transitions diverged, at most {t.divergences} may; raise "
+                "target_acceptance, or write the prior non-centred"
+            )
+        if self.bfmi and not min(self.bfmi) >= t.bfmi:
+            found.append(
+                f"the least E-BFMI is {min(self.bfmi):.2f}, must be at least {t.bfmi:g}; a scale has heavy "
+                "tails: write the prior non-centred, or use a lighter-tailed one"
+            )
+        if self.ancestry and not max(self.ancestry) <= t.ancestry:
+            found.append(self._unmoved)
+        if self.bias == "step":
+            found.append(
+                "the sampler has no accept step, so its draws are off by an amount that its step decides and "
+                "no diagnostic shows; use sample_nuts or sample_hmc"
+            )
+        return tuple(text for text in found if text)
+
+    @property
+    def _unmoved(self) -> str:
+        left = max(self.ancestry)
+        enough = np.ceil(self.moves * np.log(0.5) / np.log(min(left, 0.9999)))
+        return (
+            f"particles have a correlation of {left:.2f} with their ancestors after {self.moves} moves, at "
+            f"most {self.thresholds.ancestry:g} may be left; raise max_moves, to about {enough:,.0f}, or use "
+            "sample_nuts"
+        )
+
+    @property
+    def _thin(self) -> str:
+        if not self.keep_every:
+            return "no step between draws makes them independent: run longer chains"
+        left = f", which leaves {self.num_draws // self.keep_every:,} of {self.num_draws:,} in each chain"
+        return f"keep every {ordinal(self.keep_every)} draw, `chains.thin({self.keep_every})`" + (
+            left if self.num_draws else ""
+        )
+
+    def _worst(self, what: str, values: tuple[float, ...], worst: Callable, bound: float, remedy: str) -> str:
+        at = worst(range(len(values)), key=lambda k: values[k])
+        value = values[at]
+        fails = not (value <= bound if worst is max else value >= bound)  # so that NaN fails
+        if not all(np.isfinite(values)):
+            at = int(np.argmin(np.isfinite(values)))
+            return f"{what} of {self.names[at]} is not finite: the draws of it are constant; {remedy}"
+        if not fails:
+            return ""
+        side = "at most" if worst is max else "at least"
+        number = f"{value:.3f}" if worst is max else f"{value:.0f}"
+        return f"{what} of {self.names[at]} is {number}, must be {side} {bound:g}; {remedy}"
+
+    @property
+    def table(self) -> Table:
+        """One row for each function."""
+        columns = zip(self.names, self.rhat, self.ess_bulk, self.ess_tail, self.autocorrelation, strict=True)
+        rows = tuple((n, f"{r:.4f}", f"{b:.0f}", f"{t:.0f}", f"{a:.3f}") for n, r, b, t, a in columns)
+        return Table(self.verdict, ("function", "R-hat", "bulk ESS", "tail ESS", "lag-1"), rows)
+
+    @property
+    def verdict(self) -> str:
+        """Certified or not, in a sentence."""
+        energy = f"least E-BFMI {min(self.bfmi):.2f}" if self.bfmi else "no energy, so E-BFMI was not asked"
+        if not self.passed:
+            return "Not certified: " + "; ".join((*self.failures, *self._left_out))
+        found = [f"Certified: {len(self.names)} functions, {self.divergences} divergences, {energy}"]
+        if self.keep_every > 1:
+            found.append(f"every {ordinal(self.keep_every)} draw is nearly independent of the one before")
+        return "; ".join((*found, *self._left_out))
+
+    @property
+    def _left_out(self) -> tuple[str, ...]:
+        if not self.constant:
+            return ()
+        return (f"left out, not changed by anything that was sampled: {', '.join(self.constant)}",)
+
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """The verdict, with a sentence for each failure, and the table."""
+        if self.passed:
+            return (self.table,)
+        return (replace(self.table, title="Not certified"), (*self.failures, *self._left_out))
+
+    def __repr__(self) -> str:
+        return repr(self.table)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as numbers, lists and text."""
+        return asdict(self) | {"passed": self.passed, "failures": list(self.failures)}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "Certificate":
+        """The inverse of `to_json`; whether it passed is found anew."""
+        names = ("names", "rhat", "ess_bulk", "ess_tail", "autocorrelation", "bfmi")
+        parts = {name: tuple(stored[name]) for name in names}
+        thresholds = Thresholds(**stored["thresholds"])
+        divergences, bias = int(stored["divergences"]), stored["bias"]
+        # Certificates of earlier versions lack these.
+        return cls(
+            **parts,
+            divergences=divergences,
+            thresholds=thresholds,
+            bias=bias,
+            constant=tuple(stored.get("constant", ())),
+            keep_every=int(stored.get("keep_every", 1)),
+            num_draws=int(stored.get("num_draws", 0)),
+            ancestry=tuple(stored.get("ancestry", ())),
+            moves=int(stored.get("moves", 0)),
+        )
+
+
+def certify(evidence: Evidence, thresholds: Thresholds) -> Certificate:
+    """Compute the numbers of a certificate.
+
+    Raises:
+        ValueError: On fewer than two chains or four draws, or a value that is not finite.
+    """
+    values = np.asarray(evidence.values, np.float64)
+    if values.shape[0] < 2 or values.shape[1] < 4:
+        raise ValueError(
+            "a certificate needs at least two chains of four draws, so that they can be held against each "
+            f"other; got {values.shape[0]} of {values.shape[1]}"
+        )
+    if not np.isfinite(values).all():
+        bad = [
+            n
+            for n, v in zip(evidence.names, np.moveaxis(values, 2, 0), strict=True)
+            if not np.isfinite(v).all()
+        ]
+        raise ValueError(f"the functions must be finite at every draw; not so: {', '.join(bad)}")
+    varies = np.ptp(values, axis=(0, 1)) > 0
+
+    def each(measure: Callable[[np.ndarray], np.ndarray]) -> tuple[float, ...]:
+        found = np.full(values.shape[2], np.nan)  # nothing is defined for draws that are all equal
+        if varies.any():
+            found[varies] = measure(values[:, :, varies])
+        return tuple(map(float, found))
+
+    bound = thresholds.autocorrelation
+    has_energy = np.isfinite(evidence.energy).all()
+    return Certificate(
+        names=evidence.names,
+        rhat=each(rank_rhat),
+        ess_bulk=each(bulk_ess),
+        ess_tail=each(tail_ess),
+        autocorrelation=each(autocorrelation),
+        divergences=int(evidence.divergent.sum()),
+        bfmi=tuple(map(bfmi, evidence.energy)) if has_energy else (),
+        thresholds=thresholds,
+        bias=evidence.bias,
+        constant=evidence.constant,
+        keep_every=independent_step(values[:, :, varies], _NEARLY if bound is None else bound),
+        num_draws=values.shape[1],
+        ancestry=evidence.ancestry,
+        moves=evidence.moves,
+    )
+
+
+def _draw_more(ess: tuple[float, ...], bound: float) -> str:
+    worst = min((value for value in ess if value > 0), default=np.nan)
+    if not np.isfinite(worst) or worst >= bound:
+        return "draw more"
+    # A tenth more than in proportion, for the estimate of the effective number has an error of its own.
+    return f"draw more, about {np.ceil(11 * bound / worst) / 10:g} times as many"
+
+
+def ordinal(number: int) -> str:
+    """A number as in "every 8th"."""
+    if number == 1:
+        return ""
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
+
+
+def independent_step(values: Float[np.ndarray, "c s k"], bound: float) -> int:
+    """The least step between draws at which no function has an autocorrelation above the bound; 0 for none.
+
+    At most a quarter of a chain, so that four draws of it are left.
+    """
+    for step in range(1, values.shape[1] // 4 + 1):
+        if (autocorrelation(values, lag=step) <= bound).all():
+            return step
+    return 0
+
+
+def autocorrelation(values: Float[np.ndarray, "c s k"], *, lag: int = 1) -> Float[np.ndarray, " k"]:
+    """Autocorrelation: covariances and variances averaged over chains, each about its own mean."""
+    centred = values - values.mean(1, keepdims=True)
+    return (centred[:, lag:] * centred[:, :-lag]).mean((0, 1)) / (centred**2).mean((0, 1))
+
+
+def bfmi(energy: Float[np.ndarray, " n"]) -> float:
+    """Squared jumps of the energy over its variance: 2 for independent energies, near 0 for a slow walk."""
+    energy = np.asarray(energy, np.float64)
+    return float(np.mean(np.diff(energy) ** 2) / np.var(energy))

@@ -1,0 +1,79 @@
+"""Options that every sampler of chains takes, and the way from them to chains."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict, get_args
+
+import jax
+from jax import Array
+from rich.console import Console
+
+from bnlora._util.checks import check_option
+from bnlora.data.batch import Batch
+from bnlora.infer.mcmc.chains import Chains
+from bnlora.infer.mcmc.run import Method, Plan, run
+from bnlora.infer.mcmc.target import FixAt, Start, starts, target
+from bnlora.infer.mcmc.whitened import Geometry, whitened
+from bnlora.infer.svi.result import Fit
+from bnlora.program.model import Classifier
+
+
+class Options(TypedDict, total=False):
+    """How many chains and draws, where they start, and where they are kept.
+
+    Attributes:
+        num_chains: Chains, run together; 4 when omitted.
+        num_draws: Kept draws of each; 1,000 when omitted.
+        thinning: Transitions from one kept draw to the next; 1 when omitted.
+        start: `"fit"` for draws of `given` (the default where there is one), `"prior"` for draws of the
+            prior, `"pathfinder"` for draws of a normal approximation along a climb of the log-density,
+            `"zero"` (the default without a fit) for where fits of this library start, moved a little; with a
+            Gaussian as `mass`, for draws of it.
+        fix_at: Where sites that are not sampled are held: at the `"mean"` (the default) of draws of `given`,
+            or at one `"draw"`.
+        folder: Where the draws are kept while they are made; a run that was killed goes on from there.
+        piece: Kept draws from one write to the next; at most 100 when omitted.
+        console: Where to draw progress bars; the terminal or notebook when omitted.
+    """
+
+    num_chains: int
+    num_draws: int
+    thinning: int
+    start: Start
+    fix_at: FixAt
+    folder: str | Path | None
+    piece: int | None
+    console: Console | None
+
+
+def sampled(
+    key: Array,
+    model: Classifier,
+    train: Batch,
+    method: Method,
+    sites: Sequence[str] | None,
+    given: Fit | None,
+    options: Options,
+    geometry: Geometry | None = None,
+) -> Chains:
+    """Fix what is not sampled, find the starts, and run the chains."""
+    unknown = sorted(set(options) - set(Options.__annotations__))
+    if unknown:
+        check_option("an option", unknown[0], tuple(Options.__annotations__))
+    fix_at: FixAt = options.get("fix_at", "mean")
+    start: Start = options.get("start", "zero" if given is None else "fit")
+    check_option("start", start, get_args(Start))
+    folder, console = options.get("folder"), options.get("console")
+    plan = Plan(
+        options.get("num_chains", 4),
+        options.get("num_draws", 1000),
+        options.get("thinning", 1),
+        options.get("piece"),
+        None if folder is None else Path(folder),
+    )
+    fix_key, start_key, run_key = jax.random.split(key, 3)
+    made = target(fix_key, model, train, sites=sites, given=given, fix_at=fix_at, console=console)
+    if geometry is not None:
+        made = whitened(made, geometry)
+    first = starts(start_key, made, given, start, plan.num_chains)
+    return run(run_key, made, method, plan, first, console)

@@ -1,0 +1,123 @@
+r"""A run of chains on disk: the warm-up, then piece after piece of draws, each with the state at its end.
+
+A folder holds `run.json` (what is being run), `warm.npz` and `draws-00000.npz`, `draws-00001.npz`, ... Every
+file appears whole or not at all, and carries the mark of its run. A run that finds its own pieces goes on
+behind the last of them; one that finds those of another run refuses, and names what differs.
+"""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from bnlora._util.files import read_json, write_json, write_whole
+from bnlora.infer.mcmc.target import Target
+
+RUN, WARM = "run.json", "warm.npz"
+_MARK, _DENSITY = "run", "log_density"
+_COMPARED = ("sampler", "options", "key", "plan", "versions", "target")
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Where a run keeps its pieces; nowhere without a folder."""
+
+    folder: Path | None
+    mark: str = ""
+
+    @classmethod
+    def open(cls, folder: Path | None, record: dict[str, Any], target: Target, starts: Array) -> "Pieces":
+        """Prepare the folder.
+
+        Raises:
+            ValueError: When it holds the pieces of another run.
+        """
+        if folder is None:
+            return cls(None)
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        now = {**record, "target": fingerprint(target, starts)}
+        path = folder / RUN
+        if path.is_file():
+            before = _run_before(path)
+            differing = [n for n in _COMPARED if before.get(n) != json.loads(json.dumps(now[n]))]
+            # It tells another base, prior scale or order of label ids; older folders have none.
+            if not differing and not np.allclose(
+                before.get(_DENSITY, now[_DENSITY]), now[_DENSITY], rtol=1e-3
+            ):
+                differing.append(_DENSITY)
+            if differing:
+                shown = "; ".join(f"{n}: {before.get(n)} then, {now[n]} now" for n in differing)
+                raise ValueError(
+                    f"{str(folder)!r} holds the pieces of another run ({shown}); give the same arguments to "
+                    "go on with it, or another folder"
+                )
+        else:
+            write_json(path, now)
+        compared = json.dumps({name: now[name] for name in _COMPARED}, sort_keys=True)
+        return cls(folder, hashlib.sha256(compared.encode()).hexdigest())
+
+    def warm(self, compute: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """Tuning and state after the warm-up: read where it is stored, else computed and stored."""
+        return self._kept(WARM, compute)
+
+    def draws(self, index: int, compute: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """State and draws of a piece: read where it is stored, else computed and stored."""
+        return self._kept(f"draws-{index:05d}.npz", compute)
+
+    def _kept(self, name: str, compute: Callable[[], Any]) -> Any:
+        if self.folder is None:
+            return compute()
+        path = self.folder / name
+        if path.is_file():
+            return self._read(path, jax.eval_shape(compute))
+        made = compute()
+        arrays = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(made))}
+        arrays[_MARK] = np.array(f"{name} {self.mark}")
+
+        def write(scratch: Path) -> None:
+            with scratch.open("wb") as file:
+                np.savez(file, allow_pickle=False, **arrays)
+
+        write_whole(path, write)
+        return made
+
+    def _read(self, path: Path, like: Any) -> Any:
+        """What a file holds, if it is that piece of this run; older files have no mark, but shapes."""
+        try:
+            # Given the path, numpy would leave a broken file open.
+            with path.open("rb") as file, np.load(file) as stored:
+                kept = {name: stored[name] for name in stored.files}
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{str(path)!r} is corrupt ({error}); remove it to draw it anew") from error
+        mark = str(kept.pop(_MARK, f"{path.name} {self.mark}"))
+        wanted = {f"leaf{i}": leaf for i, leaf in enumerate(jax.tree.leaves(like))}
+        shapes = [{name: (x.shape, x.dtype) for name, x in found.items()} for found in (kept, wanted)]
+        if mark != f"{path.name} {self.mark}" or shapes[0] != shapes[1]:
+            raise ValueError(f"{str(path)!r} is another piece, or of another run; remove it to draw it anew")
+        return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(kept[name]) for name in wanted])
+
+
+def _run_before(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is corrupt ({error}); give another folder") from error
+
+
+def fingerprint(target: Target, starts: Array) -> str:
+    """Checksum of what is sampled: names and shapes of the sites, parameters, rows and starts."""
+    digest = hashlib.sha256(json.dumps({n: list(s) for n, s in target.view.shapes.items()}).encode())
+    digest.update(target.held.encode())
+    parts = [target.view.params, target.rows.tokens, target.rows.mask, target.rows.labels, starts]
+    for leaf in jax.tree.leaves(parts):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,209 @@
+r"""The loop that every sampler shares: warm up, then draw in pieces that can be kept on disk.
+
+Transition t of chain c has the key `fold_in(key_c, t)`, and a piece starts from the whole state of the kernel
+at the end of the one before. So the draws do not depend on when a run was stopped: a run that was
+killed and started again with the same arguments gives the draws of an unbroken one.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+from rich.console import Console
+
+from bnlora._util.checks import broken_weights, check_at_least, divisors
+from bnlora._util.progress import progress_bar
+from bnlora.infer.mcmc.certificate import Bias
+from bnlora.infer.mcmc.chains import Chains
+from bnlora.infer.mcmc.pieces import Pieces
+from bnlora.infer.mcmc.samplers import LogDensity, Report, Sampler, Tuning
+from bnlora.infer.mcmc.target import Target
+
+Tune = Callable[[Array, LogDensity, Array], Tuning]
+"""From a key, a log-density and a start to a tuned kernel's numbers."""
+
+Build = Callable[[Tuning, Target, Any], Sampler]
+"""From tuned numbers, the target and its inputs to a kernel."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many chains run for how long.
+
+    Attributes:
+        num_chains: Chains, run together.
+        num_draws: Kept draws of each.
+        thinning: Transitions from one kept draw to the next.
+        piece: Kept draws between two looks at disk and progress bar; divides `num_draws`. The largest
+            divisor up to 100 when omitted.
+        folder: Where pieces are kept; nowhere when omitted.
+    """
+
+    num_chains: int
+    num_draws: int
+    thinning: int = 1
+    piece: int | None = None
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least({n: getattr(self, n) for n in ("num_chains", "num_draws", "thinning")}, 1)
+        piece = self.size
+        if piece < 1 or self.num_draws % piece:
+            near = min(divisors(self.num_draws), key=lambda n: abs(n - piece))
+            raise ValueError(
+                f"a checkpoint comes every so many draws as divide num_draws={self.num_draws}; got "
+                f"{piece}, nearest is {near}"
+            )
+
+    @property
+    def size(self) -> int:
+        """Kept draws of a piece."""
+        if self.piece is not None:
+            return self.piece
+        return max(n for n in divisors(self.num_draws) if n <= 100)
+
+    @property
+    def num_pieces(self) -> int:
+        """Number of pieces."""
+        return self.num_draws // self.size
+
+
+@dataclass(frozen=True)
+class Method:
+    """A sampler by name, with what tunes it and builds it.
+
+    Attributes:
+        name: Name for people.
+        options: Options for the record; a checkpoint made with others is refused.
+        tune: Warms up one chain.
+        build: Makes the kernel of one chain.
+        bias: Whether its draws converge to the target.
+    """
+
+    name: str
+    options: dict[str, Any]
+    tune: Tune
+    build: Build
+    bias: Bias = "none"
+
+
+class _Piece(NamedTuple):
+    position: Array
+    report: Report
+
+
+def run(
+    key: Array,
+    target: Target,
+    method: Method,
+    plan: Plan,
+    starts: Float[Array, "c p"],
+    console: Console | None,
+) -> Chains:
+    """Warm up and draw; an interrupt after the first piece hands over what has been drawn.
+
+    Raises:
+        ValueError: When the log-density is not finite where a chain starts, or the folder holds pieces of
+            another run.
+    """
+    began, starts = time.perf_counter(), target.positions(starts)
+    density = _check_starts(target, starts)
+    warm_key, draw_key = jax.random.split(key)
+    keys = jax.random.split(draw_key, plan.num_chains)
+    sizes = {n: getattr(plan, n) for n in ("num_chains", "num_draws", "thinning", "size")}
+    about = record(key, method.name, method.bias, method.options, sizes)
+    pieces = Pieces.open(plan.folder, about | {"log_density": density}, target, starts)
+    with progress_bar(console) as bar:
+        task = bar.add_task(f"{method.name}: warm-up of {plan.num_chains} chains", total=plan.num_pieces)
+        tuning, state = pieces.warm(lambda: _warm(warm_key, target, method, plan, starts))
+        bar.update(task, description=f"{method.name}: {plan.num_draws} draws of {plan.num_chains} chains")
+        program = partial(_program(target, method, plan), tuning)
+        made: list[_Piece] = []
+        try:
+            for index in range(plan.num_pieces):
+                first = jnp.asarray(index * plan.size * plan.thinning)
+                state, piece = pieces.draws(index, partial(program, state, keys, first, target.inputs))
+                made.append(_Piece(*jax.tree.map(np.asarray, tuple(piece))))
+                bar.advance(task)
+        except KeyboardInterrupt:
+            if not made:
+                raise
+    joined = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *made)
+    stopped = "done" if len(made) == plan.num_pieces else "interrupted"
+    about |= {"seconds": time.perf_counter() - began, "stopped": stopped}
+    tuned = jax.tree.map(np.asarray, tuning)
+    vectors = target.vectors(joined.position)
+    return Chains(target, vectors, joined.report._asdict(), tuned, about, plan.thinning)
+
+
+def _check_starts(target: Target, starts: Array) -> list[float]:
+    """The log-density where each chain starts, which must be finite."""
+    values = jax.jit(lambda u, inputs: jax.lax.map(lambda x: target.log_density(x, inputs), u))(
+        starts, target.inputs
+    )
+    bad = np.flatnonzero(~np.isfinite(np.asarray(values)))
+    if len(bad):
+        remedy = "start from a fit (`given`, start='fit'), or from start='zero'"
+        raise ValueError(
+            f"the log-density is not finite where chain {bad[0]} starts ({float(values[bad[0]])}); "
+            f"{broken_weights(target.view.model.base.params) or remedy}"
+        )
+    return np.asarray(values, np.float64).tolist()
+
+
+def _warm(key: Array, target: Target, method: Method, plan: Plan, starts: Array) -> tuple[Tuning, Any]:
+    """Tuned numbers and the first state of every chain."""
+    tune_key, init_key = jax.random.split(key)
+
+    def one(tune_key: Array, init_key: Array, start: Array, inputs: Any) -> tuple[Tuning, Any]:
+        tuned = method.tune(tune_key, lambda u: target.log_density(u, inputs), start)
+        return tuned, method.build(tuned, target, inputs).init(init_key, tuned.position)
+
+    program = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, None)))
+    keys = [jax.random.split(k, plan.num_chains) for k in (tune_key, init_key)]
+    return program(*keys, starts, target.inputs)
+
+
+def _program(target: Target, method: Method, plan: Plan) -> Callable[..., tuple[Any, _Piece]]:
+    """One piece of every chain, compiled once."""
+
+    def chain(tuning: Tuning, state: Any, key: Array, first: Array, inputs: Any) -> tuple[Any, _Piece]:
+        sampler = method.build(tuning, target, inputs)
+
+        def move(state: Any, t: Array) -> tuple[Any, Report]:
+            return sampler.step(jax.random.fold_in(key, t), state)
+
+        def draw(state: Any, t: Array) -> tuple[Any, _Piece]:
+            state, reports = jax.lax.scan(move, state, t + jnp.arange(plan.thinning))
+            return state, _Piece(state.position, reports)
+
+        state, made = jax.lax.scan(draw, state, first + plan.thinning * jnp.arange(plan.size))
+        flat = jax.tree.map(lambda x: x.reshape(plan.size * plan.thinning, *x.shape[2:]), made.report)
+        return state, _Piece(made.position, flat)
+
+    return jax.jit(jax.vmap(chain, in_axes=(0, 0, 0, None, None)))
+
+
+def record(
+    key: Array, sampler: str, bias: Bias, options: dict[str, Any], plan: dict[str, Any]
+) -> dict[str, Any]:
+    """What made some draws: sampler, options, seed, sizes, command and versions."""
+    return {
+        "sampler": sampler,
+        "bias": bias,
+        "options": options,
+        "key": np.asarray(jax.random.key_data(key)).tolist(),
+        "plan": plan,
+        "command": " ".join(sys.argv),
+        "versions": {n: version(n) for n in ("bnlora", "jax", "numpyro", "blackjax")},
+    }

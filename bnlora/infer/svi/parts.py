@@ -1,0 +1,99 @@
+r"""The same bound in less memory: the minibatch runs in equal parts, one after the other.
+
+    log p(y | adapters) = sum_parts sum_{i in part} log p(y_i | adapters)
+
+and so is its gradient in the adapters. One loop over the parts adds up both, value and gradient of a part
+together, so that no more than one part's activations are ever kept, and none is computed twice. Everything
+else of the bound stays as it is: one draw of the guide for all parts, its KL terms counted once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jax import Array
+from jaxtyping import Float
+
+from bnlora._util.typing import Adapters
+from bnlora.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class InParts:
+    """A classifier as a NumPyro model of the same bound whose data term is computed in parts.
+
+    Attributes:
+        model: The classifier.
+        parts: Number of equal parts; divides the rows of every batch.
+    """
+
+    model: Any
+    parts: int
+
+    @property
+    def base(self) -> Any:
+        """The base of the classifier."""
+        return self.model.base
+
+    @property
+    def prior(self) -> Callable[..., Adapters]:
+        """The prior of the classifier."""
+        return self.model.prior
+
+    def numbers(self, shape: tuple[int, ...]) -> int:
+        """As of the classifier, of a part of these rows and positions."""
+        return max(self.model.numbers(shape) // self.parts, self.model.numbers(()))
+
+    def __call__(self, params: Any, batch: Batch, n_total: int) -> None:
+        """Sample adapters and observe labels, as the classifier does.
+
+        Args:
+            params: The frozen base weights.
+            batch: Rows with labels.
+            n_total: Size of the data set that `batch` is a random part of.
+        """
+        total, rows = self.log_likelihood(self.prior(), params, batch), len(batch)
+        # Every row is charged with the mean of all: the sum is theirs, and the one plate scales it.
+        with numpyro.plate("data", n_total, subsample_size=rows if rows < n_total else None):
+            numpyro.factor("y", jnp.broadcast_to(total / rows, (rows,)))
+
+    def log_likelihood(self, adapters: Adapters, params: Any, batch: Batch) -> Float[Array, ""]:
+        """Sum of the labels' log-probabilities, in nats, to be differentiated in the adapters alone.
+
+        Args:
+            adapters: One draw of the adapters.
+            params: The frozen base weights; constants.
+            batch: Rows with labels; constants.
+        """
+        rows = len(batch) // self.parts
+        parts = jax.tree.map(lambda x: x.reshape(self.parts, rows, *x.shape[1:]), batch)
+        return self._sum(adapters, *jax.lax.stop_gradient((params, parts)))
+
+    @property
+    def _sum(self) -> Callable[..., Array]:
+        """The sum over the parts, with a derivative of its own: the one that the same loop has added up."""
+
+        def of_part(adapters: Adapters, params: Any, part: Batch) -> Array:
+            logits = self.model.logits(params, adapters, part)
+            return dist.Categorical(logits=logits).log_prob(part.labels).sum()
+
+        @jax.custom_vjp
+        def total(adapters: Adapters, params: Any, parts: Batch) -> Array:
+            return jax.lax.map(lambda part: of_part(adapters, params, part), parts).sum()
+
+        def forwards(adapters: Adapters, params: Any, parts: Batch) -> tuple[Array, Adapters]:
+            def add(sums: tuple[Array, Adapters], part: Batch) -> tuple[tuple[Array, Adapters], None]:
+                return jax.tree.map(jnp.add, sums, jax.value_and_grad(of_part)(adapters, params, part)), None
+
+            nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, adapters)
+            return jax.lax.scan(add, nothing, parts)[0]
+
+        def backwards(gradient: Adapters, cotangent: Array) -> tuple[Adapters, None, None]:
+            return jax.tree.map(lambda x: cotangent * x, gradient), None, None
+
+        total.defvjp(forwards, backwards)
+        return total

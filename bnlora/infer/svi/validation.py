@@ -1,0 +1,82 @@
+"""Looking at validation rows while a fit runs, to keep the best parameters and to stop in time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from bnlora import metrics
+from bnlora._util.checks import check_at_least
+from bnlora._util.compilation import options
+from bnlora.data.batch import Batch
+from bnlora.prediction.predict import predict_with_draws
+from bnlora.program.draws import draw_adapters
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """When to look at validation rows and when to stop; `fit` then returns the best parameters seen.
+
+    Attributes:
+        every: Steps between looks; the last step is looked at in any case.
+        patience: Looks without a better negative log-likelihood before stopping.
+        num_samples: Posterior draws at each look, the same ones each time.
+        batch_size: Rows to run at a time.
+
+    Example:
+        >>> rule = bl.EarlyStopping(every=2, patience=1, num_samples=1)
+        >>> looked = {"validation": rows, "early_stopping": rule}
+        >>> made = bl.fit(key, model, guide, rows, optax.adam(0.01), num_steps=4, batch_size=4, **looked)
+        >>> bool(made.best_step in made.validation["step"])
+        True
+    """
+
+    every: int = 50
+    patience: int = 5
+    num_samples: int = 8
+    batch_size: int = 32
+
+    def __post_init__(self):
+        check_at_least({f"{name} of early stopping": value for name, value in vars(self).items()}, 1)
+
+
+@dataclass
+class Validation:
+    """Looks at the validation rows of a fit of `num_steps` steps and remembers the best parameters."""
+
+    model: Any
+    guide: Callable
+    constrain: Callable[[dict], dict]
+    rows: Batch | None
+    rule: EarlyStopping
+    key: Array
+    num_steps: int
+    steps: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    best_params: dict[str, Array] | None = None
+    best_step: int = 0
+
+    def __post_init__(self):
+        chosen = options(self.model.sites.num_parameters)
+        self._draw = jax.jit(self._traced_draw, compiler_options=chosen)
+
+    def should_stop(self, step: int, params: dict[str, Array]) -> bool:
+        """Look, where it is time to, after `step` steps; whether patience has run out."""
+        if self.rows is None or (step % self.rule.every and step != self.num_steps):
+            return False
+        draws = self._draw(params)
+        prediction = predict_with_draws(self.model, draws, self.rows, batch_size=self.rule.batch_size)
+        # Predictions that are not finite are worse than any others, and no reason to lose the fit.
+        broken = np.isnan(prediction.draw_log_probs).any()
+        loss = np.inf if broken else metrics.nll(prediction.log_probs, np.asarray(self.rows.labels))
+        if not self.losses or loss < min(self.losses):
+            self.best_params, self.best_step = params, step
+        self.steps.append(step)
+        self.losses.append(loss)
+        return (step - self.best_step) // self.rule.every >= self.rule.patience
+
+    def _traced_draw(self, params: dict[str, Array]) -> Any:
+        return draw_adapters(self.key, self.model, self.guide, self.constrain(params), self.rule.num_samples)

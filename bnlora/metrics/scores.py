@@ -1,0 +1,304 @@
+r"""Accuracy and calibration of predicted class probabilities: the numbers themselves, without intervals.
+
+With p the predictive distribution of a row, y its class, k = argmax p and c = max p (confidence):
+
+    accuracy  mean 1[k = y]                          nll    -mean log p_y
+    brier     mean sum_j (p_j - 1[j = y])^2          ece    sum_bins n_b/n |acc_b - conf_b|
+    mce       max over bins |acc_b - conf_b|         auroc  P(c of a right row > c of a wrong row)
+    aurc      mean error rate among the i most confident rows, over i = 1..n
+
+`ece` has bins of equal width (Naeini et al. 2015; Guo et al. 2017), `adaptive_ece` bins of equal count
+(Nguyen & O'Connor 2015). Both are biased upwards in small samples, most of all for a good model.
+
+Every function takes log-probabilities, or a `Prediction` in their place, whose mixture is then meant.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from bnlora._util.checks import check_at_least, class_numbers
+
+BINS = 15
+
+P = ParamSpec("P")
+
+LogProbs = Float[np.ndarray, "n c"]
+Labels = Int[Any, " n"]
+
+
+def score(formula: Callable[Concatenate[Any, Any, P], float]) -> Callable[Concatenate[Any, Any, P], float]:
+    """A formula of log-probabilities and labels that checks both first; `formula_of` gives it back."""
+
+    @wraps(formula)
+    def checking(log_probs: LogProbs, labels: Labels, *args: P.args, **options: P.kwargs) -> float:
+        return formula(*checked(log_probs, labels), *args, **options)
+
+    checking.formula = formula  # type: ignore[attr-defined]
+    return checking
+
+
+def formula_of(metric: Callable[..., float]) -> Callable[..., float]:
+    """The formula of a score, for arrays that are known to be sound; another function as it is.
+
+    A bootstrap computes a metric thousands of times on rows of arrays that were checked once.
+    """
+    found: Callable[..., float] = getattr(metric, "formula", metric)
+    return found
+
+
+@score
+def accuracy(log_probs: LogProbs, labels: Labels) -> float:
+    """Share of rows whose most probable class is the true one.
+
+    Args:
+        log_probs: Log-probabilities of the classes, shape (n, c).
+        labels: True classes, shape (n,).
+
+    Returns:
+        A share in [0, 1].
+
+    Raises:
+        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+    """
+    return float(is_correct(log_probs, labels).mean())
+
+
+@score
+def nll(log_probs: LogProbs, labels: Labels) -> float:
+    """Mean negative log-probability of the true class, in nats.
+
+    Args:
+        log_probs: Log-probabilities of the classes, shape (n, c).
+        labels: True classes, shape (n,).
+
+    Returns:
+        Nats a row.
+
+    Raises:
+        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+    """
+    return float(_row_nll(log_probs, labels).mean())
+
+
+@score
+def brier(log_probs: LogProbs, labels: Labels) -> float:
+    """Mean squared distance of the probability vector to the true class's corner; in [0, 2].
+
+    Args:
+        log_probs: Log-probabilities of the classes, shape (n, c).
+        labels: True classes, shape (n,).
+
+    Returns:
+        A number in [0, 2]; lower is better.
+
+    Raises:
+        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+    """
+    return float(_row_brier(log_probs, labels).mean())
+
+
+@score
+def ece(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> float:
+    """Expected calibration error of the confidence, over bins of equal width in (0, 1].
+
+    Args:
+        log_probs: Log-probabilities of the classes, shape (n, c).
+        labels: True classes, shape (n,).
+        bins: Number of bins.
+
+    Returns:
+        A number in [0, 1]; lower is better.
+
+    Raises:
+        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+    """
+    confidence, correct = confidences(log_probs), is_correct(log_probs, labels)
+    gap = np.bincount(width_bin(confidence, bins), weights=correct - confidence, minlength=bins)
+    return float(np.abs(gap).sum() / len(labels))
+
+
+@score
+def adaptive_ece(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> float:
+    """Expected calibration error over bins that hold equally many rows (to within one).
+
+    Args:
+        log_probs: Log-probabilities of the classes, shape (n, c).
+        labels: True classes, shape (n,).
+        bins: Number of bins.
+
+    Returns:
+        A number in [0, 1]; lower is better.
+
+    Raises:
+        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+    """
+    confidence, correct = confidences(log_probs), is_correct(log_probs, labels)
+    order = np.argsort(confidence, kind="stable")
+    parts = np.array_split((correct - confidence)[order], min(bins, len(labels)))
+    return float(sum(abs(part.sum()) for part in parts) / len(labels))
+
+
+@score
+def mce(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> float:
+    """Largest gap between accuracy and confidence among the non-empty bins of equal width.
+
+    Args:
+        log_probs: Log-probabilities of the classes, shape (n, c).
+        labels: True classes, shape (n,).
+        bins: Number of bins.
+
+    Returns:
+        A number in [0, 1]; lower is better.
+
+    Raises:
+        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+    """
+    confidence, correct = confidences(log_probs), is_correct(log_probs, labels)
+    index = width_bin(confidence, bins)
+    gap = np.bincount(index, weights=correct - confidence, minlength=bins)
+    return float(np.max(np.abs(gap) / np.maximum(np.bincount(index, minlength=bins), 1)))
+
+
+@score
+def auroc(log_probs: LogProbs, labels: Labels) -> float:
+    """Probability that a right row is more confident than a wrong one, ties counting half.
+
+    NaN where all rows are right or all are wrong.
+
+    Args:
+        log_probs: Log-probabilities of the classes, shape (n, c).
+        labels: True classes, shape (n,).
+
+    Returns:
+        A number in [0, 1]; higher is better.
+
+    Raises:
+        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+    """
+    confidence, correct = confidences(log_probs), is_correct(log_probs, labels)
+    right, wrong = confidence[correct], np.sort(confidence[~correct])
+    if not len(right) or not len(wrong):
+        return float("nan")
+    below, up_to = np.searchsorted(wrong, right, "left"), np.searchsorted(wrong, right, "right")
+    return float((below + up_to).mean() / 2 / len(wrong))
+
+
+@score
+def aurc(log_probs: LogProbs, labels: Labels) -> float:
+    """Area under the risk-coverage curve: error rate of the i most confident rows, averaged over i.
+
+    Rows of equal confidence enter together, so that the value does not depend on their order.
+
+    Args:
+        log_probs: Log-probabilities of the classes, shape (n, c).
+        labels: True classes, shape (n,).
+
+    Returns:
+        A mean error rate in [0, 1]; lower is better.
+
+    Raises:
+        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+    """
+    return float(selective_risks(-confidences(log_probs), ~is_correct(log_probs, labels)).mean())
+
+
+def selective_risks(doubt: Float[np.ndarray, " n"], wrong: Bool[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Error rate among the i rows of least doubt, over i = 1..n; the expected one where ties are broken.
+
+    Args:
+        doubt: What rows are sorted by.
+        wrong: Whether the prediction of each row is wrong.
+
+    Returns:
+        The error rates.
+    """
+    _, first, counts = np.unique(doubt, return_inverse=True, return_counts=True)
+    within = np.bincount(first, weights=wrong) / counts  # expected error of a row inside its group of ties
+    order = np.repeat(within, counts)
+    return np.cumsum(order) / np.arange(1, len(order) + 1)
+
+
+def checked(log_probs: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Both as numpy arrays, the first in float64; `ValueError` where they do not fit together."""
+    log_probs = np.asarray(getattr(log_probs, "log_probs", log_probs), np.float64)
+    if log_probs.ndim != 2 or not log_probs.size:
+        raise ValueError(
+            "expected log-probabilities of shape (n, c) with n >= 1 rows and c >= 1 classes; got shape "
+            f"{log_probs.shape}"
+        )
+    labels = class_numbers("the predicted rows", labels, *log_probs.shape)
+    with np.errstate(invalid="ignore"):  # NaN is reported below, with its row
+        total = np.logaddexp.reduce(log_probs, axis=1)
+    worst = int(np.argmax(np.where(np.isnan(total), np.inf, np.abs(total))))
+    if not abs(total[worst]) < 1e-4:
+        raise ValueError(
+            f"row {worst} is no distribution: its probabilities sum to {np.exp(total[worst]):.6g}, not 1 "
+            "(logarithms of probabilities are expected)"
+        )
+    return log_probs, labels
+
+
+def confidences(log_probs: np.ndarray) -> np.ndarray:
+    """Probability of the most probable class of each row."""
+    return np.exp(log_probs.max(1))
+
+
+def is_correct(log_probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Whether the most probable class of each row is the true one."""
+    return log_probs.argmax(1) == labels
+
+
+def _row_nll(log_probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return -log_probs[np.arange(len(labels)), labels]
+
+
+def _row_brier(log_probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    probs = np.exp(log_probs)
+    return (probs**2).sum(1) - 2 * probs[np.arange(len(labels)), labels] + 1
+
+
+def width_bin(confidence: np.ndarray, bins: int) -> np.ndarray:
+    """Bin of each confidence; bin b holds (b/bins, (b+1)/bins]."""
+    check_at_least({"bins": bins}, 1)
+    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+
+
+def null_ece(log_probs: LogProbs, *, bins: int = BINS, redraws: int = 200) -> float:
+    """Mean ECE if the prediction were exactly right: labels drawn from it, the same draws each time.
+
+    The ECE of finitely many rows is above zero even then; it should be read beside this level.
+
+    Args:
+        log_probs: Log-probabilities, shape (row, class).
+        bins: Number of bins, as in `ece`.
+        redraws: Number of times that labels are drawn.
+
+    Returns:
+        The mean.
+    """
+    log_probs = np.asarray(getattr(log_probs, "log_probs", log_probs), np.float64)
+    probs = np.exp(log_probs)
+    ends = np.cumsum(probs / probs.sum(1, keepdims=True), axis=1)
+    uniform = np.random.default_rng(0).random((redraws, len(probs)))
+    drawn = np.minimum((uniform[:, :, None] > ends).sum(2), probs.shape[1] - 1)
+    log_probs, _ = checked(log_probs, drawn[0])
+    return float(np.mean([formula_of(ece)(log_probs, labels, bins=bins) for labels in drawn]))
+
+
+def debiased_ece(log_probs: LogProbs, labels: Labels, *, bins: int = BINS, redraws: int = 200) -> float:
+    """ECE less its level under the prediction itself; about zero for a calibrated prediction.
+
+    Args:
+        log_probs: Log-probabilities, shape (row, class).
+        labels: Class of each row.
+        bins: Number of bins.
+        redraws: As in `null_ece`.
+
+    Returns:
+        The difference, which may be below zero.
+    """
+    return ece(log_probs, labels, bins=bins) - null_ece(log_probs, bins=bins, redraws=redraws)

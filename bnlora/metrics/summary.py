@@ -1,0 +1,290 @@
+"""Metrics of predicted class probabilities with bootstrap intervals; paired differences.
+
+Intervals are percentile bootstrap intervals over rows; they inherit the bias of a calibration error. Where
+the true class of a row has no probability, `nll` is infinite, and so is the end of its interval. Samples on
+which a metric has no value (`auroc` where all rows are right, or all wrong) are left out, and no others.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from bnlora._util.checks import check_at_least
+from bnlora._util.display import Shown, Table
+from bnlora.metrics.scores import BINS as BINS
+from bnlora.metrics.scores import Labels as Labels
+from bnlora.metrics.scores import LogProbs as LogProbs
+from bnlora.metrics.scores import accuracy as accuracy
+from bnlora.metrics.scores import adaptive_ece as adaptive_ece
+from bnlora.metrics.scores import aurc as aurc
+from bnlora.metrics.scores import auroc as auroc
+from bnlora.metrics.scores import brier as brier
+from bnlora.metrics.scores import checked, confidences, formula_of, is_correct, width_bin
+from bnlora.metrics.scores import debiased_ece as debiased_ece
+from bnlora.metrics.scores import ece as ece
+from bnlora.metrics.scores import mce as mce
+from bnlora.metrics.scores import nll as nll
+from bnlora.metrics.scores import null_ece as null_ece
+from bnlora.metrics.scores import selective_risks as selective_risks
+
+METRICS: Mapping[str, Callable[..., float]] = {
+    "accuracy": accuracy,
+    "nll": nll,
+    "brier": brier,
+    "ece": ece,
+    "adaptive_ece": adaptive_ece,
+    "mce": mce,
+    "auroc": auroc,
+    "aurc": aurc,
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its interval.
+
+    Attributes:
+        value: The metric of all rows; NaN where it has no value, and both ends with it.
+        low: Lower end of the interval; may be infinite.
+        high: Upper end; may be infinite.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Summary(Shown, Mapping[str, Estimate]):
+    """Every metric of one prediction, by name, with bootstrap intervals of one `level`.
+
+    Attributes:
+        estimates: Value and interval by the name of the metric.
+        level: Coverage that the intervals aim at.
+        num_rows: Number of rows.
+    """
+
+    estimates: dict[str, Estimate]
+    level: float
+    num_rows: int
+
+    def __getitem__(self, metric: str) -> Estimate:
+        return self.estimates[metric]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.estimates)
+
+    def __len__(self) -> int:
+        return len(self.estimates)
+
+    @property
+    def table(self) -> Table:
+        """The estimates as rows of text."""
+        rows = tuple((name, f"{e.value:.4f}", f"[{e.low:.4f}, {e.high:.4f}]") for name, e in self.items())
+        return Table(f"{self.num_rows} rows", ("metric", "value", f"{self.level:.0%} interval"), rows)
+
+    @property
+    def overview(self) -> tuple[Table]:
+        """The table."""
+        return (self.table,)
+
+    def __repr__(self) -> str:
+        return repr(self.table)
+
+
+def summary(
+    prediction: Any,
+    labels: Labels,
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+    metrics: Mapping[str, Callable[..., float]] = METRICS,
+) -> Summary:
+    """Metrics with percentile bootstrap intervals over rows.
+
+    Args:
+        prediction: A `Prediction`, or log-probabilities of shape `(n, c)`.
+        labels: True classes, shape `(n,)`.
+        level: Probability of the intervals.
+        resamples: Number of bootstrap samples; every metric sees the same ones.
+        seed: Seed of the resampling.
+        metrics: Functions of log-probabilities and labels by name; all of this module when omitted.
+
+    Returns:
+        Value and interval of every metric; a mapping by name that prints as a table.
+
+    Raises:
+        ValueError: On shapes that do not fit, rows that are no probabilities, labels that are no class
+            numbers or out of range, a level outside (0, 1), or fewer than one resample.
+    """
+    log_probs, labels = checked(prediction, labels)
+    estimates = {}
+    for name, formula in {name: formula_of(metric) for name, metric in metrics.items()}.items():
+
+        def on(rows: np.ndarray, formula: Callable[..., float] = formula) -> float:
+            return formula(log_probs[rows], labels[rows])
+
+        estimates[name] = bootstrap(on, len(labels), level=level, resamples=resamples, seed=seed)
+    return Summary(estimates, level, len(labels))
+
+
+def paired_difference(
+    metric: Callable[..., float],
+    first: Any,
+    second: Any,
+    labels: Labels,
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """`metric` of the first prediction minus that of the second on the same rows, with its interval.
+
+    The rows are resampled together, so what makes a row hard for both does not widen the interval.
+
+    Args:
+        metric: A metric of this module.
+        first: A `Prediction`, or log-probabilities of shape `(n, c)`.
+        second: The other one, for the same rows.
+        labels: True classes, shape `(n,)`.
+        level: Probability of the interval.
+        resamples: Number of bootstrap samples.
+        seed: Seed of the resampling.
+
+    Returns:
+        The difference of both values, first minus second, with its interval. Where both values are infinite
+        the difference has no value: it is NaN, and so are both ends.
+
+    Raises:
+        ValueError: As `summary`.
+    """
+    one, labels = checked(first, labels)
+    two, labels = checked(second, labels)
+    formula = formula_of(metric)
+
+    def difference(rows: np.ndarray) -> float:
+        # Floats of Python: infinity minus infinity is NaN without a warning.
+        return float(formula(one[rows], labels[rows])) - float(formula(two[rows], labels[rows]))
+
+    return bootstrap(difference, len(labels), level=level, resamples=resamples, seed=seed)
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Accuracy by bin of confidence; only bins with rows in them.
+
+    Attributes:
+        count: Rows in each bin.
+        confidence: Mean confidence in each bin.
+        accuracy: Share of right rows in each bin.
+        low: Lower end of the Wilson interval of the accuracy.
+        high: Upper end of it.
+    """
+
+    count: Int[np.ndarray, " b"]
+    confidence: Float[np.ndarray, " b"]
+    accuracy: Float[np.ndarray, " b"]
+    low: Float[np.ndarray, " b"]
+    high: Float[np.ndarray, " b"]
+
+
+def reliability(prediction: Any, labels: Labels, *, bins: int = BINS) -> Reliability:
+    """The numbers of a reliability diagram, with 95 % Wilson score intervals (Wilson 1927).
+
+    Args:
+        prediction: A `Prediction`, or log-probabilities of shape (n, c).
+        labels: True classes, shape (n,).
+        bins: Number of bins of equal width.
+
+    Returns:
+        Counts, mean confidence, accuracy and its interval in every bin that holds a row.
+
+    Raises:
+        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+    """
+    log_probs, labels = checked(prediction, labels)
+    confidence, correct = confidences(log_probs), is_correct(log_probs, labels)
+    index = width_bin(confidence, bins)
+    count = np.bincount(index, minlength=bins)
+    used = count > 0
+    mean, hits = (np.bincount(index, weights=w, minlength=bins)[used] for w in (confidence, correct))
+    n = count[used]
+    low, high = wilson(hits, n)
+    return Reliability(n, mean / n, hits / n, low, high)
+
+
+def wilson(hits: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper end of the 95 % score interval of a share, hits of n (Wilson 1927).
+
+    Args:
+        hits: Numbers of hits.
+        n: Numbers of trials, at least one each.
+
+    Returns:
+        Both ends, each in [0, 1].
+    """
+    z2 = 1.959963984540054**2
+    share = hits / n
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n**2))) / (1 + z2 / n)
+    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], float],
+    num_rows: int,
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """A statistic of rows with its percentile bootstrap interval.
+
+    Args:
+        statistic: The statistic, from the indices of the rows that it is computed on.
+        num_rows: Number of rows.
+        level: Probability of the interval.
+        resamples: Number of bootstrap samples; the same seed gives the same ones to every statistic.
+        seed: Seed of the resampling.
+
+    Returns:
+        Its value on all rows, and the interval. Infinite replicates count. Those that are NaN have no value
+        and are left out; where the value of all rows is NaN, both ends are.
+
+    Raises:
+        ValueError: When the level is not in (0, 1), or there is no row or resample.
+
+    Example:
+        >>> losses = np.array([0.25, 1.0, 0.25])
+        >>> found = bootstrap(lambda rows: losses[rows].mean(), len(losses))
+        >>> str(found), str(bootstrap(lambda rows: np.append(losses, np.inf)[rows].mean(), 4))
+        ('0.500 [0.250, 1.000]', 'inf [0.250, inf]')
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie strictly between 0 and 1; got {level}")
+    check_at_least({"number of rows": num_rows, "resamples": resamples}, 1)
+    value = float(statistic(np.arange(num_rows)))
+    drawn = np.random.default_rng(seed).integers(num_rows, size=(resamples, num_rows))
+    replicates = np.array([statistic(rows) for rows in drawn], np.float64)
+    defined = replicates[~np.isnan(replicates)]
+    # A difference of infinities is NaN exactly in the samples that hold the rows which matter most.
+    if np.isnan(value) or not len(defined):
+        return Estimate(value, float("nan"), float("nan"))
+    return Estimate(
+        value, _quantile(defined, (1 - level) / 2, "lower"), _quantile(defined, (1 + level) / 2, "higher")
+    )
+
+
+def _quantile(values: np.ndarray, at: float, outer: Literal["lower", "higher"]) -> float:
+    """The quantile, between two order statistics; the outer one where an infinity forbids to interpolate."""
+    low, high = (float(np.quantile(values, at, method=side)) for side in ("lower", "higher"))
+    if np.isfinite([low, high]).all():
+        return float(np.quantile(values, at))
+    return low if outer == "lower" else high

@@ -1,0 +1,210 @@
+r"""Posterior prediction: the mixture over draws of the softmax over the label words.
+
+    p(y | x) = 1/S sum_s softmax(logits(x; adapters_s))
+
+One definition for every number of draws and for deterministic fits, where it is a single softmax.
+What no draw changes (the layers below the lowest adapted one) runs once a row. Draws go through the layers
+above some at a time, so memory does not grow with their number: one on a CPU, which gains nothing from more
+(`benchmarks/step.py`), and several on an accelerator, where they share every read of the weights.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+from rich.console import Console
+
+from bnlora._util.checks import check_key, class_numbers
+from bnlora._util.compilation import SMALL, pieces
+from bnlora._util.display import Showable, Shown, Table
+from bnlora._util.typing import Adapters
+from bnlora.data.batch import Batch, check_form
+from bnlora.program.cache import tracked_parts
+
+
+@runtime_checkable
+class Posterior(Protocol):
+    """Whatever gives draws of a classifier's adapters: a `Fit`, or a member of `bnlora.infer.approximate`.
+
+    Prediction and metrics ask no more of it, so every way of inference is measured by the same code.
+
+    Example:
+        >>> def spread(posterior: bl.Posterior):
+        ...     return posterior.draw_adapters(key, 10)["lm_head"]["b"].std(0).shape
+        >>> spread(fit)
+        (1, 2, 1)
+    """
+
+    @property
+    def model(self) -> Any:
+        """The classifier."""
+        ...
+
+    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
+        """Posterior adapters with a leading draw axis; the same key gives the same draws."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prediction(Shown):
+    """Predictive distribution of every row.
+
+    Attributes:
+        draw_log_probs: Log-probabilities of the classes under each draw, shape (draw, row, class).
+
+    Example:
+        >>> prediction = bl.Prediction(np.log([[[0.9, 0.1]], [[0.5, 0.5]]]))  # two draws of one row
+        >>> prediction.probs.round(3)
+        array([[0.7, 0.3]])
+    """
+
+    draw_log_probs: Float[np.ndarray, "s n c"]
+
+    @property
+    def log_probs(self) -> Float[np.ndarray, "n c"]:
+        """Log of the mixture over draws, normalised over the classes."""
+        return np.logaddexp.reduce(self.draw_log_probs, axis=0) - np.log(len(self.draw_log_probs))
+
+    @property
+    def probs(self) -> Float[np.ndarray, "n c"]:
+        """Probabilities of the mixture."""
+        return np.exp(self.log_probs)
+
+    def log_probs_of(self, labels: Int[Any, " n"]) -> Float[np.ndarray, "s n"]:
+        """Log-probability of a class of each row under each draw.
+
+        Raises:
+            ValueError: Unless there is one label for each row, the number of a class.
+        """
+        index = class_numbers("the predicted rows", labels, *self.draw_log_probs.shape[1:])[None, :, None]
+        return np.take_along_axis(self.draw_log_probs, index, axis=2)[..., 0]
+
+    @property
+    def entropy(self) -> Float[np.ndarray, " n"]:
+        """Entropy of the mixture in nats: total uncertainty."""
+        return _entropy(self.log_probs)
+
+    @property
+    def mutual_information(self) -> Float[np.ndarray, " n"]:
+        """Mutual information of class and adapters in nats: the epistemic part of the entropy."""
+        return np.maximum(self.entropy - _entropy(self.draw_log_probs).mean(0), 0.0)
+
+    @property
+    def stderr(self) -> Float[np.ndarray, "n c"]:
+        """Monte Carlo standard error of `probs`; NaN for a single draw, which has no spread."""
+        draws = len(self.draw_log_probs)
+        if draws < 2:
+            return np.full(self.draw_log_probs.shape[1:], np.nan)
+        return np.exp(self.draw_log_probs).std(0, ddof=1) / draws**0.5
+
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """Distribution over rows of what is certain and what is not, and the classes."""
+        draws, rows, classes = self.draw_log_probs.shape
+        log_probs, mixture = self.log_probs, self.probs
+        by_row = {
+            "confidence": mixture.max(1),
+            "entropy (nats)": _entropy(log_probs),
+            "mutual information (nats)": self.mutual_information,
+            "Monte Carlo standard error": self.stderr.max(1),
+        }
+        spread = tuple(
+            (name, *(f"{x:.3g}" for x in (values.mean(), *np.quantile(values, [0.05, 0.5, 0.95]))))
+            for name, values in by_row.items()
+        )
+        top = np.bincount(log_probs.argmax(1), minlength=classes)
+        share = tuple((str(c), f"{top[c]:,}", f"{mixture[:, c].mean():.3f}") for c in range(classes))
+        title = f"Prediction: {rows:,} rows, {classes} classes, {draws} draws"
+        return (
+            Table(title, ("over rows", "mean", "5%", "median", "95%"), spread),
+            Table("Classes", ("class", "rows where it is most probable", "mean probability"), share),
+        )
+
+    def __repr__(self) -> str:
+        draws, rows, classes = self.draw_log_probs.shape
+        return f"Prediction({rows} rows, {classes} classes, {draws} draws)"
+
+
+def predict(
+    key: Array,
+    fit: Posterior,
+    data: Batch,
+    *,
+    num_samples: int = 32,
+    batch_size: int = 32,
+    draws_together: int | None = None,
+    console: Console | None = None,
+) -> Prediction:
+    """Predict the classes of every row from posterior draws.
+
+    Args:
+        key: Random key of the draws; the same key gives the same draws for any data.
+        fit: A fit, or any other posterior.
+        data: Rows to predict; labels are not read.
+        num_samples: Number of posterior draws S.
+        batch_size: Rows to run at a time.
+        draws_together: Draws to run at a time; peak memory is that of so many draws of so many rows. Omitted,
+            one on a CPU and eight on an accelerator.
+        console: Where to draw a progress bar; the terminal or notebook when omitted.
+
+    Returns:
+        Log-probabilities by draw, and the mixture's summaries.
+
+    Raises:
+        ValueError: When there are no rows, tokens and mask are not as `Batch` says, a row has a token that
+            the base has no row for, or fewer than one draw or row at a time is asked for.
+
+    Example:
+        >>> prediction = bl.predict(key, fit, rows, num_samples=4)
+        >>> prediction.probs.shape
+        (8, 2)
+    """
+    key = check_key(key)
+    check_form("given", data)
+    together = _together(draws_together)
+    if min(len(data), num_samples, batch_size, together) < 1:
+        raise ValueError(
+            f"prediction needs at least one row, draw and row at a time; got {len(data)} rows, "
+            f"num_samples={num_samples}, batch_size={batch_size}, draws_together={draws_together}"
+        )
+    draws = fit.draw_adapters(key, num_samples)
+    return predict_with_draws(
+        fit.model, draws, data, batch_size=batch_size, draws_together=together, console=console
+    )
+
+
+def predict_with_draws(
+    model: Any,
+    draws: Adapters,
+    data: Batch,
+    *,
+    batch_size: int = 32,
+    draws_together: int | None = None,
+    console: Console | None = None,
+) -> Prediction:
+    """Predict with given adapters, whose factors carry a leading draw axis; otherwise like `predict`."""
+    model.check_tokens(data)
+    sizes = len(jax.tree.leaves(draws)[0]), len(data), len(model.label_ids)
+    log_probs, together = np.empty(sizes, np.float64), _together(draws_together)
+    some = [(jax.device_put(piece), count) for piece, count in pieces(draws, multiple=together)]
+    narrow = model.numbers((batch_size, data.tokens.shape[1])) > SMALL
+    for part in tracked_parts(data, batch_size, "predict", console, narrow=narrow):
+        batch, begin = model.prepare(part.batch), 0
+        for piece, count in some:
+            computed = np.asarray(model.compiled_log_probs(piece, count, batch, together))
+            log_probs[begin : begin + count, part.rows] = computed[:count, : len(part.rows)]
+            begin += count
+    return Prediction(log_probs)
+
+
+def _together(asked: int | None) -> int:
+    """Draws that run at a time."""
+    return asked if asked is not None else 1 if jax.default_backend() == "cpu" else 8
+
+
+def _entropy(log_probs: np.ndarray) -> np.ndarray:
+    # 0 log 0 = 0: a class of probability zero adds nothing.
+    return -(np.exp(log_probs) * np.maximum(log_probs, np.finfo(np.float64).min)).sum(-1)

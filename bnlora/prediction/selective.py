@@ -1,0 +1,105 @@
+r"""Acting on uncertainty: what leaving the doubtful rows to others gains, and who is a stranger.
+
+With a doubt u_i of every row (one minus the confidence, the entropy, or the mutual information), the rows are
+answered in increasing order of doubt. At coverage i/n,
+
+    risk(i/n) = share of wrong answers among the i rows of least doubt,    AURC = mean_i risk(i/n),
+
+and rows of equal doubt enter together, with their expected error. `separation` asks whether doubt tells rows
+of another domain: P(u of one outside > u of one inside), ties counting half, the area under the ROC curve.
+
+References: El-Yaniv and Wiener (2010), JMLR 11; Geifman, Uziel and El-Yaniv (2019), arXiv 1805.08206.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from bnlora import metrics
+from bnlora._util.checks import check_option
+from bnlora.metrics.scores import checked
+from bnlora.prediction.predict import Prediction
+
+Doubt = Literal["confidence", "entropy", "mutual_information"]
+
+DOUBTS: Mapping[str, Callable[[Prediction], np.ndarray]] = MappingProxyType(
+    {
+        "confidence": lambda prediction: 1 - prediction.probs.max(1),
+        "entropy": lambda prediction: prediction.entropy,
+        "mutual_information": lambda prediction: prediction.mutual_information,
+    }
+)
+
+
+@dataclass(frozen=True)
+class RiskCoverage:
+    """A risk-coverage curve.
+
+    Attributes:
+        coverage: Share of the rows that are answered, 1/n to 1.
+        risk: Error rate among them.
+        low: Lower end of its 95 % Wilson interval, for a threshold on the doubt that is fixed.
+        high: Upper end of it.
+        aurc: Area under the curve with its percentile bootstrap interval over rows.
+    """
+
+    coverage: Float[np.ndarray, " n"]
+    risk: Float[np.ndarray, " n"]
+    low: Float[np.ndarray, " n"]
+    high: Float[np.ndarray, " n"]
+    aurc: metrics.Estimate
+
+
+def doubt(prediction: Prediction, by: Doubt = "confidence") -> Float[np.ndarray, " n"]:
+    """Doubt of every row: one minus the largest probability, or entropy or mutual information in nats."""
+    check_option("by", by, get_args(Doubt))
+    return DOUBTS[by](prediction)
+
+
+def risk_coverage(
+    prediction: Prediction,
+    labels: Int[np.ndarray, " n"],
+    *,
+    by: Doubt = "confidence",
+    resamples: int = 1000,
+    seed: int = 0,
+) -> RiskCoverage:
+    """Error rate among the rows of least doubt, for every number of rows.
+
+    Args:
+        prediction: The prediction.
+        labels: True classes.
+        by: What orders the rows. By "confidence" the area is `metrics.aurc`.
+        resamples: Bootstrap samples of the interval of the area.
+        seed: Seed of the resampling.
+
+    Raises:
+        ValueError: On an unknown order, fewer than one resample, and whatever `metrics.accuracy` refuses.
+
+    Example:
+        >>> sure, right = np.array([0.9, 0.6, 0.8]), np.array([1, 0, 1])
+        >>> found = risk_coverage(Prediction(np.log([np.stack([1 - sure, sure], 1)])), right)
+        >>> found.risk.round(3), round(found.aurc.value, 3)
+        (array([0.   , 0.   , 0.333]), 0.111)
+    """
+    log_probs, labels = checked(prediction.log_probs, labels)
+    order, wrong = doubt(prediction, by), log_probs.argmax(1) != labels
+    risk, count = metrics.selective_risks(order, wrong), np.arange(1, len(wrong) + 1)
+    low, high = metrics.wilson(risk * count, count)
+
+    def area(rows: np.ndarray) -> float:
+        return float(metrics.selective_risks(order[rows], wrong[rows]).mean())
+
+    found = metrics.bootstrap(area, len(wrong), resamples=resamples, seed=seed)
+    return RiskCoverage(count / len(wrong), risk, low, high, found)
+
+
+def separation(inside: Float[np.ndarray, " n"], outside: Float[np.ndarray, " m"]) -> float:
+    """Probability that a row of `outside` has more doubt than one of `inside`, ties counting half."""
+    ordered = np.sort(inside)
+    below = np.searchsorted(ordered, outside, "left") + np.searchsorted(ordered, outside, "right")
+    return float(below.mean() / 2 / len(ordered))

@@ -1,0 +1,222 @@
+r"""A classifier with some of its latent sites held at given values.
+
+    p(free | y, fixed)  is proportional to  p(y | free, fixed) p(free, fixed)
+
+as a classifier of its own, which every fit and sampler of this library takes. The prior program runs whole,
+with the fixed sites conditioned on, so that their densities still inform hyper-parameters that are free.
+Layers whose adapters no free site moves belong to the frozen trunk: their activations are cached with
+those below, and a gradient costs what is above alone.
+"""
+
+import difflib
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache, cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+from numpyro import handlers
+
+from bnlora._util.compilation import options
+from bnlora._util.display import Showable
+from bnlora._util.typing import Adapters, Parameters
+from bnlora.adapters.sites import HEAD, Sites
+from bnlora.data.batch import Batch
+from bnlora.program.density import Density, density
+from bnlora.program.model import Classifier
+
+
+@dataclass(frozen=True, repr=False)
+class Conditional(Classifier):
+    """A classifier whose prior has some sites fixed; built by `condition`.
+
+    Attributes:
+        fixed: Value of every fixed site by name.
+        lowest: Lowest layer that the free sites change.
+        below: Adapters at the fixed values, of which those that the free sites do not change are read.
+        moves: Which layers of each factor the free sites change, by family.
+    """
+
+    fixed: Mapping[str, Array] = field(default_factory=dict)
+    lowest: int = 0
+    below: Adapters = field(default_factory=dict)
+    moves: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def start(self) -> int:
+        """The lowest layer that a draw changes: that of the lowest adapter that is not fixed."""
+        return self.lowest
+
+    @property
+    def moving(self) -> tuple[str, ...]:
+        """Families whose adapters differ from draw to draw: those that the free sites change."""
+        return tuple(name for name, factors in self.moves.items() if any(map(np.any, factors.values())))
+
+    @cached_property
+    def trunk(self) -> str:
+        """Checksum of the adapters below the lowest free layer; "" where there are none."""
+        digest = hashlib.sha256()
+        inner = {n: sum(layer < self.lowest for layer in site.layers) for n, site in self.sites.items()}
+        for name in (name for name, count in inner.items() if count):
+            digest.update(repr(self.sites[name]).encode())
+            for values in self.below[name].values():
+                digest.update(np.asarray(values[: inner[name]]).tobytes())
+        return digest.hexdigest() if any(inner.values()) else ""
+
+    def held(self, adapters: Adapters) -> Adapters:
+        """Adapters with a leading draw axis, those that the free sites do not change at their fixed value."""
+
+        def one(moves: np.ndarray, fixed: Array, drawn: Array) -> Array:
+            return jnp.where(moves[:, None, None], drawn, fixed)
+
+        return {
+            name: {f: one(self.moves[name][f], self.below[name][f], drawn) for f, drawn in pair.items()}
+            for name, pair in adapters.items()
+        }
+
+    def _computed(self, params: Any, batch: Batch) -> Float[Array, "n t d"]:
+        if self.lowest == self.sites.start:
+            return super()._computed(params, batch)
+        first = self.sites.start
+        placed = self.sites.place(self.below)
+        placed.pop(HEAD, None)
+        inner = {m: {f: x[: self.lowest - first] for f, x in pair.items()} for m, pair in placed.items()}
+        module = self.base.bind(params)
+        trunk = module.blocks(module.embed(batch.tokens), batch.mask, start=0, stop=first)
+        return module.blocks(trunk, batch.mask, start=first, stop=self.lowest, adapters=inner)
+
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """That of the classifier, and what is fixed."""
+        return (*super().overview, self._held)
+
+    @property
+    def _held(self) -> str:
+        return f"{len(self.fixed)} sites fixed: {', '.join(self.fixed)}"
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}\n  {self._held}"
+
+
+def condition(model: Classifier, values: Mapping[str, Array], params: Parameters | None = None) -> Classifier:
+    """The classifier with latent sites held at given values.
+
+    Args:
+        model: A `Classifier`.
+        values: Constrained value of each site to fix, by name; the model itself is returned for none.
+        params: Values of the prior's NumPyro parameters, where it has any.
+
+    Returns:
+        A classifier of its own, whose prior has the other sites alone.
+
+    Raises:
+        ValueError: When a name is no latent site, a shape does not fit, no site is left free, or the prior
+            has a parameter without a value.
+
+    Example:
+        >>> held = bl.condition(model, {"lm_head.a": jnp.zeros((1, 1, 16))})
+        >>> bl.guides.Guide(held.prior, bl.guides.mean_field())
+        Guide(4 parameters)
+          lm_head.b (1, 2, 1): mean-field Gaussian, 4
+    """
+    if not values:
+        return model
+    whole = density(model, params or {})
+    _check(whole, values)
+    program, before = model.prior.program, model.fixed if isinstance(model, Conditional) else {}
+
+    def conditioned(sites: Sites) -> Adapters:
+        return handlers.condition(program, data=dict(values))(sites)
+
+    plain = model.with_prior(conditioned)
+    view = density(plain, params or {})
+    first, second = _two_places(view)
+    moves = {
+        name: {f: np.any(np.asarray(first[name][f] != second[name][f]), axis=(1, 2)) for f in first[name]}
+        for name in view.model.sites
+    }
+    lowest = min([model.base.num_layers, *_moving_layers(model.sites, moves)])
+    if model.kind == "tangent":  # its features are of all adapters, whatever is held
+        lowest = model.sites.start
+    parts = {part.name: getattr(plain, part.name) for part in fields(plain)}
+    made = _blank(type(plain))  # the fields of a Classifier are not the arguments that make one
+    fixed = {**before, **values}
+    for name, value in {**parts, "fixed": fixed, "lowest": lowest, "below": first, "moves": moves}.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+def _blank(kind: type[Classifier]) -> Conditional:
+    """A classifier of some kind with held sites, whose fields are still to be set."""
+    return object.__new__(_holding(kind))  # type: ignore[arg-type]  # a class is hashable
+
+
+@cache
+def _holding(kind: type[Classifier]) -> type[Conditional]:
+    """`Conditional`, or for another kind of classifier a class of both."""
+    if issubclass(Conditional, kind):
+        return Conditional
+    # `pickle` cannot find such a class by its name.
+    parts = {"__reduce__": lambda self: (_blank, (kind,), vars(self)), "__doc__": kind.__doc__}
+    both = type(f"Conditional{kind.__name__}", (kind, Conditional), parts)
+    return dataclass(frozen=True, init=False, repr=False, eq=False)(both)
+
+
+def matching(latent: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
+    r"""The latent sites that patterns choose, in the order of `latent`.
+
+    Args:
+        latent: Names of all latent sites.
+        wanted: Regular expressions that must match a whole site name, or the names of families and of
+            factors before a dot: `"lm_head"`, `"lm_head.a"`, `"tau"`, `r".*\.V"`.
+
+    Raises:
+        ValueError: When a pattern matches nothing; the message names the nearest sites.
+    """
+    chosen = set()
+    for pattern in wanted:
+        found = {n for n in latent if re.fullmatch(rf"(?:{pattern})(?:\..*)?", n)}
+        if not found:
+            near = difflib.get_close_matches(pattern, latent, n=3, cutoff=0.3) or list(latent)
+            raise ValueError(f"{pattern!r} matches no latent site; nearest are {', '.join(near)}")
+        chosen |= found
+    return tuple(name for name in latent if name in chosen)
+
+
+def _check(view: Density, values: Mapping[str, Array]) -> None:
+    for name in values:
+        matching(tuple(view.shapes), [re.escape(name)])
+    if set(values) >= set(view.shapes):
+        raise ValueError("every latent site is fixed; leave at least one free")
+    shapes = {name: np.shape(x) for name, x in jax.eval_shape(view.sites, np.zeros(view.size)).items()}
+    for name, value in values.items():
+        if np.shape(value) != shapes[name]:
+            raise ValueError(f"the value of {name!r} needs shape {shapes[name]}; got {np.shape(value)}")
+
+
+def _two_places(view: Density) -> tuple[Adapters, Adapters]:
+    """Adapters at two vectors that share no coordinate.
+
+    Prior programs are smooth, so an entry that the free sites move is equal at both with probability zero.
+    """
+    places = np.random.default_rng(0).normal(size=(2, view.size)).astype(np.float32)
+    both = jax.jit(lambda u: jax.lax.map(view.adapters, u), compiler_options=options(0))(places)
+    both = jax.tree.map(np.asarray, both)  # JAX would compile a program for each entry that is taken
+    return jax.tree.map(lambda x: jnp.asarray(x[0]), both), jax.tree.map(lambda x: jnp.asarray(x[1]), both)
+
+
+def _moving_layers(sites: Sites, moves: Mapping[str, Mapping[str, np.ndarray]]) -> set[int]:
+    """The layers that have a factor that moves."""
+    return {
+        layer
+        for name, site in sites.items()
+        for factor in moves[name].values()
+        for layer, moved in zip(site.layers, factor, strict=True)
+        if moved
+    }

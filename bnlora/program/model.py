@@ -1,0 +1,350 @@
+r"""The NumPyro model: a prior over adapters and a likelihood read off a frozen language model.
+
+    adapters ~ prior(sites),      y_i | adapters ~ Categorical(softmax(logits_i[label tokens]))
+
+The softmax runs over the label tokens alone, so the likelihood is normalised over the classes, and
+it is the same for every prior, guide and number of draws. Base weights enter as an argument: never
+a parameter, never a closure. Minibatches are scaled by N / B through the one plate, `"data"`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from jax import Array
+from jaxtyping import Float, Int
+
+from bnlora._util.checks import brief, check_indices
+from bnlora._util.compilation import first_entries, program
+from bnlora._util.copying import state
+from bnlora._util.display import Showable, Shown, facts
+from bnlora._util.typing import Adapters
+from bnlora.adapters.sites import HEAD, Sites
+from bnlora.data.batch import Batch, check_labels, check_tokens, unknown_token
+from bnlora.priors import Prior
+
+
+class LanguageModel(Protocol):
+    """What a classifier needs of a base model: frozen weights and a module to bind them to."""
+
+    @property
+    def params(self) -> Any:
+        """The frozen weights, a pytree."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        ...
+
+    @property
+    def modules(self) -> Mapping[str, tuple[int, int]]:
+        """`{module: (d_in, d_out)}`, the modules of one layer and the head."""
+        ...
+
+    def bind(self, params: Any) -> Any:
+        """The module with these weights: `embed`, `blocks` (all positions, or some), `inputs` and `head`."""
+        ...
+
+
+@dataclass(frozen=True)
+class AdapterPrior:
+    """A prior program bound to its sites, callable with the model's arguments (it ignores them).
+
+    Guides are built on this object, so that building one never traces the language model.
+    """
+
+    sites: Sites
+    program: Prior
+
+    def __call__(self, *args, **kwargs) -> Adapters:
+        """Run the prior and return adapters whose families and shapes are checked."""
+        adapters = self.program(self.sites)
+        if not isinstance(adapters, Mapping):
+            raise ValueError(f"a prior must return adapters by family; got {type(adapters).__name__}")
+        self.sites.check(adapters)
+        return adapters
+
+    def __getstate__(self) -> dict[str, Any]:
+        return state(self, "program")
+
+
+@dataclass(frozen=True)
+class Classifier(Shown):
+    """A classifier whose classes are label words, as a plain NumPyro model `model(params, batch)`.
+
+    Where the head is adapted, only its label rows enter `sites` and the prior: the likelihood reads
+    no other row. Under a prior that is consistent under leaving rows out the others would stay exactly at
+    their prior and change nothing; the law of the head under any other prior, such as the sparse GP with
+    `lam` below one, is defined on the label rows (`Sites.with_head_rows`).
+
+    Args:
+        base: The loaded base model.
+        sites: Where the adapters are, from `bnlora.select`.
+        prior: NumPyro program from sites to adapters.
+        label_ids: Token id of each class's word, shape `(class,)`, e.g. `data.label_ids`.
+
+    Raises:
+        ValueError: With fewer than two label ids, equal ones or some that the base has no row for, and where
+            the sites are those of another base.
+
+    Example:
+        >>> model = bl.Classifier(base, sites, bl.priors.normal(), label_ids=(3, 5))
+        >>> trace = numpyro.handlers.trace(numpyro.handlers.seed(model.prior, key)).get_trace()
+        >>> [name for name, site in trace.items() if site["type"] == "sample"]
+        ['lm_head.a', 'lm_head.b']
+    """
+
+    base: LanguageModel
+    sites: Sites
+    prior: AdapterPrior
+    label_ids: tuple[int, ...]
+
+    def __init__(self, base: LanguageModel, sites: Sites, prior: Prior, *, label_ids: Int[Any, " c"]):
+        ids = _label_ids(base, label_ids)
+        _check_sites(base, sites)
+        read = sites.with_head_rows(len(ids))
+        for name, value in {
+            "base": base,
+            "sites": read,
+            "prior": AdapterPrior(read, prior),
+            "label_ids": ids,
+        }.items():
+            object.__setattr__(self, name, value)
+
+    def over(self, base: LanguageModel) -> Self:
+        """The same classifier over a base of the same weights that runs in another way (`Base.running`)."""
+        return self._changed(base=base)
+
+    def under(self, prior: Prior) -> Self:
+        """The same classifier under another prior, unchecked: for programs in which its scales are traced."""
+        return self._changed(prior=AdapterPrior(self.sites, prior))
+
+    def _changed(self, **values: Any) -> Self:
+        made = object.__new__(type(self))  # the fields of a classifier are not the arguments that make one
+        for field in fields(self):
+            object.__setattr__(made, field.name, values.get(field.name, getattr(self, field.name)))
+        return made
+
+    def with_prior(self, prior: Prior) -> "Classifier":
+        """The same classifier under another prior."""
+        return Classifier(self.base, self.sites, prior, label_ids=self.label_ids)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the base has a row for; its tokenizer may have fewer."""
+        return self.base.modules[HEAD][1]
+
+    def check_tokens(self, batch: Batch) -> None:
+        """Raise `ValueError` where the rows have a token that the base has no row for."""
+        check_tokens(batch.tokens, batch.mask, self.vocabulary, getattr(self.base, "tokenizer", None))
+
+    @property
+    def kind(self) -> Literal["network", "tangent"]:
+        """What a draw of the adapters goes through: the network, or its tangent at the base."""
+        return "network"
+
+    @property
+    def start(self) -> int:
+        """The lowest layer that a draw changes: that of the lowest adapter."""
+        return self.sites.start
+
+    @property
+    def trunk(self) -> str:
+        """The layers below `start`, as in `Batch.trunk`: the base's own."""
+        return ""
+
+    @property
+    def moving(self) -> tuple[str, ...]:
+        """Families whose adapters differ from draw to draw: all."""
+        return tuple(self.sites)
+
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """Its classes, base and prior, and the adapters."""
+        tokenizer = getattr(self.base, "tokenizer", None)
+        named = {} if tokenizer is None else {i: f" {tokenizer.decode([i])!r}" for i in self.label_ids}
+        about = {
+            "label tokens": ", ".join(f"{i}{named.get(i, '')}" for i in self.label_ids),
+            "base": repr(self.base),
+            "prior": _name(self.prior.program),
+            "layers below the adapters": str(self.start),
+        }
+        return (facts(f"Classifier of {len(self.label_ids)} classes", about), *self.sites.overview)
+
+    def __repr__(self) -> str:
+        return f"Classifier({len(self.label_ids)} classes, {self.base!r})\n{self.sites!r}"
+
+    def __call__(self, params: Any, batch: Batch, n_total: int | None = None) -> None:
+        """Sample adapters and observe labels.
+
+        Args:
+            params: The frozen base weights, `model.base.params`.
+            batch: Rows with labels.
+            n_total: Size of the data set that `batch` is a random part of; the likelihood is scaled
+                by `n_total / len(batch)`. Omitted, the batch is the whole data set.
+
+        Raises:
+            ValueError: When `n_total` is less than the rows; outside a compiled program also when a row has a
+                label or a token that the model has not.
+        """
+        self._observe(self.logits(params, self.prior(), batch), batch, n_total)
+
+    def _observe(self, logits: Float[Array, "n c"], batch: Batch, n_total: int | None) -> None:
+        if not isinstance(batch.labels, jax.core.Tracer):
+            check_labels("given", batch, len(self.label_ids))
+        rows = len(batch)
+        size = rows if n_total is None else n_total
+        if rows > size:
+            raise ValueError(f"n_total must be at least the {rows} rows of the batch; got {size}")
+        with numpyro.plate("data", size, subsample_size=rows if rows < size else None):
+            numpyro.sample("y", dist.Categorical(logits=logits), obs=batch.labels)
+
+    def hidden(self, params: Any, batch: Batch) -> Float[Array, "n t d"]:
+        """Activations below the lowest adapted layer: the batch's if cached for this trunk, or computed here.
+
+        Raises:
+            ValueError: When they must be computed and only the last position of each row was kept.
+        """
+        if batch.hidden is not None and batch.caches(self.start, self.trunk):
+            return batch.hidden
+        self.check_tokens(batch)
+        if not batch.whole:
+            raise ValueError(
+                "these rows keep only their last position, which is too little for this model; give the rows "
+                "as they were read"
+            )
+        return self._computed(params, batch)
+
+    def _computed(self, params: Any, batch: Batch) -> Float[Array, "n t d"]:
+        """Activations below the lowest adapted layer, from the tokens."""
+        module = self.base.bind(params)
+        return module.blocks(module.embed(batch.tokens), batch.mask, start=0, stop=self.start)
+
+    def prepared(self, params: Any, batch: Batch) -> Batch:
+        """The batch with its activations below the lowest adapted layer, which no draw changes."""
+        return replace(batch, hidden=self.hidden(params, batch), depth=self.start, trunk=self.trunk)
+
+    def logits(self, params: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n c"]:
+        """Logits of the label tokens after the last real token of each row.
+
+        The last layer runs at that token alone, beside the keys and values of the others.
+        """
+        placed = self.sites.place(adapters, start=self.start)
+        head = placed.pop(HEAD, None)
+        module = self.base.bind(params)
+        final = module.blocks(
+            self.hidden(params, batch),
+            batch.mask,
+            start=self.start,
+            stop=self.base.num_layers,
+            adapters=placed,
+            at=batch.last[:, None],
+        )
+        return module.head(final[:, 0], rows=jnp.asarray(self.label_ids), adapter=head)
+
+    def log_probs_by_draw(
+        self, params: Any, adapters: Adapters, batch: Batch, together: int = 1
+    ) -> Float[Array, "s n c"]:
+        """Log-probabilities of the classes under each draw of the adapters, which have a leading draw axis.
+
+        The part below the adapters runs once for all draws; `together` of them at a time run in one program,
+        whose adapted products read a kernel once for all of them.
+        """
+        prepared = self.prepared(params, batch)
+
+        def one(draw: Adapters) -> Array:
+            return jax.nn.log_softmax(self.logits(params, draw, prepared))
+
+        return jax.lax.map(one, adapters, batch_size=together if together > 1 else None)
+
+    def compiled_log_probs(self, adapters: Any, count: int, batch: Batch, together: int = 1) -> Array:
+        """`log_probs_by_draw` of the first `count` of some draws, in a program for all callers.
+
+        Activations that no draw changes must be in the batch already: see `prepare`.
+        """
+        run = program(self, _log_probs_of_piece, static=(4,))
+        return run(self.base.params, adapters, count, batch, together)
+
+    def is_prepared(self, batch: Batch) -> bool:
+        """Whether the batch has what no draw changes, or there is nothing of that kind."""
+        return self.start == 0 or batch.caches(self.start, self.trunk)
+
+    def cache_bytes(self, batch: Batch) -> int:
+        """Memory that `prepare` adds to a batch (float32)."""
+        return math.prod(batch.tokens.shape) * self.base.modules[HEAD][0] * 4
+
+    def prepare(self, batch: Batch) -> Batch:
+        """`prepared` with the model's weights, in one program for all callers; at depth 0 the given rows.
+
+        Raises:
+            ValueError: When a row has a token that the base has no row for.
+        """
+        self.check_tokens(batch)
+        if self.is_prepared(batch):
+            return batch if self.start else batch.plain
+        run = program(self, type(self).hidden)
+        return replace(batch, hidden=run(self.base.params, batch.plain), depth=self.start, trunk=self.trunk)
+
+    def numbers(self, shape: tuple[int, ...]) -> int:
+        """Approximate size of the largest array of a program for so many rows and positions."""
+        widest = max(max(site.d_in, site.d_out) for site in self.sites.values())
+        return max(math.prod(shape) * widest, self.sites.num_parameters)
+
+
+def kind_of(model: Any) -> str:
+    """What draws of the adapters go through, "network" or "tangent"; the former for other programs."""
+    return getattr(model, "kind", "network")
+
+
+def _log_probs_of_piece(
+    model: Classifier, params: Any, adapters: Adapters, count: Array, batch: Batch, together: int
+) -> Array:
+    def one(draw: Adapters, params: Any, batch: Batch) -> Array:
+        return jax.nn.log_softmax(model.logits(params, draw, batch))
+
+    return first_entries(one, adapters, count, params, batch, together=together)
+
+
+def _label_ids(base: LanguageModel, label_ids: Any) -> tuple[int, ...]:
+    """Token ids as integers, at least two different ones that the base has rows for."""
+    given = np.asarray(label_ids)
+    if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
+        raise ValueError(f"label_ids must be a list of integers; got {brief(label_ids)}")
+    ids = tuple(map(int, given))
+    if len(ids) < 2 or len(set(ids)) < len(ids):
+        raise ValueError(f"label_ids must be at least two different token ids; got {ids}")
+    size = base.modules[HEAD][1]
+    unknown = [i for i in ids if not 0 <= i < size]
+    if unknown:
+        raise ValueError(
+            f"label_ids have {unknown_token(unknown[0], size, getattr(base, 'tokenizer', None))}"
+        )
+    return ids
+
+
+def _check_sites(base: LanguageModel, sites: Sites) -> None:
+    """Raise `ValueError` unless the base has the modules and layers of the sites."""
+    for name, site in sites.items():
+        d_in, d_out = base.modules.get(site.module, (0, 0))
+        # Sites may have some rows of the head already, as those of another classifier do.
+        same = site.d_in == d_in and (site.d_out == d_out or site.module == HEAD)
+        if not same or sites.num_layers != base.num_layers:
+            raise ValueError(
+                f"the sites are those of another base: {name!r} maps {site.d_in} -> {site.d_out} in a model "
+                f"of {sites.num_layers} layers, but this base has {d_in} -> {d_out} and {base.num_layers} "
+                "layers; select them from this base"
+            )
+        # A layer beyond the last would be left out in silence.
+        check_indices(f"the layers of {name!r}", site.layers, base.num_layers + (site.module == HEAD))
+
+
+def _name(program: Any) -> str:
+    """What the caller wrote to make a prior: the function, or the one that returned it."""
+    return getattr(program, "__qualname__", type(program).__name__).split(".<locals>")[0]

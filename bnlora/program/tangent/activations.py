@@ -1,0 +1,41 @@
+r"""Second moments of what enters the adapted modules of the untouched base.
+
+    X_(f, l) = sum over rows and tokens of x x^T        (d_in, d_in)
+
+A token counts where a module of its layer reads it: every real token for a module of a layer, the last one of
+each row for the head. An update moves the output of a module by dW x, so that directions outside the leading
+eigenvectors of X hardly move anything, whatever the classes are.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from bnlora.adapters.sites import HEAD
+from bnlora.data.batch import Batch
+from bnlora.program.model import Classifier
+
+
+def second_moments(
+    model: Classifier, params: Any, batch: Batch, weights: Float[Array, " n"]
+) -> dict[str, Float[Array, "l d_in d_in"]]:
+    """Weighted sums over the rows of a batch, by family.
+
+    Args:
+        model: The classifier.
+        params: The frozen base weights.
+        batch: Rows; labels are not read.
+        weights: Weight of each row, 0 for rows that only fill up a part.
+    """
+    hidden, modules = model.hidden(params, batch), [site.module for site in model.sites.values()]
+    inputs = model.base.bind(params).inputs(hidden, batch.mask, modules, start=model.start)
+    real = weights[:, None] * batch.mask
+    last = weights[:, None] * (jnp.arange(batch.tokens.shape[1]) == batch.last[:, None])
+    found = {}
+    for name, site in model.sites.items():
+        own = [0] if site.module == HEAD else [layer - model.start for layer in site.layers]
+        x = inputs[site.module][jnp.asarray(own)].astype(jnp.float32)
+        found[name] = jnp.einsum("lbti,lbtj,bt->lij", x, x, last if site.module == HEAD else real)
+    return found

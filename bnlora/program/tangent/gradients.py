@@ -1,0 +1,215 @@
+r"""Derivatives of logit contrasts in the update of every adapted module, at the untouched base.
+
+    J_c = d (z_c - z_0) / d dW      (d_out, d_in), for each row, module and layer
+
+J itself is large. Two products of it come out of one backward pass through adapters whose update is zero:
+with `a = [Omega^T; A]`, `b = [B, Theta]` and A = B = 0,
+
+    d/dB = J Omega,      d/dA = Theta^T J.
+
+Projections to frames (Theta = L, Omega = R) are the features of a tangent model; products with random signs
+estimate J J^T and J^T J without bias. Where one side is narrow, identity matrices give J exactly.
+
+References: Immer et al. (2021), arXiv 2008.08400, for the linear model; Halko, Martinsson and Tropp (2011),
+Finding structure with randomness, for sketches.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+from rich.console import Console
+
+from bnlora._util.compilation import program
+from bnlora.adapters.sites import Site, Sites
+from bnlora.base import Base
+from bnlora.data.batch import Batch, Part
+from bnlora.priors import point
+from bnlora.program.cache import tracked_parts
+from bnlora.program.model import Classifier
+
+ROWS = 16
+"""Rows that are differentiated at a time."""
+
+SKETCH = 64
+"""Columns of a random sketch of J; a side that is not wider is kept whole."""
+
+Moments = Mapping[str, tuple[Array, Array]]
+"""Sums of J J^T, (layer, d_out, d_out), and of J^T J, (layer, d_in, d_in), by family."""
+
+
+def differentiated(data: Batch, label: str, console: Console | None) -> Iterator[Part]:
+    """Parts of the rows to differentiate, under a bar: of few widths, for each takes long to compile."""
+    return tracked_parts(data, min(ROWS, len(data)), label, console, widths="few")
+
+
+def counted(part: Part) -> Float[Array, " n"]:
+    """Weight of each row of a part: 0 for rows that only fill it up."""
+    return jnp.asarray(np.arange(len(part.batch)) < len(part.rows), jnp.float32)
+
+
+def summed(pieces: Iterable[Part], of_part: Callable[[Part], Any]) -> Any:
+    """Sum over parts, in float64, of a tree of arrays that a program makes of each."""
+    total: Any = None
+    for part in pieces:
+        found = jax.tree.map(lambda x: np.asarray(x, np.float64), of_part(part))
+        total = found if total is None else jax.tree.map(np.add, total, found)
+    return total
+
+
+def features(
+    model: Classifier, params: Any, frames: Mapping[str, tuple[Array, Array]], batch: Batch
+) -> tuple[Float[Array, "n c"], Float[Array, "n k d"]]:
+    """Logits of the base, and the derivative of every contrast in the cores U of `dW = L U R^T`.
+
+    Args:
+        model: The classifier.
+        params: The frozen base weights.
+        frames: L (layer, d_out, m_o) and R (layer, d_in, m_i) of each family, in the order of the sites.
+        batch: Rows, with activations below the adapters where they are cached.
+
+    Returns:
+        Logits and derivatives; coordinates run over families, layers, rows and columns of U, in this order.
+    """
+    right = {name: jnp.swapaxes(R, 1, 2) for name, (_, R) in frames.items()}
+    zero = {n: jnp.zeros((L.shape[0], L.shape[2], R.shape[2])) for n, (L, R) in frames.items()}
+
+    def contrasts(cores: Mapping[str, Array], row: Batch) -> tuple[Array, Array]:
+        adapters = {
+            name: {"a": right[name], "b": frames[name][0] @ core / model.sites[name].scale}
+            for name, core in cores.items()
+        }
+        logits = model.logits(params, adapters, row)[0]
+        return logits[1:] - logits[0], logits
+
+    def of_row(row: Batch) -> tuple[Array, Array]:
+        slopes, logits = jax.jacrev(contrasts, has_aux=True)(zero, row)
+        flat = [slopes[name].reshape(len(logits) - 1, -1) for name in model.sites]
+        return logits, jnp.concatenate(flat, axis=1)
+
+    return _each_row(of_row, model.prepared(params, batch))
+
+
+def _each_row(function: Callable[..., Any], batch: Batch, *others: Array) -> Any:
+    """`function` of each row, a batch of one, and of each entry of other arrays; the results stacked."""
+    leaves, form = jax.tree.flatten(batch)
+
+    def of_one(row: list[Array], *entries: Array) -> Any:
+        return function(jax.tree.unflatten(form, [x[None] for x in row]), *entries)
+
+    return jax.vmap(of_one)(leaves, *others)
+
+
+def shared_features(
+    model: Classifier, frames: Mapping[str, tuple[Array, Array]], batch: Batch
+) -> tuple[Float[Array, "n c"], Float[Array, "n k d"]]:
+    """`features` by one program for all models over the same base, sites and label tokens.
+
+    Args:
+        model: The classifier; its prior is not read, nor the rank of its sites.
+        frames: As in `features`.
+        batch: Rows.
+
+    Returns:
+        Logits and derivatives.
+    """
+    families = tuple(replace(site, rank=1, alpha=1.0) for site in model.sites.values())
+    run = program(model.base, _features_of, static=(3, 4))
+    plain = replace(batch, features=None, frames="")
+    return run(
+        model.base.params, dict(frames), plain, replace(model.sites, families=families), model.label_ids
+    )
+
+
+def _features_of(
+    base: Base, params: Any, frames: Mapping, batch: Batch, sites: Sites, label_ids: tuple[int, ...]
+) -> tuple[Array, Array]:
+    return features(Classifier(base, sites, point(), label_ids=label_ids), params, frames, batch)
+
+
+def moments(
+    model: Classifier, params: Any, batch: Batch, keys: Array, weights: Float[Array, " n"]
+) -> Moments:
+    """Weighted sums over rows of J J^T and J^T J, exact where a side is narrow and unbiased elsewhere.
+
+    For two classes J is that of the contrast. For more it is the gradient of log p(c) at a class c drawn from
+    the base, so that the sums estimate those weighted by the Fisher information of the logits.
+
+    Args:
+        model: The classifier.
+        params: The frozen base weights.
+        batch: Rows; labels are not read.
+        keys: A random key for each row.
+        weights: Weight of each row, 0 for rows that only fill up a part.
+    """
+
+    def of_row(row: Batch, key: Array) -> dict[str, tuple[Array, Array]]:
+        class_key, *rest = jax.random.split(key, 1 + len(model.sites))
+        probes = {name: _probes(site, k) for (name, site), k in zip(model.sites.items(), rest, strict=True)}
+
+        def objective(free: Mapping[str, Mapping[str, Array]]) -> Array:
+            adapters = {name: _joined(probes[name], free[name], model.sites[name]) for name in probes}
+            logits = model.logits(params, adapters, row)[0]
+            if len(logits) == 2:
+                return logits[1] - logits[0]
+            drawn = jax.random.categorical(class_key, jax.lax.stop_gradient(logits))
+            return jax.nn.log_softmax(logits)[drawn]
+
+        free = {name: _zeros(site, probes[name]) for name, site in model.sites.items()}
+        slopes = jax.grad(objective)(free)
+        return {name: _sides(slopes[name]) for name in slopes}
+
+    def total(roots: tuple[Array, Array]) -> tuple[Array, Array]:
+        left, right = roots
+        weighted = weights[:, None, None, None]
+        return (
+            jnp.einsum("nlok,nlpk->lop", weighted * left, left),
+            jnp.einsum("nlki,nlkj->lij", weighted * right, right),
+        )
+
+    rows = _each_row(of_row, model.prepared(params, batch), keys)
+    return {name: total(roots) for name, roots in rows.items()}
+
+
+def _probes(site: Site, key: Array) -> dict[str, Array]:
+    """Theta (layer, d_out, k) and Omega (layer, d_in, k): identity on a narrow side, else random signs."""
+    narrow = min(site.d_in, site.d_out)
+    if narrow <= SKETCH:  # one product with the identity is J itself
+        whole = {"Theta" if site.d_out == narrow else "Omega": jnp.eye(narrow)}
+        empty = {"Theta": jnp.zeros((site.d_out, 0)), "Omega": jnp.zeros((site.d_in, 0))}
+        return {n: jnp.broadcast_to(x, (site.depth, *x.shape)) for n, x in (empty | whole).items()}
+    keys = jax.random.split(key)
+    sizes = {"Theta": site.d_out, "Omega": site.d_in}
+    return {
+        name: jax.random.rademacher(k, (site.depth, size, SKETCH), jnp.float32) / SKETCH**0.5
+        for (name, size), k in zip(sizes.items(), keys, strict=True)
+    }
+
+
+def _zeros(site: Site, probes: Mapping[str, Array]) -> dict[str, Array]:
+    """A and B, in which the objective is differentiated."""
+    return {
+        "A": jnp.zeros((site.depth, probes["Theta"].shape[2], site.d_in)),
+        "B": jnp.zeros((site.depth, site.d_out, probes["Omega"].shape[2])),
+    }
+
+
+def _joined(probes: Mapping[str, Array], free: Mapping[str, Array], site: Site) -> dict[str, Array]:
+    """The adapter `a = [Omega^T; A]`, `b = [B, Theta]`."""
+    a = jnp.concatenate([jnp.swapaxes(probes["Omega"], 1, 2), free["A"]], axis=1)
+    b = jnp.concatenate([free["B"], probes["Theta"]], axis=2)
+    return {"a": a, "b": b / site.scale}
+
+
+def _sides(slopes: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Y (layer, d_out, k), Z (layer, k, d_in): Y Y^T ~ J J^T and Z^T Z ~ J^T J; J itself where known."""
+    if slopes["B"].shape[2] == 0:
+        return slopes["A"], slopes["A"]
+    if slopes["A"].shape[1] == 0:
+        return slopes["B"], slopes["B"]
+    return slopes["B"], slopes["A"]

@@ -1,0 +1,226 @@
+r"""Laplace's approximation of a linear model with a softmax likelihood: mode, evidence, covariance.
+
+    eta_i = z_i + Phi_i u,      u ~ N(0, I),      p(y_i = c | eta_i) = softmax([0, eta_i])_c
+
+    log p(y) ~ log p(y | u*) - |u*|^2 / 2 - log|B| / 2,      B = I + M M^T or I + M^T M,  M = V^T Phi,
+
+u* the posterior mode, W = V V^T the Hessian of the negative log-likelihood in eta. Everything runs in rows or
+in coordinates, whichever is fewer: in rows, u = Phi^T a and eta = z + K a with K = Phi Phi^T.
+
+The evidence is a JAX function of the log scales s of groups of columns, Phi = [s_g Phi_g]. The mode is found
+by damped Newton steps without derivatives; one more step, with derivatives, gives the exact gradient.
+
+References: Rasmussen and Williams (2006), Gaussian processes for machine learning, algorithms 3.1, 3.3 and
+5.1; MacKay (1992), the evidence framework.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+from bnlora._util.typing import AnyArray
+
+MAX_STEPS = 100
+
+
+class Linear(NamedTuple):
+    """A linear model whose columns fall into groups with a scale each.
+
+    Attributes:
+        offset: Contrasts of the base, class c against class 0, shape (row, class - 1).
+        groups: Derivatives at scale one by group, shape (row, class - 1, coordinates of the group).
+        labels: Classes, shape (row,).
+    """
+
+    offset: Float[AnyArray, "n k"]
+    groups: Sequence[Float[AnyArray, "n k d"]] | Float[AnyArray, "g m m"]
+    labels: Int[AnyArray, " n"]
+
+    @property
+    def num_coordinates(self) -> int:
+        """Columns of all groups."""
+        return sum(group.shape[2] for group in self.groups)
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether rows times contrasts are fewer than coordinates."""
+        return self.offset.size < self.num_coordinates
+
+    def design(self, log_scales: Float[Array, " g"]) -> Float[Array, "m d"]:
+        """Phi with the scales inside, m = rows x contrasts."""
+        scaled = [jnp.exp(s) * jnp.asarray(x) for s, x in zip(log_scales, self.groups, strict=True)]
+        return jnp.concatenate(scaled, axis=2).reshape(self.offset.size, -1)
+
+
+class Informed(NamedTuple):
+    """The likelihood as a function of the coordinates that it depends on, the columns of some V.
+
+    Attributes:
+        design: Derivative of each contrast along the columns of V, shape (row, class - 1, r).
+        offset: Contrasts at the centre of a Gaussian, shape (row, class - 1).
+        labels: Classes, shape (row,).
+    """
+
+    design: Float[AnyArray, "n k r"]
+    offset: Float[AnyArray, "n k"]
+    labels: Int[AnyArray, " n"]
+
+    def log_posterior(
+        self, z: Float[Array, " r"], centre: Float[Array, " r"], gains: Float[Array, " r"]
+    ) -> Float[Array, ""]:
+        """Log posterior density at `centre + gains z` under a standard normal prior, up to a constant."""
+        moved = gains * z
+        eta = jnp.asarray(self.offset + self.design @ moved)
+        return log_likelihood(eta, self.labels) - 0.5 * jnp.sum((centre + moved) ** 2)
+
+
+class Mode(NamedTuple):
+    """The posterior mode and what depends on it.
+
+    Attributes:
+        log_evidence: Laplace's approximation of log p(y), in nats.
+        log_likelihood: log p(y | u*).
+        weights: The mode in rows (a) or in coordinates (u), see `Linear.in_rows`.
+        root: V (row, class - 1, class - 1), with V V^T the Hessian of the negative log-likelihood.
+    """
+
+    log_evidence: Float[Array, ""]
+    log_likelihood: Float[Array, ""]
+    weights: Float[Array, " w"]
+    root: Float[Array, "n k k"]
+
+
+def log_likelihood(eta: Float[Array, "n k"], labels: Int[AnyArray, " n"]) -> Float[Array, ""]:
+    """Sum of the labels' log-probabilities given contrasts, in nats."""
+    logits = jnp.pad(eta, ((0, 0), (1, 0)))
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1).sum()
+
+
+def residual_and_root(
+    eta: Float[Array, "n k"], labels: Int[AnyArray, " n"]
+) -> tuple[Float[Array, "n k"], Float[Array, "n k k"]]:
+    """Gradient of the log-likelihood in eta, and V of its negative Hessian V V^T (lower triangular)."""
+    p = jax.nn.softmax(jnp.pad(eta, ((0, 0), (1, 0))))[:, 1:]
+    residual = jax.nn.one_hot(labels, p.shape[1] + 1, dtype=eta.dtype)[:, 1:] - p
+    if p.shape[1] == 1:
+        # The root of p (1 - p) by logarithms: where p rounds to one, that of the product has no derivative.
+        return residual, jnp.exp((jax.nn.log_sigmoid(eta) + jax.nn.log_sigmoid(-eta)) / 2)[:, :, None]
+    tiny = jnp.finfo(eta.dtype).eps
+    hessian = jax.vmap(jnp.diag)(p + tiny) - p[:, :, None] * p[:, None, :]
+    return residual, jax.vmap(jnp.linalg.cholesky)(hessian)
+
+
+def laplace_mode(model: Linear, kernel: Array, *, in_rows: bool, start: Array | None = None) -> Mode:
+    """The mode and the evidence, differentiable in `kernel`.
+
+    Args:
+        model: The linear model; its groups are not read.
+        kernel: K (m, m) where the model is in rows, else Phi (m, d).
+        in_rows: Whether it is.
+        start: Weights to start from; zero when omitted.
+    """
+    zero = jnp.zeros(kernel.shape[1], kernel.dtype)
+    fixed = jax.lax.stop_gradient(kernel)
+
+    def penalty(kernel: Array, weights: Array) -> Array:
+        return 0.5 * (weights @ kernel @ weights if in_rows else weights @ weights)
+
+    def penalised(weights: Array) -> Array:
+        return log_likelihood(_eta(model, fixed, weights), model.labels) - penalty(fixed, weights)
+
+    def improve(carry: tuple) -> tuple:
+        weights, value, _, count = carry
+        step = _newton(model, fixed, weights, in_rows=in_rows) - weights
+        # Where the base is sure and wrong, the first step may be 10^4 times too long at a large scale.
+        shares = 0.5 ** jnp.arange(40.0, dtype=kernel.dtype)
+        values = jax.lax.map(lambda t: penalised(weights + t * step), shares)
+        first = jnp.argmax(values > value)  # the longest step that improves
+        better = values[first] > value
+        weights = jnp.where(better, weights + shares[first] * step, weights)
+        gain = jnp.where(better, values[first] - value, 0.0)
+        return weights, jnp.where(better, values[first], value), gain, count + 1
+
+    def goes_on(carry: tuple) -> Array:
+        return (carry[2] > 1e-9) & (carry[3] < MAX_STEPS)
+
+    begin = zero if start is None else start
+    carry = begin, penalised(begin), jnp.asarray(jnp.inf, kernel.dtype), 0
+    found = jax.lax.stop_gradient(jax.lax.while_loop(goes_on, improve, carry)[0])
+    weights = _newton(model, kernel, found, in_rows=in_rows)
+    eta = _eta(model, kernel, weights)
+    likelihood = log_likelihood(eta, model.labels)
+    _, root = residual_and_root(eta, model.labels)
+    half_log_det = jnp.log(jnp.diag(_cholesky(kernel, root, in_rows=in_rows))).sum()
+    evidence = likelihood - penalty(kernel, weights) - half_log_det
+    return Mode(evidence, likelihood, weights, root)
+
+
+def _eta(model: Linear, kernel: Array, weights: Array) -> Array:
+    return (kernel @ weights).reshape(model.offset.shape) + model.offset
+
+
+def _times_root(root: Array, columns: Array, *, transpose: bool) -> Array:
+    """V^T X or V X for X of shape (m, ...), m = rows x contrasts."""
+    n, k, _ = root.shape
+    blocks = columns.reshape(n, k, -1)
+    pattern = "nij,nid->njd" if transpose else "nij,njd->nid"
+    return jnp.einsum(pattern, root, blocks).reshape(columns.shape)
+
+
+def _cholesky(kernel: Array, root: Array, *, in_rows: bool) -> Array:
+    """Root of B = I + V^T K V in rows, of I + Phi^T W Phi in coordinates."""
+    half = _times_root(root, kernel, transpose=True)
+    inner = _times_root(root, half.T, transpose=True) if in_rows else half.T @ half
+    return jnp.linalg.cholesky(jnp.eye(len(inner), dtype=kernel.dtype) + inner)
+
+
+def _newton(model: Linear, kernel: Array, weights: Array, *, in_rows: bool) -> Array:
+    """Where one Newton step leads."""
+    eta = _eta(model, kernel, weights)
+    residual, root = residual_and_root(eta, model.labels)
+    chol = _cholesky(kernel, root, in_rows=in_rows)
+
+    def solve(x: Array) -> Array:
+        half = jax.scipy.linalg.solve_triangular(chol, x, lower=True)
+        return jax.scipy.linalg.solve_triangular(chol.T, half, lower=False)
+
+    centred = (kernel @ weights).reshape(-1)
+    curved = _times_root(root, _times_root(root, centred, transpose=True), transpose=False)
+    target = curved + residual.reshape(-1)
+    if not in_rows:
+        return solve(kernel.T @ target)
+    inner = solve(_times_root(root, kernel @ target, transpose=True))
+    return target - _times_root(root, inner, transpose=False)
+
+
+def posterior(
+    design: Float[Array, "m d"], mode: Mode, *, in_rows: bool
+) -> tuple[Float[Array, " d"], Float[Array, "d r"], Float[Array, " r"]]:
+    """Mean u* of the coordinates, and the eigenvectors and eigenvalues of Phi^T W Phi.
+
+    The covariance is the inverse of I + Phi^T W Phi: variance 1 / (1 + eigenvalue) along an eigenvector, and
+    that of the prior in all other directions.
+
+    Args:
+        design: Phi, whether the model is in rows or not.
+        mode: From `laplace_mode`.
+        in_rows: Whether its weights are those of rows.
+
+    Returns:
+        u* (d,), eigenvectors (d, r) and eigenvalues (r,), r the lesser of m and d.
+    """
+    mean = design.T @ mode.weights if in_rows else mode.weights
+    half = _times_root(mode.root, design, transpose=True)
+    _, singular, vectors = jnp.linalg.svd(half, full_matrices=False)
+    return mean, vectors.T, singular**2
+
+
+def in_float64(model: Linear) -> Linear:
+    """The same model in double precision, as NumPy arrays."""
+    groups = tuple(np.asarray(x, np.float64) for x in model.groups)
+    return Linear(np.asarray(model.offset, np.float64), groups, np.asarray(model.labels, np.int64))

@@ -1,0 +1,55 @@
+"""The reference draws that ship with the benchmarks: certified, small, and found again from scratch."""
+
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import bnlora as bl
+from bnlora.infer.mcmc.certificate import Thresholds
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+FOLDERS = sorted((BENCHMARKS / "references").iterdir())
+
+
+@pytest.fixture(scope="module")
+def heads():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import heads
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return heads
+
+
+def test_every_reference_belongs_to_a_head(heads):
+    assert {folder.name for folder in FOLDERS} <= set(heads.HEADS)
+    assert {"two-words", "eight-topics"} <= {folder.name for folder in FOLDERS}
+
+
+def test_references_are_small():
+    size = sum(path.stat().st_size for folder in FOLDERS for path in folder.iterdir())
+    assert size < 5_000_000
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_reference_is_certified_at_the_default_thresholds(folder):
+    stored = bl.load_reference(folder)
+    assert stored.certificate.passed
+    # Those of earlier versions were asked for nearly independent draws too.
+    assert stored.certificate.thresholds in (Thresholds(), Thresholds(autocorrelation=0.05))
+    assert stored.record["sampler"] == "NUTS"
+    assert {"key", "command", "versions", "options"} <= set(stored.record)
+
+
+@pytest.mark.slow
+def test_a_reference_is_found_again_from_scratch(heads):
+    """Other seed, other starts, another sampler: no aspect differs from the shipped draws."""
+    model, train, others = heads.HEADS["two-words"].load(heads.smollm2())
+    chains = bl.sample_elliptical(
+        jax.random.key(1), model, train, start="prior", num_draws=400, steps_per_draw=60, num_warmup=2000
+    )
+    stored = bl.load_reference(BENCHMARKS / "references" / "two-words")
+    found = bl.compare(jax.random.key(2), chains, stored, others)
+    assert found.differences == (), found.verdict

@@ -1,0 +1,79 @@
+"""The shapes that annotations state are the shapes that come and go.
+
+In a process of its own the library is imported through jaxtyping's hook, by which beartype checks every
+call; a fit, a prediction and what follows run under it. A wrong shape, planted, must be found.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import sys
+import jaxtyping
+
+NAMES = "data metrics prediction.predict assess.prior_predictive priors.gp program.draws guides.affine"
+NAMES += " infer.approximate.temperature _util.fingerprint adapters.frames infer.svi.plateau priors.core"
+NAMES += " guides.around program.tangent infer.core infer.mcmc.whitened"
+hook = jaxtyping.install_import_hook([f"bnlora.{name}" for name in NAMES.split()], "beartype.beartype")
+import jax, numpy as np, numpyro.distributions as dist, optax
+import bnlora as bl
+from bnlora.infer.approximate import fit_temperature
+from bnlora.testing import tiny_base, tiny_rows
+import datasets
+sys.modules["bnlora.data.text"].Dataset = datasets.Dataset  # which is there for type checkers alone
+
+key, rows = jax.random.key(0), tiny_rows(jax.random.key(1), 8)
+base = tiny_base(key, num_layers=2)
+sites = bl.select(base, ["lm_head"], rank=1)
+model = bl.Classifier(base, sites, bl.priors.normal(), label_ids=np.array([3, 5]))
+guide = bl.guides.SiteFlow(model.prior)
+"""
+RUN = """
+fit = bl.fit(key, model, guide, rows, optax.adam(0.01), num_steps=2, batch_size=4)
+prediction = bl.predict(key, fit, rows, num_samples=3)
+labels = np.asarray(rows.labels)
+bl.metrics.summary(prediction, labels, resamples=10)
+bl.metrics.reliability(prediction, labels)
+prediction.entropy, prediction.mutual_information
+bl.prior_predictive(key, model, rows, num_samples=3).spread
+frames = bl.frames(key, base, ["q_proj", "slope"], rows, label_ids=np.array([3, 5]), size=2)
+for scale in (1.0, dist.HalfNormal(1.0)):
+    core = bl.priors.core(frames, scale=scale)
+    tangent = bl.Tangent(bl.Classifier(base, frames.sites, core, label_ids=(3, 5)))
+    gaussian = bl.laplace(tangent, rows)
+    guide = bl.guides.Guide(tangent.prior, bl.guides.around(gaussian))
+    start, plateau = bl.start_at(key, guide, gaussian), bl.Plateau(window=2)
+    steps = {"num_steps": 4, "batch_size": 4, "start": start, "plateau": plateau}
+    bl.predict(key, bl.fit(key, tangent, guide, rows, optax.adam(0.01), **steps), rows, num_samples=3)
+    bl.sample_nuts(key, tangent, rows, mass=gaussian, num_warmup=20, num_draws=5, num_chains=2)
+bl.choose_scales(tangent, rows, by="layer", prior=dist.HalfNormal(1.0))
+gaussian.log_density(gaussian.draw_vectors(key, 3))
+print("checked")
+"""
+PLANTED = {
+    "labels of another shape": "bl.metrics.nll(np.log([[0.5, 0.5]]), np.zeros((1, 1), int))",
+    "draws without their axis": "bl.Prediction(np.zeros((3, 2)))",
+    "tokens that are no integers": "bl.Batch(rows.tokens * 1.0, rows.mask, rows.labels)",
+    "a mask of another length": "bl.Batch(rows.tokens, rows.mask[:, 1:], rows.labels)",
+    "a bound that is no vector": "bl.Plateau().reached(np.zeros((2, 2)))",
+}
+
+
+def checked(code: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = [sys.executable, "-W", "ignore", "-c", PROGRAM + code]
+    return subprocess.run(run, env=env, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def test_a_fit_and_what_follows_keep_to_their_annotations():
+    done = checked(RUN)
+    assert done.stdout == "checked\n", done.stderr
+
+
+def test_a_wrong_shape_is_found():
+    attempt = "try:\n    {}\nexcept jaxtyping.TypeCheckError:\n    print({!r})\n"
+    done = checked("".join(attempt.format(code, name) for name, code in PLANTED.items()))
+    assert done.stdout.splitlines() == list(PLANTED), done.stderr

@@ -1,0 +1,82 @@
+"""Every example in a docstring prints what it says; those of the library's own names share one tiny fit."""
+
+import doctest
+import importlib
+import pkgutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+
+import bnlora as bl
+from bnlora.testing import tiny_base, tiny_rows
+
+MODULES = sorted(m.name for m in pkgutil.walk_packages(bl.__path__, "bnlora."))
+SAMPLERS = ("bnlora.infer.mcmc", "bnlora.assess.comparison")
+"""Packages whose examples run chains: their programs take a minute to compile."""
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory, tokenizer, tiny_folder) -> dict:
+    """What the examples take as given: a base, rows, a model, a guide, and a fit of four steps."""
+    base, rows = tiny_base(KEY, num_layers=2), tiny_rows(jax.random.key(1), 8)
+    sites = bl.select(base, ["lm_head"], rank=1)
+    model = bl.Classifier(base, sites, bl.priors.normal(), label_ids=(3, 5))
+    guide = bl.guides.Guide(model.prior, bl.guides.mean_field())
+    fit = bl.fit(KEY, model, guide, rows, optax.adam(0.01), num_steps=4, batch_size=4)
+    given = {"key": KEY, "base": base, "rows": rows, "sites": sites, "model": model, "guide": guide}
+    given |= {"fit": fit, "folder": Path(tmp_path_factory.mktemp("examples"))}
+    given |= {"tokenizer": tokenizer, "model_folder": tiny_folder}
+    given |= {"text_fit": fit_of_texts(bl.load(tiny_folder), rows), **linear(base, rows)}
+    given |= {"bl": bl, "jax": jax, "jnp": jnp, "np": np, "numpyro": numpyro, "dist": dist, "optax": optax}
+    return given
+
+
+def linear(base: bl.Base, rows: bl.Batch) -> dict:
+    """Frames of a head, a tangent model under their core prior, and a fit of it."""
+    frames = bl.frames(KEY, base, ["lm_head"], rows, label_ids=(3, 5), size=4)
+    tangent = bl.Tangent(bl.Classifier(base, frames.sites, bl.priors.core(frames), label_ids=(3, 5)))
+    guide = bl.guides.Guide(tangent.prior, bl.guides.mean_field())
+    fit = bl.fit(KEY, tangent, guide, rows, optax.adam(0.01), num_steps=2, batch_size=4)
+    return {"frames": frames, "tangent": tangent, "tangent_fit": fit}
+
+
+def fit_of_texts(base: bl.Base, rows: bl.Batch) -> bl.Fit:
+    """A fit of two steps over a base that has a tokenizer."""
+    model = bl.Classifier(base, bl.select(base, ["lm_head"], rank=1), bl.priors.point(), label_ids=(3, 5))
+    return bl.fit(
+        KEY, model, bl.guides.SiteFlow(model.prior), rows, optax.adam(0.01), num_steps=2, batch_size=4
+    )
+
+
+def ran(module: str, names: dict) -> doctest.TestResults:
+    flags = doctest.NORMALIZE_WHITESPACE
+    return doctest.testmod(importlib.import_module(module), optionflags=flags, extraglobs=names)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith(SAMPLERS)])
+def test_examples(name, names):
+    assert ran(name, names).failed == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith(SAMPLERS)])
+def test_examples_with_chains(name, names, chains):
+    assert ran(name, names | {"chains": chains}).failed == 0
+
+
+@pytest.fixture(scope="module")
+def chains(names):
+    return bl.sample_nuts(KEY, names["model"], names["rows"], num_warmup=20, num_draws=100)
+
+
+def test_every_name_of_the_library_has_an_example():
+    shown = [getattr(bl, name) for name in dir(bl) if not name.startswith("_")]
+    without = [x.__name__ for x in shown if callable(x) and ">>>" not in (x.__doc__ or "")]
+    assert without == []

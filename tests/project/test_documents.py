@@ -1,0 +1,128 @@
+"""The code in the documents runs as it stands there."""
+
+import doctest
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+
+import bnlora as bl
+from bnlora.testing import tiny_base, tiny_rows
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def names_of_a_tiny_model() -> dict:
+    """What the pieces of code in the documents take as given."""
+    base = tiny_base(jax.random.key(0), num_layers=2)
+    sites = bl.select(base, ["lm_head"], rank=2)
+    data = SimpleNamespace(train=tiny_rows(jax.random.key(1), 6), label_ids=(3, 5))
+    return {
+        "numpyro": numpyro,
+        "dist": dist,
+        "jnp": jnp,
+        "bl": bl,
+        "base": base,
+        "sites": sites,
+        "data": data,
+    }
+
+
+def fit_two_steps(names: dict, model, guide) -> bl.Fit:
+    return bl.fit(
+        jax.random.key(2), model, guide, names["data"].train, optax.adam(0.01), num_steps=2, batch_size=3
+    )
+
+
+def test_the_examples_of_the_contributing_guide_print_what_they_say_and_fit():
+    names = names_of_a_tiny_model()
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    test = doctest.DocTestParser().get_doctest(text, names, "CONTRIBUTING.md", None, 0)
+    assert doctest.DocTestRunner().run(test, clear_globs=False).failed == 0
+    ran = test.globs
+    model = bl.Classifier(names["base"], names["sites"], ran["prior"], label_ids=(3, 5))
+    guide = bl.guides.Guide(model.prior, ran["student_guide"](5.0))
+    assert fit_two_steps(names, model, guide).skipped_steps == 0
+
+
+def test_the_prior_and_guides_of_the_readme_fit():
+    _, code, mixed, *_ = blocks("README.md")
+    names = names_of_a_tiny_model()
+    exec(code, names)
+    assert fit_two_steps(names, names["model"], names["guide"]).skipped_steps == 0
+    two = bl.select(names["base"], ["q_proj", "lm_head"], rank=2)
+    plain = bl.Classifier(names["base"], two, bl.priors.normal(), label_ids=(3, 5))
+    guide = eval(mixed, {**names, "model": plain})
+    assert fit_two_steps(names, plain, guide).skipped_steps == 0
+
+
+@pytest.mark.slow
+def test_the_gold_standard_of_the_readme_runs(capsys):
+    """With a tiny model, few draws, and so no certificate to ask for."""
+    _, _, _, code, _ = blocks("README.md")
+    code = code.replace("given=fit)", "given=fit, num_warmup=50, num_draws=100)")
+    code = code.replace('data["movies"])', 'data.train, against="anything")')
+    names = names_of_a_tiny_model() | {"key": jax.random.key(3)}
+    names["model"] = bl.Classifier(names["base"], names["sites"], bl.priors.normal(), label_ids=(3, 5))
+    guide = bl.guides.Guide(names["model"].prior, bl.guides.mean_field())
+    names["fit"] = fit_two_steps(names, names["model"], guide)
+    exec(code, names)
+    printed = capsys.readouterr().out
+    assert "R-hat" in printed
+    assert "other posterior" in printed
+
+
+def test_what_the_readme_does_where_memory_is_short_runs():
+    *_, code = blocks("README.md")
+    code = code.replace("num_steps=400, batch_size=16, accumulate=4", "**steps, accumulate=3")
+    names = names_of_a_tiny_model()
+    names |= {"key": jax.random.key(3), "adam": optax.adam(0.01), "steps": {"num_steps": 2, "batch_size": 3}}
+    names["model"] = bl.Classifier(names["base"], names["sites"], bl.priors.normal(), label_ids=(3, 5))
+    names["guide"] = bl.guides.Guide(names["model"].prior, bl.guides.mean_field())
+    exec(code, names)
+    assert names["fit"].skipped_steps == 0
+    assert names["half"].execution.activations == "bfloat16"
+
+
+@pytest.mark.slow
+def test_the_script_of_the_readme_runs(capsys, tmp_path, monkeypatch):
+    """As it stands, but with few steps, rows and draws."""
+    monkeypatch.chdir(tmp_path)
+    script, *_ = blocks("README.md")
+    script = re.sub(r"num_samples=\d+", "num_samples=4", script)
+    script = re.sub(r"train=\d+, validation=\d+, test=\d+", "train=32, validation=1, test=16", script)
+    script = script.replace('"v_proj": 32', '"v_proj": 4')
+    script = script.replace('300, "num_draws": 1000', '50, "num_draws": 40')
+    names: dict = {}
+    exec(script, names)
+    assert "accuracy" in capsys.readouterr().out
+    assert len([line for line in script.splitlines() if line]) <= 20
+    assert set(names["tree"].children) >= {"posterior", "log_likelihood"}
+    again = bl.predict(names["k_predict"], bl.load_core("core", names["base"]), names["data"]["movies"])
+    assert again.probs.shape == names["prediction"].probs.shape
+
+
+def test_the_steps_of_the_core_prior_run(capsys):
+    names: dict = {}
+    for code in blocks("docs/guides/core.md"):
+        exec(code, names)
+    printed = capsys.readouterr().out
+    assert "labels unread" in printed
+    assert "gain in evidence" in printed
+    gaussian, fit = names["gaussian"], names["fit"]
+    assert abs(gaussian.log_evidence - fit.history["elbo"][-20:].mean()) < 2
+
+
+def test_readme_opens_with_the_two_commands_and_a_script():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.index("make demo") < text.index("make test") < text.index("```python")
