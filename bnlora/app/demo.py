@@ -63,7 +63,7 @@ def run_demo(
 
 def demo_tables(comparison: "Comparison") -> tuple["str | Table", ...]:
     """What the command prints: who won, the scores, the differences, the scales and the cost."""
-    from bnlora import results
+    from bnlora.app import results
 
     return (
         results.headline(comparison),
@@ -77,7 +77,8 @@ def demo_tables(comparison: "Comparison") -> tuple["str | Table", ...]:
 
 def demo_page(comparison: "Comparison", command: str) -> str:
     """The report: who won, tables, reliability diagrams, the posterior and what it cost."""
-    from bnlora import plots, results
+    from bnlora import plots
+    from bnlora.app import results
     from bnlora.app.experiment import BAYES, CAREFUL, LORA
     from bnlora.app.report import page
 
