@@ -98,19 +98,19 @@ class Overlap(Shown):
         return (Table("Overlap of prior and posterior", header, rows),)
 
 
-def overlap(fit: Fit | Sample, probe: Batch) -> Overlap:
+def overlap(fit: Fit | Sample, data: Batch) -> Overlap:
     """Overlap of prior and posterior of margins at probe rows and of the norms of the updates.
 
     Args:
         fit: A fit, or a `Sample` of it.
-        probe: Rows whose margins are looked at, the first eight of them; labels are not read.
+        data: Rows whose margins are looked at, the first eight of them; labels are not read.
 
     Raises:
         ValueError: When the prior has no latent sites.
     """
     drawn = sample_of(fit)
     drawn.require_prior("an overlap")
-    functions = identifiable(drawn.fit.model, probe[:PROBES])
+    functions = identifiable(drawn.fit.model, data[:PROBES])
     posterior, prior = (functions.by_draw(x, None) for x in (drawn.drawn[1], drawn.prior_adapters))
     return overlap_by_name(posterior, prior)
 
@@ -125,9 +125,9 @@ def overlap_by_name(posterior: Mapping[str, Any], prior: Mapping[str, Any]) -> O
     return Overlap(names, at, below, value, error, position)
 
 
-def probe_values(drawn: Sample, adapters: Any, probe: Batch) -> tuple[tuple[str, ...], np.ndarray]:
+def probe_values(drawn: Sample, adapters: Any, data: Batch) -> tuple[tuple[str, ...], np.ndarray]:
     """Names and values of margins and norms at adapters with a leading draw axis."""
-    return stacked(identifiable(drawn.fit.model, probe[:PROBES]).by_draw(adapters, None))
+    return stacked(identifiable(drawn.fit.model, data[:PROBES]).by_draw(adapters, None))
 
 
 def overlap_of_draws(first: Float[np.ndarray, " s"], second: Float[np.ndarray, " t"]) -> tuple[float, float]:

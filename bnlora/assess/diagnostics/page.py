@@ -71,13 +71,13 @@ class Diagnosis(Shown, Judged):
     Attributes:
         findings: What each diagnostic concludes, in the order of `DIAGNOSTICS`.
         measurements: What the diagnostics measured, by name.
-        num_samples: Number of draws of the guide and of the prior.
+        num_draws: Number of draws of the guide and of the prior.
         num_used: Number of draws that the training rows were predicted with.
     """
 
     findings: tuple[Finding, ...]
     measurements: Mapping[str, Any]
-    num_samples: int
+    num_draws: int
     num_used: int
 
     def __getattr__(self, name: str) -> Any:
@@ -95,8 +95,8 @@ class Diagnosis(Shown, Judged):
     @property
     def summary(self) -> str:
         """How many findings there are of each status, in a sentence."""
-        used = "" if self.num_used == self.num_samples else f", {self.num_used} of them for training rows"
-        return f"Diagnosis from {self.num_samples} draws{used}: {count_words(self.findings)}"
+        used = "" if self.num_used == self.num_draws else f", {self.num_used} of them for training rows"
+        return f"Diagnosis from {self.num_draws} draws{used}: {count_words(self.findings)}"
 
     @property
     def overview(self) -> tuple[Findings]:
@@ -108,7 +108,7 @@ def diagnose(
     fit: Fit,
     data: Batch,
     *,
-    num_samples: int | None = None,
+    num_draws: int | None = None,
     batch_size: int = 32,
     tolerance: float = 0.01,
     families: bool = False,
@@ -123,7 +123,7 @@ def diagnose(
         fit: A fit.
         data: Rows with labels, best ones that were not fitted: for counts of the classes, the first eight for
             margins and the first 32 for the prior predictive.
-        num_samples: Draws of the guide, and of the prior; rows are predicted by all of them. Omitted, there
+        num_draws: Draws of the guide, and of the prior; rows are predicted by all of them. Omitted, there
             are 400 draws. Rows are then predicted by 32 of them, and by more only where the standard error
             of k-hat or of a count asks for it.
         batch_size: Rows to run at a time.
@@ -142,13 +142,13 @@ def diagnose(
         ValueError: When it is no `Fit`, rows are without labels, or an option is out of range.
 
     Example:
-        >>> page = bl.diagnose(fit, rows, num_samples=40)
+        >>> page = bl.diagnose(fit, rows, num_draws=40)
         >>> page["convergence"].status  # after four steps
         'problem'
     """
     bar = OneBar(console, 0)
-    draws, first_look = (DRAWS, FIRST_LOOK) if num_samples is None else (num_samples, None)
-    of = partial(sample, num_samples=draws, batch_size=batch_size, console=bar, first_look=first_look)
+    draws, first_look = (DRAWS, FIRST_LOOK) if num_draws is None else (num_draws, None)
+    of = partial(sample, num_draws=draws, batch_size=batch_size, console=bar, first_look=first_look)
     drawn = of(fit, key=key)
     check_labels("data", data, len(fit.model.label_ids))
     others = tuple(map(of, restarts))

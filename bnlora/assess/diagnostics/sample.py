@@ -46,7 +46,7 @@ class Sample:
     Attributes:
         fit: The fit.
         key: Random key of the draws of the guide.
-        num_samples: Number of draws S of the guide, and of the prior.
+        num_draws: Number of draws S of the guide, and of the prior.
         batch_size: Rows to run at a time.
         console: Where progress is drawn.
         first_look: Number of draws that rows are first predicted with; None to use all draws at once.
@@ -54,7 +54,7 @@ class Sample:
 
     fit: Fit
     key: Array = field(compare=False)
-    num_samples: int
+    num_draws: int
     batch_size: int
     console: Console | None = None
     first_look: int | None = None
@@ -62,12 +62,12 @@ class Sample:
     @property
     def few(self) -> int:
         """Number of draws for what needs no more than a first look."""
-        return self.num_samples if self.first_look is None else self.first_look
+        return self.num_draws if self.first_look is None else self.first_look
 
     @cached_property
     def drawn(self) -> tuple[Draw, Adapters]:
         """Draws of the guide with their densities, and the adapters that the prior makes of them."""
-        return self.fit.draws(self.key, self.num_samples)
+        return self.fit.draws(self.key, self.num_draws)
 
     @cached_property
     def prior_adapters(self) -> Adapters:
@@ -78,8 +78,8 @@ class Sample:
         """
         check_parameters(self.fit.model.prior, self.fit.params)
         require_drawable(self.fit.model.prior)
-        sites = self.fit.by_keys(_from_prior, self.part(1), self.num_samples)
-        return self.fit.at(sites, self.num_samples)[2]
+        sites = self.fit.by_keys(_from_prior, self.part(1), self.num_draws)
+        return self.fit.at(sites, self.num_draws)[2]
 
     @cached_property
     def train_prediction(self) -> Prediction:
@@ -188,13 +188,13 @@ class Sample:
         return np.random.default_rng(np.asarray(jax.random.bits(self.part(number), (4,))))
 
     def __repr__(self) -> str:
-        return f"Sample({self.num_samples} draws of a fit to {len(self.fit.train)} rows)"
+        return f"Sample({self.num_draws} draws of a fit to {len(self.fit.train)} rows)"
 
 
 def sample(
     fit: Fit,
     *,
-    num_samples: int = 400,
+    num_draws: int = 400,
     batch_size: int = 32,
     key: Array | None = None,
     console: Console | None = None,
@@ -204,12 +204,12 @@ def sample(
 
     Args:
         fit: A fit.
-        num_samples: Number of draws of the guide, and of the prior.
+        num_draws: Number of draws of the guide, and of the prior.
         batch_size: Rows to run at a time.
         key: Random key; the fit's own when omitted, so that two calls agree.
         console: Where to draw progress bars; the terminal or notebook when omitted.
         first_look: Number of draws that rows are predicted with at first. It is doubled, up to
-            `num_samples`, while standard errors ask for more. Omitted, all draws are used at once.
+            `num_draws`, while standard errors ask for more. Omitted, all draws are used at once.
 
     Raises:
         ValueError: When it is no fit by `bnlora.fit`, there are fewer than 25 draws, or no row at a time.
@@ -220,12 +220,12 @@ def sample(
             f"other "
             "posteriors use bnlora.compare, predict and metrics"
         )
-    check_at_least({"num_samples": num_samples}, LEAST_DRAWS)
+    check_at_least({"num_draws": num_draws}, LEAST_DRAWS)
     check_at_least({"batch_size": batch_size}, 1)
     if first_look is not None:
         check_at_least({"first_look": first_look}, LEAST_DRAWS)
     return Sample(
-        fit, fit.draw_key if key is None else check_key(key), num_samples, batch_size, console, first_look
+        fit, fit.draw_key if key is None else check_key(key), num_draws, batch_size, console, first_look
     )
 
 

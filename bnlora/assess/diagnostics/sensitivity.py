@@ -97,12 +97,12 @@ class Sensitivity(Shown):
         return (Table(title, ("function", "prior", "likelihood"), rows),)
 
 
-def sensitivity(fit: Fit | Sample, probe: Batch) -> Sensitivity:
+def sensitivity(fit: Fit | Sample, data: Batch) -> Sensitivity:
     """Power-scaling sensitivity of margins at probe rows and of the norms of the updates.
 
     Args:
         fit: A fit, or a `Sample` of it.
-        probe: Rows whose margins are looked at, the first eight of them; labels are not read.
+        data: Rows whose margins are looked at, the first eight of them; labels are not read.
 
     Raises:
         ValueError: When the prior has no latent sites.
@@ -110,7 +110,7 @@ def sensitivity(fit: Fit | Sample, probe: Batch) -> Sensitivity:
     drawn = sample_of(fit)
     drawn.require_prior("power-scaling")
     adapters = first_draws(drawn.drawn[1], drawn.num_used)
-    return sensitivity_of(drawn, *probe_values(drawn, adapters, probe))
+    return sensitivity_of(drawn, *probe_values(drawn, adapters, data))
 
 
 def sensitivity_of(drawn: Sample, names: tuple[str, ...], values: Float[np.ndarray, "s k"]) -> Sensitivity:
