@@ -1,6 +1,7 @@
 """VADER's sentences with their activations below the adapted layers, computed once and kept on disk: 4.3 GB.
 
 Every benchmark of the core prior draws its rows from here, so that none runs the trunk of the model again.
+`python -m benchmarks pool` computes all of them.
 """
 
 from collections.abc import Sequence
@@ -75,8 +76,3 @@ def rows_of(batch: bl.Batch, rows: np.ndarray) -> bl.Batch:
     in_order = np.sort(rows)  # the disk is read in order
     hidden = batch.hidden[in_order][np.argsort(np.argsort(rows))][:, columns]
     return replace(batch, **taken, labels=labels, hidden=jnp.asarray(hidden))
-
-
-if __name__ == "__main__":
-    for name, batch in pool(console=Console()).rows.items():
-        print(name, batch)

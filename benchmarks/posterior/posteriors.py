@@ -1,14 +1,13 @@
-"""How far is every guide from the exact posterior of a small head? python benchmarks/posteriors.py.
+"""How far is every guide from the exact posterior of a small head?
 
 The references are NUTS chains with a certificate, kept in `references/` as values of identifiable functions
 and predictions; `--sample` makes them anew. Every posterior is fitted to the same rows with the same number
-of full-batch steps and compared by `bl.compare`. Lines: mean absolute error of the means in units of the
-reference's standard deviation, median ratio of standard deviations, sliced Wasserstein-2 with its null level,
-mean total variation of predictions with its null level, k-hat, bound, seconds, parameters.
+of full-batch steps and compared by `bl.compare`. Columns: mean absolute error of the means in units of the
+reference's standard deviation, median ratio of standard deviations, sliced Wasserstein-2 and mean total
+variation of predictions, both with the null level in brackets, k-hat, bound, seconds, parameters.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,32 +16,20 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from heads import HEADS, smollm2
 from numpyro.infer.autoguide import AutoNormal
 from rich.console import Console
 
 import bnlora as bl
+from benchmarks.heads import HEADS, smollm2
+from benchmarks.report import Report, Table
+from benchmarks.timing import clock
 from bnlora import guides
-from bnlora._util.display import Table
 from bnlora.infer import approximate as inference
 
-FOLDER = Path(__file__).parent / "references"
+FOLDER = Path(__file__).parents[1] / "references"
 QUIET = Console(quiet=True)
 MAP = "point (MAP)"
-HEADER = (
-    "head",
-    "posterior",
-    "means",
-    "spread",
-    "W2",
-    "null",
-    "TV",
-    "null",
-    "k-hat",
-    "bound",
-    "s",
-    "parameters",
-)
+HEADER = ("posterior", "means", "spread", "W2 (null)", "TV (null)", "k-hat", "bound", "s", "parameters")
 # Thinning until neighbours are nearly uncorrelated; trajectories of queries take their limit of gradients.
 OUTPUT_ROWS = {
     "num_warmup": 1000,
@@ -102,24 +89,18 @@ def fitted(name: str, model: bl.Classifier, train: bl.Batch, steps: int, seed: i
     )
 
 
-def row(head: str, name: str, found: bl.Comparison, bound: str, seconds: float, size: str) -> tuple[str, ...]:
-    """One line of the table."""
-    if found.predictive is None:
+def cells_of(comparison: bl.Comparison) -> tuple[str, ...]:
+    """Columns of a comparison."""
+    moments, transport, predictive = comparison.moments, comparison.transport, comparison.predictive
+    if predictive is None:
         raise ValueError("a line of the table needs predictions")
-    k = "" if found.khat is None else f"{found.khat.value:.2f}"
+    distance, null = predictive.total_variation.mean(), predictive.total_variation_null.mean()
     return (
-        head,
-        name,
-        f"{np.abs(found.moments.shift).mean():.2f}",
-        f"{np.median(found.moments.ratio):.2f}",
-        f"{found.transport.sliced:.3f}",
-        f"{found.transport.sliced_null:.3f}",
-        f"{found.predictive.total_variation.mean():.4f}",
-        f"{found.predictive.total_variation_null.mean():.4f}",
-        k,
-        bound,
-        f"{seconds:.0f}",
-        size,
+        f"{np.abs(moments.shift).mean():.2f}",
+        f"{np.median(moments.ratio):.2f}",
+        f"{transport.sliced:.3f} ({transport.sliced_null:.3f})",
+        f"{distance:.4f} ({null:.4f})",
+        "" if comparison.khat is None else f"{comparison.khat.value:.2f}",
     )
 
 
@@ -136,56 +117,52 @@ def sample(name: str, base: bl.Base, seed: int, folder: Path | None) -> None:
     bl.save_reference(bl.store_reference(chains, others), FOLDER / name)
 
 
-def compared(name: str, base: bl.Base, arguments: argparse.Namespace) -> list[tuple[str, ...]]:
-    """The lines of a head."""
+def compared(report: Report, name: str, base: bl.Base, given: argparse.Namespace) -> None:
+    """The table of a head."""
     model, train, others = HEADS[name].load(base)
     train = bl.cache_prefix(model, train, console=QUIET)
-    reference, lines = bl.load_reference(FOLDER / name), []
-    key = jax.random.key(arguments.seed + 1)
-    for guide in arguments.only:
-        began = time.perf_counter()
-        fit = fitted(guide, model, train, arguments.steps, arguments.seed)
-        seconds = time.perf_counter() - began
-        found = bl.compare(key, fit, reference, others, num_samples=400, console=QUIET)
+    reference, key = bl.load_reference(FOLDER / name), jax.random.key(given.seed + 1)
+    table = report.table(name, HEADER)
+    for guide in given.only:
+        with clock() as took:
+            fit = fitted(guide, model, train, given.steps, given.seed)
+        comparison = bl.compare(key, fit, reference, others, num_samples=400, console=QUIET)
         bound = "" if "not a bound" in repr(fit.guide) else f"{fit.history['elbo'][-50:].mean():.1f}"
-        lines.append(row(name, guide, found, bound, seconds, f"{fit.num_parameters:,}"))
-        print(name, guide, found.verdict, sep=": ", flush=True)
+        size = f"{sum(x.size for x in jax.tree.leaves(fit.params)):,}"
+        table.row(guide, *cells_of(comparison), bound, f"{took.wall:.0f}", size)
+        report.progress(f"{guide}: {comparison.verdict}")
         if guide == MAP:
-            lines += around(name, fit, reference, train, others, key)
-    return lines
+            around(table, fit, reference, train, others, key)
 
 
-def around(name: str, fit: bl.Fit, reference: Any, train: bl.Batch, others: bl.Batch, key: jax.Array) -> list:
+def around(
+    table: Table, fit: bl.Fit, reference: Any, train: bl.Batch, others: bl.Batch, key: jax.Array
+) -> None:
     """Laplace's method at the mode, with the two structures that such sizes allow."""
-    lines = []
     for structure in ("diagonal", "kronecker"):
-        began = time.perf_counter()
-        made = inference.laplace(fit, train, structure=structure)
-        seconds = time.perf_counter() - began
-        found = bl.compare(key, made, reference, others, num_samples=400, console=QUIET)
-        lines.append(row(name, f"Laplace, {structure}", found, "", seconds, ""))
-    return lines
+        with clock() as took:
+            made = inference.laplace(fit, train, structure=structure)
+        comparison = bl.compare(key, made, reference, others, num_samples=400, console=QUIET)
+        table.row(f"Laplace, {structure}", *cells_of(comparison), "", f"{took.wall:.0f}", "")
 
 
-def main() -> None:
-    """Make references, or compare every guide with them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sample", action="store_true", help="make the references instead")
-    parser.add_argument("--folder", type=Path, help="where chains are kept, to go on after an interrupt")
-    parser.add_argument("--heads", nargs="*", default=list(HEADS), help="names of heads")
-    parser.add_argument("--only", nargs="*", default=list(GUIDES), help="names of guides")
+def options(parser: argparse.ArgumentParser) -> None:
+    """Heads, guides and sizes."""
+    parser.add_argument("--heads", nargs="*", default=list(HEADS), choices=list(HEADS), help="names of heads")
+    parser.add_argument(
+        "--only", nargs="*", default=list(GUIDES), choices=list(GUIDES), help="names of guides"
+    )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    base, lines = smollm2(), []
-    for name in arguments.heads:
-        if arguments.sample:
-            sample(name, base, arguments.seed, arguments.folder)
+    parser.add_argument("--sample", action="store_true", help="make the references instead")
+    parser.add_argument("--folder", type=Path, help="where chains are kept, to go on after an interrupt")
+
+
+def run(given: argparse.Namespace, report: Report) -> None:
+    """Make references, or compare every guide with them."""
+    base = smollm2()
+    for name in given.heads:
+        if given.sample:
+            sample(name, base, given.seed, given.folder)
         else:
-            lines += compared(name, base, arguments)
-    if lines:
-        Console(width=150).print(Table(f"{arguments}", HEADER, tuple(lines)))
-
-
-if __name__ == "__main__":
-    main()
+            compared(report, name, base, given)

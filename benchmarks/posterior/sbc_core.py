@@ -1,7 +1,5 @@
 """Is the posterior of the core prior calibrated? Simulation-based calibration on the tangent model.
 
-    OPENBLAS_NUM_THREADS=1 python benchmarks/sbc_core.py
-
 Truths come from the prior at 3 nats, labels from the likelihood, and every inference starts anew on every
 data set; frames and scales stay as they are. The rows are movie sentences of the demonstration under
 SmolLM2-135M, with the last two layers adapted as in `bl.fit_core` but with smaller frames, 8 and 320 of them.
@@ -11,20 +9,21 @@ Posterior calibration then starts from the labels that 320 sentences do have: tr
 labels of the same rows, inference from both.
 
 `--tiny` takes random rows of a tiny network instead. LAPACK's threads wait for each other where other
-programs run: give it one.
+programs run: set OPENBLAS_NUM_THREADS=1.
 """
 
 import argparse
-import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from pool import drawn, pool
 from rich.console import Console
 
 import bnlora as bl
+from benchmarks.data import drawn, pool
+from benchmarks.report import Report
+from benchmarks.timing import clock
 from bnlora.assess import sbc
 from bnlora.assess.sbc.calibration import Calibration
 from bnlora.assess.sbc.core import gaussian_inference, laplace_inference, nuts_inference
@@ -101,7 +100,7 @@ def p_text(p: float) -> str:
     return "<1e-4" if p < 1e-4 else f"{p:.4f}"
 
 
-def condensed(judged: Judged) -> str:
+def condensed(judged: Judged) -> tuple[str, ...]:
     """One line for an inference: mean p and variance of ranks by kind of function, and the least p-value."""
     names, result = judged.result.names, judged.result
     means, spreads = judged.mean(result.probabilities), judged.spread(result.ranks)
@@ -113,11 +112,11 @@ def condensed(judged: Judged) -> str:
     norm = "norm[slope]" if "norm[slope]" in names else "norm[lm_head]"
     kinds = (["log_likelihood"], [norm], [n for n in names if n.startswith("margin")])
     cells = (cell([names.index(n) for n in kind]) for kind in kinds)
-    return " | ".join(("", judged.rows, judged.name, *cells, p_text(result.adjusted.min()), "")).strip()
+    return (judged.rows, judged.name, *cells, p_text(result.adjusted.min()))
 
 
-def lines(judged: Judged) -> list[str]:
-    """The lines of the Markdown table for one inference; p-values are adjusted over its functions."""
+def lines(judged: Judged) -> list[tuple[str, ...]]:
+    """The lines of an inference, one for each function; p-values are adjusted over them."""
     rows, name, result, seconds = judged
     means = interval(result.probabilities, judged.mean)
     spreads = interval(result.ranks, judged.spread)
@@ -126,34 +125,40 @@ def lines(judged: Judged) -> list[str]:
         lost = f", {int(result.failed.sum())} failed" if result.failed.any() and k == 0 else ""
         first = (rows, name + lost) if k == 0 else ("", "")
         last = f"{seconds:.0f}" if k == 0 else ""
-        cells = (*first, function, means[k], spreads[k], p_text(result.adjusted[k]), last)
-        found.append("| " + " | ".join(cells) + " |")
+        found.append((*first, function, means[k], spreads[k], p_text(result.adjusted[k]), last))
     return found
 
 
 def judge(
-    rows: str, made: Mapping[str, sbc.Inference], run: Callable[[str, sbc.Inference], Calibration]
+    report: Report,
+    rows: str,
+    made: Mapping[str, sbc.Inference],
+    run: Callable[[str, sbc.Inference], Calibration],
 ) -> list[Judged]:
     """Run the inferences one after the other."""
     found = []
     for name, inference in made.items():
-        began = time.perf_counter()
-        result = run(name, inference)
-        found.append(Judged(rows, name, result, time.perf_counter() - began))
-        print(f"{rows}, {name}: {result.verdict}", flush=True)
+        with clock() as took:
+            result = run(name, inference)
+        found.append(Judged(rows, name, result, took.wall))
+        report.progress(f"{rows}, {name}: {result.verdict}")
     return found
 
 
-def prior_part(tangent: bl.Tangent, rows: bl.Batch, label: str, simulations: int, **more) -> list[Judged]:
+def prior_part(
+    report: Report, tangent: bl.Tangent, rows: bl.Batch, label: str, simulations: int, **more: sbc.Inference
+) -> list[Judged]:
     """Calibration under the prior."""
 
     def run(name: str, inference: sbc.Inference) -> Calibration:
         return sbc.run(jax.random.key(1), tangent, inference, rows, num_simulations=simulations)
 
-    return judge(label, more | inferences(tangent), run)
+    return judge(report, label, more | inferences(tangent), run)
 
 
-def posterior_part(tangent: bl.Tangent, rows: bl.Batch, label: str, simulations: int) -> list[Judged]:
+def posterior_part(
+    report: Report, tangent: bl.Tangent, rows: bl.Batch, label: str, simulations: int
+) -> list[Judged]:
     """Calibration under the posterior of the rows' own labels; truths are draws of NUTS but for one line."""
     exact = nuts_inference(tangent, num_draws=simulations, num_warmup=200, thinning=8)
     gaussian = laplace_inference(tangent, num_draws=simulations)
@@ -168,38 +173,37 @@ def posterior_part(tangent: bl.Tangent, rows: bl.Batch, label: str, simulations:
         )
 
     made = inferences(tangent)
-    return judge(label, {NUTS: made[NUTS], LAPLACE: made[LAPLACE], OWN: made[LAPLACE]}, run)
+    kinds = {NUTS: made[NUTS], LAPLACE: made[LAPLACE], OWN: made[LAPLACE]}
+    return judge(report, label, kinds, run)
 
 
-def main() -> None:
-    """Calibrate every inference and print a line for each, and one for each function."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def options(parser: argparse.ArgumentParser) -> None:
+    """Simulations, and the network."""
     parser.add_argument("--simulations", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=MANY, help="rows of the larger task")
     parser.add_argument("--tiny", action="store_true", help="a tiny network instead of SmolLM2-135M")
-    arguments = parser.parse_args()
-    count, began = arguments.simulations, time.perf_counter()
-    tiny, task = tiny_base(jax.random.key(1), num_layers=2), tiny_rows(jax.random.key(2), MANY)
+
+
+def run(given: argparse.Namespace, report: Report) -> None:
+    """Calibrate every inference: a line for each, and one for each function."""
+    count = given.simulations
+    tiny, task = tiny_base(jax.random.key(1), num_layers=2), tiny_rows(jax.random.key(2), given.rows)
     head = tangent_of(tiny, ["lm_head"], task, (3, 5), 4)
     importance = sbc.importance_inference(head, num_particles=4096, num_draws=DRAWS, num_together=512)
-    label = f"{FEW}, tiny head"
-    found = prior_part(head, head.prepare(task[:FEW]), label, count, **{"importance (exact)": importance})
+    more, few = {"importance (exact)": importance}, head.prepare(task[:FEW])
+    judged = prior_part(report, head, few, f"{FEW}, tiny head", count, **more)
     base, rows, label_ids = tiny, task, (3, 5)
-    if not arguments.tiny:
+    if not given.tiny:
         movies = pool(["movies"])
-        base, label_ids, (rows, _) = movies.base, movies.label_ids, drawn(movies, 0, labelled=MANY)
+        base, label_ids, (rows, _) = movies.base, movies.label_ids, drawn(movies, 0, labelled=given.rows)
     tangent = tangent_of(base, TARGETS, rows, label_ids, SIZE)
     many = bl.cache_prefix(tangent, rows, console=QUIET)
-    few = many[:FEW]
-    where = "tiny network" if arguments.tiny else "SmolLM2-135M"
-    for rows in (few, many):
-        found += prior_part(tangent, rows, f"{len(rows)}, {where}", count)
-    found += posterior_part(tangent, many, f"{len(many)}, {where}, posterior", count)
-    print(f"\n{count} simulations of {DRAWS} draws, scale {SCALE} nats; {tangent.frames!r} for {where}")
-    print(f"{time.perf_counter() - began:.0f} s in all; those in the table include compiling\n")
-    for header, table in ((SHORT, [condensed(x) for x in found]), (HEADER, sum(map(lines, found), []))):
-        print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-        print("\n".join(table) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    where = "tiny network" if given.tiny else "SmolLM2-135M"
+    for part in (many[:FEW], many):
+        judged += prior_part(report, tangent, part, f"{len(part)}, {where}", count)
+    judged += posterior_part(report, tangent, many, f"{len(many)}, {where}, posterior", count)
+    for title, header, of in (("Short", SHORT, lambda x: [condensed(x)]), ("Each function", HEADER, lines)):
+        table = report.table(title, header)
+        for cells in (cells for one in judged for cells in of(one)):
+            table.row(*cells)
+    report.text(title, f"{count} simulations of {DRAWS} draws, scale {SCALE} nats; {tangent.frames!r}.")

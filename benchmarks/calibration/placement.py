@@ -1,4 +1,4 @@
-"""Placement, size and scale prior of the core prior on the development seeds: python benchmarks/placement.py.
+"""Placement, size and scale prior of the core prior on the development seeds.
 
 For each seed from 0 to 2 the features of all placements are computed once: 560 labelled movie sentences, and
 1,200 test sentences of each domain. Every line then has scales by Laplace's evidence and predictions by
@@ -7,15 +7,17 @@ Laplace's Gaussian, whose logits have a closed form; no network runs. These test
 """
 
 import argparse
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from pool import drawn, pool
 from rich.console import Console
 
 import bnlora as bl
+from benchmarks.data import LABELLED, drawn, pool
+from benchmarks.report import Report
 from bnlora.data.assets import DOMAINS
 from bnlora.infer.core.scales import STARTS, Evidence, _maximise, _objective, linear_of
 from bnlora.program.tangent.linear import posterior
@@ -62,43 +64,38 @@ def scores(tangent, train, tests, placement, prior) -> tuple[np.ndarray, float]:
         p = (WEIGHTS / WEIGHTS.sum() / (1 + np.exp(-logits))).sum(1)
         log_probs = np.log(np.clip(np.stack([1 - p, p], 1), 1e-12, 1))
         labels = np.asarray(batch.labels)
-        rows.append(
-            [metric(log_probs, labels) for metric in (bl.metrics.accuracy, bl.metrics.nll, bl.metrics.ece)]
-        )
+        rows.append([metric(log_probs, labels) for metric in METRICS])
     return np.array(rows), float(mode.log_evidence)
 
 
-def main() -> None:
-    """Print a line for each size, placement and prior: means over the seeds."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def options(parser: argparse.ArgumentParser) -> None:
+    """Seeds and sizes."""
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--sizes", type=int, nargs="*", default=[16, 32])
-    parser.add_argument("--test", type=int, default=1200)
-    arguments = parser.parse_args()
-    pooled = pool(console=QUIET)
-    base, label_ids = pooled.base, pooled.label_ids
-    found: dict = {}
-    for seed in arguments.seeds:
-        train, plain = drawn(pooled, seed, test=arguments.test)
-        for size in arguments.sizes:
-            options = {"label_ids": label_ids, "size": size, "layers": slice(-2, None), "console": QUIET}
-            frames = bl.frames(jax.random.key(seed), base, [*MODULES, SLOPE], train, **options)
+    parser.add_argument("--rows", type=int, default=LABELLED)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[16, 32], help="directions of each side")
+    parser.add_argument("--test", type=int, default=1200, help="test rows of each domain")
+
+
+def run(given: argparse.Namespace, report: Report) -> None:
+    """A line for each size, placement and prior: means over the seeds."""
+    pooled, found = pool(console=QUIET), {}
+    for seed in given.seeds:
+        train, plain = drawn(pooled, seed, labelled=given.rows, test=given.test)
+        for size in given.sizes:
+            few = {"label_ids": pooled.label_ids, "size": size, "layers": slice(-2, None), "console": QUIET}
+            frames = bl.frames(jax.random.key(seed), pooled.base, [*MODULES, SLOPE], train, **few)
             prior = bl.priors.core(frames)
-            tangent = bl.Tangent(bl.Classifier(base, frames.sites, prior, label_ids=label_ids))
+            network = bl.Classifier(pooled.base, frames.sites, prior, label_ids=pooled.label_ids)
+            tangent = bl.Tangent(network)
             ready = bl.cache_prefix(tangent, train, console=QUIET)
             tests = {n: bl.cache_prefix(tangent, plain[n], console=QUIET) for n in DOMAINS}
-            for placement in PLACEMENTS:
-                for name, prior in PRIORS.items():
-                    key = size, " ".join(placement), name
-                    found.setdefault(key, []).append(scores(tangent, ready, tests, placement, prior))
-    print("| size | placement | scale prior | evidence | " + " | ".join(DOMAINS) + " | mean |")
-    print("|" + "---|" * (5 + len(DOMAINS)))
-    for (size, placement, prior), runs in found.items():
-        table = np.mean([run[0] for run in runs], axis=0)
-        cells = [" / ".join(f"{x:.3f}" for x in row) for row in (*table, table.mean(0))]
-        evidence = np.mean([run[1] for run in runs])
-        print(f"| {size} | {placement} | {prior} | {evidence:.1f} | " + " | ".join(cells) + " |", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+            for placement, (name, law) in product(PLACEMENTS, PRIORS.items()):
+                one = scores(tangent, ready, tests, placement, law)
+                found.setdefault((size, " ".join(placement), name), []).append(one)
+        report.progress(f"seed {seed} done")
+    header = ("size", "placement", "scale prior", "evidence", *DOMAINS, "mean")
+    table = report.table("ACC / NLL / ECE", header)
+    for names, runs in found.items():
+        means = np.mean([run[0] for run in runs], axis=0)
+        cells = [" / ".join(f"{x:.3f}" for x in row) for row in (*means, means.mean(0))]
+        table.row(*names, f"{np.mean([run[1] for run in runs]):.1f}", *cells)

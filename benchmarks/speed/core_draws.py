@@ -1,4 +1,4 @@
-"""A tangent posterior's predictions in forward passes, on SmolLM2-135M: python benchmarks/core_draws.py.
+"""Many draws of a tangent posterior over one forward pass, on SmolLM2-135M.
 
 Rows that were never seen before are predicted with 16 draws: one forward pass, a backward pass for each
 contrast through the layers above the lowest adapter, and a product for the draws. This is held against one
@@ -9,9 +9,10 @@ import argparse
 
 import jax
 from rich.console import Console
-from rounds import in_turn, show
 
 import bnlora as bl
+from benchmarks.report import Report
+from benchmarks.timing import in_turn, spread
 from bnlora.data.assets import fetch_smollm2
 from bnlora.infer.core.fit import SIZES
 from bnlora.prediction.predict import predict_with_draws
@@ -26,8 +27,8 @@ CASES = {
 }
 
 
-def measure(name: str, base: bl.Base, rounds: int, rows: int, length: int) -> None:
-    """Print seconds and ratios of one case."""
+def measure(name: str, base: bl.Base, rounds: int, rows: int, length: int) -> tuple[str, ...]:
+    """Coordinates, and ratios by the clock and in CPU seconds, of one case."""
     classes, layers = CASES[name]
     label_ids = tuple(range(100, 100 + classes))
     key, few = jax.random.key(0), {"length": length, "vocabulary": 49_152}
@@ -46,21 +47,21 @@ def measure(name: str, base: bl.Base, rounds: int, rows: int, length: int) -> No
             bl.predict(jax.random.key(step), gaussian, new, num_samples=16, console=QUIET).draw_log_probs
         ),
     }
-    title = f"{name}: {rows} rows of up to {length} tokens, {frames.num_coordinates:,} coordinates"
-    show(title, in_turn(programs, rounds), unit="prediction")
+    first, draws = in_turn(programs, rounds).values()
+    return f"{frames.num_coordinates:,}", spread(draws.wall / first.wall), spread(draws.cpu / first.cpu)
 
 
-def main() -> None:
-    """Print a table for each case."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def options(parser: argparse.ArgumentParser) -> None:
+    """Sizes."""
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--length", type=int, default=40)
-    arguments = parser.parse_args()
-    base = bl.load(fetch_smollm2())
-    for name in CASES:
-        measure(name, base, arguments.rounds, arguments.rows, arguments.length)
+    parser.add_argument("--length", type=int, default=40, help="longest row in tokens")
+    parser.add_argument("--only", nargs="*", default=list(CASES), choices=CASES, help="names of cases")
 
 
-if __name__ == "__main__":
-    main()
+def run(given: argparse.Namespace, report: Report) -> None:
+    """A line for each case."""
+    header = ("case", "coordinates", "over one forward pass", "in CPU seconds")
+    table, base = report.table("16 draws of a tangent posterior", header), bl.load(fetch_smollm2())
+    for name in given.only:
+        table.row(name, *measure(name, base, given.rounds, given.rows, given.length))

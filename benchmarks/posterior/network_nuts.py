@@ -1,4 +1,4 @@
-"""NUTS on the network itself, on its last layer: python benchmarks/network_nuts.py.
+"""NUTS on the network itself, on its last layer.
 
 The core prior stands on v_proj of the last layer, at multiples of the scale that the tangent model's evidence
 chose. NUTS samples the posterior of the tangent model and that of the network, with the same rows and scale.
@@ -7,14 +7,15 @@ scales the two models agree. The network needs minutes where the tangent model n
 """
 
 import argparse
-import time
 
 import jax
 import numpy as np
-from pool import drawn, pool
 from rich.console import Console
 
 import bnlora as bl
+from benchmarks.data import drawn, pool
+from benchmarks.report import Report
+from benchmarks.timing import clock
 from bnlora.data.assets import DOMAINS
 from bnlora.infer.core.fit import fit_core
 
@@ -30,7 +31,9 @@ def contrasts(posterior, rows: bl.Batch, draws: int) -> tuple[np.ndarray, np.nda
     return samples[..., 1] - samples[..., 0], found.log_probs
 
 
-def line(chains: bl.Chains, seconds: float, tests: dict, reference: dict, draws: int) -> str:
+def cells_of(
+    chains: bl.Chains, seconds: float, tests: dict[str, bl.Batch], reference: dict, draws: int
+) -> tuple[str, ...]:
     """Cells of a line; `reference` has the contrasts of the tangent model, or takes them."""
     sds, gaps, losses = [], [], []
     for domain, batch in tests.items():
@@ -42,37 +45,39 @@ def line(chains: bl.Chains, seconds: float, tests: dict, reference: dict, draws:
     spread, gap = (np.median(np.concatenate(x)) for x in (sds, gaps))
     certified = "yes" if chains.certificate.passed else "no"
     return (
-        f"{seconds:.0f} | {chains.num_gradients['sampling']:,} | {certified} | "
-        f"{min(chains.certificate.ess_bulk):.0f} | {spread:.2f} | {gap:.2f} | "
-        + ", ".join(f"{x:.3f}" for x in losses)
+        f"{seconds:.0f}",
+        f"{chains.num_gradients['sampling']:,}",
+        certified,
+        f"{min(chains.certificate.ess_bulk):.0f}",
+        f"{spread:.2f}",
+        f"{gap:.2f}",
+        ", ".join(f"{x:.3f}" for x in losses),
     )
 
 
-def main() -> None:
-    """Print a line for each multiple and model."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
+def options(parser: argparse.ArgumentParser) -> None:
+    """Rows, multiples of the scale, and draws of NUTS."""
     parser.add_argument("--rows", type=int, default=40)
-    parser.add_argument("--size", type=int, default=4)
-    parser.add_argument("--factors", type=float, nargs="*", default=[0.3])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, default=4, help="directions of each side of the frames")
+    parser.add_argument("--factors", type=float, nargs="*", default=[0.3], help="multiples of the scale")
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--draws", type=int, default=250)
-    parser.add_argument("--test", type=int, default=100)
-    arguments = parser.parse_args()
+    parser.add_argument("--test", type=int, default=100, help="test rows of each domain")
+
+
+def run(given: argparse.Namespace, report: Report) -> None:
+    """A line for each multiple and model."""
     found = pool(console=QUIET)
-    train, tests = drawn(found, arguments.seed, labelled=arguments.rows, test=arguments.test)
-    key, sizes = (
-        jax.random.key(arguments.seed),
-        {"num_warmup": arguments.warmup, "num_draws": arguments.draws},
-    )
-    core = fit_core(key, found.base, train, label_ids=found.label_ids, size={FAMILY: arguments.size},
+    train, tests = drawn(found, given.seed, labelled=given.rows, test=given.test)
+    key, few = jax.random.key(given.seed), {"num_warmup": given.warmup, "num_draws": given.draws}
+    core = fit_core(key, found.base, train, label_ids=found.label_ids, size={FAMILY: given.size},
                     targets=[FAMILY], layers=slice(-1, None), num_steps=1, console=QUIET)  # fmt: skip
-    print(core.scales, f"{core.frames.num_coordinates} coordinates; NLL on {', '.join(DOMAINS)}")
-    print("Spread: median ratio of standard deviations of contrasts to those of the tangent model.")
-    print("Gap: median distance of their means, in these standard deviations.")
-    print("| multiple | model | s | gradients | certified | least bulk ESS | spread | gap | NLL |")
-    print("|" + "---|" * 9)
-    for factor in arguments.factors:
+    report.progress(str(core.scales))
+    title, losses = "NUTS of the last layer", f"NLL on {', '.join(DOMAINS)}"
+    header = ("multiple", "model", "s", "gradients", "certified", "least bulk ESS", "spread", "gap", losses)
+    table = report.table(title, header)
+    for factor in given.factors:
         scale = {name: factor * value for name, value in core.scales.values.items()}
         tangent = core.model.with_prior(bl.priors.core(core.frames, scale=scale))
         reference: dict[str, np.ndarray] = {}
@@ -81,11 +86,11 @@ def main() -> None:
             "network": (tangent.network, train, {}),
         }
         for name, (model, rows, mass) in runs.items():
-            began = time.perf_counter()
-            chains = bl.sample_nuts(key, model, rows, **sizes, **OPTIONS, **mass)
-            cells = line(chains, time.perf_counter() - began, tests, reference, 4 * arguments.draws)
-            print(f"| {factor:g} | {name} | {cells} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+            with clock() as took:
+                chains = bl.sample_nuts(key, model, rows, **few, **OPTIONS, **mass)
+            table.row(f"{factor:g}", name, *cells_of(chains, took.wall, tests, reference, 4 * given.draws))
+    report.text(
+        title,
+        f"{core.frames.num_coordinates} coordinates. Spread: median ratio of the standard deviations of "
+        "contrasts to those of the tangent model. Gap: median distance of their means, in these standard deviations.",
+    )

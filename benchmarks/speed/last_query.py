@@ -1,20 +1,19 @@
-"""Gain of running the last layer at the last token alone, on SmolLM2-135M: python benchmarks/last_query.py.
+"""Gain of running the last layer only at the last token, on SmolLM2-135M.
 
 The gradient of the log-likelihood with respect to the adapters, from cached activations, is compared with
 that of the same classifier whose last layer runs at all positions. Both are compiled first and then run in
-turn, round by round in one process and in alternating order. Reported are medians and the ratio by round.
+turn, round by round in one process.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from rounds import in_turn, spread
 
 import bnlora as bl
+from benchmarks.report import Report
+from benchmarks.timing import clock, in_turn, show
 from bnlora.adapters.sites import HEAD
 from bnlora.data.assets import fetch_smollm2
 from bnlora.testing import tiny_rows
@@ -45,19 +44,12 @@ def gradient_of(logits: Callable) -> Callable:
     return jax.jit(jax.grad(log_likelihood))
 
 
-def seconds(function: Callable, *arguments) -> float:
-    """How long one call takes."""
-    began = time.perf_counter()
-    jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - began
-
-
-def measure(base: bl.Base, name: str, arguments: argparse.Namespace) -> None:
-    """Time both gradients in turn for one choice of modules and print them."""
+def measure(base: bl.Base, name: str, given: argparse.Namespace, report: Report) -> None:
+    """Time both gradients in turn for one choice of modules."""
     targets, layers = PLACES[name]
     sites = bl.select(base, targets, rank=8, layers=layers)
     model = bl.Classifier(base, sites, bl.priors.normal(), label_ids=(100, 200))
-    batch = tiny_rows(jax.random.key(0), arguments.rows, length=arguments.length, vocabulary=49_152)
+    batch = tiny_rows(jax.random.key(0), given.rows, length=given.length, vocabulary=49_152)
     batch = bl.cache_prefix(model, batch)
     keys = iter(jax.random.split(jax.random.key(1), 2 * len(model.sites)))
     adapters = {
@@ -65,28 +57,28 @@ def measure(base: bl.Base, name: str, arguments: argparse.Namespace) -> None:
         for n, site in model.sites.items()
     }
     gradients = {
-        "last": gradient_of(model.logits),
-        "all": gradient_of(lambda *given: logits_of_all_positions(model, *given)),
+        "at all tokens": gradient_of(lambda *inputs: logits_of_all_positions(model, *inputs)),
+        "at the last token": gradient_of(model.logits),
     }
-    first = {which: seconds(f, adapters, base.params, batch) for which, f in gradients.items()}
+    first = {}
+    for which, gradient in gradients.items():
+        with clock() as took:
+            jax.block_until_ready(gradient(adapters, base.params, batch))
+        first[which] = f"{took.wall:.1f} s {which}"
     programs = {which: lambda _, f=f: f(adapters, base.params, batch) for which, f in gradients.items()}
-    last, everywhere = (taken.wall for taken in in_turn(programs, arguments.rounds, warm_up=1).values())
-    print(f"{name}: last over all {spread(last / everywhere)}, the middle 80 % of rounds in brackets")
-    print(f"  median {np.median(last):.4f} s and {np.median(everywhere):.4f} s; ", end="")
-    print(f"first call {first['last']:.1f} s and {first['all']:.1f} s", flush=True)
+    show(report, name, in_turn(programs, given.rounds, warm_up=1), unit="gradient")
+    report.text(name, f"The first call, compiling included, took {' and '.join(first.values())}.")
 
 
-def main() -> None:
-    """Measure every choice of modules."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def options(parser: argparse.ArgumentParser) -> None:
+    """Sizes."""
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--length", type=int, default=32)
-    arguments = parser.parse_args()
+    parser.add_argument("--length", type=int, default=32, help="tokens of a row")
+
+
+def run(given: argparse.Namespace, report: Report) -> None:
+    """Measure every choice of modules."""
     base = bl.load(fetch_smollm2())
     for name in PLACES:
-        measure(base, name, arguments)
-
-
-if __name__ == "__main__":
-    main()
+        measure(base, name, given, report)

@@ -1,4 +1,4 @@
-"""A step of plain LoRA against torch and peft, on SmolLM2-135M: python benchmarks/step_torch.py.
+"""A step of plain LoRA against torch and peft, on SmolLM2-135M.
 
 Both train the same adapters (q_proj, k_proj, and the label words' rows of the output layer) on the same rows
 by Adam: the loss is the mean cross-entropy of the label words after the last token of each row, in float32,
@@ -18,16 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from rounds import in_turn, show
-from step import LABEL_IDS, loop_of
 from transformers import AutoModelForCausalLM
 
 import bnlora as bl
+from benchmarks.report import Report
+from benchmarks.speed.step import LABEL_IDS, RATE, layers_text, step_of
+from benchmarks.timing import in_turn, show
 from bnlora.app.demo import RECIPE
 from bnlora.data.assets import fetch_smollm2
 from bnlora.testing import tiny_rows
-
-RATE = 1e-3  # that of `loop_of`
 
 
 def peft_model(top_layers: int | None) -> torch.nn.Module:
@@ -74,45 +73,47 @@ def parameters_of(model: torch.nn.Module) -> dict[str, jax.Array]:
     return {name: jnp.asarray(np.stack(values)) for name, values in factors.items()}
 
 
-def main() -> None:
-    """Check that both compute the same losses, then time both steps in turn."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
+    """Sizes of a step."""
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--length", type=int, default=32)
+    parser.add_argument("--length", type=int, default=32, help="tokens of a row")
     parser.add_argument("--top-layers", type=int, help="all when omitted")
-    arguments = parser.parse_args()
+
+
+def run(given: argparse.Namespace, report: Report) -> None:
+    """Check that both compute the same losses, then time both steps in turn."""
     torch.manual_seed(0)
-    size = arguments.batch_size
-    train = tiny_rows(jax.random.key(0), 4 * size, length=arguments.length, vocabulary=49_152)
+    size = given.batch_size
+    train = tiny_rows(jax.random.key(0), 4 * size, length=given.length, vocabulary=49_152)
     # The label words are read at the last position: padding stands on the left.
     train = replace(train, tokens=train.tokens[:, ::-1], mask=train.mask[:, ::-1])
-    model = peft_model(arguments.top_layers)
+    model = peft_model(given.top_layers)
     theirs = peft_step(model, train)
-    loop, state = loop_of(RECIPE.load_base(), train, "none", top_layers=arguments.top_layers)
+    about = {"top_layers": given.top_layers, "batch_size": size}
+    own = step_of(RECIPE.load_base(), train, "none", **about)
     start = parameters_of(model)
-    jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), start, state.params)
-    states, losses = [state._replace(params=start)], {"torch + peft": [], "bnlora": []}
+    jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), start, own.state.params)
+    states, losses = [own.state._replace(params=start)], {"torch + peft": [], "bnlora": []}
 
-    def rows_of(step: int) -> np.ndarray:
-        return (np.arange(size) + step) % len(train)
+    def rows_of(number: int) -> np.ndarray:
+        return (np.arange(size) + number) % len(train)
 
-    def ours(step: int) -> None:
-        states[0] = loop.run(states[0], jax.random.key(step), rows_of(step))
-        losses["bnlora"].append(-loop.steps[-1]["elbo"] / len(train))
+    def ours(number: int) -> None:
+        states[0] = own.run(states[0], jax.random.key(number), rows_of(number))
+        losses["bnlora"].append(-own.bound / len(train))
 
     programs = {
-        "torch + peft": lambda step: losses["torch + peft"].append(theirs(rows_of(step))),
+        "torch + peft": lambda number: losses["torch + peft"].append(theirs(rows_of(number))),
         "bnlora": ours,
     }
-    seconds = in_turn(programs, arguments.rounds)
+    times = in_turn(programs, given.rounds)
     first, second = (np.array(values) for values in losses.values())
     np.testing.assert_allclose(first[:5], second[:5], rtol=1e-4)  # Adam enlarges what rounding differs by
-    print(f"losses of the first three steps: {first[:3]} and {second[:3]}")
-    which = "all layers" if arguments.top_layers is None else f"the upper {arguments.top_layers} layers"
-    threads = torch.get_num_threads()
-    show(f"{which}, {size} rows of {arguments.length}, {threads} threads", seconds, unit="step")
-
-
-if __name__ == "__main__":
-    main()
+    title = f"Plain step over torch and peft, {layers_text(given.top_layers)}"
+    show(report, title, times, unit="step")
+    report.text(
+        title,
+        f"{size} rows of {given.length} tokens, {torch.get_num_threads()} threads. Losses of the first three "
+        f"steps: {first[:3]} (torch) and {second[:3]} (bnlora).",
+    )

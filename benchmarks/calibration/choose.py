@@ -1,4 +1,4 @@
-"""Choose the rates and prior scale of the demonstration on validation rows: python benchmarks/choose.py.
+"""Rates and prior scale of the sparse GP and of LoRA, chosen on validation rows.
 
 Every setting is fitted on the training sentences of the demonstration and scored on its validation
 sentences, over several seeds; test sentences are never read. Plain LoRA is scored after its last step and
@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 import bnlora as bl
-from bnlora._util.display import Table
+from benchmarks.report import Report
 from bnlora.app.demo import RECIPE
 from bnlora.app.recipe import Recipe, Schedule
 from bnlora.data.assets import vader_splits
@@ -33,22 +33,22 @@ HEADER = (
 )
 
 
-def settings(arguments: argparse.Namespace) -> Iterator[tuple[Recipe, Schedule]]:
+def settings(given: argparse.Namespace) -> Iterator[tuple[Recipe, Schedule]]:
     """Every recipe and schedule of the grid."""
-    for seed in range(arguments.seeds):
+    for seed in range(given.seeds):
         for rate in (3e-4, 1e-3, 3e-3, 1e-2):
-            yield replace(RECIPE, prior="none"), Schedule(arguments.steps, learning_rate=rate, seed=seed)
+            yield replace(RECIPE, prior="none"), Schedule(given.steps, learning_rate=rate, seed=seed)
         for rate in (1e-2, 3e-2):
             for scale in (1.0, 3.0, 10.0):
-                yield replace(RECIPE, scale_b=scale), Schedule(arguments.steps, learning_rate=rate, seed=seed)
+                yield replace(RECIPE, scale_b=scale), Schedule(given.steps, learning_rate=rate, seed=seed)
         for scale in (0.1, 1.0):
             yield (
                 replace(RECIPE, scale_b=scale, lam_max=1.0),
-                Schedule(arguments.steps, learning_rate=3e-2, seed=seed),
+                Schedule(given.steps, learning_rate=3e-2, seed=seed),
             )
 
 
-def run(
+def scored(
     recipe: Recipe, schedule: Schedule, base: bl.Base, data: dict, label_ids: np.ndarray
 ) -> tuple[str, ...]:
     """Fit one setting and score it on the validation rows."""
@@ -80,29 +80,23 @@ def run(
     )
 
 
-def main() -> None:
-    """Run the grid and print its table, row by row as it comes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--train", type=int, default=320)
-    parser.add_argument("--validation", type=int, default=320)
+def options(parser: argparse.ArgumentParser) -> None:
+    """Sizes."""
+    parser.add_argument("--seeds", type=int, default=2, help="how many seeds, from 0 on")
+    parser.add_argument("--rows", type=int, default=320, help="training rows")
+    parser.add_argument("--validation", type=int, default=320, help="validation rows")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--skip", type=int, default=0, help="settings to leave out, to go on after a stop")
-    arguments = parser.parse_args()
-    base, rows, cached = RECIPE.load_base(), [], {}
-    for recipe, schedule in islice(settings(arguments), arguments.skip, None):
+
+
+def run(given: argparse.Namespace, report: Report) -> None:
+    """A line for each setting of the grid."""
+    base, cached, table = RECIPE.load_base(), {}, report.table("Settings", HEADER)
+    for recipe, schedule in islice(settings(given), given.skip, None):
         if schedule.seed not in cached:
-            splits = vader_splits(
-                seed=schedule.seed, train=arguments.train, validation=arguments.validation, test=1
-            )
+            splits = vader_splits(seed=schedule.seed, train=given.rows, validation=given.validation, test=1)
             data = RECIPE.read(splits, base, text="text", label="label")
             model, _ = recipe.build(base, data.label_ids)
             chosen = {name: bl.cache_prefix(model, data[name]) for name in ("train", "validation")}
             cached = {schedule.seed: (chosen, data.label_ids)}
-        rows.append(run(recipe, schedule, base, *cached[schedule.seed]))
-        print(" | ".join(rows[-1]), flush=True)
-    Console().print(Table(f"{arguments}", HEADER, tuple(rows)))
-
-
-if __name__ == "__main__":
-    main()
+        table.row(*scored(recipe, schedule, base, *cached[schedule.seed]))

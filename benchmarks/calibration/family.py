@@ -1,4 +1,4 @@
-"""Why the demonstration caps lam: variational families on the head alone: python benchmarks/family.py.
+"""Why the sparse GP caps lam: variational families on the head by itself.
 
 With the head alone adapted the last hidden state of a row is a fixed feature vector, so that the two-class
 problem is a logistic regression whose evidence Laplace's method gives almost exactly. That is what a
@@ -21,8 +21,8 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
 import bnlora as bl
+from benchmarks.report import Report
 from bnlora import guides
-from bnlora._util.display import Table
 from bnlora.app.demo import RECIPE
 from bnlora.app.recipe import Recipe, Schedule
 from bnlora.data.assets import vader_splits
@@ -133,31 +133,29 @@ def logistic(tau: float, base: bl.Base, data: bl.TextData) -> tuple[str, ...]:
     return (name, f"{tau:g}", f"{evidence:.1f}", f"{data_term:.1f}", "", *scores(log_probs, data))
 
 
-def main() -> None:
-    """Fit every family and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--train", type=int, default=320)
-    parser.add_argument("--validation", type=int, default=320)
+def options(parser: argparse.ArgumentParser) -> None:
+    """Sizes, and which families."""
+    parser.add_argument("--rows", type=int, default=320, help="training rows")
+    parser.add_argument("--validation", type=int, default=320, help="validation rows")
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="regular expression of the families to fit")
-    arguments = parser.parse_args()
+
+
+def run(given: argparse.Namespace, report: Report) -> None:
+    """Fit every family."""
     base = HEAD.load_base()
-    rows = vader_splits(seed=0, train=arguments.train, validation=arguments.validation, test=1)
+    rows = vader_splits(seed=given.seed, train=given.rows, validation=given.validation, test=1)
     data = HEAD.read(rows, base, text="text", label="label")
     model, _ = HEAD.build(base, data.label_ids)
     cached = {name: bl.cache_prefix(model, data[name]) for name in ("train", "validation")}
     data = replace(data, splits=cached)
     X, offset, _ = features(base, data, "validation")
     untouched = np.log(np.stack([expit(-offset), expit(offset)], 1))
-    table = [("base, no adapter", "", "", "", "", *scores(untouched, data))]
-    table += [logistic(tau, base, data) for tau in (0.01, 0.03, 0.1, 0.3)]
-    for setting in settings(arguments.steps):
-        if not re.search(arguments.only, setting.name):
-            continue
-        table.append(fitted(setting, base, data))
-        print(" | ".join(table[-1]), flush=True)
-    Console(width=110).print(Table(f"{arguments}", HEADER, tuple(table)))
-
-
-if __name__ == "__main__":
-    main()
+    table = report.table("Families", HEADER)
+    table.row("base, no adapter", "", "", "", "", *scores(untouched, data))
+    for tau in (0.01, 0.03, 0.1, 0.3):
+        table.row(*logistic(tau, base, data))
+    for setting in settings(given.steps):
+        if re.search(given.only, setting.name):
+            table.row(*fitted(setting, base, data))

@@ -1,14 +1,13 @@
-"""Which guides are calibrated? Simulation-based calibration on a tiny head: python benchmarks/sbc.py.
+"""Which guides are calibrated? Simulation-based calibration on a tiny head.
 
 A random Llama with its head alone adapted at rank 1, so that the exact posterior is within reach of
 importance resampling from the prior. Truths come from the prior, labels from the likelihood, and every
-guide is fitted anew to every data set. The table has a line for each prior, inference and function, with
-p-values adjusted over the functions; `sbc.png` and `vsbc.png` show the ranks. A new guide is one more line
-in `GUIDES`.
+guide is fitted anew to every data set. The tables have a line for each inference, and for each function of
+it, with p-values adjusted over the functions; "margins" is the least of three. `--folder` is for pictures of
+the ranks, `sbc.png` and `vsbc.png`. A new guide is one more line in `GUIDES`.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,11 +16,12 @@ import jax
 import optax
 from matplotlib.figure import Figure
 from numpyro.infer.autoguide import AutoNormal
-from rich.console import Console
 
 import bnlora as bl
+from benchmarks.posterior.sbc_core import p_text
+from benchmarks.report import Report
+from benchmarks.timing import clock
 from bnlora import guides, plots
-from bnlora._util.display import Table
 from bnlora.assess import sbc
 from bnlora.assess.sbc.calibration import Calibration
 from bnlora.testing import frozen_scale, tiny_base, tiny_rows
@@ -53,7 +53,15 @@ GUIDES: dict[str, Callable[..., Callable]] = {
     "frozen scale 0.1 (wrong)": partial(frozen_scale, scale=0.1),
 }
 EXACT = "importance (reference)"
-HEADER = ("prior", "inference", "function", "mean p", "spread", "SBC p", "VSBC p", "draws are", "s")
+NORM = "norm[lm_head]"
+SHORT = (
+    "inference",
+    "log-likelihood: mean p, SBC p",
+    "norm of the update: mean p, SBC p",
+    "margins: SBC p",
+    "s",
+)
+HEADER = ("inference", "function", "mean p", "spread", "SBC p", "VSBC p", "draws are")
 
 
 def inference(name: str, model: bl.Classifier, arguments: argparse.Namespace) -> sbc.Inference:
@@ -74,25 +82,26 @@ def inference(name: str, model: bl.Classifier, arguments: argparse.Namespace) ->
     )
 
 
-def rows_of(prior: str, name: str, result: Calibration, seconds: float) -> list[tuple[str, ...]]:
-    """The lines of the table for one inference; p-values are adjusted over its functions."""
+def short(name: str, result: Calibration, seconds: float) -> tuple[str, ...]:
+    """One line for an inference."""
+    means, adjusted = result.probabilities.mean(0), result.adjusted
+
+    def both(function: str) -> str:
+        k = result.names.index(function)
+        return f"{means[k]:.3f}, {p_text(adjusted[k])}"
+
+    margins = [p for n, p in zip(result.names, adjusted, strict=True) if n.startswith("margin")]
+    cells = both("log_likelihood"), both(NORM), p_text(min(margins)), f"{seconds:.0f}"
+    return (name, *cells)
+
+
+def rows_of(name: str, result: Calibration) -> list[tuple[str, ...]]:
+    """The lines of an inference, one for each function; p-values are adjusted over them."""
     lines = []
     for k, row in enumerate(result.table.rows):
         function, mean, spread, _, uniform, _, symmetric, direction = row
-        first = (prior, name) if k == 0 else ("", "")
         lost = f", {int(result.failed.sum())} failed" if result.failed.any() and k == 0 else ""
-        lines.append(
-            (
-                *first,
-                function,
-                mean,
-                spread,
-                uniform,
-                symmetric,
-                direction + lost,
-                f"{seconds:.0f}" if k == 0 else "",
-            )
-        )
+        lines.append((name if k == 0 else "", function, mean, spread, uniform, symmetric, direction + lost))
     return lines
 
 
@@ -116,9 +125,8 @@ def picture(draw: Callable, results: dict[tuple[str, str], Calibration], path: P
     figure.savefig(path, dpi=90)
 
 
-def main() -> None:
-    """Calibrate every guide under every prior and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def options(parser: argparse.ArgumentParser) -> None:
+    """Sizes, priors and inferences."""
     parser.add_argument("--simulations", type=int, default=200)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--steps", type=int, default=1500)
@@ -127,28 +135,43 @@ def main() -> None:
     parser.add_argument("--particles", type=int, default=16384)
     parser.add_argument("--rate", type=float, default=0.03)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=Path(), help="where sbc.png and vsbc.png go")
-    parser.add_argument("--priors", nargs="*", default=list(PRIORS), help="names of priors")
-    parser.add_argument("--only", nargs="*", default=[EXACT, *GUIDES], help="names of inferences")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--folder", type=Path, help="where sbc.png and vsbc.png go; none are drawn when omitted"
+    )
+    parser.add_argument(
+        "--priors", nargs="*", default=list(PRIORS), choices=list(PRIORS), help="names of priors"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=[EXACT, *GUIDES],
+        choices=[EXACT, *GUIDES],
+        metavar="INFERENCE",
+        help="names of inferences",
+    )
+
+
+def run(given: argparse.Namespace, report: Report) -> None:
+    """Calibrate every guide under every prior."""
     base = tiny_base(jax.random.key(1), num_layers=2)
-    rows, sites = tiny_rows(jax.random.key(2), arguments.rows), bl.select(base, ["lm_head"], rank=1)
-    results, lines, groups = {}, [], set()
-    for prior in arguments.priors:
+    rows, sites = tiny_rows(jax.random.key(2), given.rows), bl.select(base, ["lm_head"], rank=1)
+    results, lines = {}, {}
+    for prior in given.priors:
         model = bl.Classifier(base, sites, PRIORS[prior](), label_ids=(3, 5))
-        for name in arguments.only:
-            began = time.perf_counter()
-            made = inference(name, model, arguments)
-            key = jax.random.key(arguments.seed)
-            result = sbc.run(key, model, made, rows, num_simulations=arguments.simulations)
-            groups.add(len(lines))
-            lines += rows_of(prior, name, result, time.perf_counter() - began)
+        table, lines[prior] = report.table(prior, SHORT), []
+        for name in given.only:
+            key = jax.random.key(given.seed)
+            with clock() as took:
+                made = inference(name, model, given)
+                result = sbc.run(key, model, made, rows, num_simulations=given.simulations)
+            table.row(*short(name, result, took.wall))
+            lines[prior] += rows_of(name, result)
             results[prior, name] = result
-            print(f"{prior}, {name}: {result.verdict}", flush=True)
-    Console(width=130).print(Table(f"{arguments}", HEADER, tuple(lines), frozenset(groups)))
-    for name, draw in (("sbc", plots.sbc), ("vsbc", plots.vsbc)):
-        picture(draw, results, arguments.folder / f"{name}.png")
-
-
-if __name__ == "__main__":
-    main()
+            report.progress(f"{prior}, {name}: {result.verdict}")
+    for prior, found in lines.items():
+        table = report.table(f"{prior}, each function", HEADER)
+        for cells in found:
+            table.row(*cells)
+    if given.folder is not None:
+        for name, draw in (("sbc", plots.sbc), ("vsbc", plots.vsbc)):
+            picture(draw, results, given.folder / f"{name}.png")

@@ -1,10 +1,14 @@
-"""The demonstration's methods over several seeds: python benchmarks/seeds.py run --seeds 3 4 5 6 7.
+"""The demonstration's methods over several seeds: metrics, differences with intervals, seconds.
+
+    run      predictions of the seeds that are not done yet
+    report   tables from the predictions of this machine and, for other seeds, from `results/seeds.npz`
+    store    write the predictions of the seeds that are done to that file
+    time     seconds of whole fits, compiling included; leave the machine idle meanwhile
 
 A seed draws 560 labelled movie sentences and 2,000 test sentences of each domain, start values, order of rows
 and posterior draws. Seeds 0 to 2 were used to choose placement, sizes and the scale prior of
 `bnlora.infer.core.fit`; they are for development and stand in no table. A seed that is done is kept in a
-file: a run that was stopped goes on. `python benchmarks/seeds.py report` prints the tables from the files of
-this machine and, for other seeds, from `seeds.npz`, which `python benchmarks/seeds.py store` writes.
+file: a run that was stopped goes on.
 
 Methods, all on the same 560 labelled rows: the untouched base; LoRA by a published recipe after 3 and after
 20 epochs; careful LoRA, which fits 320 rows and takes the other 240 for its step and a temperature;
@@ -13,17 +17,18 @@ Bayesian-LoRA.
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from pool import LABELLED, Pool, drawn, pool
 from rich.console import Console
 
 import bnlora as bl
-from bnlora._util.progress import timed
+from benchmarks.data import LABELLED, Pool, drawn, pool
+from benchmarks.report import RESULTS, Report
+from benchmarks.timing import clock
 from bnlora.app.experiment import BASE, BAYES, CAREFUL, LORA, fit_lora, temperature_of, untouched
 from bnlora.data.assets import DOMAINS, cache_folder
 from bnlora.infer.approximate.temperature import tempered
@@ -51,8 +56,9 @@ def fitted(
     }
     fits, seconds = {}, {}
     for method in methods:
-        with timed(seconds, method):
+        with clock() as took:
             fits[method] = makers[method]()
+        seconds[method] = took.wall
     return fits, seconds
 
 
@@ -87,17 +93,18 @@ def folder() -> Path:
     return made
 
 
-def run(seeds: list[int]) -> None:
+def run_seeds(given: argparse.Namespace, report: Report) -> None:
     """Run the seeds that are not done yet."""
     pooled = pool(console=Console(stderr=True))
-    for seed in seeds:
+    for seed in given.seeds:
         file = folder() / f"seed-{seed}.json"
         if not file.is_file():
             file.write_text(json.dumps(run_seed(seed, pooled)))
-            print(f"seed {seed} done", flush=True)
+            report.progress(f"seed {seed} done")
+    tables(given, report)
 
 
-STORED = Path(__file__).with_name("seeds.npz")
+STORED = RESULTS / "seeds.npz"
 
 
 def finished() -> list[dict]:
@@ -109,7 +116,7 @@ def finished() -> list[dict]:
     return [found[seed] for seed in sorted(found) if seed > 2]
 
 
-def store() -> None:
+def store(given: argparse.Namespace, report: Report) -> None:
     """Write the seeds that are done to one file: log-odds, labels, and everything else as JSON."""
     arrays, about = {}, []
     for one in finished():
@@ -121,6 +128,7 @@ def store() -> None:
                     x = (x - np.log(-np.expm1(x))).astype(np.float32)
                 arrays[f"{one['seed']}/{domain}/{name}"] = x
     np.savez_compressed(STORED, about=json.dumps(about), **arrays)
+    tables(given, report)
 
 
 def stored() -> dict[int, dict]:
@@ -138,13 +146,13 @@ def stored() -> dict[int, dict]:
     return found
 
 
-def seconds(seeds: list[int]) -> None:
-    """Seconds of whole fits, compiling included; nothing is predicted. Leave the machine idle meanwhile."""
+def seconds(given: argparse.Namespace, report: Report) -> None:
+    """Seconds of whole fits, compiling included; nothing is predicted."""
     pooled, methods = pool(console=QUIET), (LORA, SHORT, BAYES)
-    print("| seed | " + " | ".join(SHOWN[m] for m in methods) + " |\n|---|---|---|---|")
-    for seed in seeds:
+    table = report.table("Seconds of whole fits", ("seed", *(SHOWN[m] for m in methods)))
+    for seed in given.seeds:
         _, spent = fitted(seed, pooled, drawn(pooled, seed)[0], methods)
-        print(f"| {seed} | " + " | ".join(f"{spent[m]:.1f}" for m in methods) + " |", flush=True)
+        table.row(seed, *(f"{spent[m]:.1f}" for m in methods))
 
 
 def of_positive(log_probs: list[float]) -> np.ndarray:
@@ -172,87 +180,93 @@ def bootstrap(found: list[dict], metric, draws: int = 200) -> dict[str, np.ndarr
     return made
 
 
-def report() -> None:
-    """Means over the seeds that are done, and paired intervals."""
-    found = finished()
-    print(f"seeds {[f['seed'] for f in found]}, {TEST} test rows of each domain")
+def means_of(found: list[dict]) -> dict[str, dict[str, np.ndarray]]:
+    """Means over the seeds by metric, method and domain."""
+
+    def one(metric: Callable, rows: dict, method: str) -> float:
+        return metric(of_positive(rows[method]), np.asarray(rows["labels"]))
+
     table = {
         name: {
-            m: np.mean(
-                [[metric(of_positive(f["rows"][d][m]), np.asarray(f["rows"][d]["labels"])) for d in DOMAINS]
-                 for f in found], axis=0
-            )
-            for m in METHODS
+            m: np.mean([[one(of, f["rows"][d], m) for d in DOMAINS] for f in found], axis=0) for m in METHODS
         }
-        for name, metric in METRICS.items()
-    }  # fmt: skip
+        for name, of in METRICS.items()
+    }
     table["debiased"] = {m: table["ECE"][m] - table["null"][m] for m in METHODS}
-    print("| metric | method | " + " | ".join(DOMAINS) + " | mean |\n|" + "---|" * (len(DOMAINS) + 3))
-    for name, by in table.items():
+    return table
+
+
+def tables(given: argparse.Namespace, report: Report) -> None:
+    """Means over the seeds that are done, paired intervals, ratios, and the gap to the base by seed."""
+    found = finished()
+    means = means_of(found)
+    compact(report, means)
+    table = report.table("Metrics", ("metric", "method", *DOMAINS, "mean"))
+    for name, by in means.items():
         for m, values in by.items():
-            cells = " | ".join(f"{x:.3f}" for x in (*values, values.mean()))
-            print(f"| {name} | {SHOWN[m]} | {cells} |")
-    for name, metric in (("NLL", bl.metrics.nll), ("ACC", bl.metrics.accuracy)):
-        draws = bootstrap(found, metric)
-        for m in METHODS[:-1]:
-            gaps = draws[BAYES] - draws[m]
-            gaps = np.concatenate([gaps, gaps.mean(1, keepdims=True)], axis=1)
-            low, high = np.quantile(gaps, [0.025, 0.975], axis=0)
-            centre = table[name][BAYES] - table[name][m]
-            centre = np.append(centre, centre.mean())
-            cells = [f"{c:+.3f} ({a:+.3f} to {b:+.3f})" for c, a, b in zip(centre, low, high, strict=True)]
-            print(f"| {name} | {BAYES} minus {SHOWN[m]} | " + " | ".join(cells) + " |")
-    compact(table)
-    print("mean debiased ECE over that of a rival:", debiased_ratio(found, table["debiased"]))
+            table.row(name, SHOWN[m], *(f"{x:.3f}" for x in (*values, values.mean())))
+    differences(report, found, means)
+    ratios(report, found, means["debiased"])
+    table = report.table("NLL minus that of the untouched base", ("seed", *DOMAINS))
     for f in found:
         labels = {d: np.asarray(f["rows"][d]["labels"]) for d in DOMAINS}
         ours, base = (
             np.array([bl.metrics.nll(of_positive(f["rows"][d][m]), labels[d]) for d in DOMAINS])
             for m in (BAYES, BASE)
         )
-        print(f["seed"], "NLL minus that of the base by domain:", np.round(ours - base, 3).tolist())
-        print(f["seed"], {k: round(v, 1) for k, v in f["seconds"].items()}, f["about"])
+        table.row(f["seed"], *(f"{x:+.3f}" for x in ours - base))
+        spent = {k: round(v, 1) for k, v in f["seconds"].items()}
+        report.progress(f"seed {f['seed']}: seconds {spent}, {f['about']}")
 
 
-def compact(table: dict[str, dict[str, np.ndarray]]) -> None:
+def compact(report: Report, means: dict[str, dict[str, np.ndarray]]) -> None:
     """NLL / debiased ECE / accuracy by method and domain: the table of the README."""
-    print("| | " + " | ".join(DOMAINS) + " |\n|" + "---|" * (len(DOMAINS) + 1))
+    table = report.table("Summary", ("NLL / debiased ECE / accuracy", *DOMAINS))
     for m in METHODS:
-        triples = zip(*(table[name][m] for name in ("NLL", "debiased", "ACC")), strict=True)
-        cells = " | ".join(" / ".join(f"{x:.3f}" for x in triple) for triple in triples)
-        print(f"| {SHOWN[m]} | {cells} |")
+        triples = zip(*(means[name][m] for name in ("NLL", "debiased", "ACC")), strict=True)
+        table.row(SHOWN[m], *(" / ".join(f"{x:.3f}" for x in triple) for triple in triples))
 
 
-def debiased_ratio(found: list[dict], debiased: dict[str, np.ndarray], draws: int = 200) -> str:
+def differences(report: Report, found: list[dict], means: dict[str, dict[str, np.ndarray]]) -> None:
+    """Differences of NLL and accuracy, with intervals by bootstrap over seeds and rows."""
+    table = report.table("Differences", ("metric", "difference (95 % interval)", *DOMAINS, "mean"))
+    for name in ("NLL", "ACC"):
+        draws = bootstrap(found, METRICS[name])
+        for m in METHODS[:-1]:
+            gaps = draws[BAYES] - draws[m]
+            gaps = np.concatenate([gaps, gaps.mean(1, keepdims=True)], axis=1)
+            low, high = np.quantile(gaps, [0.025, 0.975], axis=0)
+            centre = means[name][BAYES] - means[name][m]
+            centre = np.append(centre, centre.mean())
+            cells = [f"{c:+.3f} ({a:+.3f} to {b:+.3f})" for c, a, b in zip(centre, low, high, strict=True)]
+            table.row(name, f"{BAYES} minus {SHOWN[m]}", *cells)
+
+
+def ratios(report: Report, found: list[dict], debiased: dict[str, np.ndarray], draws: int = 200) -> None:
     """Ratio of mean debiased ECE, with a bootstrap interval over seeds and rows.
 
     Rows that are drawn twice raise the ECE; the draws are therefore shifted to the mean of the estimate.
     """
     ece = bootstrap(found, bl.metrics.ece, draws)
     means = {m: x.mean(1) - x.mean() + debiased[m].mean() for m, x in ece.items()}
-    parts = []
+    table = report.table(
+        "Ratios", ("mean debiased ECE of Bayesian-LoRA over that of", "ratio", "95 % interval")
+    )
     for rival in (LORA, SHORT, CAREFUL, BASE):
         low, high = np.quantile(means[BAYES] / means[rival], [0.025, 0.975])
         point = debiased[BAYES].mean() / debiased[rival].mean()
-        parts.append(f"{SHOWN[rival]}: {point:.2f} ({low:.2f} to {high:.2f})")
-    return "; ".join(parts)
+        table.row(SHOWN[rival], f"{point:.2f}", f"{low:.2f} to {high:.2f}")
 
 
-def main() -> None:
-    """Run seeds, or report those that are done."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["run", "report", "store", "time"])
-    parser.add_argument("--seeds", type=int, nargs="*", default=[3, 4, 5, 6, 7])
-    arguments = parser.parse_args()
-    if arguments.what == "run":
-        run(arguments.seeds)
-    if arguments.what == "time":
-        seconds(arguments.seeds)
-        return
-    if arguments.what == "store":
-        store()
-    report()
+JOBS = {"run": run_seeds, "report": tables, "store": store, "time": seconds}
 
 
-if __name__ == "__main__":
-    main()
+def options(parser: argparse.ArgumentParser) -> None:
+    """The job, and its seeds."""
+    parser.add_argument("what", choices=JOBS)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[3, 4, 5, 6, 7], help="of `run` and `time`")
+
+
+def run(given: argparse.Namespace, report: Report) -> None:
+    """Run seeds, report those that are done, or time fits."""
+    JOBS[given.what](given, report)

@@ -1,4 +1,4 @@
-"""The network under the core prior against its tangent model: python benchmarks/network.py.
+"""The network under the core prior against its tangent model.
 
 For each development seed the core prior is fitted to 560 labelled movie sentences on the tangent model. The
 network itself then gets the same prior at several multiples of these scales, and a mean-field guide that
@@ -7,15 +7,16 @@ rows, which reads no test row. The table has bound, NLL and debiased ECE of both
 """
 
 import argparse
-import time
 
 import jax
 import numpy as np
 import optax
-from pool import Pool, drawn, pool
 from rich.console import Console
 
 import bnlora as bl
+from benchmarks.data import Pool, drawn, pool
+from benchmarks.report import Report, Table
+from benchmarks.timing import clock
 from bnlora.data.assets import DOMAINS
 from bnlora.infer.core.fit import fit_core
 from bnlora.prediction.predict import predict_with_draws
@@ -44,62 +45,51 @@ def network_fit(key, core, base, rows, label_ids, factor: float):
     return bl.fit(key, model, guide, rows, rate, num_steps=STEPS, batch_size=BATCH, console=QUIET)
 
 
-def shown(predictions: dict, tests: dict) -> str:
+def scores(key: jax.Array, posterior: object, tests: dict[str, bl.Batch], draws: int) -> list[str]:
     """NLL and debiased ECE by domain and in mean, as cells of a table."""
     cells = []
-    for name, rows in tests.items():
-        log_probs, labels = predictions[name].log_probs, np.asarray(rows.labels)
+    for rows in tests.values():
+        log_probs = bl.predict(key, posterior, rows, num_samples=draws, console=QUIET).log_probs
+        labels = np.asarray(rows.labels)
         cells.append([bl.metrics.nll(log_probs, labels), bl.metrics.debiased_ece(log_probs, labels)])
     cells.append(list(np.mean(cells, axis=0)))
-    return " | ".join(" / ".join(f"{x:.3f}" for x in pair) for pair in cells)
+    return [" / ".join(f"{x:.3f}" for x in pair) for pair in cells]
 
 
-def run_seed(seed: int, found: Pool, num_test: int, draws: int) -> None:
-    """Print the lines of one seed."""
+def run_seed(table: Table, seed: int, found: Pool, num_test: int, draws: int) -> None:
+    """The lines of one seed."""
     base, label_ids = found.base, found.label_ids
     train, tests = drawn(found, seed, test=num_test)
     key, fit_key, bound_key, draw_key = jax.random.split(jax.random.key(seed), 4)
-    began = time.perf_counter()
-    core = fit_core(key, base, train, label_ids=label_ids, console=QUIET)
-    spent = time.perf_counter() - began
-    tangent = {
-        n: bl.predict(draw_key, core, rows, num_samples=draws, console=QUIET) for n, rows in tests.items()
-    }
+    with clock() as took:
+        core = fit_core(key, base, train, label_ids=label_ids, console=QUIET)
     bound = core.fit.history["elbo"][-20:]
-    print(f"| {seed} | tangent | 1 | {bound.mean():.1f} ({bound.std() / 20**0.5:.1f}) | {spent:.0f} | "
-          + shown(tangent, tests) + " |", flush=True)  # fmt: skip
+    text = f"{bound.mean():.1f} ({bound.std() / 20**0.5:.1f})"
+    table.row(seed, "tangent", 1, text, f"{took.wall:.0f}", *scores(draw_key, core, tests, draws))
     best = None
     for factor in FACTORS:
-        began = time.perf_counter()
-        fit = network_fit(fit_key, core, base, train, label_ids, factor)
-        spent = time.perf_counter() - began
+        with clock() as took:
+            fit = network_fit(fit_key, core, base, train, label_ids, factor)
         value, stderr = bound_of(bound_key, fit, train)
-        print(
-            f"| {seed} | network | {factor} | {value:.1f} ({stderr:.1f}) | {spent:.0f} |  |  |  |  |  |",
-            flush=True,
-        )
+        empty = [""] * (len(DOMAINS) + 1)
+        table.row(seed, "network", factor, f"{value:.1f} ({stderr:.1f})", f"{took.wall:.0f}", *empty)
         if best is None or value > best[0]:
             best = value, factor, fit
     _, factor, fit = best
-    network = {
-        n: bl.predict(draw_key, fit, rows, num_samples=draws, console=QUIET) for n, rows in tests.items()
-    }
-    print(f"| {seed} | network, best bound | {factor} | | | " + shown(network, tests) + " |", flush=True)
+    table.row(seed, "network, best bound", factor, "", "", *scores(draw_key, fit, tests, draws))
 
 
-def main() -> None:
-    """Print a table: seed, model, multiple of the scales, bound, seconds, NLL / debiased ECE by domain."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def options(parser: argparse.ArgumentParser) -> None:
+    """Seeds and sizes."""
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--test", type=int, default=500)
+    parser.add_argument("--test", type=int, default=500, help="test rows of each domain")
     parser.add_argument("--draws", type=int, default=16)
-    arguments = parser.parse_args()
+
+
+def run(given: argparse.Namespace, report: Report) -> None:
+    """A table: seed, model, multiple of the scales, bound, seconds, NLL / debiased ECE by domain."""
     found = pool(console=QUIET)
-    print("| seed | model | multiple | bound | s | " + " | ".join(DOMAINS) + " | mean |")
-    print("|" + "---|" * (6 + len(DOMAINS)))
-    for seed in arguments.seeds:
-        run_seed(seed, found, arguments.test, arguments.draws)
-
-
-if __name__ == "__main__":
-    main()
+    header = ("seed", "model", "multiple", "bound (standard error)", "s", *DOMAINS, "mean")
+    table = report.table("The network and its tangent model", header)
+    for seed in given.seeds:
+        run_seed(table, seed, found, given.test, given.draws)

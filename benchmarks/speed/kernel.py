@@ -1,4 +1,4 @@
-"""What the adapted product costs, on whatever device is there: python benchmarks/kernel.py.
+"""What the adapted product costs, on whatever device is there.
 
 Times "pallas" (the fused kernels) against "xla" (the reference as XLA compiles it) and against x W alone, the
 least that any of them can cost: one adapter and S draws over the same inputs, forwards, and the gradient with
@@ -14,10 +14,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rounds import in_turn, spread
 
-from bnlora._util.display import Table
+from benchmarks.report import Report
+from benchmarks.timing import in_turn, spread
 from bnlora.kernels import ahead, api
 
 # (tokens, d_in, d_out): SmolLM2-135M's queries and feed-forward, and the same of a model of seven billion.
@@ -62,75 +61,70 @@ def called(function: Callable, inputs: Arrays) -> Callable[[int], jax.Array]:
     return lambda _: compiled(*inputs)
 
 
-def measured(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
+def measure(given: argparse.Namespace, report: Report) -> None:
     """Lines of time: median, spread of the ratio to x W alone, and fraction of the roofline."""
     names = ["xla"] if jax.default_backend() == "cpu" else ["xla", "pallas"]
-    lines = []
-    for size in SIZES:
-        for draws in arguments.draws:
-            inputs = arrays(size, arguments.rank, draws, arguments.dtype)
+    header = ("m, d_in, d_out", "draws", "what", "median ms", "over x W (middle 80 %)", "roofline")
+    table = report.table(f"Seconds on {jax.devices()[0].device_kind}", header)
+    for size in SIZES[: given.sizes]:
+        for draws in given.draws:
+            inputs = arrays(size, given.rank, draws, given.dtype)
             functions: dict[str, Callable] = {"x W": lambda x, w, a, b: x @ w}
             functions |= {f"{name}, forward": forward(name, draws) for name in names}
             functions |= {f"{name}, gradient": gradient(name) for name in names} if draws == 1 else {}
             programs = {name: called(function, inputs) for name, function in functions.items()}
-            times = {name: taken.wall for name, taken in in_turn(programs, arguments.rounds).items()}
+            times = {name: taken.wall for name, taken in in_turn(programs, given.rounds).items()}
             for name, seconds in times.items():
                 median, ratio = float(np.median(seconds)), spread(seconds / times["x W"])
-                share = fraction(arguments, size, draws, inputs[0].dtype.itemsize, median)
+                share = fraction(given, size, draws, inputs[0].dtype.itemsize, median)
                 known = share if name.endswith("forward") else ""
-                lines.append((str(size), str(draws), name, f"{1e3 * median:.3f}", ratio, known))
-    return lines
+                table.row(sizes_text(size), draws, name, f"{1e3 * median:.3f}", ratio, known)
+
+
+def sizes_text(size: tuple[int, int, int]) -> str:
+    """The sizes of a product."""
+    return ", ".join(map(str, size))
 
 
 def fraction(
-    arguments: argparse.Namespace, size: tuple[int, int, int], draws: int, itemsize: int, seconds: float
+    given: argparse.Namespace, size: tuple[int, int, int], draws: int, itemsize: int, seconds: float
 ) -> str:
     """Share of the roofline, where the peaks are given."""
-    if not (arguments.tflops and arguments.gbs):
+    if not (given.tflops and given.gbs):
         return ""
-    operations, moved = roofline(size, arguments.rank, draws, itemsize)
-    return f"{max(operations / arguments.tflops / 1e12, moved / arguments.gbs / 1e9) / seconds:.2f}"
+    operations, moved = roofline(size, given.rank, draws, itemsize)
+    return f"{max(operations / given.tflops / 1e12, moved / given.gbs / 1e9) / seconds:.2f}"
 
 
-def counted(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
+def count(given: argparse.Namespace, report: Report) -> None:
     """Lines of what the TPU's compiler counts: megabytes moved, and those that must move."""
-    lines = []
-    for size in SIZES:
-        for draws in arguments.draws:
-            shapes = jax.eval_shape(partial(arrays, size, arguments.rank, draws, arguments.dtype))
-            _, least = roofline(size, arguments.rank, draws, shapes[0].dtype.itemsize)
-            found = {}
+    header = ("m, d_in, d_out", "draws", "W, MB", "least", "fused", "XLA's program", "ratio")
+    table = report.table("Megabytes moved on a TPU", header)
+    for size in SIZES[: given.sizes]:
+        for draws in given.draws:
+            shapes = jax.eval_shape(partial(arrays, size, given.rank, draws, given.dtype))
+            _, least = roofline(size, given.rank, draws, shapes[0].dtype.itemsize)
+            moved = {}
             for name in ("xla", "pallas"):
-                found[name] = ahead.cost(ahead.compile_for_tpu(forward(name, draws), *shapes))
-            fused, plain = found["pallas"].bytes_accessed, found["xla"].bytes_accessed
+                moved[name] = ahead.cost(ahead.compile_for_tpu(forward(name, draws), *shapes)).bytes_accessed
+            fused, plain = moved["pallas"], moved["xla"]
             weights = shapes[1].size * shapes[1].dtype.itemsize
             megabytes = [f"{value / 1e6:.1f}" for value in (weights, least, fused, plain)]
-            lines.append((str(size), str(draws), *megabytes, f"{fused / plain:.2f}"))
-    return lines
+            table.row(sizes_text(size), draws, *megabytes, f"{fused / plain:.2f}")
 
 
-def main() -> None:
-    """Print times, or counts."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def options(parser: argparse.ArgumentParser) -> None:
+    """Sizes, and the peaks of the device."""
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--draws", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--sizes", type=int, default=len(SIZES), help="the first so many sizes only")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--tflops", type=float, help="peak rate of the device, 10^12 operations a second")
-    parser.add_argument(
-        "--gbs", type=float, help="peak bandwidth of the device's memory, 10^9 bytes a second"
-    )
+    parser.add_argument("--gbs", type=float, help="peak bandwidth of its memory, 10^9 bytes a second")
     parser.add_argument("--ahead", action="store_true", help="count for a TPU instead of timing here")
-    arguments = parser.parse_args()
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
-    if arguments.ahead:
-        header = ("m, d_in, d_out", "draws", "W, MB", "least", "fused", "XLA", "ratio")
-        lines = counted(arguments)
-    else:
-        header = ("m, d_in, d_out", "draws", "what", "median ms", "over x W (10 % to 90 %)", "roofline")
-        lines = measured(arguments)
-    Console(width=130).print(Table(f"{arguments}", header, tuple(lines)))
 
 
-if __name__ == "__main__":
-    main()
+def run(given: argparse.Namespace, report: Report) -> None:
+    """Time here, or count for a TPU."""
+    (count if given.ahead else measure)(given, report)

@@ -1,6 +1,6 @@
-"""Smaller scales, chosen by a rule on the evidence: python benchmarks/cautious.py.
+"""Smaller scales, chosen by a rule on the evidence.
 
-On the rows of the seeds of `seeds.py`, the scales of `fit_core` are lowered by the one factor at which
+On the rows of the seeds of `seeds`, the scales of `fit_core` are lowered by the one factor at which
 Laplace's evidence has lost so many nats (`bnlora.choose_scales(..., within=...)`). Predictions are those of
 Laplace's Gaussian. The rule of 2 nats was fixed before any of these seeds was run. With `--by-layer`, one
 scale for each layer of a family stands beside them. The differences from the untouched base have 95 %
@@ -11,11 +11,12 @@ import argparse
 
 import jax
 import numpy as np
-from pool import Pool, drawn, pool
 from rich.console import Console
-from seeds import TEST, of_positive
 
 import bnlora as bl
+from benchmarks.calibration.seeds import TEST, of_positive
+from benchmarks.data import Pool, drawn, pool
+from benchmarks.report import Report
 from bnlora.app.experiment import untouched
 from bnlora.data.assets import DOMAINS
 from bnlora.infer.core.fit import SCALE_PRIOR, CoreFit, fit_core
@@ -34,7 +35,7 @@ def chosen(core: CoreFit, rules: dict[str, dict]) -> dict[str, bl.Scales]:
 def run_seed(seed: int, pooled: Pool, rules: dict[str, dict], count: int) -> dict:
     """Log-probabilities of the second class by rule and domain, and the labels."""
     train, tests = drawn(pooled, seed, test=count)
-    keys = jax.random.split(jax.random.key(seed), 5)  # those of `seeds.py`: the same fit
+    keys = jax.random.split(jax.random.key(seed), 5)  # those of `seeds`: the same fit
     options = {"label_ids": pooled.label_ids, "num_steps": 1, "console": QUIET}
     core = fit_core(keys[3], pooled.base, train, **options)
     scales = chosen(core, rules)
@@ -69,40 +70,38 @@ def gaps(found: list[dict], rule: str, draws: int = 400) -> np.ndarray:
     return made
 
 
-def report(found: list[dict], rules: list[str]) -> None:
+def tables(report: Report, found: list[dict], rules: list[str]) -> None:
     """Metrics by rule and domain, and differences from the base."""
-    print("| metric | scales | " + " | ".join(DOMAINS) + " | mean |\n|" + "---|" * (len(DOMAINS) + 3))
+    table = report.table("Smaller scales", ("metric", "scales", *DOMAINS, "mean"))
     for metric, of in SHOWN.items():
         for rule in (BASE, *rules):
             values = np.mean(
                 [[of(of_positive(f[d][rule]), f[d]["labels"]) for d in DOMAINS] for f in found], axis=0
             )
-            print(f"| {metric} | {rule} | " + " | ".join(f"{x:.3f}" for x in (*values, values.mean())) + " |")
+            table.row(metric, rule, *(f"{x:.3f}" for x in (*values, values.mean())))
     for rule in rules:
         made = gaps(found, rule)
         made = np.concatenate([made, made.mean(1, keepdims=True)], axis=1)
         low, high = np.quantile(made, [0.025, 0.975], axis=0)
         cells = [f"{m:+.3f} ({a:+.3f} to {b:+.3f})" for m, a, b in zip(made.mean(0), low, high, strict=True)]
-        print(f"| NLL minus base | {rule} | " + " | ".join(cells) + " |", flush=True)
+        table.row("NLL minus base", rule, *cells)
 
 
-def main() -> None:
-    """Print the tables after every seed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def options(parser: argparse.ArgumentParser) -> None:
+    """Seeds, and the rules for scales."""
     parser.add_argument("--seeds", type=int, nargs="*", default=[3, 4, 5, 6, 7])
-    parser.add_argument("--within", type=float, nargs="*", default=[0.0, 2.0])
+    parser.add_argument("--within", type=float, nargs="*", default=[0.0, 2.0], help="nats of evidence")
     parser.add_argument("--by-layer", action="store_true", help="also one scale for each layer")
-    parser.add_argument("--test", type=int, default=TEST)
-    arguments = parser.parse_args()
-    rules: dict[str, dict] = {f"{within:g} nats": {"within": within} for within in arguments.within}
-    if arguments.by_layer:
+    parser.add_argument("--test", type=int, default=TEST, help="test rows of each domain")
+
+
+def run(given: argparse.Namespace, report: Report) -> None:
+    """The tables over all seeds."""
+    rules: dict[str, dict] = {f"{within:g} nats": {"within": within} for within in given.within}
+    if given.by_layer:
         rules[BY_LAYER] = {"by": "layer"}
     pooled, found = pool(console=QUIET), []
-    for seed in arguments.seeds:
-        found.append(run_seed(seed, pooled, rules, arguments.test))
-        print(f"seed {seed}: {found[-1]['scales']}", flush=True)
-    report(found, list(rules))
-
-
-if __name__ == "__main__":
-    main()
+    for seed in given.seeds:
+        found.append(run_seed(seed, pooled, rules, given.test))
+        report.progress(f"seed {seed}: {found[-1]['scales']}")
+    tables(report, found, list(rules))
