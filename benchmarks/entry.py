@@ -72,12 +72,22 @@ def parser_of(name: str, module: ModuleType) -> argparse.ArgumentParser:
         prog=f"python -m benchmarks {name}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     module.options(parser)
     parser.add_argument(
         "--store", nargs="?", const=name, metavar="FILE", help="keep the tables in benchmarks/results/FILE.md"
     )
     return parser
+
+
+def command_of(name: str, rest: Sequence[str], store: str | None) -> str:
+    """The command line that measures the same and stores nothing."""
+    kept = [x for x in rest if not x.startswith("--store=")]
+    if "--store" in kept:
+        at = kept.index("--store")
+        del kept[at : at + (2 if kept[at + 1 : at + 2] == [store] else 1)]
+    return shlex.join(["python", "-m", "benchmarks", name, *kept])
 
 
 def main(argv: Sequence[str]) -> int:
@@ -90,6 +100,6 @@ def main(argv: Sequence[str]) -> int:
         return tables.main(rest)
     module = load(name)
     given = parser_of(name, module).parse_args(rest)
-    with Report(shlex.join(["python", "-m", "benchmarks", *argv]), store=given.store) as report:
+    with Report(command_of(name, rest, given.store), store=given.store) as report:
         module.run(given, report)
     return 0

@@ -49,9 +49,10 @@ class Report:
             return
         self.progress(f"{time.perf_counter() - self._began:.0f} s in all; {load()}")
         if kind is None and self.store is not None:
-            self.folder.mkdir(exist_ok=True)
             path = self.folder / f"{self.store}.md"
-            path.write_text(written(self.command, measured(), self.sections), encoding="utf-8")
+            new = written(self.command, measured(), self.sections)
+            if not path.is_file() or not Stored.read(path).same(Stored.of(new)):
+                path.write_text(new, encoding="utf-8")
             self.progress(f"stored in {path}")
 
     def table(self, title: str, header: Sequence[str]) -> "Table":
@@ -86,10 +87,10 @@ class Table:
 
 
 def measured() -> str:
-    """Date, machine and versions."""
-    today = f"{date.today():%Y-%m-%d}"
+    """Date, machine, versions, and the load of the last minute."""
     python = ".".join(platform.python_version_tuple()[:2])
-    return f"{today}, {processor()}, {os.cpu_count()} cores, Python {python}, jax {version('jax')}"
+    machine = f"{processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    return f"{date.today():%Y-%m-%d}, {machine}, Python {python}, jax {version('jax')}"
 
 
 def processor() -> str:
@@ -123,7 +124,16 @@ class Stored:
     @classmethod
     def read(cls, path: Path) -> Self:
         """The parts of a file."""
-        head, *parts = path.read_text(encoding="utf-8").split("\n## ")
-        command, when = (text.split(": ", 1)[1] for text in head.strip().split("\n\n"))
+        return cls.of(path.read_text(encoding="utf-8"))
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """The parts of a text."""
+        head, *parts = text.split("\n## ")
+        command, when = (line.split(": ", 1)[1] for line in head.strip().split("\n\n"))
         sections = dict(part.split("\n", 1) for part in parts)
-        return cls(command.strip("`"), when, {title: text.strip() for title, text in sections.items()})
+        return cls(command.strip("`"), when, {title: body.strip() for title, body in sections.items()})
+
+    def same(self, other: Self) -> bool:
+        """Whether both have the same command and tables: then the date of the earlier one stays."""
+        return (self.command, self.sections) == (other.command, other.sections)

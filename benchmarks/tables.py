@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.report import RESULTS, Stored
 
 ROOT = Path(__file__).parents[1]
-MARKED = re.compile(r"(<!-- table: ([\w-]+)/([^>]+?) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- table: ([\w-]+)/([^>\n]+?) -->)((?!<!-- table: ).)*?(<!-- end -->)", re.DOTALL)
 
 
 def documents() -> list[Path]:
@@ -23,19 +23,26 @@ def documents() -> list[Path]:
 
 
 def filled(text: str, folder: Path = RESULTS) -> str:
-    """A document with every table as it is stored."""
-    return MARKED.sub(partial(_section, folder), text)
+    """A document with every table as it is stored.
+
+    Raises:
+        ValueError: When a mark has no end, or a table is not stored.
+    """
+    text, count = MARKED.subn(partial(_section, folder), text)
+    if not text.count("<!-- table: ") == text.count("<!-- end -->") == count:
+        raise ValueError("every `<!-- table: FILE/TITLE -->` needs its own `<!-- end -->`")
+    return text
 
 
 def _section(folder: Path, found: re.Match[str]) -> str:
-    begin, name, title, end = found.groups()
+    begin, name, title, _, end = found.groups()
     path = folder / f"{name}.md"
     if not path.is_file():
         raise ValueError(f"a document has the table {name}/{title}, and {path} does not exist")
     stored = Stored.read(path)
     if title not in stored.sections:
         raise ValueError(f"{path} has no table {title!r}; it has {', '.join(stored.sections)}")
-    return f"{begin}\n{stored.sections[title]}\n\n`{stored.command}` ({stored.measured})\n{end}"
+    return f"{begin}\n\n{stored.sections[title]}\n\n`{stored.command}` ({stored.measured})\n\n{end}"
 
 
 def outdated() -> list[Path]:

@@ -92,5 +92,6 @@ def run(given: argparse.Namespace, report: Report) -> None:
     report.text(
         title,
         f"{core.frames.num_coordinates} coordinates. Spread: median ratio of the standard deviations of "
-        "contrasts to those of the tangent model. Gap: median distance of their means, in these standard deviations.",
+        "contrasts to those of the tangent model. Gap: median distance of their means, in these "
+        "standard deviations.",
     )
