@@ -33,7 +33,7 @@ HEADER = ("family", "scale", "bound", "data", "conditional KL", "validation NLL"
 
 
 Build = Callable[[bl.Base, bl.TextData], tuple[bl.Classifier, Callable]]
-"""Makes a model and a guide."""
+"""Model and guide from a base and its rows."""
 
 
 class Setting(NamedTuple):
@@ -47,6 +47,7 @@ class Setting(NamedTuple):
 
 
 def of_recipe(recipe: Recipe) -> Build:
+    """A head as the demonstration's recipe makes it."""
     return lambda base, data: recipe.build(base, data.label_ids)
 
 
