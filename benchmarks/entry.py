@@ -38,11 +38,11 @@ def first_line(path: Path) -> str:
 
 def listing() -> str:
     """A line for each benchmark, under the question of its group."""
-    lines, found = [], names()
-    width = max(map(len, found))
+    lines, paths = [], names()
+    width = max(map(len, paths))
     for group in GROUPS:
         lines += ["", first_line(HERE / group / "__init__.py")]
-        members = {name: path for name, path in found.items() if path.parent.name == group}
+        members = {name: path for name, path in paths.items() if path.parent.name == group}
         lines += [f"  {name:{width}}  {first_line(path)}" for name, path in members.items()]
     return "\n".join([*lines, "", "python -m benchmarks NAME --help has the options of one."]).strip()
 
@@ -53,13 +53,13 @@ def load(name: str) -> ModuleType:
     Raises:
         SystemExit: When there is no such benchmark, or a package that only benchmarks need is missing.
     """
-    found = names()
-    if name not in found:
-        near = difflib.get_close_matches(name, [*found, "list", "tables"], n=1, cutoff=0.5)
+    paths = names()
+    if name not in paths:
+        near = difflib.get_close_matches(name, [*paths, "list", "tables"], n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise SystemExit(f"no benchmark is named {name!r}{hint}\n`python -m benchmarks` lists all of them")
     try:
-        return importlib.import_module(f"benchmarks.{found[name].parent.name}.{name}")
+        return importlib.import_module(f"benchmarks.{paths[name].parent.name}.{name}")
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL:
             raise

@@ -34,8 +34,8 @@ def filled(text: str, folder: Path = RESULTS) -> str:
     return text
 
 
-def _section(folder: Path, found: re.Match[str]) -> str:
-    begin, name, title, _, end = found.groups()
+def _section(folder: Path, mark: re.Match[str]) -> str:
+    begin, name, title, _, end = mark.groups()
     path = folder / f"{name}.md"
     if not path.is_file():
         raise ValueError(f"a document has the table {name}/{title}, and {path} does not exist")

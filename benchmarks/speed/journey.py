@@ -60,12 +60,12 @@ class Watch:
 
     def take(self, slowest: int) -> dict[str, Any]:
         """What was heard, which is then forgotten."""
-        found: dict[str, Any] = {stage: self.seconds[stage].total() for stage in STAGES.values()}
+        heard: dict[str, Any] = {stage: self.seconds[stage].total() for stage in STAGES.values()}
         named = self.seconds["compile"].most_common(slowest)
-        found["slowest"] = [(name, self.programs[name], seconds) for name, seconds in named]
-        found["programs"] = self.programs.total()
+        heard["slowest"] = [(name, self.programs[name], seconds) for name, seconds in named]
+        heard["programs"] = self.programs.total()
         self.seconds, self.programs = defaultdict(Counter), Counter()
-        return found
+        return heard
 
 
 def fitted(given: argparse.Namespace, base: bl.Base, train: bl.Batch) -> Any:
@@ -107,16 +107,10 @@ def measure(given: argparse.Namespace) -> None:
     for name in given.calls:
         watch.take(0)
         with clock() as took:
-            try:
-                made = todo[name](fit)
-                refused = ""
-            except (TypeError, ValueError) as error:  # a point has no draws, for example
-                made, refused = None, str(error).splitlines()[0]
-        fit = made if name == "fit" else fit
-        numbers = {"call": name, "wall": took.wall, "cpu": took.cpu, "refused": refused}
+            result = todo[name](fit)
+        fit = result if name == "fit" else fit
+        numbers = {"call": name, "wall": took.wall, "cpu": took.cpu}
         print(json.dumps(numbers | watch.take(given.slowest)), flush=True)
-        if name == "fit" and refused:
-            raise SystemExit(refused)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -150,10 +144,8 @@ def run(given: argparse.Namespace, report: Report) -> None:
             one = json.loads(line)
             call = "first step" if (one["call"], given.steps) == ("fit", 1) else one["call"]
             stages = (f"{one[stage]:.1f}" for stage in STAGES.values())
-            note = f"{call} (refused)" if one["refused"] else call
-            table.row(names[kind], note, f"{one['wall']:.1f}", f"{one['cpu']:.1f}", one["programs"], *stages)
-            if one["refused"]:
-                report.progress(f"{kind}, {call}: {one['refused']}")
+            cells = f"{one['wall']:.1f}", f"{one['cpu']:.1f}", one["programs"]
+            table.row(names[kind], call, *cells, *stages)
             for program, count, seconds in one["slowest"]:
                 report.progress(f"    {seconds:7.2f} s  {count:3} x {program}")
         if process.wait():

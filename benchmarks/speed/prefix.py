@@ -66,5 +66,5 @@ def run(given: argparse.Namespace, report: Report) -> None:
     arguments = [str(x) for pair in sizes.items() for x in pair]
     for where in WHERE:
         command = [sys.executable, "-m", "benchmarks", "prefix", *arguments, "--only", where]
-        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-        table.row(where, f"{found['peak']:,.0f} MiB", f"{found['step']:.3f} s", f"{found['all']:.1f} s")
+        numbers = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        table.row(where, f"{numbers['peak']:,.0f} MiB", f"{numbers['step']:.3f} s", f"{numbers['all']:.1f} s")
