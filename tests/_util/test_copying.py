@@ -48,7 +48,7 @@ def tracers():
 
 def at_start(guide, model=MODEL) -> bl.Fit:
     """A fit of no steps."""
-    start, constrain = initial_parameters(KEY, model, guide, BASE.params, ROWS[:1], len(ROWS))
+    start, constrain = initial_parameters(KEY, model, guide, BASE.weights, ROWS[:1], len(ROWS))
     return unfitted(model, guide, ROWS, constrain(start))
 
 
@@ -106,7 +106,7 @@ def test_a_copy_shares_the_frozen_base():
     assert copy.deepcopy(made).model.base is BASE
     inference.Ensemble((made, copy.deepcopy(made)))  # whose members have one base
     again = pickle.loads(pickle.dumps(made))
-    jax.tree.map(np.testing.assert_array_equal, again.model.base.params, BASE.params)
+    jax.tree.map(np.testing.assert_array_equal, again.model.base.weights, BASE.weights)
 
 
 @pytest.mark.parametrize("support", ["fixed", "computed"])
