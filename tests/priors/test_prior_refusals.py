@@ -142,7 +142,7 @@ REFUSED = {
     "start": (
         partial(priors.sparse_gp_matrices, "w", SHAPE, sigma=1.0, plate="layer"),
         {"init_strategy": "zeros"},
-        "start must be one of .*; got 'zeros', nearest is 'zero'",
+        "init_strategy must be one of .*; got 'zeros', nearest is 'zero'",
     ),
     **{
         f"width of {prior.__name__}": (
