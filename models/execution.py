@@ -1,7 +1,7 @@
 """How a frozen model runs: the same function of weights and adapters, at another cost in time and memory.
 
     implementation  y = x W + (x A^T) B^T by one of several implementations
-    activations     the residual stream, products and attention in float32, or rounded to bfloat16 (eps = 2^-7)
+    activations     the residual stream, products and attention in float32, or rounded to bfloat16 (eps 2^-7)
     remat           what the backward pass computes once more rather than finding it in memory
 
 With bfloat16 the weights of a layer are rounded when it runs, never the whole stack, and statistics (means of
