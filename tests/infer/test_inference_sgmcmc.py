@@ -31,7 +31,7 @@ ROWS = Batch(
 class Regression:
     """A linear regression on rows of a batch, with the one plate of a classifier: conjugate."""
 
-    base = SimpleNamespace(params=None)
+    base = SimpleNamespace(weights=None)
     label_ids = (0, 1)
 
     def prior(self, *args):
