@@ -33,7 +33,8 @@ from bnlora.infer.mcmc.certificate import Certificate
 from bnlora.infer.svi.result import Fit
 from bnlora.metrics.khat import LEAST_DRAWS, KHat, has_density, khat
 from bnlora.prediction.functions import PROBES, Functions, evaluate, identifiable
-from bnlora.prediction.predict import Posterior, predict_with_draws
+from bnlora.prediction.posterior import Posterior
+from bnlora.prediction.predict import predict_with_draws
 from bnlora.program.cache import cache_prefix
 
 

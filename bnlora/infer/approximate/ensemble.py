@@ -24,7 +24,7 @@ from bnlora._util.typing import Adapters
 from bnlora.data.batch import Batch
 from bnlora.infer.svi.fit import fit
 from bnlora.infer.svi.result import Fit, FitDiverged
-from bnlora.prediction.predict import Posterior
+from bnlora.prediction.posterior import Posterior
 
 
 @dataclass(frozen=True)

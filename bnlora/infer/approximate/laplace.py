@@ -38,7 +38,8 @@ from bnlora._util.typing import FACTORS, Adapters
 from bnlora.data.batch import Batch, check_rows
 from bnlora.infer.approximate import curvature as algebra
 from bnlora.infer.approximate.mode import flattened, mode_of, unflattened
-from bnlora.prediction.predict import Posterior, Prediction
+from bnlora.prediction.posterior import Posterior
+from bnlora.prediction.predict import Prediction
 from bnlora.program.cache import tracked_parts
 
 Structure = Literal["diagonal", "kronecker", "low-rank", "full"]

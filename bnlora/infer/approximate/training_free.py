@@ -32,7 +32,8 @@ from bnlora._util.checks import check_at_least, check_key, check_option, check_p
 from bnlora._util.typing import Adapters
 from bnlora.data.batch import Batch, check_labels
 from bnlora.infer.approximate.mode import mode_of
-from bnlora.prediction.predict import Posterior, predict_with_draws
+from bnlora.prediction.posterior import Posterior
+from bnlora.prediction.predict import predict_with_draws
 
 Criterion = Literal["nll", "accuracy"]
 _MOST_DOUBLINGS = 40

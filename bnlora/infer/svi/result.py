@@ -2,7 +2,7 @@ r"""What a fit hands over: the fitted guide, and the record of how it came about
 
     q(adapters) = law of prior(sites), sites ~ guide(params)
 
-A `Fit` is the first of the posteriors that `predict` takes (`bnlora.prediction.predict.Posterior`); the
+A `Fit` is the first of the posteriors that `predict` takes (`bnlora.prediction.posterior.Posterior`); the
 others are in `bnlora.infer.approximate`.
 """
 
