@@ -73,8 +73,9 @@ class Ensemble:
             ValueError: When the number of members does not divide `num_samples`.
         """
         key = check_key(key)
+        check_at_least({"num_samples": num_samples}, 1)
         share, rest = divmod(num_samples, len(self.members))
-        if rest or not share:
+        if rest:
             raise ValueError(
                 f"num_samples must be a multiple of the {len(self.members)} members; got {num_samples}, "
                 f"nearest is {max(round(num_samples / len(self.members)), 1) * len(self.members)}"

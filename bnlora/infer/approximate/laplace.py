@@ -73,6 +73,7 @@ class Laplace:
     def deviations(self, key: Array, num_samples: int) -> Adapters:
         """Draws of `W - mode`, with a leading draw axis."""
         key = check_key(key)
+        check_at_least({"num_samples": num_samples}, 1)
         normals = np.asarray(jax.random.normal(key, (num_samples, self.curvature.size)), np.float64)
         return unflattened(self.curvature.spread(normals, self.precision) / np.sqrt(self.profile), self.mode)
 

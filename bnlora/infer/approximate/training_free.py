@@ -83,6 +83,7 @@ class TrainingFree:
     def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
         """Posterior adapters with a leading draw axis; the same key gives the same draws."""
         key = check_key(key)
+        check_at_least({"num_samples": num_samples}, 1)
         draws = {}
         for k, (name, (a, b, widths)) in zip(
             jax.random.split(key, len(self.families)), self.families.items(), strict=True

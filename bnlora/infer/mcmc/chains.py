@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from bnlora._util.checks import check_key, listed
+from bnlora._util.checks import check_at_least, check_key, listed
 from bnlora._util.compilation import program
 from bnlora._util.display import Showable, Shown, facts
 from bnlora._util.typing import Adapters
@@ -91,6 +91,7 @@ class Chains(Shown):
             ValueError: When fewer draws are kept.
         """
         key = check_key(key)
+        check_at_least({"num_samples": num_samples}, 1)
         total = len(self._rows)
         if num_samples > total:
             raise ValueError(
