@@ -21,16 +21,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "Base, sites and data": ("base", "sites", "data", "text", "model", "conditional", "cache"),
         "Tangent model": ("tangent",),
-        "Fit and predict": (
-            "svi",
-            "fits",
-            "validation",
-            "plateau",
-            "posterior",
-            "predict",
-            "prior_predictive",
-            "reading",
-        ),
+        "Fit and predict": ("svi", "fits", "validation", "plateau", "predict", "prior_predictive", "reading"),
         "Samplers": ("mcmc", "certificate"),
         "Comparison": ("comparison",),
         "Save, load and exchange": ("checkpoint", "peft"),

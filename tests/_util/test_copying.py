@@ -11,7 +11,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from builders.posterior_members import BASE, KEY, MODEL, SITES, at_start
+from builders.posterior_members import BASE, KEY, MODEL, SITES, at_start, plain_chains
 from builders.tracers import tracers
 from numpyro.distributions import constraints
 
@@ -91,7 +91,7 @@ def test_errors_that_carry_results_travel():
         diverged,
         inference.EnsembleDiverged(diverged, (), 3),
         inference.NoMemberFinished(diverged.fit),
-        inference.ChainDiverged(inference.Chain(None, np.zeros((2, 3))), 5, "lower `step_size`"),
+        inference.ChainDiverged(plain_chains(), 7, "lower `step_size`"),
     ]
     for error in errors:
         again = pickle.loads(pickle.dumps(error))

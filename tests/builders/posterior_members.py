@@ -89,6 +89,11 @@ def whitened_chains() -> Chains:
     return chains(whitened(Target(view, ROWS, ROWS), gaussian()), view)
 
 
+def stochastic_chain() -> Chains:
+    """One chain by stochastic gradients."""
+    return approximate.sgld(KEY, MODEL, ROWS, approximate.Schedule(4, 0, 3), step_size=1e-4)
+
+
 def core_fit() -> bl.CoreFit:
     """A fit around the Gaussian, with what led to it."""
     scales = Scales({"lm_head": 1.0}, -5.0, {"lm_head": -6.0}, -6.0, {"lm_head": 0.1})
@@ -137,5 +142,6 @@ MEMBERS = {
     "Ensemble": Member(lambda: approximate.Ensemble((of_family(), of_family()))),
     "PointPosterior": Member(lambda: bl.PointPosterior(MODEL, weights()), spread=False),
     "Chains": Member(plain_chains, most=12),
+    "Chains of SGLD": Member(stochastic_chain, most=4),
     "Chains in a Gaussian's coordinates": Member(whitened_chains, most=12, model="tangent"),
 }  # fmt: skip
