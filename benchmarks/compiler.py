@@ -32,7 +32,7 @@ def step_of(base: bl.Base, *, length: int, rank: int) -> tuple[_Loop, tuple[Any,
     guide = bl.guides.SiteFlow(model.prior, lam_max=0.03)
     adam = optax.adam(1e-2)
     loop, state = _prepare(jax.random.key(1), model, guide, rows, adam, scale_optimizer=adam)
-    return loop, (state, jax.random.key(2), base.params, rows, jnp.arange(16))
+    return loop, (state, jax.random.key(2), base.weights, rows, jnp.arange(16))
 
 
 def compare(title: str, loop: _Loop, arguments: tuple[Any, ...], rounds: int) -> None:

@@ -42,10 +42,10 @@ def measure(name: str, base: bl.Base, rounds: int, rows: int, length: int) -> No
     point = bl.PointPosterior(network, zero)
     programs = {
         "one forward pass": lambda step: (
-            bl.predict(key, point, new, num_samples=1, console=QUIET).draw_log_probs
+            bl.predict(key, point, new, num_draws=1, console=QUIET).draw_log_probs
         ),
         "16 draws, tangent": lambda step: (
-            bl.predict(jax.random.key(step), gaussian, new, num_samples=16, console=QUIET).draw_log_probs
+            bl.predict(jax.random.key(step), gaussian, new, num_draws=16, console=QUIET).draw_log_probs
         ),
     }
     title = f"{name}: {rows} rows of up to {length} tokens, {frames.num_coordinates:,} coordinates"

@@ -39,7 +39,7 @@ def by_numpyro(key: jax.Array, target: InRows, warmup: int, draws: int) -> tuple
     """Positions (chain, draw, r) and gradients after the warm-up."""
     inputs = target.inputs
     kernel = NUTS(potential_fn=lambda z: -target.log_density(z, inputs), target_accept_prob=ACCEPTANCE)
-    sampler = MCMC(kernel, num_warmup=warmup, num_samples=draws, num_chains=CHAINS,
+    sampler = MCMC(kernel, num_warmup=warmup, num_draws=draws, num_chains=CHAINS,
                    chain_method="vectorized", progress_bar=False)  # fmt: skip
     start = jnp.zeros((CHAINS, len(target.gaussian.gains)))
     sampler.run(key, init_params=start, extra_fields=("num_steps",))
@@ -106,7 +106,7 @@ def predictions(posteriors: dict[str, object], tests: dict[str, bl.Batch]) -> No
     for name, posterior in posteriors.items():
         cells = []
         for rows in tests.values():
-            found = bl.predict(jax.random.key(3), posterior, rows, num_samples=256, console=QUIET).log_probs
+            found = bl.predict(jax.random.key(3), posterior, rows, num_draws=256, console=QUIET).log_probs
             labels = np.asarray(rows.labels)
             cells.append(
                 f"{bl.metrics.nll(found, labels):.3f} / {bl.metrics.debiased_ece(found, labels):.3f}"

@@ -68,8 +68,8 @@ def measure(base: bl.Base, name: str, arguments: argparse.Namespace) -> None:
         "last": gradient_of(model.logits),
         "all": gradient_of(lambda *given: logits_of_all_positions(model, *given)),
     }
-    first = {which: seconds(f, adapters, base.params, batch) for which, f in gradients.items()}
-    programs = {which: lambda _, f=f: f(adapters, base.params, batch) for which, f in gradients.items()}
+    first = {which: seconds(f, adapters, base.weights, batch) for which, f in gradients.items()}
+    programs = {which: lambda _, f=f: f(adapters, base.weights, batch) for which, f in gradients.items()}
     last, everywhere = (taken.wall for taken in in_turn(programs, arguments.rounds, warm_up=1).values())
     print(f"{name}: last over all {spread(last / everywhere)}, the middle 80 % of rounds in brackets")
     print(f"  median {np.median(last):.4f} s and {np.median(everywhere):.4f} s; ", end="")

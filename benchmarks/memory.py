@@ -50,7 +50,7 @@ def main() -> None:
     for way in WAYS:
         program = _program(model, **{"accumulate": 1} | way)
         loop, state = _prepare(jax.random.key(2), program, guide, train, adam, scale_optimizer=adam)
-        step = (state, jax.random.key(3), base.params, train, rows)
+        step = (state, jax.random.key(3), base.weights, train, rows)
         name = ", ".join(f"{n}={x!r}" for n, x in way.items()) or "default"
         compiled[name] = loop.step(arguments.batch_size).lower(*step).compile()
     times = in_turn({n: lambda _, run=run: run(*step) for n, run in compiled.items()}, arguments.rounds)

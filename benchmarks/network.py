@@ -63,7 +63,7 @@ def run_seed(seed: int, found: Pool, num_test: int, draws: int) -> None:
     core = fit_core(key, base, train, label_ids=label_ids, console=QUIET)
     spent = time.perf_counter() - began
     tangent = {
-        n: bl.predict(draw_key, core, rows, num_samples=draws, console=QUIET) for n, rows in tests.items()
+        n: bl.predict(draw_key, core, rows, num_draws=draws, console=QUIET) for n, rows in tests.items()
     }
     bound = core.fit.history["elbo"][-20:]
     print(f"| {seed} | tangent | 1 | {bound.mean():.1f} ({bound.std() / 20**0.5:.1f}) | {spent:.0f} | "
@@ -82,7 +82,7 @@ def run_seed(seed: int, found: Pool, num_test: int, draws: int) -> None:
             best = value, factor, fit
     _, factor, fit = best
     network = {
-        n: bl.predict(draw_key, fit, rows, num_samples=draws, console=QUIET) for n, rows in tests.items()
+        n: bl.predict(draw_key, fit, rows, num_draws=draws, console=QUIET) for n, rows in tests.items()
     }
     print(f"| {seed} | network, best bound | {factor} | | | " + shown(network, tests) + " |", flush=True)
 

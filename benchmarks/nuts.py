@@ -33,7 +33,7 @@ def blackjax(
 ) -> tuple[float, int]:
     """Least effective sample size and gradients."""
     options = {"num_warmup": warmup, "num_draws": draws, "target_acceptance": ACCEPTANCE}
-    chains = bl.sample_nuts(key, model, train, start="zero", **options)
+    chains = bl.sample_nuts(key, model, train, init_strategy="zero", **options)
     return float(bulk_ess(chains.values()[1]).min()), sum(chains.num_gradients.values())
 
 
@@ -45,13 +45,13 @@ def numpyro(
     sampler = MCMC(
         kernel,
         num_warmup=warmup,
-        num_samples=draws,
+        num_draws=draws,
         num_chains=4,
         chain_method="vectorized",
         progress_bar=False,
         jit_model_args=True,
     )
-    sampler.run(key, model.base.params, train, extra_fields=("num_steps",))
+    sampler.run(key, model.base.weights, train, extra_fields=("num_steps",))
     drawn = sampler.get_samples()
     adapters = jax.jit(lambda sites: jax.lax.map(lambda x: adapters_at(model, {}, x), sites))(drawn)
     _, values = evaluate(identifiable(model, train[:8]), model, adapters, train)
@@ -108,7 +108,9 @@ def warm_start(model: bl.Classifier, made: Target, arguments: argparse.Namespace
     fit = bl.fit(jax.random.key(0), model, guide, made.train, optax.adam(1e-2), console=QUIET, **steps)
     options = {"num_warmup": arguments.warmup, "num_draws": 100, "target_acceptance": ACCEPTANCE}
     for start, given in (("fit", fit), ("zero", None), ("prior", None), ("pathfinder", None)):
-        chains = bl.sample_nuts(jax.random.key(1), model, made.train, start=start, given=given, **options)
+        chains = bl.sample_nuts(
+            jax.random.key(1), model, made.train, init_strategy=start, given=given, **options
+        )
         print(f"start {start}: {chains.num_gradients['warm-up']:,} gradients in the warm-up", flush=True)
 
 

@@ -146,7 +146,7 @@ def compared(name: str, base: bl.Base, arguments: argparse.Namespace) -> list[tu
         began = time.perf_counter()
         fit = fitted(guide, model, train, arguments.steps, arguments.seed)
         seconds = time.perf_counter() - began
-        found = bl.compare(key, fit, reference, others, num_samples=400, console=QUIET)
+        found = bl.compare(key, fit, reference, others, num_draws=400, console=QUIET)
         bound = "" if "not a bound" in repr(fit.guide) else f"{fit.history['elbo'][-50:].mean():.1f}"
         lines.append(row(name, guide, found, bound, seconds, f"{fit.num_parameters:,}"))
         print(name, guide, found.verdict, sep=": ", flush=True)
@@ -162,7 +162,7 @@ def around(name: str, fit: bl.Fit, reference: Any, train: bl.Batch, others: bl.B
         began = time.perf_counter()
         made = inference.laplace(fit, train, structure=structure)
         seconds = time.perf_counter() - began
-        found = bl.compare(key, made, reference, others, num_samples=400, console=QUIET)
+        found = bl.compare(key, made, reference, others, num_draws=400, console=QUIET)
         lines.append(row(name, f"Laplace, {structure}", found, "", seconds, ""))
     return lines
 

@@ -103,7 +103,7 @@ def compiling(arguments: argparse.Namespace) -> None:
     def lower(depth: int) -> jax.stages.Lowered:
         jax.clear_caches()
         loop, state = loops[depth]
-        given = (state, jax.random.key(0), loop.model.base.params, loop.train, jnp.arange(len(rows)))
+        given = (state, jax.random.key(0), loop.model.base.weights, loop.train, jnp.arange(len(rows)))
         return jax.jit(loop._traced_step).lower(*given)
 
     def finish(depth: int) -> None:

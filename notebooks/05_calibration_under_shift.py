@@ -106,16 +106,16 @@ def fitted(model, guide, **options):
     )
 
 
-def predictions_of(fit, num_samples=num_draws):
+def predictions_of(fit, num_draws=num_draws):
     """Predictions of every set of rows."""
-    return {name: bl.predict(k_predict, fit, rows[name], num_samples=num_samples) for name in rows}
+    return {name: bl.predict(k_predict, fit, rows[name], num_draws=num_draws) for name in rows}
 
 
 def no_guide(*_):
     """Plain LoRA has parameters alone."""
 
 
-looks = bl.EarlyStopping(every=10, patience=num_steps, num_samples=1)
+looks = bl.EarlyStopping(every=10, patience=num_steps, num_draws=1)
 unstopped = fitted(plain, no_guide)
 stopped = fitted(plain, no_guide, validation=rows["validation"], early_stopping=looks)
 found = {"plain LoRA": predictions_of(unstopped, 1), "stopped early": predictions_of(stopped, 1)}
@@ -138,7 +138,7 @@ posterior, found["posterior"] = tried[chosen], made[chosen]
 
 def untouched(name):
     """Prediction of the base model, whose logits come with every prior predictive."""
-    logits = bl.prior_predictive(k_base, posterior.model, rows[name], num_samples=2).base_logits
+    logits = bl.prior_predictive(k_base, posterior.model, rows[name], num_draws=2).base_logits
     logits = logits.astype(np.float64)
     return bl.Prediction((logits - np.logaddexp.reduce(logits, 1, keepdims=True))[None])
 
@@ -373,7 +373,7 @@ print(
 # %%
 sentences = ("A dull first hour, but the ending is a triumph.", "The central bank left its rates unchanged.")
 readings = [
-    bl.read_along(k_read, posterior, text, template=template, num_samples=num_draws) for text in sentences
+    bl.read_along(k_read, posterior, text, template=template, num_draws=num_draws) for text in sentences
 ]
 top = max(reading.prediction.mutual_information.max() for reading in readings)
 for reading in readings:

@@ -107,7 +107,7 @@ def fit_lora(
         [optax.linear_schedule(0.0, RATE, warm_up), optax.linear_schedule(RATE, 0.0, steps - warm_up)],
         [warm_up],
     )
-    looks = EarlyStopping(every=max(steps // 10, 1), patience=steps, num_samples=1)
+    looks = EarlyStopping(every=max(steps // 10, 1), patience=steps, num_draws=1)
     return fit(
         key,
         model,
@@ -194,7 +194,9 @@ def fit_flow(key: Array, core: CoreFit, *, console: Console | None) -> Fit:
     start_key, fit_key = jax.random.split(key)
     guide = SiteFlow(core.model.prior)
     start, steps = start_at(start_key, guide, core.gaussian), len(core.fit.step_seconds)
-    return fit_near(fit_key, core.model, guide, core.fit.train, num_steps=steps, start=start, console=console)
+    return fit_near(
+        fit_key, core.model, guide, core.fit.train, num_steps=steps, init_params=start, console=console
+    )
 
 
 def against_nuts(
@@ -242,11 +244,11 @@ def _predictions(
     found: dict[str, dict[str, Prediction]] = {m: {} for m in (BASE, LORA, CAREFUL, BAYES, NUTS)}
     for name, rows in tests.items():
         found[BASE][name] = untouched(rows)
-        found[LORA][name] = predict(key, last, rows, num_samples=1, console=console)
-        careful = predict(key, best, rows, num_samples=1, console=console)
+        found[LORA][name] = predict(key, last, rows, num_draws=1, console=console)
+        careful = predict(key, best, rows, num_draws=1, console=console)
         found[CAREFUL][name] = tempered(careful, temperature)
-        found[BAYES][name] = predict(key, core, rows, num_samples=num_draws, console=console)
-        found[NUTS][name] = predict(key, chains, rows, num_samples=num_draws, console=console)
+        found[BAYES][name] = predict(key, core, rows, num_draws=num_draws, console=console)
+        found[NUTS][name] = predict(key, chains, rows, num_draws=num_draws, console=console)
     return found
 
 
@@ -260,7 +262,7 @@ def untouched(rows: Batch) -> Prediction:
 
 def temperature_of(key: Array, fitted: Fit, validation: Batch, *, console: Console | None) -> float:
     """The temperature of least negative log-likelihood on validation rows, from a tenth to ten."""
-    prediction = predict(key, fitted, validation, num_samples=1, console=console)
+    prediction = predict(key, fitted, validation, num_draws=1, console=console)
     labels = np.asarray(validation.labels)
 
     def loss(t: float) -> float:

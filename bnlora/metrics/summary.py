@@ -103,7 +103,7 @@ def summary(
     labels: Labels,
     *,
     level: float = 0.95,
-    resamples: int = 1000,
+    num_resamples: int = 1000,
     seed: int = 0,
     metrics: Mapping[str, Callable[..., float]] = METRICS,
 ) -> Summary:
@@ -113,7 +113,7 @@ def summary(
         prediction: A `Prediction`, or log-probabilities of shape `(n, c)`.
         labels: True classes, shape `(n,)`.
         level: Probability of the intervals.
-        resamples: Number of bootstrap samples; every metric sees the same ones.
+        num_resamples: Number of bootstrap samples; every metric sees the same ones.
         seed: Seed of the resampling.
         metrics: Functions of log-probabilities and labels by name; all of this module when omitted.
 
@@ -131,7 +131,7 @@ def summary(
         def on(rows: np.ndarray, formula: Callable[..., float] = formula) -> float:
             return formula(log_probs[rows], labels[rows])
 
-        estimates[name] = bootstrap(on, len(labels), level=level, resamples=resamples, seed=seed)
+        estimates[name] = bootstrap(on, len(labels), level=level, num_resamples=num_resamples, seed=seed)
     return Summary(estimates, level, len(labels))
 
 
@@ -142,7 +142,7 @@ def paired_difference(
     labels: Labels,
     *,
     level: float = 0.95,
-    resamples: int = 1000,
+    num_resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
     """`metric` of the first prediction minus that of the second on the same rows, with its interval.
@@ -155,7 +155,7 @@ def paired_difference(
         second: The other one, for the same rows.
         labels: True classes, shape `(n,)`.
         level: Probability of the interval.
-        resamples: Number of bootstrap samples.
+        num_resamples: Number of bootstrap samples.
         seed: Seed of the resampling.
 
     Returns:
@@ -173,7 +173,7 @@ def paired_difference(
         # Floats of Python: infinity minus infinity is NaN without a warning.
         return float(formula(one[rows], labels[rows])) - float(formula(two[rows], labels[rows]))
 
-    return bootstrap(difference, len(labels), level=level, resamples=resamples, seed=seed)
+    return bootstrap(difference, len(labels), level=level, num_resamples=num_resamples, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def bootstrap(
     num_rows: int,
     *,
     level: float = 0.95,
-    resamples: int = 1000,
+    num_resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
     """A statistic of rows with its percentile bootstrap interval.
@@ -251,7 +251,7 @@ def bootstrap(
         statistic: The statistic, from the indices of the rows that it is computed on.
         num_rows: Number of rows.
         level: Probability of the interval.
-        resamples: Number of bootstrap samples; the same seed gives the same ones to every statistic.
+        num_resamples: Number of bootstrap samples; the same seed gives the same ones to every statistic.
         seed: Seed of the resampling.
 
     Returns:
@@ -269,9 +269,9 @@ def bootstrap(
     """
     if not 0 < level < 1:
         raise ValueError(f"level must lie strictly between 0 and 1; got {level}")
-    check_at_least({"number of rows": num_rows, "resamples": resamples}, 1)
+    check_at_least({"number of rows": num_rows, "resamples": num_resamples}, 1)
     value = float(statistic(np.arange(num_rows)))
-    drawn = np.random.default_rng(seed).integers(num_rows, size=(resamples, num_rows))
+    drawn = np.random.default_rng(seed).integers(num_rows, size=(num_resamples, num_rows))
     replicates = np.array([statistic(rows) for rows in drawn], np.float64)
     defined = replicates[~np.isnan(replicates)]
     # A difference of infinities is NaN exactly in the samples that hold the rows which matter most.

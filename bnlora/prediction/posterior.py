@@ -39,7 +39,7 @@ class Posterior(Protocol):
         """The classifier."""
         ...
 
-    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
+    def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
         """Posterior adapters with a leading draw axis; the same key gives the same draws.
 
         Raises:
@@ -69,7 +69,7 @@ class PointPosterior(Shown):
         >>> point = bl.PointPosterior(model, imported)
         >>> point
         PointPosterior(18 adapter weights)
-        >>> bl.predict(key, point, rows, num_samples=1).probs.shape
+        >>> bl.predict(key, point, rows, num_draws=1).probs.shape
         (8, 2)
     """
 
@@ -79,15 +79,15 @@ class PointPosterior(Shown):
     def __post_init__(self) -> None:
         _check_adapters(self.model.sites, self.adapters)
 
-    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
+    def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
         """The point, repeated along a leading draw axis; the key changes nothing.
 
         Raises:
             ValueError: When `key` is no random key, or there is less than one draw.
         """
         check_key(key)
-        check_at_least({"num_samples": num_samples}, 1)
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_samples, *jnp.shape(x))), self.adapters)
+        check_at_least({"num_draws": num_draws}, 1)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_draws, *jnp.shape(x))), self.adapters)
 
     @property
     def overview(self) -> tuple[Showable, ...]:

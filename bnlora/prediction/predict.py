@@ -108,10 +108,10 @@ class Prediction(Shown):
 
 def predict(
     key: Array,
-    fit: Posterior,
+    posterior: Posterior,
     data: Batch,
     *,
-    num_samples: int = 32,
+    num_draws: int = 32,
     batch_size: int = 32,
     draws_together: int | None = None,
     console: Console | None = None,
@@ -120,9 +120,9 @@ def predict(
 
     Args:
         key: Random key of the draws; the same key gives the same draws for any data.
-        fit: A fit, or any other posterior.
+        posterior: A fit, or any other posterior.
         data: Rows to predict; labels are not read.
-        num_samples: Number of posterior draws S.
+        num_draws: Number of posterior draws S.
         batch_size: Rows to run at a time.
         draws_together: Draws to run at a time; peak memory is that of so many draws of so many rows. Omitted,
             one on a CPU and eight on an accelerator.
@@ -136,21 +136,21 @@ def predict(
             the base has no row for, or fewer than one draw or row at a time is asked for.
 
     Example:
-        >>> prediction = bl.predict(key, fit, rows, num_samples=4)
+        >>> prediction = bl.predict(key, fit, rows, num_draws=4)
         >>> prediction.probs.shape
         (8, 2)
     """
     key = check_key(key)
     check_form("given", data)
     together = _together(draws_together)
-    if min(len(data), num_samples, batch_size, together) < 1:
+    if min(len(data), num_draws, batch_size, together) < 1:
         raise ValueError(
             f"prediction needs at least one row, draw and row at a time; got {len(data)} rows, "
-            f"num_samples={num_samples}, batch_size={batch_size}, draws_together={draws_together}"
+            f"num_draws={num_draws}, batch_size={batch_size}, draws_together={draws_together}"
         )
-    draws = fit.draw_adapters(key, num_samples)
+    draws = posterior.draw_adapters(key, num_draws)
     return predict_with_draws(
-        fit.model, draws, data, batch_size=batch_size, draws_together=together, console=console
+        posterior.model, draws, data, batch_size=batch_size, draws_together=together, console=console
     )
 
 

@@ -65,7 +65,7 @@ def risk_coverage(
     labels: Int[np.ndarray, " n"],
     *,
     by: Doubt = "confidence",
-    resamples: int = 1000,
+    num_resamples: int = 1000,
     seed: int = 0,
 ) -> RiskCoverage:
     """Error rate among the rows of least doubt, for every number of rows.
@@ -74,7 +74,7 @@ def risk_coverage(
         prediction: The prediction.
         labels: True classes.
         by: What orders the rows. By "confidence" the area is `metrics.aurc`.
-        resamples: Bootstrap samples of the interval of the area.
+        num_resamples: Bootstrap samples of the interval of the area.
         seed: Seed of the resampling.
 
     Raises:
@@ -94,7 +94,7 @@ def risk_coverage(
     def area(rows: np.ndarray) -> float:
         return float(metrics.selective_risks(order[rows], wrong[rows]).mean())
 
-    found = metrics.bootstrap(area, len(wrong), resamples=resamples, seed=seed)
+    found = metrics.bootstrap(area, len(wrong), num_resamples=num_resamples, seed=seed)
     return RiskCoverage(count / len(wrong), risk, low, high, found)
 
 

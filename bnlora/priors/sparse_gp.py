@@ -114,7 +114,7 @@ def sparse_gp(*, scale: ByFactor = 1.0, width: Width = "scaled", **options: Any)
 
     Args:
         scale: Standard deviation of a factor's output for a unit-variance input, one for both factors or one
-            for each as `{"a": ..., "b": ...}`: a number, `learned(start)`, or a distribution.
+            for each as `{"a": ..., "b": ...}`: a number, `learned(init_value)`, or a distribution.
         width: `"scaled"` to divide by `sqrt(d_i)`, `"unscaled"` for the standard deviation of a weight.
         **options: The attributes of `Options`: rows, cols, inducing, frames, form, lam, oversize,
             reliability.
@@ -149,7 +149,7 @@ def sparse_gp_matrices(
     *,
     sigma: float | Array,
     plate: str,
-    start: Start = "draw",
+    init_strategy: Start = "draw",
     **options: Any,
 ) -> Float[Array, "layer d_o d_i"]:
     """Sample a stack of matrices under the sparse GP: the building block for priors of your own.
@@ -160,35 +160,37 @@ def sparse_gp_matrices(
         sigma: Prior standard deviation of an entry; a number, or a random variable of your prior that
             broadcasts against `shape`.
         plate: Name of the plate over layers.
-        start: Where guides of this library start `V`: at a draw of the prior or at zero.
+        init_strategy: Where guides of this library start `V`: at a draw of the prior or at zero.
         **options: The attributes of `Options`.
 
     Returns:
         `W = sigma (F_r V F_c^T + lam Sigma^{1/2} E)`.
 
     Raises:
-        ValueError: On an unknown `start`, and as `Options`.
+        ValueError: On an unknown `init_strategy`, and as `Options`.
     """
-    check_option("start", start, get_args(Start))
-    return _matrices(name, shape, jnp.asarray(sigma), plate, start, _options(options))
+    check_option("init_strategy", init_strategy, get_args(Start))
+    return _matrices(name, shape, jnp.asarray(sigma), plate, init_strategy, _options(options))
 
 
 def _matrices(
-    name: str, shape: tuple[int, int, int], sigma: Array, plate: str, start: Start, options: Options
+    name: str, shape: tuple[int, int, int], sigma: Array, plate: str, init_strategy: Start, options: Options
 ) -> Array:
     depth, d_o, d_i = shape
     lam = hyper_value(f"{name}.lam", options.lam)
     if options.form == "unwhitened":
-        return _from_unwhitened(name, shape, sigma, plate, start, options, lam)
+        return _from_unwhitened(name, shape, sigma, plate, init_strategy, options, lam)
     rows, cols = (
         _side(name, which, depth, d, size, options)
         for which, d, size in (("rows", d_o, options.rows), ("cols", d_i, options.cols))
     )
     with numpyro.plate(plate, depth):
-        V = standard_normal(f"{name}.V", (depth, rows.factor.shape[-1], cols.factor.shape[-1]), start=start)
+        V = standard_normal(
+            f"{name}.V", (depth, rows.factor.shape[-1], cols.factor.shape[-1]), init_strategy=init_strategy
+        )
         if options.form == "weights":
             law = MatrixConditional(V, rows, cols, sigma, jnp.broadcast_to(lam, (depth,)))
-            return numpyro.sample(f"{name}.W", law, infer={"start": start, NOISE: True, WEIGHT: True})
+            return numpyro.sample(f"{name}.W", law, infer={"init": init_strategy, NOISE: True, WEIGHT: True})
     return sigma * (gp.conditional_mean(V, rows, cols) + _noise(name, shape, plate, rows, cols, options, lam))
 
 
@@ -197,7 +199,7 @@ def _from_unwhitened(
     shape: tuple[int, int, int],
     sigma: Array,
     plate: str,
-    start: Start,
+    init_strategy: Start,
     options: Options,
     lam: Array,
 ) -> Array:
@@ -212,7 +214,7 @@ def _from_unwhitened(
         zero = jnp.zeros((depth, L_r.shape[-1], L_c.shape[-1]))
         # NumPyro's own MatrixNormal solves all layers in one LAPACK call: see `gp.one_by_one`.
         law = dist.TransformedDistribution(dist.Normal(zero, 1.0).to_event(2), MatrixAffine(zero, L_r, L_c))
-        U = numpyro.sample(f"{name}.U", law, infer={"start": start, WEIGHT: True})
+        U = numpyro.sample(f"{name}.U", law, infer={"init": init_strategy, WEIGHT: True})
     V = gp.whiten(U, L_r, L_c)
     return sigma * (gp.conditional_mean(V, rows, cols) + _noise(name, shape, plate, rows, cols, options, lam))
 
@@ -229,7 +231,7 @@ def _noise(
     if _is_zero(options.lam):
         return 0.0
     with numpyro.plate(plate, shape[0]):
-        E = standard_normal(f"{name}.E", shape, start="zero", **{NOISE: True})
+        E = standard_normal(f"{name}.E", shape, init="zero", **{NOISE: True})
     return lam * gp.conditional_noise(E, rows, cols)
 
 

@@ -28,7 +28,7 @@ def test_a_copy_shares_the_frozen_base():
     assert copy.deepcopy(made).model.base is BASE
     inference.Ensemble((made, copy.deepcopy(made)))  # whose members have one base
     again = pickle.loads(pickle.dumps(made))
-    jax.tree.map(np.testing.assert_array_equal, again.model.base.params, BASE.params)
+    jax.tree.map(np.testing.assert_array_equal, again.model.base.weights, BASE.weights)
 
 
 @pytest.mark.parametrize("support", ["fixed", "computed"])

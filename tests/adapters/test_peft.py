@@ -62,7 +62,7 @@ def logits(base, sites, adapters, tokens):
         top = module.blocks(low, mask, start=sites.start, stop=base.num_layers, adapters=placed)
         return jax.vmap(lambda x: module.head(x, rows=jnp.arange(base.config.vocab_size), adapter=head))(top)
 
-    return np.asarray(run(base.params, jnp.asarray(tokens)))
+    return np.asarray(run(base.weights, jnp.asarray(tokens)))
 
 
 def torch_with_adapter(folder, config, **options):

@@ -39,7 +39,7 @@ TANGENT = bl.Tangent(bl.Classifier(BASE, FRAMES.sites, bl.priors.core(FRAMES), l
 
 def at_start(guide, model=MODEL) -> bl.Fit:
     """A fit of no steps."""
-    start, constrain = initial_parameters(KEY, model, guide, BASE.params, ROWS[:1], len(ROWS))
+    start, constrain = initial_parameters(KEY, model, guide, BASE.weights, ROWS[:1], len(ROWS))
     return unfitted(model, guide, ROWS, constrain(start))
 
 

@@ -52,7 +52,7 @@ def said(fit):
     printed = []
     small = {"num_warmup": 100, "num_draws": 100, "target_acceptance": 0.8}
     library = SimpleNamespace(
-        sample_nuts=partial(bl.sample_nuts, **small), compare=partial(bl.compare, num_samples=60)
+        sample_nuts=partial(bl.sample_nuts, **small), compare=partial(bl.compare, num_draws=60)
     )
     names = {"bl": library, "key": KEY, "model": MODEL, "fit": fit, "print": printed.append}
     with pytest.MonkeyPatch.context() as patch:
@@ -84,12 +84,12 @@ def test_the_readme_compares_a_fit_of_three_families_with_chains_on_one(said, fi
     functions = identifiable(MODEL, NEW)
     names, values = evaluate(functions, MODEL, still | {"lm_head": head}, NEW)
     kept = [names.index(name) for name in found.names]
-    np.testing.assert_allclose(found.approx.pooled, values[:, kept], atol=1e-4)
+    np.testing.assert_allclose(found.posterior.pooled, values[:, kept], atol=1e-4)
     # Functions of the whole model are told apart: those that the chains cannot change are left out and said.
     own = chains.certify(functions=functions, thresholds=certificate.thresholds)
     assert own.constant == ("norm[k_proj]", "norm[q_proj]")
     assert own.passed
-    again = bl.compare(KEY, fit, _certified(chains, own), NEW, functions=functions, num_samples=60)
+    again = bl.compare(KEY, fit, _certified(chains, own), NEW, functions=functions, num_draws=60)
     assert again.constant == own.constant
     assert "left out, constant under the reference: norm[k_proj], norm[q_proj]" in repr(again)
     np.testing.assert_allclose(again.reference.values, found.reference.values, atol=1e-4)
@@ -97,11 +97,11 @@ def test_the_readme_compares_a_fit_of_three_families_with_chains_on_one(said, fi
 
 def test_a_stored_reference_holds_what_its_chains_held(said, fit, tmp_path):
     chains, certificate, found = said
-    bl.save_reference(bl.store_reference(_certified(chains, certificate), NEW, num_predictions=60), tmp_path)
+    bl.save_reference(bl.store_reference(_certified(chains, certificate), NEW, num_draws=60), tmp_path)
     stored = bl.load_reference(tmp_path)
     assert set(stored.fixed) == set(chains.model.fixed)
     assert stored.fixed["tau"].shape == ()
-    again = bl.compare(KEY, fit, stored, NEW, num_samples=60)
+    again = bl.compare(KEY, fit, stored, NEW, num_draws=60)
     assert again.notes == found.notes
     np.testing.assert_allclose(again.approx.values, found.approx.values, atol=1e-4)
     alike = common_problem(ones(chains.model), stored, "reference")
@@ -157,7 +157,7 @@ def test_what_can_be_refused_is_refused_before_anything_is_computed(said, fit):
     nothing = replace(fit, guide=None)  # a draw would fail
     for wrong, message in (
         ({"level": 5}, r"level must lie in \(0, 1\); got 5"),
-        ({"num_samples": 12}, "at least 20 draws on each side .*num_samples=12"),
+        ({"num_draws": 12}, "at least 20 draws on each side .*num_draws=12"),
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -35,8 +35,8 @@ def three():
 
 
 def test_prediction_is_the_mean_of_the_members():
-    whole = bl.predict(KEY, three(), TRAIN, num_samples=6, console=QUIET)
-    each = [bl.predict(KEY, m, TRAIN, num_samples=1, console=QUIET).probs for m in three().members]
+    whole = bl.predict(KEY, three(), TRAIN, num_draws=6, console=QUIET)
+    each = [bl.predict(KEY, m, TRAIN, num_draws=1, console=QUIET).probs for m in three().members]
     np.testing.assert_allclose(whole.probs, np.mean(each, axis=0), atol=1e-6)
     assert "3 members of Fit" in repr(three())
 

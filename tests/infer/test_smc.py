@@ -73,7 +73,7 @@ def exact():
 def test_a_scale_of_the_prior_is_that_of_quadrature():
     batch = Batch(jnp.zeros((ROWS, 1), int), jnp.ones((ROWS, 1), bool), jnp.zeros(ROWS, int))
     made = Regression(density(Scaled(), {}), batch, batch)
-    stage = jax.jit(smc._stage(made, {"integration_steps": 8, "target_ess": 0.5}))
+    stage = jax.jit(smc._stage(made, {"num_integration_steps": 8, "target_ess": 0.5}))
 
     def run(seed, limits):
         return smc._run(jax.random.key(seed), made, stage, 500, 0.5, limits, lambda power: None)

@@ -25,7 +25,7 @@ def simulate(seed: int, rows: int = 200, classes: int = 3, ties: int | None = No
     return np.log(probs), labels
 
 
-CASES = [simulate(0), simulate(1, classes=2), simulate(2, ties=4), simulate(3, rows=7)]
+CASES = [simulate(0), simulate(1, classes=2), simulate(2, ties=4), simulate(3, data=7)]
 
 
 @pytest.mark.parametrize(("log_probs", "labels"), CASES)
@@ -108,9 +108,9 @@ def test_ranges_and_invariance_to_the_order_of_rows(seed, rows, classes):
 
 @pytest.mark.slow
 def test_bootstrap_interval_of_nll_covers_at_its_level():
-    truth = metrics.nll(*simulate(99, rows=400_000))
+    truth = metrics.nll(*simulate(99, data=400_000))
     runs = [
-        metrics.summary(*CASE, resamples=200, metrics={"nll": metrics.nll})["nll"]
+        metrics.summary(*CASE, num_resamples=200, metrics={"nll": metrics.nll})["nll"]
         for CASE in map(simulate, range(1000, 1300))
     ]
     covered = sum(e.low <= truth <= e.high for e in runs)
@@ -121,11 +121,11 @@ def test_bootstrap_interval_of_nll_covers_at_its_level():
 
 def test_summary_brackets_its_values_and_reads_like_a_table():
     log_probs, labels = CASES[0]
-    summary = metrics.summary(log_probs, labels, resamples=100)
+    summary = metrics.summary(log_probs, labels, num_resamples=100)
     assert list(summary) == list(metrics.METRICS)
     for name in ("accuracy", "nll", "brier", "auroc", "aurc"):
         assert summary[name].low <= summary[name].value <= summary[name].high
-    assert summary == metrics.summary(log_probs, labels, resamples=100)
+    assert summary == metrics.summary(log_probs, labels, num_resamples=100)
     assert "95% interval" in repr(summary)
     assert "[0." in repr(summary)
     assert "<td>adaptive_ece</td>" in summary._repr_html_()
@@ -170,13 +170,15 @@ def test_bootstrap_against_every_sample_where_some_are_infinite(level):
     by_row = -log_probs[np.arange(5), TRUTH]
     every = exact_bootstrap(lambda rows: by_row[rows].mean(), 5)
     np.testing.assert_allclose(np.isinf(every).mean(), 1 - 0.8**5)
-    found = metrics.bootstrap(lambda rows: float(by_row[rows].mean()), 5, level=level, resamples=resamples)
+    found = metrics.bootstrap(
+        lambda rows: float(by_row[rows].mean()), 5, level=level, num_resamples=resamples
+    )
     assert holds_quantile(every, found.low, (1 - level) / 2, resamples)
     assert (found.value, found.high) == (np.inf, np.inf)
     assert np.isfinite(found.low) == (
         level == 0.95
     )  # a third of the samples are finite: 0.025 of them all are below, 0.4 are not
-    same = metrics.summary(log_probs, TRUTH, level=level, resamples=resamples)["nll"]
+    same = metrics.summary(log_probs, TRUTH, level=level, num_resamples=resamples)["nll"]
     np.testing.assert_allclose([*vars(same).values()], [*vars(found).values()])
 
 
@@ -190,11 +192,13 @@ def test_bootstrap_against_every_sample_where_some_have_no_value():
 
     every = exact_bootstrap(area, 5)
     every = every[~np.isnan(every)]
-    found = metrics.summary(log_probs, labels, resamples=resamples, metrics={"auroc": metrics.auroc})["auroc"]
+    found = metrics.summary(log_probs, labels, num_resamples=resamples, metrics={"auroc": metrics.auroc})[
+        "auroc"
+    ]
     kept = resamples * len(every) / 5**5 * 0.9
     assert holds_quantile(every, found.low, 0.025, kept)
     assert holds_quantile(every, found.high, 0.975, kept)
-    undefined = metrics.summary(log_probs, log_probs.argmax(1), resamples=20)["auroc"]
+    undefined = metrics.summary(log_probs, log_probs.argmax(1), num_resamples=20)["auroc"]
     assert np.isnan([*vars(undefined).values()]).all()
 
 
@@ -221,13 +225,13 @@ def test_interval_ends_are_the_usual_quantiles_of_finite_replicates():
     log_probs, labels = CASES[1]
     rows = np.random.default_rng(3).integers(len(labels), size=(50, len(labels)))
     expected = np.quantile([metrics.brier(log_probs[r], labels[r]) for r in rows], [0.05, 0.95])
-    found = metrics.summary(log_probs, labels, level=0.9, resamples=50, seed=3)["brier"]
+    found = metrics.summary(log_probs, labels, level=0.9, num_resamples=50, seed=3)["brier"]
     np.testing.assert_allclose([found.low, found.high], expected)
 
 
 def test_a_bootstrap_checks_its_input_once(monkeypatch):
     log_probs, labels = simulate(4)
-    expected = metrics.summary(log_probs, labels, resamples=20)
+    expected = metrics.summary(log_probs, labels, num_resamples=20)
     calls = []
 
     def counting(*args):
@@ -236,9 +240,9 @@ def test_a_bootstrap_checks_its_input_once(monkeypatch):
 
     for module in ("metrics", "scores"):
         monkeypatch.setattr(f"bnlora.{module}.checked", counting)
-    assert metrics.summary(log_probs, labels, resamples=20).estimates == expected.estimates
+    assert metrics.summary(log_probs, labels, num_resamples=20).estimates == expected.estimates
     assert len(calls) == 1
-    metrics.paired_difference(metrics.nll, log_probs, log_probs, labels, resamples=20)
+    metrics.paired_difference(metrics.nll, log_probs, log_probs, labels, num_resamples=20)
     assert len(calls) == 3
 
 
@@ -295,7 +299,7 @@ def test_labels_may_be_truth_values():
 
 def test_bad_level_resamples_and_bins():
     with pytest.raises(ValueError, match="resamples must be at least 1; got 0"):
-        metrics.summary(*CASES[0], resamples=0)
+        metrics.summary(*CASES[0], num_resamples=0)
     with pytest.raises(ValueError, match="level must lie strictly between 0 and 1; got 95"):
         metrics.summary(*CASES[0], level=95)
     with pytest.raises(ValueError, match="bins must be at least 1; got 0"):

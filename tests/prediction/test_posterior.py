@@ -29,9 +29,9 @@ def test_an_imported_adapter_is_predicted_as_the_network_with_it(tmp_path):
     whole = random_adapters(SITES)
     bl.save_peft(SITES, whole, tmp_path, base=BASE)
     point = bl.PointPosterior(MODEL, bl.load_peft(tmp_path, MODEL.sites, head_rows=MODEL.label_ids))
-    prediction = bl.predict(KEY, point, ROWS, num_samples=2)
+    prediction = bl.predict(KEY, point, ROWS, num_draws=2)
     rows = whole | {"lm_head": {"a": whole["lm_head"]["a"], "b": whole["lm_head"]["b"][:, np.array([3, 5])]}}
-    expected = jax.nn.log_softmax(MODEL.logits(BASE.params, rows, ROWS))
+    expected = jax.nn.log_softmax(MODEL.logits(BASE.weights, rows, ROWS))
     np.testing.assert_allclose(prediction.draw_log_probs, np.stack([expected] * 2), atol=1e-5)
     np.testing.assert_allclose(prediction.mutual_information, 0, atol=1e-7)
 

@@ -63,7 +63,7 @@ def test_no_key_and_no_draw_are_refused(name):
     with pytest.raises(ValueError, match=r"key must be a random key, such as jax.random.key\(0\); got 7"):
         posterior.draw_adapters(7, 4)
     for size in (0, -1):
-        with pytest.raises(ValueError, match=f"num_samples must be at least 1; got {size}"):
+        with pytest.raises(ValueError, match=f"num_draws must be at least 1; got {size}"):
             posterior.draw_adapters(KEY, size)
 
 
@@ -72,14 +72,14 @@ def test_stored_draws_are_all_different_and_no_more_than_there_are(name):
     posterior, most = made(name), MEMBERS[name].most
     draws = np.asarray(posterior.draw_adapters(KEY, most)["lm_head"]["b"]).reshape(most, -1)
     assert len(np.unique(draws, axis=0)) == most
-    with pytest.raises(ValueError, match=f"keeps? {most} draws; num_samples must be at most that, got"):
+    with pytest.raises(ValueError, match=f"keeps? {most} draws; num_draws must be at most that, got"):
         posterior.draw_adapters(KEY, most + 1)
 
 
 @EACH
 def test_it_is_predicted_from_its_draws(name):
     posterior = made(name)
-    prediction = bl.predict(KEY, posterior, ROWS, num_samples=4)
+    prediction = bl.predict(KEY, posterior, ROWS, num_draws=4)
     assert prediction.draw_log_probs.shape == (4, len(ROWS), 2)
     same = predict_with_draws(posterior.model, posterior.draw_adapters(KEY, 4), ROWS)
     np.testing.assert_array_equal(prediction.draw_log_probs, same.draw_log_probs)

@@ -141,7 +141,7 @@ REFUSED = {
     "core": (priors.subspace, {"scale": REAL}, "scale must be a positive"),
     "start": (
         partial(priors.sparse_gp_matrices, "w", SHAPE, sigma=1.0, plate="layer"),
-        {"start": "zeros"},
+        {"init_strategy": "zeros"},
         "start must be one of .*; got 'zeros', nearest is 'zero'",
     ),
     **{

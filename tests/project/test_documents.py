@@ -99,7 +99,7 @@ def test_the_script_of_the_readme_runs(capsys, tmp_path, monkeypatch):
     """As it stands, but with few steps, rows and draws."""
     monkeypatch.chdir(tmp_path)
     script, *_ = blocks("README.md")
-    script = re.sub(r"num_samples=\d+", "num_samples=4", script)
+    script = re.sub(r"num_draws=\d+", "num_draws=4", script)
     script = re.sub(r"train=\d+, validation=\d+, test=\d+", "train=32, validation=1, test=16", script)
     script = script.replace('"v_proj": 32', '"v_proj": 4')
     script = script.replace('300, "num_draws": 1000', '50, "num_draws": 40')

@@ -69,29 +69,29 @@ class ChainDiverged(ValueError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long a chain runs: `burn_in + num_draws * thinning` steps.
+    """How long a chain runs: `num_warmup + num_draws * thinning` steps.
 
     Attributes:
         num_draws: Draws to store.
-        burn_in: Steps before the first one counts.
+        num_warmup: Steps before the first one counts.
         thinning: Steps from one stored draw to the next.
         batch_size: Rows in a minibatch.
     """
 
     num_draws: int
-    burn_in: int
+    num_warmup: int
     batch_size: int
     thinning: int = 1
 
     def __post_init__(self):
         positive = {name: getattr(self, name) for name in ("num_draws", "batch_size", "thinning")}
         check_at_least(positive, 1)
-        check_at_least({"burn_in": self.burn_in}, 0)
+        check_at_least({"num_warmup": self.num_warmup}, 0)
 
     @property
     def num_steps(self) -> int:
         """Steps in all."""
-        return self.burn_in + self.num_draws * self.thinning
+        return self.num_warmup + self.num_draws * self.thinning
 
 
 class _Setup(NamedTuple):
@@ -120,7 +120,7 @@ def sgld(
     *,
     step_size: float,
     params: Parameters | None = None,
-    start: Mapping[str, Array] | None = None,
+    init_values: Mapping[str, Array] | None = None,
     prefix_cache: Literal["memory", "off"] = "memory",
     console: Console | None = None,
 ) -> Chains:
@@ -133,7 +133,7 @@ def sgld(
         schedule: How long to run and what to store.
         step_size: `eps`, for the gradient summed over the data set; below 2 over the largest curvature.
         params: Values of the prior's NumPyro parameters, where it has any.
-        start: Constrained value of every latent site to start from; where fits start when omitted.
+        init_values: Constrained value of every latent site to start from; where fits start when omitted.
         prefix_cache: Where activations below the adapters are kept, or `"off"`.
         console: Where to draw the progress bar of that cache.
 
@@ -147,7 +147,7 @@ def sgld(
     """
     key = check_key(key)
     check_positive({"step_size": step_size})
-    setup = _prepared(key, model, train, schedule, params, start, prefix_cache, console)
+    setup = _prepared(key, model, train, schedule, params, init_values, prefix_cache, console)
 
     remedy = "lower `step_size`, which must stay below 2 over the largest curvature of the log-density"
     method = _Method("SGLD", {"step_size": step_size}, partial(langevin, step_size=step_size), remedy)
@@ -162,9 +162,9 @@ def sghmc(
     *,
     step_size: float,
     friction: float,
-    integration_steps: int = 10,
+    num_integration_steps: int = 10,
     params: Parameters | None = None,
-    start: Mapping[str, Array] | None = None,
+    init_values: Mapping[str, Array] | None = None,
     prefix_cache: Literal["memory", "off"] = "memory",
     console: Console | None = None,
 ) -> Chains:
@@ -174,13 +174,14 @@ def sghmc(
         key: Random key of start, minibatches and noise.
         model: A `Classifier` whose prior has latent sites.
         train: Rows to fit.
-        schedule: How long to run and what to store; a step is `integration_steps` updates with one minibatch.
+        schedule: How long to run and what to store; a step is `num_integration_steps` updates with one
+            minibatch.
         step_size: `eps`, below `friction` over the largest curvature; its square plays the part of SGLD's
             step.
         friction: `alpha`, so that `alpha * step_size` of the velocity is lost in an update; at most 1.
-        integration_steps: Updates `L` from one fresh velocity to the next.
+        num_integration_steps: Updates `L` from one fresh velocity to the next.
         params: As in `sgld`, like the arguments after it.
-        start: Where to start.
+        init_values: Where to start.
         prefix_cache: Where activations below the adapters are kept, or `"off"`.
         console: Where to draw the progress bar of that cache.
 
@@ -193,24 +194,26 @@ def sghmc(
     """
     key = check_key(key)
     check_positive({"step_size": step_size, "friction": friction})
-    check_at_least({"integration_steps": integration_steps}, 1)
+    check_at_least({"num_integration_steps": num_integration_steps}, 1)
     if friction * step_size > 1:
         raise ValueError(
             f"friction * step_size must be at most 1; got {friction * step_size:g}, lower friction to at "
             f"most {1 / step_size:g}"
         )
-    setup = _prepared(key, model, train, schedule, params, start, prefix_cache, console)
+    setup = _prepared(key, model, train, schedule, params, init_values, prefix_cache, console)
 
     options: dict[str, Any] = {
         "step_size": step_size,
-        "integration_steps": integration_steps,
+        "num_integration_steps": num_integration_steps,
         "friction": friction,
     }
     remedy = (
         "lower `step_size`, which must stay below `friction` over the largest curvature of the log-density, "
         "or raise `friction`"
     )
-    method = _Method("SGHMC", options, partial(stochastic_hamiltonian, **options), remedy, integration_steps)
+    method = _Method(
+        "SGHMC", options, partial(stochastic_hamiltonian, **options), remedy, num_integration_steps
+    )
     return _run(key, setup, method)
 
 
@@ -220,7 +223,7 @@ def _prepared(
     train: Batch,
     schedule: Schedule,
     params: Parameters | None,
-    start: Mapping[str, Array] | None,
+    init_values: Mapping[str, Array] | None,
     prefix_cache: str,
     console: Console | None,
 ) -> _Setup:
@@ -230,10 +233,10 @@ def _prepared(
     check_batch_size(schedule.batch_size, len(train))
     view = density(model, params or {})
     start_key, chain_key = jax.random.split(key)
-    if start is None:  # in one program: run as it is, a prior compiles each of its operations
+    if init_values is None:  # in one program: run as it is, a prior compiles each of its operations
         vector = require_inside(jax.jit(view.start, compiler_options=options(0))(start_key))
     else:
-        vector = view.vector(start)
+        vector = view.vector(init_values)
     cached = cache_prefix(model, train, console=console) if prefix_cache == "memory" else train
     # The result keeps the rows as they were given, so that the cache can be freed.
     return _Setup(chain_key, Target(view, train, train), cached, vector, schedule)
@@ -246,13 +249,13 @@ def _run(key: Array, setup: _Setup, method: _Method) -> Chains:
     data_key, noise_key = jax.random.split(setup.key)
     stream = minibatches(data_key, n_total, schedule.batch_size)
     rows = jnp.asarray(np.stack(list(islice(stream, schedule.num_steps))))
-    last = schedule.burn_in + schedule.thinning * np.arange(1, schedule.num_draws + 1)
+    last = schedule.num_warmup + schedule.thinning * np.arange(1, schedule.num_draws + 1)
     first = np.concatenate([[0], last[:-1]])
 
     @jax.jit
-    def chain(frozen: Any, train: Batch, rows: Array, vector: Array, spans: tuple) -> Array:
+    def chain(weights: Any, train: Batch, rows: Array, vector: Array, spans: tuple) -> Array:
         def gradient(u: Array, batch: Batch) -> Array:
-            return jax.grad(view.log_joint)(u, frozen, batch, n_total)
+            return jax.grad(view.log_joint)(u, weights, batch, n_total)
 
         advance = method.kernel(gradient)
 
@@ -268,14 +271,14 @@ def _run(key: Array, setup: _Setup, method: _Method) -> Chains:
         return jax.lax.scan(draw, vector, spans)[1]
 
     spans = jnp.asarray(first), jnp.asarray(last)
-    vectors = np.asarray(chain(view.model.base.params, setup.cached, rows, setup.vector, spans))
+    vectors = np.asarray(chain(view.model.base.weights, setup.cached, rows, setup.vector, spans))
     finite = np.isfinite(vectors).all(1)
     kept = len(vectors) if finite.all() else int(finite.argmin())
     about = record(key, method.name, "step", method.options, asdict(schedule) | {"num_chains": 1})
     about |= {"seconds": time.perf_counter() - began, "stopped": "done" if finite.all() else "diverged"}
     made = _chains(setup, method, vectors[:kept], about)
     if not finite.all():
-        raise ChainDiverged(made, len(vectors), broken_weights(view.model.base.params) or method.remedy)
+        raise ChainDiverged(made, len(vectors), broken_weights(view.model.base.weights) or method.remedy)
     return made
 
 
@@ -292,6 +295,6 @@ def _chains(
         "num_gradients": np.full(shape, method.updates),
     }
     numbers = setup.vector, method.options["step_size"], jnp.ones(setup.target.view.size), 0.0
-    one_chain = (jnp.asarray(x)[None] for x in (*numbers, schedule.burn_in * method.updates))
+    one_chain = (jnp.asarray(x)[None] for x in (*numbers, schedule.num_warmup * method.updates))
     tuning = Tuning(*one_chain)
     return Chains(setup.target, vectors[None], stats, tuning, about, schedule.thinning)

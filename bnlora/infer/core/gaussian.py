@@ -89,16 +89,16 @@ class Gaussian(Shown):
         root = np.asarray(self.affine.apply(np.eye(len(self.loc)))) - self.loc
         return root.T @ root
 
-    def draw_vectors(self, key: Array, num_samples: int) -> Float[np.ndarray, "s p"]:
+    def draw_vectors(self, key: Array, num_draws: int) -> Float[np.ndarray, "s p"]:
         """Draws of the unconstrained vector."""
         key = check_key(key)
-        check_at_least({"num_samples": num_samples}, 1)
-        normals = np.asarray(jax.random.normal(key, (num_samples, len(self.loc))), np.float64)
+        check_at_least({"num_draws": num_draws}, 1)
+        normals = np.asarray(jax.random.normal(key, (num_draws, len(self.loc))), np.float64)
         return np.asarray(self.affine.apply(normals)).astype(np.float32)
 
-    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
+    def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
         """Posterior adapters with a leading draw axis; the same key gives the same draws."""
-        return program(self, _adapters_at)(self.draw_vectors(key, num_samples))
+        return program(self, _adapters_at)(self.draw_vectors(key, num_draws))
 
     def log_density(self, vectors: Float[np.ndarray, "s p"]) -> Float[np.ndarray, " s"]:
         """Log-density of unconstrained vectors, in nats."""

@@ -88,20 +88,20 @@ class Chains(Shown):
         """Adapters of every kept draw, chain after chain, with a leading draw axis."""
         return self._adapters(self._rows)
 
-    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
+    def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
         """Adapters of different kept draws, chosen at random, with a leading draw axis.
 
         Raises:
             ValueError: When fewer draws are kept.
         """
         key = check_key(key)
-        check_at_least({"num_samples": num_samples}, 1)
+        check_at_least({"num_draws": num_draws}, 1)
         total = len(self._rows)
-        if num_samples > total:
+        if num_draws > total:
             raise ValueError(
-                f"the chains keep {total} draws; num_samples must be at most that, got {num_samples}"
+                f"the chains keep {total} draws; num_draws must be at most that, got {num_draws}"
             )
-        chosen = np.asarray(jax.random.choice(key, total, (num_samples,), replace=False))
+        chosen = np.asarray(jax.random.choice(key, total, (num_draws,), replace=False))
         return self._adapters(self._rows[chosen])
 
     def sites(self) -> dict[str, np.ndarray]:
