@@ -33,7 +33,8 @@ from bnlora.infer.mcmc.certificate import Certificate
 from bnlora.infer.svi.result import Fit
 from bnlora.metrics.khat import LEAST_DRAWS, KHat, has_density, khat
 from bnlora.prediction.functions import PROBES, Functions, evaluate, identifiable
-from bnlora.prediction.predict import Posterior, predict_with_draws
+from bnlora.prediction.posterior import Posterior
+from bnlora.prediction.predict import predict_with_draws
 from bnlora.program.cache import cache_prefix
 
 
@@ -163,8 +164,13 @@ def _check_sizes(level: float, num_draws: int, batch_size: int) -> None:
 
 
 def _require_certificate(reference: Any) -> None:
-    certificate = getattr(reference, "certificate", None)
     way_out = "to compare without calling it a reference, pass against='anything'"
+    try:
+        certificate = getattr(reference, "certificate", None)
+    except ValueError as error:  # too few chains or draws to judge, or draws that nothing can judge
+        raise UncertifiedReference(
+            f"this run may not serve as a reference: {error}. Or, {way_out}"
+        ) from error
     if certificate is None:
         raise UncertifiedReference(
             f"a reference must be a run of MCMC that passed its checks; this {type(reference).__name__} has "

@@ -23,7 +23,7 @@ from bnlora._util.checks import listed
 from bnlora._util.typing import Adapters, Parameters
 from bnlora.assess.comparison.stored import StoredReference
 from bnlora.infer.svi.result import Fit
-from bnlora.prediction.predict import Posterior
+from bnlora.prediction.posterior import Posterior
 from bnlora.program.conditional import Conditional, condition
 from bnlora.program.draws import adapters_at
 
