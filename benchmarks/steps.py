@@ -44,7 +44,7 @@ class Step:
     def inputs(self) -> tuple[Any, ...]:
         """Arguments of a compiled step."""
         loop, indices = self.loop, jnp.arange(self.batch_size)
-        return self.state, jax.random.key(0), loop.model.base.params, loop.train, indices
+        return self.state, jax.random.key(0), loop.model.base.weights, loop.train, indices
 
     def lower(self, level: str | None = None) -> jax.stages.Lowered:
         """The step, traced anew and lowered, to be compiled at a level of `LEVELS` or as in a long fit."""

@@ -84,7 +84,7 @@ def log_odds(params, first):
     return logits[:, 1] - logits[:, 0]
 
 
-H = np.asarray(jax.jit(jax.jacrev(lambda a: log_odds(base.params, a)))(jnp.zeros(base.config.d_model)))
+H = np.asarray(jax.jit(jax.jacrev(lambda a: log_odds(base.weights, a)))(jnp.zeros(base.config.d_model)))
 _, sizes, directions = np.linalg.svd(H, full_matrices=False)
 given_a = jnp.asarray(directions[:4] * (np.sqrt(len(H)) / sizes[:4, None]), jnp.float32)
 np.testing.assert_allclose(np.mean((H @ given_a.T) ** 2, 0), 1.0, rtol=1e-3)
@@ -120,13 +120,13 @@ def fitted(model, law, *, steps=num_steps, rate=3e-2, key=k_fit, start=None, row
         num_steps=steps,
         batch_size=len(rows),
         num_particles=4,
-        start=start,
+        init_params=start,
     )
 
 
 def page_of(fit):
     """The page, on rows that were not fitted."""
-    return bl.diagnose(fit, others, num_samples=num_draws)
+    return bl.diagnose(fit, others, num_draws=num_draws)
 
 
 # %% [markdown]
@@ -235,8 +235,8 @@ assert mended_page["prior predictive"].status == "fine"
 assert len(mended_page.problems) < len(narrow_page.problems)
 
 # %%
-display(bl.plots.prior_predictive(bl.prior_predictive(k_draw, narrow_model, others, num_samples=100)))
-display(bl.plots.prior_predictive(bl.prior_predictive(k_draw, mended_model, others, num_samples=100)))
+display(bl.plots.prior_predictive(bl.prior_predictive(k_draw, narrow_model, others, num_draws=100)))
+display(bl.plots.prior_predictive(bl.prior_predictive(k_draw, mended_model, others, num_draws=100)))
 
 # %% [markdown]
 # ## Third fault: a guide without correlations
@@ -374,16 +374,20 @@ for name in ("convergence", "k-hat", "prior predictive"):
 
 # %%
 truth = np.asarray(others.labels)
-base_logits = bl.prior_predictive(k_draw, model, others, num_samples=2).base_logits.astype(np.float64)
+base_logits = bl.prior_predictive(k_draw, model, others, num_draws=2).base_logits.astype(np.float64)
 answers = {"untouched": base_logits - np.logaddexp.reduce(base_logits, 1, keepdims=True)}
 for name, fit in (("good", good), ("prior too narrow", narrow), ("labels in random order", senseless)):
-    answers[name] = bl.predict(k_draw, fit, others, num_samples=num_draws).log_probs
+    answers[name] = bl.predict(k_draw, fit, others, num_draws=num_draws).log_probs
 lines = tuple(
     (
         name,
         f"{bl.metrics.accuracy(found, truth):.3f}",
         f"{bl.metrics.nll(found, truth):.3f}",
-        str(bl.metrics.paired_difference(bl.metrics.nll, found, answers["untouched"], truth)),
+        str(
+            bl.metrics.paired_difference(
+                jax.random.key(0), bl.metrics.nll, found, answers["untouched"], truth
+            )
+        ),
     )
     for name, found in answers.items()
 )

@@ -48,7 +48,7 @@ def run_seed(seed: int, pooled: Pool, rules: dict[str, dict], count: int) -> dic
         rows = bl.cache_prefix(core.model, tests[name], console=QUIET)
         predicted = {BASE: untouched(rows)}
         for rule, gaussian in gaussians.items():
-            predicted[rule] = bl.predict(keys[4], gaussian, rows, num_samples=64, console=QUIET)
+            predicted[rule] = bl.predict(keys[4], gaussian, rows, num_draws=64, console=QUIET)
         found[name] = {m: p.log_probs[:, 1] for m, p in predicted.items()}
         found[name]["labels"] = np.asarray(rows.labels)
     return found

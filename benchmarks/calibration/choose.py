@@ -54,16 +54,14 @@ def scored(
     """Fit one setting and score it on the validation rows."""
     model, guide = recipe.build(base, label_ids)
     plain = recipe.prior == "none"
-    rule = bl.EarlyStopping(
-        every=max(schedule.num_steps // 10, 1), patience=schedule.num_steps, num_samples=1
-    )
+    rule = bl.EarlyStopping(every=max(schedule.num_steps // 10, 1), patience=schedule.num_steps, num_draws=1)
     looks = {"validation": data["validation"], "early_stopping": rule} if plain else {}
     fit = schedule.fit(model, guide, data["train"], console=Console(quiet=True), **looks)
     last = replace(fit, params=fit.last_params)
     draws = 1 if plain else 16
     scores = {}
     for name in ("train", "validation"):
-        prediction = bl.predict(jax.random.key(1), last, data[name], num_samples=draws)
+        prediction = bl.predict(jax.random.key(1), last, data[name], num_draws=draws)
         labels = np.asarray(data[name].labels)
         scores[name] = [f(prediction.log_probs, labels) for f in (bl.metrics.nll, bl.metrics.ece)]
     best = f"{fit.validation['nll'].min():.4f} at {fit.best_step}" if plain else ""

@@ -88,7 +88,7 @@ def settings(steps: int) -> Iterator[Setting]:
 def fitted(setting: Setting, base: bl.Base, data: bl.TextData) -> tuple[str, ...]:
     """One row of the table: the mean bound of the last fifty steps, and scores."""
     fit = setting.schedule.fit(*setting.build(base, data), data.train, console=Console(quiet=True))
-    prediction = bl.predict(jax.random.key(1), fit, data["validation"], num_samples=setting.draws)
+    prediction = bl.predict(jax.random.key(1), fit, data["validation"], num_draws=setting.draws)
     terms = [fit.history[term][-50:].mean() for term in ("elbo", "data", "conditional_kl")]
     return (setting.name, setting.scale, *(f"{x:.1f}" for x in terms), *scores(prediction.log_probs, data))
 

@@ -74,10 +74,10 @@ def run_seed(seed: int, pooled: Pool) -> dict:
         features = bl.cache_prefix(core.model, batch, console=QUIET)
         predicted = {
             BASE: untouched(features),
-            SHORT: bl.predict(keys[4], short, batch, num_samples=1, console=QUIET),
-            LORA: bl.predict(keys[4], long, batch, num_samples=1, console=QUIET),
-            CAREFUL: tempered(bl.predict(keys[4], careful, batch, num_samples=1, console=QUIET), temperature),
-            BAYES: bl.predict(keys[4], core, features, num_samples=DRAWS, console=QUIET),
+            SHORT: bl.predict(keys[4], short, batch, num_draws=1, console=QUIET),
+            LORA: bl.predict(keys[4], long, batch, num_draws=1, console=QUIET),
+            CAREFUL: tempered(bl.predict(keys[4], careful, batch, num_draws=1, console=QUIET), temperature),
+            BAYES: bl.predict(keys[4], core, features, num_draws=DRAWS, console=QUIET),
         }
         found[domain] = {m: p.log_probs[:, 1].tolist() for m, p in predicted.items()}
         found[domain]["labels"] = np.asarray(batch.labels).tolist()

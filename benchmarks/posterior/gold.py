@@ -114,9 +114,7 @@ def predictions(report: Report, posteriors: dict[str, object], tests: dict[str, 
     for name, posterior in posteriors.items():
         cells = []
         for rows in tests.values():
-            log_probs = bl.predict(
-                jax.random.key(3), posterior, rows, num_samples=256, console=QUIET
-            ).log_probs
+            log_probs = bl.predict(jax.random.key(3), posterior, rows, num_draws=256, console=QUIET).log_probs
             labels = np.asarray(rows.labels)
             both = bl.metrics.nll(log_probs, labels), bl.metrics.debiased_ece(log_probs, labels)
             cells.append(" / ".join(f"{x:.3f}" for x in both))

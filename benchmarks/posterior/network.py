@@ -49,7 +49,7 @@ def scores(key: jax.Array, posterior: object, tests: dict[str, bl.Batch], draws:
     """NLL and debiased ECE by domain and in mean, as cells of a table."""
     cells = []
     for rows in tests.values():
-        log_probs = bl.predict(key, posterior, rows, num_samples=draws, console=QUIET).log_probs
+        log_probs = bl.predict(key, posterior, rows, num_draws=draws, console=QUIET).log_probs
         labels = np.asarray(rows.labels)
         cells.append([bl.metrics.nll(log_probs, labels), bl.metrics.debiased_ece(log_probs, labels)])
     cells.append(list(np.mean(cells, axis=0)))

@@ -26,7 +26,7 @@ OPTIONS = {"target_acceptance": 0.8, "max_doublings": 6, "console": QUIET}
 
 def contrasts(posterior, rows: bl.Batch, draws: int) -> tuple[np.ndarray, np.ndarray]:
     """Log-odds of test rows (draw, row), and log-probabilities of their mixture."""
-    found = bl.predict(jax.random.key(2), posterior, rows, num_samples=draws, console=QUIET)
+    found = bl.predict(jax.random.key(2), posterior, rows, num_draws=draws, console=QUIET)
     samples = np.asarray(found.draw_log_probs, np.float64)
     return samples[..., 1] - samples[..., 0], found.log_probs
 

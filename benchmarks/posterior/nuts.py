@@ -32,7 +32,7 @@ def blackjax(
 ) -> tuple[float, int]:
     """Least effective sample size and gradients."""
     options = {"num_warmup": warmup, "num_draws": draws, "target_acceptance": ACCEPTANCE}
-    chains = bl.sample_nuts(key, model, train, start="zero", **options)
+    chains = bl.sample_nuts(key, model, train, init_strategy="zero", **options)
     return float(bulk_ess(chains.values()[1]).min()), sum(chains.num_gradients.values())
 
 
@@ -50,7 +50,7 @@ def numpyro(
         progress_bar=False,
         jit_model_args=True,
     )
-    sampler.run(key, model.base.params, train, extra_fields=("num_steps",))
+    sampler.run(key, model.base.weights, train, extra_fields=("num_steps",))
     drawn = sampler.get_samples()
     adapters = jax.jit(lambda sites: jax.lax.map(lambda x: adapters_at(model, {}, x), sites))(drawn)
     _, values = evaluate(identifiable(model, train[:8]), model, adapters, train)
@@ -97,7 +97,7 @@ def warm_start(report: Report, model: bl.Classifier, made: Target, given: argpar
     few = {"num_warmup": given.warmup, "num_draws": 100, "target_acceptance": ACCEPTANCE}
     table = report.table("Gradients of the warm-up", ("start", "gradients, four chains"))
     for start, of in (("fit", fit), ("zero", None), ("prior", None), ("pathfinder", None)):
-        chains = bl.sample_nuts(jax.random.key(1), model, made.train, start=start, given=of, **few)
+        chains = bl.sample_nuts(jax.random.key(1), model, made.train, init_strategy=start, given=of, **few)
         table.row(start, f"{chains.num_gradients['warm-up']:,}")
 
 

@@ -126,7 +126,7 @@ def compared(report: Report, name: str, base: bl.Base, given: argparse.Namespace
     for guide in given.only:
         with clock() as took:
             fit = fitted(guide, model, train, given.steps, given.seed)
-        comparison = bl.compare(key, fit, reference, others, num_samples=400, console=QUIET)
+        comparison = bl.compare(key, fit, reference, others, num_draws=400, console=QUIET)
         bound = "" if "not a bound" in repr(fit.guide) else f"{fit.history['elbo'][-50:].mean():.1f}"
         size = f"{sum(x.size for x in jax.tree.leaves(fit.params)):,}"
         table.row(guide, *cells_of(comparison), bound, f"{took.wall:.0f}", size)
@@ -142,7 +142,7 @@ def around(
     for structure in ("diagonal", "kronecker"):
         with clock() as took:
             made = inference.laplace(fit, train, structure=structure)
-        comparison = bl.compare(key, made, reference, others, num_samples=400, console=QUIET)
+        comparison = bl.compare(key, made, reference, others, num_draws=400, console=QUIET)
         table.row(f"Laplace, {structure}", *cells_of(comparison), "", f"{took.wall:.0f}", "")
 
 

@@ -163,7 +163,7 @@ def posterior_part(
     exact = nuts_inference(tangent, num_draws=simulations, num_warmup=200, thinning=8)
     gaussian = laplace_inference(tangent, num_draws=simulations)
     truths = {
-        name: jax.jit(infer)(jax.random.key(2), tangent.base.params, rows)
+        name: jax.jit(infer)(jax.random.key(2), tangent.base.weights, rows)
         for name, infer in ((NUTS, exact), (OWN, gaussian))
     }
 

@@ -15,7 +15,6 @@ from benchmarks.report import Report
 from benchmarks.timing import in_turn, spread
 from bnlora.data.assets import fetch_smollm2
 from bnlora.infer.core.fit import SIZES
-from bnlora.prediction.predict import predict_with_draws
 from bnlora.program.tangent.targets import SLOPE
 from bnlora.testing import tiny_rows
 
@@ -40,11 +39,14 @@ def measure(name: str, base: bl.Base, rounds: int, rows: int, length: int) -> tu
     )  # fmt: skip
     network = bl.Classifier(base, frames.sites, bl.priors.core(frames), label_ids=label_ids)
     gaussian = bl.laplace(bl.Tangent(network), train, console=QUIET)
-    zero = jax.tree.map(lambda x: 0 * x[:1], gaussian.draw_adapters(key, 1))
+    zero = jax.tree.map(lambda x: 0 * x[0], gaussian.draw_adapters(key, 1))
+    point = bl.PointPosterior(network, zero)
     programs = {
-        "one forward pass": lambda step: predict_with_draws(network, zero, new, console=QUIET).draw_log_probs,
+        "one forward pass": lambda step: (
+            bl.predict(key, point, new, num_draws=1, console=QUIET).draw_log_probs
+        ),
         "16 draws, tangent": lambda step: (
-            bl.predict(jax.random.key(step), gaussian, new, num_samples=16, console=QUIET).draw_log_probs
+            bl.predict(jax.random.key(step), gaussian, new, num_draws=16, console=QUIET).draw_log_probs
         ),
     }
     first, draws = in_turn(programs, rounds).values()

@@ -63,9 +63,9 @@ def measure(base: bl.Base, name: str, given: argparse.Namespace, report: Report)
     first = {}
     for which, gradient in gradients.items():
         with clock() as took:
-            jax.block_until_ready(gradient(adapters, base.params, batch))
+            jax.block_until_ready(gradient(adapters, base.weights, batch))
         first[which] = f"{took.wall:.1f} s {which}"
-    programs = {which: lambda _, f=f: f(adapters, base.params, batch) for which, f in gradients.items()}
+    programs = {which: lambda _, f=f: f(adapters, base.weights, batch) for which, f in gradients.items()}
     show(report, name, in_turn(programs, given.rounds, warm_up=1), unit="gradient")
     report.text(name, f"The first call, compiling included, took {' and '.join(first.values())}.")
 

@@ -159,7 +159,7 @@ def prior_predictive(
     model: Classifier,
     data: Batch,
     *,
-    num_samples: int = 200,
+    num_draws: int = 200,
     batch_size: int = 32,
     params: Parameters | None = None,
     console: Console | None = None,
@@ -170,7 +170,7 @@ def prior_predictive(
         key: Random key; the same key gives the same draws for any rows.
         model: A `Classifier` whose prior has sample sites.
         data: Rows; labels are not read.
-        num_samples: Number of prior draws.
+        num_draws: Number of prior draws.
         batch_size: Rows to run at a time.
         params: Parameters of the prior, all of them; one start drawn from the key when omitted.
         console: Where to draw a progress bar; the terminal or notebook when omitted.
@@ -185,27 +185,27 @@ def prior_predictive(
             not finite.
 
     Example:
-        >>> bl.prior_predictive(key, model, rows, num_samples=8).probs.shape
+        >>> bl.prior_predictive(key, model, rows, num_draws=8).probs.shape
         (8, 8, 2)
     """
     key = check_key(key)
-    _check_sizes(data, num_samples, batch_size)
+    _check_sizes(data, num_draws, batch_size)
     model.check_tokens(data)
     _check_random(model)
     params_key, draw_key = jax.random.split(key)
     params = prior_parameters(params_key, model) if params is None else params
-    draws = jax.jit(lambda k, p: _with_base(model, draw_prior(k, model, p, num_samples)))(draw_key, params)
-    compiled = jax.jit(lambda frozen, adapters, batch: _logits_by_draw(model, frozen, adapters, batch))
-    logits = np.empty((num_samples + 1, len(data), len(model.label_ids)), np.float32)
+    draws = jax.jit(lambda k, p: _with_base(model, draw_prior(k, model, p, num_draws)))(draw_key, params)
+    compiled = jax.jit(lambda weights, adapters, batch: _logits_by_draw(model, weights, adapters, batch))
+    logits = np.empty((num_draws + 1, len(data), len(model.label_ids)), np.float32)
     for part in tracked_parts(data, batch_size, "prior predictive", console):
-        computed = np.asarray(compiled(model.base.params, draws, part.batch))
+        computed = np.asarray(compiled(model.base.weights, draws, part.batch))
         logits[:, part.rows] = computed[:, : len(part.rows)]
     broken = np.array([not np.isfinite(of_draw).all() for of_draw in logits])
     if broken[0]:
-        remedy = broken_weights(model.base.params) or "look at the base, and at how it runs"
+        remedy = broken_weights(model.base.weights) or "look at the base, and at how it runs"
         raise ValueError(f"logits must be finite, but the base model's own are not; {remedy}")
     if broken.any():
-        raise ValueError(f"logits are not finite in {broken.sum()} of {num_samples} draws; lower the scale")
+        raise ValueError(f"logits are not finite in {broken.sum()} of {num_draws} draws; lower the scale")
     return PriorPredictive(logits[1:], logits[0])
 
 
@@ -217,7 +217,7 @@ def scale_for_spread(
     *,
     spread: float,
     bounds: tuple[float, float] = (1e-3, 1e3),
-    num_samples: int = 200,
+    num_draws: int = 200,
     tolerance: float = 1e-4,
 ) -> float:
     """Find the scale at which a prior has a wanted spread on given rows.
@@ -234,7 +234,7 @@ def scale_for_spread(
         data: Rows, all run at once; some tens suffice.
         spread: The wanted `PriorPredictive.overall_spread`, in nats of log-odds.
         bounds: Least and greatest scale to try.
-        num_samples: Number of prior draws.
+        num_draws: Number of prior draws.
         tolerance: Relative tolerance of the scale.
 
     Returns:
@@ -247,13 +247,13 @@ def scale_for_spread(
     Example:
         >>> def prior_at(scale):
         ...     return bl.priors.normal(scale={"a": 1.0, "b": scale})
-        >>> wide = bl.scale_for_spread(key, model, prior_at, rows, spread=0.2, num_samples=8)
-        >>> narrow = bl.scale_for_spread(key, model, prior_at, rows, spread=0.1, num_samples=8)
+        >>> wide = bl.scale_for_spread(key, model, prior_at, rows, spread=0.2, num_draws=8)
+        >>> narrow = bl.scale_for_spread(key, model, prior_at, rows, spread=0.1, num_draws=8)
         >>> bool(wide > narrow)
         True
     """
     key = check_key(key)
-    _check_sizes(data, num_samples, 1)
+    _check_sizes(data, num_draws, 1)
     low, high = bounds
     if not (spread > 0 and 0 < low < high):
         raise ValueError(f"expected spread > 0 and 0 < least < greatest scale; got {spread} and {bounds}")
@@ -264,14 +264,14 @@ def scale_for_spread(
     params_key, draw_key = jax.random.split(key)
 
     @jax.jit
-    def spread_at(frozen: Any, rows: Batch, scale: Array) -> Array:
+    def spread_at(weights: Any, rows: Batch, scale: Array) -> Array:
         at = model.under(prior_at(scale))
-        draws = draw_prior(draw_key, at, prior_parameters(params_key, at), num_samples)
-        return jnp.sqrt(jnp.mean(_spread(jnp, _logits_by_draw(at, frozen, draws, rows)) ** 2))
+        draws = draw_prior(draw_key, at, prior_parameters(params_key, at), num_draws)
+        return jnp.sqrt(jnp.mean(_spread(jnp, _logits_by_draw(at, weights, draws, rows)) ** 2))
 
     def excess(log_scale: float) -> float:
         scale = jnp.asarray(np.exp(log_scale), jnp.float32)  # of one type, or it would be traced twice
-        value = float(spread_at(model.base.params, prepared, scale))
+        value = float(spread_at(model.base.weights, prepared, scale))
         # A spread too small for the number format has no logarithm; it is below any wanted one.
         return float(np.log(np.maximum(value, np.finfo(np.float32).tiny) / spread))
 
@@ -282,7 +282,7 @@ def scale_for_spread(
         raise ValueError(
             f"no scale in the bounds gives a spread of {spread:g}: it is {least:.3g} at scale {low:g} and "
             f"{greatest:.3g} at scale {high:g}; "
-            f"{broken_weights(model.base.params) or 'ask for one in between or move the bounds'}"
+            f"{broken_weights(model.base.weights) or 'ask for one in between or move the bounds'}"
         )
     return float(np.exp(scipy.optimize.brentq(excess, *ends, xtol=tolerance)))
 
@@ -297,11 +297,11 @@ def _check_random(model: Classifier) -> None:
         )
 
 
-def _check_sizes(data: Batch, num_samples: int, batch_size: int) -> None:
-    if len(data) < 1 or num_samples < 2 or batch_size < 1:
+def _check_sizes(data: Batch, num_draws: int, batch_size: int) -> None:
+    if len(data) < 1 or num_draws < 2 or batch_size < 1:
         raise ValueError(
             "a prior predictive needs at least one row, two draws and one row at a time; got "
-            f"{len(data)} rows, num_samples={num_samples}, batch_size={batch_size}"
+            f"{len(data)} rows, num_draws={num_draws}, batch_size={batch_size}"
         )
 
 
@@ -310,9 +310,9 @@ def _with_base(model: Classifier, draws: Adapters) -> Adapters:
     return jax.tree.map(lambda x: jnp.concatenate([jnp.zeros_like(x[:1]), x]), draws)
 
 
-def _logits_by_draw(model: Classifier, frozen: Any, adapters: Adapters, batch: Batch) -> Array:
-    prepared = model.prepared(frozen, batch)
-    return jax.lax.map(lambda one: model.logits(frozen, one, prepared), adapters)
+def _logits_by_draw(model: Classifier, weights: Any, adapters: Adapters, batch: Batch) -> Array:
+    prepared = model.prepared(weights, batch)
+    return jax.lax.map(lambda one: model.logits(weights, one, prepared), adapters)
 
 
 def _spread(numbers: Any, logits: Any) -> Any:

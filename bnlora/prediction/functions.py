@@ -33,17 +33,17 @@ QUIET = Console(quiet=True)
 class Functions(Protocol):
     """Scalar functions of one draw of the adapters and of the data."""
 
-    def __call__(self, frozen: Any, adapters: Adapters, batch: Batch) -> Mapping[str, Array]:
+    def __call__(self, weights: Any, adapters: Adapters, batch: Batch) -> Mapping[str, Array]:
         """Values of shape () by name."""
         ...
 
 
-def identifiable(model: Classifier, probe: Batch, *, families: Sequence[str] | None = None) -> "Identifiable":
+def identifiable(model: Classifier, data: Batch, *, families: Sequence[str] | None = None) -> "Identifiable":
     """The default functions: margins at probe rows, norms of the updates, log-likelihood of the data.
 
     Args:
         model: A `Classifier`.
-        probe: Rows whose margins are looked at, labels unread; each class against class 0.
+        data: Rows whose margins are looked at, labels unread; each class against class 0.
         families: Families whose norms are looked at; those that differ from draw to draw when omitted.
 
     Returns:
@@ -51,8 +51,8 @@ def identifiable(model: Classifier, probe: Batch, *, families: Sequence[str] | N
         (over all layers of a family that is not fixed) and `log_likelihood`. They accept rows with
         activations cached for any model, but recompute those of another model than `model` for every draw.
     """
-    model.check_tokens(probe)
-    return Identifiable(model, probe, model.moving if families is None else tuple(families))
+    model.check_tokens(data)
+    return Identifiable(model, data, model.moving if families is None else tuple(families))
 
 
 @dataclass(frozen=True, eq=False)  # equal by identity, as functions are: `jax.jit` wants a hash
@@ -69,11 +69,11 @@ class Identifiable:
     probe: Batch
     families: tuple[str, ...]
 
-    def __call__(self, frozen: Any, adapters: Adapters, batch: Batch) -> dict[str, Array]:
+    def __call__(self, weights: Any, adapters: Adapters, batch: Batch) -> dict[str, Array]:
         """Values of shape () by name."""
-        found = self._margins(self.model.logits(frozen, adapters, self._prepared))
+        found = self._margins(self.model.logits(weights, adapters, self._prepared))
         found |= {f"norm[{n}]": update_norm(adapters[n], self.model.sites[n].scale) for n in self.families}
-        return found | {"log_likelihood": log_likelihood(self.model, frozen, adapters, batch)}
+        return found | {"log_likelihood": log_likelihood(self.model, weights, adapters, batch)}
 
     def by_draw(self, adapters: Adapters, batch: Batch | None) -> dict[str, Float[np.ndarray, " s"]]:
         """Values for adapters with a leading draw axis, computed by the program of predictions.
@@ -97,7 +97,7 @@ class Identifiable:
         """The probe rows with the activations that no draw changes; works while a program is traced."""
         with jax.ensure_compile_time_eval():
             # Not `prepare`: JAX accepts compiler options only for outermost programs.
-            return jax.jit(self.model.prepared)(self.model.base.params, self.probe)
+            return jax.jit(self.model.prepared)(self.model.base.weights, self.probe)
 
     def _margins(self, logits: Any) -> dict[str, Any]:
         classes = len(self.model.label_ids)
@@ -116,11 +116,11 @@ def evaluate(
         return stacked(functions.by_draw(adapters, batch))
     batch = model.prepare(batch)
 
-    def one(frozen: Any, drawn: Adapters, rows: Batch) -> dict[str, Array]:
-        return scalars(functions(frozen, drawn, rows))
+    def one(weights: Any, drawn: Adapters, rows: Batch) -> dict[str, Array]:
+        return scalars(functions(weights, drawn, rows))
 
-    program = jax.jit(lambda frozen, drawn, rows: jax.lax.map(lambda x: one(frozen, x, rows), drawn))
-    return stacked(program(model.base.params, adapters, batch))
+    program = jax.jit(lambda weights, drawn, rows: jax.lax.map(lambda x: one(weights, x, rows), drawn))
+    return stacked(program(model.base.weights, adapters, batch))
 
 
 def stacked(by_name: Mapping[str, Any]) -> tuple[tuple[str, ...], Float[np.ndarray, "s k"]]:
@@ -143,9 +143,9 @@ def scalars(values: Mapping[str, Array]) -> dict[str, Array]:
     return {name: jnp.asarray(values[name]) for name in sorted(values)}
 
 
-def log_likelihood(model: Classifier, frozen: Any, adapters: Adapters, batch: Batch) -> Float[Array, ""]:
+def log_likelihood(model: Classifier, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, ""]:
     """Log-likelihood of the labels of a batch at one draw of the adapters; NaN where a row has none."""
-    log_probs = jax.nn.log_softmax(model.logits(frozen, adapters, batch))
+    log_probs = jax.nn.log_softmax(model.logits(weights, adapters, batch))
     # JAX counts -1 from the end, so the mark of a row without a label would be read as the last class.
     labels = jnp.where(batch.labels < 0, log_probs.shape[1], batch.labels)
     return jnp.take_along_axis(log_probs, labels[:, None], axis=1, mode="fill").sum()

@@ -57,7 +57,7 @@ def test_it_survives_copy_and_pickle(page):
 def test_the_same_call_gives_the_same_page(good, page):
     given, fit = good
     assert bl.diagnose(fit, given.others).findings == page.findings
-    other = bl.diagnose(fit, given.others, key=jax.random.key(5), num_samples=100)
+    other = bl.diagnose(fit, given.others, key=jax.random.key(5), num_draws=100)
     assert other["k-hat"].value != page["k-hat"].value
 
 
@@ -98,7 +98,7 @@ def test_a_scale_that_has_collapsed(good):
     """Draws that do not differ in float32, of a guide that has a density."""
     given, fit = good
     params = {n: jnp.full_like(x, 1e-30) if n.endswith("tril") else x for n, x in fit.params.items()}
-    found = bl.diagnose(replace(fit, params=params), given.others, num_samples=25)["k-hat"]
+    found = bl.diagnose(replace(fit, params=params), given.others, num_draws=25)["k-hat"]
     assert (found.status, "collapsed" in found.measured) == ("problem", True)
 
 

@@ -38,7 +38,13 @@ def test_a_reference_is_found_again_from_scratch():
     """Other seed, other starts, another sampler: no aspect differs from the shipped draws."""
     model, train, others = HEADS["two-words"].load(smollm2())
     chains = bl.sample_elliptical(
-        jax.random.key(1), model, train, start="prior", num_draws=400, steps_per_draw=60, num_warmup=2000
+        jax.random.key(1),
+        model,
+        train,
+        init_strategy="prior",
+        num_draws=400,
+        steps_per_draw=60,
+        num_warmup=2000,
     )
     stored = bl.load_reference(BENCHMARKS / "references" / "two-words")
     found = bl.compare(jax.random.key(2), chains, stored, others)

@@ -101,8 +101,8 @@ def test_what_the_prior_weighs_is_in_its_density():
 
 
 def test_what_the_prior_weighs_is_in_the_priors_part_of_the_bound(made, plain):
-    terms = elbo_terms(KEY, plain.params, made.model, made.guide, BASE.params, TRAIN)
-    expected = elbo_terms(KEY, plain.params, plain.model, plain.guide, BASE.params, TRAIN)
+    terms = elbo_terms(KEY, plain.params, made.model, made.guide, BASE.weights, TRAIN)
+    expected = elbo_terms(KEY, plain.params, plain.model, plain.guide, BASE.weights, TRAIN)
     np.testing.assert_allclose(terms["data"], expected["data"], rtol=1e-6)
     # One draw of the factor stands for its mean, the rest is in closed form.
     placed = numpyro.handlers.substitute(made.guide, data=plain.params)
@@ -124,9 +124,9 @@ def test_draws_and_diagnostics_of_a_fit_count_it(made, plain):
         scale_optimizer=still,
         num_steps=1,
         batch_size=40,
-        start=plain.params,
+        init_params=plain.params,
     )
-    tree, expected = (bl.to_arviz(f, TRAIN, num_samples=100, key=KEY) for f in (other, plain))
+    tree, expected = (bl.to_arviz(f, TRAIN, num_draws=100, key=KEY) for f in (other, plain))
     log_p = [x["sample_stats"]["log_p"] for x in (tree, expected)]
     np.testing.assert_allclose(log_p[0] - log_p[1], CONSTANT, rtol=1e-3)
     by_site = tree["log_prior"].to_dataset()
@@ -148,7 +148,7 @@ def test_evidence_of_smc_is_that_of_quadrature():
     evidence = logsumexp(joint) + np.log(grid.grid[1] - grid.grid[0])
     mean = (np.exp(joint - logsumexp(joint)) * grid.grid).sum()
     for model, expected in ((PLAIN, evidence), (MODELS["factor"], evidence + CONSTANT)):
-        runs = bl.sample_smc(KEY, model, given.train, num_runs=8, num_particles=400, num_moves=2)
+        runs = bl.sample_smc(KEY, model, given.train, num_runs=8, num_draws=400, num_moves=2)
         found = np.stack([runs.record["log_evidence"], runs.vectors[..., 0].mean(1)], axis=1)
         score = (found.mean(0) - [expected, mean]) / (found.std(0, ddof=1) / len(found) ** 0.5)
         assert np.all(np.abs(score) < student(len(found) - 1).isf(1e-5))
@@ -180,7 +180,7 @@ def test_an_improper_law_works_where_a_density_is_enough():
     made = one_step(model, guide)
     loc, scale = (float(made.params[f"tau.q.{name}"]) for name in ("loc", "scale"))
     np.testing.assert_allclose(loc, np.log(0.7), rtol=1e-5)
-    drawn = bl.diagnostics.sample(made, num_samples=40)
+    drawn = bl.diagnostics.sample(made, num_draws=40)
     log_tau = np.log(np.asarray(drawn.drawn[0].sites["tau"], np.float64))
     expected = norm.logpdf(np.asarray(drawn.drawn[0].sites["lm_head.b"])).ravel()
     np.testing.assert_allclose(drawn.drawn[0].log_prior, expected, rtol=1e-4)
@@ -188,7 +188,7 @@ def test_an_improper_law_works_where_a_density_is_enough():
     np.testing.assert_allclose(drawn.drawn[0].log_q_of["tau"], log_q, rtol=1e-3)
     with pytest.raises(ValueError, match="'tau' has an improper law, ImproperUniform; give it a proper one"):
         assert drawn.prior_adapters
-    page = bl.diagnose(made, TRAIN, num_samples=40)
+    page = bl.diagnose(made, TRAIN, num_draws=40)
     assert page["prior predictive"].status == "not asked"
     assert "'tau' has an improper law" in page["prior predictive"].measured
     assert (page.shrinkage, page.overlap, page.prior_predictive) == (None, None, None)
@@ -212,8 +212,8 @@ NO_DRAW, NO_START = (
 WITHOUT = {
     "prior predictive": (lambda: bl.prior_predictive(KEY, STARTED, TRAIN), NO_DRAW),
     "SMC": (lambda: bl.sample_smc(KEY, STARTED, TRAIN), NO_DRAW),
-    "start at the prior": (lambda: bl.sample_nuts(KEY, STARTED, TRAIN, start="prior"), NO_DRAW),
-    "simulation": (lambda: bl.sbc.simulate(KEY, STARTED, BASE.params, TRAIN, {}), NO_DRAW),
+    "start at the prior": (lambda: bl.sample_nuts(KEY, STARTED, TRAIN, init_strategy="prior"), NO_DRAW),
+    "simulation": (lambda: bl.sbc.simulate(KEY, STARTED, BASE.weights, TRAIN, {}), NO_DRAW),
     "start of a fit": (lambda: one_step(UNSTARTED), NO_START),
     "start of a chain": (lambda: bl.sample_nuts(KEY, UNSTARTED, TRAIN), NO_START),
     "start outside": (lambda: one_step(OUTSIDE), "the start of 'tau.q.loc' must lie inside its constraint"),
@@ -222,7 +222,7 @@ WITHOUT = {
         "leaves out its numpyro.factor 'belief' that weighs 'lm_head.b'; write that part",
     ),
     "observed site": (
-        lambda: bl.sbc.simulate(KEY, MODELS["observed site"], BASE.params, TRAIN, {}),
+        lambda: bl.sbc.simulate(KEY, MODELS["observed site"], BASE.weights, TRAIN, {}),
         "leaves out its observed site 'belief' that weighs 'lm_head.b'",
     ),
     "Laplace": (
@@ -252,7 +252,7 @@ def test_what_is_observed_and_weighs_nothing_leaves_the_prior_to_be_drawn():
     model = bl.condition(model_of_two(), {"first": jnp.ones(())})
     assert weighed(model.prior) == {}
     assert declared(model.prior).observed["first"].law == "Normal"
-    assert bl.prior_predictive(KEY, model, TRAIN[:4], num_samples=4).logits.shape == (4, 4, 2)
+    assert bl.prior_predictive(KEY, model, TRAIN[:4], num_draws=4).logits.shape == (4, 4, 2)
 
 
 def model_of_two():

@@ -69,7 +69,9 @@ def objects():
         "guide": guide,
         "fit": fit,
         "prediction": prediction,
-        "summary": bl.metrics.summary(prediction, np.asarray(rows.labels), resamples=5),
+        "summary": bl.metrics.summary(
+            jax.random.key(0), prediction, np.asarray(rows.labels), num_resamples=5
+        ),
         "comparison": compare_draws(random, *pair),
         "certificate": certify(evidence, bl.Thresholds()),
         "chains": chains(),
@@ -146,7 +148,7 @@ def shown_facts(shown):
 
 def test_numbers_are_those_of_the_objects(objects):
     base, fit, rows = objects["base"], objects["fit"], objects["batch"]
-    count = sum(x.size for x in jax.tree.leaves(base.params))
+    count = sum(x.size for x in jax.tree.leaves(base.weights))
     assert shown_facts(base)["parameters"] == f"{count:,}"
     assert shown_facts(base.running(activations="bfloat16"))["runs"] == "activations='bfloat16'"
     assert shown_facts(objects["model"])["prior"] == "normal"

@@ -23,7 +23,7 @@ from bnlora._util.checks import listed
 from bnlora._util.typing import Adapters, Parameters
 from bnlora.assess.comparison.stored import StoredReference
 from bnlora.infer.svi.result import Fit
-from bnlora.prediction.predict import Posterior
+from bnlora.prediction.posterior import Posterior
 from bnlora.program.conditional import Conditional, condition
 from bnlora.program.draws import adapters_at
 
@@ -42,26 +42,26 @@ class Problem:
     holds: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def draw_adapters(self, key: Array, approx: Posterior, num_samples: int) -> Adapters:
+    def draw_adapters(self, key: Array, posterior: Posterior, num_draws: int) -> Adapters:
         """Adapters of the approximation, with the reference's values where those are held."""
         if not self.holds:
-            return approx.draw_adapters(key, num_samples)
-        if not isinstance(approx, Fit):
-            return self.model.held(approx.draw_adapters(key, num_samples))
-        drawn = approx.draws(key, num_samples)[0].sites
+            return posterior.draw_adapters(key, num_draws)
+        if not isinstance(posterior, Fit):
+            return self.model.held(posterior.draw_adapters(key, num_draws))
+        drawn = posterior.draws(key, num_draws)[0].sites
         free = {name: values for name, values in drawn.items() if name not in self.model.fixed}
-        return jax.jit(partial(_adapters, self.model))(approx.params, free)
+        return jax.jit(partial(_adapters, self.model))(posterior.params, free)
 
 
 def _adapters(model: Any, params: Parameters, free: Mapping[str, Array]) -> Adapters:
     return jax.lax.map(lambda sites: adapters_at(model, params, sites), dict(free))
 
 
-def common_problem(approx: Posterior, reference: Any, other: str) -> Problem:
+def common_problem(posterior: Posterior, reference: Any, other: str) -> Problem:
     """The model under which draws of both sides have the same meaning.
 
     Args:
-        approx: The approximation.
+        posterior: The approximation.
         reference: The second posterior, or a stored reference.
         other: What the second posterior is called.
 
@@ -69,7 +69,7 @@ def common_problem(approx: Posterior, reference: Any, other: str) -> Problem:
         ValueError: When both hold a site, at different values.
     """
     stored = isinstance(reference, StoredReference)
-    own = _fixed(approx.model)
+    own = _fixed(posterior.model)
     fixed = reference.fixed if stored else _fixed(reference.model)
     unequal = [n for n in fixed if n in own and not np.array_equal(own[n], fixed[n])]
     if unequal:
@@ -84,21 +84,21 @@ def common_problem(approx: Posterior, reference: Any, other: str) -> Problem:
     if holds:
         by_sites = "draws of the other sites are those of the whole fit, and so is k-hat"
         by_adapters = "adapters that the other sites change are those of the whole approximation"
-        notes.append(by_sites if isinstance(approx, Fit) else by_adapters)
+        notes.append(by_sites if isinstance(posterior, Fit) else by_adapters)
     if stored and reference.holds_unknown:
         held = reference.record["held"]
         notes.append(f"only the {other} holds sites ({held}), for it was stored without their values")
     loose = [n for n in own if n not in fixed]
     if loose:
         notes.append(f"the approximation holds {listed(loose)}, which the {other} does not")
-    model = _restored(approx, reference, holds) if stored else reference.model
+    model = _restored(posterior, reference, holds) if stored else reference.model
     return Problem(model, holds, tuple(notes))
 
 
-def _restored(approx: Posterior, stored: StoredReference, holds: Sequence[str]) -> Any:
+def _restored(posterior: Posterior, stored: StoredReference, holds: Sequence[str]) -> Any:
     """The approximation's model, conditioned on the sites that a stored reference holds in addition."""
-    params = dict(getattr(approx, "params", {})) | {n: jnp.asarray(x) for n, x in stored.params.items()}
-    return condition(approx.model, {n: jnp.asarray(stored.fixed[n]) for n in holds}, params)
+    params = dict(getattr(posterior, "params", {})) | {n: jnp.asarray(x) for n, x in stored.params.items()}
+    return condition(posterior.model, {n: jnp.asarray(stored.fixed[n]) for n in holds}, params)
 
 
 def _fixed(model: Any) -> Mapping[str, Array]:

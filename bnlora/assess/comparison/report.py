@@ -49,7 +49,7 @@ class Comparison(Shown):
     """An approximate posterior held against another one.
 
     Attributes:
-        approx: Draws of the functions under the approximation.
+        posterior: Draws of the functions under the approximation.
         reference: Draws of the same functions under the reference.
         moments: Means and standard deviations.
         moments_null: The same between halves of the reference.
@@ -66,12 +66,12 @@ class Comparison(Shown):
         notes: What else must be known about the two sides, in sentences.
 
     Example:
-        >>> found = bl.compare(key, fit, chains, rows, num_samples=100, against="anything")
+        >>> found = bl.compare(key, fit, chains, rows, num_draws=100, against="anything")
         >>> found.other
         'other posterior'
     """
 
-    approx: Draws
+    posterior: Draws
     reference: Draws
     moments: Moments
     moments_null: Moments
@@ -90,7 +90,7 @@ class Comparison(Shown):
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the functions."""
-        return self.approx.names
+        return self.posterior.names
 
     @property
     def findings(self) -> tuple[say.Finding, ...]:
@@ -166,7 +166,7 @@ class Comparison(Shown):
         )
         title = (
             f"Comparison with the {self.other} in {len(self.names)} functions\n"
-            f"approximation: {self.approx.describe}\n{self.other}: {self.reference.describe}\n"
+            f"approximation: {self.posterior.describe}\n{self.other}: {self.reference.describe}\n"
             f"null: between halves of the {self.other}; measures between samples: {self.size} against "
             f"{self.size} draws"
         )
@@ -221,9 +221,9 @@ class Comparison(Shown):
         found, share = self.moments, self.coverage
         held = {f"in_{c:.0%}": x for c, x in zip(share.levels, share.share, strict=True)}
         return {
-            "mean": self.approx.mean,
+            "mean": self.posterior.mean,
             "other_mean": self.reference.mean,
-            "sd": self.approx.sd,
+            "sd": self.posterior.sd,
             "other_sd": self.reference.sd,
             "difference": found.shift,
             "difference_mcse": found.shift_mcse,
@@ -239,7 +239,7 @@ class Comparison(Shown):
 
 def compare_draws(
     random: np.random.Generator,
-    approx: Draws,
+    posterior: Draws,
     reference: Draws,
     *,
     predictions: tuple[Prediction, Prediction] | None = None,
@@ -252,7 +252,7 @@ def compare_draws(
 
     Args:
         random: Source of slices, folds and permutations.
-        approx: Draws of the approximation.
+        posterior: Draws of the approximation.
         reference: Draws of the reference.
         predictions: Predictions of both for the same rows, as `predictive_agreement` takes them.
         khat: Pareto k-hat of the approximation.
@@ -269,22 +269,22 @@ def compare_draws(
     """
     check_level(level)
     constant = reference.constant
-    approx, reference = varying(approx, reference)
-    samples = pairs(approx, reference)
+    posterior, reference = varying(posterior, reference)
+    samples = pairs(posterior, reference)
     # So many that the least p-value is well below an aspect's share of the level.
     count = max(999, int(np.ceil(40 / level)))
     agreement = None
     if predictions is not None:
         agreement = predictive_agreement(random, *predictions, num_permutations=count)
     return Comparison(
-        approx=approx,
+        posterior=posterior,
         reference=reference,
-        moments=moments(approx, reference),
+        moments=moments(posterior, reference),
         moments_null=moments_null(reference),
         transport=transport(random, samples),
         kernel=kernel_test(random, samples, num_permutations=count),
         classifier=classifier_test(random, samples),
-        coverage=coverage(approx, reference),
+        coverage=coverage(posterior, reference),
         predictive=agreement,
         khat=khat,
         size=samples.size,

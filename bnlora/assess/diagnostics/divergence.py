@@ -72,7 +72,7 @@ def divergence(fit: Fit | Sample) -> tuple[SiteDivergence, ...]:
     if not drawn.has_prior:
         return ()
     blocks = tied_sites(made) + tuple(((name,), (name,)) for name in weighed(made.model.prior))
-    terms = made.by_keys(_terms, drawn.part(2), drawn.num_samples)
+    terms = made.by_keys(_terms, drawn.part(2), drawn.num_draws)
     found = {name: np.asarray(x, np.float64) for name, x in terms.items()}
     points = set(points_of(made))
     return tuple(_site(made.model.sites, names, parts, found, points) for names, parts in blocks)

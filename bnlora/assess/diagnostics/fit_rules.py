@@ -35,10 +35,10 @@ def steps(fit: Fit) -> Finding:
         remedy = f"Fit again: {divergence_remedy(fit)}."
         return Finding("steps", "problem", measured, skipped, 0, remedy)
     if fit.stopped == "interrupted":
-        remedy = "Fit on from here with fit(start=fit.params)."
+        remedy = "Fit on from here with fit(init_params=fit.params)."
         return Finding("steps", "caution", measured, skipped, 0, remedy)
     if skipped:
-        remedy = broken_weights(fit.model.base.params) or "lower the learning rate, or clip_norm"
+        remedy = broken_weights(fit.model.base.weights) or "lower the learning rate, or clip_norm"
         remedy = f"Some bounds or gradients were not finite: {remedy}."
         return Finding("steps", "caution", measured, skipped, 0, remedy)
     return Finding("steps", "fine", measured, skipped, 0)

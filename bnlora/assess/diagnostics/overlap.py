@@ -77,29 +77,29 @@ class Overlap(Shown):
         return (Table("Overlap of prior and posterior", header, rows),)
 
 
-def overlap(fit: Fit | Sample, probe: Batch) -> Overlap:
+def overlap(fit: Fit | Sample, data: Batch) -> Overlap:
     """Overlap of prior and posterior of margins at probe rows and of the norms of the updates.
 
     Args:
         fit: A fit, or a `Sample` of it.
-        probe: Rows whose margins are looked at, the first eight of them; labels are not read.
+        data: Rows whose margins are looked at, the first eight of them; labels are not read.
 
     Raises:
         ValueError: When the prior has no latent sites.
     """
     drawn = sample_of(fit)
     drawn.require_prior("an overlap")
-    names, posterior = probe_values(drawn, drawn.drawn[1], probe)
-    _, prior = probe_values(drawn, drawn.prior_adapters, probe)
+    names, posterior = probe_values(drawn, drawn.drawn[1], data)
+    _, prior = probe_values(drawn, drawn.prior_adapters, data)
     found = [overlap_of_draws(posterior[:, k], prior[:, k]) for k in range(len(names))]
     value, error = (np.array(x) for x in zip(*found, strict=True))
     position = (prior <= np.median(posterior, axis=0)).mean(0)
     return Overlap(names, posterior, prior, value, error, position)
 
 
-def probe_values(drawn: Sample, adapters: Any, probe: Batch) -> tuple[tuple[str, ...], np.ndarray]:
+def probe_values(drawn: Sample, adapters: Any, data: Batch) -> tuple[tuple[str, ...], np.ndarray]:
     """Names and values of margins and norms at adapters with a leading draw axis."""
-    return stacked(identifiable(drawn.fit.model, probe[:PROBES]).by_draw(adapters, None))
+    return stacked(identifiable(drawn.fit.model, data[:PROBES]).by_draw(adapters, None))
 
 
 def overlap_of_draws(first: Float[np.ndarray, " s"], second: Float[np.ndarray, " t"]) -> tuple[float, float]:

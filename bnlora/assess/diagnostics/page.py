@@ -68,7 +68,7 @@ class Diagnosis:
         class_counts: Counts of the classes of the given rows.
         restarts: Agreement with other fits; None where none were given.
         linearisation: Distance of the network from its tangent; None for a fit of the network.
-        num_samples: Number of draws behind all of it.
+        num_draws: Number of draws behind all of it.
     """
 
     findings: tuple[Finding, ...]
@@ -85,7 +85,7 @@ class Diagnosis:
     class_counts: ClassCounts
     restarts: Restarts | None
     linearisation: Linearisation | None
-    num_samples: int
+    num_draws: int
 
     @property
     def problems(self) -> tuple[Finding, ...]:
@@ -115,7 +115,7 @@ class Diagnosis:
         counts = {s: len(self._with(s)) for s in MARKS}
         words = {"problem": "problems", "caution": "cautions"}
         said = [f"{n} {s if n == 1 else words.get(s, s)}" for s, n in counts.items() if n]
-        return f"Diagnosis from {self.num_samples} draws: {', '.join(said)}"
+        return f"Diagnosis from {self.num_draws} draws: {', '.join(said)}"
 
     def _with(self, status: Status) -> tuple[Finding, ...]:
         return tuple(finding for finding in self.findings if finding.status == status)
@@ -166,7 +166,7 @@ def diagnose(
     fit: Fit,
     data: Batch,
     *,
-    num_samples: int = 400,
+    num_draws: int = 400,
     batch_size: int = 32,
     tolerance: float = 0.01,
     families: bool = True,
@@ -181,7 +181,7 @@ def diagnose(
         fit: A fit.
         data: Rows with labels, best ones that were not fitted: for counts of the classes, the first eight for
             margins and the first 32 for the prior predictive.
-        num_samples: Draws of the guide, and of the prior.
+        num_draws: Draws of the guide, and of the prior.
         batch_size: Rows to run at a time.
         tolerance: Relative change of the smoothed bound that counts as none.
         families: Whether k-hat is asked of each family too, running the training rows once more for each.
@@ -197,13 +197,13 @@ def diagnose(
         ValueError: When it is no `Fit`, rows are without labels, or an option is out of range.
 
     Example:
-        >>> page = bl.diagnose(fit, rows, num_samples=40)
+        >>> page = bl.diagnose(fit, rows, num_draws=40)
         >>> page["convergence"].status  # after four steps
         'problem'
     """
-    drawn = sample(fit, num_samples=num_samples, batch_size=batch_size, key=key, console=console)
+    drawn = sample(fit, num_draws=num_draws, batch_size=batch_size, key=key, console=console)
     check_labels("data", data, len(fit.model.label_ids))
-    others = [sample(f, num_samples=num_samples, batch_size=batch_size, console=console) for f in restarts]
+    others = [sample(f, num_draws=num_draws, batch_size=batch_size, console=console) for f in restarts]
     asked = MOST_ROWS if leave_out is None and len(fit.train) > MOST_ROWS else leave_out
     prior = drawn.has_prior and not drawn.prior_refusal
     page = Diagnosis(
@@ -221,7 +221,7 @@ def diagnose(
         class_counts=_class_counts(drawn, data),
         restarts=hold_together([drawn, *others], data) if others else None,
         linearisation=linearisation(drawn, data),
-        num_samples=num_samples,
+        num_draws=num_draws,
     )
     return replace(page, findings=tuple(_findings(page, drawn, data)))
 
@@ -252,7 +252,7 @@ def _findings(page: Diagnosis, drawn: Sample, data: Batch) -> list[Finding]:
     elif drawn.has_prior:
         found.append(Finding("prior predictive", "not asked", drawn.prior_refusal))
     if page.sensitivity is not None:
-        limit = min(1 - 1 / np.log10(drawn.num_samples), 0.7)
+        limit = min(1 - 1 / np.log10(drawn.num_draws), 0.7)
         found.append(prior_rules.scaling(page.sensitivity, limit))
     failed = page.khat.overall is not None and not page.khat.overall.passed
     if page.bound is not None:

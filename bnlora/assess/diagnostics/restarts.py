@@ -87,12 +87,12 @@ class Restarts(Shown):
         return (Table(title, ("function", "nested R-hat", "mean of each fit"), rows),)
 
 
-def restarts(fits: Sequence[Fit | Sample], probe: Batch) -> Restarts:
+def restarts(fits: Sequence[Fit | Sample], data: Batch) -> Restarts:
     """Hold fits of one model from different keys against each other.
 
     Args:
         fits: Two fits or more, or samples of them, with equally many draws.
-        probe: Rows whose margins are looked at, the first eight of them; labels are not read.
+        data: Rows whose margins are looked at, the first eight of them; labels are not read.
 
     Raises:
         ValueError: With fewer than two fits, fits of other sites or label words than the first, or with too
@@ -101,8 +101,8 @@ def restarts(fits: Sequence[Fit | Sample], probe: Batch) -> Restarts:
     check_at_least({"the number of fits": len(fits)}, 2)
     drawn = [sample_of(one) for one in fits]
     _require_same(drawn)
-    check_at_least({"num_samples": drawn[0].num_samples}, 4 * SUBCHAINS)
-    found = [_values(one, probe) for one in drawn]
+    check_at_least({"num_draws": drawn[0].num_draws}, 4 * SUBCHAINS)
+    found = [_values(one, data) for one in drawn]
     every = np.stack([x for _, x in found])
     varies = np.flatnonzero(
         np.ptp(every, axis=(0, 1)) > 0
@@ -121,10 +121,10 @@ def restarts(fits: Sequence[Fit | Sample], probe: Batch) -> Restarts:
     )
 
 
-def _values(drawn: Sample, probe: Batch) -> tuple[tuple[str, ...], np.ndarray]:
+def _values(drawn: Sample, data: Batch) -> tuple[tuple[str, ...], np.ndarray]:
     """Names and draws of margins, norms and singular values."""
     _, adapters = drawn.drawn
-    names, values = probe_values(drawn, adapters, probe)
+    names, values = probe_values(drawn, adapters, data)
     columns = [values]
     for family, site in drawn.fit.model.sites.items():
         pair = adapters[family]
@@ -152,8 +152,8 @@ def _require_same(drawn: Sequence[Sample]) -> None:
             raise ValueError(
                 f"all fits must have the sites and label words of the first; fit {number} has others"
             )
-        if one.num_samples != first.num_samples:
+        if one.num_draws != first.num_draws:
             raise ValueError(
-                f"all fits must have the {first.num_samples} draws of the first; fit {number} has "
-                f"{one.num_samples}"
+                f"all fits must have the {first.num_draws} draws of the first; fit {number} has "
+                f"{one.num_draws}"
             )

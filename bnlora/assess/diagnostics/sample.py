@@ -31,21 +31,21 @@ class Sample:
     Attributes:
         fit: The fit.
         key: Random key of the draws of the guide.
-        num_samples: Number of draws S of the guide, and of the prior.
+        num_draws: Number of draws S of the guide, and of the prior.
         batch_size: Rows to run at a time.
         console: Where progress is drawn.
     """
 
     fit: Fit
     key: Array = field(compare=False)
-    num_samples: int
+    num_draws: int
     batch_size: int
     console: Console | None = None
 
     @cached_property
     def drawn(self) -> tuple[Draw, Adapters]:
         """Draws of the guide with their densities, and the adapters that the prior makes of them."""
-        return self.fit.draws(self.key, self.num_samples)
+        return self.fit.draws(self.key, self.num_draws)
 
     @cached_property
     def prior_adapters(self) -> Adapters:
@@ -56,8 +56,8 @@ class Sample:
         """
         check_parameters(self.fit.model.prior, self.fit.params)
         require_drawable(self.fit.model.prior)
-        sites = self.fit.by_keys(_from_prior, self.part(1), self.num_samples)
-        return self.fit.at(sites, self.num_samples)[2]
+        sites = self.fit.by_keys(_from_prior, self.part(1), self.num_draws)
+        return self.fit.at(sites, self.num_draws)[2]
 
     @cached_property
     def train_prediction(self) -> Prediction:
@@ -115,13 +115,13 @@ class Sample:
         return np.random.default_rng(np.asarray(jax.random.bits(self.part(number), (4,))))
 
     def __repr__(self) -> str:
-        return f"Sample({self.num_samples} draws of a fit to {len(self.fit.train)} rows)"
+        return f"Sample({self.num_draws} draws of a fit to {len(self.fit.train)} rows)"
 
 
 def sample(
     fit: Fit,
     *,
-    num_samples: int = 400,
+    num_draws: int = 400,
     batch_size: int = 32,
     key: Array | None = None,
     console: Console | None = None,
@@ -130,7 +130,7 @@ def sample(
 
     Args:
         fit: A fit.
-        num_samples: Number of draws of the guide, and of the prior.
+        num_draws: Number of draws of the guide, and of the prior.
         batch_size: Rows to run at a time.
         key: Random key; the fit's own when omitted, so that two calls agree.
         console: Where to draw progress bars; the terminal or notebook when omitted.
@@ -144,9 +144,9 @@ def sample(
             f"other "
             "posteriors use bnlora.compare, predict and metrics"
         )
-    check_at_least({"num_samples": num_samples}, LEAST_DRAWS)
+    check_at_least({"num_draws": num_draws}, LEAST_DRAWS)
     check_at_least({"batch_size": batch_size}, 1)
-    return Sample(fit, fit.draw_key if key is None else check_key(key), num_samples, batch_size, console)
+    return Sample(fit, fit.draw_key if key is None else check_key(key), num_draws, batch_size, console)
 
 
 def _from_prior(fit: Fit, params: Any, key: Array) -> dict[str, Array]:

@@ -87,12 +87,12 @@ class Sensitivity(Shown):
         return (Table(title, ("function", "prior", "likelihood"), rows),)
 
 
-def sensitivity(fit: Fit | Sample, probe: Batch) -> Sensitivity:
+def sensitivity(fit: Fit | Sample, data: Batch) -> Sensitivity:
     """Power-scaling sensitivity of margins at probe rows and of the norms of the updates.
 
     Args:
         fit: A fit, or a `Sample` of it.
-        probe: Rows whose margins are looked at, the first eight of them; labels are not read.
+        data: Rows whose margins are looked at, the first eight of them; labels are not read.
 
     Raises:
         ValueError: When the prior has no latent sites.
@@ -100,7 +100,7 @@ def sensitivity(fit: Fit | Sample, probe: Batch) -> Sensitivity:
     drawn = sample_of(fit)
     drawn.require_prior("power-scaling")
     draw, adapters = drawn.drawn
-    names, values = probe_values(drawn, adapters, probe)
+    names, values = probe_values(drawn, adapters, data)
     by_group = log_prior_groups(drawn.fit.model, draw.log_prior_of)
     tree = tree_of_draws(
         {

@@ -111,7 +111,7 @@ def held_log_joint(drawn: Sample, names: tuple[str, ...]) -> Float[np.ndarray, "
     sites = {n: np.asarray(x) for n, x in drawn.drawn[0].sites.items()}
     # Every family through one program, whichever sites are held.
     held = {n: x if n in names else np.broadcast_to(x.mean(0), x.shape) for n, x in sites.items()}
-    log_prior, _, adapters = fit.at(held, drawn.num_samples)
+    log_prior, _, adapters = fit.at(held, drawn.num_draws)
     found = predict_with_draws(
         fit.model, adapters, fit.train, batch_size=drawn.batch_size, console=drawn.console
     )
