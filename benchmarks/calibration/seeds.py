@@ -3,6 +3,7 @@
     run      predictions of the seeds that are not done yet
     report   tables from the predictions of this machine and, for other seeds, from `results/seeds.npz`
     store    write the predictions of the seeds that are done to that file
+    picture  draw the reliability diagrams of the README from the predictions of all seeds
     time     seconds of whole fits, compiling included; leave the machine idle meanwhile
 
 A seed draws 560 labelled movie sentences and 2,000 test sentences of each domain, start values, order of rows
@@ -105,6 +106,7 @@ def run_seeds(given: argparse.Namespace, report: Report) -> None:
 
 
 STORED = RESULTS / "seeds.npz"
+PICTURE = RESULTS.parents[1] / "docs" / "pictures" / "reliability.png"
 
 
 def finished() -> list[dict]:
@@ -155,7 +157,7 @@ def seconds(given: argparse.Namespace, report: Report) -> None:
         table.row(seed, *(f"{spent[m]:.1f}" for m in methods))
 
 
-def of_positive(log_probs: list[float]) -> np.ndarray:
+def of_positive(log_probs: Sequence[float]) -> np.ndarray:
     """Log-probabilities of both classes from those of the second."""
     second = np.asarray(log_probs)
     return np.stack([np.log1p(-np.minimum(np.exp(second), 1 - 1e-12)), second], axis=1)
@@ -258,7 +260,22 @@ def ratios(report: Report, found: list[dict], debiased: dict[str, np.ndarray], d
         table.row(SHOWN[rival], f"{point:.2f}", f"{low:.2f} to {high:.2f}")
 
 
-JOBS = {"run": run_seeds, "report": tables, "store": store, "time": seconds}
+def picture(given: argparse.Namespace, report: Report) -> None:
+    """Reliability diagrams of LoRA after 20 epochs and of Bayesian-LoRA, rows of all seeds together."""
+    found = finished()
+
+    def joined(domain: str, name: str) -> np.ndarray:
+        return np.concatenate([f["rows"][domain][name] for f in found])
+
+    predictions = {
+        SHOWN[m]: {d: bl.Prediction(of_positive(joined(d, m))[None]) for d in DOMAINS} for m in (LORA, BAYES)
+    }
+    figure = bl.plots.reliability(predictions, {d: joined(d, "labels") for d in DOMAINS})
+    figure.savefig(PICTURE, dpi=90)
+    report.progress(f"{PICTURE} has seeds {[f['seed'] for f in found]}")
+
+
+JOBS = {"run": run_seeds, "report": tables, "store": store, "picture": picture, "time": seconds}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
