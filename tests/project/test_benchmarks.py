@@ -73,7 +73,7 @@ def test_the_commands_of_the_texts_are_found():
 
 def test_the_tables_of_the_documents_are_the_stored_ones():
     assert tables.outdated() == []
-    assert "<!-- table: seeds/Summary -->" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "<!-- table: seeds/Summary -->" in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_changed_table_is_noticed_and_mended(tmp_path):
