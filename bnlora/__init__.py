@@ -7,7 +7,7 @@ measure, diagnose.
     data = bl.text_classification(dataset, base.tokenizer, text=..., label=..., words=[...])
     core = bl.fit_core(key, base, data.train, label_ids=data.label_ids, size={"v_proj": 32})
     pred = bl.predict(key, core, data.test)
-    bl.metrics.summary(pred, data.test.labels)
+    bl.metrics.summary(key, pred, data.test.labels)
     bl.diagnose(core.fit, data.test)
     tree = bl.to_arviz(core.fit, data.test)
 

@@ -97,7 +97,7 @@ class Base(Shown):
         """The same model, over the same arrays, that runs in another way.
 
         Args:
-            **changes: Fields of `bnlora.models.execution.Execution`: `kernel` (implementation of the adapted
+            **changes: Fields of `bnlora.models.execution.Execution`: `implementation` (of the adapted
                 product, None for the default), `activations` ("float32" or "bfloat16") and `remat` (what
                 the backward pass runs again: "none", "elementwise", "attention" or "layers"). The others stay
                 as they are.

@@ -170,7 +170,7 @@ for name in domains:
     for method in found:
         prediction = found[method][name]
         np.testing.assert_allclose(prediction.probs.sum(1), 1.0, rtol=1e-5)
-        summary = bl.metrics.summary(prediction, labels[name], metrics=shown)
+        summary = bl.metrics.summary(jax.random.key(0), prediction, labels[name], metrics=shown)
         null, information = bl.metrics.null_ece(prediction.log_probs), prediction.mutual_information.mean()
         lines.append((name, method, *map(str, summary.values()), f"{null:.3f}", f"{information:.3f}"))
 header = ("rows", "method", "accuracy", "NLL", "ECE", "null ECE", "mutual information")
@@ -185,7 +185,7 @@ display(Table("Predictions with 95 % bootstrap intervals over rows; nats", heade
 # %%
 gains = {
     name: bl.metrics.paired_difference(
-        bl.metrics.nll, found["posterior"][name], found["base"][name], labels[name]
+        jax.random.key(0), bl.metrics.nll, found["posterior"][name], found["base"][name], labels[name]
     )
     for name in domains
 }

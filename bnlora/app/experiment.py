@@ -57,6 +57,7 @@ class Comparison:
     """The fits, what they predict, and what they cost.
 
     Attributes:
+        key: Random key of the bootstrap intervals.
         predictions: Prediction by method and set of rows.
         labels: True classes by set of rows.
         lora: The maximum-likelihood fit.
@@ -67,6 +68,7 @@ class Comparison:
         seconds: Wall time by part.
     """
 
+    key: Array
     predictions: Mapping[str, Mapping[str, Prediction]]
     labels: Mapping[str, np.ndarray]
     lora: Fit
@@ -186,7 +188,7 @@ def compare(
     with timed(seconds, "predictions"):
         predictions = _predictions(draw_key, best, core, chains, validation, tests, num_draws, console)
     labels = {name: np.asarray(rows.labels) for name, rows in tests.items()}
-    return Comparison(predictions, labels, best, core, chains, agreements, seconds)
+    return Comparison(key, predictions, labels, best, core, chains, agreements, seconds)
 
 
 def fit_flow(key: Array, core: CoreFit, *, console: Console | None) -> Fit:

@@ -20,7 +20,7 @@ Reference: Lin et al. (2026), Bayesian-LoRA, arXiv 2601.21003; Ritter et al. (20
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -60,23 +60,7 @@ Form = Literal["whitened", "unwhitened", "weights"]
 
 @dataclass(frozen=True)
 class Options:
-    """How the inducing structure of a matrix is built.
-
-    Attributes:
-        rows: Inducing rows `m_r`.
-        cols: Inducing columns `m_c`.
-        inducing: `"frames"`: orthonormal frames and eigenvalues, free of Cholesky factors. `"bases"`: the
-            paper's `Z` and `D` with `K = Z Z^T + D^2`.
-        frames: With `"frames"`: `"learned"`, a random key for frames drawn once from it, or
-            `{"<family>.<factor>": (rows, columns)}` with matrices of shape (layer, d, k).
-        form: Which sites carry the law: see the top of this file.
-        lam: Prior scale of the conditional noise in [0, 1]; a number, `learned`, or a distribution. 1 is the
-            sparse GP, 0 leaves its mean alone. Below 1 the rows of a factor depend on each other through
-            frames as long as its sides, so that the law of an adapted head is defined on its label rows
-            and is no marginal of one over the whole vocabulary.
-        oversize: Where an inducing size exceeds its side: `"clip"` it to the side, or `"keep"` it as the
-            published code does (only with `"bases"`; a frame cannot be larger than its side).
-        reliability: Eigenvalue of `P` at the start, in (0, 1).
+    """How the inducing structure of a matrix is built: the arguments of `sparse_gp`, checked.
 
     Raises:
         ValueError: On an unknown option, a size below one, or a number outside its range.
@@ -109,15 +93,39 @@ class Options:
             raise ValueError("form='weights' needs lam > 0: at 0 the weights have no density")
 
 
-def sparse_gp(*, scale: ByFactor = 1.0, width: Width = "scaled", **options: Any) -> Prior:
+def sparse_gp(
+    *,
+    scale: ByFactor = 1.0,
+    width: Width = "scaled",
+    rows: int = 9,
+    cols: int = 9,
+    inducing: Inducing = "frames",
+    frames: Frames = "learned",
+    form: Form = "whitened",
+    lam: Hyper = 1.0,
+    oversize: Oversize = "clip",
+    reliability: float = 0.95,
+) -> Prior:
     """Sparse-GP prior with an inducing matrix for every factor of every adapter.
 
     Args:
         scale: Standard deviation of a factor's output for a unit-variance input, one for both factors or one
             for each as `{"a": ..., "b": ...}`: a number, `learned(init_value)`, or a distribution.
         width: `"scaled"` to divide by `sqrt(d_i)`, `"unscaled"` for the standard deviation of a weight.
-        **options: The attributes of `Options`: rows, cols, inducing, frames, form, lam, oversize,
-            reliability.
+        rows: Inducing rows `m_r`.
+        cols: Inducing columns `m_c`.
+        inducing: `"frames"`: orthonormal frames and eigenvalues, free of Cholesky factors. `"bases"`: the
+            paper's `Z` and `D` with `K = Z Z^T + D^2`.
+        frames: With `"frames"`: `"learned"`, a random key for frames drawn once from it, or
+            `{"<family>.<factor>": (rows, columns)}` with matrices of shape (layer, d, k).
+        form: Which sites carry the law: see the top of this file.
+        lam: Prior scale of the conditional noise in [0, 1]; a number, `learned`, or a distribution. 1 is the
+            sparse GP, 0 leaves its mean alone. Below 1 the rows of a factor depend on each other through
+            frames as long as its sides, so that the law of an adapted head is defined on its label rows
+            and is no marginal of one over the whole vocabulary.
+        oversize: Where an inducing size exceeds its side: `"clip"` it to the side, or `"keep"` it as the
+            published code does (only with `"bases"`; a frame cannot be larger than its side).
+        reliability: Eigenvalue of `P` at the start, in (0, 1).
 
     Returns:
         A prior with sample sites `<family>.<factor>.V`, shape (layer, k_r, k_c), and `<family>.<factor>.E`,
@@ -132,7 +140,7 @@ def sparse_gp(*, scale: ByFactor = 1.0, width: Width = "scaled", **options: Any)
     """
     scales = by_factor("scale", scale)
     require_width(width)
-    structure = _options(options)
+    structure = Options(rows, cols, inducing, frames, form, lam, oversize, reliability)
 
     def law(site: Site, factor: str) -> Array:
         name = f"{site.name}.{factor}"
@@ -150,7 +158,14 @@ def sparse_gp_matrices(
     sigma: float | Array,
     plate: str,
     init_strategy: Start = "draw",
-    **options: Any,
+    rows: int = 9,
+    cols: int = 9,
+    inducing: Inducing = "frames",
+    frames: Frames = "learned",
+    form: Form = "whitened",
+    lam: Hyper = 1.0,
+    oversize: Oversize = "clip",
+    reliability: float = 0.95,
 ) -> Float[Array, "layer d_o d_i"]:
     """Sample a stack of matrices under the sparse GP: the building block for priors of your own.
 
@@ -161,7 +176,14 @@ def sparse_gp_matrices(
             broadcasts against `shape`.
         plate: Name of the plate over layers.
         init_strategy: Where guides of this library start `V`: at a draw of the prior or at zero.
-        **options: The attributes of `Options`.
+        rows: Inducing rows `m_r`; this argument and the others below are those of `sparse_gp`.
+        cols: Inducing columns `m_c`.
+        inducing: Orthonormal frames, or the paper's bases.
+        frames: Where frames come from.
+        form: Which sites carry the law.
+        lam: Prior scale of the conditional noise.
+        oversize: What becomes of an inducing size above its side.
+        reliability: Eigenvalue of `P` at the start.
 
     Returns:
         `W = sigma (F_r V F_c^T + lam Sigma^{1/2} E)`.
@@ -170,7 +192,8 @@ def sparse_gp_matrices(
         ValueError: On an unknown `init_strategy`, and as `Options`.
     """
     check_option("init_strategy", init_strategy, get_args(Start))
-    return _matrices(name, shape, jnp.asarray(sigma), plate, init_strategy, _options(options))
+    structure = Options(rows, cols, inducing, frames, form, lam, oversize, reliability)
+    return _matrices(name, shape, jnp.asarray(sigma), plate, init_strategy, structure)
 
 
 def _matrices(
@@ -248,13 +271,6 @@ def _side(name: str, which: str, depth: int, d: int, size: int, options: Options
     return gp.inducing_side(
         *bases(f"{name}.{which}", depth, d, size, oversize=options.oversize, reliability=reliability)
     )
-
-
-def _options(given: dict) -> Options:
-    known = tuple(Options.__dataclass_fields__)
-    for name in given:
-        check_option("an option of the sparse GP", name, known)
-    return Options(**given)
 
 
 def _require_lam(lam: Hyper) -> None:

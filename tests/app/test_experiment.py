@@ -107,6 +107,7 @@ def test_the_headline_says_what_the_intervals_say(comparison):
     said = results.headline(comparison)
     for rival in (BASE, LORA, CAREFUL):
         difference = bl.metrics.paired_difference(
+            jax.random.key(0),
             bl.metrics.nll,
             *(comparison.predictions[m]["near"] for m in (BAYES, rival)),
             comparison.labels["near"],

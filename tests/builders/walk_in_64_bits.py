@@ -65,7 +65,7 @@ def fits():
     bl.save_fit(fit, FOLDER / "fit")
     finite(bl.load_fit(FOLDER / "fit", sparse, guides.SiteFlow(sparse.prior, hidden=4, blocks=1)))
     prediction = bl.predict(KEY, fit, ROWS, num_draws=4)
-    bl.metrics.summary(prediction, ROWS.labels)
+    bl.metrics.summary(jax.random.key(0), prediction, ROWS.labels)
     bl.to_arviz(fit, ROWS, num_draws=20)
     bl.diagnose(fit, ROWS)
     families = (

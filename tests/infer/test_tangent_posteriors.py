@@ -279,7 +279,7 @@ def test_from_frames_to_a_comparison(tmp_path):
     fit = bl.fit(KEY, tangent, guide, train, optax.adam(1e-2), num_steps=20, batch_size=10, validation=test)
     assert fit.skipped_steps == 0
     prediction = bl.predict(KEY, fit, test, num_draws=20)
-    summary = bl.metrics.summary(prediction, test.labels)
+    summary = bl.metrics.summary(jax.random.key(0), prediction, test.labels)
     assert 0 < summary["nll"].value < 5
     assert "convergence" in repr(bl.diagnose(fit, test, num_draws=40))
     tree = bl.to_arviz(fit, test, num_draws=8)

@@ -58,14 +58,14 @@ def assert_close(got, expected, operations: float, unit: float = EPS) -> None:
 
 
 def test_a_base_that_runs_differently_shares_its_weights():
-    other = BASE.running(activations="bfloat16", kernel="xla")
+    other = BASE.running(activations="bfloat16", implementation="xla")
     assert BASE.execution == DEFAULT == Execution()
-    assert other.execution == Execution(kernel="xla", activations="bfloat16")
+    assert other.execution == Execution(implementation="xla", activations="bfloat16")
     assert other.running(remat="layers").execution == replace(other.execution, remat="layers")
-    assert other.running(activations="float32", kernel=None).execution == DEFAULT
-    assert all(map(lambda x, y: x is y, jax.tree.leaves(BASE.weights), jax.tree.leaves(other.params)))
+    assert other.running(activations="float32", implementation=None).execution == DEFAULT
+    assert all(map(lambda x, y: x is y, jax.tree.leaves(BASE.weights), jax.tree.leaves(other.weights)))
     assert all(map(lambda x, y: x is y, jax.tree.leaves(BASE.weights), jax.tree.leaves(other.module)))
-    assert repr(other).endswith("activations='bfloat16', kernel='xla')")
+    assert repr(other).endswith("activations='bfloat16', implementation='xla')")
     assert "activations" not in repr(BASE)
 
 
@@ -78,7 +78,7 @@ def test_the_chosen_kernel_serves_every_adapted_product(monkeypatch):
 
     monkeypatch.setattr(api, "lora_matmul", record)
     for kernel in ("xla", None):
-        model = classifier(BASE.running(kernel=kernel))
+        model = classifier(BASE.running(implementation=kernel))
         jax.eval_shape(model.logits, BASE.weights, adapters_of(model), ROWS)
         # Seven modules in the loop and in the last layer, and the head.
         assert asked == [kernel] * 15
@@ -380,7 +380,7 @@ def test_unknown_ways_to_run_are_refused():
             r"activations must be one of \('float32', 'bfloat16'\); got 'bf16', nearest",
         ),
         ({"remat": "layer"}, r"remat must be one of .*; got 'layer', nearest is 'layers'"),
-        ({"kernel": "xls"}, r"kernel must be one of .*; got 'xls', nearest is 'xla'"),
+        ({"implementation": "xls"}, r"implementation must be one of .*; got 'xls', nearest is 'xla'"),
     ]:
         with pytest.raises(ValueError, match=message):
             BASE.running(**changes)

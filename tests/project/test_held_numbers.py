@@ -107,7 +107,7 @@ def of_point_methods() -> dict:
 
 def of_calibration() -> dict:
     prediction = bl.predict(KEY, fit_of_head(), NEW, num_draws=16)
-    summary = bl.metrics.summary(prediction, NEW.labels)
+    summary = bl.metrics.summary(jax.random.key(0), prediction, NEW.labels)
     return {name: summary[name].value for name in ("nll", "ece", "brier")}
 
 

@@ -136,7 +136,7 @@ def test_from_a_table_to_a_fit_on_disk(way, base, data, tmp_path):
 
     prediction = bl.predict(k_predict, fit, data.test, num_draws=8)
     np.testing.assert_allclose(prediction.probs.sum(1), 1.0, rtol=1e-5)
-    summary = bl.metrics.summary(prediction, data.test.labels)
+    summary = bl.metrics.summary(jax.random.key(0), prediction, data.test.labels)
     assert 0 <= summary["accuracy"].value <= 1
 
     tree = bl.to_arviz(fit, data.test, num_draws=8)
