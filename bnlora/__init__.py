@@ -7,7 +7,7 @@ measure, diagnose.
     data = bl.text_classification(dataset, base.tokenizer, text=..., label=..., words=[...])
     core = bl.fit_core(key, base, data.train, label_ids=data.label_ids, size={"v_proj": 32})
     pred = bl.predict(key, core, data.test)
-    bl.metrics.summary(pred, data.test.labels)
+    bl.metrics.summary(key, pred, data.test.labels)
     bl.diagnose(core.fit, data.test)
     tree = bl.to_arviz(core.fit, data.test)
 
@@ -45,7 +45,8 @@ from bnlora.infer.svi.plateau import Plateau as Plateau
 from bnlora.infer.svi.result import Fit as Fit
 from bnlora.infer.svi.result import FitDiverged as FitDiverged
 from bnlora.infer.svi.validation import EarlyStopping as EarlyStopping
-from bnlora.prediction.predict import Posterior as Posterior
+from bnlora.prediction.posterior import PointPosterior as PointPosterior
+from bnlora.prediction.posterior import Posterior as Posterior
 from bnlora.prediction.predict import Prediction as Prediction
 from bnlora.prediction.predict import predict as predict
 from bnlora.prediction.reading import Reading as Reading

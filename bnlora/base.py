@@ -36,7 +36,7 @@ class Base(Shown):
         family: Key of `FAMILIES`.
         config: Sizes and constants.
         graph: Structure of the Flax module.
-        params: Frozen weights; always pass them as an argument of jitted functions.
+        weights: Frozen weights; always pass them as an argument of jitted functions.
         tokenizer: A transformers tokenizer, or None for a model made without one.
 
     Example:
@@ -48,7 +48,7 @@ class Base(Shown):
     family: str
     config: llama.LlamaConfig
     graph: nnx.GraphDef
-    params: nnx.State
+    weights: nnx.State
     tokenizer: Any = None
 
     @classmethod
@@ -56,8 +56,8 @@ class Base(Shown):
         cls, module: llama.Llama, *, name: str, family: str = "llama", tokenizer: Any = None
     ) -> Self:
         """Split a Flax module into graph and weights."""
-        graph, params = nnx.split(module)
-        return cls(name, family, module.config, graph, params, tokenizer)
+        graph, weights = nnx.split(module)
+        return cls(name, family, module.config, graph, weights, tokenizer)
 
     @classmethod
     def random(cls, key: jax.Array, config: llama.LlamaConfig, *, tokenizer: Any = None) -> Self:
@@ -81,12 +81,12 @@ class Base(Shown):
     @property
     def module(self) -> llama.Llama:
         """The Flax module with the frozen weights."""
-        return self.bind(self.params)
+        return self.bind(self.weights)
 
-    def bind(self, params: nnx.State) -> llama.Llama:
+    def bind(self, weights: nnx.State) -> llama.Llama:
         """Return the Flax module with these weights, for use inside a jitted function."""
         # Fresh variables around the same arrays: whoever writes into the module leaves the base as it was.
-        return nnx.merge(self.graph, params, copy=True)
+        return nnx.merge(self.graph, weights, copy=True)
 
     @property
     def execution(self) -> Execution:
@@ -97,7 +97,7 @@ class Base(Shown):
         """The same model, over the same arrays, that runs in another way.
 
         Args:
-            **changes: Fields of `bnlora.models.execution.Execution`: `kernel` (implementation of the adapted
+            **changes: Fields of `bnlora.models.execution.Execution`: `implementation` (of the adapted
                 product, None for the default), `activations` ("float32" or "bfloat16") and `remat` (what
                 the backward pass runs again: "none", "elementwise", "attention" or "layers"). The others stay
                 as they are.
@@ -125,7 +125,7 @@ class Base(Shown):
     @property
     def overview(self) -> tuple[Showable, ...]:
         """Sizes, how it runs, and what can be adapted."""
-        leaves = jax.tree.leaves(self.params)
+        leaves = jax.tree.leaves(self.weights)
         running = ", ".join(f"{name}={value!r}" for name, value in sorted(self._changes.items()))
         tokenizer = "none" if self.tokenizer is None else f"{len(self.tokenizer):,} tokens"
         sizes = {
@@ -151,7 +151,7 @@ class Base(Shown):
 
     def __repr__(self) -> str:
         """One line: name, family, sizes, and how it runs where that is not the default."""
-        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.weights))
         running = self._changes
         return (
             f"Base({self.name!r}, family={self.family!r}, num_layers={self.num_layers}, "

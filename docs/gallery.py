@@ -69,7 +69,7 @@ def problem() -> tuple[bl.Classifier, Mapping[str, bl.Batch]]:
     sites = bl.select(base, ["lm_head"], rank=1)
     prior = bl.priors.normal(scale={"a": 1.0, "b": 3.0})
     model = bl.Classifier(base, sites, prior, label_ids=(WORDS.index("bad"), WORDS.index("good")))
-    simulated = bl.sbc.simulate(jax.random.key(1), model, base.params, tiny_rows(jax.random.key(2), 256), {})
+    simulated = bl.sbc.simulate(jax.random.key(1), model, base.weights, tiny_rows(jax.random.key(2), 256), {})
     rows = bl.cache_prefix(model, simulated.batch, console=SILENT)
     return model, {"training rows": rows[:48], "new rows": rows[48:]}
 
@@ -99,7 +99,7 @@ def predicted() -> Mapping[str, bl.Prediction]:
     """Predictions of the fit by name of the rows."""
     _, rows = problem()
     return {
-        name: bl.predict(jax.random.key(4), fitted(), some, num_samples=64, console=SILENT)
+        name: bl.predict(jax.random.key(4), fitted(), some, num_draws=64, console=SILENT)
         for name, some in rows.items()
     }
 
@@ -153,9 +153,7 @@ def calibrated() -> Any:
 def believed() -> Any:
     """Draws of the prior at rows without labels."""
     model, rows = problem()
-    return bl.prior_predictive(
-        jax.random.key(9), model, rows["new rows"][:40], num_samples=200, console=SILENT
-    )
+    return bl.prior_predictive(jax.random.key(9), model, rows["new rows"][:40], num_draws=200, console=SILENT)
 
 
 @cache

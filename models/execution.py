@@ -1,8 +1,8 @@
 """How a frozen model runs: the same function of weights and adapters, at another cost in time and memory.
 
-    kernel        y = x W + (x A^T) B^T by one of several implementations
-    activations   the residual stream, products and attention in float32, or rounded to bfloat16 (eps = 2^-7)
-    remat         what the backward pass computes once more rather than finding it in memory
+    implementation  y = x W + (x A^T) B^T by one of several implementations
+    activations     the residual stream, products and attention in float32, or rounded to bfloat16 (eps 2^-7)
+    remat           what the backward pass computes once more rather than finding it in memory
 
 With bfloat16 the weights of a layer are rounded when it runs, never the whole stack, and statistics (means of
 squares, softmax, rotary angles), the final norm and the logits stay in float32.
@@ -32,8 +32,8 @@ class Execution:
     """How the frozen model runs, which is no part of what it computes.
 
     Attributes:
-        kernel: Implementation of the adapted product, one of `bnlora.kernels.api.IMPLEMENTATIONS`; None
-            leaves the choice to `lora_matmul`.
+        implementation: Implementation of the adapted product, one of `bnlora.kernels.api.IMPLEMENTATIONS`;
+            None leaves the choice to `lora_matmul`.
         activations: Type of the residual stream, of the products and of attention. "bfloat16" rounds, and the
             backward pass keeps half as much, or, as statistics keep their type, two thirds with remat "none".
         remat: What the backward pass runs again. "none": nothing but taking a layer's weights out of the
@@ -45,14 +45,14 @@ class Execution:
         ValueError: If a choice is unknown; the nearest is named.
     """
 
-    kernel: str | None = None
+    implementation: str | None = None
     activations: Activations = "float32"
     remat: Remat = "elementwise"
 
     def __post_init__(self) -> None:
         """Refuse unknown choices."""
-        if self.kernel is not None:
-            check_option("kernel", self.kernel, api.IMPLEMENTATIONS)
+        if self.implementation is not None:
+            check_option("implementation", self.implementation, api.IMPLEMENTATIONS)
         check_option("activations", self.activations, get_args(Activations))
         check_option("remat", self.remat, get_args(Remat))
 

@@ -175,7 +175,9 @@ class Llama(nnx.Module):
         config = self.config
         frequencies = layers.rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         tables = layers.rotary_tables(positions, frequencies)
-        return partial(_layer, config, self.execution.kernel, allowed=layers.causal_mask(mask), tables=tables)
+        return partial(
+            _layer, config, self.execution.implementation, allowed=layers.causal_mask(mask), tables=tables
+        )
 
     def _normal(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """The final norm, in float32."""
@@ -210,7 +212,9 @@ class Llama(nnx.Module):
         if adapter is not None:
             stacked = {"lm_head": {name: value[None] for name, value in adapter.items()}}
             layers.check_adapters(stacked, {"lm_head": (table.shape[1], table.shape[0])}, 1)
-        return layers.dense(self._normal(hidden), table.T, adapter, implementation=self.execution.kernel)
+        return layers.dense(
+            self._normal(hidden), table.T, adapter, implementation=self.execution.implementation
+        )
 
     def __call__(
         self,
@@ -287,7 +291,7 @@ def build(checkpoint: Checkpoint) -> Llama:
 
 def _layer(
     config: LlamaConfig,
-    kernel: str | None,
+    implementation: str | None,
     hidden: Array,
     weights: Mapping[str, Array],
     adapters: Mapping[str, Mapping[str, Array]],
@@ -300,7 +304,7 @@ def _layer(
     def dense(name: str, x: Array) -> Array:
         if met is not None:
             met[name] = x
-        return layers.dense(x, weights[name], adapters.get(name), implementation=kernel)
+        return layers.dense(x, weights[name], adapters.get(name), implementation=implementation)
 
     def heads(name: str, x: Array) -> Array:
         return dense(name, x).reshape(*x.shape[:2], -1, config.head_dim)

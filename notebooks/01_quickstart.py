@@ -162,7 +162,7 @@ def untouched(batch):
 
 found = {
     "base": {name: untouched(rows[name]) for name in domains},
-    "posterior": {name: bl.predict(k_predict, core, rows[name], num_samples=num_draws) for name in domains},
+    "posterior": {name: bl.predict(k_predict, core, rows[name], num_draws=num_draws) for name in domains},
 }
 shown = {name: bl.metrics.METRICS[name] for name in ("accuracy", "nll", "ece")}
 lines = []
@@ -170,7 +170,7 @@ for name in domains:
     for method in found:
         prediction = found[method][name]
         np.testing.assert_allclose(prediction.probs.sum(1), 1.0, rtol=1e-5)
-        summary = bl.metrics.summary(prediction, labels[name], metrics=shown)
+        summary = bl.metrics.summary(jax.random.key(0), prediction, labels[name], metrics=shown)
         null, information = bl.metrics.null_ece(prediction.log_probs), prediction.mutual_information.mean()
         lines.append((name, method, *map(str, summary.values()), f"{null:.3f}", f"{information:.3f}"))
 header = ("rows", "method", "accuracy", "NLL", "ECE", "null ECE", "mutual information")
@@ -185,7 +185,7 @@ display(Table("Predictions with 95 % bootstrap intervals over rows; nats", heade
 # %%
 gains = {
     name: bl.metrics.paired_difference(
-        bl.metrics.nll, found["posterior"][name], found["base"][name], labels[name]
+        jax.random.key(0), bl.metrics.nll, found["posterior"][name], found["base"][name], labels[name]
     )
     for name in domains
 }
@@ -219,7 +219,7 @@ assert chains.certificate.passed
 
 # %%
 evidence = bl.log_evidence(k_bridge, chains)
-exact = {name: bl.predict(k_predict, chains, rows[name], num_samples=num_draws) for name in domains}
+exact = {name: bl.predict(k_predict, chains, rows[name], num_draws=num_draws) for name in domains}
 print(
     f"log p(y) = {evidence.value:.2f} +- {evidence.stderr:.2f} nats by bridge sampling, {core.gaussian.log_evidence:.2f} by Laplace; "
     f"the bound is {last.mean():.2f}."
@@ -243,7 +243,7 @@ assert abs(evidence.value - core.gaussian.log_evidence) < 2
 # sample sizes are left out here: draws of a guide are independent, so they say nothing.
 
 # %%
-tree = bl.to_arviz(core.fit, rows["movies"], num_samples=num_draws)
+tree = bl.to_arviz(core.fit, rows["movies"], num_draws=num_draws)
 print(arviz_stats.summary(tree, var_names=["update_norm"], kind="stats"))
 
 # The norm of the update, from its Gram matrices in the tree and from the update itself here.
@@ -261,7 +261,7 @@ np.testing.assert_allclose(
 # `bl.diagnose` asks everything that can be asked, of rows that were not fitted.
 
 # %%
-page = bl.diagnose(core.fit, rows["movies"], num_samples=num_draws)
+page = bl.diagnose(core.fit, rows["movies"], num_draws=num_draws)
 display(page)
 assert page["convergence"].status != "problem"
 assert page["k-hat"].status != "problem"
@@ -284,7 +284,7 @@ assert apart.at_draws > apart.at_mean
 with tempfile.TemporaryDirectory() as folder:
     bl.save_core(core, folder)
     again = bl.load_core(folder, base)
-before, after = (bl.predict(k_predict, one, rows["movies"], num_samples=num_draws) for one in (core, again))
+before, after = (bl.predict(k_predict, one, rows["movies"], num_draws=num_draws) for one in (core, again))
 np.testing.assert_array_equal(before.probs, after.probs)
 
 # %% [markdown]

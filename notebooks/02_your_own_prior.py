@@ -51,7 +51,7 @@ if not fast:
 # ## The prior
 #
 # A prior is a function of the sites that returns adapters. What it samples, and under which names, is its own affair;
-# layers come first in every shape. `infer={"start": ...}` says where guides and chains start: at the median of a scale,
+# layers come first in every shape. `infer={"init": ...}` says where guides and chains start: at the median of a scale,
 # and with $b = 0$, so that the first step is the untouched model.
 
 
@@ -68,12 +68,12 @@ def horseshoe(scale, tau_0=0.25):
         adapters = {}
         for name, site in sites.items():
             layers, rank = site.depth, site.rank
-            tau = numpyro.sample(f"{name}.tau", dist.HalfCauchy(tau_0), infer={"start": "median"})
+            tau = numpyro.sample(f"{name}.tau", dist.HalfCauchy(tau_0), infer={"init": "median"})
             with numpyro.plate(f"{name}.layer", layers):
                 local = numpyro.sample(
                     f"{name}.local",
                     dist.HalfCauchy(1.0).expand([layers, rank]).to_event(1),
-                    infer={"start": "median"},
+                    infer={"init": "median"},
                 )
                 a = numpyro.sample(
                     f"{name}.a", dist.Normal(0, site.d_in**-0.5).expand([layers, rank, site.d_in]).to_event(2)
@@ -81,7 +81,7 @@ def horseshoe(scale, tau_0=0.25):
                 z = numpyro.sample(
                     f"{name}.z",
                     dist.Normal(0, 1).expand([layers, site.d_out, rank]).to_event(2),
-                    infer={"start": "zero"},
+                    infer={"init": "zero"},
                 )
             adapters[name] = {"a": a, "b": scale * gain(tau, local)[:, None, :] * z}
         return adapters
@@ -140,7 +140,7 @@ print(model)
 
 # %%
 program = numpyro.handlers.condition(model.prior, data={"lm_head.tau": jnp.array(1.0)})
-drawn = numpyro.infer.Predictive(program, num_samples=500)(jax.random.key(1))
+drawn = numpyro.infer.Predictive(program, num_draws=500)(jax.random.key(1))
 shares = np.asarray(gain(1.0, drawn["lm_head.local"])).ravel() ** 2
 test = stats.kstest(shares, stats.beta(0.5, 0.5).cdf)
 print(f"Kolmogorov-Smirnov against Beta(1/2, 1/2): distance {test.statistic:.3f}, p = {test.pvalue:.2f}")
@@ -166,7 +166,7 @@ figure
 # %%
 key = jax.random.key(0)
 tried = {
-    scale: bl.prior_predictive(key, model_of(horseshoe(scale), news), train, num_samples=num_prior)
+    scale: bl.prior_predictive(key, model_of(horseshoe(scale), news), train, num_draws=num_prior)
     for scale in (0.01, 1.0, 100.0)
 }
 for scale, found in tried.items():
@@ -186,9 +186,9 @@ bl.plots.prior_predictive(tried[100.0])
 # set of random numbers for all scales, so that the answer is exact for the draws that it looks at.
 
 # %%
-scale = bl.scale_for_spread(key, model, horseshoe, train, spread=2.0, num_samples=num_prior)
+scale = bl.scale_for_spread(key, model, horseshoe, train, spread=2.0, num_draws=num_prior)
 model = model_of(horseshoe(scale), news)
-sensible = bl.prior_predictive(key, model, train, num_samples=num_prior)
+sensible = bl.prior_predictive(key, model, train, num_draws=num_prior)
 print(f"scale {scale:.3f} has a spread of {sensible.overall_spread:.3f} nats.\n{sensible.verdict}")
 np.testing.assert_allclose(sensible.overall_spread, 2.0, rtol=5e-3)
 assert sensible.verdict.startswith("reasonable")
@@ -239,7 +239,7 @@ def gains_of(drawn):
     return -np.sort(-gains, axis=1)
 
 
-prior_draws = numpyro.infer.Predictive(model.prior, num_samples=4000)(jax.random.key(4))
+prior_draws = numpyro.infer.Predictive(model.prior, num_draws=4000)(jax.random.key(4))
 gains = {"prior": gains_of(prior_draws)} | {name: gains_of(found.sites()) for name, found in chains.items()}
 used = {name: (g**2).sum(1) for name, g in gains.items()}
 

@@ -84,12 +84,12 @@ def log_odds(params, a, b):
 
 
 zero, unit = jnp.zeros(base.config.d_model), jnp.array([0.0, 1.0])
-offset = np.asarray(log_odds(base.params, zero, unit), np.float64)
-H = np.asarray(jax.jit(jax.jacrev(lambda a: log_odds(base.params, a, unit)))(zero), np.float64)
+offset = np.asarray(log_odds(base.weights, zero, unit), np.float64)
+H = np.asarray(jax.jit(jax.jacrev(lambda a: log_odds(base.weights, a, unit)))(zero), np.float64)
 a = jax.random.normal(jax.random.key(0), zero.shape)
 b = jnp.array([0.7, -0.4])
 np.testing.assert_allclose(
-    log_odds(base.params, a, b), offset + (b[1] - b[0]) * (H @ np.asarray(a)), rtol=2e-3, atol=2e-3
+    log_odds(base.weights, a, b), offset + (b[1] - b[0]) * (H @ np.asarray(a)), rtol=2e-3, atol=2e-3
 )
 
 sign = 2.0 * np.asarray(train.labels) - 1
@@ -205,7 +205,7 @@ def terms(fit):
     """Data term and log q - log p of fresh draws of a guide, each of shape (draw,)."""
     key = jax.random.key(2)
     drawn, _ = fit.draws(key, num_draws)
-    found = bl.predict(key, fit, train, num_samples=num_draws).log_probs_of(train.labels).sum(1)
+    found = bl.predict(key, fit, train, num_draws=num_draws).log_probs_of(train.labels).sum(1)
     return found, np.asarray(drawn.log_q, np.float64) - np.asarray(drawn.log_prior, np.float64)
 
 

@@ -43,7 +43,7 @@ from bnlora.assess.comparison.compare import UncertifiedReference
 from bnlora.data.assets import fetch_smollm2, vader_splits
 
 fast = bool(os.environ.get("BNLORA_FAST"))
-size, num_steps, num_samples = (4, 300, 200) if fast else (32, 1000, 400)
+size, num_steps, num_draws = (4, 300, 200) if fast else (32, 1000, 400)
 
 
 def reviews(num_train, num_test):
@@ -96,7 +96,7 @@ def fitted(guide, start):
         num_steps=num_steps,
         batch_size=len(train),
         num_particles=4,
-        start=start,
+        init_params=start,
     )
 
 
@@ -147,8 +147,8 @@ else:
 # %%
 def bound(fit):
     """The bound at the fitted parameters, and its standard error; draws and predictions of one key belong together."""
-    drawn, _ = fit.draws(k_bridge, 4 * num_samples)
-    predicted = bl.predict(k_bridge, fit, train, num_samples=4 * num_samples)
+    drawn, _ = fit.draws(k_bridge, 4 * num_draws)
+    predicted = bl.predict(k_bridge, fit, train, num_draws=4 * num_draws)
     excess = np.asarray(drawn.log_q, np.float64) - np.asarray(drawn.log_prior, np.float64)
     terms = predicted.log_probs_of(train.labels).sum(1) - excess
     return terms.mean(), terms.std() / np.sqrt(len(terms))
@@ -184,7 +184,7 @@ assert abs(evidence.value - core.gaussian.log_evidence) < 2
 
 # %%
 found = {
-    name: bl.compare(k_compare, posterior, chains, others, num_samples=num_samples)
+    name: bl.compare(k_compare, posterior, chains, others, num_draws=num_draws)
     for name, posterior in posteriors.items()
 }
 display(found["longer"])
@@ -203,7 +203,7 @@ def summarised(found):
                 f"{np.median(one.moments.ratio):.2f}",
                 f"{one.transport.sliced:.3f} ({one.transport.sliced_null:.3f})",
                 f"{agreement.total_variation.mean():.4f} ({agreement.total_variation_null.mean():.4f})",
-                f"{agreement.approx.mutual_information.mean():.4f} ({agreement.reference.mutual_information.mean():.4f})",
+                f"{agreement.posterior.mutual_information.mean():.4f} ({agreement.reference.mutual_information.mean():.4f})",
                 f"{one.khat.value:.2f} ({one.khat.threshold:.2f})" if one.khat else "",
             )
         )
@@ -226,7 +226,7 @@ variation = {name: one.predictive.total_variation.mean() for name, one in found.
 assert found["longer"].transport.sliced < found["mean field"].transport.sliced
 assert found["longer"].khat.value < found["mean field"].khat.value
 assert {"spread", "joint law"} <= set(found["mean field"].differences)
-assert found["mean field"].predictive.approx.mutual_information.mean() > (
+assert found["mean field"].predictive.posterior.mutual_information.mean() > (
     found["mean field"].predictive.reference.mutual_information.mean()
 )
 
@@ -241,7 +241,9 @@ bl.plots.predictive_scatter(found["mean field"])
 
 # %%
 ratio = np.median(found["mean field"].moments.ratio)
-scores = {name: bl.metrics.nll(one.predictive.approx.log_probs, others.labels) for name, one in found.items()}
+scores = {
+    name: bl.metrics.nll(one.predictive.posterior.log_probs, others.labels) for name, one in found.items()
+}
 exact = bl.metrics.nll(found["longer"].predictive.reference.log_probs, others.labels)
 print(
     "Nats from the posterior: " + ", ".join(f"{name} {gap:.2f}" for name, gap in gaps.items()) + ".\n"
@@ -289,7 +291,7 @@ head = bl.fit(
     num_steps=num_steps,
     batch_size=len(rows),
 )
-against = bl.compare(k_compare, head, reference, few_rows["movies"], num_samples=num_samples)
+against = bl.compare(k_compare, head, reference, few_rows["movies"], num_draws=num_draws)
 display(summarised({"mean field, network": against}))
 print("\n".join(against.sentences))
 
@@ -299,7 +301,7 @@ bl.plots.forest(against)
 # %%
 moments, agreement = against.moments, against.predictive
 at = against.names.index("norm[lm_head]")
-share = agreement.approx.mutual_information.mean() / agreement.reference.mutual_information.mean()
+share = agreement.posterior.mutual_information.mean() / agreement.reference.mutual_information.mean()
 print(
     f"The mean field puts the norm of the update {-moments.shift[at]:.1f} standard deviations too low, has {np.median(moments.ratio):.2f} "
     f"of the spread, and states {share:.0%} of the epistemic uncertainty. Its predictions are off by "

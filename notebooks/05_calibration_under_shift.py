@@ -106,16 +106,16 @@ def fitted(model, guide, **options):
     )
 
 
-def predictions_of(fit, num_samples=num_draws):
+def predictions_of(fit, num_draws=num_draws):
     """Predictions of every set of rows."""
-    return {name: bl.predict(k_predict, fit, rows[name], num_samples=num_samples) for name in rows}
+    return {name: bl.predict(k_predict, fit, rows[name], num_draws=num_draws) for name in rows}
 
 
 def no_guide(*_):
     """Plain LoRA has parameters alone."""
 
 
-looks = bl.EarlyStopping(every=10, patience=num_steps, num_samples=1)
+looks = bl.EarlyStopping(every=10, patience=num_steps, num_draws=1)
 unstopped = fitted(plain, no_guide)
 stopped = fitted(plain, no_guide, validation=rows["validation"], early_stopping=looks)
 found = {"plain LoRA": predictions_of(unstopped, 1), "stopped early": predictions_of(stopped, 1)}
@@ -138,7 +138,7 @@ posterior, found["posterior"] = tried[chosen], made[chosen]
 
 def untouched(name):
     """Prediction of the base model, whose logits come with every prior predictive."""
-    logits = bl.prior_predictive(k_base, posterior.model, rows[name], num_samples=2).base_logits
+    logits = bl.prior_predictive(k_base, posterior.model, rows[name], num_draws=2).base_logits
     logits = logits.astype(np.float64)
     return bl.Prediction((logits - np.logaddexp.reduce(logits, 1, keepdims=True))[None])
 
@@ -169,7 +169,7 @@ def cells(name, method):
     prediction = found[method][name]
     names = ("accuracy", "nll", "ece")
     metrics = {metric: bl.metrics.METRICS[metric] for metric in names}
-    summary = bl.metrics.summary(prediction, labels[name], metrics=metrics)
+    summary = bl.metrics.summary(jax.random.key(0), prediction, labels[name], metrics=metrics)
     excess = prediction.probs.max(1).mean() - summary["accuracy"].value
     return (name, method, *(str(summary[metric]) for metric in names), f"{excess:+.3f}")
 
@@ -210,7 +210,7 @@ for first, second in (
     for name in domains:
         one, two = found[first][name], found[second][name]
         nll, ece = (
-            bl.metrics.paired_difference(metric, one, two, labels[name])
+            bl.metrics.paired_difference(jax.random.key(0), metric, one, two, labels[name])
             for metric in (bl.metrics.nll, bl.metrics.ece)
         )
         verdict = "better" if nll.high < 0 else "worse" if nll.low > 0 else "undecided"
@@ -321,22 +321,24 @@ display(
 # has been *rounded to one* and which it cannot tell apart any more. A posterior has a temperature for each row, and so another order.
 
 # %%
-bl.plots.risk_coverage(shown, test_labels)
+bl.plots.risk_coverage(jax.random.key(0), shown, test_labels)
 
 # %%
 curves = {
-    (method, name): bl.selective.risk_coverage(found[method][name], labels[name])
+    (method, name): bl.selective.risk_coverage(jax.random.key(0), found[method][name], labels[name])
     for method in found
     for name in domains
 }
 by_information = {
-    name: bl.selective.risk_coverage(found["posterior"][name], labels[name], by="mutual_information")
+    name: bl.selective.risk_coverage(
+        jax.random.key(0), found["posterior"][name], labels[name], by="mutual_information"
+    )
     for name in domains
 }
 lines, certain = [], {}
 for name in domains:
     gain = bl.metrics.paired_difference(
-        bl.metrics.aurc, found["posterior"][name], found["plain LoRA"][name], labels[name]
+        jax.random.key(0), bl.metrics.aurc, found["posterior"][name], found["plain LoRA"][name], labels[name]
     )
     columns = (
         str(curves[method, name].aurc) for method in ("untouched", "plain LoRA", "temperature", "posterior")
@@ -373,7 +375,7 @@ print(
 # %%
 sentences = ("A dull first hour, but the ending is a triumph.", "The central bank left its rates unchanged.")
 readings = [
-    bl.read_along(k_read, posterior, text, template=template, num_samples=num_draws) for text in sentences
+    bl.read_along(k_read, posterior, text, template=template, num_draws=num_draws) for text in sentences
 ]
 top = max(reading.prediction.mutual_information.max() for reading in readings)
 for reading in readings:

@@ -383,7 +383,11 @@ lines = tuple(
         name,
         f"{bl.metrics.accuracy(found, truth):.3f}",
         f"{bl.metrics.nll(found, truth):.3f}",
-        str(bl.metrics.paired_difference(bl.metrics.nll, found, answers["untouched"], truth)),
+        str(
+            bl.metrics.paired_difference(
+                jax.random.key(0), bl.metrics.nll, found, answers["untouched"], truth
+            )
+        ),
     )
     for name, found in answers.items()
 )

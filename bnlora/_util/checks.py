@@ -172,6 +172,11 @@ def broken_weights(params: Any) -> str:
     return f"the base's own weights are not finite, in {listed(names)}; load it again from sound files"
 
 
+def numpy_generator(key: Array) -> np.random.Generator:
+    """NumPy's source of random numbers from a random key, for what runs outside compiled programs."""
+    return np.random.default_rng(np.asarray(jax.random.bits(check_key(key), (4,))))
+
+
 def check_key(key: Any) -> Array:
     """The key as a typed JAX key; an old-style key (`jax.random.PRNGKey`) is converted.
 

@@ -70,7 +70,7 @@ def load_peft(folder: str | Path, sites: Sites, *, head_rows: Sequence[int] | No
 
     Example:
         >>> adapters = {"lm_head": {"a": jnp.ones((1, 1, 16)), "b": jnp.zeros((1, 40, 1))}}
-        >>> bl.save_peft(sites, adapters, folder / "peft", base=base)
+        >>> bl.save_peft(adapters, folder / "peft", sites=sites, base=base)
         >>> centre = bl.load_peft(folder / "peft", model.sites, head_rows=(3, 5))  # of the label words
         >>> centre["lm_head"]["b"].shape
         (1, 2, 1)
@@ -92,13 +92,13 @@ def load_peft(folder: str | Path, sites: Sites, *, head_rows: Sequence[int] | No
     return adapters
 
 
-def save_peft(sites: Sites, adapters: Adapters, folder: str | Path, *, base: Adaptable) -> None:
+def save_peft(adapters: Adapters, folder: str | Path, *, sites: Sites, base: Adaptable) -> None:
     """Write adapters as `peft` saves them, such that it reads them onto the same base model.
 
     Args:
-        sites: Where the adapters are.
         adapters: One pair of factors a family, without an axis of draws.
         folder: Folder to write to, which is made if it is not there.
+        sites: Where the adapters are.
         base: The base model, whose head tells whether the sites have all its rows.
 
     Raises:
@@ -108,7 +108,7 @@ def save_peft(sites: Sites, adapters: Adapters, folder: str | Path, *, base: Ada
 
     Example:
         >>> adapters = {"lm_head": {"a": jnp.ones((1, 1, 16)), "b": jnp.zeros((1, 40, 1))}}
-        >>> bl.save_peft(sites, adapters, folder / "peft", base=base)
+        >>> bl.save_peft(adapters, folder / "peft", sites=sites, base=base)
         >>> bl.load_peft(folder / "peft", sites)["lm_head"]["b"].shape
         (1, 40, 1)
     """

@@ -193,24 +193,25 @@ class Sites(Shown, Mapping[str, Site]):
                         f"factor {factor!r} of {name!r} needs shape {expected}, layer axis first; got {got}"
                     )
 
-    def place(self, adapters: Adapters, *, start: int | None = None) -> dict[str, dict[str, Array]]:
-        """Arrange adapters as a model takes them: by module, over all layers from `start` upwards.
+    def place(self, adapters: Adapters, *, first_layer: int | None = None) -> dict[str, dict[str, Array]]:
+        """Arrange adapters as a model takes them: by module, over all layers from `first_layer` upwards.
 
         `alpha / rank` is folded into `b`; a layer without an adapter gets a zero one; families of
         one module are joined along the rank. The head's factors have no layer axis.
 
         Args:
             adapters: The factors by family.
-            start: First layer to place; the lowest adapted one when omitted. Adapters below it are left out.
+            first_layer: First layer to place; the lowest adapted one when omitted. Adapters below it are left
+                out.
         """
-        start = self.start if start is None else start
+        first_layer = self.start if first_layer is None else first_layer
         placed: dict[str, dict[str, Array]] = {}
         for name, site in self.items():
             a, b = adapters[name]["a"], adapters[name]["b"] * site.scale
             if site.module == HEAD:
                 pair = {"a": a[0], "b": b[0]}
             else:
-                pair = {"a": self._spread(site, a, start), "b": self._spread(site, b, start)}
+                pair = {"a": self._spread(site, a, first_layer), "b": self._spread(site, b, first_layer)}
             if site.module in placed:
                 before = placed[site.module]
                 pair = {
@@ -220,13 +221,13 @@ class Sites(Shown, Mapping[str, Site]):
             placed[site.module] = pair
         return placed
 
-    def _spread(self, site: Site, factor: Array, start: int) -> Array:
-        kept = [i for i, layer in enumerate(site.layers) if layer >= start]
+    def _spread(self, site: Site, factor: Array, first_layer: int) -> Array:
+        kept = [i for i, layer in enumerate(site.layers) if layer >= first_layer]
         factor = factor[len(site.layers) - len(kept) :]  # layers increase
-        depth = self.num_layers - start
+        depth = self.num_layers - first_layer
         if len(kept) == depth:
             return factor
-        index = jnp.asarray([site.layers[i] - start for i in kept], int)
+        index = jnp.asarray([site.layers[i] - first_layer for i in kept], int)
         return jnp.zeros((depth, *factor.shape[1:]), factor.dtype).at[index].set(factor)
 
 

@@ -18,6 +18,7 @@ from rich.markup import escape
 
 import bnlora
 from bnlora import metrics
+from bnlora._util.compilation import keys_from
 from bnlora._util.files import room, room_for
 from bnlora.app import options
 from bnlora.app.demo import SIZES, demo_page, demo_tables, run_demo
@@ -222,9 +223,10 @@ def evaluate(
     with _told() as progress, room_for(report, source=table):
         rows = read_table(table, columns=[text, label], encoding=encoding)
         made, recipe, batch = _restored(folder, rows, table, text, label, encoding, labels_are)
-        prediction = predict(jax.random.key(seed), made, batch, num_draws=draws, console=progress)
+        predict_key, summary_key = keys_from(jax.random.key(seed), 2)
+        prediction = predict(predict_key, made, batch, num_draws=draws, console=progress)
         labels = np.asarray(batch.labels)
-        summary = metrics.summary(prediction, labels)
+        summary = metrics.summary(summary_key, prediction, labels)
         result: dict[str, Any] = summary_result(summary)
         shown: list[Any] = [summary]
         if report is not None:

@@ -36,7 +36,8 @@ from bnlora.infer.mcmc import Chains, sample_nuts
 from bnlora.infer.svi.fit import fit
 from bnlora.infer.svi.result import Fit
 from bnlora.infer.svi.validation import EarlyStopping
-from bnlora.prediction.predict import Posterior, Prediction, predict
+from bnlora.prediction.posterior import Posterior
+from bnlora.prediction.predict import Prediction, predict
 from bnlora.priors import point
 from bnlora.program.cache import cache_prefix
 from bnlora.program.model import Classifier
@@ -56,6 +57,7 @@ class Comparison:
     """The fits, what they predict, and what they cost.
 
     Attributes:
+        key: Random key of the bootstrap intervals.
         predictions: Prediction by method and set of rows.
         labels: True classes by set of rows.
         lora: The maximum-likelihood fit.
@@ -66,6 +68,7 @@ class Comparison:
         seconds: Wall time by part.
     """
 
+    key: Array
     predictions: Mapping[str, Mapping[str, Prediction]]
     labels: Mapping[str, np.ndarray]
     lora: Fit
@@ -106,7 +109,7 @@ def fit_lora(
         [optax.linear_schedule(0.0, RATE, warm_up), optax.linear_schedule(RATE, 0.0, steps - warm_up)],
         [warm_up],
     )
-    looks = EarlyStopping(every=max(steps // 10, 1), patience=steps, num_samples=1)
+    looks = EarlyStopping(every=max(steps // 10, 1), patience=steps, num_draws=1)
     return fit(
         key,
         model,
@@ -185,7 +188,7 @@ def compare(
     with timed(seconds, "predictions"):
         predictions = _predictions(draw_key, best, core, chains, validation, tests, num_draws, console)
     labels = {name: np.asarray(rows.labels) for name, rows in tests.items()}
-    return Comparison(predictions, labels, best, core, chains, agreements, seconds)
+    return Comparison(key, predictions, labels, best, core, chains, agreements, seconds)
 
 
 def fit_flow(key: Array, core: CoreFit, *, console: Console | None) -> Fit:
@@ -193,7 +196,9 @@ def fit_flow(key: Array, core: CoreFit, *, console: Console | None) -> Fit:
     start_key, fit_key = jax.random.split(key)
     guide = SiteFlow(core.model.prior)
     start, steps = start_at(start_key, guide, core.gaussian), len(core.fit.step_seconds)
-    return fit_near(fit_key, core.model, guide, core.fit.train, num_steps=steps, start=start, console=console)
+    return fit_near(
+        fit_key, core.model, guide, core.fit.train, num_steps=steps, init_params=start, console=console
+    )
 
 
 def against_nuts(
@@ -241,11 +246,11 @@ def _predictions(
     found: dict[str, dict[str, Prediction]] = {m: {} for m in (BASE, LORA, CAREFUL, BAYES, NUTS)}
     for name, rows in tests.items():
         found[BASE][name] = untouched(rows)
-        found[LORA][name] = predict(key, last, rows, num_samples=1, console=console)
-        careful = predict(key, best, rows, num_samples=1, console=console)
+        found[LORA][name] = predict(key, last, rows, num_draws=1, console=console)
+        careful = predict(key, best, rows, num_draws=1, console=console)
         found[CAREFUL][name] = tempered(careful, temperature)
-        found[BAYES][name] = predict(key, core, rows, num_samples=num_draws, console=console)
-        found[NUTS][name] = predict(key, chains, rows, num_samples=num_draws, console=console)
+        found[BAYES][name] = predict(key, core, rows, num_draws=num_draws, console=console)
+        found[NUTS][name] = predict(key, chains, rows, num_draws=num_draws, console=console)
     return found
 
 
@@ -259,7 +264,7 @@ def untouched(rows: Batch) -> Prediction:
 
 def temperature_of(key: Array, fitted: Fit, validation: Batch, *, console: Console | None) -> float:
     """The temperature of least negative log-likelihood on validation rows, from a tenth to ten."""
-    prediction = predict(key, fitted, validation, num_samples=1, console=console)
+    prediction = predict(key, fitted, validation, num_draws=1, console=console)
     labels = np.asarray(validation.labels)
 
     def loss(t: float) -> float:

@@ -81,7 +81,7 @@ def comparison_result(comparison: "Comparison", report: Path) -> dict[str, Any]:
     """Metrics by set of rows and method, scales, evidence, and seconds of every part."""
     scores = {
         domain: {
-            method: summary_result(metrics.summary(predictions[domain], labels))
+            method: summary_result(metrics.summary(comparison.key, predictions[domain], labels))
             for method, predictions in comparison.predictions.items()
         }
         for domain, labels in comparison.labels.items()

@@ -25,7 +25,9 @@ def _scores(comparison: Comparison) -> Table:
     methods = list(comparison.predictions)
     for domain, labels in comparison.labels.items():
         for method in methods:
-            summary = metrics.summary(comparison.predictions[method][domain], labels, metrics=chosen)
+            summary = metrics.summary(
+                comparison.key, comparison.predictions[method][domain], labels, metrics=chosen
+            )
             cells = (f"{e.value:.3f}\n{e.low:.3f}-{e.high:.3f}" for e in summary.values())
             null = metrics.null_ece(comparison.predictions[method][domain].log_probs)
             rows.append((domain if method == methods[0] else "", method, *cells, f"{null:.3f}"))
@@ -48,7 +50,7 @@ def _differences(comparison: Comparison) -> Table:
         for method in RIVALS:
             ours, theirs = (comparison.predictions[m][domain] for m in (BAYES, method))
             pairs = (
-                metrics.paired_difference(metrics.METRICS[metric], ours, theirs, labels)
+                metrics.paired_difference(comparison.key, metrics.METRICS[metric], ours, theirs, labels)
                 for metric in SHOWN.values()
             )
             cells = (f"{d.value:+.3f}\n{d.low:+.3f} to {d.high:+.3f}" for d in pairs)
@@ -65,7 +67,7 @@ def headline(comparison: Comparison) -> str:
         found = {}
         for domain, labels in comparison.labels.items():
             ours, theirs = (comparison.predictions[m][domain] for m in (BAYES, rival))
-            found[domain] = metrics.paired_difference(metrics.nll, ours, theirs, labels)
+            found[domain] = metrics.paired_difference(comparison.key, metrics.nll, ours, theirs, labels)
         won = [domain for domain, d in found.items() if d.high < 0]
         lost = [domain for domain, d in found.items() if d.low > 0]
         open_ = [domain for domain in found if domain not in (*won, *lost)]

@@ -20,7 +20,7 @@ def prior_parameters(key: Array, model: Any) -> dict[str, Any]:
 
 
 def draw_prior(
-    key: Array, model: Any, params: Parameters, num_samples: int, *, num_together: int = 1
+    key: Array, model: Any, params: Parameters, num_draws: int, *, num_together: int = 1
 ) -> Adapters:
     """Adapters from the prior, with a leading draw axis.
 
@@ -28,7 +28,7 @@ def draw_prior(
         key: Random key.
         model: A `Classifier`.
         params: Parameters of the prior, all of them, as from `prior_parameters` or a fit, and any others.
-        num_samples: Number of draws.
+        num_draws: Number of draws.
         num_together: Draws made at a time. More than one suits priors that factorise no matrix of random
             numbers.
 
@@ -44,4 +44,4 @@ def draw_prior(
         with handlers.block():
             return handlers.substitute(handlers.seed(model.prior, k), data=dict(params))()
 
-    return jax.lax.map(one, jax.random.split(key, num_samples), batch_size=num_together)
+    return jax.lax.map(one, jax.random.split(key, num_draws), batch_size=num_together)

@@ -22,7 +22,7 @@ from bnlora.priors.declared import is_improper, runnable
 
 
 def init_to_base(site: Mapping[str, Any] | None = None) -> Any:
-    """NumPyro start strategy: what a prior marked as `start`, a draw of the prior where it marked nothing.
+    """NumPyro start strategy: what a prior marked as `init`, a draw of the prior where it marked nothing.
 
     With the priors of this library every guide then starts at the base model with an informative `a`.
 
@@ -38,16 +38,16 @@ def init_to_base(site: Mapping[str, Any] | None = None) -> Any:
     if site is None:
         return partial(init_to_base)  # NumPyro's own strategies do the same, and it reads `.func`
     if site["type"] == "sample" and not site["is_observed"]:
-        start = site["infer"].get("start", "draw")
+        start = site["infer"].get("init", "draw")
         if not isinstance(start, str):
             return jnp.broadcast_to(jnp.asarray(start, jnp.result_type(float)), site["fn"].shape())
-        check_option(f"the mark `start` of {site['name']!r}", start, get_args(Start))
+        check_option(f"the mark `init` of {site['name']!r}", start, get_args(Start))
         if start == "zero":
             return jnp.zeros(site["fn"].shape())
         if is_improper(site["fn"]):
             raise ValueError(
                 f"the site {site['name']!r} has an improper law, which has no draw to start from; give it a "
-                f"start value: infer={{'start': 1.0}} in the prior, or the guide's "
+                f"start value: infer={{'init': 1.0}} in the prior, or the guide's "
                 f"init_loc_fn=numpyro.infer.init_to_value(values={{{site['name']!r}: 1.0}})"
             )
         if start == "median":
@@ -118,7 +118,7 @@ class Latent:
     @property
     def _starts_at_zero(self) -> bool:
         """Whether the start is a matter of shapes, which spares a trace of the prior."""
-        return self.init_loc_fn is init_to_base and self.site["infer"].get("start") == "zero"
+        return self.init_loc_fn is init_to_base and self.site["infer"].get("init") == "zero"
 
     def parameter(self, suffix: str, start: Any, constraint: Any = constraints.real) -> Any:
         """Declare the guide's parameter `<site>.q.<suffix>`; `start` is a value, or a function of a key."""

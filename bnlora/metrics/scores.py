@@ -10,7 +10,7 @@ With p the predictive distribution of a row, y its class, k = argmax p and c = m
 `ece` has bins of equal width (Naeini et al. 2015; Guo et al. 2017), `adaptive_ece` bins of equal count
 (Nguyen & O'Connor 2015). Both are biased upwards in small samples, most of all for a good model.
 
-Every function takes log-probabilities, or a `Prediction` in their place, whose mixture is then meant.
+Every function takes log-probabilities or a `Prediction` (its mixture), and labels or a `Batch` that has them.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def score(formula: Callable[Concatenate[Any, Any, P], float]) -> Callable[Concat
     """A formula of log-probabilities and labels that checks both first; `formula_of` gives it back."""
 
     @wraps(formula)
-    def checking(log_probs: LogProbs, labels: Labels, *args: P.args, **options: P.kwargs) -> float:
+    def checking(log_probs: Any, labels: Any, *args: P.args, **options: P.kwargs) -> float:
         return formula(*checked(log_probs, labels), *args, **options)
 
     checking.formula = formula  # type: ignore[attr-defined]
@@ -223,7 +223,11 @@ def selective_risks(doubt: Float[np.ndarray, " n"], wrong: Bool[np.ndarray, " n"
 
 
 def checked(log_probs: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Both as numpy arrays, the first in float64; `ValueError` where they do not fit together."""
+    """Both as numpy arrays, the first in float64; `ValueError` where they do not fit together.
+
+    A `Prediction` stands for its log-probabilities, a `Batch` for its labels.
+    """
+    labels = getattr(labels, "labels", labels)
     log_probs = np.asarray(getattr(log_probs, "log_probs", log_probs), np.float64)
     if log_probs.ndim != 2 or not log_probs.size:
         raise ValueError(

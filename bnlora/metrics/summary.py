@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from jax import Array
 from jaxtyping import Float, Int
 
-from bnlora._util.checks import check_at_least
+from bnlora._util.checks import check_at_least, check_key, numpy_generator
 from bnlora._util.display import Shown, Table
 from bnlora.metrics.scores import BINS as BINS
 from bnlora.metrics.scores import Labels as Labels
@@ -99,22 +100,22 @@ class Summary(Shown, Mapping[str, Estimate]):
 
 
 def summary(
+    key: Array,
     prediction: Any,
-    labels: Labels,
+    labels: Any,
     *,
     level: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
+    num_resamples: int = 1000,
     metrics: Mapping[str, Callable[..., float]] = METRICS,
 ) -> Summary:
     """Metrics with percentile bootstrap intervals over rows.
 
     Args:
+        key: Random key of the bootstrap.
         prediction: A `Prediction`, or log-probabilities of shape `(n, c)`.
-        labels: True classes, shape `(n,)`.
+        labels: True classes, shape `(n,)`, or the `Batch` that has them.
         level: Probability of the intervals.
-        resamples: Number of bootstrap samples; every metric sees the same ones.
-        seed: Seed of the resampling.
+        num_resamples: Number of bootstrap samples; every metric uses the same ones.
         metrics: Functions of log-probabilities and labels by name; all of this module when omitted.
 
     Returns:
@@ -124,6 +125,10 @@ def summary(
         ValueError: On shapes that do not fit, rows that are no probabilities, labels that are no class
             numbers or out of range, a level outside (0, 1), or fewer than one resample.
     """
+    key = check_key(key)
+    key = check_key(key)
+    key = check_key(key)
+    key = check_key(key)
     log_probs, labels = checked(prediction, labels)
     estimates = {}
     for name, formula in {name: formula_of(metric) for name, metric in metrics.items()}.items():
@@ -131,32 +136,32 @@ def summary(
         def on(rows: np.ndarray, formula: Callable[..., float] = formula) -> float:
             return formula(log_probs[rows], labels[rows])
 
-        estimates[name] = bootstrap(on, len(labels), level=level, resamples=resamples, seed=seed)
+        estimates[name] = bootstrap(key, on, len(labels), level=level, num_resamples=num_resamples)
     return Summary(estimates, level, len(labels))
 
 
 def paired_difference(
+    key: Array,
     metric: Callable[..., float],
     first: Any,
     second: Any,
-    labels: Labels,
+    labels: Any,
     *,
     level: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
+    num_resamples: int = 1000,
 ) -> Estimate:
     """`metric` of the first prediction minus that of the second on the same rows, with its interval.
 
     The rows are resampled together, so what makes a row hard for both does not widen the interval.
 
     Args:
+        key: Random key of the bootstrap.
         metric: A metric of this module.
         first: A `Prediction`, or log-probabilities of shape `(n, c)`.
         second: The other one, for the same rows.
-        labels: True classes, shape `(n,)`.
+        labels: True classes, shape `(n,)`, or the `Batch` that has them.
         level: Probability of the interval.
-        resamples: Number of bootstrap samples.
-        seed: Seed of the resampling.
+        num_resamples: Number of bootstrap samples.
 
     Returns:
         The difference of both values, first minus second, with its interval. Where both values are infinite
@@ -165,6 +170,10 @@ def paired_difference(
     Raises:
         ValueError: As `summary`.
     """
+    key = check_key(key)
+    key = check_key(key)
+    key = check_key(key)
+    key = check_key(key)
     one, labels = checked(first, labels)
     two, labels = checked(second, labels)
     formula = formula_of(metric)
@@ -173,7 +182,7 @@ def paired_difference(
         # Floats of Python: infinity minus infinity is NaN without a warning.
         return float(formula(one[rows], labels[rows])) - float(formula(two[rows], labels[rows]))
 
-    return bootstrap(difference, len(labels), level=level, resamples=resamples, seed=seed)
+    return bootstrap(key, difference, len(labels), level=level, num_resamples=num_resamples)
 
 
 @dataclass(frozen=True)
@@ -195,12 +204,12 @@ class Reliability:
     high: Float[np.ndarray, " b"]
 
 
-def reliability(prediction: Any, labels: Labels, *, bins: int = BINS) -> Reliability:
+def reliability(prediction: Any, labels: Any, *, bins: int = BINS) -> Reliability:
     """The numbers of a reliability diagram, with 95 % Wilson score intervals (Wilson 1927).
 
     Args:
         prediction: A `Prediction`, or log-probabilities of shape (n, c).
-        labels: True classes, shape (n,).
+        labels: True classes, shape (n,), or the `Batch` that has them.
         bins: Number of bins of equal width.
 
     Returns:
@@ -238,21 +247,21 @@ def wilson(hits: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bootstrap(
+    key: Array,
     statistic: Callable[[np.ndarray], float],
     num_rows: int,
     *,
     level: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
+    num_resamples: int = 1000,
 ) -> Estimate:
     """A statistic of rows with its percentile bootstrap interval.
 
     Args:
+        key: Random key; the same key gives the same samples of rows to every statistic.
         statistic: The statistic, from the indices of the rows that it is computed on.
         num_rows: Number of rows.
         level: Probability of the interval.
-        resamples: Number of bootstrap samples; the same seed gives the same ones to every statistic.
-        seed: Seed of the resampling.
+        num_resamples: Number of bootstrap samples.
 
     Returns:
         Its value on all rows, and the interval. Infinite replicates count. Those that are NaN have no value
@@ -263,15 +272,19 @@ def bootstrap(
 
     Example:
         >>> losses = np.array([0.25, 1.0, 0.25])
-        >>> found = bootstrap(lambda rows: losses[rows].mean(), len(losses))
-        >>> str(found), str(bootstrap(lambda rows: np.append(losses, np.inf)[rows].mean(), 4))
+        >>> found = bootstrap(key, lambda rows: losses[rows].mean(), len(losses))
+        >>> str(found), str(bootstrap(key, lambda rows: np.append(losses, np.inf)[rows].mean(), 4))
         ('0.500 [0.250, 1.000]', 'inf [0.250, inf]')
     """
+    key = check_key(key)
+    key = check_key(key)
+    key = check_key(key)
+    key = check_key(key)
     if not 0 < level < 1:
         raise ValueError(f"level must lie strictly between 0 and 1; got {level}")
-    check_at_least({"number of rows": num_rows, "resamples": resamples}, 1)
+    check_at_least({"number of rows": num_rows, "num_resamples": num_resamples}, 1)
     value = float(statistic(np.arange(num_rows)))
-    drawn = np.random.default_rng(seed).integers(num_rows, size=(resamples, num_rows))
+    drawn = numpy_generator(key).integers(num_rows, size=(num_resamples, num_rows))
     replicates = np.array([statistic(rows) for rows in drawn], np.float64)
     defined = replicates[~np.isnan(replicates)]
     # A difference of infinities is NaN exactly in the samples that hold the rows which matter most.

@@ -31,7 +31,7 @@ def forest(found: Comparison, *, ax: Axes | None = None) -> Figure:
     panel = axes[0]
     center, unit = found.reference.mean, found.reference.sd
     place = np.arange(len(found.names))[::-1]
-    sides = ((found.reference, BLUE, found.other, 0.15), (found.approx, ORANGE, "approximation", -0.15))
+    sides = ((found.reference, BLUE, found.other, 0.15), (found.posterior, ORANGE, "approximation", -0.15))
     panel.axvline(0, color=GREY, linewidth=1, linestyle="--")
     for draws, colour, label, offset in sides:
         values = (draws.pooled - center) / unit
@@ -47,7 +47,7 @@ def forest(found: Comparison, *, ax: Axes | None = None) -> Figure:
         caption(
             figure,
             f"Functions under both posteriors: medians, middle 50 % (thick) and 90 % (thin). "
-            f"Approximation: {found.approx.describe}; {found.other}: {found.reference.describe}.",
+            f"Approximation: {found.posterior.describe}; {found.other}: {found.reference.describe}.",
         )
     return figure
 
@@ -74,8 +74,8 @@ def worst_pairs(found: Comparison, *, count: int = 3, ax: Sequence[Axes] | None 
     chosen = np.argsort(-excess, kind="stable")[:count]
     panels = list(combinations(chosen, 2))
     axes, figure, own = make_axes(ax, len(panels), width=3.3, height=3.1)
-    size = min(len(found.approx.pooled), len(found.reference.pooled), 500)
-    sides = ((found.reference, BLUE, found.other), (found.approx, ORANGE, "approximation"))
+    size = min(len(found.posterior.pooled), len(found.reference.pooled), 500)
+    sides = ((found.reference, BLUE, found.other), (found.posterior, ORANGE, "approximation"))
     for panel, (i, j) in zip(axes, panels, strict=True):
         for draws, colour, label in sides:
             values = draws.thinned(size)
@@ -111,15 +111,15 @@ def predictive_scatter(found: Comparison, *, ax: Sequence[Axes] | None = None) -
     if found.predictive is None:
         raise ValueError("expected a comparison with predictions; this one has draws of functions alone")
     axes, figure, own = make_axes(ax, 2, width=3.9, height=3.5, columns=2)
-    approx, reference = found.predictive.approx, found.predictive.reference
-    classes = approx.log_probs.shape[1]
+    posterior, reference = found.predictive.posterior, found.predictive.reference
+    classes = posterior.log_probs.shape[1]
     shown = slice(1, None) if classes == 2 else slice(None)
-    x, y = (side.probs[:, shown].ravel() for side in (reference, approx))
-    errors = [2 * side.stderr[:, shown].ravel() for side in (reference, approx)]
+    x, y = (side.probs[:, shown].ravel() for side in (reference, posterior))
+    errors = [2 * side.stderr[:, shown].ravel() for side in (reference, posterior)]
     axes[0].errorbar(x, y, xerr=errors[0], yerr=errors[1], fmt="o", color=ORANGE, markersize=4, linewidth=1)
     what = "probability of class 1" if classes == 2 else "probability of each class"
-    axes[1].plot(reference.mutual_information, approx.mutual_information, "o", color=ORANGE, markersize=4)
-    top = 1.05 * max(reference.mutual_information.max(), approx.mutual_information.max(), 1e-3)
+    axes[1].plot(reference.mutual_information, posterior.mutual_information, "o", color=ORANGE, markersize=4)
+    top = 1.05 * max(reference.mutual_information.max(), posterior.mutual_information.max(), 1e-3)
     limits = ((-0.02, 1.02), (-0.02 * top, top))
     for panel, name, (low, high) in zip(axes, (what, "mutual information (nats)"), limits, strict=True):
         panel.plot([low, high], [low, high], color=GREY, linewidth=1, linestyle="--", zorder=0)
@@ -127,8 +127,8 @@ def predictive_scatter(found: Comparison, *, ax: Sequence[Axes] | None = None) -
     if own:
         caption(
             figure,
-            f"Predictions for {len(approx.log_probs)} rows by "
-            f"{len(approx.draw_log_probs)} draws of each posterior; bars: two Monte Carlo standard errors. "
+            f"Predictions for {len(posterior.log_probs)} rows by {len(posterior.draw_log_probs)} "
+            "draws of each posterior; bars: two Monte Carlo standard errors. "
             "Right: what each does not know for want of data; below the dashed line the approximation is too "
             "sure of itself.",
         )
@@ -146,13 +146,13 @@ def rank_difference(found: Comparison, *, ax: Sequence[Axes] | None = None) -> F
         The figure.
     """
     axes, figure, own = make_axes(ax, len(found.names), share="all")
-    size = min(found.approx.independent_size, found.reference.independent_size)
-    approx, reference = found.approx.thinned(size), found.reference.thinned(size)
+    size = min(found.posterior.independent_size, found.reference.independent_size)
+    posterior, reference = found.posterior.thinned(size), found.reference.thinned(size)
     width = kstwobign.isf(found.level / len(found.names)) * (2 / size) ** 0.5
     z = np.arange(size + 1) / size
     for k, panel in enumerate(axes):
         # One panel is a probability plot: how many of each lie at or below every draw of the reference.
-        below = np.searchsorted(np.sort(approx[:, k]), np.sort(reference[:, k]), side="right") / size
+        below = np.searchsorted(np.sort(posterior[:, k]), np.sort(reference[:, k]), side="right") / size
         difference = np.concatenate([[0.0], below]) - z
         panel.axhspan(-width, width, color=GREY, alpha=0.3, linewidth=0)
         panel.axhline(0, color=GREY, linewidth=1, linestyle="--")

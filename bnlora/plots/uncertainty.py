@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import get_args
 
 import numpy as np
+from jax import Array
 from jaxtyping import Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bnlora._util.checks import check_option
+from bnlora._util.checks import check_key, check_option
 from bnlora.plots.base import BLUE, COLOURS, GREY, ORANGE, caption, legend_above, make_axes
 from bnlora.prediction.predict import Prediction
 from bnlora.prediction.selective import Doubt, separation
@@ -22,6 +23,7 @@ _ORDER = {
 
 
 def risk_coverage(
+    key: Array,
     predictions: Mapping[str, Mapping[str, Prediction]],
     labels: Mapping[str, Int[np.ndarray, " n"]],
     *,
@@ -31,6 +33,7 @@ def risk_coverage(
     """Error rate among the rows that are answered, against their share: a panel for each set of rows.
 
     Args:
+        key: Random key of the bootstrap intervals of the areas.
         predictions: Prediction by method and set of rows, as `reliability` takes them; five methods at most.
         labels: True classes by set of rows.
         by: What orders the rows.
@@ -45,10 +48,11 @@ def risk_coverage(
     Example:
         >>> sure, right = np.array([0.9, 0.6, 0.8]), np.array([1, 0, 1])
         >>> found = Prediction(np.log([np.stack([1 - sure, sure], 1)]))
-        >>> figure = risk_coverage({"fit": {"films": found}}, {"films": right})
+        >>> figure = risk_coverage(key, {"fit": {"films": found}}, {"films": right})
         >>> figure.axes[0].get_legend().get_title().get_text()
         'films'
     """
+    key = check_key(key)
     check_option("by", by, get_args(Doubt))
     if len(predictions) > len(COLOURS):
         raise ValueError(f"at most {len(COLOURS)} methods have a colour; got {len(predictions)}")
@@ -56,7 +60,7 @@ def risk_coverage(
     for panel, (rows, truth) in zip(axes, labels.items(), strict=True):
         top = 0.0
         for (method, by_rows), colour in zip(predictions.items(), COLOURS, strict=False):
-            found = curve(by_rows[rows], truth, by=by)
+            found = curve(key, by_rows[rows], truth, by=by)
             panel.fill_between(found.coverage, found.low, found.high, color=colour, alpha=0.15, linewidth=0)
             label = f"{method}: AURC {found.aurc}"
             panel.plot(found.coverage, found.risk, color=colour, linewidth=1.6, label=label)

@@ -5,11 +5,12 @@ r"""Posterior prediction: the mixture over draws of the softmax over the label w
 One definition for every number of draws and for deterministic fits, where it is a single softmax.
 What no draw changes (the layers below the lowest adapted one) runs once a row. Draws go through the layers
 above some at a time, so memory does not grow with their number: one on a CPU, which gains nothing from more
-(`benchmarks/step.py`), and several on an accelerator, where they share every read of the weights.
+(`python -m benchmarks step predict`), and several on an accelerator, where they share every read of the
+weights.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,30 +23,8 @@ from bnlora._util.compilation import SMALL, pieces
 from bnlora._util.display import Showable, Shown, Table
 from bnlora._util.typing import Adapters
 from bnlora.data.batch import Batch, check_form
+from bnlora.prediction.posterior import Posterior
 from bnlora.program.cache import tracked_parts
-
-
-@runtime_checkable
-class Posterior(Protocol):
-    """Whatever gives draws of a classifier's adapters: a `Fit`, or a member of `bnlora.infer.approximate`.
-
-    Prediction and metrics ask no more of it, so every way of inference is measured by the same code.
-
-    Example:
-        >>> def spread(posterior: bl.Posterior):
-        ...     return posterior.draw_adapters(key, 10)["lm_head"]["b"].std(0).shape
-        >>> spread(fit)
-        (1, 2, 1)
-    """
-
-    @property
-    def model(self) -> Any:
-        """The classifier."""
-        ...
-
-    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
-        """Posterior adapters with a leading draw axis; the same key gives the same draws."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -130,10 +109,10 @@ class Prediction(Shown):
 
 def predict(
     key: Array,
-    fit: Posterior,
+    posterior: Posterior,
     data: Batch,
     *,
-    num_samples: int = 32,
+    num_draws: int = 32,
     batch_size: int = 32,
     draws_together: int | None = None,
     console: Console | None = None,
@@ -142,9 +121,9 @@ def predict(
 
     Args:
         key: Random key of the draws; the same key gives the same draws for any data.
-        fit: A fit, or any other posterior.
+        posterior: A fit, or any other posterior.
         data: Rows to predict; labels are not read.
-        num_samples: Number of posterior draws S.
+        num_draws: Number of posterior draws S.
         batch_size: Rows to run at a time.
         draws_together: Draws to run at a time; peak memory is that of so many draws of so many rows. Omitted,
             one on a CPU and eight on an accelerator.
@@ -158,21 +137,21 @@ def predict(
             the base has no row for, or fewer than one draw or row at a time is asked for.
 
     Example:
-        >>> prediction = bl.predict(key, fit, rows, num_samples=4)
+        >>> prediction = bl.predict(key, fit, rows, num_draws=4)
         >>> prediction.probs.shape
         (8, 2)
     """
     key = check_key(key)
     check_form("given", data)
     together = _together(draws_together)
-    if min(len(data), num_samples, batch_size, together) < 1:
+    if min(len(data), num_draws, batch_size, together) < 1:
         raise ValueError(
             f"prediction needs at least one row, draw and row at a time; got {len(data)} rows, "
-            f"num_samples={num_samples}, batch_size={batch_size}, draws_together={draws_together}"
+            f"num_draws={num_draws}, batch_size={batch_size}, draws_together={draws_together}"
         )
-    draws = fit.draw_adapters(key, num_samples)
+    draws = posterior.draw_adapters(key, num_draws)
     return predict_with_draws(
-        fit.model, draws, data, batch_size=batch_size, draws_together=together, console=console
+        posterior.model, draws, data, batch_size=batch_size, draws_together=together, console=console
     )
 
 

@@ -17,7 +17,8 @@ from rich.console import Console
 from bnlora._util.checks import check_key, check_option
 from bnlora._util.display import Shades, Showable, Shown, Table, percent
 from bnlora.data.text import text_classification
-from bnlora.prediction.predict import Posterior, Prediction, predict
+from bnlora.prediction.posterior import Posterior
+from bnlora.prediction.predict import Prediction, predict
 
 Shade = Literal["mutual_information", "entropy"]
 
@@ -113,12 +114,12 @@ class Reading(Shown):
 
 def read_along(
     key: Array,
-    fit: Posterior,
+    posterior: Posterior,
     text: str,
     *,
     template: str = "{text}",
     by: Shade = "mutual_information",
-    num_samples: int = 32,
+    num_draws: int = 32,
     batch_size: int = 32,
     console: Console | None = None,
 ) -> Reading:
@@ -126,11 +127,11 @@ def read_along(
 
     Args:
         key: Random key of the posterior draws, which all prefixes share.
-        fit: A fit, or any other posterior, over a base with a tokenizer.
+        posterior: A fit, or any other posterior, over a base with a tokenizer.
         text: The text; a row is predicted for each of its tokens.
         template: Text around it, with `{text}` in it, as in `text_classification`.
         by: What the shade of a token says, "mutual_information" or "entropy" of the prediction after it.
-        num_samples: Number of posterior draws.
+        num_draws: Number of posterior draws.
         batch_size: Prefixes to run at a time.
         console: Where to draw a progress bar; the terminal or notebook when omitted.
 
@@ -142,13 +143,13 @@ def read_along(
             hold `{text}` once, the text is blank or too long, or `by` is unknown.
 
     Example:
-        >>> reading = bl.read_along(key, text_fit, "the plot is good", num_samples=2)
+        >>> reading = bl.read_along(key, text_fit, "the plot is good", num_draws=2)
         >>> "".join(reading.pieces), len(reading.prediction.probs) == len(reading.pieces)
         ('the plot is good', True)
     """
     key = check_key(key)
     check_option("by", by, get_args(Shade))
-    tokenizer: Any = getattr(fit.model.base, "tokenizer", None)
+    tokenizer: Any = getattr(posterior.model.base, "tokenizer", None)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             "reading along needs a base with a fast tokenizer, which knows where its tokens stand; "
@@ -161,18 +162,18 @@ def read_along(
     if not text.strip():
         raise ValueError(f"the text must be a non-empty string; got {text!r}")
     pieces = tokens_of(text, tokenizer, template)
-    words = tuple(tokenizer.decode([i]) for i in fit.model.label_ids)
+    words = tuple(tokenizer.decode([i]) for i in posterior.model.label_ids)
     prefixes = Dataset.from_dict({"text": ["".join(pieces[: t + 1]) for t in range(len(pieces))]})
     data = text_classification(
         {"prefixes": prefixes}, tokenizer, text="text", label=None, words=words, template=template
     )
-    if tuple(map(int, data.label_ids)) != tuple(fit.model.label_ids):
+    if tuple(map(int, data.label_ids)) != tuple(posterior.model.label_ids):
         raise ValueError(
             f"after this template the words {list(words)} are the tokens {data.label_ids.tolist()}, but the "
-            f"model reads {list(fit.model.label_ids)}; give the template that it was fitted with"
+            f"model reads {list(posterior.model.label_ids)}; give the template that it was fitted with"
         )
     found = predict(
-        key, fit, data["prefixes"], num_samples=num_samples, batch_size=batch_size, console=console
+        key, posterior, data["prefixes"], num_draws=num_draws, batch_size=batch_size, console=console
     )
     return Reading(tuple(pieces), words, found, by)
 

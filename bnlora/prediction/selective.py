@@ -14,13 +14,14 @@ References: El-Yaniv and Wiener (2010), JMLR 11; Geifman, Uziel and El-Yaniv (20
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
-from jaxtyping import Float, Int
+from jax import Array
+from jaxtyping import Float
 
 from bnlora import metrics
-from bnlora._util.checks import check_option
+from bnlora._util.checks import check_key, check_option
 from bnlora.metrics.scores import checked
 from bnlora.prediction.predict import Prediction
 
@@ -61,31 +62,34 @@ def doubt(prediction: Prediction, by: Doubt = "confidence") -> Float[np.ndarray,
 
 
 def risk_coverage(
+    key: Array,
     prediction: Prediction,
-    labels: Int[np.ndarray, " n"],
+    labels: Any,
     *,
     by: Doubt = "confidence",
-    resamples: int = 1000,
-    seed: int = 0,
+    num_resamples: int = 1000,
 ) -> RiskCoverage:
     """Error rate among the rows of least doubt, for every number of rows.
 
     Args:
+        key: Random key of the bootstrap.
         prediction: The prediction.
-        labels: True classes.
+        labels: True classes, or the `Batch` that has them.
         by: What orders the rows. By "confidence" the area is `metrics.aurc`.
-        resamples: Bootstrap samples of the interval of the area.
-        seed: Seed of the resampling.
+        num_resamples: Bootstrap samples of the interval of the area.
 
     Raises:
         ValueError: On an unknown order, fewer than one resample, and whatever `metrics.accuracy` refuses.
 
     Example:
         >>> sure, right = np.array([0.9, 0.6, 0.8]), np.array([1, 0, 1])
-        >>> found = risk_coverage(Prediction(np.log([np.stack([1 - sure, sure], 1)])), right)
+        >>> found = risk_coverage(key, Prediction(np.log([np.stack([1 - sure, sure], 1)])), right)
         >>> found.risk.round(3), round(found.aurc.value, 3)
         (array([0.   , 0.   , 0.333]), 0.111)
     """
+    key = check_key(key)
+    key = check_key(key)
+    key = check_key(key)
     log_probs, labels = checked(prediction.log_probs, labels)
     order, wrong = doubt(prediction, by), log_probs.argmax(1) != labels
     risk, count = metrics.selective_risks(order, wrong), np.arange(1, len(wrong) + 1)
@@ -94,7 +98,7 @@ def risk_coverage(
     def area(rows: np.ndarray) -> float:
         return float(metrics.selective_risks(order[rows], wrong[rows]).mean())
 
-    found = metrics.bootstrap(area, len(wrong), resamples=resamples, seed=seed)
+    found = metrics.bootstrap(key, area, len(wrong), num_resamples=num_resamples)
     return RiskCoverage(count / len(wrong), risk, low, high, found)
 
 

@@ -15,10 +15,10 @@ r"""Priors over adapters: any function from sites to adapters that calls `numpyr
 | `subspace`                           | one random gain a rank between learned projections                |
 | `point`                              | none: plain LoRA, fitted by maximum likelihood                    |
 
-Hyper-parameters are constants, `learned(start)` (type II), or NumPyro distributions (`hyper`). `per_factor`
-and `by_family` compose priors (`compose`). For priors of your own, `each_factor` runs a law of one factor,
-`rank_gains` weighs ranks by gains that you sample, `layers` is the plate over the layers of a family, and
-`sparse_gp_matrices` is the sparse GP of one stack of matrices.
+Hyper-parameters are constants, `learned(init_value)` (type II), or NumPyro distributions (`hyper`).
+`per_factor` and `by_family` compose priors (`compose`). For priors of your own, `each_factor` runs a law of
+one factor, `rank_gains` weighs ranks by gains that you sample, `layers` is the plate over the layers of a
+family, and `sparse_gp_matrices` is the sparse GP of one stack of matrices.
 """
 
 from bnlora.priors.ard import ard as ard

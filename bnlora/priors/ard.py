@@ -26,7 +26,7 @@ def ard(
     The gains act on `b`: where `a` alone is asked for, as for the part `a` of `per_factor`, this is `normal`.
 
     Args:
-        gain: `learned(start)`, the distribution of each gain (such as `HalfNormal(1)`), or a number.
+        gain: `learned(init_value)`, the distribution of each gain (such as `HalfNormal(1)`), or a number.
         scale: Scale of the normals, as in `normal`.
         width: As in `normal`.
 

@@ -4,7 +4,7 @@ A *law* samples one factor of one family, all its layers at once: `law(site, fac
 A *prior* runs a law over every factor that its sites ask for. Sites may ask for part of the factors or
 families (`Sites.only`), which is how priors are composed.
 
-Sites may carry marks in `infer`, which guides and diagnostics of this library read: `start` is where
+Sites may carry marks in `infer`, which guides and diagnostics of this library read: `init` is where
 optimisation starts ("zero", "draw" of the prior, "median" of it, or a value), `conditional_noise` marks a
 standard normal that only completes the conditional W | U, for which one learned scale `lam` per matrix
 suffices, `weight` a site that is a factor's own and no hyper-parameter, and `dims` names the last axes of a
@@ -117,7 +117,7 @@ def sample_matrices(
     Returns:
         The weights, shape (layer, d_o, d_i).
     """
-    shape, name, infer = site.shapes[factor], f"{site.name}.{factor}", {"start": START[factor], WEIGHT: True}
+    shape, name, infer = site.shapes[factor], f"{site.name}.{factor}", {"init": START[factor], WEIGHT: True}
     with layers(site):
         if is_random(hyper):
             z = numpyro.sample(f"{name}.z", unit(jnp.ones(shape)).to_event(2), infer=infer)

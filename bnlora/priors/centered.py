@@ -57,7 +57,7 @@ def centered(prior: Prior, adapters: Adapters) -> Prior:
         # Only what can be zero starts there: a scale of zero would lie outside its support.
         support = site["fn"].support
         can_be_zero = getattr(support, "base_constraint", support) is constraints.real
-        return {"start": "zero"} if can_be_zero else {}
+        return {"init": "zero"} if can_be_zero else {}
 
     def moved(sites: Sites) -> Adapters:
         centre = {

@@ -35,7 +35,8 @@ def core(frames: Frames, *, scale: Scale = 1.0, by_layer: bool = False) -> Prior
     Args:
         frames: Frames of the families that the prior shall fill, from `bnlora.frames`.
         scale: Prior standard deviation of a logit contrast in nats, for all families or by family: a number,
-            an array of one number for each layer, `learned(start)`, or a distribution of positive values.
+            an array of one number for each layer, `learned(init_value)`, or a distribution of positive
+            values.
         by_layer: Whether a learned or random scale is one for each layer of a family, or one for all of them.
 
     Returns:
@@ -82,12 +83,12 @@ def _adapter(frames: Frames, name: str, sites: Sites, scale: Hyper, *, by_layer:
             f"the core prior makes both factors of {name!r} from one matrix; it cannot fill "
             f"{site.factors[0]!r} alone: use by_family, not per_factor"
         )
-    start: Any = getattr(scale, "start", scale)
+    start: Any = getattr(scale, "init_value", scale)
     each = by_layer or (not hasattr(scale, "sample") and jnp.ndim(start) > 0)
     spread = hyper_value(f"{name}.scale", scale, site=site if each else None)
     with layers(site):
         law = dist.Normal(jnp.zeros(frame.size), 1.0).to_event(2)
-        U = numpyro.sample(f"{name}.U", law, infer={"start": "zero", WEIGHT: True})
+        U = numpyro.sample(f"{name}.U", law, infer={"init": "zero", WEIGHT: True})
     weight = jnp.broadcast_to(spread / frame.unit, (site.depth,))
     left, right = jnp.asarray(frame.left), jnp.asarray(frame.right)
     scaled = numpyro.deterministic(core_name(name), weight[:, None, None] * U)

@@ -45,7 +45,7 @@ def pooled_scales(prior: Prior, *, spread: Hyper = learned(0.5), factor: str = "
 
     Args:
         prior: The prior whose factor is scaled.
-        spread: Standard deviation of the log-scales: a number, `learned(start)` or a distribution; one a
+        spread: Standard deviation of the log-scales: a number, `learned(init_value)` or a distribution; one a
             family.
         factor: The factor that is scaled.
 
@@ -72,7 +72,7 @@ def pooled_scales(prior: Prior, *, spread: Hyper = learned(0.5), factor: str = "
                 width = hyper_value(f"{pool}.spread", spread)
                 with layers(site):
                     law = dist.Normal(jnp.zeros(site.depth), 1.0)
-                    z = numpyro.sample(pool, law, infer={"start": "zero"})
+                    z = numpyro.sample(pool, law, infer={"init": "zero"})
                 adapters[name][factor] = jnp.exp(width * z)[:, None, None] * adapters[name][factor]
         return adapters
 
@@ -91,7 +91,7 @@ def pooled_sparse_gp(
     """Sparse GP with learned frames shared by the layers of a family and correlated inducing matrices.
 
     Args:
-        rho: Correlation of the inducing matrices of two layers: a number in (0, 1), `learned(start,
+        rho: Correlation of the inducing matrices of two layers: a number in (0, 1), `learned(init_value,
             constraints.unit_interval)`, or a distribution on (0, 1).
         rows: Inducing rows, clipped to their side.
         cols: Inducing columns, clipped to their side.
@@ -120,10 +120,10 @@ def pooled_sparse_gp(
         col_side = frames_side(name, "cols", 1, shape[2], cols, **kinds)
         k = (row_side.factor.shape[-1], col_side.factor.shape[-1])
         correlation = hyper_value(f"{name}.rho", rho)
-        common = standard_normal(f"{name}.V_0", k, start=START[factor])
+        common = standard_normal(f"{name}.V_0", k, init=START[factor])
         with layers(site):
-            own = standard_normal(f"{name}.V", (site.depth, *k), start="zero")
-            E = standard_normal(f"{name}.E", shape, start="zero", **{NOISE: True})
+            own = standard_normal(f"{name}.V", (site.depth, *k), init="zero")
+            E = standard_normal(f"{name}.E", shape, init="zero", **{NOISE: True})
         V = jnp.sqrt(correlation) * common + jnp.sqrt(1 - correlation) * own
         inside = gp.conditional_mean(V, row_side, col_side) + gp.conditional_noise(E, row_side, col_side)
         return sigma * inside

@@ -80,7 +80,7 @@ def regularized_horseshoe(
     def gains(site: Site) -> Array:
         tau, local = _global_and_local(site, global_scale)
         law = dist.InverseGamma(slab_df / 2, slab_df * slab**2 / 2)
-        c2 = numpyro.sample(f"{site.name}.b.slab", law, infer={"start": "median"})
+        c2 = numpyro.sample(f"{site.name}.b.slab", law, infer={"init": "median"})
         # c tau lambda / sqrt(c^2 + tau^2 lambda^2), where hypot lets no square of a large lambda overflow.
         free = tau * local
         return free / jnp.hypot(1.0, free / jnp.sqrt(c2))
@@ -89,7 +89,7 @@ def regularized_horseshoe(
 
 
 def _global_and_local(site: Site, global_scale: float) -> tuple[Array, Array]:
-    tau = numpyro.sample(f"{site.name}.b.tau", dist.HalfCauchy(global_scale), infer={"start": "median"})
+    tau = numpyro.sample(f"{site.name}.b.tau", dist.HalfCauchy(global_scale), infer={"init": "median"})
     with layers(site):
         law = dist.HalfCauchy(jnp.ones((site.depth, site.rank))).to_event(1)
-        return tau, numpyro.sample(f"{site.name}.b.local", law, infer={"start": "median", "dims": ("rank",)})
+        return tau, numpyro.sample(f"{site.name}.b.local", law, infer={"init": "median", "dims": ("rank",)})

@@ -3,7 +3,7 @@
 | given                       | becomes                              | the bound then bounds               |
 |-----------------------------|--------------------------------------|-------------------------------------|
 | a number or an array        | itself                               | log p(y), at this value             |
-| `learned(start)`            | `numpyro.param("<name>", start)`     | log p(y), maximised over the value  |
+| `learned(init_value)`       | `numpyro.param(name, init_value)`    | log p(y), maximised over the value  |
 | a NumPyro distribution      | `numpyro.sample("<name>", ...)`      | log p(y), the value integrated out  |
 """
 
@@ -28,7 +28,7 @@ from bnlora.adapters.sites import Site
 class Learned:
     """A hyper-parameter that the fit maximises over; made by `learned`."""
 
-    start: float
+    init_value: float
     constraint: Any = field(default_factory=lambda: constraints.softplus_positive)
 
 
@@ -37,17 +37,17 @@ ByFactor: TypeAlias = Hyper | Mapping[str, Hyper]
 """One hyper-parameter for both factors, or one for each as `{"a": ..., "b": ...}`."""
 
 
-def learned(start: float, constraint: Any = constraints.softplus_positive) -> Learned:
+def learned(init_value: float, constraint: Any = constraints.softplus_positive) -> Learned:
     """Mark a hyper-parameter to be learned by type-II maximum likelihood.
 
     Args:
-        start: Value at the start of a fit.
+        init_value: Value at the start of a fit.
         constraint: NumPyro constraint of the value; positive by default.
 
     Returns:
         A hyper-parameter for any argument of that kind.
     """
-    return Learned(start, constraint)
+    return Learned(init_value, constraint)
 
 
 def is_random(hyper: Hyper | None) -> bool:
@@ -81,11 +81,11 @@ def hyper_value(
     """
     shape = event if site is None else (site.depth, *event)
     if isinstance(hyper, Learned):
-        return numpyro.param(name, jnp.full(shape, hyper.start), constraint=hyper.constraint)
+        return numpyro.param(name, jnp.full(shape, hyper.init_value), constraint=hyper.constraint)
     if isinstance(hyper, dist.Distribution):
         if hyper.event_shape:
             raise ValueError(f"{name} needs the distribution of a single number; got {_shown(hyper)}")
-        law, infer = hyper.expand(shape).to_event(len(event)), {"start": "median", "dims": dims}
+        law, infer = hyper.expand(shape).to_event(len(event)), {"init": "median", "dims": dims}
         if site is None:
             return numpyro.sample(name, law, infer=infer)
         with numpyro.plate(f"{site.name}.layer", site.depth):
@@ -124,7 +124,7 @@ def require_unit(name: str, hyper: Hyper) -> None:
     """Raise `ValueError` unless every value that a hyper-parameter can take lies in (0, 1)."""
     if not _inside(hyper, 1.0):
         raise ValueError(
-            f"{name} must lie strictly between 0 and 1: a number, `learned(start, "
+            f"{name} must lie strictly between 0 and 1: a number, `learned(init_value, "
             f"constraints.unit_interval)`, or a distribution such as `Beta`; got {_shown(hyper)}"
         )
 
@@ -147,7 +147,7 @@ def _inside(hyper: Any, upper: float) -> bool:
     if isinstance(hyper, jax.core.Tracer):
         return True  # a value inside a compiled function: nothing to look at
     if isinstance(hyper, Learned):
-        return _allows_only(hyper.constraint, upper) and _inside(hyper.start, upper)
+        return _allows_only(hyper.constraint, upper) and _inside(hyper.init_value, upper)
     if isinstance(hyper, dist.Distribution):
         return _allows_only(hyper.support, upper)
     values = np.asarray(hyper)
@@ -166,5 +166,5 @@ def _allows_only(constraint: Any, upper: float) -> bool:
 def _shown(hyper: Any) -> str:
     """A hyper-parameter as a message shows it: NumPyro's distributions print their address."""
     if isinstance(hyper, Learned):
-        return f"learned({hyper.start}, {hyper.constraint})"
+        return f"learned({hyper.init_value}, {hyper.constraint})"
     return type(hyper).__name__ if isinstance(hyper, dist.Distribution) else repr(hyper)

@@ -28,8 +28,8 @@ def matrix_normal(
 
     Args:
         scale: Common scale; as in `normal`, but a number or `learned`.
-        rows: Scales of the rows, shape `(layer, d_o)`: a number, `learned(start)`, or the distribution of
-            each.
+        rows: Scales of the rows, shape `(layer, d_o)`: a number, `learned(init_value)`, or the distribution
+            of each.
         cols: Scales of the columns, shape `(layer, d_i)`.
         width: `"scaled"` to divide by `sqrt(d_i)`, `"unscaled"` for the standard deviation of a weight.
 

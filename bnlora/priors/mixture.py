@@ -27,7 +27,7 @@ def spike_and_slab(
 
     Args:
         scale: Scale of the slab; as in `normal`, but a number or `learned`.
-        inclusion: Probability `pi` of the slab: a number in (0, 1), `learned(start,
+        inclusion: Probability `pi` of the slab: a number in (0, 1), `learned(init_value,
             constraints.unit_interval)`, or a distribution on (0, 1), one for each family and factor.
         spike: Standard deviation of the spike relative to the slab, in (0, 1).
         width: `"scaled"` to divide by `sqrt(d_i)`, `"unscaled"` for the standard deviation of a weight.

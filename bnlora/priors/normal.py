@@ -16,7 +16,7 @@ def normal(*, scale: ByFactor = 1.0, width: Width = "scaled") -> Prior:
 
     Args:
         scale: Standard deviation of a factor's output for a unit-variance input, one for both factors or one
-            for each as `{"a": ..., "b": ...}`: a number, `learned(start)`, or a distribution.
+            for each as `{"a": ..., "b": ...}`: a number, `learned(init_value)`, or a distribution.
         width: `"scaled"` to divide by `sqrt(d_i)`, `"unscaled"` for the standard deviation of a weight.
 
     Returns:

@@ -20,7 +20,7 @@ Reference: Lin et al. (2026), Bayesian-LoRA, arXiv 2601.21003; Ritter et al. (20
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -60,23 +60,7 @@ Form = Literal["whitened", "unwhitened", "weights"]
 
 @dataclass(frozen=True)
 class Options:
-    """How the inducing structure of a matrix is built.
-
-    Attributes:
-        rows: Inducing rows `m_r`.
-        cols: Inducing columns `m_c`.
-        inducing: `"frames"`: orthonormal frames and eigenvalues, free of Cholesky factors. `"bases"`: the
-            paper's `Z` and `D` with `K = Z Z^T + D^2`.
-        frames: With `"frames"`: `"learned"`, a random key for frames drawn once from it, or
-            `{"<family>.<factor>": (rows, columns)}` with matrices of shape (layer, d, k).
-        form: Which sites carry the law: see the top of this file.
-        lam: Prior scale of the conditional noise in [0, 1]; a number, `learned`, or a distribution. 1 is the
-            sparse GP, 0 leaves its mean alone. Below 1 the rows of a factor depend on each other through
-            frames as long as its sides, so that the law of an adapted head is defined on its label rows
-            and is no marginal of one over the whole vocabulary.
-        oversize: Where an inducing size exceeds its side: `"clip"` it to the side, or `"keep"` it as the
-            published code does (only with `"bases"`; a frame cannot be larger than its side).
-        reliability: Eigenvalue of `P` at the start, in (0, 1).
+    """How the inducing structure of a matrix is built: the arguments of `sparse_gp`, checked.
 
     Raises:
         ValueError: On an unknown option, a size below one, or a number outside its range.
@@ -109,15 +93,39 @@ class Options:
             raise ValueError("form='weights' needs lam > 0: at 0 the weights have no density")
 
 
-def sparse_gp(*, scale: ByFactor = 1.0, width: Width = "scaled", **options: Any) -> Prior:
+def sparse_gp(
+    *,
+    scale: ByFactor = 1.0,
+    width: Width = "scaled",
+    rows: int = 9,
+    cols: int = 9,
+    inducing: Inducing = "frames",
+    frames: Frames = "learned",
+    form: Form = "whitened",
+    lam: Hyper = 1.0,
+    oversize: Oversize = "clip",
+    reliability: float = 0.95,
+) -> Prior:
     """Sparse-GP prior with an inducing matrix for every factor of every adapter.
 
     Args:
         scale: Standard deviation of a factor's output for a unit-variance input, one for both factors or one
-            for each as `{"a": ..., "b": ...}`: a number, `learned(start)`, or a distribution.
+            for each as `{"a": ..., "b": ...}`: a number, `learned(init_value)`, or a distribution.
         width: `"scaled"` to divide by `sqrt(d_i)`, `"unscaled"` for the standard deviation of a weight.
-        **options: The attributes of `Options`: rows, cols, inducing, frames, form, lam, oversize,
-            reliability.
+        rows: Inducing rows `m_r`.
+        cols: Inducing columns `m_c`.
+        inducing: `"frames"`: orthonormal frames and eigenvalues, free of Cholesky factors. `"bases"`: the
+            paper's `Z` and `D` with `K = Z Z^T + D^2`.
+        frames: With `"frames"`: `"learned"`, a random key for frames drawn once from it, or
+            `{"<family>.<factor>": (rows, columns)}` with matrices of shape (layer, d, k).
+        form: Which sites carry the law: see the top of this file.
+        lam: Prior scale of the conditional noise in [0, 1]; a number, `learned`, or a distribution. 1 is the
+            sparse GP, 0 leaves its mean alone. Below 1 the rows of a factor depend on each other through
+            frames as long as its sides, so that the law of an adapted head is defined on its label rows
+            and is no marginal of one over the whole vocabulary.
+        oversize: Where an inducing size exceeds its side: `"clip"` it to the side, or `"keep"` it as the
+            published code does (only with `"bases"`; a frame cannot be larger than its side).
+        reliability: Eigenvalue of `P` at the start, in (0, 1).
 
     Returns:
         A prior with sample sites `<family>.<factor>.V`, shape (layer, k_r, k_c), and `<family>.<factor>.E`,
@@ -132,7 +140,7 @@ def sparse_gp(*, scale: ByFactor = 1.0, width: Width = "scaled", **options: Any)
     """
     scales = by_factor("scale", scale)
     require_width(width)
-    structure = _options(options)
+    structure = Options(rows, cols, inducing, frames, form, lam, oversize, reliability)
 
     def law(site: Site, factor: str) -> Array:
         name = f"{site.name}.{factor}"
@@ -149,8 +157,15 @@ def sparse_gp_matrices(
     *,
     sigma: float | Array,
     plate: str,
-    start: Start = "draw",
-    **options: Any,
+    init_strategy: Start = "draw",
+    rows: int = 9,
+    cols: int = 9,
+    inducing: Inducing = "frames",
+    frames: Frames = "learned",
+    form: Form = "whitened",
+    lam: Hyper = 1.0,
+    oversize: Oversize = "clip",
+    reliability: float = 0.95,
 ) -> Float[Array, "layer d_o d_i"]:
     """Sample a stack of matrices under the sparse GP: the building block for priors of your own.
 
@@ -160,35 +175,45 @@ def sparse_gp_matrices(
         sigma: Prior standard deviation of an entry; a number, or a random variable of your prior that
             broadcasts against `shape`.
         plate: Name of the plate over layers.
-        start: Where guides of this library start `V`: at a draw of the prior or at zero.
-        **options: The attributes of `Options`.
+        init_strategy: Where guides of this library start `V`: at a draw of the prior or at zero.
+        rows: Inducing rows `m_r`; this argument and the others below are those of `sparse_gp`.
+        cols: Inducing columns `m_c`.
+        inducing: Orthonormal frames, or the paper's bases.
+        frames: Where frames come from.
+        form: Which sites carry the law.
+        lam: Prior scale of the conditional noise.
+        oversize: What becomes of an inducing size above its side.
+        reliability: Eigenvalue of `P` at the start.
 
     Returns:
         `W = sigma (F_r V F_c^T + lam Sigma^{1/2} E)`.
 
     Raises:
-        ValueError: On an unknown `start`, and as `Options`.
+        ValueError: On an unknown `init_strategy`, and as `Options`.
     """
-    check_option("start", start, get_args(Start))
-    return _matrices(name, shape, jnp.asarray(sigma), plate, start, _options(options))
+    check_option("init_strategy", init_strategy, get_args(Start))
+    structure = Options(rows, cols, inducing, frames, form, lam, oversize, reliability)
+    return _matrices(name, shape, jnp.asarray(sigma), plate, init_strategy, structure)
 
 
 def _matrices(
-    name: str, shape: tuple[int, int, int], sigma: Array, plate: str, start: Start, options: Options
+    name: str, shape: tuple[int, int, int], sigma: Array, plate: str, init_strategy: Start, options: Options
 ) -> Array:
     depth, d_o, d_i = shape
     lam = hyper_value(f"{name}.lam", options.lam)
     if options.form == "unwhitened":
-        return _from_unwhitened(name, shape, sigma, plate, start, options, lam)
+        return _from_unwhitened(name, shape, sigma, plate, init_strategy, options, lam)
     rows, cols = (
         _side(name, which, depth, d, size, options)
         for which, d, size in (("rows", d_o, options.rows), ("cols", d_i, options.cols))
     )
     with numpyro.plate(plate, depth):
-        V = standard_normal(f"{name}.V", (depth, rows.factor.shape[-1], cols.factor.shape[-1]), start=start)
+        V = standard_normal(
+            f"{name}.V", (depth, rows.factor.shape[-1], cols.factor.shape[-1]), init_strategy=init_strategy
+        )
         if options.form == "weights":
             law = MatrixConditional(V, rows, cols, sigma, jnp.broadcast_to(lam, (depth,)))
-            return numpyro.sample(f"{name}.W", law, infer={"start": start, NOISE: True, WEIGHT: True})
+            return numpyro.sample(f"{name}.W", law, infer={"init": init_strategy, NOISE: True, WEIGHT: True})
     return sigma * (gp.conditional_mean(V, rows, cols) + _noise(name, shape, plate, rows, cols, options, lam))
 
 
@@ -197,7 +222,7 @@ def _from_unwhitened(
     shape: tuple[int, int, int],
     sigma: Array,
     plate: str,
-    start: Start,
+    init_strategy: Start,
     options: Options,
     lam: Array,
 ) -> Array:
@@ -212,7 +237,7 @@ def _from_unwhitened(
         zero = jnp.zeros((depth, L_r.shape[-1], L_c.shape[-1]))
         # NumPyro's own MatrixNormal solves all layers in one LAPACK call: see `gp.one_by_one`.
         law = dist.TransformedDistribution(dist.Normal(zero, 1.0).to_event(2), MatrixAffine(zero, L_r, L_c))
-        U = numpyro.sample(f"{name}.U", law, infer={"start": start, WEIGHT: True})
+        U = numpyro.sample(f"{name}.U", law, infer={"init": init_strategy, WEIGHT: True})
     V = gp.whiten(U, L_r, L_c)
     return sigma * (gp.conditional_mean(V, rows, cols) + _noise(name, shape, plate, rows, cols, options, lam))
 
@@ -229,7 +254,7 @@ def _noise(
     if _is_zero(options.lam):
         return 0.0
     with numpyro.plate(plate, shape[0]):
-        E = standard_normal(f"{name}.E", shape, start="zero", **{NOISE: True})
+        E = standard_normal(f"{name}.E", shape, init="zero", **{NOISE: True})
     return lam * gp.conditional_noise(E, rows, cols)
 
 
@@ -246,13 +271,6 @@ def _side(name: str, which: str, depth: int, d: int, size: int, options: Options
     return gp.inducing_side(
         *bases(f"{name}.{which}", depth, d, size, oversize=options.oversize, reliability=reliability)
     )
-
-
-def _options(given: dict) -> Options:
-    known = tuple(Options.__dataclass_fields__)
-    for name in given:
-        check_option("an option of the sparse GP", name, known)
-    return Options(**given)
 
 
 def _require_lam(lam: Hyper) -> None:

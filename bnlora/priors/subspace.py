@@ -26,7 +26,7 @@ def subspace(*, scale: Hyper = 1.0) -> Prior:
     """Adapters that are plain LoRA but for one random gain for each rank of each layer.
 
     Args:
-        scale: Standard deviation of the gains around one: a number, `learned(start)`, or a distribution.
+        scale: Standard deviation of the gains around one: a number, `learned(init_value)`, or a distribution.
 
     Returns:
         A prior with one sample site `<family>.b.core` a family, standard normal of shape (layer, rank),
@@ -45,7 +45,7 @@ def subspace(*, scale: Hyper = 1.0) -> Prior:
                 spread = hyper_value(f"{name}.b.core.scale", scale)
                 with layers(site):
                     law = dist.Normal(jnp.zeros((site.depth, site.rank)), 1.0).to_event(1)
-                    core = numpyro.sample(f"{name}.b.core", law, infer={"start": "zero", "dims": ("rank",)})
+                    core = numpyro.sample(f"{name}.b.core", law, infer={"init": "zero", "dims": ("rank",)})
                 factors["b"] = factors["b"] * (1 + spread * core)[:, None, :]
             adapters[name] = factors
         return adapters

@@ -80,14 +80,14 @@ class Conditional(Classifier):
             for name, pair in adapters.items()
         }
 
-    def _computed(self, params: Any, batch: Batch) -> Float[Array, "n t d"]:
+    def _computed(self, weights: Any, batch: Batch) -> Float[Array, "n t d"]:
         if self.lowest == self.sites.start:
-            return super()._computed(params, batch)
+            return super()._computed(weights, batch)
         first = self.sites.start
         placed = self.sites.place(self.below)
         placed.pop(HEAD, None)
         inner = {m: {f: x[: self.lowest - first] for f, x in pair.items()} for m, pair in placed.items()}
-        module = self.base.bind(params)
+        module = self.base.bind(weights)
         trunk = module.blocks(module.embed(batch.tokens), batch.mask, start=0, stop=first)
         return module.blocks(trunk, batch.mask, start=first, stop=self.lowest, adapters=inner)
 

@@ -76,7 +76,7 @@ def adapters_at(model: Any, params: Parameters, sites: dict[str, Array]) -> Adap
 
 
 def draw_both(
-    key: Array, model: Any, guide: Callable, params: Parameters, num_samples: int
+    key: Array, model: Any, guide: Callable, params: Parameters, num_draws: int
 ) -> tuple[Draw, Adapters]:
     """Draws of the guide and the adapters that the prior makes of them, with a leading draw axis."""
 
@@ -84,12 +84,12 @@ def draw_both(
         draw = draw_sites(k, model, guide, params)
         return draw, adapters_at(model, params, draw.sites)
 
-    return jax.lax.map(one, jax.random.split(key, num_samples))
+    return jax.lax.map(one, jax.random.split(key, num_draws))
 
 
-def draw_adapters(key: Array, model: Any, guide: Callable, params: Parameters, num_samples: int) -> Adapters:
+def draw_adapters(key: Array, model: Any, guide: Callable, params: Parameters, num_draws: int) -> Adapters:
     """Posterior adapters with a leading draw axis."""
-    return draw_both(key, model, guide, params, num_samples)[1]
+    return draw_both(key, model, guide, params, num_draws)[1]
 
 
 def traces(

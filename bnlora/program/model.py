@@ -34,7 +34,7 @@ class LanguageModel(Protocol):
     """What a classifier needs of a base model: frozen weights and a module to bind them to."""
 
     @property
-    def params(self) -> Any:
+    def weights(self) -> Any:
         """The frozen weights, a pytree."""
         ...
 
@@ -48,7 +48,7 @@ class LanguageModel(Protocol):
         """`{module: (d_in, d_out)}`, the modules of one layer and the head."""
         ...
 
-    def bind(self, params: Any) -> Any:
+    def bind(self, weights: Any) -> Any:
         """The module with these weights: `embed`, `blocks` (all positions, or some), `inputs` and `head`."""
         ...
 
@@ -77,7 +77,7 @@ class AdapterPrior:
 
 @dataclass(frozen=True)
 class Classifier(Shown):
-    """A classifier whose classes are label words, as a plain NumPyro model `model(params, batch)`.
+    """A classifier whose classes are label words, as a plain NumPyro model `model(weights, batch)`.
 
     Where the head is adapted, only its label rows enter `sites` and the prior: the likelihood reads
     no other row. Under a prior that is consistent under leaving rows out the others would stay exactly at
@@ -181,11 +181,11 @@ class Classifier(Shown):
     def __repr__(self) -> str:
         return f"Classifier({len(self.label_ids)} classes, {self.base!r})\n{self.sites!r}"
 
-    def __call__(self, params: Any, batch: Batch, n_total: int | None = None) -> None:
+    def __call__(self, weights: Any, batch: Batch, n_total: int | None = None) -> None:
         """Sample adapters and observe labels.
 
         Args:
-            params: The frozen base weights, `model.base.params`.
+            weights: The frozen base weights, `model.base.weights`.
             batch: Rows with labels.
             n_total: Size of the data set that `batch` is a random part of; the likelihood is scaled
                 by `n_total / len(batch)`. Omitted, the batch is the whole data set.
@@ -194,7 +194,7 @@ class Classifier(Shown):
             ValueError: When `n_total` is less than the rows; outside a compiled program also when a row has a
                 label or a token that the model has not.
         """
-        self._observe(self.logits(params, self.prior(), batch), batch, n_total)
+        self._observe(self.logits(weights, self.prior(), batch), batch, n_total)
 
     def _observe(self, logits: Float[Array, "n c"], batch: Batch, n_total: int | None) -> None:
         if not isinstance(batch.labels, jax.core.Tracer):
@@ -206,7 +206,7 @@ class Classifier(Shown):
         with numpyro.plate("data", size, subsample_size=rows if rows < size else None):
             numpyro.sample("y", dist.Categorical(logits=logits), obs=batch.labels)
 
-    def hidden(self, params: Any, batch: Batch) -> Float[Array, "n t d"]:
+    def hidden(self, weights: Any, batch: Batch) -> Float[Array, "n t d"]:
         """Activations below the lowest adapted layer: the batch's if cached for this trunk, or computed here.
 
         Raises:
@@ -220,27 +220,27 @@ class Classifier(Shown):
                 "these rows keep only their last position, which is too little for this model; give the rows "
                 "as they were read"
             )
-        return self._computed(params, batch)
+        return self._computed(weights, batch)
 
-    def _computed(self, params: Any, batch: Batch) -> Float[Array, "n t d"]:
+    def _computed(self, weights: Any, batch: Batch) -> Float[Array, "n t d"]:
         """Activations below the lowest adapted layer, from the tokens."""
-        module = self.base.bind(params)
+        module = self.base.bind(weights)
         return module.blocks(module.embed(batch.tokens), batch.mask, start=0, stop=self.start)
 
-    def prepared(self, params: Any, batch: Batch) -> Batch:
+    def prepared(self, weights: Any, batch: Batch) -> Batch:
         """The batch with its activations below the lowest adapted layer, which no draw changes."""
-        return replace(batch, hidden=self.hidden(params, batch), depth=self.start, trunk=self.trunk)
+        return replace(batch, hidden=self.hidden(weights, batch), depth=self.start, trunk=self.trunk)
 
-    def logits(self, params: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n c"]:
+    def logits(self, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n c"]:
         """Logits of the label tokens after the last real token of each row.
 
         The last layer runs at that token alone, beside the keys and values of the others.
         """
-        placed = self.sites.place(adapters, start=self.start)
+        placed = self.sites.place(adapters, first_layer=self.start)
         head = placed.pop(HEAD, None)
-        module = self.base.bind(params)
+        module = self.base.bind(weights)
         final = module.blocks(
-            self.hidden(params, batch),
+            self.hidden(weights, batch),
             batch.mask,
             start=self.start,
             stop=self.base.num_layers,
@@ -250,17 +250,17 @@ class Classifier(Shown):
         return module.head(final[:, 0], rows=jnp.asarray(self.label_ids), adapter=head)
 
     def log_probs_by_draw(
-        self, params: Any, adapters: Adapters, batch: Batch, together: int = 1
+        self, weights: Any, adapters: Adapters, batch: Batch, together: int = 1
     ) -> Float[Array, "s n c"]:
         """Log-probabilities of the classes under each draw of the adapters, which have a leading draw axis.
 
         The part below the adapters runs once for all draws; `together` of them at a time run in one program,
         whose adapted products read a kernel once for all of them.
         """
-        prepared = self.prepared(params, batch)
+        prepared = self.prepared(weights, batch)
 
         def one(draw: Adapters) -> Array:
-            return jax.nn.log_softmax(self.logits(params, draw, prepared))
+            return jax.nn.log_softmax(self.logits(weights, draw, prepared))
 
         return jax.lax.map(one, adapters, batch_size=together if together > 1 else None)
 
@@ -270,7 +270,7 @@ class Classifier(Shown):
         Activations that no draw changes must be in the batch already: see `prepare`.
         """
         run = program(self, _log_probs_of_piece, static=(4,))
-        return run(self.base.params, adapters, count, batch, together)
+        return run(self.base.weights, adapters, count, batch, together)
 
     def is_prepared(self, batch: Batch) -> bool:
         """Whether the batch has what no draw changes, or there is nothing of that kind."""
@@ -290,7 +290,7 @@ class Classifier(Shown):
         if self.is_prepared(batch):
             return batch if self.start else batch.plain
         run = program(self, type(self).hidden)
-        return replace(batch, hidden=run(self.base.params, batch.plain), depth=self.start, trunk=self.trunk)
+        return replace(batch, hidden=run(self.base.weights, batch.plain), depth=self.start, trunk=self.trunk)
 
     def numbers(self, shape: tuple[int, ...]) -> int:
         """Approximate size of the largest array of a program for so many rows and positions."""
@@ -304,12 +304,12 @@ def kind_of(model: Any) -> str:
 
 
 def _log_probs_of_piece(
-    model: Classifier, params: Any, adapters: Adapters, count: Array, batch: Batch, together: int
+    model: Classifier, weights: Any, adapters: Adapters, count: Array, batch: Batch, together: int
 ) -> Array:
-    def one(draw: Adapters, params: Any, batch: Batch) -> Array:
-        return jax.nn.log_softmax(model.logits(params, draw, batch))
+    def one(draw: Adapters, weights: Any, batch: Batch) -> Array:
+        return jax.nn.log_softmax(model.logits(weights, draw, batch))
 
-    return first_entries(one, adapters, count, params, batch, together=together)
+    return first_entries(one, adapters, count, weights, batch, together=together)
 
 
 def _label_ids(base: LanguageModel, label_ids: Any) -> tuple[int, ...]:

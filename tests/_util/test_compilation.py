@@ -59,29 +59,29 @@ def fit():
 def test_one_program_for_every_call_and_every_number_of_draws(fit):
     """The five functions share what they run: guide, prior, and the forward pass of each shape of rows."""
     with counting() as first:
-        bl.predict(KEY, fit, ROWS, num_samples=70, console=QUIET)
+        bl.predict(KEY, fit, ROWS, num_draws=70, console=QUIET)
     # Guide, prior at sites, forward pass, the layers below it, and the keys of so many draws.
     assert first.total() <= 5, first
     with counting() as again:
-        bl.predict(jax.random.key(1), fit, ROWS, num_samples=70, console=QUIET)
+        bl.predict(jax.random.key(1), fit, ROWS, num_draws=70, console=QUIET)
         fit.draws(KEY, 70)
     assert not again, again
     with counting() as tree:
-        bl.to_arviz(fit, ROWS, num_samples=40)
+        bl.to_arviz(fit, ROWS, num_draws=40)
     assert tree.total() <= 2, tree  # the keys of so many draws
     with counting() as page:
-        bl.diagnose(fit, ROWS, num_samples=40, console=QUIET)
+        bl.diagnose(fit, ROWS, num_draws=40, console=QUIET)
     # Draws of the prior, divergences, margins of the probe rows, and what makes keys.
     assert page.total() <= 10, page
     with counting() as compared:
-        bl.compare(KEY, fit, fit, ROWS, num_samples=40, against="anything", console=QUIET)
+        bl.compare(KEY, fit, fit, ROWS, num_draws=40, against="anything", console=QUIET)
     assert compared.total() <= 6, compared
 
 
 def test_pieces_and_halves_are_the_draws_of_one_program(fit):
     """Two full pieces and a part of one: against the guide and the prior run together, and by themselves."""
     arguments = {"model": fit.model, "guide": fit.guide, "params": fit.params}
-    whole, adapters = jax.jit(lambda key: draw_both(key, **arguments, num_samples=70))(KEY)
+    whole, adapters = jax.jit(lambda key: draw_both(key, **arguments, num_draws=70))(KEY)
     draw, got = fit.draws(KEY, 70)
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, (draw, got), (whole, adapters))
@@ -109,14 +109,14 @@ def test_density_and_adapters_at_given_sites(fit):
 
 
 def test_draws_of_the_prior_are_those_of_the_prior_program(fit):
-    drawn = bl.diagnostics.sample(fit, num_samples=25)
+    drawn = bl.diagnostics.sample(fit, num_draws=25)
     expected = draw_prior(drawn.part(1), fit.model, fit.params, 25)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), drawn.prior_adapters, dict(expected))
 
 
 def test_small_models_have_one_width_and_others_those_of_their_rows(fit, monkeypatch):
     """Short rows get a forward pass of their own, beside the one that all rows had."""
-    rows, options = tiny_rows(jax.random.key(3), 16, length=16), {"num_samples": 2, "batch_size": 8}
+    rows, options = tiny_rows(jax.random.key(3), 16, length=16), {"num_draws": 2, "batch_size": 8}
     with counting() as one:
         wide = bl.predict(KEY, fit, rows, console=QUIET, **options)
     monkeypatch.setattr(import_module("bnlora.predict"), "SMALL", 0)

@@ -214,7 +214,7 @@ def test_a_scale_is_the_prior_deviation_of_a_contrast_between_two_classes(label_
             alone = {
                 n: pair if n == name else {"a": pair["a"], "b": 0 * pair["b"]} for n, pair in adapters.items()
             }
-            moved = tangent.logits(BASE.params, alone, rows) - rows.features.offset
+            moved = tangent.logits(BASE.weights, alone, rows) - rows.features.offset
             found[name] = jnp.mean(jnp.stack([(moved[:, a] - moved[:, b]) ** 2 for a, b in pairs]))
         return found
 
@@ -233,7 +233,7 @@ def network_at(frames: Frames, core: np.ndarray, scale: float = 1.0) -> np.ndarr
         model.prior, data={f"{next(iter(frames))}.U": jnp.asarray(core, jnp.float32)}
     )
     adapters = numpyro.handlers.seed(fixed, KEY)()
-    logits = np.asarray(model.logits(BASE.params, adapters, ROWS), np.float64)
+    logits = np.asarray(model.logits(BASE.weights, adapters, ROWS), np.float64)
     return logits[:, 1:] - logits[:, :1]
 
 

@@ -42,7 +42,7 @@ ADAPTERS = random_adapters(jax.random.key(1))
 
 @pytest.fixture
 def folder(tmp_path):
-    save_peft(SITES, ADAPTERS, tmp_path, base=BASE)
+    save_peft(ADAPTERS, tmp_path, sites=SITES, base=BASE)
     return tmp_path
 
 
@@ -62,7 +62,7 @@ def logits(base, sites, adapters, tokens):
         top = module.blocks(low, mask, start=sites.start, stop=base.num_layers, adapters=placed)
         return jax.vmap(lambda x: module.head(x, rows=jnp.arange(base.config.vocab_size), adapter=head))(top)
 
-    return np.asarray(run(base.params, jnp.asarray(tokens)))
+    return np.asarray(run(base.weights, jnp.asarray(tokens)))
 
 
 def torch_with_adapter(folder, config, **options):
@@ -122,7 +122,7 @@ def test_peft_reads_what_is_saved(tmp_path):
         n: {f: 0.3 * jax.random.normal(next(keys), shape) for f, shape in site.shapes.items()}
         for n, site in sites.items()
     }
-    save_peft(sites, adapters, tmp_path, base=base)
+    save_peft(adapters, tmp_path, sites=sites, base=base)
     model = peft.PeftModel.from_pretrained(
         reference.torch_model(config, reference.tiny_tensors(config)), str(tmp_path)
     ).eval()
@@ -279,12 +279,12 @@ def test_what_the_format_cannot_hold_is_not_saved(tmp_path):
     with pytest.raises(
         ValueError, match="'lm_head' holds 3 of the 40 rows of 'lm_head', those of label tokens"
     ):
-        save_peft(rows, adapters, tmp_path, base=BASE)
+        save_peft(adapters, tmp_path, sites=rows, base=BASE)
     mixed = select(BASE, {"q_proj": 2, "k_proj": 3})
     zeros = {n: {f: jnp.zeros(s) for f, s in site.shapes.items()} for n, site in mixed.items()}
     with pytest.raises(
         ValueError, match=r"one rank and one alpha; the sites have \[\(2, 2.0\), \(3, 3.0\)\]"
     ):
-        save_peft(mixed, zeros, tmp_path, base=BASE)
+        save_peft(zeros, tmp_path, sites=mixed, base=BASE)
     with pytest.raises(ValueError, match="one adapter for each family"):
-        save_peft(SITES, {}, tmp_path, base=BASE)
+        save_peft({}, tmp_path, sites=SITES, base=BASE)

@@ -51,7 +51,7 @@ def test_the_base_is_predicted_as_a_model_without_adapters_does(comparison):
         n: {f: np.zeros((1, *s), np.float32) for f, s in site.shapes.items()}
         for n, site in model.sites.items()
     }
-    expected = np.asarray(model.log_probs_by_draw(model.base.params, zero, rows))[0]
+    expected = np.asarray(model.log_probs_by_draw(model.base.weights, zero, rows))[0]
     np.testing.assert_allclose(comparison.predictions[BASE]["far"].log_probs, expected, atol=1e-5)
 
 
@@ -107,6 +107,7 @@ def test_the_headline_says_what_the_intervals_say(comparison):
     said = results.headline(comparison)
     for rival in (BASE, LORA, CAREFUL):
         difference = bl.metrics.paired_difference(
+            jax.random.key(0),
             bl.metrics.nll,
             *(comparison.predictions[m]["near"] for m in (BAYES, rival)),
             comparison.labels["near"],

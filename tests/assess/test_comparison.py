@@ -12,6 +12,7 @@ import bnlora as bl
 from bnlora.assess import sbc
 from bnlora.assess.comparison import Draws, UncertifiedReference, compare_draws, khat
 from bnlora.assess.prior_draws import draw_prior
+from bnlora.prediction.functions import log_likelihood
 from bnlora.prediction.predict import Prediction
 from bnlora.testing import tiny_base, tiny_rows
 
@@ -143,9 +144,9 @@ def test_constant_functions_are_left_out_and_said():
         fixed = np.full((*draws.values.shape[:2], 1), 0.1)  # whose standard deviation is not zero in doubles
         return Draws((*NAMES, "fixed"), np.concatenate([draws.values, fixed], axis=2), draws.kind)
 
-    reference, approx = chains(RANDOM(0)), independent(RANDOM(3).normal(size=(1000, 3)))
-    found = compare_draws(RANDOM(2), with_fixed(approx), with_fixed(reference))
-    plain = compare_draws(RANDOM(2), approx, reference)
+    reference, posterior = chains(RANDOM(0)), independent(RANDOM(3).normal(size=(1000, 3)))
+    found = compare_draws(RANDOM(2), with_fixed(posterior), with_fixed(reference))
+    plain = compare_draws(RANDOM(2), posterior, reference)
     assert found.names == NAMES
     assert found.constant == ("fixed",)
     assert "left out, constant under the reference: fixed" in repr(found)
@@ -196,16 +197,16 @@ class Stored:
     factor: float = 1.0
     model: bl.Classifier = MODEL
 
-    def draw_adapters(self, key, num_samples):
+    def draw_adapters(self, key, num_draws):
         scaled = {"a": self.adapters["lm_head"]["a"], "b": self.factor * self.adapters["lm_head"]["b"]}
-        return {"lm_head": jax.tree.map(lambda x: x[:num_samples], scaled)}
+        return {"lm_head": jax.tree.map(lambda x: x[:num_draws], scaled)}
 
 
 @pytest.fixture(scope="module")
 def exact():
     """Two independent sets of exact draws."""
     infer = sbc.importance_inference(MODEL, num_particles=30_000, num_draws=800, num_together=1000)
-    return [jax.jit(infer)(jax.random.key(seed), BASE.params, ROWS) for seed in (0, 1)]
+    return [jax.jit(infer)(jax.random.key(seed), BASE.weights, ROWS) for seed in (0, 1)]
 
 
 def test_exact_draws_agree_with_exact_draws(exact):
@@ -218,8 +219,8 @@ def test_exact_draws_agree_with_exact_draws(exact):
         "log_likelihood", *(f"margin[{i}]" for i in range(6)), "norm[lm_head]"
     )  # fmt: skip
     assert found.reference.values.shape == (4, 200, 8)
-    assert found.approx.values.shape == (1, 400, 8)
-    margins = [MODEL.logits(BASE.params, jax.tree.map(lambda x: x[7], exact[1]), ROWS) @ jnp.array([-1, 1])]
+    assert found.posterior.values.shape == (1, 400, 8)
+    margins = [MODEL.logits(BASE.weights, jax.tree.map(lambda x: x[7], exact[1]), ROWS) @ jnp.array([-1, 1])]
     np.testing.assert_allclose(found.reference.values[0, 7, 1:7], margins[0], atol=1e-5)
     again = bl.compare(KEY, Stored(exact[0]), Run(exact[1]), ROWS, level=1e-3)
     assert again.verdict == found.verdict
@@ -238,7 +239,7 @@ def test_a_fit_has_a_khat_and_a_point_has_none(exact):
         bl.guides.Guide(MODEL.prior, bl.guides.delta()),
     )
     fits = [bl.fit(KEY, MODEL, g, ROWS, optax.adam(0.05), num_steps=60, batch_size=6) for g in guides]
-    bayes, point = (bl.compare(KEY, made, Run(exact[1]), ROWS, num_samples=100) for made in fits)
+    bayes, point = (bl.compare(KEY, made, Run(exact[1]), ROWS, num_draws=100) for made in fits)
     assert bayes.khat is not None
     assert bayes.khat.num_draws == 100
     assert "k-hat" in bayes.verdict
@@ -252,10 +253,10 @@ def test_khat_weights_are_those_of_the_model(exact):
     guide = bl.guides.Guide(MODEL.prior, bl.guides.mean_field())
     made = bl.fit(KEY, MODEL, guide, ROWS, optax.adam(0.05), num_steps=1, batch_size=6)
     made = replace(made, guide=lambda *_: MODEL.prior(), params={})
-    found = bl.compare(KEY, made, Run(exact[1]), ROWS, num_samples=1000).khat
+    found = bl.compare(KEY, made, Run(exact[1]), ROWS, num_draws=1000).khat
 
     def weigh(drawn):
-        return sbc.log_likelihood(MODEL, BASE.params, drawn, ROWS)
+        return log_likelihood(MODEL, BASE.weights, drawn, ROWS)
 
     log_weights = jax.lax.map(weigh, draw_prior(jax.random.key(9), MODEL, {}, 1000))
     expected = khat(np.asarray(log_weights), np.zeros(1000))
@@ -276,20 +277,20 @@ def test_an_uncertified_run_is_refused(exact):
 
 def test_against_anything_nothing_is_called_a_reference(exact):
     for other in (Stored(exact[1]), Run(exact[1], certificate=None)):
-        found = bl.compare(KEY, Stored(exact[0], 0.5), other, ROWS, num_samples=200, against="anything")
+        found = bl.compare(KEY, Stored(exact[0], 0.5), other, ROWS, num_draws=200, against="anything")
         assert "other posterior" in found.verdict
         assert "reference" not in repr(found)
         assert "reference" not in repr(found.functions_table)
 
 
 def test_functions_may_be_given(exact):
-    def functions(frozen, adapters, batch):
+    def functions(weights, adapters, batch):
         return {"first": adapters["lm_head"]["a"][0, 0, 0]}
 
     found = bl.compare(KEY, Stored(exact[0]), Run(exact[1]), ROWS, functions=functions)
     assert found.names == ("first",)
 
-    def vectors(frozen, adapters, batch):
+    def vectors(weights, adapters, batch):
         return {"all": adapters["lm_head"]["a"][0, 0]}
 
     with pytest.raises(ValueError, match=r"must be a scalar, shape \(\); 'all' has shape \(16,\)"):
@@ -303,6 +304,6 @@ def test_bad_input_is_refused(exact):
     with pytest.raises(ValueError, match="against must be one of .*; got 'nothing', nearest is 'anything'"):
         bl.compare(KEY, Stored(exact[0]), Run(exact[1]), ROWS, against="nothing")
     with pytest.raises(ValueError, match="at least 20 draws on each side .* draw more"):
-        bl.compare(KEY, Stored(exact[0]), Run(exact[1]), ROWS, num_samples=12)
+        bl.compare(KEY, Stored(exact[0]), Run(exact[1]), ROWS, num_draws=12)
     with pytest.raises(ValueError, match="expected 7 chains of one length; got 800 draws in all"):
         bl.compare(KEY, Stored(exact[0]), Run(exact[1], num_chains=7), ROWS)

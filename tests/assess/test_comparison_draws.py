@@ -74,20 +74,20 @@ def test_z_scores_are_standard_normal_under_the_null():
     """200 functions of chains against independent draws: mean square one, of means and deviations."""
     random = RANDOM(2)
     reference = named(autoregression(random, 0.5, (4, 1000, 200)), "chains")
-    approx = named(random.normal(size=(1, 1000, 200)), "independent")
-    for found in (moments(approx, reference), moments_null(reference)):
+    posterior = named(random.normal(size=(1, 1000, 200)), "independent")
+    for found in (moments(posterior, reference), moments_null(reference)):
         for z in (found.shift_z, found.ratio_z):
             assert abs(z.mean()) < 4 / 200**0.5
             assert abs((z**2).mean() - 1) < 4 * (2 / 200) ** 0.5
-    assert (moments(approx, reference).shift_adjusted > 0.01).all()
+    assert (moments(posterior, reference).shift_adjusted > 0.01).all()
 
 
 def test_shift_and_ratio_are_found():
     random = RANDOM(3)
     reference = named(3 + 2 * random.normal(size=(1, 4000, 2)), "independent")
     changed = np.array([4, 3]) + np.array([2, 1.2]) * random.normal(size=(1, 4000, 2))
-    approx = named(changed, "independent")
-    found = moments(approx, reference)
+    posterior = named(changed, "independent")
+    found = moments(posterior, reference)
     np.testing.assert_allclose(found.shift, [0.5, 0.0], atol=4 * found.shift_mcse.max())
     np.testing.assert_allclose(found.ratio, [1.0, 0.6], rtol=4 * found.ratio_mcse.max())
     assert found.shift_adjusted[0] < 1e-6 < 0.01 < found.shift_adjusted[1]
@@ -116,12 +116,12 @@ def test_detectable_shift_is_found_half_of_the_time():
 def test_pairs_are_of_one_size_and_in_units_of_the_reference():
     random = RANDOM(6)
     reference = named(5 + 3 * autoregression(random, 0.5, (4, 500, 2)), "chains")
-    approx = named(5 + 3 * random.normal(size=(1, 300, 2)), "independent")
-    found = pairs(approx, reference)
+    posterior = named(5 + 3 * random.normal(size=(1, 300, 2)), "independent")
+    found = pairs(posterior, reference)
     assert found.size == min(150, reference.independent_size // 2)
-    assert found.approx.shape == found.reference.shape == (2, found.size, 2)
+    assert found.posterior.shape == found.reference.shape == (2, found.size, 2)
     np.testing.assert_allclose(found.reference.reshape(-1, 2).std(0), 1, atol=0.2)
-    assert pairs(approx, reference, max_size=20).size == 20
+    assert pairs(posterior, reference, max_size=20).size == 20
 
 
 def test_bad_draws_are_refused():

@@ -21,8 +21,8 @@ RANDOM = np.random.default_rng
 
 def gaussians(random, size, width, *, shift=0.0, scale=1.0):
     """Pairs of standard normals as reference, shifted and scaled ones as approximation."""
-    approx, reference = random.normal(size=(2, 2, size, width))
-    return Pairs(shift + scale * approx, reference)
+    posterior, reference = random.normal(size=(2, 2, size, width))
+    return Pairs(shift + scale * posterior, reference)
 
 
 def independent(values):
@@ -78,7 +78,7 @@ def test_kernel_discrepancy_in_closed_form():
 def test_kernel_estimate_is_its_definition():
     samples = gaussians(RANDOM(4), 6, 2, shift=0.5)
     found = kernel_test(RANDOM(0), samples, bandwidth=0.9)
-    a, r = samples.approx.reshape(-1, 2), samples.reference.reshape(-1, 2)
+    a, r = samples.posterior.reshape(-1, 2), samples.reference.reshape(-1, 2)
 
     def mean(x, y, own):
         values = [

@@ -46,14 +46,14 @@ class Given:
     adapters: dict
     model: bl.Classifier = MODEL
 
-    def draw_adapters(self, key, num_samples):
-        return jax.tree.map(lambda x: x[:num_samples], self.adapters)
+    def draw_adapters(self, key, num_draws):
+        return jax.tree.map(lambda x: x[:num_draws], self.adapters)
 
 
 @pytest.fixture(scope="module")
 def draws():
     infer = sbc.importance_inference(MODEL, num_particles=30_000, num_draws=800, num_together=1000)
-    return [jax.jit(infer)(jax.random.key(seed), BASE.params, ROWS) for seed in (0, 1)]
+    return [jax.jit(infer)(jax.random.key(seed), BASE.weights, ROWS) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def run(draws):
 
 
 def test_a_reference_comes_back_as_it_was(run, draws, tmp_path):
-    stored = bl.store_reference(run, ROWS, num_predictions=100)
+    stored = bl.store_reference(run, ROWS, num_draws=100)
     bl.save_reference(stored, tmp_path)
     again = bl.load_reference(tmp_path)
     assert again.certificate == stored.certificate == run.certificate
@@ -75,8 +75,8 @@ def test_a_reference_comes_back_as_it_was(run, draws, tmp_path):
     assert again.rows == checksum(ROWS)
     np.testing.assert_allclose(again.draws.values, stored.draws.values, rtol=1e-6)
     assert again.prediction.draw_log_probs.shape == (100, 6, 2)
-    fresh = bl.compare(KEY, Given(draws[1]), run, ROWS, num_samples=100)
-    found = bl.compare(KEY, Given(draws[1]), again, ROWS, num_samples=100)
+    fresh = bl.compare(KEY, Given(draws[1]), run, ROWS, num_draws=100)
+    found = bl.compare(KEY, Given(draws[1]), again, ROWS, num_draws=100)
     assert found.names == fresh.names
     np.testing.assert_allclose(
         found.to_dataframe().select_dtypes("number"),
@@ -127,7 +127,7 @@ def test_missing_and_corrupt_files_get_a_sentence(run, tmp_path):
 
 
 def test_files_of_two_references_and_impossible_numbers_are_refused(run, tmp_path):
-    stored = bl.store_reference(run, ROWS, num_predictions=20)
+    stored = bl.store_reference(run, ROWS, num_draws=20)
     one, two = tmp_path / "one", tmp_path / "two"
     bl.save_reference(stored, one)
     values = stored.draws.values.copy()
@@ -151,14 +151,14 @@ def test_files_of_two_references_and_impossible_numbers_are_refused(run, tmp_pat
 
 
 def test_a_reference_on_other_rows_than_those_of_the_run_is_read(run, tmp_path):
-    bl.save_reference(bl.store_reference(run, ROWS[:3], num_predictions=20), tmp_path)
+    bl.save_reference(bl.store_reference(run, ROWS[:3], num_draws=20), tmp_path)
     again = bl.load_reference(tmp_path)
     assert len(again.draws.names) < len(again.certificate.names)
     assert again.prediction.probs.shape == (3, 2)
 
 
 def test_a_reference_of_before_the_checksum_is_read(run, tmp_path):
-    bl.save_reference(bl.store_reference(run, ROWS, num_predictions=20), tmp_path)
+    bl.save_reference(bl.store_reference(run, ROWS, num_draws=20), tmp_path)
     about = json.loads((tmp_path / "certificate.json").read_text())
     del about["checksums"]
     (tmp_path / "certificate.json").write_text(json.dumps(about))

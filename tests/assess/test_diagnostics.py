@@ -42,7 +42,7 @@ def fit():
 
 @pytest.fixture(scope="module")
 def tree(fit):
-    return bl.to_arviz(fit, ROWS[:7], num_samples=120)
+    return bl.to_arviz(fit, ROWS[:7], num_draws=120)
 
 
 def test_groups_dimensions_and_coordinates(tree):
@@ -81,7 +81,7 @@ def test_families_that_form_no_grid_get_variables_of_their_own():
     model = bl.Classifier(BASE, sites, bl.priors.point(), label_ids=(3, 5))
     guide = bl.guides.SiteFlow(model.prior)
     made = bl.fit(KEY, model, guide, ROWS, optax.adam(0.02), num_steps=1, batch_size=6)
-    posterior = bl.to_arviz(made, ROWS[:2], num_samples=4)["posterior"]
+    posterior = bl.to_arviz(made, ROWS[:2], num_draws=4)["posterior"]
     assert posterior["update_norm_q_proj"].dims == ("chain", "draw", "module_q_proj", "layer_q_proj")
     assert list(posterior["layer_k_proj"].values) == [0, 1, 2, 3]
     assert posterior["singular_value_q_proj"].shape == (4, 1, 1, 2, 1)
@@ -95,7 +95,7 @@ def test_densities_are_those_of_the_draws(fit, tree):
         draw = draw_sites(keys[index], fit.model, fit.guide, fit.params)
         seeded = numpyro.handlers.seed(fit.model, KEY)
         fixed = numpyro.handlers.substitute(seeded, data={**fit.params, **draw.sites})
-        trace = numpyro.handlers.trace(fixed).get_trace(BASE.params, ROWS)
+        trace = numpyro.handlers.trace(fixed).get_trace(BASE.weights, ROWS)
         joint = sum(s["fn"].log_prob(s["value"]).sum() for s in trace.values() if s["type"] == "sample")
         np.testing.assert_allclose(stats["log_p"].values.reshape(-1)[index], joint, rtol=1e-5)
         np.testing.assert_allclose(stats["log_q"].values.reshape(-1)[index], draw.log_q, rtol=1e-5)
@@ -106,7 +106,7 @@ def test_mean_of_log_p_minus_log_q_is_the_bound(fit, tree):
     from bnlora.infer.svi.elbo import elbo_terms
 
     ratio = (tree["sample_stats"]["log_p"] - tree["sample_stats"]["log_q"]).values.reshape(-1)
-    bound = jax.jit(lambda k: elbo_terms(k, fit.params, fit.model, fit.guide, BASE.params, ROWS)["elbo"])
+    bound = jax.jit(lambda k: elbo_terms(k, fit.params, fit.model, fit.guide, BASE.weights, ROWS)["elbo"])
     other = np.array([bound(k) for k in jax.random.split(jax.random.key(9), 200)])
     error = np.hypot(ratio.std(ddof=1) / len(ratio) ** 0.5, other.std(ddof=1) / len(other) ** 0.5)
     assert abs(ratio.mean() - other.mean()) < 4 * error
@@ -119,9 +119,9 @@ def test_record_of_the_optimisation(fit, tree):
 
 
 def test_predictive_classes_follow_the_probabilities(fit):
-    tree = bl.to_arviz(fit, ROWS[:2], num_samples=800)
+    tree = bl.to_arviz(fit, ROWS[:2], num_draws=800)
     share = tree["posterior_predictive"]["y"].mean(("chain", "draw")).values
-    probs = bl.predict(jax.random.key(5), fit, ROWS[:2], num_samples=800).probs[:, 1]
+    probs = bl.predict(jax.random.key(5), fit, ROWS[:2], num_draws=800).probs[:, 1]
     # Both are means over 800 draws with variance of at most 1/4 each.
     np.testing.assert_allclose(share, probs, atol=4 * (2 * 0.25 / 800) ** 0.5)
 
@@ -142,9 +142,9 @@ def test_arviz_summarises_plots_and_stores_it(tree, tmp_path):
 
 
 def test_same_call_same_tree(fit, tree):
-    again = bl.to_arviz(fit, ROWS[:7], num_samples=120)
+    again = bl.to_arviz(fit, ROWS[:7], num_draws=120)
     xarray.testing.assert_equal(again["posterior"].to_dataset(), tree["posterior"].to_dataset())
-    other = bl.to_arviz(fit, ROWS[:7], num_samples=120, key=jax.random.key(4))
+    other = bl.to_arviz(fit, ROWS[:7], num_draws=120, key=jax.random.key(4))
     assert (other["posterior"]["tau"].values != tree["posterior"]["tau"].values).any()
 
 
@@ -163,7 +163,7 @@ def test_singular_values_are_those_of_the_product(rank, d_in, d_out):
 @pytest.mark.parametrize("size", [0, 6])
 def test_number_of_draws_must_fill_the_chains(fit, size):
     with pytest.raises(ValueError, match=f"positive multiple of 4; got {size}"):
-        bl.to_arviz(fit, ROWS, num_samples=size)
+        bl.to_arviz(fit, ROWS, num_draws=size)
 
 
 @pytest.mark.parametrize(
@@ -179,4 +179,4 @@ def test_number_of_draws_must_fill_the_chains(fit, size):
 )
 def test_rows_need_labels_that_the_model_knows(fit, labels, message):
     with pytest.raises(ValueError, match=message):
-        bl.to_arviz(fit, replace(ROWS, labels=labels), num_samples=4)
+        bl.to_arviz(fit, replace(ROWS, labels=labels), num_draws=4)

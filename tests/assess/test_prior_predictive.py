@@ -55,7 +55,7 @@ def test_spread_of_an_adapted_head_in_closed_form(ids, rank):
     """z_c - z_c' gains alpha/r (b_c - b_c')^T a h: the variance is 2 (alpha/r)^2 s_a^2 s_b^2 |h|^2 / d."""
     scales, alpha, draws = {"a": 0.7, "b": 1.3}, 1.5, 10_000
     model = classifier(bl.priors.normal(scale=scales), ids=ids, rank=rank, alpha=alpha)
-    found = bl.prior_predictive(KEY, model, ROWS, num_samples=draws)
+    found = bl.prior_predictive(KEY, model, ROWS, num_draws=draws)
     norm = (features() ** 2).mean(1)
     expected = 2 * (alpha / rank * scales["a"] * scales["b"]) ** 2 * norm
     # A product of two normals has kurtosis 9, so that its sample variance has relative error sqrt(8 / draws).
@@ -75,14 +75,14 @@ def test_spread_is_the_mean_variance_over_pairs_of_classes():
 @pytest.mark.parametrize("targets", [("lm_head",), ("down_proj", "lm_head")])
 def test_scale_zero_is_the_base_bit_for_bit(targets):
     model = classifier(scaled(0.0), targets, rank=2)
-    found = bl.prior_predictive(KEY, model, ROWS, num_samples=3)
+    found = bl.prior_predictive(KEY, model, ROWS, num_draws=3)
     np.testing.assert_array_equal(found.logits, np.broadcast_to(found.base_logits, found.logits.shape))
     assert (found.spread == 0).all()
     assert found.verdict.startswith("no change")
 
 
 def test_base_logits_are_those_of_the_module():
-    found = bl.prior_predictive(KEY, classifier(bl.priors.normal()), ROWS, num_samples=2)
+    found = bl.prior_predictive(KEY, classifier(bl.priors.normal()), ROWS, num_draws=2)
     full = BASE.module(ROWS.tokens, ROWS.mask)
     last = np.asarray(ROWS.mask).sum(1) - 1
     np.testing.assert_allclose(found.base_logits, full[np.arange(7), last][:, [3, 5]], atol=1e-5)
@@ -92,8 +92,8 @@ def test_base_logits_are_those_of_the_module():
 @pytest.mark.slow
 def test_parts_change_nothing():
     model = classifier(bl.priors.sparse_gp(rows=2, cols=2))
-    whole = bl.prior_predictive(KEY, model, ROWS, num_samples=4)
-    parts = bl.prior_predictive(KEY, model, ROWS, num_samples=4, batch_size=2)
+    whole = bl.prior_predictive(KEY, model, ROWS, num_draws=4)
+    parts = bl.prior_predictive(KEY, model, ROWS, num_draws=4, batch_size=2)
     np.testing.assert_allclose(parts.logits, whole.logits, atol=1e-5)
 
 
@@ -101,7 +101,7 @@ def test_parameters_are_the_given_ones_in_every_draw_or_one_start_of_the_key():
     model = classifier(bl.priors.sparse_gp(rows=2, cols=2))
     params_key, draw_key = jax.random.split(KEY)
     start, others = (prior_parameters(k, model) for k in (params_key, draw_key))
-    options = {"num_samples": 3}
+    options = {"num_draws": 3}
     whole = bl.prior_predictive(KEY, model, ROWS, **options)
     given = bl.prior_predictive(KEY, model, ROWS, params={**start, "of.the.guide": 0.0}, **options)
     np.testing.assert_array_equal(given.logits, whole.logits)
@@ -147,33 +147,33 @@ def test_the_scale_found_has_the_wanted_spread(targets):
         return scaled(scale)
 
     model = classifier(bl.priors.normal(), targets)
-    found = bl.scale_for_spread(KEY, model, prior_at, ROWS, spread=2.0, num_samples=64)
+    found = bl.scale_for_spread(KEY, model, prior_at, ROWS, spread=2.0, num_draws=64)
     assert len(calls) == 1  # one trace for all evaluations
-    again = bl.prior_predictive(KEY, classifier(scaled(found), targets), ROWS, num_samples=64)
+    again = bl.prior_predictive(KEY, classifier(scaled(found), targets), ROWS, num_draws=64)
     assert again.overall_spread == pytest.approx(2.0, rel=1e-3)
 
 
 def test_bad_input_gets_one_sentence():
     model = classifier(bl.priors.normal())
     with pytest.raises(ValueError, match=r"no scale in the bounds .* at scale 0.1 and .* at scale 0.2; ask"):
-        bl.scale_for_spread(KEY, model, scaled, ROWS, spread=50.0, bounds=(0.1, 0.2), num_samples=8)
+        bl.scale_for_spread(KEY, model, scaled, ROWS, spread=50.0, bounds=(0.1, 0.2), num_draws=8)
     with pytest.raises(ValueError, match="expected spread > 0 and 0 < least < greatest"):
         bl.scale_for_spread(KEY, model, scaled, ROWS, spread=1.0, bounds=(2.0, 1.0))
-    with pytest.raises(ValueError, match="two draws and one row at a time; got 7 rows, num_samples=1"):
-        bl.prior_predictive(KEY, model, ROWS, num_samples=1)
+    with pytest.raises(ValueError, match="two draws and one row at a time; got 7 rows, num_draws=1"):
+        bl.prior_predictive(KEY, model, ROWS, num_draws=1)
     with pytest.raises(ValueError, match="needs a prior with sample sites"):
         bl.prior_predictive(KEY, classifier(bl.priors.point()), ROWS)
     with pytest.raises(ValueError, match="not finite in 5 of 5 draws; lower the scale"):
-        bl.prior_predictive(KEY, classifier(scaled(1e30)), ROWS, num_samples=5)
+        bl.prior_predictive(KEY, classifier(scaled(1e30)), ROWS, num_draws=5)
 
 
 def test_a_base_that_is_not_finite_is_no_matter_of_the_scale():
     def broken(path, x):
         return x.at[int(ROWS.tokens[0, 0])].set(jnp.nan) if "embedding" in jax.tree_util.keystr(path) else x
 
-    base = replace(BASE, params=jax.tree_util.tree_map_with_path(broken, BASE.params))
+    base = replace(BASE, weights=jax.tree_util.tree_map_with_path(broken, BASE.weights))
     model = classifier(bl.priors.normal()).over(base)
     with pytest.raises(ValueError, match="own are not; .* not finite, in embedding; load"):
-        bl.prior_predictive(KEY, model, ROWS, num_samples=4)
+        bl.prior_predictive(KEY, model, ROWS, num_draws=4)
     with pytest.raises(ValueError, match="nan at scale 0.5 and nan at scale 2; .* in embedding; load"):
-        bl.scale_for_spread(KEY, model, scaled, ROWS, spread=1.0, bounds=(0.5, 2.0), num_samples=4)
+        bl.scale_for_spread(KEY, model, scaled, ROWS, spread=1.0, bounds=(0.5, 2.0), num_draws=4)

@@ -32,21 +32,21 @@ KEY = jax.random.key(5)
 def changed(inference, change):
     """An inference whose draws of the factors are changed."""
 
-    def infer(key, frozen, batch):
-        return jax.tree.map(change, inference(key, frozen, batch))
+    def infer(key, weights, batch):
+        return jax.tree.map(change, inference(key, weights, batch))
 
     return infer
 
 
-def from_prior(key, frozen, batch):
+def from_prior(key, weights, batch):
     """An inference that does not look at the data."""
     params_key, draw_key = jax.random.split(key)
     return draw_prior(draw_key, MODEL, prior_parameters(params_key, MODEL), 31)
 
 
-def parameters_alone(frozen, adapters, batch):
+def parameters_alone(weights, adapters, batch):
     """Functions of the adapters that do not read the data."""
-    values = dict(identifiable(MODEL, ROWS[:2])(frozen, adapters, batch))
+    values = dict(identifiable(MODEL, ROWS[:2])(weights, adapters, batch))
     del values["log_likelihood"]
     return values
 
@@ -85,20 +85,20 @@ def test_contracted_draws_fail_as_too_narrow():
 def test_shifted_margins_fail_as_biased():
     """Draws are replaced by adapters whose margin at the first row is theirs plus 0.8."""
 
-    def margin(frozen, adapters):
-        value = MODEL.logits(frozen, adapters, ROWS[:1])[0]
+    def margin(weights, adapters):
+        value = MODEL.logits(weights, adapters, ROWS[:1])[0]
         return value[1] - value[0]
 
-    def functions(frozen, adapters, batch):
-        return {"margin": margin(frozen, adapters)}
+    def functions(weights, adapters, batch):
+        return {"margin": margin(weights, adapters)}
 
-    def infer(key, frozen, batch):
-        draws = EXACT(key, frozen, batch)
+    def infer(key, weights, batch):
+        draws = EXACT(key, weights, batch)
         b = jnp.array([[[-0.5], [0.5]]])
         # With this `b` the margin is affine in `a`, so its gradient is the direction to move in.
         zero = jnp.zeros((1, 1, 16))
-        base, slope = jax.value_and_grad(lambda a: margin(frozen, {"lm_head": {"a": a, "b": b}}))(zero)
-        rise = jax.vmap(lambda one: margin(frozen, one))(draws) - base + 0.8
+        base, slope = jax.value_and_grad(lambda a: margin(weights, {"lm_head": {"a": a, "b": b}}))(zero)
+        rise = jax.vmap(lambda one: margin(weights, one))(draws) - base + 0.8
         a = rise[:, None, None, None] * slope / jnp.sum(slope**2)
         return {"lm_head": {"a": a, "b": jnp.broadcast_to(b, (31, *b.shape))}}
 
@@ -150,8 +150,8 @@ def test_labels_follow_the_likelihood_at_the_simulated_adapters():
     params = prior_parameters(KEY, MODEL)
 
     def one(key):
-        adapters, batch = sbc.simulate(key, MODEL, BASE.params, ROWS, params)
-        return batch.labels, jax.nn.softmax(MODEL.logits(BASE.params, adapters, ROWS))[:, 1]
+        adapters, batch = sbc.simulate(key, MODEL, BASE.weights, ROWS, params)
+        return batch.labels, jax.nn.softmax(MODEL.logits(BASE.weights, adapters, ROWS))[:, 1]
 
     labels, probs = jax.jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(KEY, 4000))
     error = 0.5 * 4000**-0.5
@@ -167,8 +167,8 @@ def test_default_functions_are_what_they_say():
         n: {f: jax.random.normal(jax.random.key(i), s) for i, (f, s) in enumerate(site.shapes.items())}
         for n, site in three.sites.items()
     }
-    got = jax.jit(identifiable(three, ROWS[:2]))(BASE.params, adapters, ROWS)
-    logits = np.asarray(jax.jit(three.logits)(BASE.params, adapters, ROWS), np.float64)
+    got = jax.jit(identifiable(three, ROWS[:2]))(BASE.weights, adapters, ROWS)
+    logits = np.asarray(jax.jit(three.logits)(BASE.weights, adapters, ROWS), np.float64)
     assert set(got) == {f"margin[{r}, {c}]" for r in (0, 1) for c in (1, 2)} | {
         "norm[v_proj]", "norm[lm_head]", "log_likelihood"
     }  # fmt: skip
@@ -184,18 +184,18 @@ def test_default_functions_are_what_they_say():
 def test_all_simulations_run_in_one_program():
     traces = []
 
-    def inference(key, frozen, batch):
+    def inference(key, weights, batch):
         traces.append(isinstance(key, jax.core.Tracer))
-        return from_prior(key, frozen, batch)
+        return from_prior(key, weights, batch)
 
     sbc.run(KEY, MODEL, inference, ROWS, num_simulations=20, functions=parameters_alone)
     assert traces == [True]
 
 
 def test_simulations_that_are_not_finite_are_counted_and_fail_the_verdict():
-    def inference(key, frozen, batch):
+    def inference(key, weights, batch):
         broken = jax.random.uniform(jax.random.fold_in(key, 7)) < 0.25
-        return jax.tree.map(lambda x: jnp.where(broken, jnp.nan, x), from_prior(key, frozen, batch))
+        return jax.tree.map(lambda x: jnp.where(broken, jnp.nan, x), from_prior(key, weights, batch))
 
     result = sbc.run(KEY, MODEL, inference, ROWS, num_simulations=60, functions=parameters_alone)
     lost = int(result.failed.sum())
@@ -282,7 +282,7 @@ def test_numpyro_finds_the_same_probabilities():
     """`vsbc_diagnostic` on entries of `a`, for a guide that is wrong: same law of p, same distance."""
 
     def generative(y=None):
-        logits = MODEL.logits(BASE.params, MODEL.prior(), ROWS)
+        logits = MODEL.logits(BASE.weights, MODEL.prior(), ROWS)
         with numpyro.plate("data", len(ROWS)):
             numpyro.sample("y", dist.Categorical(logits=logits), obs=y)
 
@@ -292,7 +292,7 @@ def test_numpyro_finds_the_same_probabilities():
             numpyro.sample("lm_head.a", dist.Normal(loc, 0.2).to_event(2))
             numpyro.sample("lm_head.b", dist.Normal(jnp.ones((1, 2, 1)), 0.4).to_event(2))
 
-    def entries(frozen, adapters, batch):
+    def entries(weights, adapters, batch):
         return {f"a{i}": adapters["lm_head"]["a"][0, 0, i] for i in range(3)}
 
     options = {"num_draws": 64, "num_steps": 20}
@@ -307,7 +307,7 @@ def test_numpyro_finds_the_same_probabilities():
         observed_sites=["y"],
         num_simulations=150,
         num_svi_steps=20,
-        num_samples=64,
+        num_draws=64,
     )
     for i in range(3):
         found = theirs.ranks["lm_head.a"][:, 0, 0, i]

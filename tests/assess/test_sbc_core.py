@@ -44,7 +44,7 @@ SCALE, RARE = 4.0, 1e-3
 
 def drawn(tangent, inference, rows, key=KEY) -> np.ndarray:
     """Draws of the vector of cores, by the coordinates of their adapters."""
-    adapters = jax.jit(inference)(key, BASE.params, tangent.prepare(rows))
+    adapters = jax.jit(inference)(key, BASE.weights, tangent.prepare(rows))
     view = density(tangent, {})
     weights = tangent.coordinates(view.adapters(jnp.ones(view.size)))
     return np.asarray(jax.vmap(tangent.coordinates)(adapters) / weights, float)
@@ -73,8 +73,8 @@ def test_in_double_precision_only_the_rounding_of_the_features_is_left():
 
 def assert_same(tangent, rows, atol):
     view, gaussian = density(tangent, {}), bl.laplace(tangent, rows)
-    find = jax.jit(lambda frozen, batch: around_mode(view, frozen, batch))
-    mean, covariance = moments(find(BASE.params, tangent.prepare(rows)))
+    find = jax.jit(lambda weights, batch: around_mode(view, weights, batch))
+    mean, covariance = moments(find(BASE.weights, tangent.prepare(rows)))
     np.testing.assert_allclose(mean, gaussian.loc, atol=atol)
     np.testing.assert_allclose(covariance, gaussian.covariance(), atol=atol)
 
@@ -152,10 +152,10 @@ def test_draws_of_a_chain_are_nearly_independent():
     tangent = tangent_of(frames("v_proj", "lm_head", size=5), scale=3.0)
     view, count = density(tangent, {}), 2000
 
-    def run(key, frozen, batch):
-        return chain(key, around_mode(view, frozen, batch), count, 50, 4, STEP)
+    def run(key, weights, batch):
+        return chain(key, around_mode(view, weights, batch), count, 50, 4, STEP)
 
-    z, report = jax.jit(run)(KEY, BASE.params, tangent.prepare(ROWS))
+    z, report = jax.jit(run)(KEY, BASE.weights, tangent.prepare(ROWS))
     assert report.acceptance.mean() > LEAST
     assert not report.divergent.any()
     for values in (np.asarray(z, float), np.asarray(z, float) ** 2):
@@ -229,7 +229,7 @@ def test_half_the_spread_fails_as_too_narrow():
 @pytest.fixture(scope="module")
 def truths():
     """Draws of the posterior of eight rows."""
-    return jax.jit(nuts_inference(SMALL, num_draws=100, thinning=8))(KEY, BASE.params, EIGHT)
+    return jax.jit(nuts_inference(SMALL, num_draws=100, thinning=8))(KEY, BASE.weights, EIGHT)
 
 
 def run_posterior(inference, truths, **options):
@@ -245,8 +245,8 @@ def test_nuts_passes_under_the_posterior(truths):
 def test_whoever_ignores_the_new_labels_is_found_by_the_likelihood_alone(truths):
     """Truths and draws are then both of the first posterior, and exchangeable but for what reads the data."""
 
-    def ignores(key, frozen, batch):
-        return NUTS(key, frozen, batch[: len(batch) // 2])
+    def ignores(key, weights, batch):
+        return NUTS(key, weights, batch[: len(batch) // 2])
 
     result = run_posterior(ignores, truths)
     rejected = [n for n, p in zip(result.names, result.adjusted, strict=True) if p < RARE]
@@ -267,7 +267,7 @@ def test_the_inference_gets_the_rows_with_their_own_labels_and_with_those_of_the
     def record(labels, cached):
         seen.append((np.asarray(labels), np.asarray(cached)))
 
-    def infer(key, frozen, batch):
+    def infer(key, weights, batch):
         assert len(batch) == 16
         cached = batch.hidden if batch.features is None else batch.features.phi
         jax.debug.callback(record, batch.labels, cached)
@@ -282,7 +282,7 @@ def test_the_inference_gets_the_rows_with_their_own_labels_and_with_those_of_the
     cached = prepared.hidden if prepared.features is None else prepared.features.phi
     for _, twice in seen[:3]:
         np.testing.assert_allclose(twice, np.concatenate([cached, cached]), atol=1e-5)
-    logits = jax.vmap(lambda one: model.logits(BASE.params, one, prepared))(truths)
+    logits = jax.vmap(lambda one: model.logits(BASE.weights, one, prepared))(truths)
     p = np.asarray(jax.nn.softmax(logits)[..., 1], float)
     # Callbacks may come in any order, so the labels are held against the mean over the truths.
     z = (labels[:, 8:].mean(0) - p.mean(0)) / np.sqrt((p * (1 - p)).sum(0)) * len(p)
@@ -374,9 +374,11 @@ def test_bad_input_of_posterior_calibration_gets_one_sentence(truths):
 def test_a_start_must_have_the_parameters_of_the_guide():
     guide = bl.guides.Guide(SMALL.prior, bl.guides.mean_field())
 
-    def start(key, frozen, batch):
+    def start(key, weights, batch):
         return {"lm_head.U.q.loc": jnp.zeros((1, 1, 4))}
 
-    inference = sbc.svi_inference(KEY, SMALL, guide, optax.adam(0.1), num_steps=1, num_draws=3, start=start)
+    inference = sbc.svi_inference(
+        KEY, SMALL, guide, optax.adam(0.1), num_steps=1, num_draws=3, init_params=start
+    )
     with pytest.raises(ValueError, match="the start lacks 'lm_head.U.q.scale'; nearest is 'lm_head.U.q.loc'"):
-        inference(KEY, BASE.params, EIGHT)
+        inference(KEY, BASE.weights, EIGHT)

@@ -64,7 +64,7 @@ def problem(
     model = bl.Classifier(BASE, sites, prior, label_ids=(3, 5))
     data = tiny_rows(jax.random.key(2), 2 * rows)
     b = truth * jax.random.normal(jax.random.key(8), (1, 2, rank))
-    logits = model.logits(BASE.params, {"lm_head": {"a": a, "b": b}}, data)
+    logits = model.logits(BASE.weights, {"lm_head": {"a": a, "b": b}}, data)
     data = replace(data, labels=jax.random.categorical(jax.random.key(9), logits))
     return Problem(model, data[:rows], data[rows:])
 
@@ -93,7 +93,7 @@ def exact(given: Problem, *, scale: float) -> Exact:
 
     def margin(weight: float) -> np.ndarray:
         b = jnp.array([0.0, weight]).reshape(1, 2, 1)
-        logits = given.model.logits(BASE.params, {"lm_head": {"a": a, "b": b}}, train)
+        logits = given.model.logits(BASE.weights, {"lm_head": {"a": a, "b": b}}, train)
         return np.asarray(logits[:, 1] - logits[:, 0], np.float64)
 
     start = margin(0.0)

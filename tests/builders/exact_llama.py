@@ -81,7 +81,7 @@ def jacobians(base: bl.Base, label_ids: tuple[int, ...], batch: bl.Batch) -> dic
         )
         return module.head(hidden[:, 0])[0, jnp.asarray(label_ids)]
 
-    slopes = jax.jit(jax.vmap(jax.jacrev(of_row), in_axes=(None, 0)))(base.params, batch)
+    slopes = jax.jit(jax.vmap(jax.jacrev(of_row), in_axes=(None, 0)))(base.weights, batch)
     dense = [name for name in base.modules if name != HEAD]
     found = {name: np.asarray(slopes["layers"][name][...], np.float64).swapaxes(3, 4) for name in dense}
     return found | {HEAD: np.asarray(slopes["lm_head"][...], np.float64)[:, :, None, list(label_ids)]}

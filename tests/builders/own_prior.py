@@ -13,7 +13,7 @@ import numpyro.distributions as dist
 
 import bnlora as bl
 
-MEDIAN = {"start": "median"}
+MEDIAN = {"init": "median"}
 
 
 def hierarchy(sites):
@@ -24,7 +24,7 @@ def hierarchy(sites):
     for name, pair in bl.priors.normal()(sites).items():
         site = sites[name]
         with bl.priors.layers(site):
-            e = numpyro.sample(f"{name}.layer_scale", dist.Normal(0.0, 1.0), infer={"start": "zero"})
+            e = numpyro.sample(f"{name}.layer_scale", dist.Normal(0.0, 1.0), infer={"init": "zero"})
             law = dist.HalfCauchy(jnp.ones(site.rank)).to_event(1)
             local = numpyro.sample(f"{name}.local", law, infer={**MEDIAN, "dims": ("rank",)})
         gain = tau * jnp.exp(s * e)[:, None] * local

@@ -37,26 +37,26 @@ def fitted(chosen, guide, **options):
 
 
 def finite(posterior):
-    assert np.isfinite(bl.predict(KEY, posterior, ROWS, num_samples=2).probs).all()
+    assert np.isfinite(bl.predict(KEY, posterior, ROWS, num_draws=2).probs).all()
     return posterior
 
 
 def samplers():
-    finite(bl.sample_smc(KEY, HEAD, ROWS, num_runs=2, num_particles=20, integration_steps=2))
-    finite(bl.sample_nuts(KEY, HEAD, ROWS, start="pathfinder", mass="dense", **CHAINS)).certify()
+    finite(bl.sample_smc(KEY, HEAD, ROWS, num_runs=2, num_draws=20, num_integration_steps=2))
+    finite(bl.sample_nuts(KEY, HEAD, ROWS, init_strategy="pathfinder", mass="dense", **CHAINS)).certify()
     for _ in range(2):  # the second reads the pieces of the first
-        finite(bl.sample_hmc(KEY, HEAD, ROWS, integration_steps=2, folder=FOLDER / "pieces", **CHAINS))
-    finite(bl.sample_mclmc(KEY, HEAD, ROWS, num_tuning=100, num_draws=8, num_chains=2))
+        finite(bl.sample_hmc(KEY, HEAD, ROWS, num_integration_steps=2, folder=FOLDER / "pieces", **CHAINS))
+    finite(bl.sample_mclmc(KEY, HEAD, ROWS, num_warmup=100, num_draws=8, num_chains=2))
     finite(bl.sample_elliptical(KEY, HEAD, ROWS, num_warmup=5, num_draws=10, num_chains=2))
 
 
 def references():
     fit = fitted(NORMAL, guides.Guide(NORMAL.prior, guides.mean_field()))
     chains = bl.sample_nuts(KEY, NORMAL, ROWS, sites=["lm_head"], given=fit, **(CHAINS | {"num_draws": 60}))
-    bl.compare(KEY, fit, chains, ROWS, num_samples=30, against="anything")
-    bl.save_reference(bl.store_reference(chains, ROWS, num_predictions=30), FOLDER / "reference")
+    bl.compare(KEY, fit, chains, ROWS, num_draws=30, against="anything")
+    bl.save_reference(bl.store_reference(chains, ROWS, num_draws=30), FOLDER / "reference")
     stored = bl.load_reference(FOLDER / "reference")
-    bl.compare(KEY, fit, stored, ROWS, num_samples=30, against="anything")
+    bl.compare(KEY, fit, stored, ROWS, num_draws=30, against="anything")
 
 
 def fits():
@@ -64,9 +64,9 @@ def fits():
     fit = finite(fitted(sparse, guides.SiteFlow(sparse.prior, hidden=4, blocks=1)))
     bl.save_fit(fit, FOLDER / "fit")
     finite(bl.load_fit(FOLDER / "fit", sparse, guides.SiteFlow(sparse.prior, hidden=4, blocks=1)))
-    prediction = bl.predict(KEY, fit, ROWS, num_samples=4)
-    bl.metrics.summary(prediction, ROWS.labels)
-    bl.to_arviz(fit, ROWS, num_samples=20)
+    prediction = bl.predict(KEY, fit, ROWS, num_draws=4)
+    bl.metrics.summary(jax.random.key(0), prediction, ROWS.labels)
+    bl.to_arviz(fit, ROWS, num_draws=20)
     bl.diagnose(fit, ROWS)
     families = (
         guides.blob(), guides.matrix_normal(), guides.full(), guides.low_rank(rank=2),
@@ -87,7 +87,7 @@ def laws():
         priors.pooled_sparse_gp(rows=2, cols=2), priors.subspace(),
     )  # fmt: skip
     for prior in members:
-        bl.prior_predictive(KEY, model(prior, ["q_proj"]), ROWS, num_samples=4)
+        bl.prior_predictive(KEY, model(prior, ["q_proj"]), ROWS, num_draws=4)
 
 
 def tangent():
@@ -110,8 +110,8 @@ def others():
     for structure in ("full", "diagonal", "kronecker"):
         finite(inference.laplace(point, ROWS, structure=structure))
     finite(inference.swag(KEY, point, learning_rate=0.01, num_steps=20, batch_size=4))
-    finite(inference.training_free(KEY, point, ROWS, tolerance=0.1, num_samples=2, bisections=1))
-    schedule = inference.Schedule(burn_in=2, num_draws=4, thinning=1, batch_size=4)
+    finite(inference.training_free(KEY, point, ROWS, tolerance=0.1, num_draws=2, num_bisections=1))
+    schedule = inference.Schedule(num_warmup=2, num_draws=4, thinning=1, batch_size=4)
     finite(inference.sgld(KEY, HEAD, ROWS, schedule, step_size=1e-3))
     finite(inference.sghmc(KEY, HEAD, ROWS, schedule, step_size=1e-3, friction=1.0))
     rate = optax.adam(1e-2)

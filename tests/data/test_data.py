@@ -64,14 +64,14 @@ def test_scaled_minibatches_average_to_the_full_data_term():
     params, constrain = initial_parameters(jax.random.key(2), model, guide)
     params = jax.tree.map(lambda x: x + 0.5, params)
     term = jax.jit(partial(_data_term, model=model, guide=guide, constrain=constrain), static_argnums=3)
-    whole = term(params, base.params, data, 7)
-    parts = [term(params, base.params, data[i], 7) for i in islice(minibatches(jax.random.key(3), 7, 3), 7)]
+    whole = term(params, base.weights, data, 7)
+    parts = [term(params, base.weights, data[i], 7) for i in islice(minibatches(jax.random.key(3), 7, 3), 7)]
     np.testing.assert_allclose(np.mean(parts), whole, rtol=1e-5)
     assert np.std(parts) > 0.01 * abs(whole)
 
 
-def _data_term(params, frozen, batch, n_total, *, model, guide, constrain):
-    return elbo_terms(jax.random.key(4), constrain(params), model, guide, frozen, batch, n_total)["data"]
+def _data_term(params, weights, batch, n_total, *, model, guide, constrain):
+    return elbo_terms(jax.random.key(4), constrain(params), model, guide, weights, batch, n_total)["data"]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

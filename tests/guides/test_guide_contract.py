@@ -31,21 +31,21 @@ EACH = pytest.mark.parametrize("member", MEMBERS.values(), ids=MEMBERS)
 def weights():
     with numpyro.plate("layer", 1):
         law = dist.Normal(jnp.zeros((1, *SHAPE)), SIGMA).to_event(2)
-        return numpyro.sample("w", law, infer={"start": "zero"})
+        return numpyro.sample("w", law, infer={"init": "zero"})
 
 
 def mixed():
     """A positive scalar, and matrices of two layers that depend on it."""
-    tau = numpyro.sample("tau", dist.LogNormal(0.0, 0.4), infer={"start": "median"})
+    tau = numpyro.sample("tau", dist.LogNormal(0.0, 0.4), infer={"init": "median"})
     with numpyro.plate("layer", 2):
         numpyro.sample("w", dist.Normal(jnp.zeros((2, 2, 2)), tau).to_event(2))
 
 
 def independent():
     """The same sites without the dependence, whose density ratio to a wide guide has light tails."""
-    numpyro.sample("tau", dist.LogNormal(0.0, 0.5), infer={"start": "median"})
+    numpyro.sample("tau", dist.LogNormal(0.0, 0.5), infer={"init": "median"})
     with numpyro.plate("layer", 2):
-        numpyro.sample("w", dist.Normal(jnp.zeros((2, 2, 2)), 1.0).to_event(2), infer={"start": "zero"})
+        numpyro.sample("w", dist.Normal(jnp.zeros((2, 2, 2)), 1.0).to_event(2), infer={"init": "zero"})
 
 
 def started(model, family, key=0, **options):

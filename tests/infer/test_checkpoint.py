@@ -49,7 +49,7 @@ def test_everything_comes_back(fit, folder):
     assert (back.best_step, back.skipped_steps, back.stopped) == (fit.best_step, 0, "steps")
     np.testing.assert_array_equal(back.step_seconds, fit.step_seconds)
     np.testing.assert_array_equal(back.train.tokens, ROWS.tokens)
-    first, second = (bl.predict(fit.draw_key, f, ROWS, num_samples=3) for f in (fit, back))
+    first, second = (bl.predict(fit.draw_key, f, ROWS, num_draws=3) for f in (fit, back))
     np.testing.assert_array_equal(first.draw_log_probs, second.draw_log_probs)
 
 

@@ -156,7 +156,7 @@ def by_hand():
     """Mode, Jacobian (n, c, p), class probabilities and prior precisions, without the library's code."""
     model, mode = fit().model, jax.tree.map(lambda x: x[0], fit().draw_adapters(KEY, 1))
     vector, unravel = ravel_pytree(mode)
-    logits = jax.jit(lambda v: model.logits(BASE.params, unravel(v), TRAIN))
+    logits = jax.jit(lambda v: model.logits(BASE.weights, unravel(v), TRAIN))
     jacobian = np.asarray(jax.jit(jax.jacfwd(logits))(vector), np.float64)
     # Flattened, `a` (2 x 16) comes before `b` (3 x 2).
     precisions = np.concatenate([np.full(32, 16 / 1.0**2), np.full(6, 2 / 0.6**2)])
@@ -170,7 +170,7 @@ def test_full_structure_of_a_classifier_by_hand():
     G = sum(J.T @ (np.diag(p) - np.outer(p, p)) @ J for J, p in zip(jacobian, probs, strict=True))
     root = root_of(full().curvature, full().precision) / np.sqrt(full().profile)
     np.testing.assert_allclose(root.T @ root, np.linalg.inv(G + np.diag(precisions)), rtol=2e-4, atol=1e-6)
-    log_joint = density(fit().model, {}).log_joint(vector, BASE.params, TRAIN, len(TRAIN))
+    log_joint = density(fit().model, {}).log_joint(vector, BASE.weights, TRAIN, len(TRAIN))
     _, log_det = np.linalg.slogdet(G + np.diag(precisions))
     expected = log_joint + 0.5 * len(vector) * np.log(2 * np.pi) - 0.5 * log_det
     np.testing.assert_allclose(full().log_evidence, expected, rtol=1e-5)
@@ -227,11 +227,11 @@ def test_linearised_prediction_by_hand():
     vector, jacobian, _, _ = by_hand()
     deviations = full().deviations(KEY, 3)
     flat = np.concatenate([np.asarray(x).reshape(3, -1) for x in jax.tree.leaves(deviations)], axis=1)
-    logits = np.asarray(fit().model.logits(BASE.params, full().mode, TRAIN)) + np.einsum(
+    logits = np.asarray(fit().model.logits(BASE.weights, full().mode, TRAIN)) + np.einsum(
         "ncp,sp->snc", jacobian, flat
     )
     expected = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-    got = linearised(KEY, full(), TRAIN, num_samples=3, batch_size=6, console=QUIET)
+    got = linearised(KEY, full(), TRAIN, num_draws=3, batch_size=6, console=QUIET)
     np.testing.assert_allclose(got.draw_log_probs, expected, atol=2e-5)
 
 
@@ -249,12 +249,12 @@ def test_linear_logits_make_the_curvature_the_hessian_and_both_predictions_one()
     model = classifier(bl.priors.normal(), Linear)
     found = laplace(fitted(model, steps=3), TRAIN, structure="full", console=QUIET)
     view = density(model, {})
-    hessian = jax.jit(jax.hessian(lambda v: -view.log_joint(v, BASE.params, TRAIN, 20)))
+    hessian = jax.jit(jax.hessian(lambda v: -view.log_joint(v, BASE.weights, TRAIN, 20)))
     precision = np.asarray(hessian(ravel_pytree(found.mode)[0]), np.float64)
     root = root_of(found.curvature, found.precision) / np.sqrt(found.profile)
     np.testing.assert_allclose(root.T @ root, np.linalg.inv(precision), atol=1e-5)
-    sampled = bl.predict(KEY, found, TRAIN, num_samples=4, console=QUIET)
-    linear = linearised(KEY, found, TRAIN, num_samples=4, console=QUIET)
+    sampled = bl.predict(KEY, found, TRAIN, num_draws=4, console=QUIET)
+    linear = linearised(KEY, found, TRAIN, num_draws=4, console=QUIET)
     np.testing.assert_allclose(sampled.draw_log_probs, linear.draw_log_probs, atol=1e-5)
 
 

@@ -65,7 +65,7 @@ def test_iterates_come_from_descent_that_starts_at_the_fit():
     found = swag(KEY, fit(), learning_rate=0.05, num_steps=6, every=2, rank=3, **OPTIONS)
     assert found.moments.count == 3
     by_hand = []
-    options = {"num_steps": 6, "start": fit().params, **OPTIONS}
+    options = {"num_steps": 6, "init_params": fit().params, **OPTIONS}
     bl.fit(
         KEY, fit().model, fit().guide, fit().train, optax.sgd(0.05), **options,
         on_step=lambda step, params: by_hand.append(params) if step % 2 == 0 else None,
@@ -100,7 +100,7 @@ def test_an_interrupt_leaves_what_was_collected_or_one_sentence(monkeypatch, see
 
 def test_predicts_like_a_fit():
     found = swag(KEY, fit(), learning_rate=0.05, num_steps=4, rank=2, **OPTIONS)
-    first, same = (bl.predict(KEY, found, TRAIN, num_samples=3, console=QUIET) for _ in range(2))
+    first, same = (bl.predict(KEY, found, TRAIN, num_draws=3, console=QUIET) for _ in range(2))
     np.testing.assert_array_equal(first.draw_log_probs, same.draw_log_probs)
     np.testing.assert_allclose(first.probs.sum(1), 1, atol=1e-6)
     assert (first.stderr > 0).all()

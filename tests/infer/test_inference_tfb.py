@@ -79,7 +79,7 @@ def fit():
 
 def loss_at(found, sigma, criterion):
     posterior = TrainingFree(found.model, found.families, sigma)
-    prediction = bl.predict(KEY, posterior, fit().train, num_samples=10, console=QUIET)
+    prediction = bl.predict(KEY, posterior, fit().train, num_draws=10, console=QUIET)
     labels = np.asarray(TRAIN.labels)
     return (
         bl.metrics.nll(prediction.log_probs, labels)
@@ -90,7 +90,7 @@ def loss_at(found, sigma, criterion):
 
 @pytest.mark.parametrize("criterion", ["nll", "accuracy"])
 def test_sigma_is_where_the_criterion_gives_way(criterion):
-    options = {"tolerance": 0.05, "criterion": criterion, "bisections": 5, "console": QUIET}
+    options = {"tolerance": 0.05, "criterion": criterion, "num_bisections": 5, "console": QUIET}
     found = training_free(KEY, fit(), fit().train, **options)
     point = loss_at(found, 0.0, criterion)
     assert loss_at(found, found.sigma, criterion) <= point + 0.05
@@ -105,15 +105,15 @@ def test_a_posterior_says_how_many_directions_have_noise():
 
 @pytest.mark.parametrize("limit", [3e-7, 0.0123, 47.0])
 def test_search_finds_the_limit_to_its_resolution(limit):
-    found = largest(lambda sigma: sigma <= limit, bisections=6)
+    found = largest(lambda sigma: sigma <= limit, num_bisections=6)
     assert found <= limit < found * 2 ** (2**-6) * (1 + 1e-12)
 
 
 def test_search_without_a_limit_is_refused():
     with pytest.raises(ValueError, match=r"every sigma up to 1.1e\+10 passes the criterion; change its tol"):
-        largest(lambda sigma: True, bisections=1)
+        largest(lambda sigma: True, num_bisections=1)
     with pytest.raises(ValueError, match="no sigma down to 9.1e-15 passes the criterion"):
-        largest(lambda sigma: False, bisections=1)
+        largest(lambda sigma: False, num_bisections=1)
 
 
 def test_bad_input():
@@ -128,7 +128,7 @@ def test_bad_input():
     zero = TrainingFree(fit().model, {"lm_head": rotated(np.ones((1, 2, 16)), np.zeros((1, 2, 2)))}, 0.0)
     with pytest.raises(ValueError, match="needs a fitted update; here `b` is zero in every layer"):
         run(zero)
-    spread = training_free(KEY, fit(), TRAIN, tolerance=0.1, bisections=1, console=QUIET)
+    spread = training_free(KEY, fit(), TRAIN, tolerance=0.1, num_bisections=1, console=QUIET)
     with pytest.raises(ValueError, match="needs a fit of a point, but the draws of this one differ"):
         run(spread)
     assert jnp.isfinite(spread.sigma)

@@ -48,7 +48,7 @@ ROWS = tiny_rows(jax.random.key(2), 12)
 class Regression:
     """A linear regression: conjugate."""
 
-    base = SimpleNamespace(params=None)
+    base = SimpleNamespace(weights=None)
 
     def prior(self, *args):
         return numpyro.sample("w", dist.Normal(jnp.zeros(3), SIGMA).to_event(1))
@@ -228,13 +228,13 @@ def test_a_killed_process_loses_no_piece_and_changes_no_draw(tmp_path):
 def weighted_pool(key, model, rows, *, chunks=20, size=16384):
     """Prior draws of the adapters by chunks, with the log-likelihood of the rows at each."""
     weigh = jax.jit(
-        lambda frozen, x: jax.lax.map(lambda a: log_likelihood(model, frozen, a, rows), x, batch_size=512)
+        lambda weights, x: jax.lax.map(lambda a: log_likelihood(model, weights, a, rows), x, batch_size=512)
     )
     pools, weights = [], []
     for k in jax.random.split(key, chunks):
         pool = draw_prior(k, model, {}, size, num_together=512)
         pools.append(jax.tree.map(np.asarray, pool))
-        weights.append(np.asarray(weigh(model.base.params, pool), np.float64))
+        weights.append(np.asarray(weigh(model.base.weights, pool), np.float64))
     return jax.tree.map(lambda *x: np.concatenate(x), *pools), np.concatenate(weights)
 
 
@@ -259,15 +259,22 @@ def exact():
 SAMPLERS = {
     "NUTS": lambda model: mcmc.sample_nuts(KEY, model, ROWS, num_warmup=300, num_draws=500, thinning=3),
     "NUTS from the prior, dense": lambda model: mcmc.sample_nuts(
-        KEY, model, ROWS, num_warmup=300, num_draws=500, thinning=3, start="prior", mass="dense"
+        KEY, model, ROWS, num_warmup=300, num_draws=500, thinning=3, init_strategy="prior", mass="dense"
     ),
     "HMC from Pathfinder": lambda model: mcmc.sample_hmc(
-        KEY, model, ROWS, integration_steps=8, num_warmup=300, num_draws=500, thinning=3, start="pathfinder"
+        KEY,
+        model,
+        ROWS,
+        num_integration_steps=8,
+        num_warmup=300,
+        num_draws=500,
+        thinning=3,
+        init_strategy="pathfinder",
     ),
     "elliptical slice": lambda model: mcmc.sample_elliptical(
         KEY, model, ROWS, num_draws=500, steps_per_draw=40
     ),
-    "SMC": lambda model: mcmc.sample_smc(KEY, model, ROWS, num_particles=500),
+    "SMC": lambda model: mcmc.sample_smc(KEY, model, ROWS, num_draws=500),
 }
 
 
@@ -283,7 +290,7 @@ def test_every_exact_sampler_agrees_with_importance_sampling(sample, exact):
 def test_evidence_of_smc_is_that_of_importance_sampling():
     """log of the mean likelihood under the prior, with the delta method's standard error."""
     model = classifier()
-    chains = mcmc.sample_smc(KEY, model, ROWS, num_particles=1000)
+    chains = mcmc.sample_smc(KEY, model, ROWS, num_draws=1000)
     _, log_weights = weighted_pool(jax.random.key(6), model, ROWS)
     weights = np.exp(log_weights - log_weights.max())
     expected = np.log(weights.mean()) + log_weights.max()
@@ -322,8 +329,8 @@ def test_inducing_variables_are_auxiliary():
 @pytest.mark.slow
 def test_numpyros_own_sampler_agrees():
     model = classifier()
-    sampler = MCMC(NUTS(model), num_warmup=300, num_samples=1500, num_chains=1, progress_bar=False)
-    sampler.run(jax.random.key(3), BASE.params, ROWS)
+    sampler = MCMC(NUTS(model), num_warmup=300, num_draws=1500, num_chains=1, progress_bar=False)
+    sampler.run(jax.random.key(3), BASE.weights, ROWS)
     drawn = {n: jnp.asarray(x) for n, x in sampler.get_samples().items()}
     adapters = jax.lax.map(lambda x: adapters_at(model, {}, x), drawn)
     names, values = evaluate(identifiable(model, ROWS[:8]), model, adapters, ROWS)
@@ -338,7 +345,9 @@ def test_some_sites_alone_with_the_others_held():
     guide = bl.guides.Guide(model.prior, bl.guides.mean_field(init_scale=0.1))
     fit = bl.fit(KEY, model, guide, ROWS, optax.adam(1e-2), num_steps=100, batch_size=12)
     options = {"num_warmup": 200, "num_draws": 300, "thinning": 3, "num_chains": 2}
-    chains = mcmc.sample_hmc(KEY, model, ROWS, sites=["lm_head"], given=fit, integration_steps=8, **options)
+    chains = mcmc.sample_hmc(
+        KEY, model, ROWS, sites=["lm_head"], given=fit, num_integration_steps=8, **options
+    )
     assert chains.model.start == 2
     assert chains.target.train.tokens.shape == (12, 1)  # the head reads the last position alone
     assert "q_proj.a, q_proj.b held at the mean of 256 draws of a fit" in repr(chains)
@@ -374,8 +383,8 @@ def test_defaults_are_certified_on_easy_problems(prior):
 def test_starts_and_options_are_checked():
     model = classifier()
     wrong = {
-        "start='fit' needs `given`": {"start": "fit"},
-        "start must be one of": {"start": "pathfindr"},
+        "init_strategy='fit' needs `given`": {"init_strategy": "fit"},
+        "init_strategy must be one of": {"init_strategy": "pathfindr"},
         "mass must be one of": {"mass": "full"},
         r"target_acceptance must lie in \(0, 1\); got 1.5": {"target_acceptance": 1.5},
         "num_warmup must be at least 20": {"num_warmup": 3},

@@ -24,7 +24,7 @@ Y = 2 * H @ RANDOM.normal(size=INPUTS) + RANDOM.normal(size=ROWS)
 class Scaled:
     """y = tau (b_1 - b_0) H a + e, the margins of an adapter of rank one under a shared scale."""
 
-    base = SimpleNamespace(params=None)
+    base = SimpleNamespace(weights=None)
 
     def prior(self, *args):
         tau = numpyro.sample("tau", dist.HalfNormal(5.0))
@@ -73,7 +73,7 @@ def exact():
 def test_a_scale_of_the_prior_is_that_of_quadrature():
     batch = Batch(jnp.zeros((ROWS, 1), int), jnp.ones((ROWS, 1), bool), jnp.zeros(ROWS, int))
     made = Regression(density(Scaled(), {}), batch, batch)
-    stage = jax.jit(smc._stage(made, {"integration_steps": 8, "target_ess": 0.5}))
+    stage = jax.jit(smc._stage(made, {"num_integration_steps": 8, "target_ess": 0.5}))
 
     def run(seed, limits):
         return smc._run(jax.random.key(seed), made, stage, 500, 0.5, limits, lambda power: None)

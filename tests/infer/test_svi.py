@@ -50,10 +50,10 @@ def same_tree(first, second):
 
 def test_one_compilation_and_a_base_that_stays_as_it_was():
     base = tiny_base(jax.random.key(1))
-    before = jax.tree.map(lambda x: np.array(x), base.params)
+    before = jax.tree.map(lambda x: np.array(x), base.weights)
     fit = run(*make(base=base))  # 50 rows in batches of 16: the fourth batch straddles two epochs
     assert fit.num_traces == 1
-    jax.tree.map(np.testing.assert_array_equal, before, base.params)
+    jax.tree.map(np.testing.assert_array_equal, before, base.weights)
 
 
 def test_trained_are_the_parameters_of_guide_and_prior_alone(whole):
@@ -68,9 +68,9 @@ def test_trained_are_the_parameters_of_guide_and_prior_alone(whole):
 def test_the_step_forms_no_gradient_of_the_base(whole):
     """No operation of the backward pass has the shape of a frozen kernel beside a batch of rows."""
     model, guide = whole.model, whole.guide
-    args = (model.base.params, TRAIN[:4], 50)
+    args = (model.base.weights, TRAIN[:4], 50)
     loss = lambda p: elbo_terms(KEY, p, model, guide, *args)["elbo"]  # noqa: E731
-    kernel = model.base.params["layers"]["down_proj"][...].shape[1:]
+    kernel = model.base.weights["layers"]["down_proj"][...].shape[1:]
     made = [
         equation
         for equation in walk(jax.make_jaxpr(jax.grad(loss))(whole.params).jaxpr)
@@ -111,7 +111,7 @@ def test_point_estimate_learns_the_task():
     fit = run(
         *make(bl.priors.point(), targets=("q_proj", "lm_head")), num_steps=300, optimizer=optax.adam(2e-2)
     )
-    prediction = bl.predict(KEY, fit, TRAIN, num_samples=1)
+    prediction = bl.predict(KEY, fit, TRAIN, num_draws=1)
     assert bl.metrics.accuracy(prediction.log_probs, TRAIN.labels) > 0.9
 
 
@@ -121,7 +121,7 @@ def test_prefix_cache_changes_nothing():
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-4), cached.params, plain.params
     )
-    predictions = [bl.predict(KEY, cached, rows, num_samples=2) for rows in (TRAIN, cached.train)]
+    predictions = [bl.predict(KEY, cached, rows, num_draws=2) for rows in (TRAIN, cached.train)]
     np.testing.assert_allclose(predictions[0].log_probs, predictions[1].log_probs, atol=1e-5)
 
 
@@ -136,10 +136,10 @@ def test_prefix_cache_says_its_size_and_refuses_to_exceed_the_limit():
         bl.cache_prefix(model, TRAIN, memory_limit=1000)
     # What another model cached is computed again, from the tokens.
     foreign = replace(cached, hidden=0 * cached.hidden, depth=1)
-    np.testing.assert_allclose(model.hidden(BASE.params, foreign), cached.hidden, atol=1e-5)
+    np.testing.assert_allclose(model.hidden(BASE.weights, foreign), cached.hidden, atol=1e-5)
     np.testing.assert_allclose(bl.cache_prefix(model, foreign).hidden, cached.hidden, atol=1e-5)
     with pytest.raises(ValueError, match="keep only their last position, .*give the rows as they were read"):
-        model.hidden(BASE.params, replace(foreign, whole=False))
+        model.hidden(BASE.weights, replace(foreign, whole=False))
 
 
 def test_nothing_is_cached_where_the_lowest_layer_is_adapted():
@@ -163,7 +163,7 @@ def test_the_program_of_a_step_does_not_grow_with_depth():
         guide = bl.guides.SiteFlow(model.prior, hidden=4, blocks=1)
         adam = optax.adam(1e-2)
         loop, state = _prepare(KEY, model, guide, TRAIN, adam, scale_optimizer=adam)
-        program = jax.make_jaxpr(loop._traced_step)(state, KEY, base.params, TRAIN, jnp.arange(4)).jaxpr
+        program = jax.make_jaxpr(loop._traced_step)(state, KEY, base.weights, TRAIN, jnp.arange(4)).jaxpr
         return sum(1 for _ in walk(program))
 
     assert equations(2) == equations(5) > 0
@@ -208,7 +208,7 @@ def test_each_group_is_clipped_to_its_own_norm():
 
 
 def test_validation_picks_the_best_look_and_stops():
-    rule = bl.EarlyStopping(every=2, patience=2, num_samples=2)
+    rule = bl.EarlyStopping(every=2, patience=2, num_draws=2)
     options = {"validation": tiny_rows(jax.random.key(5), 20), "early_stopping": rule, "num_steps": 200}
     fit = run(*make(bl.priors.point()), optimizer=optax.adam(0.3), **options)
     losses = fit.validation["nll"]
@@ -216,7 +216,7 @@ def test_validation_picks_the_best_look_and_stops():
     assert len(fit.step_seconds) == fit.best_step + 2 * 2 < 200
     assert not same_tree(fit.params, fit.last_params)
     best = replace(fit, params=fit.params)
-    prediction = bl.predict(fit.draw_key, best, options["validation"], num_samples=2)
+    prediction = bl.predict(fit.draw_key, best, options["validation"], num_draws=2)
     nll = bl.metrics.nll(prediction.log_probs, options["validation"].labels)
     np.testing.assert_allclose(nll, losses.min(), rtol=1e-4)  # a point estimate has no other draws
 
@@ -228,7 +228,7 @@ def test_particles_average_independent_draws():
 
     @partial(jax.jit, static_argnums=1)
     def bound(key, num_particles):
-        args = (model, guide, BASE.params, TRAIN, 50)
+        args = (model, guide, BASE.weights, TRAIN, 50)
         return elbo_terms(key, fit.params, *args, num_particles=num_particles)["elbo"]
 
     both = [bound(k, 1) for k in jax.random.split(KEY, 2)]
@@ -241,7 +241,7 @@ def test_any_autoguide_fits():
     model, _ = make(bl.priors.normal())
     fit = run(model, AutoNormal(model.prior, init_loc_fn=bl.guides.init_to_base))
     assert np.isfinite(fit.history["elbo"]).all()
-    assert bl.predict(KEY, fit, TRAIN[:4], num_samples=3).draw_log_probs.shape == (3, 4, 2)
+    assert bl.predict(KEY, fit, TRAIN[:4], num_draws=3).draw_log_probs.shape == (3, 4, 2)
 
 
 # Bad input ------------------------------------------------------------------------------------------
@@ -272,13 +272,13 @@ def with_weights(base, name, value):
     def changed(path, x):
         return x.at[(0,) * x.ndim].set(value) if name in jax.tree_util.keystr(path) else x
 
-    return replace(base, params=jax.tree_util.tree_map_with_path(changed, base.params))
+    return replace(base, weights=jax.tree_util.tree_map_with_path(changed, base.weights))
 
 
 def test_a_base_that_is_not_finite_is_no_matter_of_the_rate():
     """Nor do validation rows, whose predictions are not finite either, lose what there is."""
     model, guide = make(base=with_weights(BASE, "down_proj", jnp.nan), targets=("lm_head",))
-    rule = bl.EarlyStopping(every=1, num_samples=1)
+    rule = bl.EarlyStopping(every=1, num_draws=1)
     with pytest.raises(bl.FitDiverged, match=r"own weights are not finite, in layers.down_proj; load") as e:
         run(model, guide, validation=TRAIN[:4], early_stopping=rule, skip_budget=2)
     assert "learning rate" not in str(e.value)
@@ -334,7 +334,7 @@ def test_start_is_where_a_fit_starts():
     """Another key and a step of no length: the parameters are those given, scales and `lam` included."""
     model, guide = make(bl.priors.sparse_gp(rows=2, cols=2), targets=("lm_head",))
     first = run(model, guide, num_steps=2)
-    still = {"optimizer": optax.sgd(0.0), "scale_optimizer": optax.sgd(0.0), "start": first.params}
+    still = {"optimizer": optax.sgd(0.0), "scale_optimizer": optax.sgd(0.0), "init_params": first.params}
     again = bl.fit(jax.random.key(9), model, guide, TRAIN, num_steps=1, batch_size=16, **still)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), again.params, first.params)
     assert again.num_traces == 1

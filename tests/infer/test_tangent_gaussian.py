@@ -37,7 +37,7 @@ def test_mean_and_covariance_are_those_of_a_dense_optimiser_and_of_the_hessian(m
     gaussian, batch = bl.laplace(tangent, rows), tangent.prepare(rows)
     with jax.enable_x64(True):
         view = density(tangent, {})
-        negative = jax.jit(lambda u, batch: -view.log_joint(u, BASE.params, batch))
+        negative = jax.jit(lambda u, batch: -view.log_joint(u, BASE.weights, batch))
         slope, hessian = jax.jit(jax.grad(negative)), jax.jit(jax.hessian(negative))
         found = scipy.optimize.minimize(
             lambda u: float(negative(u, batch)),

@@ -92,7 +92,7 @@ def test_adapters_and_predictions_of_chains_are_of_whole_vectors(few):
     names, values = chains.values(bl.functions.identifiable(tangent, NEW[:2]))
     margins = [names.index(f"margin[{i}]") for i in range(2)]
     np.testing.assert_allclose(values.reshape(-1, len(names))[:, margins], eta[:, :2], atol=1e-3)
-    prediction = bl.predict(KEY, chains, NEW, num_samples=len(expected))
+    prediction = bl.predict(KEY, chains, NEW, num_draws=len(expected))
     np.testing.assert_allclose(prediction.probs, np.exp(expected).mean(0), atol=1e-4)
 
 
@@ -117,7 +117,14 @@ def test_hmc_takes_a_gaussian_and_starts_may_be_others(few):
     tangent, gaussian, _ = few
     for start in ("prior", "pathfinder"):
         chains = bl.sample_hmc(
-            KEY, tangent, FEW, mass=gaussian, integration_steps=4, num_draws=20, num_warmup=20, start=start
+            KEY,
+            tangent,
+            FEW,
+            mass=gaussian,
+            num_integration_steps=4,
+            num_draws=20,
+            num_warmup=20,
+            start=start,
         )
         assert np.isfinite(chains.vectors).all()
 
@@ -184,11 +191,11 @@ def test_chains_on_a_family_hold_the_rest_of_a_fit():
     guide = bl.guides.Guide(tangent.prior, bl.guides.full(over="all"))
     gaussian = bl.laplace(tangent, ROWS)
     fit = unfitted(tangent, guide, ROWS, bl.start_at(KEY, guide, gaussian))
-    options = {"sites": ["lm_head"], "given": fit, "num_warmup": 20, "integration_steps": 4}
+    options = {"sites": ["lm_head"], "given": fit, "num_warmup": 20, "num_integration_steps": 4}
     chains = bl.sample_hmc(KEY, tangent, ROWS, num_draws=100, **options)
     assert set(chains.model.fixed) == {"v_proj.U"}
     assert chains.model.kind == "tangent"
-    found = bl.compare(KEY, fit, chains, NEW, num_samples=100, against="anything")
+    found = bl.compare(KEY, fit, chains, NEW, num_draws=100, against="anything")
     assert "both sides hold v_proj.U at the values of the other posterior" in repr(found)
     assert found.names == ("log_likelihood", *(f"margin[{i}]" for i in range(8)), "norm[lm_head]")
     with pytest.raises(ValueError, match="one over the 2 sampled coordinates; it has 6"):
@@ -271,11 +278,11 @@ def test_from_frames_to_a_comparison(tmp_path):
 
     fit = bl.fit(KEY, tangent, guide, train, optax.adam(1e-2), num_steps=20, batch_size=10, validation=test)
     assert fit.skipped_steps == 0
-    prediction = bl.predict(KEY, fit, test, num_samples=20)
-    summary = bl.metrics.summary(prediction, test.labels)
+    prediction = bl.predict(KEY, fit, test, num_draws=20)
+    summary = bl.metrics.summary(jax.random.key(0), prediction, test.labels)
     assert 0 < summary["nll"].value < 5
-    assert "convergence" in repr(bl.diagnose(fit, test, num_samples=40))
-    tree = bl.to_arviz(fit, test, num_samples=8)
+    assert "convergence" in repr(bl.diagnose(fit, test, num_draws=40))
+    tree = bl.to_arviz(fit, test, num_draws=8)
     assert {"v_proj.scale", "slope.scale"} <= set(tree["posterior"].data_vars)
     tree.to_netcdf(tmp_path / "fit.nc", engine="h5netcdf")
     assert set(xarray.open_datatree(tmp_path / "fit.nc", engine="h5netcdf").children) == set(tree.children)
@@ -283,7 +290,7 @@ def test_from_frames_to_a_comparison(tmp_path):
     bl.save_fit(fit, tmp_path / "fit")
     anew = bl.Tangent(bl.Classifier(base, made.sites, prior, label_ids=(3, 5)))
     again = bl.load_fit(tmp_path / "fit", anew, bl.guides.Guide(anew.prior, bl.guides.around(gaussian)))
-    np.testing.assert_array_equal(bl.predict(KEY, again, test, num_samples=20).probs, prediction.probs)
+    np.testing.assert_array_equal(bl.predict(KEY, again, test, num_draws=20).probs, prediction.probs)
 
     chains = bl.sample_nuts(KEY, tangent, train, mass=gaussian, num_draws=100, **SMALL)
     assert "tangent" in repr(chains)
@@ -291,14 +298,14 @@ def test_from_frames_to_a_comparison(tmp_path):
     assert chains.certificate.names
     assert "tangent" not in repr(short_network(base, made, prior, train))
     for posterior in (fit, gaussian):
-        found = bl.compare(KEY, posterior, chains, test, num_samples=60, against="anything")
+        found = bl.compare(KEY, posterior, chains, test, num_draws=60, against="anything")
         assert "norm[v_proj]" in found.names
-    stored = bl.store_reference(chains, test, num_predictions=20)
+    stored = bl.store_reference(chains, test, num_draws=20)
     bl.save_reference(stored, tmp_path / "reference")
     kept = bl.load_reference(tmp_path / "reference")
-    assert bl.compare(KEY, fit, kept, test, num_samples=60, against="anything").names == found.names
+    assert bl.compare(KEY, fit, kept, test, num_draws=60, against="anything").names == found.names
 
 
 def short_network(base, made, prior, train):
     model = bl.Classifier(base, made.sites, prior, label_ids=(3, 5))
-    return bl.sample_hmc(KEY, model, train, integration_steps=1, num_draws=4, num_warmup=20, num_chains=2)
+    return bl.sample_hmc(KEY, model, train, num_integration_steps=1, num_draws=4, num_warmup=20, num_chains=2)

@@ -228,7 +228,7 @@ def test_scales_by_layer_are_arrays_that_the_core_prior_takes():
     scaled = bl.Tangent(bl.Classifier(BASE, model.sites, prior, label_ids=(3, 5)))
     ones = {f"{name}.U": jnp.ones(model.frames[name].size) for name in model.sites}
     adapters = numpyro.handlers.substitute(scaled.prior, data=ones)()
-    logits = np.asarray(scaled.logits(BASE.params, adapters, rows_of(model, linear)))
+    logits = np.asarray(scaled.logits(BASE.weights, adapters, rows_of(model, linear)))
     by_group = zip(np.exp(log_scales(found)), layers.groups, strict=True)
     expected = linear.offset + sum(s * g.sum(2) for s, g in by_group)
     np.testing.assert_allclose(logits[:, 1:] - logits[:, :1], expected, rtol=1e-4, atol=1e-4)

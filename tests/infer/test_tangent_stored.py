@@ -43,10 +43,10 @@ def test_all_of_it_comes_back(made, folder):
     for part, other in zip(again.gaussian.affine, made.gaussian.affine, strict=True):
         np.testing.assert_array_equal(part, other)
     assert [str(x) for x in again.overview] == [str(x) for x in made.overview]
-    ours, theirs = (bl.predict(KEY, x, NEW, num_samples=20, console=QUIET).probs for x in (made, again))
+    ours, theirs = (bl.predict(KEY, x, NEW, num_draws=20, console=QUIET).probs for x in (made, again))
     np.testing.assert_array_equal(ours, theirs)
     for posterior in (again, again.gaussian):
-        bl.predict(KEY, posterior, NEW, num_samples=2, console=QUIET)
+        bl.predict(KEY, posterior, NEW, num_draws=2, console=QUIET)
 
 
 def test_samplers_go_on_from_it(folder):

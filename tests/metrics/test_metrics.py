@@ -1,7 +1,9 @@
 """Metrics against scikit-learn, the definitions and cases worked out by hand; intervals by their coverage."""
 
+import importlib
 from itertools import product
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,8 +12,11 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from bnlora import metrics
+from bnlora._util.checks import numpy_generator
 from bnlora.metrics.scores import checked
 from bnlora.prediction.predict import Prediction
+
+KEY = jax.random.key(0)
 
 
 def simulate(seed: int, rows: int = 200, classes: int = 3, ties: int | None = None):
@@ -110,7 +115,7 @@ def test_ranges_and_invariance_to_the_order_of_rows(seed, rows, classes):
 def test_bootstrap_interval_of_nll_covers_at_its_level():
     truth = metrics.nll(*simulate(99, rows=400_000))
     runs = [
-        metrics.summary(*CASE, resamples=200, metrics={"nll": metrics.nll})["nll"]
+        metrics.summary(KEY, *CASE, num_resamples=200, metrics={"nll": metrics.nll})["nll"]
         for CASE in map(simulate, range(1000, 1300))
     ]
     covered = sum(e.low <= truth <= e.high for e in runs)
@@ -121,11 +126,11 @@ def test_bootstrap_interval_of_nll_covers_at_its_level():
 
 def test_summary_brackets_its_values_and_reads_like_a_table():
     log_probs, labels = CASES[0]
-    summary = metrics.summary(log_probs, labels, resamples=100)
+    summary = metrics.summary(KEY, log_probs, labels, num_resamples=100)
     assert list(summary) == list(metrics.METRICS)
     for name in ("accuracy", "nll", "brier", "auroc", "aurc"):
         assert summary[name].low <= summary[name].value <= summary[name].high
-    assert summary == metrics.summary(log_probs, labels, resamples=100)
+    assert summary == metrics.summary(KEY, log_probs, labels, num_resamples=100)
     assert "95% interval" in repr(summary)
     assert "[0." in repr(summary)
     assert "<td>adaptive_ece</td>" in summary._repr_html_()
@@ -135,11 +140,11 @@ def test_paired_difference_is_narrower_than_two_separate_intervals():
     log_probs, labels = CASES[1]
     cooler = log_probs * 0.9
     cooler = cooler - np.logaddexp.reduce(cooler, axis=1, keepdims=True)
-    paired = metrics.paired_difference(metrics.nll, log_probs, cooler, labels)
-    one = metrics.summary(log_probs, labels)["nll"]
+    paired = metrics.paired_difference(KEY, metrics.nll, log_probs, cooler, labels)
+    one = metrics.summary(KEY, log_probs, labels)["nll"]
     np.testing.assert_allclose(paired.value, metrics.nll(log_probs, labels) - metrics.nll(cooler, labels))
     assert paired.high - paired.low < 0.5 * (one.high - one.low)
-    same = metrics.paired_difference(metrics.nll, log_probs, log_probs, labels)
+    same = metrics.paired_difference(KEY, metrics.nll, log_probs, log_probs, labels)
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
@@ -170,13 +175,15 @@ def test_bootstrap_against_every_sample_where_some_are_infinite(level):
     by_row = -log_probs[np.arange(5), TRUTH]
     every = exact_bootstrap(lambda rows: by_row[rows].mean(), 5)
     np.testing.assert_allclose(np.isinf(every).mean(), 1 - 0.8**5)
-    found = metrics.bootstrap(lambda rows: float(by_row[rows].mean()), 5, level=level, resamples=resamples)
+    found = metrics.bootstrap(
+        KEY, lambda rows: float(by_row[rows].mean()), 5, level=level, num_resamples=resamples
+    )
     assert holds_quantile(every, found.low, (1 - level) / 2, resamples)
     assert (found.value, found.high) == (np.inf, np.inf)
     assert np.isfinite(found.low) == (
         level == 0.95
     )  # a third of the samples are finite: 0.025 of them all are below, 0.4 are not
-    same = metrics.summary(log_probs, TRUTH, level=level, resamples=resamples)["nll"]
+    same = metrics.summary(KEY, log_probs, TRUTH, level=level, num_resamples=resamples)["nll"]
     np.testing.assert_allclose([*vars(same).values()], [*vars(found).values()])
 
 
@@ -190,19 +197,21 @@ def test_bootstrap_against_every_sample_where_some_have_no_value():
 
     every = exact_bootstrap(area, 5)
     every = every[~np.isnan(every)]
-    found = metrics.summary(log_probs, labels, resamples=resamples, metrics={"auroc": metrics.auroc})["auroc"]
+    found = metrics.summary(
+        KEY, log_probs, labels, num_resamples=resamples, metrics={"auroc": metrics.auroc}
+    )["auroc"]
     kept = resamples * len(every) / 5**5 * 0.9
     assert holds_quantile(every, found.low, 0.025, kept)
     assert holds_quantile(every, found.high, 0.975, kept)
-    undefined = metrics.summary(log_probs, log_probs.argmax(1), resamples=20)["auroc"]
+    undefined = metrics.summary(KEY, log_probs, log_probs.argmax(1), num_resamples=20)["auroc"]
     assert np.isnan([*vars(undefined).values()]).all()
 
 
 def test_paired_difference_of_infinite_values():
     with np.errstate(divide="ignore"):
         sure, doubting = np.log(IMPOSSIBLE), np.log(0.9 * IMPOSSIBLE + 0.05)
-    ours = metrics.paired_difference(metrics.nll, sure, doubting, TRUTH)
-    theirs = metrics.paired_difference(metrics.nll, doubting, sure, TRUTH)
+    ours = metrics.paired_difference(KEY, metrics.nll, sure, doubting, TRUTH)
+    theirs = metrics.paired_difference(KEY, metrics.nll, doubting, sure, TRUTH)
     assert (ours.value, ours.high) == (np.inf, np.inf)
     assert (theirs.value, theirs.low, theirs.high) == (-np.inf, -np.inf, -ours.low)
     by_row = doubting[np.arange(5), TRUTH] - sure[np.arange(5), TRUTH]
@@ -212,33 +221,37 @@ def test_paired_difference_of_infinite_values():
     # Both give the row no probability: which of them is worse cannot be said, by no sample of rows.
     with np.errstate(divide="ignore"):
         other = np.log(IMPOSSIBLE**2 / (IMPOSSIBLE**2).sum(1, keepdims=True))
-    neither = metrics.paired_difference(lambda *given: np.float64(metrics.nll(*given)), sure, other, TRUTH)
+    neither = metrics.paired_difference(
+        KEY, lambda *given: np.float64(metrics.nll(*given)), sure, other, TRUTH
+    )
     assert np.isnan([*vars(neither).values()]).all()
-    assert np.isfinite([*vars(metrics.paired_difference(metrics.brier, sure, other, TRUTH)).values()]).all()
+    assert np.isfinite(
+        [*vars(metrics.paired_difference(KEY, metrics.brier, sure, other, TRUTH)).values()]
+    ).all()
 
 
 def test_interval_ends_are_the_usual_quantiles_of_finite_replicates():
     log_probs, labels = CASES[1]
-    rows = np.random.default_rng(3).integers(len(labels), size=(50, len(labels)))
+    rows = numpy_generator(KEY).integers(len(labels), size=(50, len(labels)))
     expected = np.quantile([metrics.brier(log_probs[r], labels[r]) for r in rows], [0.05, 0.95])
-    found = metrics.summary(log_probs, labels, level=0.9, resamples=50, seed=3)["brier"]
+    found = metrics.summary(KEY, log_probs, labels, level=0.9, num_resamples=50)["brier"]
     np.testing.assert_allclose([found.low, found.high], expected)
 
 
 def test_a_bootstrap_checks_its_input_once(monkeypatch):
     log_probs, labels = simulate(4)
-    expected = metrics.summary(log_probs, labels, resamples=20)
+    expected = metrics.summary(KEY, log_probs, labels, num_resamples=20)
     calls = []
 
     def counting(*args):
         calls.append(args)
         return checked(*args)
 
-    for module in ("metrics", "scores"):
-        monkeypatch.setattr(f"bnlora.{module}.checked", counting)
-    assert metrics.summary(log_probs, labels, resamples=20).estimates == expected.estimates
+    for module in ("summary", "scores"):
+        monkeypatch.setattr(importlib.import_module(f"bnlora.metrics.{module}"), "checked", counting)
+    assert metrics.summary(KEY, log_probs, labels, num_resamples=20).estimates == expected.estimates
     assert len(calls) == 1
-    metrics.paired_difference(metrics.nll, log_probs, log_probs, labels, resamples=20)
+    metrics.paired_difference(KEY, metrics.nll, log_probs, log_probs, labels, num_resamples=20)
     assert len(calls) == 3
 
 
@@ -284,7 +297,7 @@ def test_reliability_bins_and_wilson_intervals():
 )
 def test_bad_input(log_probs, labels, message):
     with pytest.raises(ValueError, match=message):
-        metrics.summary(log_probs, labels)
+        metrics.summary(KEY, log_probs, labels)
 
 
 def test_labels_may_be_truth_values():
@@ -295,8 +308,8 @@ def test_labels_may_be_truth_values():
 
 def test_bad_level_resamples_and_bins():
     with pytest.raises(ValueError, match="resamples must be at least 1; got 0"):
-        metrics.summary(*CASES[0], resamples=0)
+        metrics.summary(KEY, *CASES[0], num_resamples=0)
     with pytest.raises(ValueError, match="level must lie strictly between 0 and 1; got 95"):
-        metrics.summary(*CASES[0], level=95)
+        metrics.summary(KEY, *CASES[0], level=95)
     with pytest.raises(ValueError, match="bins must be at least 1; got 0"):
         metrics.ece(*CASES[0], bins=0)

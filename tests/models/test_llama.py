@@ -95,7 +95,7 @@ def test_zero_b_is_the_base_bit_for_bit(tokens, wrap, tied):
     def run(params, adapters):
         return base.bind(params)(tokens, adapters=adapters)
 
-    assert np.array_equal(wrap(run)(base.params, zero), wrap(run)(base.params, None))
+    assert np.array_equal(wrap(run)(base.weights, zero), wrap(run)(base.weights, None))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_gradient_of_every_adapter_is_finite_and_moves(base, tokens):
     def loss(adapters, params):
         return -jax.nn.log_softmax(base.bind(params)(tokens, mask, adapters=adapters))[:, -1, 5].mean()
 
-    gradient = jax.jit(jax.grad(loss))(every, base.params)
+    gradient = jax.jit(jax.grad(loss))(every, base.weights)
     for leaf in jax.tree.leaves(gradient):
         assert jnp.isfinite(leaf).all()
         assert jnp.abs(leaf).max() > 0
@@ -159,7 +159,7 @@ def test_gradient_of_every_adapter_is_finite_and_moves(base, tokens):
     # curvature times h^2 and by rounding, eps * loss / h; both are far below 1 % here.
     norm, step = float(jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(gradient)))), 1e-3
     up, down = (
-        jax.jit(loss)(jax.tree.map(lambda x, g, h=h: x + h * g / norm, every, gradient), base.params)
+        jax.jit(loss)(jax.tree.map(lambda x, g, h=h: x + h * g / norm, every, gradient), base.weights)
         for h in (step, -step)
     )
     assert (up - down) / (2 * step) == pytest.approx(norm, rel=0.01)
@@ -174,7 +174,7 @@ def test_rows_of_the_head_are_taken_before_the_product(base, tokens):
         base.module.head(hidden, rows=rows, adapter=sliced),
         base.module.head(hidden, adapter=adapter)[..., rows],
     )
-    jaxpr = jax.make_jaxpr(lambda p, h: base.bind(p).head(h, rows=rows))(base.params, hidden)
+    jaxpr = jax.make_jaxpr(lambda p, h: base.bind(p).head(h, rows=rows))(base.weights, hidden)
     assert all(53 not in variable.aval.shape for equation in jaxpr.eqns for variable in equation.outvars)
 
 
@@ -184,7 +184,7 @@ def test_the_trace_does_not_grow_with_depth():
         tokens = jnp.zeros((2, 5), int)
         every = adapters(INNER, num_layers)
         loss = jax.grad(lambda adapters, params: base.bind(params)(tokens, adapters=adapters).sum())
-        return sum(1 for _ in walk(jax.make_jaxpr(loss)(every, base.params).jaxpr))
+        return sum(1 for _ in walk(jax.make_jaxpr(loss)(every, base.weights).jaxpr))
 
     assert equations(2) == equations(9) > 0
 
@@ -197,7 +197,7 @@ def test_neither_pass_copies_the_stack_of_weights(start):
     def loss(adapters, params):
         return base.bind(params).blocks(hidden, mask, start=start, stop=8, adapters=adapters).sum()
 
-    jaxpr = jax.make_jaxpr(jax.grad(loss))(adapters(["q_proj"], 8 - start), base.params).jaxpr
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(adapters(["q_proj"], 8 - start), base.weights).jaxpr
     # The stack is an input; neither a slice of several layers nor a residual of all of them may be computed.
     computed = {variable.aval.shape for equation in walk(jaxpr) for variable in equation.outvars}
     assert (8 - start, 24, 40) not in computed

@@ -33,7 +33,7 @@ def tiny_base(name: str) -> Base:
 def logits(base: Base, tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     mask = np.ones(tokens.shape, bool) if mask is None else mask
     function = jax.jit(lambda params, tokens, mask: base.bind(params)(tokens, mask))
-    return np.asarray(function(base.params, jnp.asarray(tokens), jnp.asarray(mask)))
+    return np.asarray(function(base.weights, jnp.asarray(tokens), jnp.asarray(mask)))
 
 
 def assert_parity(got: np.ndarray, expected: np.ndarray, rounding: float) -> None:

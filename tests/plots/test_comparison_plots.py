@@ -44,9 +44,9 @@ def caption(figure):
 
 def test_forest_shows_medians_in_units_of_the_reference(found):
     figure = plots.forest(found)
-    reference, approx = (line.get_xdata() for line in figure.axes[0].lines[1:3])
-    unit = (found.approx.pooled - found.reference.mean) / found.reference.sd
-    np.testing.assert_allclose(approx, np.median(unit, axis=0))
+    reference, posterior = (line.get_xdata() for line in figure.axes[0].lines[1:3])
+    unit = (found.posterior.pooled - found.reference.mean) / found.reference.sd
+    np.testing.assert_allclose(posterior, np.median(unit, axis=0))
     np.testing.assert_allclose(reference, 0, atol=0.3)
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == list(NAMES)
     assert "300 independent draws" in caption(figure)
@@ -58,7 +58,7 @@ def test_pairs_are_those_of_the_worst_functions(found):
     (panel,) = figure.axes
     assert {panel.get_xlabel(), panel.get_ylabel()} == {"norm", "log_likelihood"}
     k = NAMES.index(panel.get_xlabel())
-    np.testing.assert_array_equal(panel.lines[1].get_xdata(), found.approx.thinned(300)[:, k])
+    np.testing.assert_array_equal(panel.lines[1].get_xdata(), found.posterior.thinned(300)[:, k])
     assert len(plots.worst_pairs(found).axes) == 3
     with pytest.raises(ValueError, match="pairs need two functions; got count=1 of 4"):
         plots.worst_pairs(found, count=1)
@@ -67,14 +67,14 @@ def test_pairs_are_those_of_the_worst_functions(found):
 def test_predictions_are_against_each_other(found):
     left, right = plots.predictive_scatter(found).axes
     np.testing.assert_allclose(left.lines[0].get_xdata(), found.predictive.reference.probs[:, 1])
-    np.testing.assert_allclose(right.lines[0].get_ydata(), found.predictive.approx.mutual_information)
+    np.testing.assert_allclose(right.lines[0].get_ydata(), found.predictive.posterior.mutual_information)
     assert "15 rows by 200 draws" in caption(plots.predictive_scatter(found))
 
 
 def test_ranks_lie_outside_the_band_where_smirnov_rejects(found):
     figure = plots.rank_difference(found)
     for k, panel in enumerate(figure.axes):
-        tested = ks_2samp(found.approx.thinned(300)[:, k], found.reference.thinned(300)[:, k])
+        tested = ks_2samp(found.posterior.thinned(300)[:, k], found.reference.thinned(300)[:, k])
         colour = to_hex(panel.lines[1].get_color()).upper()
         assert colour == (plots.ORANGE if tested.pvalue < 0.05 / 4 else plots.BLUE)
         largest = np.abs(panel.lines[1].get_ydata()).max()
@@ -95,6 +95,6 @@ def test_axes_may_be_given(found, draw, count):
 
 
 def test_pictures_of_predictions_need_predictions(found):
-    bare = compare_draws(np.random.default_rng(0), found.approx, found.reference)
+    bare = compare_draws(np.random.default_rng(0), found.posterior, found.reference)
     with pytest.raises(ValueError, match="expected a comparison with predictions"):
         plots.predictive_scatter(bare)

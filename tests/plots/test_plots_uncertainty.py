@@ -34,11 +34,11 @@ def caption(figure):
 
 
 def test_risk_coverage_shows_the_curve_of_each_method():
-    figure = plots.risk_coverage(BOTH, {"films": LABELS}, by="entropy")
+    figure = plots.risk_coverage(jax.random.key(0), BOTH, {"films": LABELS}, by="entropy")
     (panel,) = figure.axes
     curves = {line.get_label(): line for line in panel.lines if ": AURC" in line.get_label()}
     for method, colour in (("plain", plots.BLUE), ("ours", plots.ORANGE)):
-        found = risk_coverage(BOTH[method]["films"], LABELS, by="entropy")
+        found = risk_coverage(jax.random.key(0), BOTH[method]["films"], LABELS, by="entropy")
         line = curves[f"{method}: AURC {found.aurc}"]
         np.testing.assert_allclose(line.get_xydata(), np.stack([found.coverage, found.risk], 1))
         assert to_hex(line.get_color()).upper() == colour
@@ -47,7 +47,7 @@ def test_risk_coverage_shows_the_curve_of_each_method():
     assert panel.get_xlabel()
     assert panel.get_ylabel()
     with pytest.raises(ValueError, match="at most 5 methods have a colour; got 6"):
-        plots.risk_coverage(dict.fromkeys("abcdef", BOTH["ours"]), {"films": LABELS})
+        plots.risk_coverage(jax.random.key(0), dict.fromkeys("abcdef", BOTH["ours"]), {"films": LABELS})
 
 
 def test_domains_show_histograms_intervals_and_how_well_they_separate():
@@ -118,7 +118,7 @@ def test_a_table_that_does_not_fit_gets_one_sentence():
 @pytest.mark.parametrize(
     ("draw", "count"),
     [
-        (lambda ax: plots.risk_coverage(BOTH, {"films": LABELS}, ax=ax), 1),
+        (lambda ax: plots.risk_coverage(jax.random.key(0), BOTH, {"films": LABELS}, ax=ax), 1),
         (lambda ax: plots.domains(DOMAINS, ax=ax), 2),
         (lambda ax: plots.posterior_spread(TABLE, ax=ax), 1),
     ],

@@ -42,7 +42,7 @@ def test_zero_adapters_give_the_base_models_own_label_probabilities():
     """Against the module's full forward pass: last real token, label tokens, softmax."""
     model = classifier(bl.priors.point())
     zeros = {n: {f: jnp.zeros(s) for f, s in site.shapes.items()} for n, site in model.sites.items()}
-    got = model.logits(BASE.params, zeros, ROWS)
+    got = model.logits(BASE.weights, zeros, ROWS)
     full = BASE.module(ROWS.tokens, ROWS.mask)
     for row, mask in enumerate(np.asarray(ROWS.mask)):
         expected = full[row, mask.sum() - 1, jnp.asarray(IDS)]
@@ -61,7 +61,7 @@ def test_left_padding_gives_the_same_logits():
         tokens=jnp.stack([jnp.roll(t, k) for t, k in zip(ROWS.tokens, shift, strict=True)]),
         mask=jnp.stack([jnp.roll(m, k) for m, k in zip(ROWS.mask, shift, strict=True)]),
     )
-    right, rolled = (model.logits(BASE.params, adapters, rows) for rows in (ROWS, left))
+    right, rolled = (model.logits(BASE.weights, adapters, rows) for rows in (ROWS, left))
     np.testing.assert_allclose(right, rolled, atol=1e-5)
 
 
@@ -74,7 +74,7 @@ def test_label_rows_of_the_head_are_exactly_those_of_the_whole_head():
         for i, (n, site) in enumerate(model.sites.items())
     }
     adapters["lm_head"]["b"] = b[:, jnp.asarray(IDS)]
-    hidden = model.hidden(BASE.params, ROWS)
+    hidden = model.hidden(BASE.weights, ROWS)
     placed = model.sites.place(adapters)
     placed.pop(HEAD)
     module = BASE.module
@@ -82,15 +82,15 @@ def test_label_rows_of_the_head_are_exactly_those_of_the_whole_head():
     last = jnp.take_along_axis(top, (ROWS.mask.sum(1) - 1)[:, None, None], axis=1)[:, 0]
     full = module.head(last, adapter={"a": adapters["lm_head"]["a"][0], "b": b[0]})
     np.testing.assert_allclose(
-        model.logits(BASE.params, adapters, ROWS), full[:, jnp.asarray(IDS)], atol=1e-5
+        model.logits(BASE.weights, adapters, ROWS), full[:, jnp.asarray(IDS)], atol=1e-5
     )
 
 
 def test_mixture_of_softmaxes_by_hand(fit):
     draws = draw_adapters(KEY, fit.model, fit.guide, fit.params, 3)
-    prediction = bl.predict(KEY, fit, ROWS, num_samples=3, batch_size=4)
+    prediction = bl.predict(KEY, fit, ROWS, num_draws=3, batch_size=4)
     one = lambda s: jax.tree.map(lambda x: x[s], draws)  # noqa: E731
-    by_hand = np.mean([softmax_by_hand(fit.model.logits(BASE.params, one(s), ROWS)) for s in range(3)], 0)
+    by_hand = np.mean([softmax_by_hand(fit.model.logits(BASE.weights, one(s), ROWS)) for s in range(3)], 0)
     np.testing.assert_allclose(prediction.probs, by_hand, atol=1e-6)
     np.testing.assert_allclose(prediction.probs.sum(1), 1, atol=1e-6)
     labels = np.asarray(ROWS.labels)
@@ -99,7 +99,7 @@ def test_mixture_of_softmaxes_by_hand(fit):
 
 
 def test_rows_at_a_time_do_not_matter(fit):
-    few, all_ = (bl.predict(KEY, fit, ROWS, num_samples=2, batch_size=size) for size in (3, 32))
+    few, all_ = (bl.predict(KEY, fit, ROWS, num_draws=2, batch_size=size) for size in (3, 32))
     np.testing.assert_allclose(few.draw_log_probs, all_.draw_log_probs, atol=1e-5)
 
 
@@ -112,11 +112,11 @@ def test_without_spread_one_draw_is_the_deterministic_prediction(fit):
     still = replace(fit, params=still)
     labels = np.asarray(ROWS.labels)
     losses = [
-        bl.metrics.nll(bl.predict(jax.random.key(k), still, ROWS, num_samples=s).log_probs, labels)
+        bl.metrics.nll(bl.predict(jax.random.key(k), still, ROWS, num_draws=s).log_probs, labels)
         for k, s in [(1, 1), (2, 1), (3, 5)]
     ]
     adapters = jax.tree.map(lambda x: x[0], draw_adapters(KEY, fit.model, fit.guide, still.params, 1))
-    probs = softmax_by_hand(fit.model.logits(BASE.params, adapters, ROWS))
+    probs = softmax_by_hand(fit.model.logits(BASE.weights, adapters, ROWS))
     deterministic = -np.log(probs[np.arange(11), labels]).mean()
     np.testing.assert_allclose(losses, deterministic, atol=1e-5)
 
@@ -125,7 +125,7 @@ def test_point_estimate_has_equal_draws():
     model = classifier(bl.priors.point())
     guide = bl.guides.SiteFlow(model.prior)
     fit = bl.fit(KEY, model, guide, ROWS, optax.adam(1e-2), num_steps=2, batch_size=4)
-    prediction = bl.predict(KEY, fit, ROWS, num_samples=3)
+    prediction = bl.predict(KEY, fit, ROWS, num_draws=3)
     np.testing.assert_array_equal(prediction.draw_log_probs[0], prediction.draw_log_probs[2])
     np.testing.assert_allclose(prediction.mutual_information, 0, atol=1e-7)
 
@@ -133,7 +133,7 @@ def test_point_estimate_has_equal_draws():
 @pytest.mark.slow
 def test_stderr_is_the_spread_of_the_mixture_over_repeats(fit):
     keys = jax.random.split(jax.random.key(7), 60)
-    runs = [bl.predict(k, fit, ROWS[:2], num_samples=20, batch_size=2) for k in keys]
+    runs = [bl.predict(k, fit, ROWS[:2], num_draws=20, batch_size=2) for k in keys]
     spread = np.std([run.probs for run in runs], axis=0, ddof=1)
     stated = np.sqrt(np.mean([run.stderr**2 for run in runs], axis=0))
     # A standard deviation over 60 repeats has a relative standard error of about 1 / sqrt(2 * 59) = 0.092.
@@ -176,11 +176,11 @@ def test_labels_of_a_prediction_are_class_numbers(labels, message):
 def test_draws_given_by_hand(fit):
     draws = draw_adapters(KEY, fit.model, fit.guide, fit.params, 2)
     same = predict_with_draws(fit.model, draws, ROWS)
-    drawn = bl.predict(KEY, fit, ROWS, num_samples=2)
+    drawn = bl.predict(KEY, fit, ROWS, num_draws=2)
     np.testing.assert_allclose(same.draw_log_probs, drawn.draw_log_probs, atol=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{"num_samples": 0}, {"batch_size": 0}, {"draws_together": 0}])
+@pytest.mark.parametrize("changes", [{"num_draws": 0}, {"batch_size": 0}, {"draws_together": 0}])
 def test_bad_input(fit, changes):
     with pytest.raises(ValueError, match="at least one row, draw and row at a time; got 11 rows"):
         bl.predict(KEY, fit, ROWS, **changes)
@@ -190,6 +190,6 @@ def test_bad_input(fit, changes):
 
 @pytest.mark.parametrize("together", [2, 4])
 def test_draws_that_run_together_give_the_same_predictions(fit, together):
-    alone = bl.predict(KEY, fit, ROWS, num_samples=5)
-    got = bl.predict(KEY, fit, ROWS, num_samples=5, draws_together=together)
+    alone = bl.predict(KEY, fit, ROWS, num_draws=5)
+    got = bl.predict(KEY, fit, ROWS, num_draws=5, draws_together=together)
     np.testing.assert_allclose(got.draw_log_probs, alone.draw_log_probs, atol=1e-5)

@@ -22,12 +22,12 @@ class Normal:
     def __init__(self, model):
         self.model = model
 
-    def draw_adapters(self, key, num_samples):
+    def draw_adapters(self, key, num_draws):
         shapes = {n: site.shapes for n, site in self.model.sites.items()}
         leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
         keys = jax.random.split(key, len(leaves))
         drawn = [
-            0.5 * jax.random.normal(k, (num_samples, *shape)) for k, shape in zip(keys, leaves, strict=True)
+            0.5 * jax.random.normal(k, (num_draws, *shape)) for k, shape in zip(keys, leaves, strict=True)
         ]
         return jax.tree.unflatten(tree, drawn)
 
@@ -42,7 +42,7 @@ def posterior(tiny_folder):
 
 @pytest.fixture(scope="module")
 def reading(posterior):
-    return read_along(KEY, posterior, TEXT, template=TEMPLATE, num_samples=3, batch_size=4)
+    return read_along(KEY, posterior, TEXT, template=TEMPLATE, num_draws=3, batch_size=4)
 
 
 def test_prefixes_are_predicted_as_the_truncated_texts(posterior, reading):
@@ -59,7 +59,7 @@ def test_prefixes_are_predicted_as_the_truncated_texts(posterior, reading):
             words=[" bad", " good"],
             template=TEMPLATE,
         )
-        alone = bl.predict(KEY, posterior, data.train, num_samples=3)
+        alone = bl.predict(KEY, posterior, data.train, num_draws=3)
         np.testing.assert_allclose(
             reading.prediction.draw_log_probs[:, t], alone.draw_log_probs[:, 0], atol=1e-5
         )

@@ -86,7 +86,6 @@ WITH_WIDTH = [prior for prior in vars(priors).values() if "width" in keywords(pr
 NEEDED = {priors.rank_gains: {"gain": lambda site: jnp.ones((site.depth, site.rank))}}
 REFUSED = {
     "inducing": (priors.sparse_gp, {"inducing": "frame"}, "inducing must be one of .* nearest is 'frames'"),
-    "option": (priors.sparse_gp, {"row": 3}, "option of the sparse GP must be one of .* nearest is 'rows'"),
     "form": (priors.sparse_gp, {"form": "weight"}, "form must be one of .* nearest is 'weights'"),
     "frames": (priors.sparse_gp, {"frames": "random"}, "frames must be 'learned', a random key"),
     "frames array": (
@@ -141,8 +140,8 @@ REFUSED = {
     "core": (priors.subspace, {"scale": REAL}, "scale must be a positive"),
     "start": (
         partial(priors.sparse_gp_matrices, "w", SHAPE, sigma=1.0, plate="layer"),
-        {"start": "zeros"},
-        "start must be one of .*; got 'zeros', nearest is 'zero'",
+        {"init_strategy": "zeros"},
+        "init_strategy must be one of .*; got 'zeros', nearest is 'zero'",
     ),
     **{
         f"width of {prior.__name__}": (
@@ -168,3 +167,11 @@ def test_a_centre_is_of_finite_numbers(value):
     wrong.flat[3] = value
     with pytest.raises(ValueError, match="numbers that are NaN or infinite, in 'a' of 'lm_head'"):
         priors.centered(priors.normal(), ZEROS | {"lm_head": ZEROS["lm_head"] | {"a": wrong}})
+
+
+@pytest.mark.parametrize(
+    "prior", [priors.sparse_gp, partial(priors.sparse_gp_matrices, "w", SHAPE, sigma=1.0, plate="layer")]
+)
+def test_an_argument_that_does_not_exist_is_named(prior):
+    with pytest.raises(TypeError, match="'row'"):
+        prior(row=3)

@@ -60,9 +60,9 @@ def test_density_and_gradient_are_those_of_the_whole_model(names, start):
 
     def whole(u):
         sites = {**view.sites(vector), **part.sites(u)}
-        return view.log_joint(view_vector(view, sites), BASE.params, ROWS)
+        return view.log_joint(view_vector(view, sites), BASE.weights, ROWS)
 
-    ours, gradient = jax.value_and_grad(lambda u: part.log_joint(u, BASE.params, rows))(free)
+    ours, gradient = jax.value_and_grad(lambda u: part.log_joint(u, BASE.weights, rows))(free)
     theirs, expected = jax.value_and_grad(whole)(free)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4)
@@ -104,9 +104,9 @@ def test_layers_below_the_free_ones_are_part_of_the_trunk():
     assert conditional.moving == ("lm_head",)
     rows = cache_prefix(conditional, ROWS)
     adapters = jax.tree.map(lambda x: x[None], density(conditional, {}).adapters(jnp.ones(2 * 16 + 2 * 2)))
-    cached = conditional.log_probs_by_draw(BASE.params, adapters, rows)
-    np.testing.assert_allclose(cached, conditional.log_probs_by_draw(BASE.params, adapters, ROWS), atol=1e-6)
-    np.testing.assert_allclose(cached, model.log_probs_by_draw(BASE.params, adapters, ROWS), atol=1e-5)
+    cached = conditional.log_probs_by_draw(BASE.weights, adapters, rows)
+    np.testing.assert_allclose(cached, conditional.log_probs_by_draw(BASE.weights, adapters, ROWS), atol=1e-6)
+    np.testing.assert_allclose(cached, model.log_probs_by_draw(BASE.weights, adapters, ROWS), atol=1e-5)
     names, values = evaluate(identifiable(conditional, ROWS[:1]), conditional, adapters, ROWS)
     assert names == ("log_likelihood", "margin[0]", "norm[lm_head]")
     assert values.shape == (1, 3)
@@ -120,7 +120,9 @@ def test_activations_under_other_fixed_values_are_not_reused():
     first, second = (condition(model, values) for values in (fixed, other))
     assert first.start == second.start == 3
     rows = cache_prefix(first, ROWS)
-    np.testing.assert_allclose(second.hidden(BASE.params, rows), second.hidden(BASE.params, ROWS), atol=1e-6)
+    np.testing.assert_allclose(
+        second.hidden(BASE.weights, rows), second.hidden(BASE.weights, ROWS), atol=1e-6
+    )
     assert cache_prefix(first, rows) is rows
     assert cache_prefix(second, rows) is not rows
     free = {n: jnp.ones((1, *x)) for n, x in model.sites["lm_head"].shapes.items()}

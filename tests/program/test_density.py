@@ -55,7 +55,7 @@ def test_layout_has_every_latent_site_without_constraints(view):
 
 
 def test_densities_are_numpyros(view):
-    args = (BASE.params, ROWS[:4], 10)  # a minibatch: the likelihood is scaled by 10 / 4
+    args = (BASE.weights, ROWS[:4], 10)  # a minibatch: the likelihood is scaled by 10 / 4
     ours = jax.jit(lambda vector: (view.log_joint(vector, *args), view.log_prior(vector)))
 
     @jax.jit
@@ -145,11 +145,11 @@ def test_a_start_on_the_edge_of_a_support_is_refused_by_samplers():
     """Their starts are compiled, where nothing can be raised; the check comes after."""
 
     def prior(sites):
-        tau = numpyro.sample("tau", dist.HalfNormal(1.0), infer={"start": "zero"})
+        tau = numpyro.sample("tau", dist.HalfNormal(1.0), infer={"init": "zero"})
         return {n: {"a": f["a"], "b": tau * f["b"]} for n, f in bl.priors.normal()(sites).items()}
 
     model = bl.Classifier(BASE, bl.select(BASE, ["lm_head"], rank=1), prior, label_ids=(3, 5))
-    schedule = bl.approximate.Schedule(burn_in=2, num_draws=4, thinning=1, batch_size=4)
+    schedule = bl.approximate.Schedule(num_warmup=2, num_draws=4, thinning=1, batch_size=4)
     samplers = (
         lambda: bl.sample_nuts(KEY, model, ROWS, num_warmup=20, num_draws=4),
         lambda: bl.approximate.sgld(KEY, model, ROWS, schedule, step_size=1e-3),

@@ -58,14 +58,14 @@ def assert_close(got, expected, operations: float, unit: float = EPS) -> None:
 
 
 def test_a_base_that_runs_differently_shares_its_weights():
-    other = BASE.running(activations="bfloat16", kernel="xla")
+    other = BASE.running(activations="bfloat16", implementation="xla")
     assert BASE.execution == DEFAULT == Execution()
-    assert other.execution == Execution(kernel="xla", activations="bfloat16")
+    assert other.execution == Execution(implementation="xla", activations="bfloat16")
     assert other.running(remat="layers").execution == replace(other.execution, remat="layers")
-    assert other.running(activations="float32", kernel=None).execution == DEFAULT
-    assert all(map(lambda x, y: x is y, jax.tree.leaves(BASE.params), jax.tree.leaves(other.params)))
-    assert all(map(lambda x, y: x is y, jax.tree.leaves(BASE.params), jax.tree.leaves(other.module)))
-    assert repr(other).endswith("activations='bfloat16', kernel='xla')")
+    assert other.running(activations="float32", implementation=None).execution == DEFAULT
+    assert all(map(lambda x, y: x is y, jax.tree.leaves(BASE.weights), jax.tree.leaves(other.weights)))
+    assert all(map(lambda x, y: x is y, jax.tree.leaves(BASE.weights), jax.tree.leaves(other.module)))
+    assert repr(other).endswith("activations='bfloat16', implementation='xla')")
     assert "activations" not in repr(BASE)
 
 
@@ -78,8 +78,8 @@ def test_the_chosen_kernel_serves_every_adapted_product(monkeypatch):
 
     monkeypatch.setattr(api, "lora_matmul", record)
     for kernel in ("xla", None):
-        model = classifier(BASE.running(kernel=kernel))
-        jax.eval_shape(model.logits, BASE.params, adapters_of(model), ROWS)
+        model = classifier(BASE.running(implementation=kernel))
+        jax.eval_shape(model.logits, BASE.weights, adapters_of(model), ROWS)
         # Seven modules in the loop and in the last layer, and the head.
         assert asked == [kernel] * 15
         asked.clear()
@@ -160,7 +160,7 @@ def test_the_backward_pass_runs_again_what_is_not_kept():
     for remat in ("none", "elementwise", "attention", "layers"):
         model = classifier(BASE.running(remat=remat))
         gradient = functools.partial(value_and_gradient, model)
-        products[remat] = len(equations(gradient, BASE.params, adapters_of(model), name="dot_general"))
+        products[remat] = len(equations(gradient, BASE.weights, adapters_of(model), name="dot_general"))
     # A layer is traced twice, in the loop and at the top. Run again are two products of attention and seven
     # with A, or (but the last, whose output nobody needs) seven with W and B as well.
     assert products["elementwise"] == products["none"]
@@ -179,7 +179,7 @@ def test_draws_may_be_mapped_over(remat, activations):
     model = classifier(base, ["k_proj", "down_proj", HEAD], layers=[1, 2])
     draws = [adapters_of(model, seed=seed) for seed in range(2)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *draws)
-    run = functools.partial(value_and_gradient, model, BASE.params)
+    run = functools.partial(value_and_gradient, model, BASE.weights)
     apart = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(jax.jit(run), draws))
     unit = EPS if activations == "float32" else UNIT
     assert_close(jax.jit(jax.vmap(run))(stacked), apart, 2 * 2 * 24, unit)
@@ -197,7 +197,7 @@ def test_statistics_head_and_logits_stay_in_float32():
     def log_probs(params, adapters):
         return jax.nn.log_softmax(model.logits(params, adapters, ROWS))
 
-    every = equations(log_probs, BASE.params, adapters_of(model))
+    every = equations(log_probs, BASE.weights, adapters_of(model))
     assert every[-1].outvars[0].aval.dtype == jnp.float32
     statistics = {"reduce_sum", "reduce_max", "exp", "rsqrt", "cos", "sin", "div"}
     found = [e for e in every if e.primitive.name in statistics]
@@ -270,7 +270,7 @@ def test_the_errors_of_bfloat16_are_those_of_its_roundings():
     """
     # Three loops of one turn: the layer below the adapters, and the first adapted one forwards and backwards.
     half, full = (classifier(base, ["q_proj", "up_proj", HEAD], layers=[1, 2]) for base in (HALF, BASE))
-    arguments = (BASE.params, adapters_of(half), ROWS)
+    arguments = (BASE.weights, adapters_of(half), ROWS)
     program = jax.make_jaxpr(functools.partial(value_and_gradient, half))(*arguments)
     values, places = [*program.consts, *jax.tree.leaves(arguments)], itertools.count()
 
@@ -330,10 +330,10 @@ def bound(parts: int, base=DEEP, rows: int = 16):
     params, constrain = initial_parameters(KEY, model, guide)
     batch = TRAIN[:rows]
 
-    def value(params, frozen):
-        return elbo_terms(KEY, constrain(params), program, guide, frozen, batch, 40)["elbo"]
+    def value(params, weights):
+        return elbo_terms(KEY, constrain(params), program, guide, weights, batch, 40)["elbo"]
 
-    return jax.value_and_grad(value), (params, base.params)
+    return jax.value_and_grad(value), (params, base.weights)
 
 
 def test_parts_take_less_memory_and_no_more_products():
@@ -355,7 +355,7 @@ def test_parts_are_run_with_layers_again_and_in_bfloat16():
     assert parts.model.base.execution == DEFAULT
     close = 2 * 3 * 24 * UNIT * np.abs(whole.history["data"]).max()
     np.testing.assert_allclose(parts.history["elbo"], whole.history["elbo"], atol=close)
-    assert np.isfinite(bl.predict(KEY, parts, TRAIN[:4], num_samples=2).log_probs).all()
+    assert np.isfinite(bl.predict(KEY, parts, TRAIN[:4], num_draws=2).log_probs).all()
 
 
 def test_a_fit_in_bfloat16_reaches_nearly_the_same_bound():
@@ -380,7 +380,7 @@ def test_unknown_ways_to_run_are_refused():
             r"activations must be one of \('float32', 'bfloat16'\); got 'bf16', nearest",
         ),
         ({"remat": "layer"}, r"remat must be one of .*; got 'layer', nearest is 'layers'"),
-        ({"kernel": "xls"}, r"kernel must be one of .*; got 'xls', nearest is 'xla'"),
+        ({"implementation": "xls"}, r"implementation must be one of .*; got 'xls', nearest is 'xla'"),
     ]:
         with pytest.raises(ValueError, match=message):
             BASE.running(**changes)

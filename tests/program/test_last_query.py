@@ -71,7 +71,7 @@ def both(model: bl.Classifier, adapters, batch: Batch, function=lambda f: f) -> 
 
     def run(logits):
         return jax.jit(lambda params, a, rows: function(lambda a: logits(params, a, rows))(a))(
-            BASE.params, adapters, batch
+            BASE.weights, adapters, batch
         )
 
     return run(model.logits), run(functools.partial(picked_afterwards, model))
@@ -114,7 +114,7 @@ def test_cached_activations_give_the_same(start):
     adapters = adapters_of(model)
     cached = bl.cache_prefix(model, batch)
     assert (cached.hidden is None) == (start == 0)
-    assert_close(model.logits(BASE.params, adapters, cached), model.logits(BASE.params, adapters, batch))
+    assert_close(model.logits(BASE.weights, adapters, cached), model.logits(BASE.weights, adapters, batch))
 
 
 @pytest.mark.parametrize("start", ENDS)
@@ -142,8 +142,8 @@ def test_zero_b_is_the_base_bit_for_bit(start, wrap):
         return module.head(final[:, 0], rows=ids)
 
     zero = adapters_of(model, b_scale=0.0)
-    got = wrap(lambda params, a: model.logits(params, a, batch))(BASE.params, zero)
-    assert np.array_equal(got, wrap(plain)(BASE.params))
+    got = wrap(lambda params, a: model.logits(params, a, batch))(BASE.weights, zero)
+    assert np.array_equal(got, wrap(plain)(BASE.weights))
 
 
 @pytest.mark.parametrize("start", ENDS)
@@ -153,7 +153,7 @@ def test_draws_of_adapters_may_be_mapped_over(start):
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *draws)
     mapped, old = both(model, stacked, batch, jax.vmap)
     assert_close(mapped, old)
-    assert_close(mapped, jnp.stack([model.logits(BASE.params, one, batch) for one in draws]))
+    assert_close(mapped, jnp.stack([model.logits(BASE.weights, one, batch) for one in draws]))
     gradients = both(model, stacked, batch, lambda f: jax.vmap(value_and_gradient(f)))
     assert_close(*gradients, factor=2)
 
@@ -176,7 +176,7 @@ def test_several_positions_in_any_order():
 def products(start: int) -> list[tuple[int, ...]]:
     """Shapes of all matrix products of the logits, from cached activations."""
     model, batch = classifier(start), bl.cache_prefix(classifier(start), rows("right"))
-    jaxpr = jax.make_jaxpr(lambda p, a: model.logits(p, a, batch))(BASE.params, adapters_of(model)).jaxpr
+    jaxpr = jax.make_jaxpr(lambda p, a: model.logits(p, a, batch))(BASE.weights, adapters_of(model)).jaxpr
     return [e.outvars[0].aval.shape for e in walk(jaxpr) if e.primitive.name == "dot_general"]
 
 

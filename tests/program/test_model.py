@@ -23,16 +23,16 @@ SITES = bl.select(BASE, ["q_proj", "lm_head"], rank=2)
 def test_it_is_a_plain_numpyro_model():
     """log_density of NumPyro: prior plus log-likelihood, scaled by N / B through the one plate."""
     model = bl.Classifier(BASE, SITES, bl.priors.normal(), label_ids=(3, 5))
-    trace = handlers.trace(handlers.seed(model, jax.random.key(2))).get_trace(BASE.params, ROWS)
+    trace = handlers.trace(handlers.seed(model, jax.random.key(2))).get_trace(BASE.weights, ROWS)
     latent = {n: s["value"] for n, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}
     prior = sum(s["fn"].log_prob(s["value"]).sum() for n, s in trace.items() if n in latent)
     adapters = handlers.substitute(model.prior, latent)()
-    log_probs = jax.nn.log_softmax(model.logits(BASE.params, adapters, ROWS))
+    log_probs = jax.nn.log_softmax(model.logits(BASE.weights, adapters, ROWS))
     likelihood = np.asarray(log_probs)[np.arange(6), np.asarray(ROWS.labels)].sum()
-    whole, _ = log_density(model, (BASE.params, ROWS), {}, latent)
+    whole, _ = log_density(model, (BASE.weights, ROWS), {}, latent)
     np.testing.assert_allclose(whole, prior + likelihood, rtol=1e-5)
     seeded = handlers.seed(model, jax.random.key(3))
-    part, _ = log_density(seeded, (BASE.params, ROWS, 60), {}, latent)
+    part, _ = log_density(seeded, (BASE.weights, ROWS, 60), {}, latent)
     np.testing.assert_allclose(part, prior + 10 * likelihood, rtol=1e-5)
 
 
@@ -41,7 +41,7 @@ def test_a_batch_is_no_larger_than_the_data_set(rows):
     """One row would else be broadcast over a data set of none."""
     model = bl.Classifier(BASE, SITES, bl.priors.normal(), label_ids=(3, 5))
     with pytest.raises(ValueError, match=f"n_total must be at least the {rows} rows of the batch; got 0"):
-        handlers.seed(model, jax.random.key(3))(BASE.params, ROWS[:rows], 0)
+        handlers.seed(model, jax.random.key(3))(BASE.weights, ROWS[:rows], 0)
 
 
 def test_a_head_is_read_in_its_label_rows_alone():
@@ -78,9 +78,9 @@ def test_a_token_that_the_base_has_no_row_for_is_refused_by_all_that_takes_rows(
     plain, other = (BASE.module(tokens, ROWS.mask)[ROWS.mask] for tokens in (ROWS.tokens, padded))
     np.testing.assert_array_equal(plain, other)
     zeros = {n: {f: jnp.zeros((1, *s)) for f, s in site.shapes.items()} for n, site in model.sites.items()}
-    posterior = SimpleNamespace(model=model, draw_adapters=lambda key, num_samples: zeros)
+    posterior = SimpleNamespace(model=model, draw_adapters=lambda key, num_draws: zeros)
     steps = {"num_steps": 1, "batch_size": 3}
-    adam, schedule = optax.adam(0.01), bl.approximate.Schedule(num_draws=1, burn_in=0, batch_size=3)
+    adam, schedule = optax.adam(0.01), bl.approximate.Schedule(num_draws=1, num_warmup=0, batch_size=3)
     for token in (40, -1):
         wrong = replace(ROWS, tokens=ROWS.tokens.at[2, 1].set(token))
         takers = {
@@ -92,10 +92,10 @@ def test_a_token_that_the_base_has_no_row_for_is_refused_by_all_that_takes_rows(
             "sgld": lambda rows: bl.approximate.sgld(key, model, rows, schedule, step_size=0.1),
             "cache": lambda rows: bl.cache_prefix(model, rows),
             "prior predictive": lambda rows: bl.prior_predictive(key, model, rows),
-            "NumPyro": lambda rows: handlers.trace(handlers.seed(model, key)).get_trace(BASE.params, rows),
+            "NumPyro": lambda rows: handlers.trace(handlers.seed(model, key)).get_trace(BASE.weights, rows),
             "functions": lambda rows: identifiable(model, rows),
             "conditional": lambda rows: bl.condition(model, {"q_proj.a": jnp.zeros((2, 2, 16))}).hidden(
-                BASE.params, rows
+                BASE.weights, rows
             ),
             "module": lambda rows: BASE.module(rows.tokens, rows.mask),
         }
@@ -117,12 +117,12 @@ def test_labels_are_classes_of_the_model():
     for label, message in ((-1, "the given rows have no labels"), (2, "labels up to 2, but the model has 2")):
         wrong = replace(ROWS, labels=ROWS.labels.at[1].set(label))
         with pytest.raises(ValueError, match=message):
-            handlers.trace(handlers.seed(model, jax.random.key(3))).get_trace(BASE.params, wrong)
+            handlers.trace(handlers.seed(model, jax.random.key(3))).get_trace(BASE.weights, wrong)
         zeros = {n: {f: jnp.zeros((1, *s)) for f, s in x.shapes.items()} for n, x in model.sites.items()}
         with pytest.raises(ValueError, match=rf"the predicted rows must lie in 0\.\.1; got .*{label}"):
             evaluate(identifiable(model, ROWS), model, zeros, wrong)
         lone = {name: {f: x[0] for f, x in pair.items()} for name, pair in zeros.items()}
-        assert np.isnan(log_likelihood(model, BASE.params, lone, wrong))
+        assert np.isnan(log_likelihood(model, BASE.weights, lone, wrong))
 
 
 def test_sites_of_another_base_are_refused():

@@ -49,7 +49,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 def slope(tangent, base, adapters, rows, exponents) -> float:
     """Slope of log |network - tangent| in log size of the update, in float64."""
     with in_double():
-        params, adapters = widened(base.params), widened(adapters)
+        params, adapters = widened(base.weights), widened(adapters)
 
         @jax.jit
         def gap(size, params, adapters, rows):
@@ -87,7 +87,7 @@ def test_a_head_by_itself_is_linear_already():
     tangent = tangent_of(HEAD, scale=2.0)
     adapters = adapters_at(tangent, normal(HEAD.num_coordinates))
     network, linear = (
-        contrasts(model.logits(BASE.params, adapters, ROWS)) for model in (tangent.network, tangent)
+        contrasts(model.logits(BASE.weights, adapters, ROWS)) for model in (tangent.network, tangent)
     )
     assert np.abs(network - contrasts(tangent.prepare(ROWS).features.offset)).max() > 0.3
     np.testing.assert_allclose(linear, network, atol=1e-5)
@@ -103,7 +103,7 @@ def test_draws_in_one_program_are_those_of_a_loop(together):
     draws = jax.vmap(view.adapters)(jnp.asarray(vectors, jnp.float32))
     found = tangent.compiled_log_probs(draws, 8, rows, together)
     np.testing.assert_allclose(contrasts(found), eta, atol=1e-4)
-    by_draw = tangent.log_probs_by_draw(BASE.params, draws, rows, together)
+    by_draw = tangent.log_probs_by_draw(BASE.weights, draws, rows, together)
     np.testing.assert_allclose(by_draw, found, atol=1e-5)
 
 
@@ -114,7 +114,7 @@ def test_predictions_do_not_depend_on_batches_or_on_what_is_cached():
     of_other = bl.cache_prefix(tangent_of(HEAD), bl.cache_prefix(network_of(HEAD), NEW))
     assert own.frames == tangent.checksum != of_other.frames
     found = [
-        bl.predict(KEY, gaussian, rows, num_samples=5, batch_size=size).draw_log_probs
+        bl.predict(KEY, gaussian, rows, num_draws=5, batch_size=size).draw_log_probs
         for rows, size in [(NEW, 32), (NEW, 4), (own, 4), (of_network, 4), (of_other, 4)]
     ]
     for other in found[1:]:
@@ -132,10 +132,10 @@ def test_features_of_other_frames_are_not_taken():
     # The same rows of tokens under features that are none: the right checksum is believed, another is not.
     false = replace(mine, features=jax.tree.map(jnp.zeros_like, mine.features))
     adapters = adapters_at(tangent, normal(HEAD.num_coordinates))
-    assert not np.any(tangent.logits(BASE.params, adapters, false))
+    assert not np.any(tangent.logits(BASE.weights, adapters, false))
     wrong = replace(false, frames=other.checksum)
     np.testing.assert_allclose(
-        tangent.logits(BASE.params, adapters, wrong), tangent.logits(BASE.params, adapters, mine), atol=1e-5
+        tangent.logits(BASE.weights, adapters, wrong), tangent.logits(BASE.weights, adapters, mine), atol=1e-5
     )
 
 
@@ -143,7 +143,7 @@ def test_features_of_other_frames_are_not_taken():
 def test_the_joint_density_is_that_of_the_classifier_where_both_are_linear(n_total):
     tangent = tangent_of(HEAD, scale=dist.HalfNormal(2.0))
     values = {"lm_head.U": jnp.asarray(normal(*HEAD["lm_head"].size), jnp.float32), "lm_head.scale": 1.7}
-    arguments = BASE.params, ROWS, n_total
+    arguments = BASE.weights, ROWS, n_total
     mine, theirs = (
         float(log_density(handlers.seed(model, KEY), arguments, {}, values)[0])
         for model in (tangent, tangent.network)
@@ -186,10 +186,10 @@ def test_cores_and_adapters_give_the_same_logits():
 
         @jax.jit
         def run(key, rows, tangent=tangent):
-            trace = handlers.trace(handlers.seed(tangent, key)).get_trace(BASE.params, rows)
+            trace = handlers.trace(handlers.seed(tangent, key)).get_trace(BASE.weights, rows)
             adapters = handlers.seed(tangent.prior, key)()
             values = {name: s["value"] for name, s in trace.items() if s["type"] == "sample"}
-            return values, trace["y"]["fn"].logits, tangent.logits(BASE.params, adapters, rows)
+            return values, trace["y"]["fn"].logits, tangent.logits(BASE.weights, adapters, rows)
 
         values, of_cores, of_adapters = run(KEY, rows)
         linear = exact(tangent, rows, of)
@@ -206,7 +206,7 @@ def test_a_bound_in_parts_or_without_a_cache_is_the_same():
     rows = tangent.prepare(ROWS)
 
     def bound(model, batch):
-        run = jax.jit(lambda batch: elbo_terms(KEY, params, model, guide, BASE.params, batch, 96)["elbo"])
+        run = jax.jit(lambda batch: elbo_terms(KEY, params, model, guide, BASE.weights, batch, 96)["elbo"])
         return run(batch)
 
     cases = [(tangent, rows), (tangent, ROWS), (InParts(tangent, 4), rows)]

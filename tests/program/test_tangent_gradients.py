@@ -46,7 +46,7 @@ def classifier(base: bl.Base, targets: tuple, label_ids: tuple, start: int = 0) 
 
 
 def computed(model: bl.Classifier, frames: dict, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    found = program(model, gradients.features)(model.base.params, frames, batch)
+    found = program(model, gradients.features)(model.base.weights, frames, batch)
     return tuple(np.asarray(x, np.float64) for x in found)
 
 
@@ -161,7 +161,7 @@ def moments(model: bl.Classifier, keys: jax.Array) -> dict[str, tuple[np.ndarray
     """Moments by each of some keys, (key, layer, d, d)."""
 
     def by(key: jax.Array) -> gradients.Moments:
-        return gradients.moments(model, BASE.params, ROWS, jax.random.split(key, len(ROWS)), WEIGHTS)
+        return gradients.moments(model, BASE.weights, ROWS, jax.random.split(key, len(ROWS)), WEIGHTS)
 
     found = jax.jit(partial(jax.lax.map, by, batch_size=64))(keys)
     return jax.tree.map(lambda x: np.asarray(x, np.float64), found)

@@ -20,7 +20,7 @@ def test_a_network_is_not_compared_with_a_tangent_model():
     network, tangent = fit_of(network_of(made)), fit_of(tangent_of(made))
     for pair in ((network, tangent), (tangent, network)):
         with pytest.raises(ValueError, match="both of the network or both of the tangent model"):
-            bl.compare(KEY, *pair, NEW, against="anything", num_samples=40)
+            bl.compare(KEY, *pair, NEW, against="anything", num_draws=40)
 
 
 def test_tangent_models_of_other_frames_are_not_compared():
@@ -48,17 +48,17 @@ def test_the_scale_of_a_wanted_spread_is_that_of_the_tangent_model():
     def prior_at(scale):
         return bl.priors.core(made, scale=scale)
 
-    found = bl.scale_for_spread(KEY, tangent, prior_at, ROWS, spread=1.5, num_samples=2000)
+    found = bl.scale_for_spread(KEY, tangent, prior_at, ROWS, spread=1.5, num_draws=2000)
     stderr = 1.5 / np.sqrt(2 * 2000)  # of a standard deviation, if the rows were one
     assert abs(found - 1.5) < 4 * stderr
-    again = bl.prior_predictive(KEY, tangent.with_prior(prior_at(found)), ROWS, num_samples=2000)
+    again = bl.prior_predictive(KEY, tangent.with_prior(prior_at(found)), ROWS, num_draws=2000)
     np.testing.assert_allclose(again.overall_spread, 1.5, rtol=1e-3)
 
 
 def test_a_model_that_holds_sites_has_the_scale_of_the_whole_one():
     """The prior in the question is another one, which holds nothing."""
     made = frames("v_proj", "lm_head", layers=2)
-    options = {"spread": 1.0, "num_samples": 50}
+    options = {"spread": 1.0, "num_draws": 50}
     for model in (network_of(made), tangent_of(made)):
         shape = model.prior.sites["v_proj"].depth, *made["v_proj"].size[1:]
         held = bl.condition(model, {"v_proj.U": jnp.full(shape, 3.0)})

@@ -107,9 +107,9 @@ def test_a_tangent_posterior_is_no_set_of_adapters(tmp_path):
         with pytest.raises(
             ValueError, match="a tangent posterior is not a set of adapters.*the network is far"
         ):
-            bl.save_peft(tangent.sites, posterior, tmp_path / "peft", base=BASE)
+            bl.save_peft(posterior, tmp_path / "peft", sites=tangent.sites, base=BASE)
     with pytest.raises(ValueError, match="one adapter; got a Fit: give one draw of its draw_adapters"):
-        bl.save_peft(tangent.sites, at_start(tangent.network), tmp_path / "peft", base=BASE)
+        bl.save_peft(at_start(tangent.network), tmp_path / "peft", sites=tangent.sites, base=BASE)
     assert not (tmp_path / "peft").exists()
     # What it is of is kept with a fit, and the frames too.
     fit, network = at_start(tangent), at_start(tangent.network)

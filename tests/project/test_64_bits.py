@@ -24,7 +24,7 @@ def test_smc_runs_in_64_bit_mode():
         )
         rows = tiny_rows(jax.random.key(2), 8)
         runs = bl.sample_smc(
-            jax.random.key(0), model, rows, num_runs=2, num_particles=20, integration_steps=2
+            jax.random.key(0), model, rows, num_runs=2, num_draws=20, num_integration_steps=2
         )
         assert np.isfinite(runs.vectors).all()
 

@@ -33,12 +33,12 @@ guide = bl.guides.SiteFlow(model.prior)
 """
 RUN = """
 fit = bl.fit(key, model, guide, rows, optax.adam(0.01), num_steps=2, batch_size=4)
-prediction = bl.predict(key, fit, rows, num_samples=3)
+prediction = bl.predict(key, fit, rows, num_draws=3)
 labels = np.asarray(rows.labels)
-bl.metrics.summary(prediction, labels, resamples=10)
+bl.metrics.summary(key, prediction, labels, resamples=10)
 bl.metrics.reliability(prediction, labels)
 prediction.entropy, prediction.mutual_information
-bl.prior_predictive(key, model, rows, num_samples=3).spread
+bl.prior_predictive(key, model, rows, num_draws=3).spread
 frames = bl.frames(key, base, ["q_proj", "slope"], rows, label_ids=np.array([3, 5]), size=2)
 for scale in (1.0, dist.HalfNormal(1.0)):
     core = bl.priors.core(frames, scale=scale)
@@ -46,8 +46,8 @@ for scale in (1.0, dist.HalfNormal(1.0)):
     gaussian = bl.laplace(tangent, rows)
     guide = bl.guides.Guide(tangent.prior, bl.guides.around(gaussian))
     start, plateau = bl.start_at(key, guide, gaussian), bl.Plateau(window=2)
-    steps = {"num_steps": 4, "batch_size": 4, "start": start, "plateau": plateau}
-    bl.predict(key, bl.fit(key, tangent, guide, rows, optax.adam(0.01), **steps), rows, num_samples=3)
+    steps = {"num_steps": 4, "batch_size": 4, "init_params": start, "plateau": plateau}
+    bl.predict(key, bl.fit(key, tangent, guide, rows, optax.adam(0.01), **steps), rows, num_draws=3)
     bl.sample_nuts(key, tangent, rows, mass=gaussian, num_warmup=20, num_draws=5, num_chains=2)
 bl.choose_scales(tangent, rows, by="layer", prior=dist.HalfNormal(1.0))
 gaussian.log_density(gaussian.draw_vectors(key, 3))

@@ -54,18 +54,18 @@ def of_factors() -> dict:
 
 
 def of_predictions() -> dict:
-    found = bl.predict(KEY, fit_of_factors(), NEW, num_samples=8)
-    head = bl.predict(KEY, fit_of_head(), NEW, num_samples=8)
+    found = bl.predict(KEY, fit_of_factors(), NEW, num_draws=8)
+    head = bl.predict(KEY, fit_of_head(), NEW, num_draws=8)
     return {"log_prob": found.log_probs[3, 1], "mutual_information": head.mutual_information[3]}
 
 
 def of_prior_predictive() -> dict:
-    found = bl.prior_predictive(KEY, fit_of_factors().model, NEW, num_samples=20)
+    found = bl.prior_predictive(KEY, fit_of_factors().model, NEW, num_draws=20)
     return {"spread": found.overall_spread}
 
 
 def of_diagnosis() -> dict:
-    page = bl.diagnose(fit_of_head(), NEW, num_samples=100)
+    page = bl.diagnose(fit_of_head(), NEW, num_draws=100)
     return {
         "khat": page.khat.overall.value,
         "log_bound": page.final_bound.value,
@@ -81,7 +81,7 @@ def of_core() -> dict:
         "log_evidence": made.gaussian.log_evidence,
         "v_proj": chosen.values["v_proj"],
         "lm_head": chosen.values["lm_head"],
-        "log_prob": bl.predict(KEY, made, NEW, num_samples=8).log_probs[2, 1],
+        "log_prob": bl.predict(KEY, made, NEW, num_draws=8).log_probs[2, 1],
     }
 
 
@@ -101,13 +101,13 @@ def of_point_methods() -> dict:
     swag = bl.approximate.swag(KEY, fit, num_steps=20, rank=4, batch_size=8, learning_rate=0.01)
     return {
         "laplace": laplace.log_evidence,
-        "swag": bl.predict(KEY, swag, NEW, num_samples=8).log_probs[1, 0],
+        "swag": bl.predict(KEY, swag, NEW, num_draws=8).log_probs[1, 0],
     }
 
 
 def of_calibration() -> dict:
-    prediction = bl.predict(KEY, fit_of_head(), NEW, num_samples=16)
-    summary = bl.metrics.summary(prediction, NEW.labels)
+    prediction = bl.predict(KEY, fit_of_head(), NEW, num_draws=16)
+    summary = bl.metrics.summary(jax.random.key(0), prediction, NEW.labels)
     return {name: summary[name].value for name in ("nll", "ece", "brier")}
 
 

@@ -134,12 +134,12 @@ def test_from_a_table_to_a_fit_on_disk(way, base, data, tmp_path):
     assert fit.skipped_steps == 0
     assert np.isfinite(fit.history["elbo"]).all()
 
-    prediction = bl.predict(k_predict, fit, data.test, num_samples=8)
+    prediction = bl.predict(k_predict, fit, data.test, num_draws=8)
     np.testing.assert_allclose(prediction.probs.sum(1), 1.0, rtol=1e-5)
-    summary = bl.metrics.summary(prediction, data.test.labels)
+    summary = bl.metrics.summary(jax.random.key(0), prediction, data.test.labels)
     assert 0 <= summary["accuracy"].value <= 1
 
-    tree = bl.to_arviz(fit, data.test, num_samples=8)
+    tree = bl.to_arviz(fit, data.test, num_draws=8)
     _every_hyper_parameter_is_there(tree, model)
     tree.to_netcdf(tmp_path / "fit.nc", engine="h5netcdf")
     back = xarray.open_datatree(tmp_path / "fit.nc", engine="h5netcdf")
@@ -150,7 +150,7 @@ def test_from_a_table_to_a_fit_on_disk(way, base, data, tmp_path):
     bl.save_fit(fit, tmp_path / "fit")
     again = bl.load_fit(tmp_path / "fit", *built(way, base, data))
     np.testing.assert_array_equal(
-        bl.predict(k_predict, again, data.test, num_samples=8).probs, prediction.probs
+        bl.predict(k_predict, again, data.test, num_draws=8).probs, prediction.probs
     )
     labels = {"test": np.asarray(data.test.labels)}
     _plots(bl.plots.elbo({"fit": again}), bl.plots.reliability({"fit": {"test": prediction}}, labels))
@@ -182,13 +182,13 @@ def test_from_a_fit_to_a_comparison(name, base, data, tmp_path):
     model, guide = built(WAYS[name], base, data)
     adam = optax.adam(3e-2)
     fit = bl.fit(key, model, guide, data.train, adam, num_steps=12, batch_size=8)
-    page = bl.diagnose(fit, data.test, num_samples=40)
+    page = bl.diagnose(fit, data.test, num_draws=40)
     assert "convergence" in repr(page)
 
     short = {"num_warmup": 30, "num_draws": 60, "num_chains": 2}
     chains = bl.sample_nuts(key, model, data.train, sites=["lm_head"], given=fit, **short)
     assert chains.certificate.names
-    found = bl.compare(key, fit, chains, data.test, num_samples=60, against="anything")
+    found = bl.compare(key, fit, chains, data.test, num_draws=60, against="anything")
     assert "q_proj" in repr(found)  # what was held is said
     _plots(bl.plots.forest(found), bl.plots.rank_difference(found), bl.plots.predictive_scatter(found))
 
@@ -201,13 +201,13 @@ def test_from_a_fit_to_a_comparison(name, base, data, tmp_path):
         num_steps=12,
         batch_size=8,
     )
-    bl.compare(key, part, chains, data.test, num_samples=60, against="anything")
-    stored = bl.store_reference(chains, data.test, num_predictions=20)
+    bl.compare(key, part, chains, data.test, num_draws=60, against="anything")
+    stored = bl.store_reference(chains, data.test, num_draws=20)
     bl.save_reference(stored, tmp_path / "reference")
     kept = bl.load_reference(tmp_path / "reference")
-    bl.compare(key, part, kept, data.test, num_samples=60, against="anything")
+    bl.compare(key, part, kept, data.test, num_draws=60, against="anything")
 
-    options = {"num_runs": 2, "num_particles": 40, "integration_steps": 2}
+    options = {"num_runs": 2, "num_particles": 40, "num_integration_steps": 2}
     particles = bl.sample_smc(key, model, data.train, sites=["lm_head"], given=fit, **options)
     assert np.isfinite(particles.record["log_evidence"]).all()
 

@@ -80,8 +80,8 @@ def test_an_integer_for_a_key_is_refused_before_anything_else(name):
     needed = {p.name: None for p in parameters if p.default is p.empty and p.kind not in VARIABLE}
     if inspect.isclass(owner) and "self" in needed:
         needed["self"] = object.__new__(owner)
-    if "num_samples" in [p.name for p in parameters]:
-        needed["num_samples"] = 40
+    if "num_draws" in [p.name for p in parameters]:
+        needed["num_draws"] = 40
     if "fit" in needed and name.startswith("bnlora.assess.diagnostics"):
         needed["fit"] = object.__new__(bl.Fit)
     with pytest.raises(ValueError, match=r"key must be a random key, such as jax.random.key\(0\); got 7"):

@@ -70,7 +70,9 @@ def objects():
         "guide": guide,
         "fit": fit,
         "prediction": prediction,
-        "summary": bl.metrics.summary(prediction, np.asarray(rows.labels), num_resamples=5),
+        "summary": bl.metrics.summary(
+            jax.random.key(0), prediction, np.asarray(rows.labels), num_resamples=5
+        ),
         "comparison": compare_draws(random, *pair),
         "certificate": certify(evidence, bl.Thresholds()),
         "chains": chains(),

@@ -67,8 +67,8 @@ def classifier_test(
     if num_folds < 2:
         raise ValueError(f"num_folds must be at least 2; got {num_folds}")
     chosen = quadratic_classifier() if classifier is None else classifier
-    width = samples.approx.shape[2]
-    sides = samples.approx.reshape(-1, width), samples.reference.reshape(-1, width)
+    width = samples.posterior.shape[2]
+    sides = samples.posterior.reshape(-1, width), samples.reference.reshape(-1, width)
     folds = _judge(random, chosen, sides, num_folds)
     among = _judge(random, chosen, tuple(samples.reference), num_folds)
     return ClassifierTest(

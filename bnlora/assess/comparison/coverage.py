@@ -42,34 +42,34 @@ class Coverage:
     null_mcse: Float[np.ndarray, "level k"]
 
 
-def coverage(approx: Draws, reference: Draws, *, levels: Sequence[float] = LEVELS) -> Coverage:
+def coverage(posterior: Draws, reference: Draws, *, levels: Sequence[float] = LEVELS) -> Coverage:
     """Coverage of the approximation's central intervals under the reference.
 
     Args:
-        approx: Draws of the approximation.
+        posterior: Draws of the approximation.
         reference: Draws of the reference.
         levels: What the intervals promise, each in (0, 1).
 
     Raises:
         ValueError: When the functions differ, or a level lies outside (0, 1).
     """
-    check_same_functions(approx, reference)
+    check_same_functions(posterior, reference)
     if not levels or not all(0 < level < 1 for level in levels):
         raise ValueError(f"expected levels in (0, 1), such as {LEVELS}; got {tuple(levels)}")
-    found = [_inside(approx, reference, level) for level in levels]
+    found = [_inside(posterior, reference, level) for level in levels]
     null = [_inside(*reference.halves(), level) for level in levels]
     shares, errors = (np.stack(column) for column in zip(*found, strict=True))
     null_shares, null_errors = (np.stack(column) for column in zip(*null, strict=True))
     return Coverage(tuple(levels), shares, errors, null_shares, null_errors)
 
 
-def _inside(approx: Draws, reference: Draws, level: float) -> tuple[np.ndarray, np.ndarray]:
+def _inside(posterior: Draws, reference: Draws, level: float) -> tuple[np.ndarray, np.ndarray]:
     tails = [(1 - level) / 2, (1 + level) / 2]
-    low, high = np.quantile(approx.pooled, tails, axis=0, method="weibull")
+    low, high = np.quantile(posterior.pooled, tails, axis=0, method="weibull")
     inside = (reference.values >= low) & (reference.values <= high)
     share = inside.mean((0, 1))
     # By the Agresti-Coull rule: an error of zero where all or no draws are inside would be a lie.
     steady = (share * reference.ess + 2) / (reference.ess + 4)
     counted = steady * (1 - steady) / (reference.ess + 4)
-    quantiles = level * (1 - level) / (approx.ess + 2)
+    quantiles = level * (1 - level) / (posterior.ess + 2)
     return share, np.sqrt(counted + quantiles)

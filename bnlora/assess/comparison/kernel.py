@@ -66,19 +66,19 @@ def kernel_test(
             "expected a positive bandwidth and at least one permutation; got "
             f"bandwidth={bandwidth}, num_permutations={num_permutations}"
         )
-    width = samples.approx.shape[2]
-    approx, reference = samples.approx.reshape(-1, width), samples.reference.reshape(-1, width)
-    squares = scipy.spatial.distance.pdist(np.concatenate([approx, reference]), "sqeuclidean")
+    width = samples.posterior.shape[2]
+    posterior, reference = samples.posterior.reshape(-1, width), samples.reference.reshape(-1, width)
+    squares = scipy.spatial.distance.pdist(np.concatenate([posterior, reference]), "sqeuclidean")
     h = float(np.sqrt(np.median(squares))) if bandwidth is None else bandwidth
     # The diagonal is zero: no draw is paired with itself.
     kernel = scipy.spatial.distance.squareform(np.exp(-squares / (2 * h**2)))
-    own = np.arange(len(kernel)) < len(approx)
+    own = np.arange(len(kernel)) < len(posterior)
     observed = float(_squared(kernel, own[None])[0])
     shuffled = _squared(kernel, random.permuted(np.tile(own, (num_permutations, 1)), axis=1))
     # Equal relabellings may differ by rounding, and must count as equal.
     as_large = (shuffled >= observed - 1e-12).sum()
     half = len(reference) // 2
-    among = kernel[len(approx) :, len(approx) :]
+    among = kernel[len(posterior) :, len(posterior) :]
     null = float(_squared(among, (np.arange(2 * half) < half)[None])[0])
     return KernelTest(observed, null, float((1 + as_large) / (1 + num_permutations)), h, num_permutations)
 

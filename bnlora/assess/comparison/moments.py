@@ -63,14 +63,14 @@ class Moments:
         return scipy.stats.norm.isf(level / (2 * len(self.shift))) * self.shift_mcse
 
 
-def moments(approx: Draws, reference: Draws) -> Moments:
+def moments(posterior: Draws, reference: Draws) -> Moments:
     """Hold the first two moments of each function against those of the reference.
 
     Raises:
         ValueError: When the functions differ, or one is constant under the reference.
     """
-    check_same_functions(approx, reference)
-    return _between(approx, reference, reference.mean, reference.sd)
+    check_same_functions(posterior, reference)
+    return _between(posterior, reference, reference.mean, reference.sd)
 
 
 def moments_null(reference: Draws) -> Moments:
@@ -79,12 +79,12 @@ def moments_null(reference: Draws) -> Moments:
     return _between(first, second, second.mean, reference.sd)
 
 
-def _between(approx: Draws, reference: Draws, center: np.ndarray, unit: np.ndarray) -> Moments:
-    relative = [_relative(side.mcse_sd, side.sd) for side in (approx, reference)]
+def _between(posterior: Draws, reference: Draws, center: np.ndarray, unit: np.ndarray) -> Moments:
+    relative = [_relative(side.mcse_sd, side.sd) for side in (posterior, reference)]
     return Moments(
-        (approx.mean - center) / unit,
-        np.hypot(approx.mcse_mean, reference.mcse_mean) / unit,
-        approx.sd / reference.sd,
+        (posterior.mean - center) / unit,
+        np.hypot(posterior.mcse_mean, reference.mcse_mean) / unit,
+        posterior.sd / reference.sd,
         np.hypot(*relative),
     )
 

@@ -21,13 +21,13 @@ LEAST_SIZE = 10
 MAX_SIZE = 500
 
 
-def varying(approx: Draws, reference: Draws) -> tuple[Draws, Draws]:
+def varying(posterior: Draws, reference: Draws) -> tuple[Draws, Draws]:
     """Both sides without the functions that are constant under the reference.
 
     Raises:
         ValueError: When the functions differ, or none varies.
     """
-    _check_names(approx, reference)
+    _check_names(posterior, reference)
     constant = reference.constant
     if len(constant) == len(reference.names):
         raise ValueError(
@@ -35,13 +35,13 @@ def varying(approx: Draws, reference: Draws) -> tuple[Draws, Draws]:
             f"draws: {listed(constant)}"
         )
     names = [name for name in reference.names if name not in constant]
-    return approx.only(names), reference.only(names)
+    return posterior.only(names), reference.only(names)
 
 
-def _check_names(approx: Draws, reference: Draws) -> None:
-    if approx.names != reference.names:
+def _check_names(posterior: Draws, reference: Draws) -> None:
+    if posterior.names != reference.names:
         raise ValueError(
-            f"expected the same functions on both sides; got {approx.names} and {reference.names}"
+            f"expected the same functions on both sides; got {posterior.names} and {reference.names}"
         )
 
 
@@ -50,32 +50,32 @@ class Pairs:
     """Two halves of each side, standardised by the reference.
 
     Attributes:
-        approx: Halves of the approximation, shape (2, n, function).
+        posterior: Halves of the approximation, shape (2, n, function).
         reference: Halves of the reference.
     """
 
-    approx: Float[np.ndarray, "2 n k"]
+    posterior: Float[np.ndarray, "2 n k"]
     reference: Float[np.ndarray, "2 n k"]
 
     @property
     def size(self) -> int:
         """Number of draws n in each half."""
-        return self.approx.shape[1]
+        return self.posterior.shape[1]
 
 
-def check_same_functions(approx: Draws, reference: Draws) -> None:
+def check_same_functions(posterior: Draws, reference: Draws) -> None:
     """Raise `ValueError` unless both sides have the same functions, which vary under the reference."""
-    _check_names(approx, reference)
+    _check_names(posterior, reference)
     if reference.constant:
         fixed = ", ".join(reference.constant)
         raise ValueError(f"expected functions that vary under the reference; constant: {fixed}")
 
 
-def pairs(approx: Draws, reference: Draws, *, max_size: int = MAX_SIZE) -> Pairs:
+def pairs(posterior: Draws, reference: Draws, *, max_size: int = MAX_SIZE) -> Pairs:
     """Halves of equal size from both sides.
 
     Args:
-        approx: Draws of the approximation.
+        posterior: Draws of the approximation.
         reference: Draws of the reference.
         max_size: Most draws in each half; times of the measures grow with its square.
 
@@ -83,12 +83,12 @@ def pairs(approx: Draws, reference: Draws, *, max_size: int = MAX_SIZE) -> Pairs
         ValueError: When the functions differ, one is constant under the reference, or either side has
             too few independent draws.
     """
-    check_same_functions(approx, reference)
-    size = min(approx.independent_size // 2, reference.independent_size // 2, max_size)
+    check_same_functions(posterior, reference)
+    size = min(posterior.independent_size // 2, reference.independent_size // 2, max_size)
     if size < LEAST_SIZE:
         raise ValueError(
             f"expected at least {2 * LEAST_SIZE} draws on each side that may be taken for independent; got "
-            f"{approx.independent_size} ({approx.describe}) and {reference.independent_size} "
+            f"{posterior.independent_size} ({posterior.describe}) and {reference.independent_size} "
             f"({reference.describe}); draw more"
         )
 
@@ -96,4 +96,4 @@ def pairs(approx: Draws, reference: Draws, *, max_size: int = MAX_SIZE) -> Pairs
         taken = np.stack([half.thinned(size) for half in side.halves()])
         return (taken - reference.mean) / reference.sd
 
-    return Pairs(standardised(approx), standardised(reference))
+    return Pairs(standardised(posterior), standardised(reference))

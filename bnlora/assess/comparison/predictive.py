@@ -32,7 +32,7 @@ class PredictiveAgreement:
     """Distances between predictions, by row, with their null levels.
 
     Attributes:
-        approx: Prediction by the approximation, 2m draws.
+        posterior: Prediction by the approximation, 2m draws.
         reference: Prediction by the reference, as many.
         total_variation: TV of each row at m draws.
         total_variation_null: The same between halves of the reference.
@@ -46,7 +46,7 @@ class PredictiveAgreement:
         correlation_null: The same between halves of the reference.
     """
 
-    approx: Prediction
+    posterior: Prediction
     reference: Prediction
     total_variation: Float[np.ndarray, " n"]
     total_variation_null: Float[np.ndarray, " n"]
@@ -61,13 +61,13 @@ class PredictiveAgreement:
 
 
 def predictive_agreement(
-    random: np.random.Generator, approx: Prediction, reference: Prediction, *, num_permutations: int = 999
+    random: np.random.Generator, posterior: Prediction, reference: Prediction, *, num_permutations: int = 999
 ) -> PredictiveAgreement:
     """Hold two predictions for the same rows against each other.
 
     Args:
         random: Source of the permutations.
-        approx: Prediction by independent draws of the approximation.
+        posterior: Prediction by independent draws of the approximation.
         reference: Prediction by as many draws of the reference, thinned until nearly independent, in the
             order of its chains.
         num_permutations: Number of permutations.
@@ -79,13 +79,13 @@ def predictive_agreement(
         ValueError: When rows, classes or numbers of draws differ, draws are fewer than four, or there
             are no permutations.
     """
-    shapes = approx.draw_log_probs.shape, reference.draw_log_probs.shape
+    shapes = posterior.draw_log_probs.shape, reference.draw_log_probs.shape
     if shapes[0] != shapes[1] or shapes[0][0] < LEAST_DRAWS or num_permutations < 1:
         raise ValueError(
             f"expected predictions of one shape (draw, row, class) with at least {LEAST_DRAWS} draws, and at "
             f"least one permutation; got shapes {shapes[0]} and {shapes[1]}, {num_permutations} permutations"
         )
-    matched = list(zip(_halves(approx), _halves(reference), strict=True))
+    matched = list(zip(_halves(posterior), _halves(reference), strict=True))
     among = _halves(reference)
 
     def both(measure: Callable[[Prediction, Prediction], Any]) -> tuple[Any, Any]:
@@ -93,9 +93,9 @@ def predictive_agreement(
 
     variation, divergence, gap = both(total_variation), both(divergence_from), both(_gap)
     correlation = both(_correlation)
-    variation_p, gap_p = _permuted(random, approx, reference, num_permutations)
+    variation_p, gap_p = _permuted(random, posterior, reference, num_permutations)
     return PredictiveAgreement(
-        approx=approx,
+        posterior=posterior,
         reference=reference,
         total_variation=variation[0],
         total_variation_null=variation[1],
@@ -110,16 +110,16 @@ def predictive_agreement(
     )
 
 
-def total_variation(approx: Prediction, reference: Prediction) -> Float[np.ndarray, " n"]:
+def total_variation(posterior: Prediction, reference: Prediction) -> Float[np.ndarray, " n"]:
     """Total variation between the mixtures, by row."""
-    return 0.5 * np.abs(approx.probs - reference.probs).sum(-1)
+    return 0.5 * np.abs(posterior.probs - reference.probs).sum(-1)
 
 
-def divergence_from(approx: Prediction, reference: Prediction) -> Float[np.ndarray, " n"]:
+def divergence_from(posterior: Prediction, reference: Prediction) -> Float[np.ndarray, " n"]:
     """KL(reference || approximation) between the mixtures in nats, by row."""
     # 0 log 0 = 0: a class that the reference excludes adds nothing.
     log_r = np.maximum(reference.log_probs, np.finfo(np.float64).min)
-    log_a = np.maximum(approx.log_probs, np.finfo(np.float64).min)
+    log_a = np.maximum(posterior.log_probs, np.finfo(np.float64).min)
     terms = np.where(reference.probs > 0, reference.probs * (log_r - log_a), 0.0)
     return np.maximum(terms.sum(-1), 0.0)
 
@@ -142,11 +142,11 @@ def _correlation(x: Prediction, y: Prediction) -> float:
 
 
 def _permuted(
-    random: np.random.Generator, approx: Prediction, reference: Prediction, num_permutations: int
+    random: np.random.Generator, posterior: Prediction, reference: Prediction, num_permutations: int
 ) -> tuple[float, float]:
     """P-values of the mean total variation and of the mean difference of mutual information."""
-    draws, rows, classes = approx.draw_log_probs.shape
-    log_probs = np.concatenate([approx.draw_log_probs, reference.draw_log_probs])
+    draws, rows, classes = posterior.draw_log_probs.shape
+    log_probs = np.concatenate([posterior.draw_log_probs, reference.draw_log_probs])
     probs = np.exp(log_probs).reshape(2 * draws, -1)
     terms = np.where(log_probs > -np.inf, np.exp(log_probs) * np.maximum(log_probs, -1e300), 0.0)
     noise = -terms.sum(-1)  # entropy of each draw's prediction

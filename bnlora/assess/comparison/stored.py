@@ -85,7 +85,7 @@ def store_reference(
     chains: Any,
     data: Batch,
     *,
-    num_predictions: int = 400,
+    num_draws: int = 400,
     batch_size: int = 32,
     console: Console | None = None,
 ) -> StoredReference:
@@ -94,7 +94,7 @@ def store_reference(
     Args:
         chains: A run of MCMC with `model`, `num_chains`, `stored_adapters`, `certificate` and `record`.
         data: Rows with labels: those of the functions (margins at the first eight) and of the predictions.
-        num_predictions: Most draws whose predictions are kept.
+        num_draws: Most draws whose predictions are kept.
         batch_size: Rows to run at a time.
         console: Where to draw the progress bar; the terminal or notebook when omitted.
 
@@ -105,7 +105,7 @@ def store_reference(
         ValueError: When a row has a label or a token that the model has not.
 
     Example:
-        >>> stored = bl.store_reference(chains, rows, num_predictions=20)
+        >>> stored = bl.store_reference(chains, rows, num_draws=20)
         >>> stored.prediction.probs.shape
         (8, 2)
     """
@@ -113,7 +113,7 @@ def store_reference(
     check_labels("data", data, len(model.label_ids))
     adapters = chains.stored_adapters()
     names, values = evaluate(identifiable(model, data[:PROBES]), model, adapters, data)
-    chosen = evenly(len(values), min(num_predictions, len(values)))
+    chosen = evenly(len(values), min(num_draws, len(values)))
     some = jax.tree.map(lambda x: x[chosen], adapters)
     prediction = predict_with_draws(model, some, data, batch_size=batch_size, console=console)
     draws = Draws(names, values.reshape(chains.num_chains, -1, len(names)), "chains")
@@ -153,7 +153,7 @@ def save_reference(stored: StoredReference, folder: str | Path) -> None:
         folder: Folder to write; made where there is none.
 
     Example:
-        >>> bl.save_reference(bl.store_reference(chains, rows, num_predictions=20), folder / "reference")
+        >>> bl.save_reference(bl.store_reference(chains, rows, num_draws=20), folder / "reference")
         >>> bl.load_reference(folder / "reference").certificate == chains.certificate
         True
     """
@@ -203,7 +203,7 @@ def load_reference(folder: str | Path) -> StoredReference:
             the probabilities of the classes do not sum to one.
 
     Example:
-        >>> bl.save_reference(bl.store_reference(chains, rows, num_predictions=20), folder / "kept")
+        >>> bl.save_reference(bl.store_reference(chains, rows, num_draws=20), folder / "kept")
         >>> bl.load_reference(folder / "kept").prediction.draw_log_probs.shape  # draws, rows, classes
         (20, 8, 2)
     """

@@ -55,12 +55,12 @@ def transport(random: np.random.Generator, samples: Pairs, *, num_slices: int = 
     if num_slices < 1:
         raise ValueError(f"num_slices must be at least 1; got {num_slices}")
     seed = int(random.integers(2**31))
-    directions = ot.sliced.get_random_projections(samples.approx.shape[2], num_slices, seed)
+    directions = ot.sliced.get_random_projections(samples.posterior.shape[2], num_slices, seed)
 
     def sliced(x: np.ndarray, y: np.ndarray) -> float:
         return float(ot.sliced_wasserstein_distance(x, y, projections=directions))
 
-    both = list(zip(samples.approx, samples.reference, strict=True))
+    both = list(zip(samples.posterior, samples.reference, strict=True))
     return Transport(
         np.mean([_marginal(x, y) for x, y in both], axis=0),
         _marginal(*samples.reference),

@@ -72,7 +72,7 @@ def divergence(fit: Fit | Sample) -> tuple[SiteDivergence, ...]:
     if not drawn.has_prior:
         return ()
     blocks = tied_sites(made) + tuple(((name,), (name,)) for name in weighed(made.model.prior))
-    terms = made.by_keys(_terms, drawn.part(2), drawn.num_samples)
+    terms = made.by_keys(_terms, drawn.part(2), drawn.num_draws)
     found = {name: np.asarray(x, np.float64) for name, x in terms.items()}
     points = set(points_of(made))
     return tuple(_site(made.model.sites, names, parts, found, points) for names, parts in blocks)
@@ -107,12 +107,7 @@ def points_of(fit: Fit) -> tuple[str, ...]:
     """Latent sites without a density: of a family that says so, or a lone Delta."""
     guide_sites, latent = _guide_sites(fit)
     tied = {name for names, parts in tied_sites(fit) if len(parts) > len(names) for name in names}
-    said = {
-        n
-        for family, names in getattr(fit.guide, "groups", ())
-        if "not a bound" in family.label
-        for n in names
-    }
+    said = {n for family, names in getattr(fit.guide, "groups", ()) if not family.has_density for n in names}
     return tuple(n for n in latent if n in said or (guide_sites[n] is dist.Delta and n not in tied))
 
 

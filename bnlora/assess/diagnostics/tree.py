@@ -28,14 +28,14 @@ CHAINS = 4  # ArviZ splits draws over chains; four equal parts of independent dr
 
 
 def to_arviz(
-    fit: Any, data: Batch, *, num_samples: int = 200, batch_size: int = 32, key: Array | None = None
+    fit: Any, data: Batch, *, num_draws: int = 200, batch_size: int = 32, key: Array | None = None
 ) -> Any:
     """Draws of a fit and their predictions for some rows, as an ArviZ DataTree.
 
     Args:
         fit: A fit.
         data: Rows with labels for the groups over rows.
-        num_samples: Number of draws, a multiple of 4.
+        num_draws: Number of draws, a multiple of 4.
         batch_size: Rows to run at a time.
         key: Random key of the draws; the fit's own when omitted, so that two calls agree.
 
@@ -53,18 +53,18 @@ def to_arviz(
         `log_likelihood`, `posterior_predictive`, `observed_data`: `y` over the rows of `data`.
 
     Raises:
-        ValueError: When `num_samples` is not a positive multiple of 4, or the rows have no labels.
+        ValueError: When `num_draws` is not a positive multiple of 4, or the rows have no labels.
 
     Example:
-        >>> tree = bl.to_arviz(fit, rows, num_samples=4)
+        >>> tree = bl.to_arviz(fit, rows, num_draws=4)
         >>> "posterior" in tree.children, "log_likelihood" in tree.children
         (True, True)
     """
     key = None if key is None else check_key(key)
-    if num_samples < CHAINS or num_samples % CHAINS:
-        raise ValueError(f"num_samples must be a positive multiple of {CHAINS}; got {num_samples}")
+    if num_draws < CHAINS or num_draws % CHAINS:
+        raise ValueError(f"num_draws must be a positive multiple of {CHAINS}; got {num_draws}")
     check_labels("data", data, len(fit.model.label_ids))
-    draws, adapters = fit.draws(fit.draw_key if key is None else key, num_samples)
+    draws, adapters = fit.draws(fit.draw_key if key is None else key, num_draws)
     predicted = partial(predict_with_draws, fit.model, adapters, batch_size=batch_size)
     in_training = predicted(fit.train).log_probs_of(fit.train.labels)
     prediction = predicted(data)

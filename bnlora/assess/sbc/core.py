@@ -89,7 +89,7 @@ def laplace_inference(tangent: Tangent, *, num_draws: int, spread: float = 1.0) 
 
     Example:
         >>> from bnlora.assess.sbc.core import laplace_inference
-        >>> draws = laplace_inference(tangent, num_draws=5)(key, base.params, tangent.prepare(rows))
+        >>> draws = laplace_inference(tangent, num_draws=5)(key, base.weights, tangent.prepare(rows))
         >>> draws["lm_head"]["b"].shape
         (5, 1, 2, 4)
     """
@@ -97,8 +97,8 @@ def laplace_inference(tangent: Tangent, *, num_draws: int, spread: float = 1.0) 
     check_at_least({"num_draws": num_draws}, 1)
     check_positive({"spread": spread})
 
-    def infer(key: Array, frozen: Any, batch: Batch) -> Adapters:
-        around = around_mode(view, frozen, batch)
+    def infer(key: Array, weights: Any, batch: Batch) -> Adapters:
+        around = around_mode(view, weights, batch)
         z_key, key = jax.random.split(key)
         z = spread * jax.random.normal(z_key, (num_draws, len(around.gains)), around.gains.dtype)
         return _adapters(key, view, around, z)
@@ -143,8 +143,8 @@ def nuts_inference(
     check_at_least({"num_warmup": num_warmup}, 0)
     check_positive({"step_size": step_size})
 
-    def infer(key: Array, frozen: Any, batch: Batch) -> Adapters:
-        around = around_mode(view, frozen, batch)
+    def infer(key: Array, weights: Any, batch: Batch) -> Adapters:
+        around = around_mode(view, weights, batch)
         chain_key, key = jax.random.split(key)
         z, report = chain(chain_key, around, num_draws, num_warmup, thinning, step_size)
         moves = report.acceptance.mean() >= LEAST
@@ -184,7 +184,7 @@ def gaussian_inference(
     Example:
         >>> from bnlora.assess.sbc.core import gaussian_inference
         >>> infer = gaussian_inference(key, tangent, num_draws=5, num_steps=4)
-        >>> infer(key, base.params, tangent.prepare(rows))["lm_head"]["b"].shape
+        >>> infer(key, base.weights, tangent.prepare(rows))["lm_head"]["b"].shape
         (5, 1, 2, 4)
     """
     key = check_key(key)
@@ -194,8 +194,8 @@ def gaussian_inference(
     guide = Guide(tangent.prior, full(over="all"))
     first = next(iter(view.shapes))
 
-    def start(key: Array, frozen: Any, batch: Batch) -> Parameters:
-        V, centre, gains, _ = around_mode(view, frozen, batch)
+    def start(key: Array, weights: Any, batch: Batch) -> Parameters:
+        V, centre, gains, _ = around_mode(view, weights, batch)
         covariance = jnp.eye(len(V), dtype=V.dtype) + (V * (gains**2 - 1)) @ V.T
         return {f"{first}.q.loc": V @ centre, f"{first}.q.scale_tril": jnp.linalg.cholesky(covariance)}
 
@@ -207,19 +207,19 @@ def gaussian_inference(
         num_steps=num_steps,
         num_draws=num_draws,
         num_particles=num_particles,
-        start=start,
+        init_params=start,
     )
 
 
-def around_mode(view: Density, frozen: Any, batch: Batch) -> Around:
+def around_mode(view: Density, weights: Any, batch: Batch) -> Around:
     """Laplace's Gaussian of some rows in the directions that they inform; pure.
 
     Args:
         view: The unconstrained view of a tangent model at fixed scales.
-        frozen: The frozen weights.
+        weights: The frozen weights.
         batch: Rows with labels.
     """
-    model, basis = _reduced(view, frozen, batch)
+    model, basis = _reduced(view, weights, batch)
     flat = model.design(jnp.zeros(1, basis.dtype))
     mode = laplace_mode(model, flat, in_rows=False)
     mean, axes, values = posterior(flat, mode, in_rows=False)
@@ -268,10 +268,10 @@ def _fixed(tangent: Any) -> Density:
     return view
 
 
-def _reduced(view: Density, frozen: Any, batch: Batch) -> tuple[Linear, Float[Array, "p r"]]:
+def _reduced(view: Density, weights: Any, batch: Batch) -> tuple[Linear, Float[Array, "p r"]]:
     """The linear model of c, with one group of columns, and a basis V of the directions that it is of."""
     tangent: Tangent = view.model
-    offset, phi = tangent.features(frozen, batch)
+    offset, phi = tangent.features(weights, batch)
     # The prior itself says how the cores' numbers reach the update: its scales, its units and its order.
     zero = jnp.zeros(view.size)
     update, pull = jax.vjp(lambda u: tangent.coordinates(view.adapters(u)), zero)

@@ -71,10 +71,10 @@ def ranked(
     one = _simulation(model, inference, functions, make)
     program = jax.jit(lambda each, *together: jax.lax.map(lambda e: one(*e, *together), each))
     keys = jax.random.split(key, num_simulations)
-    found = jax.tree.map(np.asarray, program((keys, own), model.base.params, model.prepare(rows), shared))
+    found = jax.tree.map(np.asarray, program((keys, own), model.base.weights, model.prepare(rows), shared))
     broken = [name for name, ok in found.truth_finite.items() if not ok.all()]
     if broken:
-        remedy = broken_weights(model.base.params) or remedy
+        remedy = broken_weights(model.base.weights) or remedy
         raise ValueError(f"the functions must be finite at {origin}; not so: {', '.join(broken)}; {remedy}")
     finite = np.all(list(found.draws_finite.values()), axis=0)
     if not finite.any():
@@ -89,13 +89,13 @@ def ranked(
 def _simulation(
     model: Classifier, inference: Callable, functions: Functions, make: Make
 ) -> Callable[..., _Found]:
-    def one(key: Array, own: Any, frozen: Any, rows: Batch, shared: Any) -> _Found:
+    def one(key: Array, own: Any, weights: Any, rows: Batch, shared: Any) -> _Found:
         truth_key, fit_key, rank_key = jax.random.split(key, 3)
-        adapters, batch = make(truth_key, own, frozen, rows, shared)
-        draws = inference(fit_key, frozen, batch)
+        adapters, batch = make(truth_key, own, weights, rows, shared)
+        draws = inference(fit_key, weights, batch)
         model.sites.check(jax.tree.map(lambda x: x[0], draws))
-        truth = scalars(functions(frozen, adapters, batch))
-        values = jax.lax.map(lambda drawn: dict(functions(frozen, drawn, batch)), draws)
+        truth = scalars(functions(weights, adapters, batch))
+        values = jax.lax.map(lambda drawn: dict(functions(weights, drawn, batch)), draws)
         names = sorted(truth)
         inner, outer = jnp.stack([values[n] for n in names], 1), jnp.stack([truth[n] for n in names])
 

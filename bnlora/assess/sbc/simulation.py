@@ -58,7 +58,7 @@ class Inference(Protocol):
     The frozen weights are an argument, as in every compiled program here, and never a closure.
     """
 
-    def __call__(self, key: Array, frozen: Any, batch: Batch) -> Adapters:
+    def __call__(self, key: Array, weights: Any, batch: Batch) -> Adapters:
         """Adapters with a leading draw axis."""
         ...
 
@@ -74,14 +74,14 @@ class Simulation(NamedTuple):
     batch: Batch
 
 
-def simulate(key: Array, model: Classifier, frozen: Any, rows: Batch, params: Parameters) -> Simulation:
+def simulate(key: Array, model: Classifier, weights: Any, data: Batch, params: Parameters) -> Simulation:
     """Draw adapters from the prior and labels from the likelihood at them.
 
     Args:
         key: Random key.
         model: A `Classifier`.
-        frozen: The frozen weights, `model.base.params`.
-        rows: Rows; their own labels are replaced.
+        weights: The frozen weights, `model.base.weights`.
+        data: Rows; their own labels are replaced.
         params: Parameters of the prior, all of them.
 
     Returns:
@@ -93,12 +93,12 @@ def simulate(key: Array, model: Classifier, frozen: Any, rows: Batch, params: Pa
     key = check_key(key)
     prior_key, label_key = jax.random.split(key)
     adapters = jax.tree.map(lambda x: x[0], draw_prior(prior_key, model, params, 1))
-    return Simulation(adapters, replace(rows, labels=_labels(label_key, model, frozen, adapters, rows)))
+    return Simulation(adapters, replace(data, labels=_labels(label_key, model, weights, adapters, data)))
 
 
-def _labels(key: Array, model: Classifier, frozen: Any, adapters: Adapters, rows: Batch) -> Array:
+def _labels(key: Array, model: Classifier, weights: Any, adapters: Adapters, rows: Batch) -> Array:
     """Labels of the rows, drawn from the likelihood."""
-    return jax.random.categorical(key, model.logits(frozen, adapters, rows)).astype(rows.labels.dtype)
+    return jax.random.categorical(key, model.logits(weights, adapters, rows)).astype(rows.labels.dtype)
 
 
 def svi_inference(
@@ -110,7 +110,7 @@ def svi_inference(
     num_steps: int,
     num_draws: int,
     num_particles: int = 1,
-    start: Start | None = None,
+    init_params: Start | None = None,
 ) -> Inference:
     """Fit a guide to all rows at once for a fixed number of steps, then draw from it.
 
@@ -125,29 +125,29 @@ def svi_inference(
         num_steps: Number of steps.
         num_draws: Draws of the fitted guide, L.
         num_particles: Guide draws averaged in a step.
-        start: From key, frozen weights and rows to the values at which the parameters start, as `start` of
-            `bnlora.fit`; those of guide and prior when omitted.
+        init_params: From key, frozen weights and rows to the values at which the parameters start, as `start`
+            of `bnlora.fit`; those of guide and prior when omitted.
 
     Returns:
         An inference for `run`.
 
     Raises:
         ValueError: When a number is below one, the prior has a discrete latent site or a name that is not
-            free, or the guide cannot be fitted. The inference raises it where `start` lacks a parameter or
-            gives one another shape.
+            free, or the guide cannot be fitted. The inference raises it where `init_params` lacks a parameter
+            or gives one another shape.
     """
     key = check_key(key)
     check_at_least({"num_steps": num_steps, "num_draws": num_draws, "num_particles": num_particles}, 1)
     declared(model.prior).check()
     prepare(key, guide)
 
-    def infer(key: Array, frozen: Any, batch: Batch) -> Adapters:
+    def infer(key: Array, weights: Any, batch: Batch) -> Adapters:
         start_key, step_key, draw_key = jax.random.split(key, 3)
-        arguments = (frozen, batch, len(batch))
-        begin = None if start is None else start(start_key, frozen, batch)
+        arguments = (weights, batch, len(batch))
+        begin = None if init_params is None else init_params(start_key, weights, batch)
         params = maximise(
             step_key,
-            *initial_parameters(start_key, model, guide, *arguments, start=begin),
+            *initial_parameters(start_key, model, guide, *arguments, init_params=begin),
             model,
             guide,
             *arguments,
@@ -198,13 +198,13 @@ def importance_inference(
     if params is not None:
         check_parameters(model.prior, params)
 
-    def infer(key: Array, frozen: Any, batch: Batch) -> Adapters:
+    def infer(key: Array, weights: Any, batch: Batch) -> Adapters:
         params_key, prior_key, pick_key = jax.random.split(key, 3)
         held = prior_parameters(params_key, model) if params is None else params
         pool = draw_prior(prior_key, model, held, num_particles, num_together=num_together)
 
         def weigh(adapters: Adapters) -> Array:
-            return log_likelihood(model, frozen, adapters, batch)
+            return log_likelihood(model, weights, adapters, batch)
 
         weights = jax.lax.map(weigh, pool, batch_size=num_together)
         picked = jax.random.categorical(pick_key, weights, shape=(num_draws,))
@@ -217,7 +217,7 @@ def run(
     key: Array,
     model: Classifier,
     inference: Inference,
-    rows: Batch,
+    data: Batch,
     *,
     num_simulations: int = 200,
     functions: Functions | None = None,
@@ -230,7 +230,7 @@ def run(
         key: Random key.
         model: A `Classifier` whose prior makes the truths.
         inference: What is to be judged, from `svi_inference` or your own.
-        rows: Rows of each simulated data set; labels are not read.
+        data: Rows of each simulated data set; labels are not read.
         num_simulations: Number of simulations.
         functions: What is ranked; `identifiable(model, rows[:3])` when omitted.
         params: Parameters of the prior that makes the truths, all of them; one start drawn from the key when
@@ -247,12 +247,12 @@ def run(
             that is not finite, or when every simulation failed.
     """
     key = check_key(key)
-    _check_sizes(f"num_simulations={num_simulations}", num_simulations, rows, level)
+    _check_sizes(f"num_simulations={num_simulations}", num_simulations, data, level)
     params_key, run_key = jax.random.split(key)
     params = prior_parameters(params_key, model) if params is None else params
 
-    def make(key: Array, own: None, frozen: Any, rows: Batch, params: Parameters) -> Simulation:
-        return simulate(key, model, frozen, rows, params)
+    def make(key: Array, own: None, weights: Any, data: Batch, params: Parameters) -> Simulation:
+        return simulate(key, model, weights, data, params)
 
     return ranked(
         run_key,
@@ -261,7 +261,7 @@ def run(
         functions,
         make,
         None,
-        rows,
+        data,
         params,
         num_simulations=num_simulations,
         level=level,
@@ -308,8 +308,8 @@ def run_posterior(
     count = _count(model, truths)
     _check_sizes(f"{count} truths", count, observed, level)
 
-    def make(key: Array, truth: Adapters, frozen: Any, rows: Batch, shared: None) -> Simulation:
-        twice, drawn = rows[np.tile(np.arange(len(rows)), 2)], _labels(key, model, frozen, truth, rows)
+    def make(key: Array, truth: Adapters, weights: Any, rows: Batch, shared: None) -> Simulation:
+        twice, drawn = rows[np.tile(np.arange(len(rows)), 2)], _labels(key, model, weights, truth, rows)
         return Simulation(truth, replace(twice, labels=jnp.concatenate([rows.labels, drawn])))
 
     return ranked(

@@ -24,7 +24,7 @@ from bnlora._util.typing import Adapters
 from bnlora.data.batch import Batch
 from bnlora.infer.svi.fit import fit
 from bnlora.infer.svi.result import Fit, FitDiverged
-from bnlora.prediction.predict import Posterior
+from bnlora.prediction.posterior import Posterior
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,19 @@ class Ensemble:
         """The classifier of the first member."""
         return self.members[0].model
 
-    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
+    def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
         """Equally many draws of every member, one member after the other, with a leading draw axis.
 
         Raises:
-            ValueError: When the number of members does not divide `num_samples`.
+            ValueError: When the number of members does not divide `num_draws`.
         """
         key = check_key(key)
-        share, rest = divmod(num_samples, len(self.members))
-        if rest or not share:
+        check_at_least({"num_draws": num_draws}, 1)
+        share, rest = divmod(num_draws, len(self.members))
+        if rest:
             raise ValueError(
-                f"num_samples must be a multiple of the {len(self.members)} members; got {num_samples}, "
-                f"nearest is {max(round(num_samples / len(self.members)), 1) * len(self.members)}"
+                f"num_draws must be a multiple of the {len(self.members)} members; got {num_draws}, "
+                f"nearest is {max(round(num_draws / len(self.members)), 1) * len(self.members)}"
             )
         keys = jax.random.split(key, len(self.members))
         draws = [m.draw_adapters(k, share) for m, k in zip(self.members, keys, strict=True)]

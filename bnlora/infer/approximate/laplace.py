@@ -38,7 +38,8 @@ from bnlora._util.typing import FACTORS, Adapters
 from bnlora.data.batch import Batch, check_rows
 from bnlora.infer.approximate import curvature as algebra
 from bnlora.infer.approximate.mode import flattened, mode_of, unflattened
-from bnlora.prediction.predict import Posterior, Prediction
+from bnlora.prediction.posterior import Posterior
+from bnlora.prediction.predict import Prediction
 from bnlora.program.cache import tracked_parts
 
 Structure = Literal["diagonal", "kronecker", "low-rank", "full"]
@@ -69,15 +70,16 @@ class Laplace:
     precision: float
     log_evidence: float
 
-    def deviations(self, key: Array, num_samples: int) -> Adapters:
+    def deviations(self, key: Array, num_draws: int) -> Adapters:
         """Draws of `W - mode`, with a leading draw axis."""
         key = check_key(key)
-        normals = np.asarray(jax.random.normal(key, (num_samples, self.curvature.size)), np.float64)
+        check_at_least({"num_draws": num_draws}, 1)
+        normals = np.asarray(jax.random.normal(key, (num_draws, self.curvature.size)), np.float64)
         return unflattened(self.curvature.spread(normals, self.precision) / np.sqrt(self.profile), self.mode)
 
-    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
+    def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
         """Posterior adapters with a leading draw axis; the same key gives the same draws."""
-        deviations = self.deviations(key, num_samples)
+        deviations = self.deviations(key, num_draws)
         return jax.tree.map(jnp.add, self.mode, deviations)
 
     def __repr__(self) -> str:
@@ -89,7 +91,7 @@ class Laplace:
 
 
 def laplace(
-    fit: Posterior,
+    posterior: Posterior,
     train: Batch,
     *,
     structure: Structure = "kronecker",
@@ -102,7 +104,7 @@ def laplace(
     """Put a Gaussian around a fitted point.
 
     Args:
-        fit: A fit of a point: of the prior `priors.point()`, or of a guide of deltas.
+        posterior: A fit of a point: of the prior `priors.point()`, or of a guide of deltas.
         train: The rows that were fitted, `fit.train`.
         structure: `"full"` keeps the curvature whole, through its at most rows x classes eigenpairs;
             `"low-rank"` the `rank` leading ones; `"kronecker"` the nearest Kronecker product of each weight
@@ -127,9 +129,9 @@ def laplace(
     check_at_least({"batch_size": batch_size}, 1)
     if (rank is not None) != (structure == "low-rank"):
         raise ValueError(f"structure='low-rank' and a `rank` go together; got {structure!r} and rank={rank}")
-    model = fit.model
+    model = posterior.model
     check_rows("training", train, model)
-    mode = mode_of(fit, "Laplace's approximation")
+    mode = mode_of(posterior, "Laplace's approximation")
     profile, known = _profile(model, mode, precision)
     local = _Local(model, mode, train, np.sqrt(profile), batch_size, console)
     if structure != "diagonal":
@@ -151,7 +153,7 @@ def linearised(
     laplace: Laplace,
     data: Batch,
     *,
-    num_samples: int = 32,
+    num_draws: int = 32,
     batch_size: int = 32,
     console: Console | None = None,
 ) -> Prediction:
@@ -161,7 +163,7 @@ def linearised(
         key: Random key of the draws, those of `laplace.draw_adapters` with the same key.
         laplace: The approximation.
         data: Rows to predict; labels are not read.
-        num_samples: Number of draws.
+        num_draws: Number of draws.
         batch_size: Rows to run at a time.
         console: Where to draw a progress bar; the terminal or notebook when omitted.
 
@@ -174,18 +176,18 @@ def linearised(
     Reference: Immer et al. (2021), arXiv 2008.08400.
     """
     key = check_key(key)
-    check_at_least({"rows": len(data), "num_samples": num_samples, "batch_size": batch_size}, 1)
+    check_at_least({"rows": len(data), "num_draws": num_draws, "batch_size": batch_size}, 1)
     laplace.model.check_tokens(data)
-    deviations = laplace.deviations(key, num_samples)
+    deviations = laplace.deviations(key, num_draws)
 
     @jax.jit
-    def log_probs(frozen: Any, batch: Batch) -> Array:
-        centre, push = jax.linearize(lambda one: laplace.model.logits(frozen, one, batch), laplace.mode)
+    def log_probs(weights: Any, batch: Batch) -> Array:
+        centre, push = jax.linearize(lambda one: laplace.model.logits(weights, one, batch), laplace.mode)
         return jax.lax.map(lambda one: jax.nn.log_softmax(centre + push(one)), deviations)
 
-    found = np.empty((num_samples, len(data), len(laplace.model.label_ids)), np.float64)
+    found = np.empty((num_draws, len(data), len(laplace.model.label_ids)), np.float64)
     for part in tracked_parts(data, batch_size, "predict", console):
-        computed = np.asarray(log_probs(laplace.model.base.params, part.batch))
+        computed = np.asarray(log_probs(laplace.model.base.weights, part.batch))
         found[:, part.rows] = computed[:, : len(part.rows)]
     return Prediction(found)
 
@@ -217,12 +219,12 @@ class _Local:
         vector, unravel = ravel_pytree(self.mode)
 
         @jax.jit
-        def of_rows(frozen: Any, batch: Batch) -> tuple[Array, Array]:
+        def of_rows(weights: Any, batch: Batch) -> tuple[Array, Array]:
             def of_row(row: Batch) -> tuple[Array, Array]:
                 alone = jax.tree.map(lambda x: x[None], row)
 
                 def logits(v: Array) -> tuple[Array, Array]:
-                    value = self.model.logits(frozen, unravel(v), alone)[0]
+                    value = self.model.logits(weights, unravel(v), alone)[0]
                     return value, value
 
                 jacobian, value = jax.jacrev(logits, has_aux=True)(vector)
@@ -231,7 +233,7 @@ class _Local:
             return jax.vmap(of_row)(batch)
 
         for part in tracked_parts(self.train, self.batch_size, "curvature", self.console):
-            logits, jacobian = of_rows(self.model.base.params, part.batch)
+            logits, jacobian = of_rows(self.model.base.weights, part.batch)
             kept = slice(len(part.rows))  # the rest only fills the last part up
             whitened = np.asarray(jacobian[kept], np.float64) / self.root
             yield _Piece(part.rows, np.asarray(logits[kept], np.float64), whitened)

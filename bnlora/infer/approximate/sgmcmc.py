@@ -19,8 +19,10 @@ References: Welling and Teh (2011), Bayesian learning via stochastic gradient La
 (2014), Stochastic gradient Hamiltonian Monte Carlo, arXiv 1402.4102. The kernels are BlackJAX's.
 """
 
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
@@ -41,64 +43,25 @@ from bnlora._util.checks import (
 )
 from bnlora._util.compilation import options
 from bnlora._util.copying import error_parts
-from bnlora._util.typing import Adapters, Parameters
+from bnlora._util.typing import Parameters
 from bnlora.data.batch import Batch, check_rows, minibatches
-from bnlora.infer.mcmc.samplers import Kernel, langevin, stochastic_hamiltonian
+from bnlora.infer.mcmc.chains import Chains
+from bnlora.infer.mcmc.run import record
+from bnlora.infer.mcmc.samplers import Kernel, Tuning, langevin, stochastic_hamiltonian
+from bnlora.infer.mcmc.target import Target
 from bnlora.program.cache import cache_prefix
-from bnlora.program.density import Density, density, require_inside
-
-
-@dataclass(frozen=True)
-class Chain:
-    """The stored draws of one chain; a posterior for `predict`.
-
-    Attributes:
-        density: The unconstrained view of the model's prior.
-        vectors: Stored draws in the order of the chain, shape (draw, p).
-    """
-
-    density: Density
-    vectors: Float[np.ndarray, "s p"]
-
-    @property
-    def model(self) -> Any:
-        """The classifier."""
-        return self.density.model
-
-    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
-        """Adapters of `num_samples` different stored draws, chosen at random, with a leading draw axis.
-
-        Raises:
-            ValueError: When fewer draws are stored.
-        """
-        key = check_key(key)
-        if num_samples > len(self.vectors):
-            raise ValueError(
-                f"the chain has {len(self.vectors)} stored draws; num_samples must be at most that many, got "
-                f"{num_samples}"
-            )
-        chosen = jax.random.choice(key, len(self.vectors), (num_samples,), replace=False)
-        return jax.jit(lambda rows: jax.lax.map(self.density.adapters, rows))(
-            self.vectors[np.asarray(chosen)]
-        )
-
-    def sites(self) -> dict[str, Array]:
-        """Every stored draw of every latent site, in the order of the chain."""
-        return jax.jit(lambda rows: jax.lax.map(self.density.sites, rows))(self.vectors)
-
-    def __repr__(self) -> str:
-        return f"Chain({len(self.vectors)} draws of {self.density.size:,} coordinates)"
+from bnlora.program.density import density, require_inside
 
 
 class ChainDiverged(ValueError):
-    """The chain left the finite numbers. `chain` has the draws that it stored before."""
+    """The chain left the finite numbers. `chains` has the draws that it stored before."""
 
-    def __init__(self, chain: Chain, num_draws: int, remedy: str):
+    def __init__(self, chains: Chains, num_draws: int, remedy: str):
         super().__init__(
-            f"only {len(chain.vectors)} of {num_draws} draws are finite; {remedy} (the finite ones are in "
-            "this error's `chain`)"
+            f"only {chains.num_draws} of {num_draws} draws are finite; {remedy} (the finite ones are in this "
+            "error's `chains`)"
         )
-        self.chain = chain
+        self.chains = chains
 
     def __reduce__(self) -> tuple[Any, ...]:
         return error_parts(self)
@@ -106,37 +69,47 @@ class ChainDiverged(ValueError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long a chain runs: `burn_in + num_draws * thinning` steps.
+    """How long a chain runs: `num_warmup + num_draws * thinning` steps.
 
     Attributes:
         num_draws: Draws to store.
-        burn_in: Steps before the first one counts.
+        num_warmup: Steps before the first one counts.
         thinning: Steps from one stored draw to the next.
         batch_size: Rows in a minibatch.
     """
 
     num_draws: int
-    burn_in: int
+    num_warmup: int
     batch_size: int
     thinning: int = 1
 
     def __post_init__(self):
         positive = {name: getattr(self, name) for name in ("num_draws", "batch_size", "thinning")}
         check_at_least(positive, 1)
-        check_at_least({"burn_in": self.burn_in}, 0)
+        check_at_least({"num_warmup": self.num_warmup}, 0)
 
     @property
     def num_steps(self) -> int:
         """Steps in all."""
-        return self.burn_in + self.num_draws * self.thinning
+        return self.num_warmup + self.num_draws * self.thinning
 
 
 class _Setup(NamedTuple):
     key: Array
-    view: Density
-    train: Batch
+    target: Target
+    cached: Batch
     vector: Array
     schedule: Schedule
+
+
+class _Method(NamedTuple):
+    """A sampler: its name and options for the record, its kernel, and what to do when it diverges."""
+
+    name: str
+    options: dict[str, Any]
+    kernel: Callable[[Callable], Kernel]
+    remedy: str
+    updates: int = 1
 
 
 def sgld(
@@ -147,10 +120,10 @@ def sgld(
     *,
     step_size: float,
     params: Parameters | None = None,
-    start: Mapping[str, Array] | None = None,
+    init_values: Mapping[str, Array] | None = None,
     prefix_cache: Literal["memory", "off"] = "memory",
     console: Console | None = None,
-) -> Chain:
+) -> Chains:
     """Sample by stochastic-gradient Langevin dynamics with a constant step.
 
     Args:
@@ -160,12 +133,12 @@ def sgld(
         schedule: How long to run and what to store.
         step_size: `eps`, for the gradient summed over the data set; below 2 over the largest curvature.
         params: Values of the prior's NumPyro parameters, where it has any.
-        start: Constrained value of every latent site to start from; where fits start when omitted.
+        init_values: Constrained value of every latent site to start from; where fits start when omitted.
         prefix_cache: Where activations below the adapters are kept, or `"off"`.
         console: Where to draw the progress bar of that cache.
 
     Returns:
-        The draws, as a posterior.
+        The draws: one chain. Without an accept step it cannot be certified.
 
     Raises:
         ValueError: When a number is out of its range, a minibatch has more rows than there are, rows lack
@@ -174,13 +147,11 @@ def sgld(
     """
     key = check_key(key)
     check_positive({"step_size": step_size})
-    setup = _prepared(key, model, train, schedule, params, start, prefix_cache, console)
-
-    def kernel(gradient: Callable) -> Kernel:
-        return langevin(gradient, step_size)
+    setup = _prepared(key, model, train, schedule, params, init_values, prefix_cache, console)
 
     remedy = "lower `step_size`, which must stay below 2 over the largest curvature of the log-density"
-    return _run(setup, kernel, remedy)
+    method = _Method("SGLD", {"step_size": step_size}, partial(langevin, step_size=step_size), remedy)
+    return _run(key, setup, method)
 
 
 def sghmc(
@@ -191,30 +162,31 @@ def sghmc(
     *,
     step_size: float,
     friction: float,
-    integration_steps: int = 10,
+    num_integration_steps: int = 10,
     params: Parameters | None = None,
-    start: Mapping[str, Array] | None = None,
+    init_values: Mapping[str, Array] | None = None,
     prefix_cache: Literal["memory", "off"] = "memory",
     console: Console | None = None,
-) -> Chain:
+) -> Chains:
     """Sample by stochastic-gradient Hamiltonian Monte Carlo with friction.
 
     Args:
         key: Random key of start, minibatches and noise.
         model: A `Classifier` whose prior has latent sites.
         train: Rows to fit.
-        schedule: How long to run and what to store; a step is `integration_steps` updates with one minibatch.
+        schedule: How long to run and what to store; a step is `num_integration_steps` updates with one
+            minibatch.
         step_size: `eps`, below `friction` over the largest curvature; its square plays the part of SGLD's
             step.
         friction: `alpha`, so that `alpha * step_size` of the velocity is lost in an update; at most 1.
-        integration_steps: Updates `L` from one fresh velocity to the next.
+        num_integration_steps: Updates `L` from one fresh velocity to the next.
         params: As in `sgld`, like the arguments after it.
-        start: Where to start.
+        init_values: Where to start.
         prefix_cache: Where activations below the adapters are kept, or `"off"`.
         console: Where to draw the progress bar of that cache.
 
     Returns:
-        The draws, as a posterior.
+        The draws: one chain. Without an accept step it cannot be certified.
 
     Raises:
         ValueError: As `sgld`, and when `friction * step_size` exceeds 1.
@@ -222,22 +194,27 @@ def sghmc(
     """
     key = check_key(key)
     check_positive({"step_size": step_size, "friction": friction})
-    check_at_least({"integration_steps": integration_steps}, 1)
+    check_at_least({"num_integration_steps": num_integration_steps}, 1)
     if friction * step_size > 1:
         raise ValueError(
             f"friction * step_size must be at most 1; got {friction * step_size:g}, lower friction to at "
             f"most {1 / step_size:g}"
         )
-    setup = _prepared(key, model, train, schedule, params, start, prefix_cache, console)
+    setup = _prepared(key, model, train, schedule, params, init_values, prefix_cache, console)
 
-    def kernel(gradient: Callable) -> Kernel:
-        return stochastic_hamiltonian(gradient, step_size, integration_steps, friction)
-
+    options: dict[str, Any] = {
+        "step_size": step_size,
+        "num_integration_steps": num_integration_steps,
+        "friction": friction,
+    }
     remedy = (
         "lower `step_size`, which must stay below `friction` over the largest curvature of the log-density, "
         "or raise `friction`"
     )
-    return _run(setup, kernel, remedy)
+    method = _Method(
+        "SGHMC", options, partial(stochastic_hamiltonian, **options), remedy, num_integration_steps
+    )
+    return _run(key, setup, method)
 
 
 def _prepared(
@@ -246,7 +223,7 @@ def _prepared(
     train: Batch,
     schedule: Schedule,
     params: Parameters | None,
-    start: Mapping[str, Array] | None,
+    init_values: Mapping[str, Array] | None,
     prefix_cache: str,
     console: Console | None,
 ) -> _Setup:
@@ -256,30 +233,31 @@ def _prepared(
     check_batch_size(schedule.batch_size, len(train))
     view = density(model, params or {})
     start_key, chain_key = jax.random.split(key)
-    if start is None:  # in one program: run as it is, a prior compiles each of its operations
+    if init_values is None:  # in one program: run as it is, a prior compiles each of its operations
         vector = require_inside(jax.jit(view.start, compiler_options=options(0))(start_key))
     else:
-        vector = view.vector(start)
-    if prefix_cache == "memory":
-        train = cache_prefix(model, train, console=console)
-    return _Setup(chain_key, view, train, vector, schedule)
+        vector = view.vector(init_values)
+    cached = cache_prefix(model, train, console=console) if prefix_cache == "memory" else train
+    # The result keeps the rows as they were given, so that the cache can be freed.
+    return _Setup(chain_key, Target(view, train, train), cached, vector, schedule)
 
 
-def _run(setup: _Setup, kernel: Callable[[Callable], Kernel], remedy: str) -> Chain:
-    """Run the chain as one compiled scan over stored draws; `remedy` says what to do where it diverges."""
-    view, schedule, n_total = setup.view, setup.schedule, len(setup.train)
+def _run(key: Array, setup: _Setup, method: _Method) -> Chains:
+    """Run the chain as one compiled scan over stored draws."""
+    began = time.perf_counter()
+    view, schedule, n_total = setup.target.view, setup.schedule, len(setup.cached)
     data_key, noise_key = jax.random.split(setup.key)
     stream = minibatches(data_key, n_total, schedule.batch_size)
     rows = jnp.asarray(np.stack(list(islice(stream, schedule.num_steps))))
-    last = schedule.burn_in + schedule.thinning * np.arange(1, schedule.num_draws + 1)
+    last = schedule.num_warmup + schedule.thinning * np.arange(1, schedule.num_draws + 1)
     first = np.concatenate([[0], last[:-1]])
 
     @jax.jit
-    def chain(frozen: Any, train: Batch, rows: Array, vector: Array, spans: tuple) -> Array:
+    def chain(weights: Any, train: Batch, rows: Array, vector: Array, spans: tuple) -> Array:
         def gradient(u: Array, batch: Batch) -> Array:
-            return jax.grad(view.log_joint)(u, frozen, batch, n_total)
+            return jax.grad(view.log_joint)(u, weights, batch, n_total)
 
-        advance = kernel(gradient)
+        advance = method.kernel(gradient)
 
         def step(t: Array, u: Array) -> Array:
             return advance(jax.random.fold_in(noise_key, t), u, train[rows[t]])
@@ -293,9 +271,30 @@ def _run(setup: _Setup, kernel: Callable[[Callable], Kernel], remedy: str) -> Ch
         return jax.lax.scan(draw, vector, spans)[1]
 
     spans = jnp.asarray(first), jnp.asarray(last)
-    vectors = np.asarray(chain(view.model.base.params, setup.train, rows, setup.vector, spans))
+    vectors = np.asarray(chain(view.model.base.weights, setup.cached, rows, setup.vector, spans))
     finite = np.isfinite(vectors).all(1)
+    kept = len(vectors) if finite.all() else int(finite.argmin())
+    about = record(key, method.name, "step", method.options, asdict(schedule) | {"num_chains": 1})
+    about |= {"seconds": time.perf_counter() - began, "stopped": "done" if finite.all() else "diverged"}
+    made = _chains(setup, method, vectors[:kept], about)
     if not finite.all():
-        remedy = broken_weights(view.model.base.params) or remedy
-        raise ChainDiverged(Chain(view, vectors[: int(finite.argmin())]), len(vectors), remedy)
-    return Chain(view, vectors)
+        raise ChainDiverged(made, len(vectors), broken_weights(view.model.base.weights) or method.remedy)
+    return made
+
+
+def _chains(
+    setup: _Setup, method: _Method, vectors: Float[np.ndarray, "s p"], about: Mapping[str, Any]
+) -> Chains:
+    """The draws of one chain, with reports of a kernel that has no energy and refuses nothing."""
+    schedule = setup.schedule
+    shape = 1, len(vectors) * schedule.thinning
+    stats = {
+        "divergent": np.zeros(shape, bool),
+        "energy": np.full(shape, np.nan),
+        "acceptance": np.ones(shape),
+        "num_gradients": np.full(shape, method.updates),
+    }
+    numbers = setup.vector, method.options["step_size"], jnp.ones(setup.target.view.size), 0.0
+    one_chain = (jnp.asarray(x)[None] for x in (*numbers, schedule.num_warmup * method.updates))
+    tuning = Tuning(*one_chain)
+    return Chains(setup.target, vectors[None], stats, tuning, about, schedule.thinning)

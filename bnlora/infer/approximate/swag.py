@@ -81,13 +81,14 @@ class Swag:
     moments: Moments
     stopped: str = "steps"
 
-    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
+    def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
         """Posterior adapters with a leading draw axis; the same key gives the same draws."""
         key = check_key(key)
+        check_at_least({"num_draws": num_draws}, 1)
         k_diagonal, k_low = jax.random.split(key)
         D = self.moments.deviations
-        wide = np.asarray(jax.random.normal(k_diagonal, (num_samples, D.shape[1])), np.float64)
-        low = np.asarray(jax.random.normal(k_low, (num_samples, len(D))), np.float64)
+        wide = np.asarray(jax.random.normal(k_diagonal, (num_draws, D.shape[1])), np.float64)
+        low = np.asarray(jax.random.normal(k_low, (num_draws, len(D))), np.float64)
         spread = wide * np.sqrt(self.moments.variance) + low @ D / np.sqrt(len(D) - 1)
         return unflattened(self.moments.mean + spread / np.sqrt(2), self.mode)
 
@@ -163,7 +164,7 @@ def swag(
         fit.train,
         descent,
         scale_optimizer=descent,
-        start=fit.params,
+        init_params=fit.params,
         on_step=collect,
         num_steps=num_steps,
         batch_size=batch_size,

@@ -32,7 +32,8 @@ from bnlora._util.checks import check_at_least, check_key, check_option, check_p
 from bnlora._util.typing import Adapters
 from bnlora.data.batch import Batch, check_labels
 from bnlora.infer.approximate.mode import mode_of
-from bnlora.prediction.predict import Posterior, predict_with_draws
+from bnlora.prediction.posterior import Posterior
+from bnlora.prediction.predict import predict_with_draws
 
 Criterion = Literal["nll", "accuracy"]
 _MOST_DOUBLINGS = 40
@@ -79,18 +80,19 @@ class TrainingFree:
     families: dict[str, Rotated]
     sigma: float
 
-    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
+    def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
         """Posterior adapters with a leading draw axis; the same key gives the same draws."""
         key = check_key(key)
+        check_at_least({"num_draws": num_draws}, 1)
         draws = {}
         for k, (name, (a, b, widths)) in zip(
             jax.random.split(key, len(self.families)), self.families.items(), strict=True
         ):
-            noise = jax.random.normal(k, (num_samples, *a.shape))
+            noise = jax.random.normal(k, (num_draws, *a.shape))
             wide = jnp.asarray(self.sigma * widths, jnp.float32)[..., None]
             draws[name] = {
                 "a": jnp.asarray(a, jnp.float32) + wide * noise,
-                "b": jnp.broadcast_to(jnp.asarray(b, jnp.float32), (num_samples, *b.shape)),
+                "b": jnp.broadcast_to(jnp.asarray(b, jnp.float32), (num_draws, *b.shape)),
             }
         return draws
 
@@ -104,13 +106,13 @@ class TrainingFree:
 
 def training_free(
     key: Array,
-    fit: Posterior,
-    anchor: Batch,
+    posterior: Posterior,
+    data: Batch,
     *,
     tolerance: float,
     criterion: Criterion = "nll",
-    num_samples: int = 10,
-    bisections: int = 8,
+    num_draws: int = 10,
+    num_bisections: int = 8,
     batch_size: int = 32,
     console: Console | None = None,
 ) -> TrainingFree:
@@ -118,13 +120,13 @@ def training_free(
 
     Args:
         key: Random key of the draws, the same at every sigma that is tried.
-        fit: A fit of a point: of the prior `priors.point()`, or of a guide of deltas.
-        anchor: Rows with labels on which the criterion is measured; not rows that are reported.
+        posterior: A fit of a point: of the prior `priors.point()`, or of a guide of deltas.
+        data: Rows with labels on which the criterion is measured; not rows that are reported.
         tolerance: How much worse than the point it may become: nats of the mean negative log-likelihood, or
             the fraction of rows that are rightly classified.
         criterion: `"nll"` or `"accuracy"`.
-        num_samples: Draws of a prediction.
-        bisections: Halvings of the ratio between a sigma that passes and one that fails, at first 2.
+        num_draws: Draws of a prediction.
+        num_bisections: Halvings of the ratio between a sigma that passes and one that fails, at first 2.
         batch_size: Rows to run at a time.
         console: Where to draw progress bars; the terminal or notebook when omitted.
 
@@ -138,32 +140,34 @@ def training_free(
     key = check_key(key)
     check_option("criterion", criterion, get_args(Criterion))
     check_positive({"tolerance": tolerance})
-    check_at_least({"num_samples": num_samples, "bisections": bisections, "batch_size": batch_size}, 1)
-    check_labels("anchor", anchor, len(fit.model.label_ids))
-    mode = mode_of(fit, "training-free Bayesianization")
+    check_at_least({"num_draws": num_draws, "num_bisections": num_bisections, "batch_size": batch_size}, 1)
+    check_labels("anchor", data, len(posterior.model.label_ids))
+    mode = mode_of(posterior, "training-free Bayesianization")
     families = {name: rotated(np.asarray(pair["a"]), np.asarray(pair["b"])) for name, pair in mode.items()}
     if not any(family.widths.any() for family in families.values()):
         raise ValueError(
             "training-free Bayesianization needs a fitted update; here `b` is zero in every layer"
         )
-    still = TrainingFree(fit.model, families, 0.0)
+    still = TrainingFree(posterior.model, families, 0.0)
 
     def loss(sigma: float, draws: int) -> float:
         adapters = replace(still, sigma=sigma).draw_adapters(key, draws)
-        prediction = predict_with_draws(fit.model, adapters, anchor, batch_size=batch_size, console=console)
-        labels = np.asarray(anchor.labels)
+        prediction = predict_with_draws(
+            posterior.model, adapters, data, batch_size=batch_size, console=console
+        )
+        labels = np.asarray(data.labels)
         if criterion == "nll":
             return metrics.nll(prediction.log_probs, labels)
         return -metrics.accuracy(prediction.log_probs, labels)
 
     most = loss(0.0, 1) + tolerance
     return replace(
-        still, sigma=largest(lambda sigma: loss(sigma, num_samples) <= most, bisections=bisections)
+        still, sigma=largest(lambda sigma: loss(sigma, num_draws) <= most, num_bisections=num_bisections)
     )
 
 
-def largest(passes: Callable[[float], bool], *, bisections: int, start: float = 0.01) -> float:
-    """The largest number that passes, up to a factor of `2 ** 2 ** -bisections`.
+def largest(passes: Callable[[float], bool], *, num_bisections: int, start: float = 0.01) -> float:
+    """The largest number that passes, up to a factor of `2 ** 2 ** -num_bisections`.
 
     From `start` by doubling or halving to a pair of which the lower passes and the upper fails, then by
     bisection of the ratio. Where passing is not monotone, it is the lower end of some such pair.
@@ -184,7 +188,7 @@ def largest(passes: Callable[[float], bool], *, bisections: int, start: float = 
         )
     low = sigma if rising else following
     ratio = 2.0
-    for _ in range(bisections):
+    for _ in range(num_bisections):
         ratio **= 0.5
         low = low * ratio if passes(low * ratio) else low
     return low

@@ -37,7 +37,7 @@ from bnlora.program.tangent.model import Tangent
 from bnlora.program.tangent.targets import OWN, SLOPE, target_sites
 
 SIZES: Mapping[str, int] = {"q_proj": 8, "k_proj": 8, "v_proj": 32}
-"""Placement and sizes of the default, fixed on seeds 0 to 2 of `benchmarks/seeds.py`, with `SLOPE`."""
+"""Placement and sizes of the default, fixed on seeds 0 to 2 of `python -m benchmarks seeds`, with `SLOPE`."""
 
 OTHERS = 16
 """Size of modules that are not in that table."""
@@ -79,10 +79,10 @@ class CoreFit(Shown):
         """The tangent model."""
         return self.gaussian.model
 
-    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
+    def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
         """Adapters under the variational posterior, with a leading draw axis."""
         key = check_key(key)
-        return self.fit.draw_adapters(key, num_samples)
+        return self.fit.draw_adapters(key, num_draws)
 
     @property
     def overview(self) -> tuple[Showable, ...]:
@@ -172,10 +172,10 @@ def fit_near(
     key: Array,
     tangent: Tangent,
     guide: Guide,
-    rows: Batch,
+    data: Batch,
     *,
     num_steps: int = STEPS,
-    start: Parameters | None = None,
+    init_params: Parameters | None = None,
     console: Console | None = None,
 ) -> Fit:
     """Fit a guide that is near the posterior already: Adam on all rows, with a rate that decays to zero.
@@ -184,9 +184,9 @@ def fit_near(
         key: Random key.
         tangent: A tangent model.
         guide: A guide of its prior.
-        rows: Rows with labels.
+        data: Rows with labels.
         num_steps: Number of steps.
-        start: Where the parameters start, as in `bnlora.fit`.
+        init_params: Where the parameters start, as in `bnlora.fit`.
         console: Where to draw the progress bar.
     """
     rate = optax.adam(optax.cosine_decay_schedule(RATE, num_steps))
@@ -194,12 +194,12 @@ def fit_near(
         key,
         tangent,
         guide,
-        rows,
+        data,
         rate,
         scale_optimizer=rate,
         num_steps=num_steps,
-        batch_size=len(rows),
+        batch_size=len(data),
         num_particles=PARTICLES,
-        start=start,
+        init_params=init_params,
         console=console,
     )

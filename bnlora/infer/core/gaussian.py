@@ -25,7 +25,7 @@ from jax import Array
 from jaxtyping import Float
 from rich.console import Console
 
-from bnlora._util.checks import check_key
+from bnlora._util.checks import check_at_least, check_key
 from bnlora._util.compilation import program
 from bnlora._util.display import Showable, Shown, facts
 from bnlora._util.typing import Adapters, Parameters
@@ -89,14 +89,16 @@ class Gaussian(Shown):
         root = np.asarray(self.affine.apply(np.eye(len(self.loc)))) - self.loc
         return root.T @ root
 
-    def draw_vectors(self, key: Array, num_samples: int) -> Float[np.ndarray, "s p"]:
+    def draw_vectors(self, key: Array, num_draws: int) -> Float[np.ndarray, "s p"]:
         """Draws of the unconstrained vector."""
-        normals = np.asarray(jax.random.normal(check_key(key), (num_samples, len(self.loc))), np.float64)
+        key = check_key(key)
+        check_at_least({"num_draws": num_draws}, 1)
+        normals = np.asarray(jax.random.normal(key, (num_draws, len(self.loc))), np.float64)
         return np.asarray(self.affine.apply(normals)).astype(np.float32)
 
-    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
+    def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
         """Posterior adapters with a leading draw axis; the same key gives the same draws."""
-        return program(self, _adapters_at)(self.draw_vectors(key, num_samples))
+        return program(self, _adapters_at)(self.draw_vectors(key, num_draws))
 
     def log_density(self, vectors: Float[np.ndarray, "s p"]) -> Float[np.ndarray, " s"]:
         """Log-density of unconstrained vectors, in nats."""

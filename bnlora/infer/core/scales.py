@@ -199,7 +199,7 @@ def check_classes(train: Batch) -> None:
 
 def linear_of(tangent: Tangent, batch: Batch, *, by: By) -> tuple[Linear, tuple[str, ...]]:
     """The linear model of prepared rows, a group for each family or layer at scale one, and their names."""
-    offset, phi = (np.asarray(x, np.float64) for x in tangent.features(tangent.base.params, batch))
+    offset, phi = (np.asarray(x, np.float64) for x in tangent.features(tangent.base.weights, batch))
     groups, names, begin = [], [], 0
     for name in tangent.sites:
         frame = tangent.frames[name]

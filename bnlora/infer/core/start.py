@@ -30,7 +30,7 @@ MOST = 8_000
 
 
 def start_at(key: Array, guide: Guide, gaussian: Gaussian) -> Parameters:
-    """Start parameters for `bl.fit(..., start=...)`.
+    """Start parameters for `bl.fit(..., init_params=...)`.
 
     Args:
         key: Random key of what the Gaussian does not determine, such as the weights of a flow.

@@ -124,7 +124,7 @@ def _frames(record: Mapping[str, Any], arrays: Arrays, base: Base, folder: Path)
     told = dict(record.get("model", {"label ids": {"ids": ()}}))  # the first format has none, and no frames
     label_ids = tuple(told.pop("label ids")["ids"])
     sites = Sites(tuple(_site(base, values) for values in told.values()), base.num_layers)
-    frames = frames_from(arrays, base.params, sites, label_ids, str(folder))
+    frames = frames_from(arrays, base.weights, sites, label_ids, str(folder))
     stored = arrays["weights"][: len(frames.base)]  # behind them are those of sites that were held
     if not is_same(stored, frames.base):
         raise ValueError(f"the frames in {str(folder)!r} are of another base than {base!r}")

@@ -84,7 +84,7 @@ def sample_hmc(
     target_acceptance: float = 0.95,
     mass: Mass | Geometry = "diagonal",
     initial_step_size: float = 0.1,
-    integration_steps: int = 32,
+    num_integration_steps: int = 32,
     **options: Unpack[Options],
 ) -> Chains:
     """Sample latent sites by Hamiltonian Monte Carlo with trajectories of one length.
@@ -99,7 +99,7 @@ def sample_hmc(
         target_acceptance: Acceptance to adapt to.
         mass: Shape of the mass matrix.
         initial_step_size: Step that the adaptation starts from.
-        integration_steps: Leapfrog steps of a trajectory.
+        num_integration_steps: Leapfrog steps of a trajectory.
         **options: As in `sample_nuts`.
 
     Returns:
@@ -110,13 +110,13 @@ def sample_hmc(
 
     Example:
         >>> options = {"num_warmup": 20, "num_draws": 8, "num_chains": 2}
-        >>> bl.sample_hmc(key, model, rows, integration_steps=2, **options).num_chains
+        >>> bl.sample_hmc(key, model, rows, num_integration_steps=2, **options).num_chains
         2
     """
     key = check_key(key)
-    check_at_least({"integration_steps": integration_steps}, 1)
+    check_at_least({"num_integration_steps": num_integration_steps}, 1)
     mass, geometry = _geometry(mass)
-    method = _method(Hmc(integration_steps), num_warmup, target_acceptance, mass, initial_step_size)
+    method = _method(Hmc(num_integration_steps), num_warmup, target_acceptance, mass, initial_step_size)
     return sampled(key, model, train, method, sites, given, options, geometry)
 
 

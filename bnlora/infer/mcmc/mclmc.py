@@ -31,7 +31,7 @@ def sample_mclmc(
     *,
     sites: Sequence[str] | None = None,
     given: Fit | None = None,
-    num_tuning: int = 5000,
+    num_warmup: int = 5000,
     steps_per_draw: int = 32,
     **options: Unpack[Options],
 ) -> Chains:
@@ -43,7 +43,7 @@ def sample_mclmc(
         train: Rows with labels.
         sites: The sites to sample.
         given: A fit of the same model.
-        num_tuning: Scale of the tuning of each chain, which takes about three tenths as many steps.
+        num_warmup: Scale of the tuning of each chain, which takes about three tenths as many steps.
         steps_per_draw: Steps from one draw to the next.
         **options: As in `sample_nuts`.
 
@@ -54,17 +54,17 @@ def sample_mclmc(
         ValueError: As `sample_nuts`, and on a target of one dimension.
 
     Example:
-        >>> chains = bl.sample_mclmc(key, model, rows, num_tuning=100, num_draws=8, num_chains=2)
+        >>> chains = bl.sample_mclmc(key, model, rows, num_warmup=100, num_draws=8, num_chains=2)
         >>> chains.certificate.passed  # never: there is no accept step
         False
     """
     key = check_key(key)
-    check_at_least({"num_tuning": num_tuning}, 100)
+    check_at_least({"num_warmup": num_warmup}, 100)
     check_at_least({"steps_per_draw": steps_per_draw}, 1)
     method = Method(
         "MCLMC",
-        {"num_tuning": num_tuning, "steps_per_draw": steps_per_draw},
-        lambda key, log_density, position: tune_mclmc(key, log_density, position, num_steps=num_tuning),
+        {"num_warmup": num_warmup, "steps_per_draw": steps_per_draw},
+        lambda key, log_density, position: tune_mclmc(key, log_density, position, num_steps=num_warmup),
         lambda tuning, target, inputs: mclmc(lambda u: target.log_density(u, inputs), tuning, steps_per_draw),
         bias="step",
     )

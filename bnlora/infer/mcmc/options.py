@@ -25,8 +25,8 @@ class Options(TypedDict, total=False):
         num_chains: Chains, run together; 4 when omitted.
         num_draws: Kept draws of each; 1,000 when omitted.
         thinning: Transitions from one kept draw to the next; 1 when omitted.
-        start: `"fit"` for draws of `given` (the default where there is one), `"prior"` for draws of the
-            prior, `"pathfinder"` for draws of a normal approximation along a climb of the log-density,
+        init_strategy: `"fit"` for draws of `given` (the default where there is one), `"prior"` for draws of
+            the prior, `"pathfinder"` for draws of a normal approximation along a climb of the log-density,
             `"zero"` (the default without a fit) for where fits of this library start, moved a little; with a
             Gaussian as `mass`, for draws of it.
         fix_at: Where sites that are not sampled are held: at the `"mean"` (the default) of draws of `given`,
@@ -39,7 +39,7 @@ class Options(TypedDict, total=False):
     num_chains: int
     num_draws: int
     thinning: int
-    start: Start
+    init_strategy: Start
     fix_at: FixAt
     folder: str | Path | None
     piece: int | None
@@ -61,8 +61,8 @@ def sampled(
     if unknown:
         check_option("an option", unknown[0], tuple(Options.__annotations__))
     fix_at: FixAt = options.get("fix_at", "mean")
-    start: Start = options.get("start", "zero" if given is None else "fit")
-    check_option("start", start, get_args(Start))
+    init_strategy: Start = options.get("init_strategy", "zero" if given is None else "fit")
+    check_option("init_strategy", init_strategy, get_args(Start))
     folder, console = options.get("folder"), options.get("console")
     plan = Plan(
         options.get("num_chains", 4),
@@ -75,5 +75,5 @@ def sampled(
     made = target(fix_key, model, train, sites=sites, given=given, fix_at=fix_at, console=console)
     if geometry is not None:
         made = whitened(made, geometry)
-    first = starts(start_key, made, given, start, plan.num_chains)
+    first = starts(start_key, made, given, init_strategy, plan.num_chains)
     return run(run_key, made, method, plan, first, console)

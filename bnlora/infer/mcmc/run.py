@@ -153,10 +153,10 @@ def _check_starts(target: Target, starts: Array) -> list[float]:
     )
     bad = np.flatnonzero(~np.isfinite(np.asarray(values)))
     if len(bad):
-        remedy = "start from a fit (`given`, start='fit'), or from start='zero'"
+        remedy = "start from a fit (`given`, init_strategy='fit'), or from init_strategy='zero'"
         raise ValueError(
             f"the log-density is not finite where chain {bad[0]} starts ({float(values[bad[0]])}); "
-            f"{broken_weights(target.view.model.base.params) or remedy}"
+            f"{broken_weights(target.view.model.base.weights) or remedy}"
         )
     return np.asarray(values, np.float64).tolist()
 

@@ -93,14 +93,14 @@ class Hmc:
     """Hamiltonian Monte Carlo with trajectories of one length.
 
     Attributes:
-        integration_steps: Leapfrog steps of a trajectory.
+        num_integration_steps: Leapfrog steps of a trajectory.
     """
 
-    integration_steps: int = 32
+    num_integration_steps: int = 32
 
     def options(self) -> dict[str, int]:
         """Arguments of BlackJAX's kernel."""
-        return {"num_integration_steps": self.integration_steps}
+        return {"num_integration_steps": self.num_integration_steps}
 
 
 def warm_up(
@@ -245,7 +245,7 @@ def temper(
     *,
     target_ess: float,
     step_size: Array,
-    integration_steps: int,
+    num_integration_steps: int,
     num_moves: Array,
     summaries: Callable[[Array], Array],
 ) -> tuple[Particles, Array, Array]:
@@ -261,7 +261,7 @@ def temper(
         log_likelihood: Log-likelihood.
         target_ess: Share of the particles that the effective number may fall to.
         step_size: Step in units of the particles' spread.
-        integration_steps: Leapfrog steps of a transition.
+        num_integration_steps: Leapfrog steps of a transition.
         num_moves: Transitions of each particle, a number that may change without compiling again.
         summaries: Numbers of a particle, shape (k,), that show how far it was moved.
 
@@ -283,7 +283,7 @@ def temper(
         {
             "step_size": step_size[None],
             "inverse_mass_matrix": variance[None],
-            "num_integration_steps": jnp.asarray([integration_steps]),
+            "num_integration_steps": jnp.asarray([num_integration_steps]),
             "num_moves": num_moves[None],
         },
         blackjax.smc.resampling.systematic,
@@ -343,8 +343,8 @@ def langevin(gradient: Callable[[Array, Any], Array], step_size: float) -> Kerne
 
 
 def stochastic_hamiltonian(
-    gradient: Callable[[Array, Any], Array], step_size: float, integration_steps: int, friction: float
+    gradient: Callable[[Array, Any], Array], step_size: float, num_integration_steps: int, friction: float
 ) -> Kernel:
     """Stochastic-gradient Hamiltonian Monte Carlo with friction."""
-    step = _blackjax().sghmc(gradient, integration_steps, friction).step
+    step = _blackjax().sghmc(gradient, num_integration_steps, friction).step
     return lambda key, vector, batch: step(key, vector, batch, step_size)

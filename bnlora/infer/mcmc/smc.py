@@ -59,11 +59,11 @@ def sample_smc(
     given: Fit | None = None,
     fix_at: FixAt = "mean",
     num_runs: int = 4,
-    num_particles: int = 1000,
+    num_draws: int = 1000,
     target_ess: float = 0.5,
     num_moves: int = 5,
     max_moves: int = 100,
-    integration_steps: int = 8,
+    num_integration_steps: int = 8,
     step_size: float = 0.5,
     console: Console | None = None,
 ) -> Chains:
@@ -77,11 +77,11 @@ def sample_smc(
         given: A fit of the same model; particles start at the prior all the same.
         fix_at: Where sites that are not sampled are held.
         num_runs: Independent runs, one after the other; the chains of the result.
-        num_particles: Particles of each run; the draws of the result.
+        num_draws: Particles of each run; the draws of the result.
         target_ess: Share of the particles that the effective number may fall to in a stage.
         num_moves: Fewest HMC transitions of each particle in a stage.
         max_moves: Most; in between as many as the correlation with the start of a stage needs to fall to 0.5.
-        integration_steps: Leapfrog steps of a transition.
+        num_integration_steps: Leapfrog steps of a transition.
         step_size: Longest step of the first stage in units of the particles' own spread, and sixteen times
             its shortest; each stage then aims at an acceptance between 0.65 and 0.9.
         console: Where to draw the progress bar.
@@ -96,13 +96,15 @@ def sample_smc(
             reached in 500 stages.
 
     Example:
-        >>> runs = bl.sample_smc(key, model, rows, num_runs=2, num_particles=20, integration_steps=2)
+        >>> runs = bl.sample_smc(key, model, rows, num_runs=2, num_draws=20, num_integration_steps=2)
         >>> runs.num_chains
         2
     """
     key = check_key(key)
-    check_at_least({"num_runs": num_runs, "num_moves": num_moves, "integration_steps": integration_steps}, 1)
-    check_at_least({"num_particles": num_particles}, 10)
+    check_at_least(
+        {"num_runs": num_runs, "num_moves": num_moves, "num_integration_steps": num_integration_steps}, 1
+    )
+    check_at_least({"num_draws": num_draws}, 10)
     check_positive({"step_size": step_size})
     check_at_least({"max_moves": max_moves}, num_moves)
     if not 0 < target_ess < 1:
@@ -110,7 +112,7 @@ def sample_smc(
     began = time.perf_counter()
     fix_key, run_key = jax.random.split(key)
     made = target(fix_key, model, train, sites=sites, given=given, fix_at=fix_at, console=console)
-    options = {"integration_steps": integration_steps, "target_ess": target_ess}
+    options = {"num_integration_steps": num_integration_steps, "target_ess": target_ess}
     stage = jax.jit(_stage(made, options))
     limits = (num_moves, max_moves)
     runs = []
@@ -118,10 +120,10 @@ def sample_smc(
         for index, k in enumerate(jax.random.split(run_key, num_runs)):
             task = bar.add_task(f"SMC run {index + 1} of {num_runs}", total=100)
             told = partial(_advance, bar, task)
-            runs.append(_run(k, made, stage, num_particles, step_size, limits, told))
+            runs.append(_run(k, made, stage, num_draws, step_size, limits, told))
     vectors = np.stack([np.asarray(run.particles.positions) for run in runs])
     moves = [list(run.moves) for run in runs]
-    plan = {"num_runs": num_runs, "num_particles": num_particles, "stages": [len(m) for m in moves]}
+    plan = {"num_runs": num_runs, "num_draws": num_draws, "stages": [len(m) for m in moves]}
     asked = {**options, "num_moves": num_moves, "max_moves": max_moves, "step_size": step_size}
     kept = record(key, "SMC", "none", asked, plan)
     kept |= {
@@ -131,7 +133,7 @@ def sample_smc(
         "seconds": time.perf_counter() - began,
         "stopped": "done",
     }
-    cost = [sum(m) * integration_steps for m in moves]
+    cost = [sum(m) * num_integration_steps for m in moves]
     return Chains(made, vectors, _stats(vectors, cost), _tuning(num_runs), kept)
 
 
@@ -181,15 +183,15 @@ def _run(
     key: Array,
     made: Target,
     stage: Any,
-    num_particles: int,
+    num_draws: int,
     step_size: float,
     limits: tuple[int, int],
     told: Callable[[float], None],
 ) -> _Run:
     """One run from the prior to the posterior."""
     start_key, key = jax.random.split(key)
-    first = jax.jit(jax.vmap(made.view.draw))(jax.random.split(start_key, num_particles))
-    weights = jnp.full(num_particles, 1 / num_particles)
+    first = jax.jit(jax.vmap(made.view.draw))(jax.random.split(start_key, num_draws))
+    weights = jnp.full(num_draws, 1 / num_draws)
     particles = Particles(first, weights, jnp.zeros(()), jnp.zeros(()))
     step, moves = jnp.asarray(step_size), [limits[0]]
     for count in range(1, MAX_STAGES + 1):

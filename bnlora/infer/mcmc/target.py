@@ -67,13 +67,13 @@ class Target:
     @property
     def inputs(self) -> tuple[Any, Batch, Affine | None]:
         """What the density reads beside its position; to be passed into compiled programs as an argument."""
-        return self.model.base.params, self.train, self.affine
+        return self.model.base.weights, self.train, self.affine
 
     def log_density(self, position: Float[Array, " p"], inputs: tuple) -> Float[Array, ""]:
         """Log prior plus log-likelihood of all rows, in nats, where the sampler stands."""
-        frozen, batch, affine = inputs
+        weights, batch, affine = inputs
         vector = position if affine is None else jnp.asarray(affine.apply(position))
-        return self.view.log_joint(vector, frozen, batch)
+        return self.view.log_joint(vector, weights, batch)
 
     @property
     def log_constant(self) -> float:
@@ -82,8 +82,8 @@ class Target:
 
     def log_likelihood(self, vector: Float[Array, " p"], inputs: tuple) -> Float[Array, ""]:
         """Log-likelihood of all rows, in nats."""
-        frozen, batch, _ = inputs
-        return log_likelihood(self.model, frozen, self.view.adapters(vector), batch)
+        weights, batch, _ = inputs
+        return log_likelihood(self.model, weights, self.view.adapters(vector), batch)
 
     def vectors(self, positions: Float[np.ndarray, "... p"]) -> Float[np.ndarray, "... p"]:
         """The unconstrained vectors of positions of the sampler."""
@@ -146,27 +146,31 @@ def target(
     return Target(density(conditional, params), cached, train, held)
 
 
-def starts(key: Array, made: Target, given: Fit | None, start: Start, num_chains: int) -> Float[Array, "c p"]:
+def starts(
+    key: Array, made: Target, given: Fit | None, init_strategy: Start, num_chains: int
+) -> Float[Array, "c p"]:
     """Where the chains start, from different keys.
 
     Raises:
         ValueError: When they are to start from a fit and there is none.
     """
     keys = jax.random.split(key, num_chains)
-    if start == "fit":
+    if init_strategy == "fit":
         if given is None:
-            raise ValueError("start='fit' needs `given`, a fit to start from; got none, use start='prior'")
+            raise ValueError(
+                "init_strategy='fit' needs `given`, a fit to start from; got none, use init_strategy='prior'"
+            )
         names = tuple(made.view.shapes)
         return _each(lambda k: made.view.vector_of(_draw(k, given, names)), keys)
-    if start == "prior":
+    if init_strategy == "prior":
         return _each(made.view.draw, keys)
-    if made.affine is not None and start == "zero":  # draws of the Gaussian
+    if made.affine is not None and init_strategy == "zero":  # draws of the Gaussian
         normals = jnp.stack([jax.random.normal(k, (made.view.size,)) for k in keys])
         return jnp.asarray(made.affine.apply(normals))
     # At zero the density of a bilinear adapter has a saddle, so every chain is moved off it a little.
     first = _each(made.view.start, keys)
     first = first + 0.01 * jax.random.normal(jax.random.fold_in(key, 1), first.shape)
-    if start == "zero":
+    if init_strategy == "zero":
         return first
 
     def climb(k: Array, u: Array, inputs: Any) -> Array:

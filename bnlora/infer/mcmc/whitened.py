@@ -60,7 +60,7 @@ class InRows(Target):
     @property
     def inputs(self) -> Any:
         """What the density reads beside its position, after what that of the vector reads."""
-        return self.model.base.params, self.train, (self.likelihood, self._along)
+        return self.model.base.weights, self.train, (self.likelihood, self._along)
 
     @property
     def _along(self) -> tuple[Array, Array]:
@@ -107,7 +107,7 @@ class WithScales(Target):
     @property
     def inputs(self) -> Any:
         """What the density reads beside its position, after what that of the vector reads."""
-        return self.model.base.params, self.train, (self.moving, self.centre, self.spread)
+        return self.model.base.weights, self.train, (self.moving, self.centre, self.spread)
 
     def log_density(self, position: Float[Array, " q"], inputs: Any) -> Float[Array, ""]:
         """Log-density of the position and the labels, in nats."""
@@ -245,7 +245,7 @@ def _require_same(made: Target, expected: Contrasts, labels: AnyArray, left_out:
         )
 
 
-def _looked_at(made: Target, vector: Array, frozen: Any, batch: Any) -> tuple[Array, Array]:
+def _looked_at(made: Target, vector: Array, weights: Any, batch: Any) -> tuple[Array, Array]:
     """Log prior of a vector, and the contrasts of all rows under it."""
-    logits = made.model.logits(frozen, made.view.adapters(vector), batch)
+    logits = made.model.logits(weights, made.view.adapters(vector), batch)
     return made.view.log_prior(vector), logits[:, 1:] - logits[:, :1]

@@ -114,7 +114,7 @@ def fit_from(
         _require_same_model(record, arrays, model, folder)
         _require_same_guide(arrays, guide, folder)
     train = _rows(arrays, model, folder)
-    like, allowed = parameter_shapes(model, guide, model.base.params, train[:1], len(train))
+    like, allowed = parameter_shapes(model, guide, model.base.weights, train[:1], len(train))
     params, last_params = (_restored(n, like, allowed, arrays, folder) for n in ("params", "last_params"))
     return Fit(
         model=model,
@@ -148,7 +148,7 @@ def read_notes(folder: str | Path) -> dict[str, Any]:
 
 def fit_size(model: Any, guide: Callable, train: Batch, num_steps: int) -> int:
     """Bytes that a fit of so many steps takes on disk, rounded up."""
-    like, _ = parameter_shapes(model, guide, model.base.params, train[:1], len(train))
+    like, _ = parameter_shapes(model, guide, model.base.weights, train[:1], len(train))
     leaves = [*jax.tree.leaves(like)] * 2 + [getattr(train, name) for name in _ROWS]
     numbers = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     return numbers + 200 * num_steps + 200 * len(leaves) + 2**17  # the history, names and shapes, the record
@@ -178,7 +178,7 @@ def _told(model: Any) -> dict[str, Any]:
 
 def _some_weights(model: Any) -> Float[np.ndarray, " k"]:
     """A few numbers of every frozen array: the base's weights and the sites that are held."""
-    return fingerprint((model.base.params, getattr(model, "fixed", {})))
+    return fingerprint((model.base.weights, getattr(model, "fixed", {})))
 
 
 def _frame_arrays(model: Any) -> dict[str, np.ndarray]:

@@ -99,7 +99,7 @@ def _logdet(site: dict) -> Array:
 
 
 def initial_parameters(
-    key: Array, model: Any, guide: Callable, *args: Any, start: Parameters | None = None
+    key: Array, model: Any, guide: Callable, *args: Any, init_params: Parameters | None = None
 ) -> tuple[dict[str, Array], Callable[[dict], dict]]:
     """Start values of every parameter of prior and guide, without running the language model.
 
@@ -108,7 +108,7 @@ def initial_parameters(
         model: The NumPyro model, with `prior` as an attribute.
         guide: The NumPyro guide.
         *args: Arguments of the guide.
-        start: Constrained values to start from instead, one for each parameter.
+        init_params: Constrained values to start from instead, one for each parameter.
 
     Returns:
         The unconstrained values by name and the map from them to the constrained ones.
@@ -116,7 +116,7 @@ def initial_parameters(
     Raises:
         ValueError: When the prior has a discrete latent site or a name that model or guide own, the guide
             cannot be fitted (see `bnlora.guides.automatic`), a start value is outside its constraint, or
-            `start` lacks a parameter, has another name or shape.
+            `init_params` lacks a parameter, has another name or shape.
     """
     key = check_key(key)
     declared(model.prior).check()
@@ -139,11 +139,11 @@ def initial_parameters(
     def constrain(values: dict) -> dict:
         return {n: jax.tree.map(transforms[n], x) for n, x in values.items()}
 
-    if start is None:
+    if init_params is None:
         _check_finite(unconstrained)
         return unconstrained, constrain
-    _check_start(jax.eval_shape(constrain, unconstrained), start)
-    given = {n: jax.tree.map(transforms[n].inv, start[n]) for n in unconstrained}
+    _check_start(jax.eval_shape(constrain, unconstrained), init_params)
+    given = {n: jax.tree.map(transforms[n].inv, init_params[n]) for n in unconstrained}
     _check_finite(given)
     return jax.tree.map(lambda like, x: jnp.asarray(x, like.dtype), unconstrained, given), constrain
 

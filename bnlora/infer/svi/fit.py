@@ -67,7 +67,7 @@ def fit(
     validation: Batch | None = None,
     early_stopping: EarlyStopping | None = None,
     plateau: Plateau | None = None,
-    start: Parameters | None = None,
+    init_params: Parameters | None = None,
     on_step: Callable[[int, Parameters], None] | None = None,
     skip_budget: int = 10,
     prefix_cache: Literal["memory", "off"] = "memory",
@@ -99,8 +99,8 @@ def fit(
         validation: Rows whose negative log-likelihood picks the best step.
         early_stopping: How often to look at them, and when to stop.
         plateau: When to stop because the bound does not grow any more; never when omitted.
-        start: Parameters to start from, constrained, such as the `params` of another fit of this model and
-            guide; the start values of guide and prior when omitted.
+        init_params: Parameters to start from, constrained, such as the `params` of another fit of this model
+            and guide; the start values of guide and prior when omitted.
         on_step: Called after each step with the number of steps done and the constrained parameters, those
             before the step where it was skipped.
         skip_budget: Steps that may be skipped as not finite before the fit stops.
@@ -116,7 +116,7 @@ def fit(
         ValueError: On sizes below one, more rows in a minibatch than there are, parts that do not divide it,
             an unknown option, rows without labels or with labels that the model has no class for, an
             early-stopping rule without validation rows, a prior with a discrete latent site or a name that
-            model or guide own, an automatic guide that cannot be fitted, or a `start` of other names or
+            model or guide own, an automatic guide that cannot be fitted, or `init_params` of other names or
             shapes than the parameters of this guide and prior, or outside their constraints.
         FitDiverged: When more than `skip_budget` steps were not finite.
 
@@ -148,7 +148,7 @@ def fit(
         clip_norm=clip_norm,
         num_particles=num_particles,
         num_steps=num_steps,
-        start=start,
+        init_params=init_params,
     )
     rule = early_stopping or EarlyStopping()
     look = Validation(model, guide, loop.constrain, validation, rule, look_key, num_steps)
@@ -190,11 +190,11 @@ def _prepare(
     clip_norm: float = 10.0,
     num_particles: int = 1,
     num_steps: int | None = None,
-    start: Parameters | None = None,
+    init_params: Parameters | None = None,
 ) -> "tuple[_Loop, State]":
     """The step of a fit, to be compiled when it first runs, and the state that it starts from."""
-    arguments = (program.base.params, train[:1], len(train))
-    params, constrain = initial_parameters(key, program, guide, *arguments, start=start)
+    arguments = (program.base.weights, train[:1], len(train))
+    params, constrain = initial_parameters(key, program, guide, *arguments, init_params=init_params)
     grouped = _by_group(params, optimizer, scale_optimizer, clip_norm)
     loop = _Loop(program, guide, train, constrain, grouped, num_particles, num_steps)
     # In one program: by itself, every array of another shape would be one.
@@ -255,17 +255,17 @@ class _Loop:
         """One step, recorded."""
         began = time.perf_counter()
         step = self.step(len(rows))
-        state, terms = step(state, key, self.model.base.params, self.train, jnp.asarray(rows))
+        state, terms = step(state, key, self.model.base.weights, self.train, jnp.asarray(rows))
         record = {name: float(value) for name, value in terms.items()}
         self.steps.append(record | {"seconds": time.perf_counter() - began})
         return state
 
-    def _traced_step(self, state: State, key: Array, frozen: Any, train: Batch, rows: Array):
+    def _traced_step(self, state: State, key: Array, weights: Any, train: Batch, rows: Array):
         self.num_traces += 1  # runs when the step is traced, not when it is executed
         batch, n_total = train[rows], len(train)
 
         def loss(params):
-            arguments = (frozen, batch, n_total)
+            arguments = (weights, batch, n_total)
             terms = elbo_terms(
                 key,
                 self.constrain(params),

@@ -48,46 +48,46 @@ class InParts:
         """As of the classifier, of a part of these rows and positions."""
         return max(self.model.numbers(shape) // self.parts, self.model.numbers(()))
 
-    def __call__(self, params: Any, batch: Batch, n_total: int) -> None:
+    def __call__(self, weights: Any, batch: Batch, n_total: int) -> None:
         """Sample adapters and observe labels, as the classifier does.
 
         Args:
-            params: The frozen base weights.
+            weights: The frozen base weights.
             batch: Rows with labels.
             n_total: Size of the data set that `batch` is a random part of.
         """
-        total, rows = self.log_likelihood(self.prior(), params, batch), len(batch)
+        total, rows = self.log_likelihood(self.prior(), weights, batch), len(batch)
         # Every row is charged with the mean of all: the sum is theirs, and the one plate scales it.
         with numpyro.plate("data", n_total, subsample_size=rows if rows < n_total else None):
             numpyro.factor("y", jnp.broadcast_to(total / rows, (rows,)))
 
-    def log_likelihood(self, adapters: Adapters, params: Any, batch: Batch) -> Float[Array, ""]:
+    def log_likelihood(self, adapters: Adapters, weights: Any, batch: Batch) -> Float[Array, ""]:
         """Sum of the labels' log-probabilities, in nats, to be differentiated in the adapters alone.
 
         Args:
             adapters: One draw of the adapters.
-            params: The frozen base weights; constants.
+            weights: The frozen base weights; constants.
             batch: Rows with labels; constants.
         """
         rows = len(batch) // self.parts
         parts = jax.tree.map(lambda x: x.reshape(self.parts, rows, *x.shape[1:]), batch)
-        return self._sum(adapters, *jax.lax.stop_gradient((params, parts)))
+        return self._sum(adapters, *jax.lax.stop_gradient((weights, parts)))
 
     @property
     def _sum(self) -> Callable[..., Array]:
         """The sum over the parts, with a derivative of its own: the one that the same loop has added up."""
 
-        def of_part(adapters: Adapters, params: Any, part: Batch) -> Array:
-            logits = self.model.logits(params, adapters, part)
+        def of_part(adapters: Adapters, weights: Any, part: Batch) -> Array:
+            logits = self.model.logits(weights, adapters, part)
             return dist.Categorical(logits=logits).log_prob(part.labels).sum()
 
         @jax.custom_vjp
-        def total(adapters: Adapters, params: Any, parts: Batch) -> Array:
-            return jax.lax.map(lambda part: of_part(adapters, params, part), parts).sum()
+        def total(adapters: Adapters, weights: Any, parts: Batch) -> Array:
+            return jax.lax.map(lambda part: of_part(adapters, weights, part), parts).sum()
 
-        def forwards(adapters: Adapters, params: Any, parts: Batch) -> tuple[Array, Adapters]:
+        def forwards(adapters: Adapters, weights: Any, parts: Batch) -> tuple[Array, Adapters]:
             def add(sums: tuple[Array, Adapters], part: Batch) -> tuple[tuple[Array, Adapters], None]:
-                return jax.tree.map(jnp.add, sums, jax.value_and_grad(of_part)(adapters, params, part)), None
+                return jax.tree.map(jnp.add, sums, jax.value_and_grad(of_part)(adapters, weights, part)), None
 
             nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, adapters)
             return jax.lax.scan(add, nothing, parts)[0]

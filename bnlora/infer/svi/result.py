@@ -2,7 +2,7 @@ r"""What a fit hands over: the fitted guide, and the record of how it came about
 
     q(adapters) = law of prior(sites), sites ~ guide(params)
 
-A `Fit` is the first of the posteriors that `predict` takes (`bnlora.prediction.predict.Posterior`); the
+A `Fit` is the first of the posteriors that `predict` takes (`bnlora.prediction.posterior.Posterior`); the
 others are in `bnlora.infer.approximate`.
 """
 
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from bnlora._util.checks import broken_weights, check_key
+from bnlora._util.checks import broken_weights, check_at_least, check_key
 from bnlora._util.compilation import by_pieces, first_entries, key_of, program, split_keys
 from bnlora._util.copying import error_parts, state
 from bnlora._util.display import Showable, Shown, Table, facts
@@ -76,46 +76,47 @@ class Fit(Shown):
         """Number of trained parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
-    def draw_adapters(self, key: Array, num_samples: int) -> Adapters:
+    def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
         """Posterior adapters with a leading draw axis; the same key gives the same draws."""
-        return self.draws(key, num_samples)[1]
+        return self.draws(key, num_draws)[1]
 
-    def draws(self, key: Array, num_samples: int) -> tuple[Draw, Adapters]:
+    def draws(self, key: Array, num_draws: int) -> tuple[Draw, Adapters]:
         """Draws of the guide with both log-densities, and the adapters that the prior makes of them."""
         key = check_key(key)
+        check_at_least({"num_draws": num_draws}, 1)
         if isinstance(key, jax.core.Tracer):  # inside another program, which compiles this one too
-            return draw_both(key, self.model, self.guide, self.params, num_samples)
-        sites, log_q, log_q_of = self.by_keys(_from_guide, key, num_samples)
-        log_prior, log_prior_of, adapters = self.at(sites, num_samples)
+            return draw_both(key, self.model, self.guide, self.params, num_draws)
+        sites, log_q, log_q_of = self.by_keys(_from_guide, key, num_draws)
+        log_prior, log_prior_of, adapters = self.at(sites, num_draws)
         sites, log_q, log_q_of = jax.device_put((sites, log_q, log_q_of))
         return Draw(sites, log_prior, log_q, log_prior_of, log_q_of), adapters
 
-    def at(self, sites: Mapping[str, Any], num_samples: int) -> tuple[Array, dict[str, Array], Adapters]:
+    def at(self, sites: Mapping[str, Any], num_draws: int) -> tuple[Array, dict[str, Array], Adapters]:
         """Log prior of given latent sites, its parts, and the adapters that the prior makes of them.
 
         Args:
             sites: Value of every latent site by name, with a leading draw axis.
-            num_samples: Length of that axis, needed if there are no sites.
+            num_draws: Length of that axis, needed if there are no sites.
 
         Returns:
             All three, with that axis.
         """
         run = program(self, _at_sites, numbers=self.model.sites.num_parameters)
-        stacks = dict(sites), np.arange(num_samples)
+        stacks = dict(sites), np.arange(num_draws)
         return jax.device_put(by_pieces(lambda piece, count: run(self.params, piece, count), stacks))
 
-    def by_keys(self, one: Callable[[Any, Parameters, Array], Any], key: Array, num_samples: int) -> Any:
+    def by_keys(self, one: Callable[[Any, Parameters, Array], Any], key: Array, num_draws: int) -> Any:
         """Results of a function for one key per draw, by a program that is compiled once.
 
         Args:
             one: `one(fit, params, key)`, a module-level function.
             key: Random key, split into the keys of the draws.
-            num_samples: Number of draws.
+            num_draws: Number of draws.
 
         Returns:
             NumPy arrays with a leading draw axis.
         """
-        keys, kind = split_keys(check_key(key), num_samples)
+        keys, kind = split_keys(check_key(key), num_draws)
         numbers = self.model.sites.num_parameters
         run = program(self, _each_key, numbers=numbers, static=(0, 4))
         return by_pieces(lambda keys, count: run(one, self.params, keys, count, kind), keys)
@@ -200,7 +201,7 @@ def divergence_remedy(fit: Fit) -> str:
     Returns:
         The cause, if it was found, and its remedy.
     """
-    weights = broken_weights(fit.model.base.params)
+    weights = broken_weights(fit.model.base.weights)
     if weights:
         return weights
     bound = fit.history["elbo"]
@@ -216,7 +217,7 @@ def _start_remedy(fit: Fit) -> str:
         name: {factor: np.zeros((1, *shape), np.float32) for factor, shape in site.shapes.items()}
         for name, site in model.sites.items()
     }
-    found = np.asarray(model.log_probs_by_draw(model.base.params, untouched, rows))[0]
+    found = np.asarray(model.log_probs_by_draw(model.base.weights, untouched, rows))[0]
     broken = int((~np.isfinite(found)).any(1).sum())
     if broken:
         return (

@@ -23,11 +23,11 @@ class EarlyStopping:
     Attributes:
         every: Steps between looks; the last step is looked at in any case.
         patience: Looks without a better negative log-likelihood before stopping.
-        num_samples: Posterior draws at each look, the same ones each time.
+        num_draws: Posterior draws at each look, the same ones each time.
         batch_size: Rows to run at a time.
 
     Example:
-        >>> rule = bl.EarlyStopping(every=2, patience=1, num_samples=1)
+        >>> rule = bl.EarlyStopping(every=2, patience=1, num_draws=1)
         >>> looked = {"validation": rows, "early_stopping": rule}
         >>> made = bl.fit(key, model, guide, rows, optax.adam(0.01), num_steps=4, batch_size=4, **looked)
         >>> bool(made.best_step in made.validation["step"])
@@ -36,7 +36,7 @@ class EarlyStopping:
 
     every: int = 50
     patience: int = 5
-    num_samples: int = 8
+    num_draws: int = 8
     batch_size: int = 32
 
     def __post_init__(self):
@@ -79,4 +79,4 @@ class Validation:
         return (step - self.best_step) // self.rule.every >= self.rule.patience
 
     def _traced_draw(self, params: dict[str, Array]) -> Any:
-        return draw_adapters(self.key, self.model, self.guide, self.constrain(params), self.rule.num_samples)
+        return draw_adapters(self.key, self.model, self.guide, self.constrain(params), self.rule.num_draws)

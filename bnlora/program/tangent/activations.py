@@ -19,20 +19,20 @@ from bnlora.program.model import Classifier
 
 
 def second_moments(
-    model: Classifier, params: Any, batch: Batch, weights: Float[Array, " n"]
+    model: Classifier, weights: Any, batch: Batch, row_weights: Float[Array, " n"]
 ) -> dict[str, Float[Array, "l d_in d_in"]]:
     """Weighted sums over the rows of a batch, by family.
 
     Args:
         model: The classifier.
-        params: The frozen base weights.
+        weights: The frozen base weights.
         batch: Rows; labels are not read.
-        weights: Weight of each row, 0 for rows that only fill up a part.
+        row_weights: Weight of each row, 0 for rows that only fill up a part.
     """
-    hidden, modules = model.hidden(params, batch), [site.module for site in model.sites.values()]
-    inputs = model.base.bind(params).inputs(hidden, batch.mask, modules, start=model.start)
-    real = weights[:, None] * batch.mask
-    last = weights[:, None] * (jnp.arange(batch.tokens.shape[1]) == batch.last[:, None])
+    hidden, modules = model.hidden(weights, batch), [site.module for site in model.sites.values()]
+    inputs = model.base.bind(weights).inputs(hidden, batch.mask, modules, start=model.start)
+    real = row_weights[:, None] * batch.mask
+    last = row_weights[:, None] * (jnp.arange(batch.tokens.shape[1]) == batch.last[:, None])
     found = {}
     for name, site in model.sites.items():
         own = [0] if site.module == HEAD else [layer - model.start for layer in site.layers]

@@ -118,7 +118,7 @@ def frames(
         model.label_ids,
         "given" if isinstance(source, Mapping) else source,
         label_free or not isinstance(source, Mapping),
-        fingerprint(base.params),
+        fingerprint(base.weights),
     )
 
 
@@ -179,7 +179,7 @@ def _jacobian(key: Array, model: Classifier, data: Batch, console: Console | Non
 
     def of_part(part: Part) -> Any:
         filled = np.concatenate([part.rows, np.zeros(len(part.batch) - len(part.rows), int)])
-        return program(model, moments)(model.base.params, part.batch, keys[filled], counted(part))
+        return program(model, moments)(model.base.weights, part.batch, keys[filled], counted(part))
 
     return summed(differentiated(data, "frames", console), of_part)
 
@@ -188,7 +188,7 @@ def _activations(model: Classifier, data: Batch, console: Console | None) -> dic
     """Sums over rows and tokens of y y^T and x x^T, where x enters a module and y = W x leaves it."""
 
     def of_part(part: Part) -> Any:
-        return program(model, second_moments)(model.base.params, part.batch, counted(part))
+        return program(model, second_moments)(model.base.weights, part.batch, counted(part))
 
     inputs = summed(differentiated(data, "frames", console), of_part)
     return {
@@ -203,7 +203,7 @@ def _weights(model: Classifier) -> dict[str, Sides]:
 
 def _kernels(model: Classifier) -> dict[str, Float[np.ndarray, "l d_out d_in"]]:
     """The frozen kernels of every family; of the head the label rows less their mean."""
-    module, found = model.base.bind(model.base.params), {}
+    module, found = model.base.bind(model.base.weights), {}
     for name, site in model.sites.items():
         if site.module == HEAD:
             found[name] = label_rows(model)[None]

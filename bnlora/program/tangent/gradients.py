@@ -63,13 +63,13 @@ def summed(pieces: Iterable[Part], of_part: Callable[[Part], Any]) -> Any:
 
 
 def features(
-    model: Classifier, params: Any, frames: Mapping[str, tuple[Array, Array]], batch: Batch
+    model: Classifier, weights: Any, frames: Mapping[str, tuple[Array, Array]], batch: Batch
 ) -> tuple[Float[Array, "n c"], Float[Array, "n k d"]]:
     """Logits of the base, and the derivative of every contrast in the cores U of `dW = L U R^T`.
 
     Args:
         model: The classifier.
-        params: The frozen base weights.
+        weights: The frozen base weights.
         frames: L (layer, d_out, m_o) and R (layer, d_in, m_i) of each family, in the order of the sites.
         batch: Rows, with activations below the adapters where they are cached.
 
@@ -84,7 +84,7 @@ def features(
             name: {"a": right[name], "b": frames[name][0] @ core / model.sites[name].scale}
             for name, core in cores.items()
         }
-        logits = model.logits(params, adapters, row)[0]
+        logits = model.logits(weights, adapters, row)[0]
         return logits[1:] - logits[0], logits
 
     def of_row(row: Batch) -> tuple[Array, Array]:
@@ -92,7 +92,7 @@ def features(
         flat = [slopes[name].reshape(len(logits) - 1, -1) for name in model.sites]
         return logits, jnp.concatenate(flat, axis=1)
 
-    return _each_row(of_row, model.prepared(params, batch))
+    return _each_row(of_row, model.prepared(weights, batch))
 
 
 def _each_row(function: Callable[..., Any], batch: Batch, *others: Array) -> Any:
@@ -122,18 +122,18 @@ def shared_features(
     run = program(model.base, _features_of, static=(3, 4))
     plain = replace(batch, features=None, frames="")
     return run(
-        model.base.params, dict(frames), plain, replace(model.sites, families=families), model.label_ids
+        model.base.weights, dict(frames), plain, replace(model.sites, families=families), model.label_ids
     )
 
 
 def _features_of(
-    base: Base, params: Any, frames: Mapping, batch: Batch, sites: Sites, label_ids: tuple[int, ...]
+    base: Base, weights: Any, frames: Mapping, batch: Batch, sites: Sites, label_ids: tuple[int, ...]
 ) -> tuple[Array, Array]:
-    return features(Classifier(base, sites, point(), label_ids=label_ids), params, frames, batch)
+    return features(Classifier(base, sites, point(), label_ids=label_ids), weights, frames, batch)
 
 
 def moments(
-    model: Classifier, params: Any, batch: Batch, keys: Array, weights: Float[Array, " n"]
+    model: Classifier, weights: Any, batch: Batch, keys: Array, row_weights: Float[Array, " n"]
 ) -> Moments:
     """Weighted sums over rows of J J^T and J^T J, exact where a side is narrow and unbiased elsewhere.
 
@@ -142,10 +142,10 @@ def moments(
 
     Args:
         model: The classifier.
-        params: The frozen base weights.
+        weights: The frozen base weights.
         batch: Rows; labels are not read.
         keys: A random key for each row.
-        weights: Weight of each row, 0 for rows that only fill up a part.
+        row_weights: Weight of each row, 0 for rows that only fill up a part.
     """
 
     def of_row(row: Batch, key: Array) -> dict[str, tuple[Array, Array]]:
@@ -154,7 +154,7 @@ def moments(
 
         def objective(free: Mapping[str, Mapping[str, Array]]) -> Array:
             adapters = {name: _joined(probes[name], free[name], model.sites[name]) for name in probes}
-            logits = model.logits(params, adapters, row)[0]
+            logits = model.logits(weights, adapters, row)[0]
             if len(logits) == 2:
                 return logits[1] - logits[0]
             drawn = jax.random.categorical(class_key, jax.lax.stop_gradient(logits))
@@ -166,13 +166,13 @@ def moments(
 
     def total(roots: tuple[Array, Array]) -> tuple[Array, Array]:
         left, right = roots
-        weighted = weights[:, None, None, None]
+        weighted = row_weights[:, None, None, None]
         return (
             jnp.einsum("nlok,nlpk->lop", weighted * left, left),
             jnp.einsum("nlki,nlkj->lij", weighted * right, right),
         )
 
-    rows = _each_row(of_row, model.prepared(params, batch), keys)
+    rows = _each_row(of_row, model.prepared(weights, batch), keys)
     return {name: total(roots) for name, roots in rows.items()}
 
 

@@ -81,7 +81,7 @@ class Tangent(Classifier):
         self._check()
 
     def _check(self) -> None:
-        if not is_same(self.frames.base, fingerprint(self.base.params)):
+        if not is_same(self.frames.base, fingerprint(self.base.weights)):
             raise ValueError("the frames were made from another base; compute frames from this one")
         if self.frames.label_ids != self.label_ids:
             raise ValueError(f"the frames are of the label ids {self.frames.label_ids}; got {self.label_ids}")
@@ -123,18 +123,18 @@ class Tangent(Classifier):
         classes = len(self.label_ids)
         return 4 * len(batch) * (classes + (classes - 1) * self.frames.num_coordinates)
 
-    def prepared(self, params: Any, batch: Batch) -> Batch:
+    def prepared(self, weights: Any, batch: Batch) -> Batch:
         """The batch with its features."""
         if self.is_prepared(batch):
             return batch
-        found = self.features(params, batch)
+        found = self.features(weights, batch)
         return replace(batch, features=found, frames=self.checksum, hidden=None, depth=0, trunk="")
 
-    def features(self, params: Any, batch: Batch) -> Features:
+    def features(self, weights: Any, batch: Batch) -> Features:
         """The features of the rows: the batch's if they are those of this model, or computed here."""
         if batch.features is not None and self.is_prepared(batch):
             return batch.features
-        return Features(*features(self.network, params, self._arrays, batch))
+        return Features(*features(self.network, weights, self._arrays, batch))
 
     @property
     def _arrays(self) -> dict[str, tuple[Array, Array]]:
@@ -160,7 +160,7 @@ class Tangent(Classifier):
         outer = jnp.einsum("lor,lom->lmr", pair["b"], left) * self.sites[name].scale
         return outer @ (pair["a"] @ right)
 
-    def __call__(self, params: Any, batch: Batch, n_total: int | None = None) -> None:
+    def __call__(self, weights: Any, batch: Batch, n_total: int | None = None) -> None:
         """Sample cores and observe labels, as `Classifier` does, without making adapters of the cores."""
         with handlers.trace() as trace:
             adapters = self.prior()
@@ -169,14 +169,14 @@ class Tangent(Classifier):
             coordinates = self.coordinates(adapters)
         else:  # what adapters were made of is unused, so the compiler leaves it out
             coordinates = jnp.concatenate([core["value"].ravel() for core in cores])
-        self._observe(self._logits(params, coordinates, batch), batch, n_total)
+        self._observe(self._logits(weights, coordinates, batch), batch, n_total)
 
-    def logits(self, params: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n c"]:
+    def logits(self, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n c"]:
         """Logits of the label tokens, linear in the update."""
-        return self._logits(params, self.coordinates(adapters), batch)
+        return self._logits(weights, self.coordinates(adapters), batch)
 
-    def _logits(self, params: Any, coordinates: Float[Array, " d"], batch: Batch) -> Float[Array, "n c"]:
-        found = self.features(params, batch)
+    def _logits(self, weights: Any, coordinates: Float[Array, " d"], batch: Batch) -> Float[Array, "n c"]:
+        found = self.features(weights, batch)
         contrasts = found.phi @ coordinates
         return found.offset + jnp.pad(contrasts, ((0, 0), (1, 0)))
 

@@ -71,7 +71,7 @@ def own_sides(model: Classifier, data: Batch, console: Console | None) -> dict[s
 
 def label_rows(model: Classifier) -> Float[np.ndarray, "c d"]:
     """The label rows of the head less their mean: what all classes share moves no contrast."""
-    module = model.base.bind(model.base.params)
+    module = model.base.bind(model.base.weights)
     table = module.embedding if module.lm_head is None else module.lm_head
     rows = np.asarray(table[...])[list(model.label_ids)].astype(np.float64)
     return rows - rows.mean(0)
