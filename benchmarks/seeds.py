@@ -23,9 +23,10 @@ from pool import LABELLED, Pool, drawn, pool
 from rich.console import Console
 
 import bnlora as bl
+from bnlora._util.caching import cache_folder
 from bnlora._util.progress import timed
 from bnlora.app.experiment import BASE, BAYES, CAREFUL, LORA, fit_lora, temperature_of, untouched
-from bnlora.data.assets import DOMAINS, cache_folder
+from bnlora.data.assets import DOMAINS
 from bnlora.infer.approximate.temperature import tempered
 from bnlora.infer.core.fit import fit_core
 
