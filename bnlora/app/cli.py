@@ -36,7 +36,6 @@ from bnlora.app.outcome import (
     with_prediction,
 )
 from bnlora.app.recipe import LEARNING_RATE, LEARNING_RATE_OF_LORA, Recipe, Schedule
-from bnlora.data.assets import cache_folder
 from bnlora.data.batch import Batch
 from bnlora.data.formats import ENCODING, check_columns
 from bnlora.data.labels import LabelKind
@@ -324,6 +323,4 @@ def _write(path: Path, text: str) -> None:
 
 def main() -> None:
     """Entry point of the `bnlora` command."""
-    # Programs compiled once serve later runs too; a step takes seconds to compile.
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     app()
