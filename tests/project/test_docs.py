@@ -95,6 +95,11 @@ def test_every_public_plot_is_in_the_gallery():
     assert all(picture.title and picture.caption for picture in pictures.values())
 
 
+PACKAGES = (
+    "approximate", "comparison", "diagnostics", "guides", "mcmc", "metrics", "plots", "priors", "sbc",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def reference():
     """The package as the reference reads it, and its pages."""
@@ -114,7 +119,7 @@ def test_every_public_name_is_in_the_reference(reference):
     modules = {f"bnlora.{name}" for name, value in vars(bl).items() if inspect.ismodule(value)}
     assert offered - modules <= shown
     assert "bnlora.metrics.nll" in shown  # of another module, and handed on
-    for module in ("priors", "guides", "approximate", "plots", "diagnostics"):
+    for module in PACKAGES:
         public = {
             n for n, x in vars(getattr(bl, module)).items() if inspect.isfunction(x) or inspect.isclass(x)
         }
@@ -128,7 +133,7 @@ def test_names_and_shapes_are_read_as_they_are_meant(reference):
     assert package["priors.normal"].is_function  # and not the file of that name
     assert str(package["metrics.nll"].parameters["log_probs"].annotation) == 'Float[np.ndarray, "n c"]'
     assert str(package["priors.gp.conditional_kl"].returns) == 'Float[Array, "..."]'
-    assert str(package["functions.update_norm"].returns) == 'Float[Array, ""]'
+    assert str(package["prediction.functions.update_norm"].returns) == 'Float[Array, ""]'
 
 
 @pytest.fixture
