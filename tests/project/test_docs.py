@@ -177,5 +177,5 @@ def test_a_browser_finds_errors_and_what_is_too_wide(check, tmp_path):
     found = check["seen_by_a_browser"](tmp_path, browser)
     pages = {problem.split(" ")[0] for problem in found}
     assert pages == {"/wide.html", "/error.html", "/asks.html"}
-    for piece in ("wider than a phone", "in the console: broken", "fails in a script", "asks another host"):
+    for piece in ("wider than a phone", "to the console: broken", "fails in a script", "from another host"):
         assert any(piece in problem for problem in found)
