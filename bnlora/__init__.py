@@ -45,7 +45,8 @@ from bnlora.infer.svi.plateau import Plateau as Plateau
 from bnlora.infer.svi.result import Fit as Fit
 from bnlora.infer.svi.result import FitDiverged as FitDiverged
 from bnlora.infer.svi.validation import EarlyStopping as EarlyStopping
-from bnlora.prediction.predict import Posterior as Posterior
+from bnlora.prediction.posterior import PointPosterior as PointPosterior
+from bnlora.prediction.posterior import Posterior as Posterior
 from bnlora.prediction.predict import Prediction as Prediction
 from bnlora.prediction.predict import predict as predict
 from bnlora.prediction.reading import Reading as Reading

@@ -45,7 +45,7 @@ def options(numbers: int | None = None) -> dict[str, Any] | None:
 
     Returns:
         Options for no optimisation or for its lowest level. Higher levels take longer to compile and do not
-        make the step of a model of real size faster (`benchmarks/README.md`).
+        make the step of a model of real size faster (`python -m benchmarks compiler`).
     """
     if jax.default_backend() != "cpu":
         return None

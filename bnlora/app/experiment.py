@@ -36,7 +36,8 @@ from bnlora.infer.mcmc import Chains, sample_nuts
 from bnlora.infer.svi.fit import fit
 from bnlora.infer.svi.result import Fit
 from bnlora.infer.svi.validation import EarlyStopping
-from bnlora.prediction.predict import Posterior, Prediction, predict
+from bnlora.prediction.posterior import Posterior
+from bnlora.prediction.predict import Prediction, predict
 from bnlora.priors import point
 from bnlora.program.cache import cache_prefix
 from bnlora.program.model import Classifier

@@ -79,7 +79,7 @@ def row_shared(*, hidden: int = 16, blocks: int = 2, init_scale: float = 0.01) -
         flow = RowSharedAffine(Conditioner(*latent.parameter("flow", init)), latent.event_dim)
         return latent.constrained(base, [flow, *latent.to_values()])
 
-    return per_site(f"Gaussian with row-shared flow{_affine_limits(hidden)}", law)
+    return per_site(f"Gaussian with row-shared flow{_affine_limits(hidden)}", law, form="flow")
 
 
 def iaf(
@@ -246,5 +246,10 @@ def _flow_family(
         return dist.TransformedDistribution(unit, [bent, AffineTransform(loc, scale)])
 
     return vector_family(
-        label, law, count=lambda size: 2 * size + count(size), over=over, max_parameters=max_parameters
+        label,
+        law,
+        count=lambda size: 2 * size + count(size),
+        over=over,
+        form="flow",
+        max_parameters=max_parameters,
     )

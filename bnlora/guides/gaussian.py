@@ -56,6 +56,7 @@ def full(*, over: Over = "layer", init_scale: float = 0.01, max_parameters: int 
         law,
         count=lambda size: size + size * (size + 1) // 2,
         over=over,
+        form="full",
         max_parameters=max_parameters,
     )
 

@@ -101,6 +101,11 @@ class Guide(Shown):
         return draws
 
     @property
+    def has_density(self) -> bool:
+        """Whether every family has a density over its sites."""
+        return all(family.has_density for family, _ in self.groups)
+
+    @property
     def constants(self) -> list[Any]:
         """The arrays that each family holds fixed."""
         return [family.constants for family, _ in self.groups]

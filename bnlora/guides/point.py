@@ -29,7 +29,7 @@ def delta() -> Family:
             value = step(value)
         return dist.Delta(value, event_dim=latent.site["fn"].event_dim)
 
-    return per_site("point (maximum a posteriori, not a bound)", law)
+    return per_site("point (maximum a posteriori, not a bound)", law, has_density=False)
 
 
 def dropout(*, rate: float = 0.1) -> Family:
@@ -61,4 +61,4 @@ def dropout(*, rate: float = 0.1) -> Family:
         value = latent.location() * kept / (1 - rate)
         return dist.Delta(jnp.asarray(value), event_dim=latent.event_dim)
 
-    return per_site(f"point under dropout of {rate:g} (not a bound)", law)
+    return per_site(f"point under dropout of {rate:g} (not a bound)", law, has_density=False)

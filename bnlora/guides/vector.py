@@ -18,7 +18,7 @@ import numpyro.distributions as dist
 from jax import Array
 
 from bnlora._util.checks import check_option
-from bnlora.guides.family import Family, per_site
+from bnlora.guides.family import Family, Form, per_site
 from bnlora.guides.latent import Latent
 
 Over = Literal["layer", "family", "all"]
@@ -35,6 +35,7 @@ def vector_family(
     *,
     count: Callable[[int], int],
     over: Over = "layer",
+    form: Form = "other",
     max_parameters: int = MAX_PARAMETERS,
 ) -> Family:
     """A family out of a law of vectors.
@@ -44,6 +45,7 @@ def vector_family(
         law: Declares parameters and returns the law of one vector.
         count: Number of parameters for a vector of a given length.
         over: What is one vector.
+        form: As in `Family`.
         max_parameters: The family refuses to be built with more than these.
 
     Raises:
@@ -56,11 +58,11 @@ def vector_family(
         return law(prefix, batch, size, start)
 
     if over == "layer":
-        return per_site(f"{label} over each layer", lambda latent: _by_layer(latent, checked))
+        return per_site(f"{label} over each layer", lambda latent: _by_layer(latent, checked), form=form)
     if over == "family":
         build = lambda latents: {n: q for one in latents for n, q in _joined([one], checked).items()}  # noqa: E731
-        return Family(f"{label} over all layers together", build)
-    return Family(label, lambda latents: _joined(latents, checked), joint=True)
+        return Family(f"{label} over all layers together", build, form=form)
+    return Family(label, lambda latents: _joined(latents, checked), joint=True, form=form)
 
 
 def _by_layer(latent: Latent, law: VectorLaw) -> dist.Distribution:

@@ -5,11 +5,12 @@ r"""Posterior prediction: the mixture over draws of the softmax over the label w
 One definition for every number of draws and for deterministic fits, where it is a single softmax.
 What no draw changes (the layers below the lowest adapted one) runs once a row. Draws go through the layers
 above some at a time, so memory does not grow with their number: one on a CPU, which gains nothing from more
-(`benchmarks/step.py`), and several on an accelerator, where they share every read of the weights.
+(`python -m benchmarks step predict`), and several on an accelerator, where they share every read of the
+weights.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,30 +23,8 @@ from bnlora._util.compilation import SMALL, pieces
 from bnlora._util.display import Showable, Shown, Table
 from bnlora._util.typing import Adapters
 from bnlora.data.batch import Batch, check_form
+from bnlora.prediction.posterior import Posterior
 from bnlora.program.cache import tracked_parts
-
-
-@runtime_checkable
-class Posterior(Protocol):
-    """Whatever gives draws of a classifier's adapters: a `Fit`, or a member of `bnlora.infer.approximate`.
-
-    Prediction and metrics ask no more of it, so every way of inference is measured by the same code.
-
-    Example:
-        >>> def spread(posterior: bl.Posterior):
-        ...     return posterior.draw_adapters(key, 10)["lm_head"]["b"].std(0).shape
-        >>> spread(fit)
-        (1, 2, 1)
-    """
-
-    @property
-    def model(self) -> Any:
-        """The classifier."""
-        ...
-
-    def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
-        """Posterior adapters with a leading draw axis; the same key gives the same draws."""
-        ...
 
 
 @dataclass(frozen=True)

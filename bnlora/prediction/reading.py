@@ -17,7 +17,8 @@ from rich.console import Console
 from bnlora._util.checks import check_key, check_option
 from bnlora._util.display import Shades, Showable, Shown, Table, percent
 from bnlora.data.text import text_classification
-from bnlora.prediction.predict import Posterior, Prediction, predict
+from bnlora.prediction.posterior import Posterior
+from bnlora.prediction.predict import Prediction, predict
 
 Shade = Literal["mutual_information", "entropy"]
 

@@ -12,6 +12,7 @@ import bnlora as bl
 from bnlora.assess import sbc
 from bnlora.assess.comparison import Draws, UncertifiedReference, compare_draws, khat
 from bnlora.assess.prior_draws import draw_prior
+from bnlora.prediction.functions import log_likelihood
 from bnlora.prediction.predict import Prediction
 from bnlora.testing import tiny_base, tiny_rows
 
@@ -255,7 +256,7 @@ def test_khat_weights_are_those_of_the_model(exact):
     found = bl.compare(KEY, made, Run(exact[1]), ROWS, num_draws=1000).khat
 
     def weigh(drawn):
-        return sbc.log_likelihood(MODEL, BASE.weights, drawn, ROWS)
+        return log_likelihood(MODEL, BASE.weights, drawn, ROWS)
 
     log_weights = jax.lax.map(weigh, draw_prior(jax.random.key(9), MODEL, {}, 1000))
     expected = khat(np.asarray(log_weights), np.zeros(1000))

@@ -251,7 +251,7 @@ def test_restarts_agree_or_not(head, head_fit):
     found = diagnostics.restarts([head_fit, again], head.others)
     assert found.passed
     assert {"margin[0]", "norm[lm_head]", "singular value[lm_head, 1, 1]"} <= set(found.names)
-    apart = {n: x * 2.0 if n.endswith("loc") else x for n, x in again.weights.items()}
+    apart = {n: x * 2.0 if n.endswith("loc") else x for n, x in again.params.items()}
     moved = replace(again, params=apart)
     assert not diagnostics.restarts([head_fit, moved], head.others).passed
     with pytest.raises(ValueError, match="number of fits must be at least 2; got 1"):

@@ -171,7 +171,7 @@ def test_a_base_that_is_not_finite_is_no_matter_of_the_scale():
     def broken(path, x):
         return x.at[int(ROWS.tokens[0, 0])].set(jnp.nan) if "embedding" in jax.tree_util.keystr(path) else x
 
-    base = replace(BASE, params=jax.tree_util.tree_map_with_path(broken, BASE.weights))
+    base = replace(BASE, weights=jax.tree_util.tree_map_with_path(broken, BASE.weights))
     model = classifier(bl.priors.normal()).over(base)
     with pytest.raises(ValueError, match="own are not; .* not finite, in embedding; load"):
         bl.prior_predictive(KEY, model, ROWS, num_draws=4)

@@ -271,7 +271,7 @@ def test_building_a_guide_never_runs_the_language_model():
     def forbidden(*_):
         raise AssertionError("the language model was run")
 
-    base = SimpleNamespace(bind=forbidden, modules={"lm_head": (12, 30)}, num_layers=2, params=None)
+    base = SimpleNamespace(bind=forbidden, modules={"lm_head": (12, 30)}, num_layers=2, weights=None)
     from bnlora.program.model import Classifier
 
     model = Classifier(base, select(base, ["lm_head"], rank=2), priors.sparse_gp(), label_ids=(3, 7))

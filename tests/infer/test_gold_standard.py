@@ -1,7 +1,7 @@
 """A fit of several families against chains on some of its sites: the README's way, and what is held where."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ import pytest
 
 import bnlora as bl
 from bnlora.assess.comparison.problem import common_problem
+from bnlora.assess.comparison.side import side_of
 from bnlora.infer.mcmc import chains as of_chains
 from bnlora.prediction.functions import evaluate, identifiable
 from bnlora.program.conditional import condition
@@ -103,14 +104,14 @@ def test_a_stored_reference_holds_what_its_chains_held(said, fit, tmp_path):
     assert stored.fixed["tau"].shape == ()
     again = bl.compare(KEY, fit, stored, NEW, num_draws=60)
     assert again.notes == found.notes
-    np.testing.assert_allclose(again.posterior.values, found.posterior.values, atol=1e-4)
-    alike = common_problem(Draws(chains.model), stored, "reference")
+    np.testing.assert_allclose(again.approx.values, found.approx.values, atol=1e-4)
+    alike = common_problem(ones(chains.model), side_of(stored), "reference")
     assert alike.model is chains.model
     assert alike.holds == ()
     elsewhere = condition(MODEL, {name: 1.5 * value for name, value in chains.model.fixed.items()})
     with pytest.raises(ValueError, match="same values of the sites that they hold"):
-        common_problem(Draws(elsewhere), stored, "reference")
-    unknown = common_problem(fit, replace(stored, fixed={}, params={}), "reference")
+        common_problem(ones(elsewhere), side_of(stored), "reference")
+    unknown = common_problem(fit, side_of(replace(stored, fixed={}, params={})), "reference")
     assert "only the reference holds sites (" in unknown.notes[0]
 
 
@@ -120,30 +121,25 @@ def _certified(chains, certificate):
     return made
 
 
-@dataclass(frozen=True)
-class Draws:
+def ones(model):
     """A posterior that has draws of adapters, and no sites."""
-
-    model: bl.Classifier
-
-    def draw_adapters(self, key, num_draws):
-        shapes = {name: site.shapes for name, site in self.model.sites.items()}
-        return {n: {f: jnp.ones((num_draws, *x)) for f, x in of.items()} for n, of in shapes.items()}
+    shapes = {name: site.shapes for name, site in model.sites.items()}
+    return bl.PointPosterior(model, {n: {f: jnp.ones(x) for f, x in of.items()} for n, of in shapes.items()})
 
 
 def test_what_is_held_on_which_side_is_said(said, fit):
     chains, _, _ = said
     fixed = chains.model.fixed
-    problem = common_problem(Draws(MODEL), chains, "reference")
-    adapters = problem.draw_adapters(KEY, Draws(MODEL), 3)
+    problem = common_problem(ones(MODEL), side_of(chains), "reference")
+    adapters = problem.draw_adapters(KEY, ones(MODEL), 3)
     np.testing.assert_array_equal(adapters["q_proj"]["a"], jnp.stack([fixed["q_proj.a"]] * 3))
     np.testing.assert_array_equal(adapters["lm_head"]["b"], jnp.ones((3, 1, 2, 1)))
     assert problem.notes[1] == "adapters that the other sites change are those of the whole approximation"
     # One that is fitted to the conditional posterior is compared like with like.
-    alike = common_problem(Draws(chains.model), chains, "reference")
+    alike = common_problem(ones(chains.model), side_of(chains), "reference")
     assert alike.holds == ()
     assert len(alike.notes) == 1
-    loose = common_problem(Draws(chains.model), Draws(MODEL), "other posterior")
+    loose = common_problem(ones(chains.model), side_of(ones(MODEL)), "other posterior")
     assert loose.model is MODEL
     assert (
         "the approximation holds k_proj.a, k_proj.b, q_proj.a, q_proj.b, tau, which the other"
@@ -153,7 +149,7 @@ def test_what_is_held_on_which_side_is_said(said, fit):
     with pytest.raises(
         ValueError, match=r"same values of the sites that they hold; those of k_proj.a, .* differ"
     ):
-        common_problem(Draws(elsewhere), chains, "reference")
+        common_problem(ones(elsewhere), side_of(chains), "reference")
 
 
 def test_what_can_be_refused_is_refused_before_anything_is_computed(said, fit):

@@ -11,6 +11,7 @@ import numpyro.distributions as dist
 import pytest
 
 import bnlora as bl
+from bnlora.assess.comparison.compare import UncertifiedReference
 from bnlora.data.batch import Batch, minibatches
 from bnlora.infer.approximate import ChainDiverged, Schedule, sghmc, sgld
 from bnlora.testing import tiny_base, tiny_rows
@@ -31,7 +32,7 @@ ROWS = Batch(
 class Regression:
     """A linear regression on rows of a batch, with the one plate of a classifier: conjugate."""
 
-    base = SimpleNamespace(params=None)
+    base = SimpleNamespace(weights=None)
     label_ids = (0, 1)
 
     def prior(self, *args):
@@ -60,7 +61,7 @@ def assert_moments(chain, variance, factor):
 
     Along an axis the chain is a first-order autoregression with the given factor, which has these errors.
     """
-    along = np.asarray(chain.vectors, np.float64) @ AXES
+    along = np.asarray(chain.vectors[0], np.float64) @ AXES
     n = len(along)
     mean_error = np.sqrt(variance / n * (1 + factor) / (1 - factor))
     variance_error = variance * np.sqrt(2 / n * (1 + factor**2) / (1 - factor**2))
@@ -101,10 +102,11 @@ def test_a_diverged_chain_hands_over_its_finite_draws():
         ChainDiverged, match="draws are finite; lower `step_size`, which must stay below 2 ov"
     ) as e:
         run(sgld, num_draws=200, **options)
-    chain = e.value.chain
-    assert 0 < len(chain.vectors) < 200
-    np.testing.assert_allclose(chain.vectors, run(sgld, num_draws=len(chain.vectors), **options).vectors)
+    chain = e.value.chains
+    assert 0 < chain.num_draws < 200
+    np.testing.assert_allclose(chain.vectors, run(sgld, num_draws=chain.num_draws, **options).vectors)
     assert chain.sites()["w"].shape == chain.vectors.shape
+    assert "diverged: 200 draws of each chain were asked for" in repr(chain)
 
 
 def test_sghmc_is_stable_up_to_friction_over_the_largest_curvature():
@@ -122,7 +124,7 @@ def test_minibatches_are_those_of_fit_and_scaled_to_the_data_set():
     step, T, B = 0.02, 7, 4
     starts = [{"w": jnp.array(w)} for w in ([0.0, 0.0], [3.0, -2.0])]
     options = {"num_draws": T, "num_warmup": 0, "batch_size": B, "step_size": step}
-    first, second = (run(sgld, start=start, **options).vectors for start in starts)
+    first, second = (run(sgld, start=start, **options).vectors[0] for start in starts)
     chain_key = jax.random.split(KEY)[1]
     stream = minibatches(jax.random.split(chain_key)[0], N, B)
     difference = np.array([3.0, -2.0])
@@ -137,7 +139,7 @@ def test_minibatches_are_those_of_fit_and_scaled_to_the_data_set():
 def test_thinning_and_burn_in_only_choose_what_is_stored():
     options = {"step_size": 0.02, "init_values": START, "prefix_cache": "off"}
     every, some = (
-        sgld(KEY, Regression(), ROWS, schedule, **options).vectors
+        sgld(KEY, Regression(), ROWS, schedule, **options).vectors[0]
         for schedule in (Schedule(9, 0, 4), Schedule(2, 3, 4, thinning=3))
     )
     np.testing.assert_allclose(some, every[[5, 8]], rtol=1e-6)
@@ -148,7 +150,7 @@ def test_minibatch_noise_vanishes_with_the_step():
     """With 4 of 12 rows, the posterior's variances within the errors of the chain and a bias of order eps."""
     step = 0.02 / CURVATURES.max()
     chain = run(sgld, num_draws=60_000, num_warmup=4000, batch_size=4, step_size=step)
-    along, factor = chain.vectors @ AXES, 1 - step * CURVATURES
+    along, factor = chain.vectors[0] @ AXES, 1 - step * CURVATURES
     error = np.sqrt(2 / len(along) * (1 + factor**2) / (1 - factor**2))
     # The variance of a gradient of 4 rows, from shuffled epochs, is below that of independent rows.
     rows = (X @ MEAN - Y)[:, None] * X / NOISE**2
@@ -166,19 +168,41 @@ def classifier():
 def test_chain_of_a_classifier_predicts_from_stored_draws():
     rows = tiny_rows(jax.random.key(2), 12)
     chain = sgld(KEY, classifier(), rows, Schedule(5, 2, 6), step_size=1e-3)
-    assert repr(chain) == "Chain(5 draws of 18 coordinates)"
+    assert repr(chain).startswith("Chains(SGLD: 1 chain of 5 draws, every 1, 18 coordinates)")
+    assert chain.num_gradients == {"warm-up": 2, "sampling": 5}
     draws = chain.draw_adapters(KEY, 5)["lm_head"]
     stored = chain.sites()
     order = (
         np.argsort(np.asarray(draws["b"])[:, 0, 0, 0]),
-        np.argsort(np.asarray(stored["lm_head.b"])[:, 0, 0, 0]),
+        np.argsort(np.asarray(stored["lm_head.b"])[0, :, 0, 0, 0]),
     )
     for factor in ("a", "b"):
-        np.testing.assert_allclose(draws[factor][order[0]], stored[f"lm_head.{factor}"][order[1]], rtol=1e-6)
+        np.testing.assert_allclose(
+            draws[factor][order[0]], stored[f"lm_head.{factor}"][0, order[1]], rtol=1e-6
+        )
     prediction = bl.predict(KEY, chain, rows, num_draws=4)
     np.testing.assert_allclose(prediction.probs.sum(1), 1, atol=1e-6)
-    with pytest.raises(ValueError, match="5 stored draws; num_draws must be at most that many, got 6"):
+    with pytest.raises(ValueError, match="keep 5 draws; num_draws must be at most that, got 6"):
         chain.draw_adapters(KEY, 6)
+
+
+def test_a_single_chain_without_an_accept_step_is_no_reference():
+    rows = tiny_rows(jax.random.key(2), 12)
+    chain = sgld(KEY, classifier(), rows, Schedule(60, 2, 6), step_size=1e-3)
+    with pytest.raises(ValueError, match="single chain of SGLD cannot be certified: .*; use bl.sample_nuts"):
+        chain.certificate  # noqa: B018  # which is a property
+    with pytest.raises(UncertifiedReference, match="SGLD cannot be certified: .* Or, to compare without"):
+        bl.compare(KEY, chain, chain, rows)
+
+
+def test_sghmc_keeps_its_record_and_counts_every_update():
+    rows = tiny_rows(jax.random.key(2), 12)
+    options = {"step_size": 1e-3, "friction": 2.0, "num_integration_steps": 3}
+    chain = sghmc(KEY, classifier(), rows, Schedule(4, 2, 6, thinning=2), **options)
+    assert chain.record["options"] == options
+    assert (chain.record["sampler"], chain.record["bias"], chain.thinning) == ("SGHMC", "step", 2)
+    assert chain.num_gradients == {"warm-up": 6, "sampling": 24}
+    assert chain.target.train.hidden is None  # the cache is not kept
 
 
 def test_bad_input():

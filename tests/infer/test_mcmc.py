@@ -48,7 +48,7 @@ ROWS = tiny_rows(jax.random.key(2), 12)
 class Regression:
     """A linear regression: conjugate."""
 
-    base = SimpleNamespace(params=None)
+    base = SimpleNamespace(weights=None)
 
     def prior(self, *args):
         return numpyro.sample("w", dist.Normal(jnp.zeros(3), SIGMA).to_event(1))

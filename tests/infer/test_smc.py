@@ -24,7 +24,7 @@ Y = 2 * H @ RANDOM.normal(size=INPUTS) + RANDOM.normal(size=ROWS)
 class Scaled:
     """y = tau (b_1 - b_0) H a + e, the margins of an adapter of rank one under a shared scale."""
 
-    base = SimpleNamespace(params=None)
+    base = SimpleNamespace(weights=None)
 
     def prior(self, *args):
         tau = numpyro.sample("tau", dist.HalfNormal(5.0))

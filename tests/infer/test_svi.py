@@ -272,7 +272,7 @@ def with_weights(base, name, value):
     def changed(path, x):
         return x.at[(0,) * x.ndim].set(value) if name in jax.tree_util.keystr(path) else x
 
-    return replace(base, params=jax.tree_util.tree_map_with_path(changed, base.weights))
+    return replace(base, weights=jax.tree_util.tree_map_with_path(changed, base.weights))
 
 
 def test_a_base_that_is_not_finite_is_no_matter_of_the_rate():
@@ -336,7 +336,7 @@ def test_start_is_where_a_fit_starts():
     first = run(model, guide, num_steps=2)
     still = {"optimizer": optax.sgd(0.0), "scale_optimizer": optax.sgd(0.0), "init_params": first.params}
     again = bl.fit(jax.random.key(9), model, guide, TRAIN, num_steps=1, batch_size=16, **still)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), again.weights, first.params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), again.params, first.params)
     assert again.num_traces == 1
 
 

@@ -20,7 +20,6 @@ from bnlora.infer.approximate.ensemble import fit_ensemble as fit_ensemble
 from bnlora.infer.approximate.laplace import Laplace as Laplace
 from bnlora.infer.approximate.laplace import laplace as laplace
 from bnlora.infer.approximate.laplace import linearised as linearised
-from bnlora.infer.approximate.sgmcmc import Chain as Chain
 from bnlora.infer.approximate.sgmcmc import ChainDiverged as ChainDiverged
 from bnlora.infer.approximate.sgmcmc import Schedule as Schedule
 from bnlora.infer.approximate.sgmcmc import sghmc as sghmc

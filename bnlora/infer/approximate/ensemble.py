@@ -24,7 +24,7 @@ from bnlora._util.typing import Adapters
 from bnlora.data.batch import Batch
 from bnlora.infer.svi.fit import fit
 from bnlora.infer.svi.result import Fit, FitDiverged
-from bnlora.prediction.predict import Posterior
+from bnlora.prediction.posterior import Posterior
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ class Ensemble:
             ValueError: When the number of members does not divide `num_draws`.
         """
         key = check_key(key)
+        check_at_least({"num_draws": num_draws}, 1)
         share, rest = divmod(num_draws, len(self.members))
-        if rest or not share:
+        if rest:
             raise ValueError(
                 f"num_draws must be a multiple of the {len(self.members)} members; got {num_draws}, "
                 f"nearest is {max(round(num_draws / len(self.members)), 1) * len(self.members)}"

@@ -38,7 +38,8 @@ from bnlora._util.typing import FACTORS, Adapters
 from bnlora.data.batch import Batch, check_rows
 from bnlora.infer.approximate import curvature as algebra
 from bnlora.infer.approximate.mode import flattened, mode_of, unflattened
-from bnlora.prediction.predict import Posterior, Prediction
+from bnlora.prediction.posterior import Posterior
+from bnlora.prediction.predict import Prediction
 from bnlora.program.cache import tracked_parts
 
 Structure = Literal["diagonal", "kronecker", "low-rank", "full"]
@@ -72,6 +73,7 @@ class Laplace:
     def deviations(self, key: Array, num_draws: int) -> Adapters:
         """Draws of `W - mode`, with a leading draw axis."""
         key = check_key(key)
+        check_at_least({"num_draws": num_draws}, 1)
         normals = np.asarray(jax.random.normal(key, (num_draws, self.curvature.size)), np.float64)
         return unflattened(self.curvature.spread(normals, self.precision) / np.sqrt(self.profile), self.mode)
 

@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
 
 from bnlora._util.typing import Adapters
-from bnlora.prediction.predict import Posterior
+from bnlora.prediction.posterior import Posterior
 
 
 def mode_of(posterior: Posterior, purpose: str) -> Adapters:

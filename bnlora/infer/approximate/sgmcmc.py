@@ -19,8 +19,10 @@ References: Welling and Teh (2011), Bayesian learning via stochastic gradient La
 (2014), Stochastic gradient Hamiltonian Monte Carlo, arXiv 1402.4102. The kernels are BlackJAX's.
 """
 
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
@@ -41,64 +43,25 @@ from bnlora._util.checks import (
 )
 from bnlora._util.compilation import options
 from bnlora._util.copying import error_parts
-from bnlora._util.typing import Adapters, Parameters
+from bnlora._util.typing import Parameters
 from bnlora.data.batch import Batch, check_rows, minibatches
-from bnlora.infer.mcmc.samplers import Kernel, langevin, stochastic_hamiltonian
+from bnlora.infer.mcmc.chains import Chains
+from bnlora.infer.mcmc.run import record
+from bnlora.infer.mcmc.samplers import Kernel, Tuning, langevin, stochastic_hamiltonian
+from bnlora.infer.mcmc.target import Target
 from bnlora.program.cache import cache_prefix
-from bnlora.program.density import Density, density, require_inside
-
-
-@dataclass(frozen=True)
-class Chain:
-    """The stored draws of one chain; a posterior for `predict`.
-
-    Attributes:
-        density: The unconstrained view of the model's prior.
-        vectors: Stored draws in the order of the chain, shape (draw, p).
-    """
-
-    density: Density
-    vectors: Float[np.ndarray, "s p"]
-
-    @property
-    def model(self) -> Any:
-        """The classifier."""
-        return self.density.model
-
-    def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
-        """Adapters of `num_draws` different stored draws, chosen at random, with a leading draw axis.
-
-        Raises:
-            ValueError: When fewer draws are stored.
-        """
-        key = check_key(key)
-        if num_draws > len(self.vectors):
-            raise ValueError(
-                f"the chain has {len(self.vectors)} stored draws; num_draws must be at most that many, got "
-                f"{num_draws}"
-            )
-        chosen = jax.random.choice(key, len(self.vectors), (num_draws,), replace=False)
-        return jax.jit(lambda rows: jax.lax.map(self.density.adapters, rows))(
-            self.vectors[np.asarray(chosen)]
-        )
-
-    def sites(self) -> dict[str, Array]:
-        """Every stored draw of every latent site, in the order of the chain."""
-        return jax.jit(lambda rows: jax.lax.map(self.density.sites, rows))(self.vectors)
-
-    def __repr__(self) -> str:
-        return f"Chain({len(self.vectors)} draws of {self.density.size:,} coordinates)"
+from bnlora.program.density import density, require_inside
 
 
 class ChainDiverged(ValueError):
-    """The chain left the finite numbers. `chain` has the draws that it stored before."""
+    """The chain left the finite numbers. `chains` has the draws that it stored before."""
 
-    def __init__(self, chain: Chain, num_draws: int, remedy: str):
+    def __init__(self, chains: Chains, num_draws: int, remedy: str):
         super().__init__(
-            f"only {len(chain.vectors)} of {num_draws} draws are finite; {remedy} (the finite ones are in "
-            "this error's `chain`)"
+            f"only {chains.num_draws} of {num_draws} draws are finite; {remedy} (the finite ones are in this "
+            "error's `chains`)"
         )
-        self.chain = chain
+        self.chains = chains
 
     def __reduce__(self) -> tuple[Any, ...]:
         return error_parts(self)
@@ -133,10 +96,20 @@ class Schedule:
 
 class _Setup(NamedTuple):
     key: Array
-    view: Density
-    train: Batch
+    target: Target
+    cached: Batch
     vector: Array
     schedule: Schedule
+
+
+class _Method(NamedTuple):
+    """A sampler: its name and options for the record, its kernel, and what to do when it diverges."""
+
+    name: str
+    options: dict[str, Any]
+    kernel: Callable[[Callable], Kernel]
+    remedy: str
+    updates: int = 1
 
 
 def sgld(
@@ -150,7 +123,7 @@ def sgld(
     init_values: Mapping[str, Array] | None = None,
     prefix_cache: Literal["memory", "off"] = "memory",
     console: Console | None = None,
-) -> Chain:
+) -> Chains:
     """Sample by stochastic-gradient Langevin dynamics with a constant step.
 
     Args:
@@ -165,7 +138,7 @@ def sgld(
         console: Where to draw the progress bar of that cache.
 
     Returns:
-        The draws, as a posterior.
+        The draws: one chain. Without an accept step it cannot be certified.
 
     Raises:
         ValueError: When a number is out of its range, a minibatch has more rows than there are, rows lack
@@ -176,11 +149,9 @@ def sgld(
     check_positive({"step_size": step_size})
     setup = _prepared(key, model, train, schedule, params, init_values, prefix_cache, console)
 
-    def kernel(gradient: Callable) -> Kernel:
-        return langevin(gradient, step_size)
-
     remedy = "lower `step_size`, which must stay below 2 over the largest curvature of the log-density"
-    return _run(setup, kernel, remedy)
+    method = _Method("SGLD", {"step_size": step_size}, partial(langevin, step_size=step_size), remedy)
+    return _run(key, setup, method)
 
 
 def sghmc(
@@ -196,7 +167,7 @@ def sghmc(
     init_values: Mapping[str, Array] | None = None,
     prefix_cache: Literal["memory", "off"] = "memory",
     console: Console | None = None,
-) -> Chain:
+) -> Chains:
     """Sample by stochastic-gradient Hamiltonian Monte Carlo with friction.
 
     Args:
@@ -215,7 +186,7 @@ def sghmc(
         console: Where to draw the progress bar of that cache.
 
     Returns:
-        The draws, as a posterior.
+        The draws: one chain. Without an accept step it cannot be certified.
 
     Raises:
         ValueError: As `sgld`, and when `friction * step_size` exceeds 1.
@@ -231,14 +202,19 @@ def sghmc(
         )
     setup = _prepared(key, model, train, schedule, params, init_values, prefix_cache, console)
 
-    def kernel(gradient: Callable) -> Kernel:
-        return stochastic_hamiltonian(gradient, step_size, num_integration_steps, friction)
-
+    options: dict[str, Any] = {
+        "step_size": step_size,
+        "num_integration_steps": num_integration_steps,
+        "friction": friction,
+    }
     remedy = (
         "lower `step_size`, which must stay below `friction` over the largest curvature of the log-density, "
         "or raise `friction`"
     )
-    return _run(setup, kernel, remedy)
+    method = _Method(
+        "SGHMC", options, partial(stochastic_hamiltonian, **options), remedy, num_integration_steps
+    )
+    return _run(key, setup, method)
 
 
 def _prepared(
@@ -261,14 +237,15 @@ def _prepared(
         vector = require_inside(jax.jit(view.start, compiler_options=options(0))(start_key))
     else:
         vector = view.vector(init_values)
-    if prefix_cache == "memory":
-        train = cache_prefix(model, train, console=console)
-    return _Setup(chain_key, view, train, vector, schedule)
+    cached = cache_prefix(model, train, console=console) if prefix_cache == "memory" else train
+    # The result keeps the rows as they were given, so that the cache can be freed.
+    return _Setup(chain_key, Target(view, train, train), cached, vector, schedule)
 
 
-def _run(setup: _Setup, kernel: Callable[[Callable], Kernel], remedy: str) -> Chain:
-    """Run the chain as one compiled scan over stored draws; `remedy` says what to do where it diverges."""
-    view, schedule, n_total = setup.view, setup.schedule, len(setup.train)
+def _run(key: Array, setup: _Setup, method: _Method) -> Chains:
+    """Run the chain as one compiled scan over stored draws."""
+    began = time.perf_counter()
+    view, schedule, n_total = setup.target.view, setup.schedule, len(setup.cached)
     data_key, noise_key = jax.random.split(setup.key)
     stream = minibatches(data_key, n_total, schedule.batch_size)
     rows = jnp.asarray(np.stack(list(islice(stream, schedule.num_steps))))
@@ -280,7 +257,7 @@ def _run(setup: _Setup, kernel: Callable[[Callable], Kernel], remedy: str) -> Ch
         def gradient(u: Array, batch: Batch) -> Array:
             return jax.grad(view.log_joint)(u, weights, batch, n_total)
 
-        advance = kernel(gradient)
+        advance = method.kernel(gradient)
 
         def step(t: Array, u: Array) -> Array:
             return advance(jax.random.fold_in(noise_key, t), u, train[rows[t]])
@@ -294,9 +271,30 @@ def _run(setup: _Setup, kernel: Callable[[Callable], Kernel], remedy: str) -> Ch
         return jax.lax.scan(draw, vector, spans)[1]
 
     spans = jnp.asarray(first), jnp.asarray(last)
-    vectors = np.asarray(chain(view.model.base.weights, setup.train, rows, setup.vector, spans))
+    vectors = np.asarray(chain(view.model.base.weights, setup.cached, rows, setup.vector, spans))
     finite = np.isfinite(vectors).all(1)
+    kept = len(vectors) if finite.all() else int(finite.argmin())
+    about = record(key, method.name, "step", method.options, asdict(schedule) | {"num_chains": 1})
+    about |= {"seconds": time.perf_counter() - began, "stopped": "done" if finite.all() else "diverged"}
+    made = _chains(setup, method, vectors[:kept], about)
     if not finite.all():
-        remedy = broken_weights(view.model.base.weights) or remedy
-        raise ChainDiverged(Chain(view, vectors[: int(finite.argmin())]), len(vectors), remedy)
-    return Chain(view, vectors)
+        raise ChainDiverged(made, len(vectors), broken_weights(view.model.base.weights) or method.remedy)
+    return made
+
+
+def _chains(
+    setup: _Setup, method: _Method, vectors: Float[np.ndarray, "s p"], about: Mapping[str, Any]
+) -> Chains:
+    """The draws of one chain, with reports of a kernel that has no energy and refuses nothing."""
+    schedule = setup.schedule
+    shape = 1, len(vectors) * schedule.thinning
+    stats = {
+        "divergent": np.zeros(shape, bool),
+        "energy": np.full(shape, np.nan),
+        "acceptance": np.ones(shape),
+        "num_gradients": np.full(shape, method.updates),
+    }
+    numbers = setup.vector, method.options["step_size"], jnp.ones(setup.target.view.size), 0.0
+    one_chain = (jnp.asarray(x)[None] for x in (*numbers, schedule.num_warmup * method.updates))
+    tuning = Tuning(*one_chain)
+    return Chains(setup.target, vectors[None], stats, tuning, about, schedule.thinning)

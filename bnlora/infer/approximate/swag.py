@@ -84,6 +84,7 @@ class Swag:
     def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
         """Posterior adapters with a leading draw axis; the same key gives the same draws."""
         key = check_key(key)
+        check_at_least({"num_draws": num_draws}, 1)
         k_diagonal, k_low = jax.random.split(key)
         D = self.moments.deviations
         wide = np.asarray(jax.random.normal(k_diagonal, (num_draws, D.shape[1])), np.float64)

@@ -32,7 +32,8 @@ from bnlora._util.checks import check_at_least, check_key, check_option, check_p
 from bnlora._util.typing import Adapters
 from bnlora.data.batch import Batch, check_labels
 from bnlora.infer.approximate.mode import mode_of
-from bnlora.prediction.predict import Posterior, predict_with_draws
+from bnlora.prediction.posterior import Posterior
+from bnlora.prediction.predict import predict_with_draws
 
 Criterion = Literal["nll", "accuracy"]
 _MOST_DOUBLINGS = 40
@@ -82,6 +83,7 @@ class TrainingFree:
     def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
         """Posterior adapters with a leading draw axis; the same key gives the same draws."""
         key = check_key(key)
+        check_at_least({"num_draws": num_draws}, 1)
         draws = {}
         for k, (name, (a, b, widths)) in zip(
             jax.random.split(key, len(self.families)), self.families.items(), strict=True

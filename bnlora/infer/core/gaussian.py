@@ -25,7 +25,7 @@ from jax import Array
 from jaxtyping import Float
 from rich.console import Console
 
-from bnlora._util.checks import check_key
+from bnlora._util.checks import check_at_least, check_key
 from bnlora._util.compilation import program
 from bnlora._util.display import Showable, Shown, facts
 from bnlora._util.typing import Adapters, Parameters
@@ -91,7 +91,9 @@ class Gaussian(Shown):
 
     def draw_vectors(self, key: Array, num_draws: int) -> Float[np.ndarray, "s p"]:
         """Draws of the unconstrained vector."""
-        normals = np.asarray(jax.random.normal(check_key(key), (num_draws, len(self.loc))), np.float64)
+        key = check_key(key)
+        check_at_least({"num_draws": num_draws}, 1)
+        normals = np.asarray(jax.random.normal(key, (num_draws, len(self.loc))), np.float64)
         return np.asarray(self.affine.apply(normals)).astype(np.float32)
 
     def draw_adapters(self, key: Array, num_draws: int) -> Adapters:

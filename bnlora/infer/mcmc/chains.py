@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from bnlora._util.checks import check_key, listed
+from bnlora._util.checks import check_at_least, check_key, listed
 from bnlora._util.compilation import program
 from bnlora._util.display import Showable, Shown, facts
 from bnlora._util.typing import Adapters
@@ -24,12 +24,12 @@ from bnlora.program.model import kind_of
 
 @dataclass(frozen=True, repr=False)
 class Chains(Shown):
-    """Draws of several chains of one sampler.
+    """Draws of several chains of one sampler, or of one chain by stochastic gradients.
 
     Attributes:
         target: What was sampled, and where the other sites were held.
         vectors: Unconstrained draws, shape (chain, draw, p).
-        stats: `divergent`, `energy`, `acceptance`, `num_gradients` of every draw, each (chain, draw).
+        stats: `divergent`, `energy`, `acceptance`, `num_gradients` of each, (chain, transition).
         tuning: What the warm-up of each chain found; leaves have a leading chain axis.
         record: Sampler, options, seed, seconds, command and versions.
         thinning: Transitions from one kept draw to the next.
@@ -62,6 +62,10 @@ class Chains(Shown):
         return len(self.vectors)
 
     @property
+    def _count(self) -> str:
+        return "1 chain" if self.num_chains == 1 else f"{self.num_chains} chains"
+
+    @property
     def num_draws(self) -> int:
         """Kept draws of each chain."""
         return self.vectors.shape[1]
@@ -91,6 +95,7 @@ class Chains(Shown):
             ValueError: When fewer draws are kept.
         """
         key = check_key(key)
+        check_at_least({"num_draws": num_draws}, 1)
         total = len(self._rows)
         if num_draws > total:
             raise ValueError(
@@ -145,8 +150,9 @@ class Chains(Shown):
 
         Raises:
             ValueError: When no function is left, on fewer than two chains or four draws, or a value that is
-                not finite.
+                not finite; always for a chain of `sgld` or `sghmc`.
         """
+        self._require_comparable()
         names, values = self.values(functions)
         constant = self._unmoved(functions, names, values)
         kept = [k for k, name in enumerate(names) if name not in constant]
@@ -166,6 +172,15 @@ class Chains(Shown):
             max((moves[-1] for moves in self.record.get("moves", ())), default=0),
         )
         return certify(evidence, Thresholds() if thresholds is None else thresholds)
+
+    def _require_comparable(self) -> None:
+        """Raise `ValueError` for a single chain without an accept step: no number of draws helps it."""
+        if self.num_chains == 1 and self.record["bias"] == "step":
+            raise ValueError(
+                f"a single chain of {self.record['sampler']} cannot be certified: the sampler has no accept "
+                "step, so its draws are off by an amount that its step decides, and there is no second chain "
+                "to compare with; use bl.sample_nuts or bl.sample_hmc"
+            )
 
     def _unmoved(
         self, functions: Functions | None, names: tuple[str, ...], values: Float[np.ndarray, "c s k"]
@@ -199,7 +214,7 @@ class Chains(Shown):
         """How the draws were made; the certificate where it was asked for already."""
         gradients, plan = self.num_gradients, self.record.get("plan", {})
         acceptance = np.asarray(self.stats["acceptance"])
-        cut = f", {plan.get('num_draws')} were asked for" if self.record["stopped"] == "interrupted" else ""
+        cut = f", {plan.get('num_draws')} were asked for" if self.record["stopped"] != "done" else ""
         about = {
             "model": self.kind,
             "sampler": str(self.record["sampler"]),
@@ -208,7 +223,7 @@ class Chains(Shown):
             "coordinates": f"{self.vectors.shape[-1]:,}",
             "held": self.target.held or "nothing",
             "gradients": f"{gradients['warm-up']:,} in the warm-up, {gradients['sampling']:,} after it",
-            "mean acceptance": f"{acceptance.mean():.3f}",
+            "mean acceptance": f"{acceptance.mean():.3f}" if acceptance.size else "none",
             "divergences": f"{int(self.stats['divergent'].sum()):,}",
             "time": f"{self.record['seconds']:,.0f} s",
         }
@@ -222,15 +237,14 @@ class Chains(Shown):
         total = sum(gradients.values())
         kind = f", {self.kind}" if self.kind == "tangent" else ""
         lines = [
-            f"Chains({self.record['sampler']}: {self.num_chains} chains of {self.num_draws} draws, every "
+            f"Chains({self.record['sampler']}: {self._count} of {self.num_draws} draws, every "
             f"{self.thinning}, {self.vectors.shape[-1]:,} coordinates{kind})",
             f"  {total:,} gradients, {gradients['warm-up'] / max(total, 1):.0%} of them in the warm-up; "
             f"{int(self.stats['divergent'].sum())} divergences; {self.record['seconds']:.0f} s",
         ]
-        if self.record["stopped"] == "interrupted":
-            lines.append(
-                f"  interrupted: {self.record['plan']['num_draws']} draws of each chain were asked for"
-            )
+        if self.record["stopped"] != "done":
+            asked = self.record["plan"]["num_draws"]
+            lines.append(f"  {self.record['stopped']}: {asked} draws of each chain were asked for")
         if self.target.held:
             lines.append(f"  {self.target.held}")
         return "\n".join(lines)

@@ -2,7 +2,7 @@ r"""What a fit hands over: the fitted guide, and the record of how it came about
 
     q(adapters) = law of prior(sites), sites ~ guide(params)
 
-A `Fit` is the first of the posteriors that `predict` takes (`bnlora.prediction.predict.Posterior`); the
+A `Fit` is the first of the posteriors that `predict` takes (`bnlora.prediction.posterior.Posterior`); the
 others are in `bnlora.infer.approximate`.
 """
 
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from bnlora._util.checks import broken_weights, check_key
+from bnlora._util.checks import broken_weights, check_at_least, check_key
 from bnlora._util.compilation import by_pieces, first_entries, key_of, program, split_keys
 from bnlora._util.copying import error_parts, state
 from bnlora._util.display import Showable, Shown, Table, facts
@@ -83,6 +83,7 @@ class Fit(Shown):
     def draws(self, key: Array, num_draws: int) -> tuple[Draw, Adapters]:
         """Draws of the guide with both log-densities, and the adapters that the prior makes of them."""
         key = check_key(key)
+        check_at_least({"num_draws": num_draws}, 1)
         if isinstance(key, jax.core.Tracer):  # inside another program, which compiles this one too
             return draw_both(key, self.model, self.guide, self.params, num_draws)
         sites, log_q, log_q_of = self.by_keys(_from_guide, key, num_draws)

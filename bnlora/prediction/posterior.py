@@ -1,0 +1,147 @@
+"""What prediction, metrics and comparison need of any inference: the posterior, and that of one point.
+
+A posterior is whatever has a classifier and draws its adapters. Nobody derives from a class: a `Fit`, chains,
+the Gaussians, ensembles and objects of your own are posteriors because they have these two members.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bnlora._util.checks import check_at_least, check_key
+from bnlora._util.display import Showable, Shown, facts
+from bnlora._util.typing import Adapters, Parameters
+from bnlora.adapters.sites import Sites
+from bnlora.data.batch import Batch
+from bnlora.program.draws import Draw
+from bnlora.program.model import kind_of
+
+
+@runtime_checkable
+class Posterior(Protocol):
+    """Whatever gives draws of a classifier's adapters: a `Fit`, or a member of `bnlora.infer.approximate`.
+
+    Prediction and metrics need no more of it, so the same code measures every kind of inference.
+
+    Example:
+        >>> def spread(posterior: bl.Posterior):
+        ...     return posterior.draw_adapters(key, 10)["lm_head"]["b"].std(0).shape
+        >>> spread(fit)
+        (1, 2, 1)
+        >>> isinstance(fit, bl.Posterior)
+        True
+    """
+
+    @property
+    def model(self) -> Any:
+        """The classifier."""
+        ...
+
+    def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
+        """Posterior adapters with a leading draw axis; the same key gives the same draws.
+
+        Raises:
+            ValueError: When `key` is no random key, there is less than one draw, or the posterior has fewer.
+        """
+        ...
+
+
+@runtime_checkable
+class SitePosterior(Posterior, Protocol):
+    """A posterior that is a law of latent sites: a `Fit`.
+
+    Comparisons hold some of its sites at values and weigh its draws by densities, which takes more than
+    adapters.
+    """
+
+    @property
+    def guide(self) -> Callable[..., Any]:
+        """The program of the law."""
+        ...
+
+    @property
+    def params(self) -> Parameters:
+        """NumPyro parameters of prior and guide."""
+        ...
+
+    @property
+    def train(self) -> Batch:
+        """The rows that it was fitted to."""
+        ...
+
+    def draws(self, key: Array, num_draws: int) -> tuple[Draw, Adapters]:
+        """Draws of the sites with log-densities under prior and guide, and their adapters."""
+        ...
+
+
+@dataclass(frozen=True, repr=False, eq=False)  # arrays have no one truth value, so equality is identity
+class PointPosterior(Shown):
+    """The posterior of one set of adapters: every draw is that point.
+
+    It makes adapters that no posterior of this library gave, such as those of the PEFT library, a posterior
+    for `predict`.
+
+    Attributes:
+        model: The classifier.
+        adapters: One pair of factors for each family of the model's sites, without an axis of draws.
+
+    Raises:
+        ValueError: When the adapters do not have the names and shapes of the model's sites.
+
+    Example:
+        >>> adapters = {"lm_head": {"a": jnp.ones((1, 1, 16)), "b": jnp.zeros((1, 40, 1))}}
+        >>> bl.save_peft(sites, adapters, folder / "point", base=base)
+        >>> imported = bl.load_peft(folder / "point", model.sites, head_rows=model.label_ids)
+        >>> point = bl.PointPosterior(model, imported)
+        >>> point
+        PointPosterior(18 adapter weights)
+        >>> bl.predict(key, point, rows, num_draws=1).probs.shape
+        (8, 2)
+    """
+
+    model: Any
+    adapters: Adapters
+
+    def __post_init__(self) -> None:
+        _check_adapters(self.model.sites, self.adapters)
+
+    def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
+        """The point, repeated along a leading draw axis; the key changes nothing.
+
+        Raises:
+            ValueError: When `key` is no random key, or there is less than one draw.
+        """
+        check_key(key)
+        check_at_least({"num_draws": num_draws}, 1)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_draws, *jnp.shape(x))), self.adapters)
+
+    @property
+    def overview(self) -> tuple[Showable, ...]:
+        """What the point is of, and its sites."""
+        about = {"model": kind_of(self.model), "adapter weights": f"{self.model.sites.num_parameters:,}"}
+        return (facts("Posterior of one point", about), *self.model.sites.overview)
+
+    def __repr__(self) -> str:
+        return f"PointPosterior({self.model.sites.num_parameters:,} adapter weights)"
+
+
+def _check_adapters(sites: Sites, adapters: Any) -> None:
+    """Raise `ValueError` unless the adapters have the names and shapes of the sites."""
+    if not isinstance(adapters, Mapping):
+        raise ValueError(
+            "expected adapters by family, such as those of bl.load_peft or one draw of a posterior; got a "
+            f"{type(adapters).__name__}"
+        )
+    needed = {(name, f): shape for name, site in sites.items() for f, shape in site.shapes.items()}
+    given = {(name, f): jnp.shape(x) for name, pair in adapters.items() for f, x in pair.items()}
+    for place in sorted(needed | given):
+        if needed.get(place) != given.get(place):
+            expected, got = (of.get(place, "no such factor") for of in (needed, given))
+            raise ValueError(
+                "the adapters must have the names and shapes of the model's sites; expected for "
+                f"{'.'.join(place)!r} {expected}, got {got}"
+            )
