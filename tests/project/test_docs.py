@@ -57,6 +57,15 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(path, tiny_folder, tmp_
         names |= test.globs  # a doctest works on a copy
 
 
+@pytest.mark.parametrize(
+    "path", [*sorted(DOCS.rglob("*.md")), ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name
+)
+def test_code_is_as_wide_as_a_page(path):
+    """Beside two sidebars at 1280 pixels a page has room for about 90 characters of code."""
+    code = re.findall(r"^ *```\w+\n(.*?)^ *```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert [line for block in code for line in block.split("\n") if len(line) > 88] == []
+
+
 def commands() -> list[str]:
     """Every command of the library in a shell block of a page or the README."""
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *DOCS.rglob("*.md"))]
