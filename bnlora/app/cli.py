@@ -248,7 +248,13 @@ def diagnose(
     label: options.LabelColumn = "label",
     labels_are: options.LabelsAre = None,
     encoding: options.Encoding = ENCODING,
-    draws: Annotated[int, typer.Option(help="Draws of the guide, and of the prior.", min=1)] = 400,
+    draws: Annotated[
+        int | None,
+        typer.Option(help="Draws of the guide, and of the prior; as many as are needed if omitted.", min=1),
+    ] = None,
+    families: Annotated[
+        bool, typer.Option("--families", help="Also k-hat of each family of sites, which takes longer.")
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Ask of a fit what may be wrong with it, and what to do about that.
@@ -258,7 +264,7 @@ def diagnose(
     with _told() as progress:
         rows = read_table(table, columns=[text, label], encoding=encoding)
         made, _, batch = _restored(folder, rows, table, text, label, encoding, labels_are)
-        diagnosis = bnlora.diagnose(made, batch, num_draws=draws, console=progress)
+        diagnosis = bnlora.diagnose(made, batch, num_draws=draws, families=families, console=progress)
         _say(diagnosis_result(diagnosis), diagnosis, json=json)
 
 

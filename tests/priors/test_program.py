@@ -190,7 +190,7 @@ def test_an_improper_law_works_where_a_density_is_enough():
         assert drawn.prior_adapters
     page = bl.diagnose(made, TRAIN, num_draws=40)
     assert page["prior predictive"].status == "not asked"
-    assert "'tau' has an improper law" in page["prior predictive"].measured
+    assert "'tau' has an improper law" in page["prior predictive"].sentence
     assert (page.shrinkage, page.overlap, page.prior_predictive) == (None, None, None)
     assert "nan" not in repr(page)
 
