@@ -359,7 +359,7 @@ def test_the_core_prior_is_refused_on_other_sites():
             ValueError, match="frames are of v_proj, lm_head; the prior is asked for 'q_proj'"
         ):
             run(bl.select(BASE, ["q_proj", HEAD], rank=2, layers=[1]))
-        with pytest.raises(ValueError, match="cannot fill 'a' alone: use by_family, not per_factor"):
+        with pytest.raises(ValueError, match="cannot fill only 'a': use by_family instead of per_factor"):
             run(frames.sites, bl.priors.per_factor(a=prior, b=bl.priors.normal()))
         with pytest.raises(ValueError, match="has 2 rows, one for each label token; the sites have 3"):
             bl.Classifier(BASE, frames.sites, prior, label_ids=THREE).prior()

@@ -219,11 +219,11 @@ WITHOUT = {
     "start outside": (lambda: one_step(OUTSIDE), "the start of 'tau.q.loc' must lie inside its constraint"),
     "factor": (
         lambda: bl.prior_predictive(KEY, MODELS["factor"], TRAIN),
-        "leaves out its numpyro.factor 'belief' that weighs 'lm_head.b'; write that part",
+        "ignores its numpyro.factor 'belief', which depends on 'lm_head.b'; write that part",
     ),
     "observed site": (
         lambda: bl.sbc.simulate(KEY, MODELS["observed site"], BASE.weights, TRAIN, {}),
-        "leaves out its observed site 'belief' that weighs 'lm_head.b'",
+        "ignores its observed site 'belief', which depends on 'lm_head.b'",
     ),
     "Laplace": (
         lambda: bl.approximate.laplace(fitted_point(MODELS["factor"]), TRAIN),
@@ -283,14 +283,14 @@ def named(name, kind="sample"):
 
 
 NAMED = {
-    "label": (named("y"), "may not use the name 'y', which is that of the labels that the model observes"),
-    "label as a parameter": (named("y", "param"), "may not use the name 'y'"),
-    "label as a value": (named("y", "deterministic"), "may not use the name 'y'"),
+    "label": (named("y"), "must not use the name 'y', which belongs to the labels that the model observes"),
+    "label as a parameter": (named("y", "param"), "must not use the name 'y'"),
+    "label as a value": (named("y", "deterministic"), "must not use the name 'y'"),
     "plate over rows": (
         named("data", "plate"),
         "name 'data', which is that of the model's plate over the rows",
     ),
-    "site like the plate": (named("data"), "may not use the name 'data'"),
+    "site like the plate": (named("data"), "must not use the name 'data'"),
     "no name": (named(""), "every site of the prior needs a name"),
     "discrete": (
         named("k", "discrete"),
@@ -314,7 +314,7 @@ def test_names_of_others_and_discrete_sites_are_refused_before_anything_runs(nam
 
 
 def test_a_name_that_a_guide_has_for_its_parameter_is_refused():
-    message = "may not use the name 'lm_head.b.q.loc', which is that of a guide's parameter of 'lm_head.b'"
+    message = "must not use the name 'lm_head.b.q.loc', which belongs to a guide's parameter of 'lm_head.b'"
     for kind in ("sample", "param"):
         model = named("lm_head.b.q.loc", kind)
         with pytest.raises(ValueError, match=message):

@@ -73,7 +73,7 @@ REFUSED = {
         lambda: handlers.seed(network_of(HEAD).prior.program, KEY)(
             network_of(HEAD).sites.only(factors=["a"])
         ),
-        "makes both factors of 'lm_head' from one matrix; it cannot fill 'a' alone",
+        "fills both factors of 'lm_head' from one matrix; it cannot fill only 'a'",
     ),
     "a scale of no family": (
         lambda: bl.priors.core(HEAD, scale={"q_proj": 1.0}),
