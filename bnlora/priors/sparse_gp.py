@@ -209,7 +209,7 @@ def _matrices(
     )
     with numpyro.plate(plate, depth):
         V = standard_normal(
-            f"{name}.V", (depth, rows.factor.shape[-1], cols.factor.shape[-1]), init_strategy=init_strategy
+            f"{name}.V", (depth, rows.factor.shape[-1], cols.factor.shape[-1]), init=init_strategy
         )
         if options.form == "weights":
             law = MatrixConditional(V, rows, cols, sigma, jnp.broadcast_to(lam, (depth,)))

@@ -168,7 +168,7 @@ def with_improper(**infer):
 
 
 def test_an_improper_law_works_where_a_density_is_enough():
-    model = with_improper(start=0.7)
+    model = with_improper(init=0.7)
     view = density(model, {})
     found = view.sites(view.start(KEY))
     np.testing.assert_allclose(found["tau"], 0.7, rtol=1e-5)
@@ -204,7 +204,7 @@ def fitted_point(model):
     return one_step(model, bl.guides.Guide(model.prior, bl.guides.delta()))
 
 
-STARTED, UNSTARTED, OUTSIDE = with_improper(start=1.0), with_improper(), with_improper(start=-1.0)
+STARTED, UNSTARTED, OUTSIDE = with_improper(init=1.0), with_improper(), with_improper(init=-1.0)
 NO_DRAW, NO_START = (
     "'tau' has an improper law, ImproperUniform; give it",
     "'tau' has .* give it a start value: infer=",
