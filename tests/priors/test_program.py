@@ -186,7 +186,7 @@ def test_an_improper_law_works_where_a_density_is_enough():
     np.testing.assert_allclose(drawn.drawn[0].log_prior, expected, rtol=1e-4)
     log_q = norm(loc, scale).logpdf(log_tau) - log_tau
     np.testing.assert_allclose(drawn.drawn[0].log_q_of["tau"], log_q, rtol=1e-3)
-    with pytest.raises(ValueError, match="'tau' has an improper law, ImproperUniform; give it a proper one"):
+    with pytest.raises(ValueError, match="'tau' has an improper law, ImproperUniform; use a proper law"):
         assert drawn.prior_adapters
     page = bl.diagnose(made, TRAIN, num_draws=40)
     assert page["prior predictive"].status == "not asked"
@@ -206,7 +206,7 @@ def fitted_point(model):
 
 STARTED, UNSTARTED, OUTSIDE = with_improper(init=1.0), with_improper(), with_improper(init=-1.0)
 NO_DRAW, NO_START = (
-    "'tau' has an improper law, ImproperUniform; give it",
+    "'tau' has an improper law, ImproperUniform; use a proper law",
     "'tau' has .* give it a start value: infer=",
 )
 WITHOUT = {
@@ -288,7 +288,7 @@ NAMED = {
     "label as a value": (named("y", "deterministic"), "must not use the name 'y'"),
     "plate over rows": (
         named("data", "plate"),
-        "name 'data', which is that of the model's plate over the rows",
+        "name 'data', which belongs to the model's plate over the rows",
     ),
     "site like the plate": (named("data"), "must not use the name 'data'"),
     "no name": (named(""), "every site of the prior needs a name"),
