@@ -318,7 +318,7 @@ def test_the_bias_of_rows_that_are_all_alike_is_a_constant():
         ({"targets": ()}, "`targets` is empty"),
         ({"label_ids": 5}, "label_ids must be a list of integers; got 5"),
         ({"label_ids": (3, 3)}, "label_ids must be at least two different token ids"),
-        ({"source": {"v_proj": PAIR[HEAD]}}, "frames must be given for lm_head; got v_proj"),
+        ({"source": {"v_proj": PAIR[HEAD]}}, "source must have frames for lm_head; got v_proj"),
         (
             {"source": {HEAD: PAIR[HEAD][::-1]}},
             r"L of 'lm_head' must have the shape \(1, 2, m\).*got \(1, 16",
@@ -338,7 +338,7 @@ def test_bad_input_is_refused(options, message):
 
 def test_queries_of_single_tokens_are_refused():
     single = Batch(ROWS.tokens[:, :1], ROWS.mask[:, :1], ROWS.labels)
-    with pytest.raises(ValueError, match="no update of q_proj in these frames moves a logit contrast"):
+    with pytest.raises(ValueError, match="no update of q_proj in these frames changes a logit contrast"):
         made(("q_proj", "v_proj"), single)
 
 
