@@ -56,7 +56,7 @@ def cache_prefix(
         )
     text = f"{_LABELS[model.kind]}: {len(batch)} rows through {_layers(model)}, {size / 2**20:,.1f} MiB"
     speaker(console).print(text, highlight=False)
-    known = batch.caches(model.start, model.trunk)  # a tangent model starts from cached activations
+    known = batch.caches(model.start, model.trunk.checksum)  # a tangent model starts from cached activations
     rows, made = batch if known else batch.plain, _Cache(batch)
     widths: Literal["few", "many"] = "few" if known else "many"
     for part in tracked_parts(rows, batch_size, _LABELS[model.kind], console, widths=widths):

@@ -81,7 +81,7 @@ def test_the_readme_compares_a_fit_of_three_families_with_chains_on_one(said, fi
     # The approximation's values are those of its head alone, at the values of the chains.
     drawn = fit.draws(jax.random.split(KEY, 4)[0], 60)[0].sites
     head = {"a": drawn["lm_head.a"], "b": chains.model.fixed["tau"] * drawn["lm_head.b"]}
-    still = jax.tree.map(lambda x: jnp.broadcast_to(x, (60, *x.shape)), chains.model.below)
+    still = jax.tree.map(lambda x: jnp.broadcast_to(x, (60, *x.shape)), chains.model.trunk.below)
     functions = identifiable(MODEL, NEW)
     names, values = evaluate(functions, MODEL, still | {"lm_head": head}, NEW)
     kept = [names.index(name) for name in found.names]

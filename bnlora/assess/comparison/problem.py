@@ -20,7 +20,7 @@ from jax import Array
 
 from bnlora._util.checks import listed
 from bnlora._util.typing import Adapters, Parameters
-from bnlora.assess.comparison.side import Side, fixed_of
+from bnlora.assess.comparison.side import Side
 from bnlora.prediction.posterior import Posterior, SitePosterior
 from bnlora.program.draws import adapters_at
 
@@ -44,7 +44,7 @@ class Problem:
         if not self.holds:
             return posterior.draw_adapters(key, num_draws)
         if not isinstance(posterior, SitePosterior):
-            return self.model.held(posterior.draw_adapters(key, num_draws))
+            return self.model.trunk.held(posterior.draw_adapters(key, num_draws))
         drawn = posterior.draws(key, num_draws)[0].sites
         free = {name: values for name, values in drawn.items() if name not in self.model.fixed}
         return jax.jit(partial(_adapters, self.model))(posterior.params, free)
@@ -65,7 +65,7 @@ def common_problem(posterior: Posterior, side: Side, other: str) -> Problem:
     Raises:
         ValueError: When both hold a site, at different values.
     """
-    own, fixed = fixed_of(posterior.model), side.fixed
+    own, fixed = posterior.model.fixed, side.fixed
     unequal = [n for n in fixed if n in own and not np.array_equal(own[n], fixed[n])]
     if unequal:
         raise ValueError(

@@ -20,7 +20,7 @@ from bnlora.infer.mcmc.certificate import Certificate
 from bnlora.prediction.functions import PROBES, Functions, evaluate, identifiable
 from bnlora.prediction.posterior import Posterior
 from bnlora.prediction.predict import Prediction
-from bnlora.program.conditional import Conditional, condition
+from bnlora.program.conditional import condition
 
 Predict = Callable[[Adapters], Prediction]
 """Predicts the rows of a comparison with draws of adapters."""
@@ -150,7 +150,7 @@ class Now:
     @property
     def fixed(self) -> Mapping[str, Array]:
         """As in `Side`, like what follows."""
-        return fixed_of(self.posterior.model)
+        return self.posterior.model.fixed
 
     @property
     def unknown(self) -> str:
@@ -212,8 +212,3 @@ def thinned(adapters: Adapters, size: int) -> Adapters:
     """`size` of the draws, evenly spaced."""
     chosen = evenly(len(jax.tree.leaves(adapters)[0]), size)
     return jax.device_put(jax.tree.map(lambda x: np.asarray(x)[chosen], adapters))
-
-
-def fixed_of(model: Any) -> Mapping[str, Array]:
-    """Value of every site that a model holds, by name."""
-    return model.fixed if isinstance(model, Conditional) else {}

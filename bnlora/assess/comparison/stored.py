@@ -29,7 +29,6 @@ from bnlora.data.batch import Batch, check_labels
 from bnlora.infer.mcmc.certificate import Certificate
 from bnlora.prediction.functions import PROBES, evaluate, identifiable
 from bnlora.prediction.predict import Prediction, predict_with_draws
-from bnlora.program.conditional import Conditional
 from bnlora.program.model import kind_of
 
 RECORD, DRAWS, HELD = "certificate.json", "draws.nc", "held.safetensors"
@@ -119,7 +118,7 @@ def store_reference(
     draws = Draws(names, values.reshape(chains.num_chains, -1, len(names)), "chains")
     about = dict(chains.record) | {"held": chains.target.held, "thinning": chains.thinning}
     stored = StoredReference(draws, prediction, chains.certificate, about, checksum(data), describe(model))
-    if not isinstance(model, Conditional):
+    if not model.fixed:
         return stored
     fixed, params = (_arrays(values) for values in (model.fixed, chains.target.view.params))
     return replace(stored, fixed=fixed, params=params)
