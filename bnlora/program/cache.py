@@ -14,10 +14,11 @@ from rich.console import Console
 
 from bnlora._util.progress import speaker, track
 from bnlora.data.batch import Batch, Features, Part, parts
+from bnlora.program.protocol import Model
 
 
 def cache_prefix(
-    model: Any,
+    model: Model,
     batch: Batch,
     *,
     batch_size: int = 16,
@@ -81,7 +82,7 @@ def tracked_parts(
 _LABELS = {"network": "prefix cache", "tangent": "tangent features"}
 
 
-def _layers(model: Any) -> str:
+def _layers(model: Model) -> str:
     total = model.base.num_layers
     return f"{total} layers" if model.kind == "tangent" else f"{model.start} of {total} layers"
 

@@ -11,6 +11,7 @@ those below, and a gradient costs what is above alone.
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,13 @@ from bnlora._util.compilation import options
 from bnlora._util.typing import Adapters, Parameters
 from bnlora.adapters.sites import Sites
 from bnlora.program.density import Density, density
-from bnlora.program.model import Classifier
+from bnlora.program.protocol import Model
 from bnlora.program.trunk import Trunk
 
+M = TypeVar("M", bound=Model)
 
-def condition(model: Classifier, values: Mapping[str, Array], params: Parameters | None = None) -> Classifier:
+
+def condition(model: M, values: Mapping[str, Array], params: Parameters | None = None) -> M:
     """The classifier with latent sites held at given values.
 
     Args:

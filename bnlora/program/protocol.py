@@ -1,7 +1,7 @@
 """What the library asks of base models and of classifiers, so that type checkers know what they may use."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 from jax import Array
 from jaxtyping import Float
@@ -9,6 +9,7 @@ from jaxtyping import Float
 from bnlora._util.typing import Adapters
 from bnlora.adapters.sites import Sites
 from bnlora.data.batch import Batch
+from bnlora.priors import Prior
 from bnlora.program.trunk import Trunk
 
 
@@ -48,8 +49,26 @@ class Program(Protocol):
         ...
 
 
+class BoundPrior(Protocol):
+    """A prior program with its sites."""
+
+    @property
+    def program(self) -> Prior:
+        """The program, a function of the sites."""
+        ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Adapters:
+        """Run the prior."""
+        ...
+
+
 class Model(Program, Protocol):
     """A classifier: `bl.Classifier`, `bl.Tangent`, or one of your own with the same members."""
+
+    @property
+    def prior(self) -> BoundPrior:
+        """The prior over the adapters of the sites."""
+        ...
 
     @property
     def base(self) -> LanguageModel:
@@ -82,6 +101,11 @@ class Model(Program, Protocol):
         ...
 
     @property
+    def moving(self) -> tuple[str, ...]:
+        """Families whose adapters differ from draw to draw."""
+        ...
+
+    @property
     def fixed(self) -> Mapping[str, Array]:
         """Value of every site that is held, by name."""
         ...
@@ -96,6 +120,18 @@ class Model(Program, Protocol):
 
     def cache_bytes(self, batch: Batch) -> int:
         """Memory that `prepare` adds to a batch."""
+        ...
+
+    def with_prior(self, prior: Prior) -> Self:
+        """The same classifier under another prior."""
+        ...
+
+    def above(self, trunk: Trunk) -> Self:
+        """The same classifier with another trunk."""
+        ...
+
+    def prepared(self, weights: Any, batch: Batch) -> Batch:
+        """`prepare` with given weights, for compiled programs."""
         ...
 
     def prepare(self, batch: Batch) -> Batch:

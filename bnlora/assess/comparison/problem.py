@@ -12,7 +12,6 @@ the free sites change no adapter. For an exact comparison, fit to the conditiona
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +22,7 @@ from bnlora._util.typing import Adapters, Parameters
 from bnlora.assess.comparison.side import Side
 from bnlora.prediction.posterior import Posterior, SitePosterior
 from bnlora.program.draws import adapters_at
+from bnlora.program.protocol import Model
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Problem:
         notes: Sentences that say what is held on which side.
     """
 
-    model: Any
+    model: Model
     holds: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -50,7 +50,7 @@ class Problem:
         return jax.jit(partial(_adapters, self.model))(posterior.params, free)
 
 
-def _adapters(model: Any, params: Parameters, free: Mapping[str, Array]) -> Adapters:
+def _adapters(model: Model, params: Parameters, free: Mapping[str, Array]) -> Adapters:
     return jax.lax.map(lambda sites: adapters_at(model, params, sites), dict(free))
 
 

@@ -7,6 +7,7 @@ happen if the draws, or their mean, were taken for adapters of the network.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,7 +55,7 @@ def linearisation(drawn: Sample, data: Batch) -> Linearisation | None:
         drawn: A sample of a fit.
         data: Rows; the first 32 are used, labels are not read.
     """
-    model = drawn.fit.model
+    model: Any = drawn.fit.model  # a `Tangent`, whose network is read below
     if model.kind == "network":
         return None
     some = jax.tree.map(lambda x: np.asarray(x[:DRAWS]), drawn.drawn[1])
