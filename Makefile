@@ -24,7 +24,7 @@ files = $(foreach name,$(1),$(filter %/test_$(name).py,$(TESTS)))
 # What touches the compiler, the kernels, ArviZ and the packages.
 VERSIONED := diagnose diagnostics display execution guides kernels_api kernels_lowering llama mcmc packaging plots predict svi
 
-.PHONY: demo test fast rounding versions elsewhere slow lint tpu docs notebooks oldest newest clean
+.PHONY: demo test fast rounding versions elsewhere slow lint tpu docs notebooks benchmarks oldest newest clean
 
 # The demonstration needs the library and nothing that tests need; where those have been set up, that will do.
 demo: $(if $(wildcard $(READY)),$(READY),$(DEMO_READY))
@@ -80,6 +80,13 @@ tpu: $(READY)
 # Every notebook in full, through a Jupyter kernel, into build/notebooks.
 notebooks: $(READY)
 	$(BIN)/python notebooks/run.py execute
+
+# The tables of the documents out of benchmarks/results. Those that come from stored predictions and chains are computed
+# anew; the others are measured by their own command: `python -m benchmarks NAME --store`.
+benchmarks: $(READY)
+	$(BIN)/python -m benchmarks seeds report --store
+	$(BIN)/python -m benchmarks references --store
+	$(BIN)/python -m benchmarks tables
 
 # The lowest versions that pyproject.toml admits, of what it names itself. Old releases of one package warn of
 # newer ones of another, so warnings of what is deprecated are no errors here.

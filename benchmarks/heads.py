@@ -1,4 +1,4 @@
-"""Small heads whose exact posterior can be sampled, for `posteriors.py` and `nuts.py`.
+"""Small heads whose exact posterior can be sampled, for the benchmarks `posteriors`, `references` and `nuts`.
 
 Each is an adapter on SmolLM2 with independent normal weights, so small that a gradient takes milliseconds:
 rows of the output layer for two words of sentiment and for eight topics of news, and the last layer's

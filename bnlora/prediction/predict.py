@@ -5,7 +5,8 @@ r"""Posterior prediction: the mixture over draws of the softmax over the label w
 One definition for every number of draws and for deterministic fits, where it is a single softmax.
 What no draw changes (the layers below the lowest adapted one) runs once a row. Draws go through the layers
 above some at a time, so memory does not grow with their number: one on a CPU, which gains nothing from more
-(`benchmarks/step.py`), and several on an accelerator, where they share every read of the weights.
+(`python -m benchmarks step predict`), and several on an accelerator, where they share every read of the
+weights.
 """
 
 from dataclasses import dataclass

@@ -1,30 +1,20 @@
 """The reference draws that ship with the benchmarks: certified, small, and found again from scratch."""
 
-import sys
 from pathlib import Path
 
 import jax
 import pytest
 
 import bnlora as bl
+from benchmarks.heads import HEADS, smollm2
 from bnlora.infer.mcmc.certificate import Thresholds
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FOLDERS = sorted((BENCHMARKS / "references").iterdir())
 
 
-@pytest.fixture(scope="module")
-def heads():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import heads
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return heads
-
-
-def test_every_reference_belongs_to_a_head(heads):
-    assert {folder.name for folder in FOLDERS} <= set(heads.HEADS)
+def test_every_reference_belongs_to_a_head():
+    assert {folder.name for folder in FOLDERS} <= set(HEADS)
     assert {"two-words", "eight-topics"} <= {folder.name for folder in FOLDERS}
 
 
@@ -44,9 +34,9 @@ def test_every_reference_is_certified_at_the_default_thresholds(folder):
 
 
 @pytest.mark.slow
-def test_a_reference_is_found_again_from_scratch(heads):
+def test_a_reference_is_found_again_from_scratch():
     """Other seed, other starts, another sampler: no aspect differs from the shipped draws."""
-    model, train, others = heads.HEADS["two-words"].load(heads.smollm2())
+    model, train, others = HEADS["two-words"].load(smollm2())
     chains = bl.sample_elliptical(
         jax.random.key(1),
         model,

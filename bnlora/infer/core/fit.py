@@ -37,7 +37,7 @@ from bnlora.program.tangent.model import Tangent
 from bnlora.program.tangent.targets import OWN, SLOPE, target_sites
 
 SIZES: Mapping[str, int] = {"q_proj": 8, "k_proj": 8, "v_proj": 32}
-"""Placement and sizes of the default, fixed on seeds 0 to 2 of `benchmarks/seeds.py`, with `SLOPE`."""
+"""Placement and sizes of the default, fixed on seeds 0 to 2 of `python -m benchmarks seeds`, with `SLOPE`."""
 
 OTHERS = 16
 """Size of modules that are not in that table."""

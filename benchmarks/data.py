@@ -1,0 +1,79 @@
+"""VADER's sentences with their activations below the adapted layers, computed once and kept on disk: 4.3 GB.
+
+Every benchmark of the core prior draws its rows from here, so that none runs the trunk of the model again.
+`python -m benchmarks pool` computes all of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+import bnlora as bl
+from bnlora._util.caching import cache_folder
+from bnlora.app.demo import RECIPE
+from bnlora.base import Base
+from bnlora.data.assets import DOMAINS, vader_domains
+
+LABELLED = 560
+"""Labelled movie sentences of a seed."""
+
+
+class Pool(NamedTuple):
+    """The base of the demonstration and sentences that it has read.
+
+    Attributes:
+        base: The base.
+        rows: Each domain's sentences with cached activations, in the order of the data set; on the disk.
+        label_ids: Token id of each class.
+    """
+
+    base: Base
+    rows: dict[str, bl.Batch]
+    label_ids: tuple[int, ...]
+
+
+def pool(domains: Sequence[str] = DOMAINS, *, console: Console | None = None) -> Pool:
+    """The sentences of some domains; activations that are not on the disk yet take minutes."""
+    base = RECIPE.load_base()
+    data = RECIPE.read(vader_domains(), base, text="text", label="label")
+    sites = bl.select(base, ["v_proj"], rank=1, layers=slice(-(RECIPE.top_layers or 0), None))
+    model = bl.Classifier(base, sites, bl.priors.point(), label_ids=data.label_ids)
+    folder = cache_folder() / "pool"
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {
+        name: _cached(model, data[name], folder / f"{name}-{model.start}.npy", console) for name in domains
+    }
+    return Pool(base, found, tuple(data.label_ids.tolist()))
+
+
+def _cached(model: bl.Classifier, batch: bl.Batch, file, console: Console | None) -> bl.Batch:
+    if not file.is_file():
+        made = bl.cache_prefix(model, batch, console=console)
+        np.save(file, np.asarray(made.hidden))
+    return replace(batch, hidden=np.load(file, mmap_mode="r"), depth=model.start)
+
+
+def drawn(
+    found: Pool, seed: int, *, labelled: int = LABELLED, test: int = 0
+) -> tuple[bl.Batch, dict[str, bl.Batch]]:
+    """Labelled movie sentences of a seed, and others of each domain to test on."""
+    random = np.random.default_rng(seed)
+    order = {name: random.permutation(len(batch)) for name, batch in found.rows.items()}
+    skip = {name: LABELLED if name == "movies" else 0 for name in order}
+    tests = {n: rows_of(found.rows[n], order[n][skip[n] : skip[n] + test]) for n in order} if test else {}
+    return rows_of(found.rows["movies"], order["movies"][:labelled]), tests
+
+
+def rows_of(batch: bl.Batch, rows: np.ndarray) -> bl.Batch:
+    """Some rows, read from the disk and cut to the columns that they use."""
+    used = np.flatnonzero(np.asarray(batch.mask)[rows].any(0))
+    columns = slice(int(used[0]), int(used[-1]) + 1)
+    taken = {n: jnp.asarray(np.asarray(getattr(batch, n))[rows][:, columns]) for n in ("tokens", "mask")}
+    labels = jnp.asarray(np.asarray(batch.labels)[rows])
+    in_order = np.sort(rows)  # the disk is read in order
+    hidden = batch.hidden[in_order][np.argsort(np.argsort(rows))][:, columns]
+    return replace(batch, **taken, labels=labels, hidden=jnp.asarray(hidden))

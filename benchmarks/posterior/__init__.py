@@ -1,0 +1,1 @@
+"""How far is a posterior from the exact one?"""

@@ -1,0 +1,147 @@
+"""A Bayesian step over a plain one, many draws in one prediction, and compiling at three depths.
+
+    bayes     a step of the Bayesian fit over one of plain LoRA, on SmolLM2-135M
+    predict   prediction with S draws over S predictions with one draw, all from the tokens
+    compile   tracing and compiling the Bayesian step of small random models of 12, 24 and 48 layers
+
+What is compared runs in turn, round by round in one process. `step_torch` compares the step of plain LoRA
+with that of torch and peft.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+
+import bnlora as bl
+from benchmarks.report import Report
+from benchmarks.steps import Step, svi_step
+from benchmarks.timing import in_turn, show
+from bnlora.app.demo import RECIPE
+from bnlora.app.recipe import PriorName
+from bnlora.prediction.predict import predict_with_draws
+from bnlora.testing import tiny_base, tiny_rows
+
+LABEL_IDS = np.array([100, 200])
+DEPTHS = (12, 24, 48)
+RATE = 1e-3
+
+
+def step_of(
+    base: bl.Base,
+    train: bl.Batch,
+    prior: PriorName,
+    *,
+    top_layers: int | None,
+    batch_size: int,
+    particles: int = 1,
+) -> Step:
+    """The step of plain LoRA ("none") or of the Bayesian fit; the prefix is cached."""
+    label_ids = LABEL_IDS % base.config.vocab_size
+    model, guide = replace(RECIPE, prior=prior, top_layers=top_layers).build(base, label_ids)
+    train, adam = bl.cache_prefix(model, train), optax.adam(RATE)
+    size = {"batch_size": batch_size, "num_particles": particles}
+    return svi_step(jax.random.key(0), model, guide, train, adam, **size)
+
+
+def layers_text(top_layers: int | None) -> str:
+    """Which layers are adapted, in words."""
+    return "all layers" if top_layers is None else f"the upper {top_layers} layers"
+
+
+def bayes(given: argparse.Namespace, report: Report) -> None:
+    """Time a step of both fits."""
+    base = RECIPE.load_base()
+    size = given.batch_size
+    train = tiny_rows(jax.random.key(0), 4 * size, length=given.length, vocabulary=base.config.vocab_size)
+    about = {"top_layers": given.top_layers, "batch_size": size, "particles": given.particles}
+    priors: tuple[PriorName, ...] = ("none", "sparse-gp")
+    steps = {prior: step_of(base, train, prior, **about) for prior in priors}
+    states = {prior: step.state for prior, step in steps.items()}
+
+    def run(prior: PriorName, number: int) -> None:
+        rows = (np.arange(size) + number) % len(train)
+        states[prior] = steps[prior].run(states[prior], jax.random.key(number), rows)
+
+    times = in_turn({prior: partial(run, prior) for prior in priors}, given.rounds)
+    title = f"Bayesian over plain step, {layers_text(given.top_layers)}"
+    show(report, title, times, unit="step")
+    counts = {n: sum(x.size for x in jax.tree.leaves(s.params)) for n, s in states.items()}
+    shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    report.text(title, f"{size} rows of {given.length} tokens; parameters: {shown}.")
+
+
+def predict(given: argparse.Namespace, report: Report) -> None:
+    """Time one prediction with S draws and S predictions with one."""
+    base = RECIPE.load_base()
+    rows = tiny_rows(jax.random.key(0), given.batch_size, length=given.length, vocabulary=49_152)
+    draws, layers = given.draws, 15 if given.top_layers is None else given.top_layers
+    model, _ = replace(RECIPE, top_layers=layers).build(base, LABEL_IDS)
+    key = jax.random.key(1)
+    adapters = {
+        name: {f: 0.02 * jax.random.normal(key, (draws, *shape)) for f, shape in site.shapes.items()}
+        for name, site in model.sites.items()
+    }
+
+    def together(_: int) -> None:
+        predict_with_draws(model, adapters, rows, batch_size=len(rows))
+
+    def apart(_: int) -> None:
+        for draw in range(draws):
+            one = jax.tree.map(lambda x, s=draw: x[s : s + 1], adapters)
+            predict_with_draws(model, one, rows, batch_size=len(rows))
+
+    programs = {f"{draws} predictions of one draw": apart, f"one of {draws} draws": together}
+    title = f"Prediction, {layers_text(layers)}"
+    show(report, title, in_turn(programs, given.rounds), unit="prediction")
+    report.text(title, f"{len(rows)} rows of {given.length} tokens.")
+
+
+def compiling(given: argparse.Namespace, report: Report) -> None:
+    """Time tracing and lowering, and compiling, of the Bayesian step at three depths."""
+    jax.config.update("jax_enable_compilation_cache", False)  # noqa: FBT003
+    tiny = {depth: tiny_base(jax.random.key(0), num_layers=depth) for depth in DEPTHS}
+    rows = tiny_rows(jax.random.key(0), given.batch_size)
+    about = {"top_layers": None, "batch_size": len(rows)}
+    steps = {depth: step_of(base, rows, "sparse-gp", **about) for depth, base in tiny.items()}
+
+    def lower(depth: int) -> jax.stages.Lowered:
+        jax.clear_caches()
+        return steps[depth].lower("default")
+
+    def finish(depth: int) -> None:
+        lower(depth).compile()
+
+    def call(run: Callable[[int], object], depth: int, _: int) -> None:
+        run(depth)
+
+    jobs = {"Tracing and lowering": (lower, 1), "Tracing, lowering and compiling": (finish, 0)}
+    for what, (run, warm_up) in jobs.items():
+        programs = {f"{depth} layers": partial(call, run, depth) for depth in DEPTHS}
+        show(report, what, in_turn(programs, given.rounds, warm_up=warm_up), unit="program")
+    table = report.table("Length of the lowered text", ("layers", "characters"))
+    for depth in DEPTHS:
+        table.row(depth, f"{len(lower(depth).as_text()):,}")
+
+
+JOBS = {"bayes": bayes, "predict": predict, "compile": compiling}
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The job and its sizes."""
+    parser.add_argument("job", choices=JOBS)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--length", type=int, default=32, help="tokens of a row")
+    parser.add_argument("--particles", type=int, default=1, help="draws of the guide in a step")
+    parser.add_argument("--draws", type=int, default=16, help="draws of a prediction")
+    parser.add_argument("--top-layers", type=int, help="all, and 15 for predict, when omitted")
+
+
+def run(given: argparse.Namespace, report: Report) -> None:
+    """Run one job."""
+    JOBS[given.job](given, report)
