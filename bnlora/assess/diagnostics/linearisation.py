@@ -7,6 +7,7 @@ happen if the draws, or their mean, were taken for adapters of the network.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,7 +45,7 @@ def linearisation(drawn: Sample, data: Batch) -> Linearisation:
         drawn: A sample of a fit of the tangent model.
         data: Rows; the first 32 are used, labels are not read.
     """
-    model = drawn.fit.model
+    model: Any = drawn.fit.model  # a `Tangent`, whose network is read below
     some = first_draws(drawn.drawn[1], DRAWS)
     # The mean of the updates, which factors at fixed `a` have: the mean of `b`.
     mean = jax.tree.map(lambda x: np.asarray(x, np.float64).mean(0, keepdims=True).astype(x.dtype), some)
