@@ -72,11 +72,12 @@ def fixed(report: Report, core: bl.CoreFit, warmup: int, draws: int, rounds: int
 
 
 def verdict(chains: bl.Chains) -> tuple[str, ...]:
-    """Certificate and divergences in one line."""
+    """The certificate's verdict, and its worst numbers."""
     worst, least = max(chains.certificate.rhat), min(chains.certificate.ess_bulk)
+    divergences = int(chains.stats["divergent"].sum())
     return (
-        f"{chains.certificate.verdict} Greatest R-hat {worst:.4f}, least bulk ESS {least:,.0f}, "
-        f"{int(chains.stats['divergent'].sum())} divergences.",
+        f"{chains.certificate.verdict.rstrip('.')}.",
+        f"Greatest R-hat {worst:.4f}, least bulk ESS {least:,.0f}, {divergences} divergences.",
     )
 
 
