@@ -13,9 +13,10 @@ import numpy as np
 from rich.console import Console
 
 import bnlora as bl
+from bnlora._util.caching import cache_folder
 from bnlora.app.demo import RECIPE
 from bnlora.base import Base
-from bnlora.data.assets import DOMAINS, cache_folder, vader_domains
+from bnlora.data.assets import DOMAINS, vader_domains
 
 LABELLED = 560
 """Labelled movie sentences of a seed."""

@@ -1,10 +1,10 @@
-"""Check the built site as a reader meets it: its links, and in a browser what it says, asks for and shows.
+"""Check the links of the built site, and its pages in a browser.
 
     python docs/check_site.py build/site
 
-Without a browser: every link and anchor within the site resolves, and no page refers to another host for
-anything that a browser would fetch by itself. In headless Chromium, where there is one: no error or warning
-in the console, no request to another host, no failed request, and nothing wider than a phone of 390 pixels.
+Without a browser: every link and anchor within the site resolves, and no page makes a browser fetch a file
+from another host. In headless Chromium, if it is installed: no error or warning in the console, no request to
+another host, no failed request, and nothing wider than a phone of 390 pixels.
 """
 
 import argparse
@@ -33,9 +33,9 @@ FLAGS = (
     "--disable-sync",
 )
 FETCHED = {"img": "src", "script": "src", "iframe": "src", "source": "src", "link": "href"}
-"""What a browser fetches without being asked to."""
+"""Tags whose files a browser fetches by itself, and the attribute with the address."""
 
-# The right edge of whatever is shown, unless something around it scrolls by itself.
+# Elements beyond the right edge of the window, except inside elements that scroll.
 TOO_WIDE = """() => {
   const scrolls = e => { for (let p = e.parentElement; p && p !== document.body; p = p.parentElement)
     if (/auto|scroll|hidden/.test(getComputedStyle(p).overflowX)) return true; return false; };
@@ -59,17 +59,17 @@ class Anatomy(HTMLParser):
         self.feed(page.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note what a tag names or points at."""
-        found = {name: value for name, value in attrs if value}
-        self.anchors |= {found[name] for name in ("id", "name") if name in found}
-        if tag == "a" and "href" in found:
-            self.links.append(found["href"])
-        if tag in FETCHED and FETCHED[tag] in found and found.get("rel") != "canonical":
-            self.fetched.append(found[FETCHED[tag]])
+        """Collect the anchors, links and fetched addresses of a tag."""
+        values = {name: value for name, value in attrs if value}
+        self.anchors |= {values[name] for name in ("id", "name") if name in values}
+        if tag == "a" and "href" in values:
+            self.links.append(values["href"])
+        if tag in FETCHED and FETCHED[tag] in values and values.get("rel") != "canonical":
+            self.fetched.append(values[FETCHED[tag]])
 
 
 def broken_links(site: Path) -> list[str]:
-    """Each link, anchor or fetched file within the site that leads nowhere, and each file of another host."""
+    """Links, anchors and files within the site that do not exist, and files fetched from another host."""
     pages = {page: Anatomy(page) for page in sorted(site.rglob("*.html"))}
     problems = []
     for page, anatomy in pages.items():
@@ -107,7 +107,7 @@ def served(site: Path) -> Iterator[str]:
 
 
 def seen_by_a_browser(site: Path, browser: str, pictures: Path | None = None) -> list[str]:
-    """What goes wrong on some page in a browser, on a desk and on a phone.
+    """Problems of the pages in a browser, at the widths of a desktop and a phone.
 
     Args:
         site: The built site.
@@ -123,26 +123,26 @@ def seen_by_a_browser(site: Path, browser: str, pictures: Path | None = None) ->
         )
         tab, where = context.pages[0], [""]
 
-        def asked(request: object) -> None:
+        def check_request(request: object) -> None:
             if not request.url.startswith((address, "data:", "blob:")):
-                problems.append(f"{where[0]} asks another host for {request.url}")
+                problems.append(f"{where[0]} requests {request.url} from another host")
 
-        def said(message: object) -> None:
+        def check_message(message: object) -> None:
             if message.type in ("error", "warning"):
-                problems.append(f"{where[0]} says in the console: {message.text}")
+                problems.append(f"{where[0]} logs to the console: {message.text}")
 
-        def answered(response: object) -> None:
+        def check_response(response: object) -> None:
             if response.status >= 400:
                 problems.append(f"{where[0]} gets {response.status} for {response.url}")
 
-        tab.on("request", asked)
-        tab.on("console", said)
-        tab.on("response", answered)
+        tab.on("request", check_request)
+        tab.on("console", check_message)
+        tab.on("response", check_response)
         tab.on("pageerror", lambda error: problems.append(f"{where[0]} fails in a script: {error}"))
         for page in sorted(site.rglob("*.html")):
             where[0] = f"/{page.relative_to(site).as_posix()}"
             if page.name == "404.html":
-                continue  # its links are those of a site at the root of a host
+                continue  # its links are right only for a site at the root of a host
             tab.set_viewport_size(DESKTOP)
             tab.goto(f"{address}{where[0].removesuffix('index.html')}", wait_until="load")
             _picture(tab, pictures, where[0], "desk")
@@ -160,23 +160,23 @@ def _picture(tab: object, folder: Path | None, page: str, width: str) -> None:
 
 
 def main() -> None:
-    """Report every problem; exit code 1 where there is one."""
+    """Report every problem; exit with code 1 if there is one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("site", type=Path)
     parser.add_argument("--browser", default=next(filter(None, map(shutil.which, BROWSERS)), None))
     parser.add_argument("--pictures", type=Path, help="folder for a picture of every page at both widths")
-    given = parser.parse_args()
-    if not (given.site / "index.html").is_file():
-        sys.exit(f"{given.site} holds no site; `make docs` builds it")
-    count = len(list(given.site.rglob("*.html")))
-    problems = broken_links(given.site)
-    if given.browser:
-        if given.pictures:
-            given.pictures.mkdir(parents=True, exist_ok=True)
-        problems += seen_by_a_browser(given.site, given.browser, given.pictures)
-        how = f"in {given.browser} at {DESKTOP['width']} and {PHONE['width']} pixels"
+    args = parser.parse_args()
+    if not (args.site / "index.html").is_file():
+        sys.exit(f"{args.site} contains no site; `make docs` builds it")
+    count = len(list(args.site.rglob("*.html")))
+    problems = broken_links(args.site)
+    if args.browser:
+        if args.pictures:
+            args.pictures.mkdir(parents=True, exist_ok=True)
+        problems += seen_by_a_browser(args.site, args.browser, args.pictures)
+        how = f"in {args.browser} at {DESKTOP['width']} and {PHONE['width']} pixels"
     else:
-        how = "links alone: SKIPPED what needs a browser, for there is no Chromium here"
+        how = "only links: SKIPPED the checks in a browser, because Chromium is not installed"
     print("\n".join([*problems, f"{count} pages, {how}: {len(problems)} problems"]))
     sys.exit(bool(problems))
 

@@ -1,9 +1,9 @@
-"""Draw every public plot of the library, and results that show themselves, from small examples with seeds.
+"""Draw every public plot of the library, and results that have an HTML form, from small seeded examples.
 
     python docs/gallery.py build/gallery
 
-writes a picture for each entry of `PICTURES`, and `pictures.json`, from which the page is made. A plot that
-gives a figure becomes an SVG, one that gives HTML stays HTML.
+writes a picture for each entry of `PICTURES`, and `pictures.json`, from which docs/hooks.py makes the page. A
+figure is saved as SVG; a result without a figure is kept as HTML.
 """
 
 import json
@@ -35,7 +35,7 @@ SETTINGS = {
     "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR")
     or str(Path(__file__).parents[1] / ".cache" / "jax"),
     "jax_persistent_cache_min_compile_time_secs": 0.1,
-    "jax_disable_most_optimizations": True,  # most of the time goes into compiling programs that are tiny
+    "jax_disable_most_optimizations": True,  # compilation takes most of the time
 }
 
 
@@ -47,7 +47,7 @@ REVIEW = "the first half was slow and the plot too long but the ending was funny
 
 
 class Picture(NamedTuple):
-    """A plot with a title, what one reads off it, how it is drawn here, and where its function is."""
+    """A plot: its title, how to read it, a function that draws it, and the module of the public function."""
 
     title: str
     caption: str
@@ -56,7 +56,7 @@ class Picture(NamedTuple):
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Cuts a text into words; those that it does not know become the first of them."""
+    """A tokenizer that splits a text into words; unknown words become the first word."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=WORDS[0]))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=WORDS[0], model_max_length=64)
@@ -64,7 +64,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @cache
 def problem() -> tuple[bl.Classifier, Mapping[str, bl.Batch]]:
-    """A head of a tiny random model, and rows whose labels one draw of the prior has made."""
+    """Adapters on the head of a tiny random model, and rows labelled by one draw of the prior."""
     base = replace(tiny_base(jax.random.key(0), num_layers=1), tokenizer=tokenizer())
     sites = bl.select(base, ["lm_head"], rank=1)
     prior = bl.priors.normal(scale={"a": 1.0, "b": 3.0})
@@ -76,7 +76,7 @@ def problem() -> tuple[bl.Classifier, Mapping[str, bl.Batch]]:
 
 @cache
 def fitted() -> bl.Fit:
-    """A mean-field fit with looks at rows that it has not seen."""
+    """A mean-field fit that is validated on the new rows."""
     model, rows = problem()
     guide = bl.guides.Guide(model.prior, bl.guides.mean_field())
     adam = optax.adam(optax.cosine_decay_schedule(0.05, 400))
@@ -99,8 +99,8 @@ def predicted() -> Mapping[str, bl.Prediction]:
     """Predictions of the fit by name of the rows."""
     _, rows = problem()
     return {
-        name: bl.predict(jax.random.key(4), fitted(), some, num_draws=64, console=SILENT)
-        for name, some in rows.items()
+        name: bl.predict(jax.random.key(4), fitted(), batch, num_draws=64, console=SILENT)
+        for name, batch in rows.items()
     }
 
 
@@ -108,13 +108,11 @@ def predicted() -> Mapping[str, bl.Prediction]:
 def framed() -> Frames:
     """Frames of the value projections and the head of a random model."""
     model, rows = problem()
-    targets, key = ["v_proj", "lm_head"], jax.random.key(13)
-    some = rows["new rows"].plain
     return bl.frames(
-        key,
+        jax.random.key(13),
         model.base,
-        targets,
-        some,
+        ["v_proj", "lm_head"],
+        rows["new rows"].plain,
         label_ids=model.label_ids,
         size={"v_proj": 8, "lm_head": 4},
         console=SILENT,
@@ -123,7 +121,7 @@ def framed() -> Frames:
 
 @cache
 def compared() -> bl.Comparison:
-    """The fit against chains that are long enough for a picture, and too short for a certificate."""
+    """The fit compared with NUTS chains, long enough for a picture but too short for a certificate."""
     model, rows = problem()
     chains = bl.sample_nuts(
         jax.random.key(5),
@@ -141,7 +139,7 @@ def compared() -> bl.Comparison:
 
 @cache
 def calibrated() -> Any:
-    """Sixty simulations of a mean-field fit of too few steps."""
+    """Sixty simulations of a mean-field fit that stops too early."""
     model, rows = problem()
     guide = bl.guides.Guide(model.prior, bl.guides.mean_field())
     inference = bl.sbc.svi_inference(
@@ -151,19 +149,19 @@ def calibrated() -> Any:
 
 
 def believed() -> Any:
-    """Draws of the prior at rows without labels."""
+    """The prior predictive distribution at forty rows."""
     model, rows = problem()
     return bl.prior_predictive(jax.random.key(9), model, rows["new rows"][:40], num_draws=200, console=SILENT)
 
 
 @cache
 def narrowed() -> Any:
-    """Spread of the posterior against the prior's, where several layers are adapted."""
+    """Posterior spread relative to prior spread, for several layers."""
     base = tiny_base(jax.random.key(0), num_layers=4)
     sites = bl.select(base, ["q_proj", "v_proj", "lm_head"], rank=1, layers=[2, 3])
     model = bl.Classifier(base, sites, bl.priors.normal(scale=2.0), label_ids=(6, 8))
     guide = bl.guides.Guide(model.prior, bl.guides.mean_field())
-    made = bl.fit(
+    fit = bl.fit(
         jax.random.key(10),
         model,
         guide,
@@ -173,121 +171,129 @@ def narrowed() -> Any:
         batch_size=32,
         console=SILENT,
     )
-    return bl.diagnostics.shrinkage(made)
+    return bl.diagnostics.shrinkage(fit)
 
 
-def by_labels(plot: Callable[..., Any]) -> Any:
-    """A plot of predictions against labels, one panel for each set of rows."""
+def labels() -> Mapping[str, np.ndarray]:
+    """Labels by name of the rows."""
     _, rows = problem()
-    labels = {name: np.asarray(some.labels) for name, some in rows.items()}
-    return plot({"mean field": dict(predicted())}, labels)
+    return {name: np.asarray(batch.labels) for name, batch in rows.items()}
+
+
+def reliable() -> Any:
+    """Reliability of the fit, one panel for each set of rows."""
+    return bl.plots.reliability({"mean field": dict(predicted())}, labels())
+
+
+def covered() -> Any:
+    """Risk against coverage of the fit, one panel for each set of rows."""
+    return bl.plots.risk_coverage(jax.random.key(14), {"mean field": dict(predicted())}, labels())
 
 
 def diagnosed() -> bl.diagnostics.Diagnosis:
-    """The page of the fit, by rows that it has not seen."""
+    """The diagnosis of the fit on rows that were not fitted."""
     _, rows = problem()
     return bl.diagnose(fitted(), rows["new rows"], console=SILENT)
 
 
 def read() -> bl.Reading:
-    """A sentence read word by word."""
+    """Predictions after every word of a sentence."""
     return bl.read_along(jax.random.key(12), fitted(), REVIEW, template="{text}", console=SILENT)
 
 
 PICTURES: Mapping[str, Picture] = MappingProxyType(
     {
         "elbo": Picture(
-            "The bound of a fit and its terms",
+            "The bound and its terms",
             bl.plots.ELBO_CAPTION,
             lambda: bl.plots.elbo({"mean field": fitted()}),
         ),
-        "reliability": Picture(
-            "Reliability", bl.plots.RELIABILITY_CAPTION, lambda: by_labels(bl.plots.reliability)
-        ),
+        "reliability": Picture("Reliability diagram", bl.plots.RELIABILITY_CAPTION, reliable),
         "risk_coverage": Picture(
-            "Leaving doubtful rows to others",
-            "the error rate among the rows that are answered when the least certain are refused. A doubt "
-            "worth having makes the curve rise to the right; where it stays on the dotted line, "
-            "refusing gains nothing.",
-            lambda: by_labels(bl.plots.risk_coverage),
+            "Risk against coverage",
+            "the error rate among the answered rows, if the least certain rows are refused. If the "
+            "uncertainty is informative, the curve rises to the right. If it stays on the dotted line, "
+            "refusing rows gains nothing.",
+            covered,
         ),
         "domains": Picture(
-            "Doubt by domain",
-            "does the posterior know that rows are of another kind? The area under the curve says how often "
-            "one of them is more uncertain than a row of the domain that was trained on. Here both sets are "
-            "of one kind, so that it should be about one half.",
+            "Uncertainty by domain",
+            "uncertainty of the rows of each domain. The area under the curve is the probability that a row "
+            "of another domain is more uncertain than a row of the training domain. Here both sets come from "
+            "one domain, so it should be about one half.",
             lambda: bl.plots.domains(predicted()),
         ),
         "read_along": Picture(
-            "Reading along",
-            "the prediction after every word of a text, as if it had ended there: shaded by what more "
-            "training rows could remove from the doubt. Nothing is attributed to a word. The model is "
-            "random, and the sentence stands for tokens.",
+            "Prediction after every word",
+            "the prediction after every word of a text, as if the text ended there. The shade is the mutual "
+            "information: the part of the uncertainty that more training rows could remove. It does not "
+            "attribute the prediction to words. The model here is random and the sentence stands for tokens.",
             read,
             home="bnlora",
         ),
         "diagnose": Picture(
-            "A diagnosis",
-            "every diagnostic of a fit on one page, what is wrong first, with what to do about it. [Diagnose "
+            "Diagnosis of a fit",
+            "every diagnostic of a fit on one page: problems first, each with a remedy. [Diagnose "
             "a fit](guides/diagnose.md) explains each line.",
             diagnosed,
             home="bnlora",
         ),
         "posterior_spread": Picture(
-            "Where the data narrowed the prior",
-            "the spread of each layer's update under the posterior as a share of its spread under the prior, "
-            "from `diagnostics.shrinkage`. Layers near one have learned nothing.",
+            "Posterior spread by layer",
+            "the standard deviation of each layer's update under the posterior, divided by its standard "
+            "deviation under the prior (`diagnostics.shrinkage`). A layer near one has learned nothing.",
             lambda: bl.plots.posterior_spread(narrowed().table),
         ),
         "prior_predictive": Picture(
-            "What a prior believes",
-            "before any label is seen, beside the base model. A prior too wide decides every row in every "
-            "draw; one too narrow leaves the base as it is.",
+            "Prior predictive distribution",
+            "class probabilities before any label is seen, beside those of the base model. If the prior is "
+            "too wide, every draw is certain about every row. If it is too narrow, the draws stay at the "
+            "base.",
             lambda: bl.plots.prior_predictive(believed()),
         ),
         "frame_energies": Picture(
-            "How many directions a frame needs",
+            "Energy left out by a frame",
             "the share of the gradients' energy outside the leading directions of each side, from "
-            "`bl.frames`. Blue: outputs, orange: inputs; the dots are the chosen sizes.",
+            "`bl.frames`. Blue: outputs. Orange: inputs. The dots are the chosen sizes.",
             lambda: bl.plots.frame_energies(framed()),
         ),
         "forest": Picture(
-            "Two posteriors by function",
-            "the fit against chains, in units of the chains. Here the chains are too short for a "
-            "certificate, so that they are called the other posterior and no reference.",
+            "Two posteriors, function by function",
+            "the fit and the chains, in units of the chains. These chains are too short for a "
+            "certificate, so the plot calls them the other posterior and not a reference.",
             lambda: bl.plots.forest(compared()),
         ),
         "worst_pairs": Picture(
-            "Where two posteriors differ most",
-            "draws of both in the plane of each two functions: correlation that a factorised guide cannot "
-            "have shows here first.",
+            "Function pairs that differ most",
+            "draws of both posteriors in the plane of two functions, for the pairs that differ most. "
+            "Correlation that a factorised guide cannot represent appears here first.",
             lambda: bl.plots.worst_pairs(compared()),
         ),
         "predictive_scatter": Picture(
             "Predictions of two posteriors",
-            "row by row: the probability of a class, and how much of the doubt is about the adapters.",
+            "row by row: the probability of a class, and the uncertainty that is due to the adapters.",
             lambda: bl.plots.predictive_scatter(compared()),
         ),
         "rank_difference": Picture(
             "Ranks of one posterior within the other",
-            "a curve that leaves its band is a difference that chance does not explain; its shape says "
-            "which.",
+            "a curve outside its band shows a difference beyond chance; the shape of the curve shows which "
+            "kind of difference.",
             lambda: bl.plots.rank_difference(compared()),
         ),
         "sbc": Picture(
             "Simulation-based calibration",
-            "is the inference right on average over data that the prior made? Curves of exact inference stay "
+            "is the inference calibrated on average over data from the prior? Curves of exact inference stay "
             "inside the grey band.",
             lambda: bl.plots.sbc(calibrated()),
         ),
         "vsbc": Picture(
-            "Is a variational posterior biased?",
-            "the weaker question: whether the truth lies above and below the draws equally often.",
+            "Bias of a variational posterior",
+            "a weaker check than full calibration: is the true value above the draws as often as below them?",
             lambda: bl.plots.vsbc(calibrated()),
         ),
     }
 )
-"""Every public plot by name, and what shows itself; a test refuses a plot that is missing here."""
+"""Every public plot by name, and results that have an HTML form. A test fails if a public plot is missing."""
 
 
 def main(folder: Path) -> None:
@@ -297,20 +303,20 @@ def main(folder: Path) -> None:
     for name, value in SETTINGS.items():
         jax.config.update(name, value)
     folder.mkdir(parents=True, exist_ok=True)
-    found = []
+    entries = []
     for name, picture in PICTURES.items():
         began = time.perf_counter()
-        made = picture.draw()
+        result = picture.draw()
         entry = {"name": name, "function": f"{picture.home}.{name}", "file": "", "html": ""}
         entry |= {"title": picture.title, "caption": picture.caption}
-        if hasattr(made, "savefig"):
+        if hasattr(result, "savefig"):
             entry["file"] = f"{name}.svg"
-            made.savefig(folder / entry["file"], metadata={"Date": None}, facecolor="white")
+            result.savefig(folder / entry["file"], metadata={"Date": None}, facecolor="white")
         else:
-            entry["html"] = made if isinstance(made, str) else made._repr_html_()
-        found.append(entry)
+            entry["html"] = result if isinstance(result, str) else result._repr_html_()
+        entries.append(entry)
         print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
-    (folder / "pictures.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    (folder / "pictures.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What MkDocs does beyond its plugins: pages made from the package, parts of other documents, mathematics.
+"""Hooks of MkDocs: pages generated from the package, parts of other documents, mathematics.
 
-A line of a page may ask for a part of another document, which is said once that way:
+A line of a page can include a part of another document, so that no text exists twice:
 
-    !python FILE N         the N-th piece of Python of a document
-    !section FILE TITLE    what stands below a heading of the second level
+    !python FILE N         the N-th Python block of a document
+    !section FILE TITLE    the text below a heading of the second level
     !table FILE N          the N-th table of any file
     !notebooks FOLDER all  a table of the notebooks: title, question, and both files
 """
@@ -32,7 +32,7 @@ _generated: dict[str, str] = {}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Make the pages of the reference and append them to the navigation."""
+    """Generate the pages of the reference and append them to the navigation."""
     package = load()
     made = pages(package)
     _generated.clear()
@@ -45,7 +45,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that were made, and the pictures of the gallery with theirs."""
+    """Add the generated pages, the gallery with its pictures, and the notebooks."""
     for path, text in _generated.items():
         files.append(File.generated(config, path, content=text))
     if not PICTURES.is_file():
@@ -81,12 +81,16 @@ def _gallery(pictures: list[dict[str, Any]]) -> str:
 
 
 def on_page_markdown(markdown: str, page: SitePage, **_: Any) -> str:
-    """Put parts of other documents where a page asks for them."""
-    return _PART.sub(lambda found: part(found["kind"], found["file"], found["which"]), markdown)
+    """Include the parts of other documents that a page names."""
+    return _PART.sub(lambda match: part(match["kind"], match["file"], match["which"]), markdown)
 
 
 def part(kind: str, file: str, which: str) -> str:
-    """A part of a document; a `PluginError` says where there is none."""
+    """A part of a document.
+
+    Raises:
+        PluginError: If the document has no such part.
+    """
     if kind == "notebooks":
         return "\n".join(
             ["| notebook | question | |", "|---|---|---|", *map(_notebook, _scripts(ROOT / file))]
@@ -97,11 +101,12 @@ def part(kind: str, file: str, which: str) -> str:
         "section": rf"(?<=^## {re.escape(which)}\n).*?(?=^## |\Z)",
         "table": r"(?:^\|.*\n)+",
     }
-    found = re.findall(patterns[kind], text, re.DOTALL | re.MULTILINE if kind != "table" else re.MULTILINE)
+    flags = re.MULTILINE if kind == "table" else re.DOTALL | re.MULTILINE
+    parts = re.findall(patterns[kind], text, flags)
     number = 0 if kind == "section" else int(which)
-    if number >= len(found):
+    if number >= len(parts):
         raise PluginError(f"{file} has no {kind} {which!r}")
-    return found[number]
+    return parts[number]
 
 
 def _scripts(folder: Path) -> list[Path]:
@@ -109,7 +114,7 @@ def _scripts(folder: Path) -> list[Path]:
 
 
 def _notebook(script: Path) -> str:
-    """A row of the table, from the heading of a notebook and the paragraph that begins with its question."""
+    """A row of the table: the heading of a notebook, its question and its files."""
     text = re.sub(r"^# ?", "", script.read_text(encoding="utf-8"), flags=re.MULTILINE)
     title = re.search(r"^# (.+)$", text, re.MULTILINE)
     question = re.search(r"^\*\*Question\.\*\* (.+?)\n\n", text, re.DOTALL | re.MULTILINE)

@@ -1,4 +1,4 @@
-"""LaTeX to MathML while the site is built: browsers show it by themselves, without a script."""
+"""Convert LaTeX to MathML when the site is built. Browsers show MathML without a script."""
 
 import html
 import re
@@ -11,20 +11,20 @@ _BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOT
 
 
 def with_mathematics(page: str) -> str:
-    """A page of HTML with every formula that `pymdownx.arithmatex` marked as MathML.
+    """Convert every formula that `pymdownx.arithmatex` marked in a page of HTML to MathML.
 
     Raises:
-        ValueError: When a formula has a command that is not known, which would stand in the page as text.
+        ValueError: If a formula has an unknown command, which the page would show as text.
     """
-    page = _BLOCK.sub(lambda found: f'<div class="formula">{_mathml(found[1], "block")}</div>', page)
-    return _INLINE.sub(lambda found: _mathml(found[1], "inline"), page)
+    page = _BLOCK.sub(lambda match: f'<div class="formula">{_mathml(match[1], "block")}</div>', page)
+    return _INLINE.sub(lambda match: _mathml(match[1], "inline"), page)
 
 
 def _mathml(escaped: str, display: str) -> str:
     latex = html.unescape(escaped).strip()
-    made = convert(latex, display=display)
-    if unknown := re.search(r"<m[io]>(\\\w+|&amp;)</m[io]>", made):
-        raise ValueError(f"the formula {latex!r} has {unknown[1]}, which is not known")
-    # As TeX sets them: a thin space after the name of a function, none around a slash.
-    made = re.sub(r"(<mi>(?:log|exp)</mi>)", rf"\1{_THIN}", made)
-    return re.sub(r"<mo>(/|&#x0002F;)</mo>", r'<mo lspace="0" rspace="0">\1</mo>', made)
+    mathml = convert(latex, display=display)
+    if unknown := re.search(r"<m[io]>(\\\w+|&amp;)</m[io]>", mathml):
+        raise ValueError(f"the formula {latex!r} has the unknown command {unknown[1]}")
+    # TeX's spacing: a thin space after the name of a function, none around a slash.
+    mathml = re.sub(r"(<mi>(?:log|exp)</mi>)", rf"\1{_THIN}", mathml)
+    return re.sub(r"<mo>(/|&#x0002F;)</mo>", r'<mo lspace="0" rspace="0">\1</mo>', mathml)

@@ -1,12 +1,13 @@
-"""How griffe, which reads the package without importing it, comes to see names and shapes as a reader does.
+"""Make griffe, which reads the package without importing it, see names, shapes and examples as a reader does.
 
-A name that a package takes from its module of the same name is what the module holds: `bnlora.priors.normal`
-is a function for whoever imports it, and a file for whoever looks into the folder.
-
-The shape in a jaxtyping annotation stays a string, `Float[Array, "..."]`, where griffe would read it as code,
-and a name that only abbreviates such an annotation is written out.
+- If a package takes a name from its module of the same name, the name is the object and not the module:
+  `bnlora.priors.normal` is a function.
+- The shape in a jaxtyping annotation stays a string, `Float[Array, "..."]`; griffe would parse it as code.
+  A name that abbreviates such an annotation is written out.
+- A section `Example:` of a docstring is code, as `Examples:` is.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -15,30 +16,43 @@ import griffe
 
 SHAPED = ("jaxtyping.Float", "jaxtyping.Int", "jaxtyping.Bool")
 
+_EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
+
 HIDDEN = "hidden modules"
-"""Key of a package's `extra` under which the modules are that its members hide."""
+"""Key of a package's `extra` for the modules that its members hide."""
 
 
 class PublicNames(griffe.Extension):
-    """Settle names and shapes of a package once it is loaded."""
+    """Correct names, shapes and examples of a package after it is loaded."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Change the package in place."""
         for module in _modules(pkg):
-            for item, place in _annotated(module):
-                setattr(item, place, _written_out(getattr(item, place), module))
+            for item, attribute in _annotated(module):
+                setattr(item, attribute, _written_out(getattr(item, attribute), module))
+            for docstring in _docstrings(module):
+                docstring.value = _EXAMPLE.sub("Examples:", docstring.value)
         for module in _modules(pkg):
             _uncover(module)
 
 
 def _modules(package: griffe.Module) -> list[griffe.Module]:
-    """A package and all modules in it; one that imports the package has it as a member, too."""
+    """A package and all modules in it. A module that imports the package has it as an alias; skip these."""
     inside = (module for module in package.modules.values() if not module.is_alias)
-    return [package, *(found for module in inside for found in _modules(module))]
+    return [package, *(below for module in inside for below in _modules(module))]
+
+
+def _docstrings(scope: griffe.Object) -> Iterator[griffe.Docstring]:
+    """Docstrings of a module or class and of everything in it, except modules."""
+    if scope.docstring:
+        yield scope.docstring
+    for member in scope.members.values():
+        if not member.is_alias and not member.is_module:
+            yield from _docstrings(member)
 
 
 def _uncover(package: griffe.Module) -> None:
-    """Put members in the place of the modules that hide them."""
+    """Replace modules by the members of the same name that hide them."""
     for name, path in package.imports.items():
         module = package.modules.get(name)
         if module is not None and path == f"{package.path}.{name}.{name}":

@@ -1,11 +1,11 @@
-"""Pages of the API reference, from the package as it stands: whatever is public gets its entry.
+"""Pages of the API reference, made from the package: every public name gets an entry.
 
-The package is read, never imported. Names at its top go to the page of the group that their module is in, and
-a module that no group names gets a page of its own; a public module at the top is a page of its own too.
+The package is read and never imported. Each public package, for instance `bl.priors`, has a page. The other
+names of `bl.` are on the page of the group that their module belongs to.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import indent
@@ -19,45 +19,43 @@ PACKAGE = "bnlora"
 
 GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "Base, sites and data": ("base", "sites", "data", "text", "model", "conditional", "cache"),
-        "Tangent model": ("tangent",),
-        "Fit and predict": ("svi", "fits", "validation", "plateau", "predict", "prior_predictive", "reading"),
-        "Samplers": ("mcmc", "certificate"),
-        "Comparison": ("comparison",),
-        "Save, load and exchange": ("checkpoint", "peft"),
+        "Base, data and sites": ("base", "data", "adapters"),
+        "Model": ("program",),
+        "Fit": ("infer.svi", "infer.core"),
+        "Predict": ("assess.prior_predictive", "prediction"),
+        "Save, load and exchange": ("infer.svi.checkpoint", "infer.core.stored", "adapters.peft"),
     }
 )
-"""Title of a page and the modules whose names at the top of the package it shows, in this order."""
+"""Title of a page, and the rooms whose names in `bl.` it shows, in this order. The longest match wins."""
 
 INSIDE: tuple[str, ...] = (
-    "gp",
-    "frame",
-    "affine",
-    "elbo",
-    "distributions",
-    "flows",
-    "functions",
-    "certificate",
-    "mcmc.options",
-    "calibration",
-    "ranks",
-    "selective",
-    "display",
-    "testing",
-    "assets",
-    "tables",
-    "recipe",
-    "outcome",
-    "models.execution",
+    "app.outcome",
+    "app.recipe",
+    "assess.sbc.core",
+    "data.assets",
+    "data.tables",
+    "guides.affine",
+    "guides.flows",
+    "infer.mcmc.certificate",
+    "infer.mcmc.options",
+    "infer.svi.elbo",
     "kernels.api",
     "kernels.reference",
+    "metrics.ranks",
+    "models.execution",
+    "prediction.functions",
+    "prediction.selective",
+    "priors.distributions",
+    "priors.gp",
+    "testing",
+    "_util.display",
 )
-"""Modules that are not at the top of the package and that a reader may want to know."""
+"""Modules whose names are not in `bl.` or a public package, but which a reader may want to know."""
 
-_HANDED_ON = re.compile(rf"^from {PACKAGE}\.\S+ import (\w+) as \1$", re.MULTILINE)
-"""As typing has it: a name that is imported as itself is public where it is imported."""
+_REEXPORTED = re.compile(rf"^from {PACKAGE}\.\S+ import (\w+) as \1$", re.MULTILINE)
+"""The convention of type checkers: a name that is imported as itself is public where it is imported."""
 
-_ALONE = {"members": "false", "show_root_full_path": "true", "heading_level": "2"}
+_HEADING_ONLY = {"members": "false", "show_root_full_path": "true", "heading_level": "2"}
 
 
 @dataclass
@@ -66,8 +64,8 @@ class Page:
 
     Attributes:
         title: Its title.
-        modules: Modules on it with the full names of what they offer.
-        notes: What the file of a name says at its top, by the first name out of it.
+        modules: Modules on it, with the full names of their entries.
+        notes: Docstring of a module, by the first name that comes from it.
     """
 
     title: str
@@ -76,14 +74,14 @@ class Page:
 
     @property
     def path(self) -> str:
-        """Where the page is in the documents."""
+        """Path of the page in the documents."""
         return f"api/{self.title.lower().replace(',', '').replace(' ', '-').replace('.', '-')}.md"
 
     def markdown(self) -> str:
         """The page for mkdocstrings: each module with its docstring, then its members."""
         parts = [f"# {self.title}\n"]
         for module, names in self.modules.items():
-            parts.append(_entry(module, _ALONE))
+            parts.append(_entry(module, _HEADING_ONLY))
             for name in names:
                 parts.append(_entry(name, {"heading_level": "3"}))
                 if name in self.notes:
@@ -109,17 +107,17 @@ def load() -> griffe.Module:
 
 
 def exported(module: griffe.Module) -> list[str]:
-    """What a module offers with a docstring: what a package takes from its modules, others define."""
+    """Public names of a module that have a docstring, including those that a package re-exports."""
     if module.is_init_module:
         names = [name for name, path in module.imports.items() if path.startswith(f"{PACKAGE}.")]
     else:
         names = [name for name, member in module.members.items() if not member.is_alias]
-        names = [*_HANDED_ON.findall(Path(module.filepath).read_text(encoding="utf-8")), *names]
-    return [name for name in names if not name.startswith("_") and _described(module[name])]
+        names = [*_REEXPORTED.findall(Path(module.filepath).read_text(encoding="utf-8")), *names]
+    return [name for name in names if not name.startswith("_") and _has_docstring(module[name])]
 
 
-def _described(member: griffe.Object | griffe.Alias) -> bool:
-    """Whether there is a docstring; constants that are unpacked from a tuple are not even found."""
+def _has_docstring(member: griffe.Object | griffe.Alias) -> bool:
+    """Whether there is a docstring. Griffe cannot resolve constants that are unpacked from a tuple."""
     try:
         return member.has_docstring and not member.is_module
     except griffe.AliasResolutionError:
@@ -127,51 +125,85 @@ def _described(member: griffe.Object | griffe.Alias) -> bool:
 
 
 def pages(package: griffe.Module) -> list[Page]:
-    """All pages: the groups, then public modules, then modules inside."""
-    by_module = {module: title for title, modules in GROUPS.items() for module in modules}
-    found = {title: Page(title) for title in GROUPS}
-    inside = Page("Inside the library")
+    """All pages: the groups, the public packages, and the modules inside the library."""
     public = {name: path for name, path in package.imports.items() if not name.startswith("_")}
-    modules = [name for name in public if package[name].is_module]
-    for name in modules:
-        offered = _offered(package, name)
-        found[name] = Page(f"{PACKAGE}.{name}", offered, _notes(package[name], offered))
+    packages = {name: _within(path) for name, path in public.items() if package[name].is_module}
+    made = {title: Page(title) for title in GROUPS}
+    for name in sorted(packages):
+        entries = _entries(package, name)
+        made[name] = Page(f"bl.{name}", entries, _notes(package, name, entries))
     for name, path in public.items():
-        home = path.split(".")[1]
-        if name in modules or home in modules:
-            continue  # names of a module that is public itself are on its page
-        page = found.setdefault(by_module.get(home, home), Page(by_module.get(home, f"{PACKAGE}.{home}")))
+        home = _within(path.rpartition(".")[0])
+        if name in packages or any(_is_in(home, room) for room in packages.values()):
+            continue  # the page of the public package shows these
+        title = _group(home)
+        page = made.setdefault(title, Page(title))
         page.modules.setdefault(f"{PACKAGE}.{home}", []).append(f"{PACKAGE}.{name}")
+    for page in made.values():
+        page.modules = dict(sorted(page.modules.items(), key=lambda item: _rank(item[0])))
+    return [*made.values(), _inside(package, made.values())]
+
+
+def _inside(package: griffe.Module, others: Iterable[Page]) -> Page:
+    """The page of `INSIDE`, without what other pages show under a shorter name."""
+    names = {name for page in others for entries in page.modules.values() for name in entries}
+    shown = {_canonical(package, name) for name in names}
+    page = Page("Inside the library")
     for module in INSIDE:
-        inside.modules |= _offered(package, module)
-    made = [*found.values(), inside]
-    for page in made:
-        page.modules = dict(sorted(page.modules.items(), key=lambda item: _place(item[0])))
-    return made
+        for path, entries in _entries(package, module).items():
+            page.modules[path] = [name for name in entries if _canonical(package, name) not in shown]
+    return page
 
 
-def _place(module: str) -> int:
-    order = [name for modules in GROUPS.values() for name in modules]
-    short = module.removeprefix(f"{PACKAGE}.")
-    return order.index(short) if short in order else len(order)
+def _canonical(package: griffe.Module, name: str) -> str:
+    return package[_within(name)].canonical_path
 
 
-def _offered(package: griffe.Module, module: str) -> dict[str, list[str]]:
-    """Names of a module, shorter for those that stand at the top of the package too."""
+def _within(path: str) -> str:
+    return path.removeprefix(f"{PACKAGE}.")
+
+
+def _is_in(module: str, room: str) -> bool:
+    return f"{module}.".startswith(f"{room}.")
+
+
+def _group(module: str) -> str:
+    """The title of a module's page; a module in no group has a page of its own."""
+    matches = {room: title for title, rooms in GROUPS.items() for room in rooms if _is_in(module, room)}
+    return matches[max(matches, key=len)] if matches else f"{PACKAGE}.{module}"
+
+
+def _rank(module: str) -> tuple[int, str]:
+    """Position of a module on its page: in the order of the rooms of `GROUPS`, then by name."""
+    rooms = [room for rooms in GROUPS.values() for room in rooms]
+    around = [room for room in rooms if _is_in(_within(module), room)]
+    return (rooms.index(max(around, key=len)) if around else len(rooms), module)
+
+
+def _entries(package: griffe.Module, module: str) -> dict[str, list[str]]:
+    """Names of a module, by the module; a name that is in `bl.` too has its short path and comes first."""
     path = f"{PACKAGE}.{module}"
-    names = [f"{path}.{name}" for name in exported(package[module])]
+    target = _resolved(package[module])
     short = {path: f"{PACKAGE}.{name}" for name, path in package.imports.items()}
-    return {path: sorted((short.get(name, name) for name in names), key=lambda name: name.count(".") > 1)}
+    names = []
+    for name in exported(target):
+        origin = target.imports.get(name, f"{target.path}.{name}")
+        names.append(short.get(f"{target.path}.{name}", short.get(origin, f"{path}.{name}")))
+    return {path: sorted(names, key=lambda name: name.count(".") > 1)}
 
 
-def _notes(package: griffe.Module, offered: Mapping[str, list[str]]) -> dict[str, str]:
-    """The docstrings of the files of a package, each at the first name that is taken from it."""
+def _resolved(module: griffe.Object | griffe.Alias) -> griffe.Module:
+    """The module itself, where its name in `bl.` is an alias of a package further down."""
+    return module.final_target if isinstance(module, griffe.Alias) else module
+
+
+def _notes(package: griffe.Module, module: str, entries: Mapping[str, list[str]]) -> dict[str, str]:
+    """Docstrings of the files of a package, each at the first name that comes from its file."""
     notes: dict[str, str] = {}
-    if not package.is_init_module:
-        return notes
-    files = {**package.modules, **package.extra[HIDDEN]}
-    for name in (name for names in offered.values() for name in names):
-        file = files.get(package.imports[name.rpartition(".")[2]].split(".")[-2])
+    target = _resolved(package[module])
+    files = {**target.modules, **target.extra[HIDDEN]}
+    for name in (name for names in entries.values() for name in names):
+        file = files.get(target.imports[name.rpartition(".")[2]].split(".")[-2])
         text = file.docstring.value if file is not None and file.docstring else ""
         if text and text not in notes.values():
             notes[name] = text
@@ -182,22 +214,24 @@ def index(package: griffe.Module, made: list[Page]) -> str:
     """The first page: every public name with the first line of its docstring."""
     parts = [
         "# API reference\n",
-        "Import the library as `import bnlora as bl`. Shapes stand in the annotations, by "
+        "Import the library as `import bnlora as bl`. Annotations state shapes in the notation of "
         '[jaxtyping](https://docs.kidger.site/jaxtyping/): `Float[Array, "n c"]` is an array of floats with '
-        "an axis of length `n` and one of length `c`, `...` stands for any leading axes, and a name means "
-        "one length throughout a signature. Nothing checks them at run time.\n",
+        "an axis of length `n` and one of length `c`. `...` stands for any leading axes. A name means "
+        "one length throughout a signature. Nothing checks shapes at run time.\n",
     ]
     for page in made:
         parts += [f"## [{page.title}]({page.path.removeprefix('api/')})\n", "| name | |", "|---|---|"]
         for names in page.modules.values():
             parts += [
-                f"| [`{name.removeprefix('bnlora.')}`][{name}] | {_first(package, name)} |" for name in names
+                f"| [`{name.removeprefix('bnlora.')}`][{name}] | {_summary(package, name)} |"
+                for name in names
             ]
         parts.append("")
     return "\n".join(parts)
 
 
-def _first(package: griffe.Module, name: str) -> str:
-    found = package[name.removeprefix(f"{PACKAGE}.")]
-    text = found.docstring.value if found.docstring else ""
+def _summary(package: griffe.Module, name: str) -> str:
+    """The first paragraph of a docstring, as a cell of a table."""
+    member = package[_within(name)]
+    text = member.docstring.value if member.docstring else ""
     return " ".join(text.split("\n\n")[0].split()).replace("|", "\\|")

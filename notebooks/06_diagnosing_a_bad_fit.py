@@ -269,7 +269,7 @@ richer = fitted(model, guides.full(), key=k_more)
 richer_page = page_of(richer)
 display(richer_page)
 assert richer_page["k-hat"].status == "fine"
-assert richer_page["k-hat"].value < independent_page["k-hat"].value
+assert richer_page["k-hat"].number < independent_page["k-hat"].number
 assert richer_page.final_bound.value > independent_page.final_bound.value
 
 # %%
@@ -333,7 +333,7 @@ display(
             (
                 name,
                 f"{page.final_bound.value:.2f}",
-                f"{page['k-hat'].value:.2f} ({page['k-hat'].threshold:.2f})",
+                f"{page['k-hat'].number:.2f} ({page['k-hat'].threshold:.2f})",
                 ", ".join(f.name for f in page.problems) or "none",
                 ", ".join(f.name for f in page.cautions) or "none",
             )

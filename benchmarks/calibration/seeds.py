@@ -30,8 +30,9 @@ import bnlora as bl
 from benchmarks.data import LABELLED, Pool, drawn, pool
 from benchmarks.report import RESULTS, Report
 from benchmarks.timing import clock
+from bnlora._util.caching import cache_folder
 from bnlora.app.experiment import BASE, BAYES, CAREFUL, LORA, fit_lora, temperature_of, untouched
-from bnlora.data.assets import DOMAINS, cache_folder
+from bnlora.data.assets import DOMAINS
 from bnlora.infer.approximate.temperature import tempered
 from bnlora.infer.core.fit import fit_core
 

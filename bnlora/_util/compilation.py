@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from bnlora._util.caching import keep_programs
+
 PIECE = 32
 """Draws that a program takes at a time, or all of them if there are fewer."""
 
@@ -46,7 +48,10 @@ def options(numbers: int | None = None) -> dict[str, Any] | None:
     Returns:
         Options for no optimisation or for its lowest level. Higher levels take longer to compile and do not
         make the step of a model of real size faster (`python -m benchmarks compiler`).
+
+    Every compilation of this library asks for options first, so this is where JAX learns of the cache folder.
     """
+    keep_programs()
     if jax.default_backend() != "cpu":
         return None
     level = 0 if numbers is not None and numbers <= SMALL else 1

@@ -16,6 +16,8 @@ from rich.console import Console, Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from bnlora._util.finding import Findings
+
 SHADE = (213, 94, 0)
 """Red, green and blue of a full shade: the vermilion of Okabe and Ito (2008)."""
 
@@ -151,7 +153,7 @@ class Shades:
         return text.append(f" {self.top:.2g}")
 
 
-Showable = Table | Shades | str | tuple[str, ...]
+Showable = Table | Shades | Findings | str | tuple[str, ...]
 """What an overview is made of; several sentences in a tuple become a list."""
 
 

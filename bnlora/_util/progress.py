@@ -34,8 +34,44 @@ def progress_bar(console: Console | None, *fields: str) -> Progress:
     return Progress(*columns, TimeRemainingColumn(), console=console, disable=not shown)
 
 
+class OneBar(Console):
+    """A mute console that turns the bars of the parts of a job into one, with the time left for all of them.
+
+    Args:
+        console: Where to draw the bar (see `speaker`).
+        work: Work of the whole job, in a unit that all parts share.
+    """
+
+    def __init__(self, console: Console | None, work: int):
+        super().__init__(quiet=True)
+        self.bar = progress_bar(console)
+        self.task = self.bar.add_task("", total=work)
+        self.work = 0
+
+    @contextmanager
+    def part(self, label: str, work: int) -> Iterator[None]:
+        """Show the label, and let what is tracked inside count as this much work."""
+        self.bar.update(self.task, description=label)
+        self.work, done = work, self.bar.tasks[0].completed
+        yield
+        self.bar.update(self.task, completed=done + work)
+
+    def more(self, work: int) -> None:
+        """Add work that was not foreseen."""
+        self.bar.update(self.task, total=(self.bar.tasks[0].total or 0) + work)
+
+    def count(self, items: Iterable[Item], total: int) -> Iterator[Item]:
+        """Yield `items`, which together are the work of the present part."""
+        for item in items:
+            yield item
+            self.bar.advance(self.task, self.work / total)
+
+
 def track(items: Iterable[Item], total: int, label: str, console: Console | None) -> Iterator[Item]:
     """Yield `items` while a bar counts them."""
+    if isinstance(console, OneBar):
+        yield from console.count(items, total)
+        return
     with progress_bar(console) as bar:
         task = bar.add_task(label, total=total)
         for item in items:

@@ -36,7 +36,6 @@ from bnlora.app.outcome import (
     with_prediction,
 )
 from bnlora.app.recipe import LEARNING_RATE, LEARNING_RATE_OF_LORA, Recipe, Schedule
-from bnlora.data.assets import cache_folder
 from bnlora.data.batch import Batch
 from bnlora.data.formats import ENCODING, check_columns
 from bnlora.data.labels import LabelKind
@@ -248,7 +247,13 @@ def diagnose(
     label: options.LabelColumn = "label",
     labels_are: options.LabelsAre = None,
     encoding: options.Encoding = ENCODING,
-    draws: Annotated[int, typer.Option(help="Draws of the guide, and of the prior.", min=1)] = 400,
+    draws: Annotated[
+        int | None,
+        typer.Option(help="Draws of the guide, and of the prior; as many as are needed if omitted.", min=1),
+    ] = None,
+    families: Annotated[
+        bool, typer.Option("--families", help="Also k-hat of each family of sites, which takes longer.")
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Ask of a fit what may be wrong with it, and what to do about that.
@@ -258,7 +263,7 @@ def diagnose(
     with _told() as progress:
         rows = read_table(table, columns=[text, label], encoding=encoding)
         made, _, batch = _restored(folder, rows, table, text, label, encoding, labels_are)
-        diagnosis = bnlora.diagnose(made, batch, num_draws=draws, console=progress)
+        diagnosis = bnlora.diagnose(made, batch, num_draws=draws, families=families, console=progress)
         _say(diagnosis_result(diagnosis), diagnosis, json=json)
 
 
@@ -318,6 +323,4 @@ def _write(path: Path, text: str) -> None:
 
 def main() -> None:
     """Entry point of the `bnlora` command."""
-    # Programs compiled once serve later runs too; a step takes seconds to compile.
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     app()

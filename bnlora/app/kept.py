@@ -14,11 +14,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from bnlora._util.caching import cache_folder
 from bnlora._util.files import written
 from bnlora.app.outcome import ExitCode
 from bnlora.app.recipe import Recipe, Schedule
 from bnlora.base import Base
-from bnlora.data.assets import cache_folder
 from bnlora.data.text import TextData
 from bnlora.infer.svi.checkpoint import fit_size, save_fit
 from bnlora.infer.svi.result import Fit, FitDiverged

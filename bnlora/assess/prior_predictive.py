@@ -30,6 +30,7 @@ from rich.console import Console
 
 from bnlora._util.checks import broken_weights, check_key
 from bnlora._util.display import Showable, Shown, Table
+from bnlora._util.finding import Finding, Findings, Judged
 from bnlora._util.typing import Adapters, Parameters
 from bnlora.assess.prior_draws import draw_prior, prior_parameters
 from bnlora.data.batch import Batch
@@ -37,6 +38,9 @@ from bnlora.priors import Prior
 from bnlora.priors.declared import declared
 from bnlora.program.cache import tracked_parts
 from bnlora.program.model import Classifier
+
+NAME = "prior predictive"
+"""Name of the finding."""
 
 NEARLY_ALL = 0.99
 """Probability of the top class from which a row counts as decided."""
@@ -49,7 +53,7 @@ HARDLY = 0.02
 
 
 @dataclass(frozen=True, repr=False)
-class PriorPredictive(Shown):
+class PriorPredictive(Shown, Judged):
     """Draws of the logits of some rows under a prior, beside those of the untouched base model.
 
     Attributes:
@@ -101,34 +105,45 @@ class PriorPredictive(Shown):
         return float(0.5 * np.abs(self.probs - self.base_probs).sum(-1).mean())
 
     @property
-    def verdict(self) -> str:
-        """One sentence, by the first of these rules that holds.
+    def findings(self) -> tuple[Finding, ...]:
+        """One finding, by the first of these rules that holds.
 
-        1. "no change": `distance_from_base` is below `HARDLY`.
-        2. "confident nonsense": `decided` is above `MOST`, and the base model's own share is not.
-        3. "sure as the base": both are above `MOST`, which no scale of the prior changes.
-        4. "reasonable": none of these. It says that the draws are neither of the two extremes, no more.
+        1. "no change", a problem: `distance_from_base` is below `HARDLY`.
+        2. "sure as the base", fine: `decided` is above `MOST`, and the base model's own share too. No scale
+           of the prior changes this.
+        3. "confident nonsense", a caution: `decided` is above `MOST`, and the base model's own share is not.
+        4. "reasonable", fine: none of these. It says that the draws are neither of the two extremes, no more.
         """
         moved, decided = self.distance_from_base, self.decided
         if moved < HARDLY:
-            return (
+            sentence = (
                 f"no change: the draws' probabilities differ from the base model's by {moved:.3f} on average "
-                f"(rule: below {HARDLY:g}); a wider scale would let the adapters act"
+                f"(rule: below {HARDLY:g})"
             )
+            remedy = "raise the prior's scale, so that the adapters act; bnlora.scale_for_spread finds one"
+            return (Finding(NAME, "problem", sentence, moved, HARDLY, remedy),)
         own = float((self.base_probs.max(-1) > NEARLY_ALL).mean())
         shares = (
             f"{decided:.0%} of draws and rows put more than {NEARLY_ALL:.0%} on one class (rule: above "
             f"{MOST:.0%}; the base model does in {own:.0%} of the rows)"
         )
         if decided > MOST and own > MOST:
-            return f"sure as the base: {shares}; no scale mends that, look at template and label words"
+            sentence = f"sure as the base: {shares}; no scale mends that, look at template and label words"
+            return (Finding(NAME, "fine", sentence, decided, MOST),)
         if decided > MOST:
-            return f"confident nonsense: {shares}; a narrower scale would leave room for doubt"
-        return f"reasonable: {shares}; probabilities differ from the base's by {moved:.3f} on average"
+            remedy = "lower the prior's scale, to leave room for doubt; bnlora.scale_for_spread finds one"
+            return (Finding(NAME, "caution", f"confident nonsense: {shares}", decided, MOST, remedy),)
+        sentence = f"reasonable: {shares}; probabilities differ from the base's by {moved:.3f} on average"
+        return (Finding(NAME, "fine", sentence, decided, MOST),)
+
+    @property
+    def verdict(self) -> str:
+        """The finding and its remedy in one sentence."""
+        return self.findings[0].text
 
     @property
     def overview(self) -> tuple[Showable, ...]:
-        """The verdict, and the numbers of draws and base model that it goes by."""
+        """The numbers of draws and base model, and the finding."""
         draws, rows, classes = self.logits.shape
         low, middle, high = np.quantile(self.spread, [0.0, 0.5, 1.0])
         base = self.base_probs.max(-1)
@@ -140,7 +155,10 @@ class PriorPredictive(Shown):
             ("spread of the log-odds, all rows", f"{low:.3g} to {high:.3g}", ""),
         )
         sizes = f"{draws} draws, {rows:,} rows, {classes} classes"
-        return (Table(f"Prior predictive: {sizes}", ("", "prior", "base model"), numbers), self.verdict)
+        return (
+            Table(f"Prior predictive: {sizes}", ("", "prior", "base model"), numbers),
+            Findings("Verdict", self.findings),
+        )
 
     def __repr__(self) -> str:
         draws, rows, classes = self.logits.shape

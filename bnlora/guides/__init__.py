@@ -1,4 +1,4 @@
-r"""Guides: variational families for the latent sites of a prior, mixed by name.
+r"""Guides: variational families for the latent sites of a prior, chosen by site name.
 
     guide = Guide(model.prior, {r"lm_head\..*": full(), ".*": row_shared()}, noise=noise(lam_max=1.0))
 
@@ -7,15 +7,15 @@ r"""Guides: variational families for the latent sites of a prior, mixed by name.
 | `mean_field`, `blob`                  | independent Gaussians                                          |
 | `matrix_normal`                       | a row and a column covariance                                  |
 | `full`, `low_rank`                    | Gaussian covariance within a layer, a family, or everything    |
-| `row_shared`                          | a flow over a Gaussian base, one for all rows                  |
+| `row_shared`                          | a flow over a Gaussian base, shared by all rows                |
 | `iaf`, `spline`, `block_neural`       | flows over a layer, a family, or everything                    |
 | `ensemble`                            | mixture of K mean-field Gaussians over all sites               |
 | `delta`, `dropout`                    | points: no density and no bound                                |
-| `noise`, `prior_noise`                | for conditional noise alone                                    |
+| `noise`, `prior_noise`                | only for conditional noise                                     |
 
-`SiteFlow` is the paper's guide. Every one is an ordinary NumPyro guide, and any NumPyro guide of
-`model.prior` does as well, but for a few automatic ones (`bnlora.guides.automatic`). `per_site` makes a
-family of a function; `repr` of a guide counts its parameters.
+`SiteFlow` is the paper's guide. Every guide here is an ordinary NumPyro guide. Any other NumPyro guide of
+`model.prior` also works, except for a few automatic ones (`bnlora.guides.automatic`). `per_site` turns a
+function into a family. The `repr` of a guide counts its parameters.
 """
 
 from bnlora.guides.around import around as around

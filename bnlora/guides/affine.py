@@ -1,10 +1,10 @@
-r"""Coordinates in which a Gaussian is standard, but for a few directions and some coordinates that move all.
+r"""An affine map from a standard normal vector to a Gaussian that differs from it in few directions.
 
     x = centre + keep * z + V (g - 1) V^T z + block z[at]
 
-V has orthonormal columns and is zero at `at`; `keep` is one except at `at`. So the covariance of x at
-standard normal z is the identity, changed in a few directions, plus what comes from the coordinates `at`.
-Nothing of the size of the whole covariance is formed.
+V has orthonormal columns and is zero at the indices `at`; `keep` is zero at `at` and one elsewhere. For
+standard normal z, the covariance of x is the identity, changed along the columns of V, plus the contribution
+of the coordinates `at`. No array of the size of the full covariance is formed.
 """
 
 from typing import NamedTuple
@@ -19,14 +19,14 @@ from bnlora._util.typing import AnyArray
 
 
 class Affine(NamedTuple):
-    """An affine map from standard normal to other coordinates.
+    """An affine map from standard normal coordinates to other coordinates.
 
     Attributes:
-        centre: Where zero goes, shape (p,).
+        centre: The image of zero, shape (p,).
         keep: 0 at `at`, 1 elsewhere, shape (p,).
         vectors: V, shape (p, r).
         gains: g, standard deviations along the columns of V, shape (r,).
-        block: What the coordinates `at` add, shape (p, t).
+        block: Columns that multiply the coordinates `at`, shape (p, t).
         at: Indices of these coordinates, shape (t,).
     """
 
@@ -38,29 +38,31 @@ class Affine(NamedTuple):
     at: Int[AnyArray, " t"]
 
     def apply(self, z: Float[AnyArray, "... p"]) -> Float[AnyArray, "... p"]:
-        """From standard coordinates to the others."""
+        """Map standard coordinates z to x."""
         inner = (z @ self.vectors) * (self.gains - 1)
         return self.centre + self.keep * z + inner @ self.vectors.T + z[..., self.at] @ self.block.T
 
     def invert(self, x: Float[np.ndarray, "... p"]) -> Float[np.ndarray, "... p"]:
-        """From the other coordinates to the standard ones, in double precision."""
+        """Map x back to standard coordinates z, in double precision."""
         centre, _, vectors, gains, block, at = (np.asarray(part, np.float64) for part in self)
         at = at.astype(int)
         moved = np.asarray(x, np.float64) - centre
+        # At the indices `at` only `block` contributes, so solve for these coordinates first.
         head = np.linalg.solve(block[at], moved[..., at, None])[..., 0] if len(at) else moved[..., at]
         rest = moved - head @ block.T
+        # The inverse of I + V (g - 1) V^T with orthonormal V is I + V (1 / g - 1) V^T.
         z = rest + ((rest @ vectors) * (1 / gains - 1)) @ vectors.T
         z[..., at] = head
         return z
 
     @property
     def log_determinant(self) -> float:
-        """Log of the volume that a unit volume of z is mapped to."""
+        """Log-determinant of the map: log of the volume of the image of a unit cube."""
         inner = np.linalg.slogdet(np.asarray(self.block)[np.asarray(self.at)])[1] if len(self.at) else 0.0
         return float(np.log(np.asarray(self.gains)).sum() + inner)
 
     def within(self, gap: float) -> "Affine":
-        """The same map without directions whose standard deviation is within `gap` of one."""
+        """The same map without the directions whose standard deviation is within `gap` of one."""
         far = np.abs(np.asarray(self.gains) - 1) > gap
         return self._replace(vectors=self.vectors[:, far], gains=self.gains[far])
 

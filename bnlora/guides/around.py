@@ -1,11 +1,10 @@
-r"""A Gaussian in the coordinates of another one: the guide that starts at Laplace's approximation.
+r"""A Gaussian in the coordinates of another Gaussian: a guide that starts at Laplace's approximation.
 
     x = affine(z),      V^T z ~ N(loc, diag(scale)^2),      z otherwise standard normal
 
-with `affine` the map of a Gaussian (`bnlora.guides.affine`) and V its directions, those that the data inform.
-At loc = 0, scale = 1 the guide is that Gaussian, whatever the number of coordinates; a fit moves two numbers
-for each informed direction. In all other directions it stays at the prior, which is exact there on a tangent
-model.
+where `affine` is the map of a Gaussian (`bnlora.guides.affine`) and the columns of V are the directions that
+the data inform. At loc = 0, scale = 1 the guide is that Gaussian. A fit changes two numbers for each informed
+direction. In all other directions the guide stays at the prior, which is exact on a tangent model.
 """
 
 from dataclasses import replace
@@ -26,7 +25,7 @@ from bnlora.guides.vector import vector_family
 
 @runtime_checkable
 class Geometry(Protocol):
-    """What has coordinates, such as `bnlora.Gaussian`."""
+    """An object with an affine map, such as `bnlora.Gaussian`."""
 
     @property
     def affine(self) -> Affine:
@@ -35,16 +34,17 @@ class Geometry(Protocol):
 
 
 def around(gaussian: Geometry) -> Family:
-    """A Gaussian over all sites, in the coordinates of a given one.
+    """A Gaussian over all sites, in the coordinates of another Gaussian.
 
     Args:
-        gaussian: What has an `affine` map over all latent sites of the prior in their order: `bl.laplace`.
+        gaussian: A Gaussian with an `affine` map over all latent sites of the prior, in their order, such as
+            the result of `bl.laplace`.
 
     Returns:
         A family for `Guide`, for all sites together.
 
     Raises:
-        ValueError: The guide raises it when the sites have another number of coordinates.
+        ValueError: Raised by the guide if the number of coordinates of its sites differs.
 
     Example:
         >>> bl.guides.Guide(tangent.prior, bl.guides.around(bl.laplace(tangent, rows)))
@@ -56,11 +56,11 @@ def around(gaussian: Geometry) -> Family:
     def law(prefix: str, batch: tuple[int, ...], size: int, start: Any) -> dist.Distribution:
         if size != len(known.centre):
             raise ValueError(
-                f"the Gaussian has {len(known.centre):,} coordinates, the sites of the guide {size:,}; make "
-                "it by bl.laplace of the same model, and give all sites to this family"
+                f"the Gaussian has {len(known.centre):,} coordinates, the sites of the guide {size:,}; use "
+                "bl.laplace of the same model, and assign all sites to this family"
             )
         count = known.vectors.shape[1] + len(known.at)
-        # Not `loc` and `scale`, which are those of the vector itself in other families.
+        # Other families call the parameters of the vector itself `loc` and `scale`.
         loc = numpyro.param(f"{prefix}.q.along_loc", jnp.zeros(count))
         ones = jnp.ones(count)
         scale = numpyro.param(f"{prefix}.q.along_scale", ones, constraint=constraints.softplus_positive)
@@ -73,7 +73,7 @@ def around(gaussian: Geometry) -> Family:
 
 
 class Informed(Transform):
-    """`affine` after a shift and a scale along its directions, and of its coordinates `at`."""
+    """The map `affine` after a shift and a scale along its directions and its coordinates `at`."""
 
     domain = codomain = constraints.real_vector
 
@@ -81,9 +81,9 @@ class Informed(Transform):
         self.affine, self.loc, self.scale, self.constant = affine, loc, scale, log_determinant
 
     def __call__(self, x: Float[Array, "... p"]) -> Float[Array, "... p"]:
-        """From standard normal numbers to the vector."""
+        """Map standard normal numbers to the vector."""
         V, at = self.affine.vectors, self.affine.at
-        along = jnp.concatenate([x @ V, x[..., at]], axis=-1)
+        along = jnp.concatenate([x @ V, x[..., at]], axis=-1)  # (..., r + t), the informed coordinates
         shift = self.loc + (self.scale - 1) * along
         rank = V.shape[1]
         moved = (x + shift[..., :rank] @ V.T).at[..., at].add(shift[..., rank:])
@@ -92,6 +92,7 @@ class Informed(Transform):
     def _inverse(self, y: Float[Array, "... p"]) -> Float[Array, "... p"]:
         centre, keep, V, gains, block, at = self.affine
         moved = y - centre
+        # First undo `affine`, as `Affine.invert` does; then undo shift and scale along its directions.
         head = jnp.linalg.solve(block[at], moved[..., at, None])[..., 0] if len(at) else moved[..., at]
         rest = keep * (moved - head @ block.T)
         z = rest + ((rest @ V) * (1 / gains - 1)) @ V.T
@@ -101,7 +102,7 @@ class Informed(Transform):
         return jnp.asarray(z + shift[..., :rank] @ V.T).at[..., at].set(head + shift[..., rank:])
 
     def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: Any = None) -> Array:
-        """Log-determinant, the same everywhere."""
+        """Log-determinant; it does not depend on x."""
         return jnp.broadcast_to(jnp.log(self.scale).sum() + self.constant, x.shape[:-1])
 
     def tree_flatten(self) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""NumPyro's automatic guides: which of them can be fitted here, and why the others cannot.
+"""NumPyro's automatic guides: which ones this library can fit, and why it refuses the others.
 
 The guides in `REFUSED` would fit without an error, but their results would be wrong. All other guides are
 accepted, including those of later NumPyro versions and of users.
@@ -12,26 +12,26 @@ from numpyro import handlers
 from numpyro.infer import autoguide
 
 ANNEALS = (
-    "anneals its draws towards the program that it is built on, which here is the prior without the data; "
+    "anneals its draws towards the program from which it is built, which here is the prior without the data; "
     "use bl.sample_smc, which anneals to the posterior, or AutoMultivariateNormal"
 )
 
 REFUSED: dict[type, str] = {
     autoguide.AutoLaplaceApproximation: (
-        "is a point while it is fitted, so that its draws would all be equal; fit AutoDelta and pass the fit "
+        "is a point during the fit, so all its draws would be equal; fit AutoDelta and pass the fit "
         "to bl.approximate.laplace"
     ),
     autoguide.AutoSemiDAIS: (
-        "is made for a latent variable of every row, and a prior over adapters has none; use "
+        "needs one latent variable for each row, and a prior over adapters has none; use "
         "AutoMultivariateNormal"
     ),
-    autoguide.AutoDAIS: ANNEALS,  # and with it AutoSurrogateLikelihoodDAIS, which is one
+    autoguide.AutoDAIS: ANNEALS,  # also refuses its subclass AutoSurrogateLikelihoodDAIS
 }
 """Automatic guides that are refused, with the reason."""
 
 
 def check_automatic(guide: Any) -> None:
-    """Raise `ValueError` when a guide, or a part of an `AutoGuideList`, is one that cannot be fitted here.
+    """Raise `ValueError` if this library cannot fit a guide or a part of an `AutoGuideList`.
 
     Args:
         guide: Any guide.
@@ -45,17 +45,17 @@ def check_automatic(guide: Any) -> None:
 
 
 def prepare(key: Array, guide: Callable[..., Any], *args: Any) -> None:
-    """Run an automatic guide once outside of compiled programs.
+    """Run an automatic guide once, outside of compiled programs.
 
-    Its first call stores values, such as its start; inside a compiled program they would be tracers.
+    The first call stores values such as the start. Inside a compiled program these would be tracers.
 
     Args:
         key: Random key of this run.
-        guide: Any guide; nothing is done to guides that are not automatic.
+        guide: Any guide. A guide that is not automatic is left unchanged.
         *args: Arguments of the guide.
 
     Raises:
-        ValueError: When the guide is one that cannot be fitted here.
+        ValueError: If this library cannot fit the guide.
     """
     check_automatic(guide)
     if isinstance(guide, autoguide.AutoGuide):

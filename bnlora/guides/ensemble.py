@@ -1,10 +1,10 @@
-r"""A mixture of Gaussians over all sites at once, each component from a start of its own.
+r"""A mixture of Gaussians over all sites jointly; each component has its own start.
 
     q(x) = 1/K sum_k prod_sites N(x_site; loc_k, scale_k^2)
 
-One component is drawn for all sites together, so the mixture holds K whole explanations rather than products
-of parts. The weights are fixed, so the draw of a component needs no gradient, and the bound is the evidence
-bound of the mixture: its entropy is that of q, not of the components.
+One component is drawn for all sites together, so the mixture has K joint modes instead of products of
+per-site modes. The weights are fixed, so the draw of a component needs no gradient. The bound is the evidence
+bound of the mixture: it uses the entropy of q, not of the components.
 
 Reference: Jaakkola and Jordan (1998) for mixtures as variational families; Lin et al. (2026), arXiv
 2601.21003, name an ensemble as one of the choices of q(U).
@@ -26,17 +26,17 @@ from bnlora.priors.hyper import require_count, require_number
 
 
 def ensemble(*, size: int = 4, init_scale: float = 0.01) -> Family:
-    """Equal mixture of mean-field Gaussians over all the sites that the pattern matches.
+    """Mixture, with equal weights, of mean-field Gaussians over all sites that the pattern matches.
 
     Args:
-        size: Number of components K, each started by its own random key.
+        size: Number of components K. Each starts from its own random key.
         init_scale: Standard deviation at the start, in unconstrained space.
 
     Returns:
         A family for `Guide`.
 
     Raises:
-        ValueError: When the size is no whole number of at least one, or `init_scale` is not a positive
+        ValueError: If `size` is not a whole number of at least one, or `init_scale` is not a positive
             number.
     """
     require_count("the size of an ensemble", size)
@@ -49,7 +49,7 @@ def ensemble(*, size: int = 4, init_scale: float = 0.01) -> Family:
         for latent in latents:
             values[latent.name], by_member = _component(latent, size, init_scale, member)
             log_q = log_q + by_member
-        total = jax.nn.logsumexp(log_q)
+        total = jax.nn.logsumexp(log_q)  # log q(x) over all sites, in nats; counted once, with the first site
         return {
             latent.name: placed(latent, values[latent.name], total if latent is latents[0] else 0.0)
             for latent in latents
@@ -59,7 +59,7 @@ def ensemble(*, size: int = 4, init_scale: float = 0.01) -> Family:
 
 
 def _component(latent: Latent, size: int, init_scale: float, member: Array) -> tuple[Array, Array]:
-    """A draw of the chosen component, and the log-density of it under each."""
+    """A draw of the chosen component, and its log-density under each component, shape (size,)."""
 
     def starts(key: Array) -> Array:
         return jnp.stack([latent.start(k) for k in jax.random.split(key, size)])

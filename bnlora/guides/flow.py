@@ -1,4 +1,4 @@
-r"""Normalizing flows: a standard normal z through f, near the identity at the start, and location and scale.
+r"""Normalizing flows: a map f of a standard normal z, near the identity at the start, and location and scale.
 
 | family         | law                                      | weights of f for d numbers, h hidden units   |
 |----------------|------------------------------------------|----------------------------------------------|
@@ -7,11 +7,11 @@ r"""Normalizing flows: a standard normal z through f, near the identity at the s
 | `spline`       | x = loc + scale f(z), spline couplings   | about (h+1) d (3 bins - 1) for two couplings |
 | `block_neural` | x = loc + scale f(z), autoregressive     | d + 2 (d+1) d h + d (h+1)                    |
 
-`row_shared` is that of the published code; its rows are independent given the network. The others are
-families of vectors and take `over` (see `vector`): a joint autoregressive flow over all sites is
-`iaf(over="all")`, where that is affordable. The affine flows multiply a scale by at most e^3 either way, and
-with fewer hidden units than predecessors some entries do not see all of these; splines bend within five
-scales of the location and are the identity beyond. The labels say so.
+`row_shared` is the flow of the published code; its rows are independent given the network. The others are
+families of vectors and take `over` (see `vector`): `iaf(over="all")` is a joint autoregressive flow over all
+sites, if its size is affordable. Each flow has limits, which its label states. Affine flows change a scale by
+at most a factor e^3 up or down, and with fewer hidden units than predecessors some entries do not depend on
+all of these. Splines bend within five scales of the location and are the identity outside.
 
 Reference: Kingma et al. (2016), inverse autoregressive flow; Durkan et al. (2019), neural spline flows; De
 Cao et al. (2020), block neural autoregressive flow; Lin et al. (2026), arXiv 2601.21003, for the row-shared
@@ -56,8 +56,8 @@ def row_shared(*, hidden: int = 16, blocks: int = 2, init_scale: float = 0.01) -
     A site of scalars has no row and stays Gaussian.
 
     Args:
-        hidden: Width of the flow's hidden layers. Rows of more than `hidden + 1` numbers have entries that
-            do not see some of those before them.
+        hidden: Width of the flow's hidden layers. In rows of more than `hidden + 1` numbers, some entries do
+            not depend on all entries before them.
         blocks: Residual blocks of the flow's network (16 wide and 2 blocks in the published code).
         init_scale: Standard deviation of the base at the start, in unconstrained space.
 
@@ -65,7 +65,7 @@ def row_shared(*, hidden: int = 16, blocks: int = 2, init_scale: float = 0.01) -
         A family for `Guide`.
 
     Raises:
-        ValueError: When a size is no whole number of at least one, or `init_scale` is not a positive number.
+        ValueError: If a size is not a whole number of at least one, or `init_scale` is not a positive number.
     """
     require_number("init_scale", init_scale)
     _require_sizes(hidden=hidden, blocks=blocks)
@@ -79,7 +79,7 @@ def row_shared(*, hidden: int = 16, blocks: int = 2, init_scale: float = 0.01) -
         flow = RowSharedAffine(Conditioner(*latent.parameter("flow", init)), latent.event_dim)
         return latent.constrained(base, [flow, *latent.to_values()])
 
-    return per_site(f"Gaussian with row-shared flow{_affine_limits(hidden)}", law)
+    return per_site(f"Gaussian with row-shared flow{_affine_limits(hidden)}", law, form="flow")
 
 
 def iaf(
@@ -93,19 +93,19 @@ def iaf(
     """Inverse autoregressive flow over a whole vector.
 
     Args:
-        hidden: Width of the hidden layers; as wide as the vector when omitted. In vectors of more than
-            `hidden + 1` numbers some entries do not see some of those before them.
+        hidden: Width of the hidden layers; the length of the vector if omitted. In vectors of more than
+            `hidden + 1` numbers, some entries do not depend on all entries before them.
         blocks: Residual blocks of the network.
-        over: What is one vector: `"layer"`, `"family"` or `"all"`.
+        over: The extent of one vector: `"layer"`, `"family"` or `"all"`.
         init_scale: Standard deviation of the base at the start, in unconstrained space.
-        max_parameters: Refuse to be built with more.
+        max_parameters: Largest number of parameters that is accepted.
 
     Returns:
         A family for `Guide`.
 
     Raises:
-        ValueError: When `over` is unknown, a size is no whole number of at least one, or `init_scale` is not
-            a positive number. Building the guide raises it where the flow would be too large.
+        ValueError: If `over` is unknown, a size is not a whole number of at least one, or `init_scale` is not
+            a positive number. `Guide` raises it if the flow has too many parameters.
     """
     _require_sizes(hidden=1 if hidden is None else hidden, blocks=blocks)
 
@@ -133,22 +133,22 @@ def spline(
     init_scale: float = 0.01,
     max_parameters: int = MAX_PARAMETERS,
 ) -> Family:
-    """Couplings by rational-quadratic splines over a vector: can be skewed and have several modes.
+    """Couplings by rational-quadratic splines over a vector. The law can be skewed and have several modes.
 
     Args:
         hidden: Hidden units of each coupling's network.
         bins: Bins of each spline.
         couplings: Number of couplings; the two halves of the vector change roles from one to the next.
-        over: What is one vector: `"layer"`, `"family"` or `"all"`.
+        over: The extent of one vector: `"layer"`, `"family"` or `"all"`.
         init_scale: Standard deviation at the start, in unconstrained space.
-        max_parameters: Refuse to be built with more.
+        max_parameters: Largest number of parameters that is accepted.
 
     Returns:
         A family for `Guide`.
 
     Raises:
-        ValueError: When `over` is unknown, a size is no whole number of at least one, or `init_scale` is not
-            a positive number. Building the guide raises it where the flow would be too large.
+        ValueError: If `over` is unknown, a size is not a whole number of at least one, or `init_scale` is not
+            a positive number. `Guide` raises it if the flow has too many parameters.
     """
     _require_sizes(hidden=hidden, bins=bins, couplings=couplings)
 
@@ -180,22 +180,22 @@ def block_neural(
     init_scale: float = 0.01,
     max_parameters: int = MAX_PARAMETERS,
 ) -> Family:
-    """Block neural autoregressive flow over a vector: each number through a monotone network of its own.
+    """Block neural autoregressive flow over a vector: each number has its own monotone network.
 
-    The density of its own draws costs one pass; that of other points an inverse by bisection.
+    The density of the flow's own draws costs one pass; the density at other points needs bisection.
 
     Args:
         hidden: Hidden units for each number.
-        over: What is one vector: `"layer"`, `"family"` or `"all"`.
+        over: The extent of one vector: `"layer"`, `"family"` or `"all"`.
         init_scale: Standard deviation at the start, in unconstrained space.
-        max_parameters: Refuse to be built with more.
+        max_parameters: Largest number of parameters that is accepted.
 
     Returns:
         A family for `Guide`.
 
     Raises:
-        ValueError: When `over` is unknown, a size is no whole number of at least one, or `init_scale` is not
-            a positive number. Building the guide raises it where the flow would be too large.
+        ValueError: If `over` is unknown, a size is not a whole number of at least one, or `init_scale` is not
+            a positive number. `Guide` raises it if the flow has too many parameters.
     """
     _require_sizes(hidden=hidden)
 
@@ -215,9 +215,9 @@ def _require_sizes(**sizes: int) -> None:
 
 
 def _affine_limits(hidden: int | None) -> str:
-    """What restricts an affine autoregressive flow, for its label."""
+    """The limits of an affine autoregressive flow, for its label."""
     scales = f", scales within e^{LOG_SCALE_BOUND:g} of the base's"
-    # Fewer hidden units than predecessors leave some of these out: see `conditioner_masks`.
+    # With fewer hidden units than predecessors, some predecessors are ignored: see `conditioner_masks`.
     return scales if hidden is None else f"{scales}, beyond {hidden + 1} numbers blind to some predecessors"
 
 
@@ -242,9 +242,14 @@ def _flow_family(
         )
         unit = dist.Normal(jnp.zeros((*batch, size)), 1.0).to_event(1)
         bent = flow(lambda init: numpyro.param(f"{prefix}.q.flow", init), batch, size)
-        # The flow comes first: it then sees numbers of order one whatever the scale of the site is.
+        # Apply the flow before the scale, so that its input is of order one for every scale of the site.
         return dist.TransformedDistribution(unit, [bent, AffineTransform(loc, scale)])
 
     return vector_family(
-        label, law, count=lambda size: 2 * size + count(size), over=over, max_parameters=max_parameters
+        label,
+        law,
+        count=lambda size: 2 * size + count(size),
+        over=over,
+        form="flow",
+        max_parameters=max_parameters,
     )

@@ -1,12 +1,10 @@
-r"""Gaussians with covariance between the numbers of a vector: full, and diagonal plus low rank.
+r"""Gaussians with a covariance between the numbers of a vector: full, or diagonal plus low rank.
 
-    full:      x = loc + diag(s) L z,              L unit lower triangular, z standard normal
-    low rank:  x = loc + s (z_1 + F z_2),          covariance diag(s) (I + F F^T) diag(s), F of shape (size,
-    rank)
+    full:      x = loc + diag(s) L z,        L unit lower triangular, z standard normal
+    low rank:  x = loc + s (z_1 + F z_2),    covariance diag(s) (I + F F^T) diag(s), F of shape (size, rank)
 
-What is one vector is the caller's choice (`over`, see `vector`): full or low-rank covariance within a layer,
-across the layers of a family, or across sites, which is how the factors `a` and `b` come to depend on each
-other.
+The argument `over` (see `vector`) defines the vector: one layer of a site, all layers of a family, or all
+sites. With all sites, the factors `a` and `b` depend on each other.
 """
 
 import jax
@@ -27,16 +25,16 @@ def full(*, over: Over = "layer", init_scale: float = 0.01, max_parameters: int 
     """Gaussian with a full covariance.
 
     Args:
-        over: What is one vector: `"layer"`, `"family"` or `"all"`.
+        over: The extent of one vector: `"layer"`, `"family"` or `"all"`.
         init_scale: Standard deviation at the start, in unconstrained space.
-        max_parameters: Refuse to be built with more.
+        max_parameters: Largest number of parameters that is accepted.
 
     Returns:
         A family for `Guide`.
 
     Raises:
-        ValueError: When `over` is unknown or `init_scale` is not a positive number. Building the guide raises
-            it where the covariance would be too large.
+        ValueError: If `over` is unknown or `init_scale` is not a positive number. `Guide` raises it if the
+            covariance has too many parameters.
     """
     require_number("init_scale", init_scale)
 
@@ -48,7 +46,7 @@ def full(*, over: Over = "layer", init_scale: float = 0.01, max_parameters: int 
             constraint=constraints.scaled_unit_lower_cholesky,
         )
         unit = dist.Normal(jnp.zeros((*batch, size)), 1.0).to_event(1)
-        # As a transform and not as `MultivariateNormal`: the density of an own draw then needs no solve.
+        # A transform instead of `MultivariateNormal`: the density of the guide's own draw needs no solve.
         return dist.TransformedDistribution(unit, LowerCholeskyAffine(loc, tril))
 
     return vector_family(
@@ -56,6 +54,7 @@ def full(*, over: Over = "layer", init_scale: float = 0.01, max_parameters: int 
         law,
         count=lambda size: size + size * (size + 1) // 2,
         over=over,
+        form="full",
         max_parameters=max_parameters,
     )
 
@@ -67,19 +66,19 @@ def low_rank(
     init_scale: float = 0.01,
     max_parameters: int = MAX_PARAMETERS,
 ) -> Family:
-    """Gaussian with a covariance of diagonal plus low rank; `over="family"` ties the layers of a family.
+    """Gaussian whose covariance is diagonal plus low rank; `over="family"` correlates the layers of a family.
 
     Args:
         rank: Number of directions besides the diagonal.
-        over: What is one vector: `"layer"`, `"family"` or `"all"`.
+        over: The extent of one vector: `"layer"`, `"family"` or `"all"`.
         init_scale: Standard deviation at the start, in unconstrained space.
-        max_parameters: Refuse to be built with more.
+        max_parameters: Largest number of parameters that is accepted.
 
     Returns:
         A family for `Guide`.
 
     Raises:
-        ValueError: When the rank is no whole number of at least one, `over` is unknown or `init_scale` is not
+        ValueError: If `rank` is not a whole number of at least one, `over` is unknown or `init_scale` is not
             a positive number.
     """
     require_count("rank", rank)
@@ -93,7 +92,7 @@ def low_rank(
             constraint=constraints.softplus_positive,
         )
 
-        def small(key: Array) -> Array:  # at zero the gradient of every direction vanishes in mean
+        def small(key: Array) -> Array:  # not zero: there, the expected gradient of every direction is zero
             return 0.1 * jax.random.normal(key, (*batch, size, rank)) / rank**0.5
 
         return LowRankGaussian(loc, scale, numpyro.param(f"{prefix}.q.factor", small))

@@ -1,11 +1,10 @@
-r"""A guide put together from families, one for each site or for several sites at once.
+r"""A guide composed of families, each for one site or for several sites jointly.
 
     guide = Guide(model.prior, {r"lm_head\..*": full(), ".*": flow()})
 
-A *family* maps the latent sites that it is given to the distribution of each: an ordinary function of a
-`Latent` for families that treat every site alike (`per_site`), a function of all of them for families that
-tie sites together. Parameters are called `<site>.q.<name>`. Building a guide traces the prior, never the
-language model.
+A *family* maps latent sites to their distributions. A family that treats sites separately is a function of
+one `Latent` (`per_site`); a joint family is a function of all its sites. Parameters are called
+`<site>.q.<name>`. Building a guide traces the prior, but never the language model.
 """
 
 import difflib
@@ -36,19 +35,19 @@ class Guide(Shown):
     """A NumPyro guide whose sites follow families chosen by name.
 
     Args:
-        prior: The prior program, `model.prior`. It is traced once for shapes; the language model never is.
-        families: One family for every site, or families by regular expression, which must match a site's
-            whole name; the first match wins.
-        noise: Family of the sites that the prior marks as conditional noise (the `E` of the sparse GP), which
-            no pattern of `families` concerns.
-        init_loc_fn: NumPyro start strategy for locations, e.g. `numpyro.infer.init_to_value(values={...})`;
-            by default the start that the prior marks.
-        name: What the guide calls itself.
+        prior: The prior program, `model.prior`. It is traced once for shapes; the language model is not.
+        families: One family for every site, or families by regular expression. An expression must match a
+            site's whole name; the first match is used.
+        noise: Family of the sites that the prior marks as conditional noise (the `E` of the sparse GP). The
+            patterns of `families` do not apply to these sites.
+        init_loc_fn: NumPyro start strategy for locations, e.g. `numpyro.infer.init_to_value(values={...})`.
+            The default uses the start that the prior marks.
+        name: Name of the guide in its repr.
 
     Raises:
-        ValueError: When a latent site is discrete, has no family or a name that is not free, a pattern is no
-            regular expression or gets no site, or a family is not a `Family` (such as the function that makes
-            one), and whatever a family refuses, such as more dimensions than it can hold.
+        ValueError: If a latent site is discrete, has no family or has a reserved name; if a pattern is not a
+            regular expression or gets no site; or if a family is not a `Family` (such as the function that
+            makes one). A family may raise it too, for example if it would have too many parameters.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -83,31 +82,36 @@ class Guide(Shown):
         object.__setattr__(self, "counts", self._count())
 
     def __call__(self, *args, **kwargs) -> dict[str, Array]:
-        """Run the guide; arguments (those of the model) are ignored. Returns the draws by site."""
+        """Run the guide and return the draws by site. Arguments (those of the model) are ignored."""
         laws: dict[str, dist.Distribution] = {}
         for family, names in self.groups:
             laws |= family.build([self.latent[name] for name in names])
         draws: dict[str, Array] = {}
-        # One key for every look at the prior, whose parameters may start at random: each look declares them.
+        # One key for all traces of the prior: each trace declares its parameters, which may start at random.
         conditional = any(isinstance(law, MatrixConditional) for law in laws.values())
         key = numpyro.prng_key() if conditional else None
-        # In the order of the prior: NumPyro's mean-field bound wants both programs to agree on it.
+        # In the order of the prior: NumPyro's mean-field bound needs the same order in both programs.
         for name, site in self.latent.items():
             law = laws[name]
             if isinstance(law, MatrixConditional):
-                given = self._given(key, draws, name)
-                law = given.scaled_to(law.lam * given.lam)  # a guide's lam is relative to the prior's
+                conditional = self._prior_law(key, draws, name)
+                law = conditional.scaled_to(law.lam * conditional.lam)  # lam is relative to the prior's
             draws[name] = _sample_inside(site.site["cond_indep_stack"], name, law)
         return draws
 
     @property
+    def has_density(self) -> bool:
+        """Whether every family has a density over its sites."""
+        return all(family.has_density for family, _ in self.groups)
+
+    @property
     def constants(self) -> list[Any]:
-        """The arrays that each family holds fixed."""
+        """The fixed arrays of each family."""
         return [family.constants for family, _ in self.groups]
 
     @property
     def overview(self) -> tuple[Table]:
-        """One row for each site with its family and what it costs; a joint family counts at its first."""
+        """One row for each site with family and parameter count; a joint family counts at its first site."""
         family = {name: family for family, names in self.groups for name in names}
         rows = tuple(
             (
@@ -133,14 +137,14 @@ class Guide(Shown):
                 lines.append(f"  {name} {shape}: {family.label}, {self.counts[name]:,}")
         return "\n".join(lines)
 
-    def _given(self, key: Array | None, draws: Mapping[str, Array], name: str) -> Any:
-        """The prior's law of a site given the draws of the sites before it."""
+    def _prior_law(self, key: Array | None, draws: Mapping[str, Array], name: str) -> Any:
+        """The prior's law of a site, conditional on the draws of the sites before it."""
         program = handlers.seed(handlers.substitute(runnable(self.prior), data=dict(draws)), key)
         with handlers.block(hide_fn=lambda site: site["type"] != "param"):
             return handlers.trace(program).get_trace()[name]["fn"]
 
     def _assign(self) -> list[tuple[Family, tuple[str, ...]]]:
-        """Families with the names of their sites."""
+        """The families in use, each with the names of its sites."""
         rules = self.families if isinstance(self.families, Mapping) else {".*": self.families}
         matched: dict[str, list[str]] = {pattern: [] for pattern in rules}
         plain = [name for name, site in self.latent.items() if not site.is_noise]
@@ -157,28 +161,28 @@ class Guide(Shown):
         return groups + ([(self.noise, marked)] if marked else [])
 
     def _unmatched(self, pattern: str, rules: Mapping[str, Family], plain: Sequence[str]) -> str:
-        """Why a pattern got no site."""
-        found = [name for name in self.latent if re.fullmatch(pattern, name)]
-        taken = next((name for name in found if name in plain), None)
+        """The error message for a pattern that gets no site."""
+        matches = [name for name in self.latent if re.fullmatch(pattern, name)]
+        taken = next((name for name in matches if name in plain), None)
         if taken is not None:
             before = next(p for p in rules if re.fullmatch(p, taken))
-            return f"the pattern {pattern!r} gets no site; {before!r} before it takes {taken!r}"
-        if found:
+            return f"the pattern {pattern!r} gets no site; the earlier pattern {before!r} matches {taken!r}"
+        if matches:
             return (
-                f"the pattern {pattern!r} matches conditional noise alone, such as {found[0]!r}; "
+                f"the pattern {pattern!r} matches only conditional noise, such as {matches[0]!r}; "
                 "pass its family as noise=..."
             )
         near = difflib.get_close_matches(pattern, plain, n=1, cutoff=0.0)
         return f"the pattern {pattern!r} matches no site; nearest is {near[0]!r}"
 
     def _count(self) -> dict[str, int]:
-        """Number of the guide's parameters by site; those of a joint family count with its first site."""
+        """Number of parameters by site; the parameters of a joint family count with its first site."""
         sizes: dict[str, int] = {}
 
         def measure(key: Array) -> None:
             for name, site in handlers.trace(handlers.seed(self, key)).get_trace().items():
                 if site["type"] == "param":
-                    # What is trained is unconstrained: a triangular root counts its triangle alone.
+                    # Count the unconstrained values: a triangular root counts its triangle only.
                     free = biject_to(site["kwargs"].get("constraint", constraints.real)).inverse_shape
                     leaves = jax.tree.leaves(site["value"])
                     sizes[name] = sum(math.prod(free(leaf.shape)) for leaf in leaves)
@@ -190,9 +194,9 @@ class Guide(Shown):
 
 
 def _require_families(families: Any, noise: Any) -> None:
-    """Raise unless every family is one, and every pattern a regular expression."""
-    given = dict(families) if isinstance(families, Mapping) else {"every site": families}
-    for name, family in (given | {"noise": noise}).items():
+    """Raise `ValueError` unless every family is a `Family` and every pattern a regular expression."""
+    by_pattern = dict(families) if isinstance(families, Mapping) else {"every site": families}
+    for name, family in (by_pattern | {"noise": noise}).items():
         if not isinstance(family, Family):
             called = getattr(family, "__name__", None)
             hint = f"the function {called}; call it: {called}()" if called else repr(family)

@@ -1,4 +1,4 @@
-"""A latent site as a guide sees it: unconstrained shape, start, and parameters named after it."""
+"""A latent site from the guide's side: unconstrained shape, start value, and parameters named after it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,21 +22,21 @@ from bnlora.priors.declared import is_improper, runnable
 
 
 def init_to_base(site: Mapping[str, Any] | None = None) -> Any:
-    """NumPyro start strategy: what a prior marked as `init`, a draw of the prior where it marked nothing.
+    """NumPyro start strategy: the start that the prior marks as `init`; without a mark, a draw of the prior.
 
-    With the priors of this library every guide then starts at the base model with an informative `a`.
+    With the priors of this library, every guide then starts at the base model with a random `a`.
 
     Args:
-        site: A site of a NumPyro trace; NumPyro gives it.
+        site: A site of a NumPyro trace; NumPyro passes it.
 
     Returns:
         The start value of the site, or the strategy itself without a site.
 
     Raises:
-        ValueError: When the mark is an unknown word, or a law that cannot be drawn from has no start value.
+        ValueError: If the mark is unknown, or an improper law has no start value.
     """
     if site is None:
-        return partial(init_to_base)  # NumPyro's own strategies do the same, and it reads `.func`
+        return partial(init_to_base)  # as NumPyro's own strategies do; NumPyro reads `.func`
     if site["type"] == "sample" and not site["is_observed"]:
         start = site["infer"].get("init", "draw")
         if not isinstance(start, str):
@@ -46,7 +46,7 @@ def init_to_base(site: Mapping[str, Any] | None = None) -> Any:
             return jnp.zeros(site["fn"].shape())
         if is_improper(site["fn"]):
             raise ValueError(
-                f"the site {site['name']!r} has an improper law, which has no draw to start from; give it a "
+                f"the site {site['name']!r} has an improper law, so its start cannot be drawn; give it a "
                 f"start value: infer={{'init': 1.0}} in the prior, or the guide's "
                 f"init_loc_fn=numpyro.infer.init_to_value(values={{{site['name']!r}: 1.0}})"
             )
@@ -60,9 +60,9 @@ class Latent:
     """One latent site of a prior.
 
     Attributes:
-        site: The site's entry in a trace of the prior for shapes alone: there are no numbers in it.
+        site: The site's entry in a trace of the prior on shapes only; it has no numbers.
         support: The site's support.
-        prior: The prior program, traced again where a start needs the numbers of the site's law.
+        prior: The prior program. It is traced again if a start value needs the numbers of the site's law.
         init_loc_fn: NumPyro start strategy.
     """
 
@@ -88,7 +88,7 @@ class Latent:
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the unconstrained value, the plates' axes first."""
+        """Shape of the unconstrained value, with the axes of plates first."""
         return self.to_support.inverse_shape(self.site["fn"].shape())
 
     @cached_property
@@ -110,14 +110,14 @@ class Latent:
         """Unconstrained start value."""
         key = check_key(key)
         with handlers.block(), handlers.seed(rng_seed=key):
-            found = self.site if self._starts_at_zero else _trace(self.prior, jax.random.key(0))[self.name]
-            site = {**found, "value": None, "kwargs": {**found["kwargs"], "rng_key": key}}
+            entry = self.site if self._starts_at_zero else _trace(self.prior, jax.random.key(0))[self.name]
+            site = {**entry, "value": None, "kwargs": {**entry["kwargs"], "rng_key": key}}
             value = self.init_loc_fn(site)
         return jnp.broadcast_to(self.to_support.inv(value), self.shape)
 
     @property
     def _starts_at_zero(self) -> bool:
-        """Whether the start is a matter of shapes, which spares a trace of the prior."""
+        """Whether the start needs only the shape, so that the prior need not be traced."""
         return self.init_loc_fn is init_to_base and self.site["infer"].get("init") == "zero"
 
     def parameter(self, suffix: str, start: Any, constraint: Any = constraints.real) -> Any:
@@ -133,7 +133,7 @@ class Latent:
         return self.parameter("scale", jnp.full(self.shape, start), constraints.softplus_positive)
 
     def from_vector(self) -> list[Transform]:
-        """Transforms from vectors, with the plates as batch axes, to values in the support."""
+        """Transforms that map vectors, with plates as batch axes, to values in the support."""
         size = 1
         for length in self.event:
             size *= length
@@ -141,14 +141,14 @@ class Latent:
         return reshape + self.to_values()
 
     def to_values(self) -> list[Transform]:
-        """Transforms from unconstrained values to values in the support."""
+        """Transforms that map unconstrained values to values in the support."""
         free = getattr(self.support, "base_constraint", self.support) is constraints.real
         return [] if free else [self.to_support]
 
     def constrained(
         self, q: dist.Distribution, transforms: list[Transform] | None = None
     ) -> dist.Distribution:
-        """`q` carried through some transforms, by default those from unconstrained values to the support."""
+        """The law `q` after some transforms, by default those from unconstrained values to the support."""
         chosen = self.to_values() if transforms is None else transforms
         return dist.TransformedDistribution(q, chosen) if chosen else q
 
@@ -156,9 +156,9 @@ class Latent:
 def latents_of(
     prior: Callable[..., Any], init_loc_fn: Callable[..., Any] = init_to_base
 ) -> dict[str, Latent]:
-    """The latent sites of a prior, in its order, by a trace that compiles and computes nothing.
+    """The latent sites of a prior, in program order, from a trace that compiles and computes nothing.
 
-    The one thing that has to be computed is a support whose ends the prior computes.
+    There is one exception: a support whose ends the prior computes must be computed.
     """
     sites: dict[str, dict[str, Any]] = {}
     key = jax.random.key(0)
@@ -176,7 +176,7 @@ def latents_of(
 
 
 def _shapes_alone(site: dict[str, Any]) -> dict[str, Any]:
-    """A site of a trace with shapes for its numbers, which are none outside of that trace."""
+    """A site of a trace with shapes instead of tracers, which are invalid outside of the trace."""
 
     def shape(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, jax.core.Tracer) else leaf

@@ -1,8 +1,8 @@
 r"""Matrix normal: x = M + R Z C^T with Z standard normal, R and C lower triangular.
 
-Covariance of rows R R^T, of columns C C^T: the exact posterior of a matrix of weights under iid normal noise
-and an iid normal prior is of this form. An event of more or fewer than two axes counts as the matrix of its
-last axis.
+The row covariance is R R^T, the column covariance C C^T. The exact posterior of a weight matrix under iid
+normal noise and an iid normal prior has this form. If an event does not have two axes, its last axis gives
+the columns and the other axes give the rows.
 
 Reference: Louizos and Welling (2016), Structured and efficient variational deep learning with matrix Gaussian
 posteriors; Lin et al. (2026), arXiv 2601.21003, name it as one of the choices of q(U).
@@ -27,14 +27,14 @@ def matrix_normal(*, init_scale: float = 0.01, max_parameters: int = MAX_PARAMET
 
     Args:
         init_scale: Standard deviation at the start, in unconstrained space.
-        max_parameters: Refuse to be built with more for one site.
+        max_parameters: Largest number of parameters that is accepted for one site.
 
     Returns:
         A family for `Guide`.
 
     Raises:
-        ValueError: When `init_scale` is not a positive number. Building the guide raises it where a side is
-            too long for a covariance.
+        ValueError: If `init_scale` is not a positive number. `Guide` raises it if a side is too long for a
+            covariance.
     """
     require_number("init_scale", init_scale)
 
@@ -48,6 +48,7 @@ def matrix_normal(*, init_scale: float = 0.01, max_parameters: int = MAX_PARAMET
                 f"{total:,} parameters, more than max_parameters={max_parameters:,}; low_rank(rank=8) has "
                 f"{math.prod(latent.shape) * 10:,}"
             )
+        # Each root has scale sqrt(init_scale), so that an entry of R Z C^T has scale init_scale.
         R, C = (
             latent.parameter(
                 f"{side}_tril",

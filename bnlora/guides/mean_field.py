@@ -1,7 +1,7 @@
-r"""Independent Gaussians: q(x) = prod_i N(loc_i, scale_i^2) of the unconstrained values.
+r"""Independent Gaussians: q(x) = prod_i N(loc_i, scale_i^2) over the unconstrained values.
 
-`blob` is the parametrisation of BLoB for the factor `a`: scale = G^2 with a free real G. One draw of the
-factor serves the whole minibatch by plain reparametrisation: no flipout, whose draws differ from row to row.
+`blob` is the parametrisation of BLoB for the factor `a`: scale = G^2 with a free real G. The whole minibatch
+shares one reparametrised draw of the factor. Flipout, whose draws differ from row to row, is not used.
 
 Reference: Wang et al. (2024), BLoB: Bayesian low-rank adaptation by backpropagation, arXiv 2406.11675.
 """
@@ -26,7 +26,7 @@ def mean_field(*, init_scale: float = 0.01) -> Family:
         A family for `Guide`.
 
     Raises:
-        ValueError: When it is not a positive number.
+        ValueError: If `init_scale` is not a positive number.
     """
     require_number("init_scale", init_scale)
 
@@ -40,16 +40,16 @@ def mean_field(*, init_scale: float = 0.01) -> Family:
 def blob(*, epsilon: float = 0.05) -> Family:
     r"""Mean-field Gaussian whose scale is the square of a free parameter.
 
-    BLoB uses it for the factors `a` and points for `b`: `{r".*\.a": blob(), r".*\.b": delta()}`.
+    BLoB uses it for the factors `a`, with points for `b`: `{r".*\.a": blob(), r".*\.b": delta()}`.
 
     Args:
-        epsilon: The roots of the scales start uniform on `[epsilon / sqrt(2), epsilon]`.
+        epsilon: The roots of the scales start uniformly on `[epsilon / sqrt(2), epsilon]`.
 
     Returns:
         A family for `Guide`.
 
     Raises:
-        ValueError: When it is not a positive number.
+        ValueError: If `epsilon` is not a positive number.
     """
     require_number("epsilon", epsilon)
 
@@ -58,7 +58,7 @@ def blob(*, epsilon: float = 0.05) -> Family:
             return jax.random.uniform(key, latent.shape, minval=epsilon * 0.5**0.5, maxval=epsilon)
 
         root = latent.parameter("root_scale", start)
-        # A root that passes zero on its way would leave no density there.
+        # Keep the scale positive: a root that crosses zero would have no density there.
         scale = jnp.maximum(root**2, jnp.finfo(root.dtype).tiny ** 0.5)
         return latent.constrained(dist.Normal(latent.location(), scale).to_event(latent.event_dim))
 

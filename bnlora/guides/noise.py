@@ -1,8 +1,8 @@
-r"""Noise that completes a conditional W | U: `lam` in (0, lam_max] times that of the prior, by layer.
+r"""Noise of the conditional W | U: `lam` in (0, lam_max] times the noise of the prior, one `lam` a layer.
 
-The guide's `lam` is relative to the prior's conditional noise, whatever scale that has: q(E) = N(0, lam^2)
-where the site is the whitened noise, and where it is the weights themselves, a conditional of lam times the
-prior's own scale lam_p. In both forms, and in closed form,
+The guide's `lam` is relative to the prior's conditional noise. If the site is the whitened noise, q(E) =
+N(0, lam^2). If the site is the weights, q(W | U) has lam times the prior's own scale lam_p. In both forms, in
+closed form,
 
     KL(q(W|U) || p(W|U)) = d_o d_i (lam^2 / 2 - log lam - 1 / 2).
 
@@ -21,23 +21,25 @@ from bnlora.priors.hyper import require_number
 
 
 def noise(*, lam_init: float = 0.01, lam_max: float = 1.0) -> Family:
-    """One learned scale a layer for the conditional noise, relative to that of the prior.
+    """One learned scale for each layer of the conditional noise, relative to the noise of the prior.
 
     Args:
-        lam_init: Start of every `lam`; small, so that optimisation finds the signal before noise.
-        lam_max: Cap on `lam`. 1, the prior's own noise, is the full family; a smaller one is a restricted
-            family.
+        lam_init: Start of every `lam`. A small value lets the optimisation find the signal before the noise.
+        lam_max: Upper bound of `lam`. 1, the prior's own noise, gives the full family; a smaller value
+            restricts it.
 
     Returns:
         A family for `Guide`.
 
     Raises:
-        ValueError: When `0 < lam_init < lam_max <= 1` fails.
+        ValueError: Unless `0 < lam_init < lam_max <= 1`.
     """
     require_number("lam_init", lam_init)
     require_number("lam_max", lam_max)
     if not lam_init < lam_max <= 1:
-        raise ValueError(f"lam needs 0 < lam_init < lam_max <= 1; got lam_init={lam_init}, lam_max={lam_max}")
+        raise ValueError(
+            f"noise needs 0 < lam_init < lam_max <= 1; got lam_init={lam_init}, lam_max={lam_max}"
+        )
 
     def law(latent: Latent) -> dist.Distribution:
         start = jnp.full(latent.batch, lam_init)
@@ -48,7 +50,7 @@ def noise(*, lam_init: float = 0.01, lam_max: float = 1.0) -> Family:
 
 
 def prior_noise() -> Family:
-    """Noise exactly as in the prior, nothing learned: KL(q(W|U) || p(W|U)) = 0.
+    """Noise exactly as in the prior, without parameters: KL(q(W|U) || p(W|U)) = 0.
 
     Returns:
         A family for `Guide`.
@@ -61,10 +63,10 @@ def prior_noise() -> Family:
 
 
 def _times_the_prior(latent: Latent, lam: Array) -> dist.Distribution:
-    """Noise of `lam` times the prior's scale.
+    """Noise with `lam` times the prior's scale.
 
-    A conditional law of weights depends on draws and parameters that are not known yet: this one only says
-    its `lam`, and the guide puts it on the prior's law at those (`Guide.__call__`).
+    The conditional law of weights depends on draws and parameters that are not known yet. The law returned
+    here only carries `lam`; `Guide.__call__` applies it to the prior's law at the actual draws.
     """
     prior = latent.site["fn"]
     if isinstance(prior, MatrixConditional):

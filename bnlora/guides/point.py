@@ -1,8 +1,8 @@
-r"""Points, and points under dropout: families without a density, whose objective is no bound on the evidence.
+r"""Points, and points under dropout: families without a density; their objective does not bound the evidence.
 
-`delta` maximises log p(y, x): a maximum a posteriori fit, of the value in the prior's own coordinates.
-`dropout` multiplies each input of a factor by 0 or 1 / (1 - rate), one draw for all rows and tokens, at
-fitting and at prediction alike: Monte Carlo dropout, whose draws are functions as those of any guide are.
+`delta` maximises log p(y, x): a maximum a posteriori fit in the prior's own coordinates. `dropout` multiplies
+each input of a factor by 0 or 1 / (1 - rate), with one mask for all rows and tokens, in fits and in
+predictions. This is Monte Carlo dropout; a draw is a function, as for every guide.
 
 Reference: Gal and Ghahramani (2016), Dropout as a Bayesian approximation.
 """
@@ -17,7 +17,7 @@ from bnlora.priors.hyper import require_number
 
 
 def delta() -> Family:
-    """A point for every number: a maximum a posteriori fit, not a bound.
+    """A point for every number: a maximum a posteriori fit. The objective is not a bound.
 
     Returns:
         A family for `Guide`.
@@ -29,13 +29,13 @@ def delta() -> Family:
             value = step(value)
         return dist.Delta(value, event_dim=latent.site["fn"].event_dim)
 
-    return per_site("point (maximum a posteriori, not a bound)", law)
+    return per_site("point (maximum a posteriori, not a bound)", law, has_density=False)
 
 
 def dropout(*, rate: float = 0.1) -> Family:
-    r"""A point whose input columns are dropped at random: Monte Carlo dropout, not a bound.
+    r"""A point whose input columns are dropped at random: Monte Carlo dropout. The objective is not a bound.
 
-    Meant for factors (`{r".*\.a": dropout(), ".*": delta()}`), whose columns are the inputs of a layer.
+    Use it for factors, whose columns are the inputs of a layer: `{r".*\.a": dropout(), ".*": delta()}`.
 
     Args:
         rate: Probability of dropping a column, in (0, 1).
@@ -44,21 +44,21 @@ def dropout(*, rate: float = 0.1) -> Family:
         A family for `Guide`.
 
     Raises:
-        ValueError: When the rate lies outside (0, 1), or a site has no columns or is constrained.
+        ValueError: If `rate` is outside (0, 1), or a site has no columns or is constrained.
     """
     require_number("the dropout rate", rate, upper=1.0)
 
     def law(latent: Latent) -> dist.Distribution:
         if latent.event_dim < 1 or latent.to_values():
-            raise ValueError(f"dropout needs sites of unconstrained matrices; {latent.name!r} is none")
+            raise ValueError(f"dropout needs sites of unconstrained matrices; {latent.name!r} is not one")
         columns = (*latent.batch, *(1 for _ in latent.event[:-1]), latent.event[-1])
         kept = numpyro.sample(
             f"{latent.name}.q.kept",
-            # Without a density: the masks are part of a randomised likelihood, not of a posterior.
+            # No density: the masks belong to a randomised likelihood, not to a posterior.
             dist.Bernoulli(1 - rate).expand(columns).to_event(len(columns)).mask(mask=False),
             infer={"is_auxiliary": True},
         )
         value = latent.location() * kept / (1 - rate)
         return dist.Delta(jnp.asarray(value), event_dim=latent.event_dim)
 
-    return per_site(f"point under dropout of {rate:g} (not a bound)", law)
+    return per_site(f"point under dropout of {rate:g} (not a bound)", law, has_density=False)

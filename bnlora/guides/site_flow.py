@@ -1,4 +1,4 @@
-"""The guide of the paper: a flow for every latent site, and one scale `lam` for the conditional noise.
+"""The guide of the paper: one flow for every latent site, and a scale `lam` of the conditional noise.
 
 Reference: Lin et al. (2026), arXiv 2601.21003 (row-shared flow on the inducing matrix).
 """
@@ -30,25 +30,25 @@ def SiteFlow(
     """Guide with one Gaussian base and one flow for every latent site of a prior.
 
     Args:
-        prior: The prior program, `model.prior`. It is traced once for shapes; the language model never is.
+        prior: The prior program, `model.prior`. It is traced once for shapes; the language model is not.
         flow: `"row-shared"`, as in the published code, or a flow over all numbers of a layer: `"iaf"`,
             `"spline"` or `"block-neural"`.
-        hidden: Width of the flow's hidden layers (16 in the published code); its family's own default when
-            omitted.
-        blocks: Residual blocks of the network of an autoregressive flow (2 in the published code); `"spline"`
+        hidden: Width of the flow's hidden layers (16 in the published code). If omitted, the default of its
+            family.
+        blocks: Residual blocks in the network of an autoregressive flow (2 in the published code). `"spline"`
             and `"block-neural"` have none.
         init_scale: Standard deviation of the base at the start, in unconstrained space.
-        lam_init: Start of every `lam`; small, so that optimisation finds the signal before noise.
-        lam_max: Cap on `lam`. 1 is the full family; a smaller one is a restricted family.
+        lam_init: Start of every `lam`. A small value lets the optimisation find the signal before the noise.
+        lam_max: Upper bound of `lam`. 1 gives the full family; a smaller value restricts it.
         init_loc_fn: NumPyro start strategy for the location, e.g.
-            `numpyro.infer.init_to_value(values={...})`; by default the start that the prior marks.
+            `numpyro.infer.init_to_value(values={...})`. The default uses the start that the prior marks.
 
     Returns:
         The guide.
 
     Raises:
-        ValueError: When a latent site is discrete, the flow is unknown, or `0 < lam_init < lam_max <= 1`
-            fails.
+        ValueError: If a latent site is discrete, the flow is unknown, or not
+            `0 < lam_init < lam_max <= 1`.
 
     Example:
         >>> import numpyro, numpyro.distributions as dist

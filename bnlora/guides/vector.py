@@ -1,10 +1,10 @@
 """Families of vectors: one law over all numbers of a layer, of a family of layers, or of several sites.
 
-| `over`   | what is one vector                     | how it reaches the sites                          |
+| `over`   | one vector is                          | how it is mapped to the sites                     |
 |----------|----------------------------------------|---------------------------------------------------|
-| "layer"  | a layer's part of a site (the default) | a distribution with the layers as batch axis      |
-| "family" | a site with all its layers             | an auxiliary site `<site>.q.vector`, cut to shape |
-| "all"    | all the sites that the pattern matches | the same, cut into all of them                    |
+| "layer"  | one layer of a site (the default)      | a distribution with the layers as batch axis      |
+| "family" | a site with all its layers             | an auxiliary site `<site>.q.vector`, reshaped     |
+| "all"    | all the sites that the pattern matches | the same, split into all of them                  |
 """
 
 import math
@@ -18,7 +18,7 @@ import numpyro.distributions as dist
 from jax import Array
 
 from bnlora._util.checks import check_option
-from bnlora.guides.family import Family, per_site
+from bnlora.guides.family import Family, Form, per_site
 from bnlora.guides.latent import Latent
 
 Over = Literal["layer", "family", "all"]
@@ -26,7 +26,7 @@ VectorLaw = Callable[[str, tuple[int, ...], int, Callable[[Array], Array]], dist
 """`law(prefix, batch, size, start)`: declares parameters `<prefix>.q.*`, returns a law of `size` numbers."""
 
 MAX_PARAMETERS = 50_000_000
-"""What a family may have unless told otherwise: 200 MB in float32, three times that with Adam."""
+"""Default limit on the parameters of a family: 200 MB in float32, three times that with Adam."""
 
 
 def vector_family(
@@ -35,19 +35,21 @@ def vector_family(
     *,
     count: Callable[[int], int],
     over: Over = "layer",
+    form: Form = "other",
     max_parameters: int = MAX_PARAMETERS,
 ) -> Family:
-    """A family out of a law of vectors.
+    """Make a family from a law of vectors.
 
     Args:
-        label: What the guide's repr calls it.
+        label: Name of the family in the guide's repr.
         law: Declares parameters and returns the law of one vector.
-        count: Number of parameters for a vector of a given length.
-        over: What is one vector.
-        max_parameters: The family refuses to be built with more than these.
+        count: Number of parameters as a function of the length of a vector.
+        over: The extent of one vector.
+        form: As in `Family`.
+        max_parameters: Largest number of parameters that is accepted.
 
     Raises:
-        ValueError: When `over` is unknown. The family raises it when it would have too many parameters.
+        ValueError: If `over` is unknown. The family raises it if it would have too many parameters.
     """
     check_option("over", over, get_args(Over))
 
@@ -56,11 +58,11 @@ def vector_family(
         return law(prefix, batch, size, start)
 
     if over == "layer":
-        return per_site(f"{label} over each layer", lambda latent: _by_layer(latent, checked))
+        return per_site(f"{label} over each layer", lambda latent: _by_layer(latent, checked), form=form)
     if over == "family":
         build = lambda latents: {n: q for one in latents for n, q in _joined([one], checked).items()}  # noqa: E731
-        return Family(f"{label} over all layers together", build)
-    return Family(label, lambda latents: _joined(latents, checked), joint=True)
+        return Family(f"{label} over all layers together", build, form=form)
+    return Family(label, lambda latents: _joined(latents, checked), joint=True, form=form)
 
 
 def _by_layer(latent: Latent, law: VectorLaw) -> dist.Distribution:
@@ -90,12 +92,12 @@ def _joined(latents: Sequence[Latent], law: VectorLaw) -> Mapping[str, dist.Dist
 
 
 def placed(latent: Latent, value: Array, log_density: Array | float = 0.0) -> dist.Delta:
-    """A site at an unconstrained value whose density was counted elsewhere: only the Jacobian is left.
+    """A site at an unconstrained value whose density counts elsewhere; only the Jacobian is added here.
 
     Args:
         latent: The site.
         value: The value, unconstrained.
-        log_density: Log-density to count here, spread evenly over the plates.
+        log_density: Log-density to count here, divided evenly over the plates.
     """
     total = jnp.full(latent.batch, log_density / math.prod(latent.batch))
     for step in latent.to_values():

@@ -75,9 +75,9 @@ def khat(log_p: Float[np.ndarray, " s"], log_q: Float[np.ndarray, " s"]) -> KHat
 def has_density(guide: Any, sites: Mapping[str, Any]) -> bool:
     """Whether a guide has a density over the sites, whose draws are given with a leading draw axis.
 
-    Not so for families without one, which say "not a bound", nor where a number is the same in every draw.
+    Not so for guides whose `has_density` is false, nor where a number is the same in every draw.
     """
-    return bool(sites) and "not a bound" not in repr(guide) and not any(map(_has_point, sites.values()))
+    return bool(sites) and getattr(guide, "has_density", True) and not any(map(_has_point, sites.values()))
 
 
 def _has_point(values: Any) -> bool:

@@ -85,12 +85,19 @@ class Identifiable:
         predicted = predict_with_draws(
             self.model, adapters, self.probe, batch_size=len(self.probe), console=QUIET
         )
-        found = self._margins(np.moveaxis(predicted.draw_log_probs, 0, -1))
-        found |= {f"norm[{n}]": _norms(adapters[n], self.model.sites[n].scale) for n in self.families}
+        found = self.margins(predicted.draw_log_probs) | self.norms(adapters)
         if batch is None:
             return found
         predicted = predict_with_draws(self.model, adapters, batch, console=QUIET)
         return found | {"log_likelihood": predicted.log_probs_of(batch.labels).sum(1)}
+
+    def margins(self, draw_log_probs: Float[np.ndarray, "s n c"]) -> dict[str, Float[np.ndarray, " s"]]:
+        """Margins by draw, from predictions of the probe rows, or of more rows that begin with these."""
+        return self._margins(np.moveaxis(draw_log_probs, 0, -1))
+
+    def norms(self, adapters: Adapters) -> dict[str, Float[np.ndarray, " s"]]:
+        """Norms of the updates by draw; no row is run."""
+        return {f"norm[{n}]": _norms(adapters[n], self.model.sites[n].scale) for n in self.families}
 
     @cached_property
     def _prepared(self) -> Batch:

@@ -4,7 +4,7 @@ A posterior is whatever has a classifier and draws its adapters. Nobody derives 
 the Gaussians, ensembles and objects of your own are posteriors because they have these two members.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,8 +14,10 @@ from jax import Array
 
 from bnlora._util.checks import check_at_least, check_key
 from bnlora._util.display import Showable, Shown, facts
-from bnlora._util.typing import Adapters
+from bnlora._util.typing import Adapters, Parameters
 from bnlora.adapters.sites import Sites
+from bnlora.data.batch import Batch
+from bnlora.program.draws import Draw
 from bnlora.program.model import kind_of
 
 
@@ -45,6 +47,34 @@ class Posterior(Protocol):
         Raises:
             ValueError: When `key` is no random key, there is less than one draw, or the posterior has fewer.
         """
+        ...
+
+
+@runtime_checkable
+class SitePosterior(Posterior, Protocol):
+    """A posterior that is a law of latent sites: a `Fit`.
+
+    Comparisons hold some of its sites at values and weigh its draws by densities, which takes more than
+    adapters.
+    """
+
+    @property
+    def guide(self) -> Callable[..., Any]:
+        """The program of the law."""
+        ...
+
+    @property
+    def params(self) -> Parameters:
+        """NumPyro parameters of prior and guide."""
+        ...
+
+    @property
+    def train(self) -> Batch:
+        """The rows that it was fitted to."""
+        ...
+
+    def draws(self, key: Array, num_draws: int) -> tuple[Draw, Adapters]:
+        """Draws of the sites with log-densities under prior and guide, and their adapters."""
         ...
 
 

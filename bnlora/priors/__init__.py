@@ -1,23 +1,23 @@
-r"""Priors over adapters: any function from sites to adapters that calls `numpyro.sample` on the way.
+r"""Priors over adapters: any function that maps sites to adapters and calls `numpyro.sample`.
 
 | prior                                | law of a factor W (d_o x d_i), sigma = scale / sqrt(d_i)          |
 |--------------------------------------|-------------------------------------------------------------------|
-| `core`                               | none of a factor: `b a` is a normal matrix between fixed frames   |
-| `sparse_gp`                          | iid N(0, sigma^2), inducing variables inside the weights          |
+| `core`                               | `b a`, not a factor, is a normal matrix between fixed frames      |
+| `sparse_gp`                          | iid N(0, sigma^2), with inducing variables inside the weights     |
 | `normal`                             | iid N(0, sigma^2)                                                 |
-| `laplace`                            | iid Laplace of standard deviation sigma                           |
+| `laplace`                            | iid Laplace with standard deviation sigma                         |
 | `spike_and_slab`                     | iid mixture of a narrow and a wide normal                         |
 | `matrix_normal`                      | N(0, (sigma r_i c_j)^2)                                           |
-| `ard`                                | columns of `b` scaled by a gain for each rank                     |
-| `horseshoe`, `regularized_horseshoe` | the gains are half-Cauchy, one global scale a family              |
+| `ard`                                | columns of `b` scaled by one gain for each rank                   |
+| `horseshoe`, `regularized_horseshoe` | half-Cauchy gains, with one global scale for each family          |
 | `pooled_scales`, `pooled_sparse_gp`  | layers share scales, or inducing matrices, in part                |
-| `centered`                           | any of these around adapters that exist                           |
-| `subspace`                           | one random gain a rank between learned projections                |
+| `centered`                           | any of these, centred on existing adapters                        |
+| `subspace`                           | one random gain for each rank, between learned projections        |
 | `point`                              | none: plain LoRA, fitted by maximum likelihood                    |
 
 Hyper-parameters are constants, `learned(init_value)` (type II), or NumPyro distributions (`hyper`).
-`per_factor` and `by_family` compose priors (`compose`). For priors of your own, `each_factor` runs a law of
-one factor, `rank_gains` weighs ranks by gains that you sample, `layers` is the plate over the layers of a
+`per_factor` and `by_family` compose priors (`compose`). To write your own prior: `each_factor` runs a law of
+one factor, `rank_gains` multiplies ranks by gains that you sample, `layers` is the plate over the layers of a
 family, and `sparse_gp_matrices` is the sparse GP of one stack of matrices.
 """
 

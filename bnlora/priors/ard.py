@@ -1,8 +1,8 @@
-r"""Automatic relevance determination: every rank of every layer has a scale of its own.
+r"""Automatic relevance determination: every rank of every layer has its own scale.
 
     b[:, k] = gain_lk z[:, k]
 
-A learned gain (type-II maximum likelihood) of a rank that the data say nothing for goes to zero.
+A learned gain (type-II maximum likelihood) goes to zero if the data do not support its rank.
 
 Reference: MacKay (1994); Neal (1996), Bayesian learning for neural networks; Bishop (1999), Bayesian PCA.
 """
@@ -23,7 +23,7 @@ def ard(
 ) -> Prior:
     """Normal factors with a gain for each rank, learned or random.
 
-    The gains act on `b`: where `a` alone is asked for, as for the part `a` of `per_factor`, this is `normal`.
+    The gains act on `b`. If the sites request only `a`, as in `per_factor(a=...)`, this prior is `normal`.
 
     Args:
         gain: `learned(init_value)`, the distribution of each gain (such as `HalfNormal(1)`), or a number.
@@ -34,7 +34,7 @@ def ard(
         A prior with the sites of `normal` and `<family>.b.gain`, shape (layer, rank).
 
     Raises:
-        ValueError: When a scale or gain may not be positive or `width` is unknown.
+        ValueError: If a scale or gain can be non-positive, or `width` is unknown.
     """
     require_positive("gain", gain)
 

@@ -1,14 +1,17 @@
-"""What every prior is made of: a law for one stack of matrices, run over the factors of all families.
+r"""The parts of every prior: a law for one stack of matrices, applied to the factors of all families.
 
-A *law* samples one factor of one family, all its layers at once: `law(site, factor) -> (layer, d_o, d_i)`.
-A *prior* runs a law over every factor that its sites ask for. Sites may ask for part of the factors or
-families (`Sites.only`), which is how priors are composed.
+A *law* samples one factor of one family, for all layers at once: `law(site, factor) -> (layer, d_o, d_i)`.
+A *prior* runs a law over every factor that its sites request. Sites can request some of the factors or
+families (`Sites.only`); this is how priors are composed.
 
-Sites may carry marks in `infer`, which guides and diagnostics of this library read: `init` is where
-optimisation starts ("zero", "draw" of the prior, "median" of it, or a value), `conditional_noise` marks a
-standard normal that only completes the conditional W | U, for which one learned scale `lam` per matrix
-suffices, `weight` a site that is a factor's own and no hyper-parameter, and `dims` names the last axes of a
-hyper-parameter, such as `("rank",)`.
+Guides and diagnostics of this library read these marks in the `infer` dictionary of a sample site:
+
+| mark                | meaning                                                                           |
+|---------------------|-----------------------------------------------------------------------------------|
+| `init`              | start of the optimisation: "zero", a "draw" or the "median" of the prior, a value |
+| `conditional_noise` | a standard normal that completes the conditional W \| U; one `lam` per matrix     |
+| `weight`            | the site belongs to a factor and is not a hyper-parameter                         |
+| `dims`              | names of the last axes of a hyper-parameter, such as `("rank",)`                  |
 """
 
 from collections.abc import Callable
@@ -30,7 +33,7 @@ Width = Literal["scaled", "unscaled"]
 Law = Callable[[Site, str], Float[Array, "layer d_o d_i"]]
 
 START: dict[str, Start] = {"a": "draw", "b": "zero"}
-"""LoRA's start: `a` informative, `b` zero, so that step 0 is the base model."""
+"""LoRA's start: `a` is a draw and `b` is zero, so that step 0 is the base model."""
 
 
 @runtime_checkable
@@ -43,31 +46,31 @@ class Prior(Protocol):
 
 
 def each_factor(law: Law) -> Prior:
-    """The prior that runs `law` over every factor of every family, independently.
+    """Make a prior that applies `law` to every factor of every family, independently.
 
     Args:
-        law: Samples the weights of one factor, shape (layer, d_o, d_i), given a site and the name of the
+        law: Samples the weights of one factor, shape (layer, d_o, d_i), from a site and the name of the
             factor.
 
     Returns:
-        A prior; it fills the factors that its sites ask for.
+        A prior that fills the factors that its sites request.
     """
 
     def prior(sites: Sites) -> Adapters:
         return {name: {factor: law(site, factor) for factor in site.factors} for name, site in sites.items()}
 
-    prior.__qualname__ = getattr(law, "__qualname__", prior.__qualname__)  # named after who wrote the law
+    prior.__qualname__ = getattr(law, "__qualname__", prior.__qualname__)  # name in messages
     return prior
 
 
 def layers(site: Site) -> numpyro.plate:
-    """The plate over the layers of a family; everything in it has the layer axis first.
+    """The plate over the layers of a family. Every value in it has the layer axis first.
 
     Args:
         site: The family.
 
     Returns:
-        A NumPyro plate of `site.depth`.
+        A NumPyro plate of size `site.depth`.
     """
     return numpyro.plate(f"{site.name}.layer", site.depth)
 
@@ -78,7 +81,9 @@ def require_width(width: Width) -> None:
 
 
 def width_factor(site: Site, factor: str, width: Width) -> float:
-    """`1 / sqrt(d_i)` where spreads are scaled to the width, so that a unit input gives a unit output.
+    """The factor between a scale and a standard deviation: `1 / sqrt(d_i)` if scaled, else 1.
+
+    With `1 / sqrt(d_i)`, an input of unit variance gives an output of unit variance.
 
     Args:
         site: The family.
@@ -86,10 +91,10 @@ def width_factor(site: Site, factor: str, width: Width) -> float:
         width: `"scaled"` or `"unscaled"`.
 
     Returns:
-        What a scale is multiplied by to be a standard deviation.
+        The factor that turns a scale into a standard deviation.
 
     Raises:
-        ValueError: When the width is another word.
+        ValueError: If `width` is unknown.
     """
     require_width(width)
     return site.shapes[factor][-1] ** -0.5 if width == "scaled" else 1.0
@@ -109,10 +114,10 @@ def sample_matrices(
         site: The family.
         factor: `"a"` or `"b"`.
         unit: The law of one entry as a function of its standard deviation.
-        sigma: Standard deviation of the entries, broadcasting against the factor's shape.
-        hyper: What `sigma` was made of. Where that is random, the site is `<family>.<factor>.z` of unit
-            spread and `W = sigma z`: a random scale and weights of that scale make a funnel, which guides and
-            samplers handle badly. Otherwise the site is `<family>.<factor>` itself.
+        sigma: Standard deviation of the entries; must broadcast against the factor's shape.
+        hyper: The hyper-parameter behind `sigma`. If it is random, the site is `<family>.<factor>.z` with
+            unit spread, and `W = sigma z`. This avoids the funnel of a random scale and weights of that
+            scale, which guides and samplers handle badly. Otherwise the site is `<family>.<factor>`.
 
     Returns:
         The weights, shape (layer, d_o, d_i).

@@ -1,6 +1,6 @@
-r"""A prior around adapters that exist already: W = W_0 + W', with W' under any prior.
+r"""A prior centred on existing adapters: W = W_0 + W', where W' has any prior.
 
-The posterior then says how far new data move an imported adapter. Its start is the imported adapter itself.
+The posterior then shows how far new data move an imported adapter. A fit starts at the imported adapter.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from bnlora.priors.base import Prior
 
 
 class _FactorsAtZero(Messenger):
-    """Factors that are parameters (`point`, `subspace`) start at zero; other parameters where they did."""
+    """Start factors that are parameters (`point`, `subspace`) at zero; leave other parameters unchanged."""
 
     def __init__(self, sites: Sites):
         super().__init__()
@@ -27,34 +27,32 @@ class _FactorsAtZero(Messenger):
         }
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        """Replace the start, unless a value is given."""
+        """Replace the start value of a factor by zeros."""
         if msg["type"] == "param" and msg["name"] in self.shapes:
             msg["fn"], msg["args"] = lambda **_: jnp.zeros(self.shapes[msg["name"]]), ()
 
 
 def centered(prior: Prior, adapters: Adapters) -> Prior:
-    """Another prior moved to given adapters.
+    """Centre another prior on existing adapters.
 
     Args:
-        prior: The law of the deviations, which start at zero in both factors.
-        adapters: The centre, by family and factor, of the shapes that the sites have.
+        prior: The law of the deviations. They start at zero in both factors.
+        adapters: The centre, by family and factor, with the shapes of the sites.
 
     Returns:
         A prior with the sites of `prior`.
 
     Raises:
-        ValueError: When `adapters` has numbers that are NaN or infinite; when the prior runs on its sites,
-            also where `adapters` lacks a family or has another shape.
+        ValueError: If `adapters` has numbers that are NaN or infinite. The prior itself raises it if
+            `adapters` lacks a family of its sites or has another shape.
     """
     for name, pair in adapters.items():
         for factor, value in pair.items():
             if not isinstance(value, jax.core.Tracer) and not np.isfinite(value).all():
-                raise ValueError(
-                    f"the centre has numbers that are NaN or infinite, in {factor!r} of {name!r}"
-                )
+                raise ValueError(f"the centre has numbers that are NaN or infinite in {factor!r} of {name!r}")
 
     def at_zero(site: dict[str, Any]) -> dict[str, Any]:
-        # Only what can be zero starts there: a scale of zero would lie outside its support.
+        # Only sites on the real line start at zero; zero is outside the support of a scale.
         support = site["fn"].support
         can_be_zero = getattr(support, "base_constraint", support) is constraints.real
         return {"init": "zero"} if can_be_zero else {}
@@ -72,9 +70,7 @@ def centered(prior: Prior, adapters: Adapters) -> Prior:
         try:
             sites.check(centre)
         except ValueError as error:
-            raise ValueError(
-                f"the adapters that the prior is centred on do not fit the sites: {error}"
-            ) from error
+            raise ValueError(f"the adapters of the centred prior do not fit the sites: {error}") from error
         with handlers.infer_config(config_fn=at_zero), _FactorsAtZero(sites):
             deviation = prior(sites)
         return {

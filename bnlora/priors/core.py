@@ -1,12 +1,12 @@
-r"""The core prior: a Gaussian matrix between fixed frames, one for each layer of a family.
+r"""The core prior: one Gaussian matrix between fixed frames for each layer of a family.
 
     dW = s L U R^T / unit,      U_kl ~ N(0, 1),      L, R fixed with orthonormal columns
     (`bnlora.adapters.frames`)
 
-One inducing matrix a module and layer, as in the first figure of the paper, at lam = 0. The adapter is
-`a = R^T`, `b = s L U / unit`, so that `s` is the prior standard deviation of a logit contrast in nats
-(exactly on the tangent model, to first order on the network). Only U is random: the posterior has neither the
-scaling and rotation invariances of two random factors nor their dead zone around zero.
+Each module and layer has one inducing matrix, as in the first figure of the paper, with lam = 0. The adapter
+is `a = R^T`, `b = s L U / unit`. So `s` is the prior standard deviation of a logit contrast in nats (exactly
+on the tangent model, to first order on the network). Only U is random: the posterior has neither the scaling
+and rotation invariances of two random factors nor their dead zone around zero.
 
 References: Lin et al. (2026), Bayesian-LoRA, arXiv 2601.21003, for the inducing matrix; Nakajima and
 Sugiyama (2011), JMLR 12, for the dead zone of two random factors.
@@ -30,22 +30,22 @@ Scale = Hyper | Mapping[str, Hyper]
 
 
 def core(frames: Frames, *, scale: Scale = 1.0, by_layer: bool = False) -> Prior:
-    """A standard normal core between fixed frames, times a scale for each family.
+    """A standard normal core between fixed frames, times one scale for each family.
 
     Args:
-        frames: Frames of the families that the prior shall fill, from `bnlora.frames`.
+        frames: Frames of the families that the prior fills, from `bnlora.frames`.
         scale: Prior standard deviation of a logit contrast in nats, for all families or by family: a number,
-            an array of one number for each layer, `learned(init_value)`, or a distribution of positive
+            an array with one number for each layer, `learned(init_value)`, or a distribution of positive
             values.
-        by_layer: Whether a learned or random scale is one for each layer of a family, or one for all of them.
+        by_layer: Whether each layer has its own learned or random scale. If False, a family shares one.
 
     Returns:
         A prior with one sample site `<family>.U` of shape (layer, m_o, m_i) for each family, and
-        `<family>.scale` where that is learned or random.
+        `<family>.scale` if that is learned or random.
 
     Raises:
-        ValueError: When a scale is not positive or is of a family without frames. The prior raises it on
-            sites that the frames do not belong to, and where it is asked for one factor only.
+        ValueError: If a scale is not positive or belongs to a family without frames. The prior itself raises
+            it if the frames do not belong to its sites, or if the sites request one factor only.
 
     Example:
         >>> prior = bl.priors.core(frames, scale=dist.HalfNormal(1.0))
@@ -67,12 +67,12 @@ def core(frames: Frames, *, scale: Scale = 1.0, by_layer: bool = False) -> Prior
         frames.check(sites)
         return {name: _adapter(frames, name, sites, scales[name], by_layer=by_layer) for name in sites}
 
-    prior.frames = frames  # type: ignore[attr-defined]  # what a tangent model of this prior reads
+    prior.frames = frames  # type: ignore[attr-defined]  # read by a tangent model of this prior
     return prior
 
 
 def frames_of(prior: Prior) -> Frames | None:
-    """The frames that a prior keeps every update in, or None."""
+    """The frames that span every update of a prior, or None if the prior has no frames."""
     return getattr(prior, "frames", None)
 
 
@@ -80,8 +80,8 @@ def _adapter(frames: Frames, name: str, sites: Sites, scale: Hyper, *, by_layer:
     site, frame = sites[name], frames[name]
     if site.factors != FACTORS:
         raise ValueError(
-            f"the core prior makes both factors of {name!r} from one matrix; it cannot fill "
-            f"{site.factors[0]!r} alone: use by_family, not per_factor"
+            f"the core prior fills both factors of {name!r} from one matrix; it cannot fill only "
+            f"{site.factors[0]!r}: use by_family instead of per_factor"
         )
     start: Any = getattr(scale, "init_value", scale)
     each = by_layer or (not hasattr(scale, "sample") and jnp.ndim(start) > 0)
@@ -89,6 +89,7 @@ def _adapter(frames: Frames, name: str, sites: Sites, scale: Hyper, *, by_layer:
     with layers(site):
         law = dist.Normal(jnp.zeros(frame.size), 1.0).to_event(2)
         U = numpyro.sample(f"{name}.U", law, infer={"init": "zero", WEIGHT: True})
+    # In nats: `unit` is the standard deviation of a logit contrast under a standard normal U.
     weight = jnp.broadcast_to(spread / frame.unit, (site.depth,))
     left, right = jnp.asarray(frame.left), jnp.asarray(frame.right)
     scaled = numpyro.deterministic(core_name(name), weight[:, None, None] * U)
@@ -97,5 +98,5 @@ def _adapter(frames: Frames, name: str, sites: Sites, scale: Hyper, *, by_layer:
 
 
 def core_name(family: str) -> str:
-    """Name of the update in the frames, L^T dW R, which the prior declares as a deterministic site."""
+    """Name of the deterministic site with the update in the frames, L^T dW R."""
     return f"{family}.core"

@@ -1,8 +1,8 @@
-"""What a prior program declares: names, shapes, plates and laws.
+"""The sites that a prior program declares: names, shapes, plates and laws.
 
 A prior is a program, so it must run to show its sites. Here it runs on shapes only: nothing is compiled or
-computed. A site whose law cannot be sampled (`ImproperUniform`) gets a value inside its support, so that such
-a prior runs like any other where only its density is needed.
+computed. A site whose law cannot be sampled (`ImproperUniform`) gets a value inside its support. Such a prior
+then runs like any other if only its density is needed.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +21,7 @@ from numpyro.primitives import Messenger
 from bnlora._util.typing import NOISE
 
 OWNED = {"y": "the labels that the model observes", "data": "the model's plate over the rows"}
-"""Names that a prior may not use, and what uses them."""
+"""Names that a prior must not use, and the part of the model that uses each."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Variable:
         name: Name of the site.
         law: Name of its distribution.
         shape: Shape of its value.
-        free: Shape of the unconstrained value; None where the site is discrete.
-        event_dim: Number of its last axes that do not belong to plates.
-        plates: Axis of every plate around it, by the plate's name.
-        infer: The marks that the prior gave it.
-        observed: Whether the program fixes its value, as `obs=` and `numpyro.factor` do.
-        improper: Whether its law cannot be sampled.
+        free: Shape of the unconstrained value; None if the site is discrete.
+        event_dim: Number of trailing axes that do not belong to plates.
+        plates: Axis of every enclosing plate, by the plate's name.
+        infer: The marks that the prior set.
+        observed: Whether the program fixes the value, as `obs=` and `numpyro.factor` do.
+        improper: Whether the law cannot be sampled.
     """
 
     name: str
@@ -52,19 +52,19 @@ class Variable:
 
     @property
     def is_noise(self) -> bool:
-        """Whether the site only completes a conditional law."""
+        """Whether the site is noise that only completes a conditional law."""
         return bool(self.infer.get(NOISE))
 
 
 @dataclass(frozen=True)
 class Program:
-    """The names that a prior declares, in its order.
+    """The names that a prior declares, in program order.
 
     Attributes:
-        latent: The sites that it samples.
-        observed: The sites whose value it fixes; their densities multiply that of the latent ones.
+        latent: The sites that the prior samples.
+        observed: The sites whose values it fixes. Their densities multiply the density of the latent sites.
         params: Names of its NumPyro parameters.
-        names: All names, those of plates and deterministic values included.
+        names: All names, including plates and deterministic values.
     """
 
     latent: Mapping[str, Variable]
@@ -85,7 +85,7 @@ class Program:
 
 
 def declared(prior: Callable[..., Any]) -> Program:
-    """The names of a prior program with their shapes.
+    """The names that a prior program declares, with their shapes.
 
     Args:
         prior: The program, `model.prior`.
@@ -110,10 +110,10 @@ def declared(prior: Callable[..., Any]) -> Program:
 
 
 def discrete(name: str, law: str) -> ValueError:
-    """The error for a discrete latent site, which no guide and no sampler here supports."""
+    """The error for a discrete latent site; no guide or sampler of this library supports one."""
     return ValueError(
         f"latent sites must be continuous; {name!r} is {law}: sum it out in the prior, as "
-        "dist.MixtureSameFamily and priors.spike_and_slab do, or hold it at a value by obs="
+        "dist.MixtureSameFamily and priors.spike_and_slab do, or fix its value with obs="
     )
 
 
@@ -122,7 +122,7 @@ def check_names(names: Iterable[str], latent: Iterable[str]) -> None:
 
     Args:
         names: Names in the prior.
-        latent: Those of its latent sites, for which guides have parameters `<site>.q.<name>`.
+        latent: Names of its latent sites. Guides have parameters `<site>.q.<name>` for these.
     """
     known = set(latent)
     for name in names:
@@ -132,8 +132,8 @@ def check_names(names: Iterable[str], latent: Iterable[str]) -> None:
         owner = OWNED.get(name, f"a guide's parameter of {site!r}" if mark and site in known else "")
         if owner:
             raise ValueError(
-                f"the prior may not use the name {name!r}, which is that of {owner}; choose another, such as "
-                f"'prior_{name}'"
+                f"the prior must not use the name {name!r}, which belongs to {owner}; choose another, "
+                f"such as 'prior_{name}'"
             )
 
 
@@ -142,49 +142,49 @@ def require_proper(prior: Callable[..., Any]) -> None:
     _refuse_improper(declared(prior))
 
 
-def _refuse_improper(found: Program) -> None:
-    for name, site in found.latent.items():
+def _refuse_improper(program: Program) -> None:
+    for name, site in program.latent.items():
         if site.improper:
             raise ValueError(
-                f"the prior cannot be drawn from: the site {name!r} has an improper law, {site.law}; give it "
-                "a proper one, or use what needs a density alone, such as bl.fit and bl.sample_nuts"
+                f"the prior cannot be sampled: the site {name!r} has an improper law, {site.law}; use a "
+                "proper law, or a method that needs only a density, such as bl.fit and bl.sample_nuts"
             )
 
 
 def require_drawable(prior: Callable[..., Any]) -> None:
     """Raise `ValueError` unless running the prior forwards samples from it.
 
-    This fails if a law is improper. It also fails if the program weighs its draws by `numpyro.factor` or
+    This fails if a law is improper. It also fails if the program weights its draws by `numpyro.factor` or
     `obs=`: a forward run would ignore that part of the prior.
     """
-    found = declared(prior)
-    _refuse_improper(found)
-    for name, latent in (weighed(prior) if found.observed else {}).items():
-        kind = "numpyro.factor" if found.observed[name].law == "Unit" else "observed site"
+    program = declared(prior)
+    _refuse_improper(program)
+    for name, latent in (weighed(prior) if program.observed else {}).items():
+        kind = "numpyro.factor" if program.observed[name].law == "Unit" else "observed site"
         raise ValueError(
-            f"the prior cannot be drawn from by running it forwards, which leaves out its {kind} {name!r} "
-            f"that weighs {', '.join(map(repr, latent))}; write that part as the law of a sample site, or "
-            "use what needs a density alone, such as bl.fit, bl.sample_nuts and bl.sample_smc"
+            f"the prior cannot be sampled by a forward run, because that ignores its {kind} {name!r}, which "
+            f"depends on {', '.join(map(repr, latent))}; write that part as the law of a sample site, or "
+            "use a method that needs only a density, such as bl.fit, bl.sample_nuts and bl.sample_smc"
         )
 
 
 def weighed(prior: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
     """The latent sites on which each observed site of a prior depends, if there are any."""
-    found = declared(prior)
-    if not found.observed:
+    program = declared(prior)
+    if not program.observed:
         return {}
     upstream = get_dependencies(prior)["prior_dependencies"]
-    all_of_them = {name: tuple(n for n in found.latent if n in upstream[name]) for name in found.observed}
-    return {name: latent for name, latent in all_of_them.items() if latent}
+    parents = {name: tuple(n for n in program.latent if n in upstream[name]) for name in program.observed}
+    return {name: latent for name, latent in parents.items() if latent}
 
 
 def runnable(prior: Callable[..., Any]) -> Callable[..., Any]:
-    """The program with a value inside the support at every site whose law cannot be sampled."""
+    """The same program; sites whose law cannot be sampled get a value inside their support."""
     return _Feasible(prior)
 
 
 def is_improper(law: dist.Distribution) -> bool:
-    """Whether a distribution has a density and no draws."""
+    """Whether a distribution has a density but cannot be sampled."""
     return type(innermost(law)).sample is dist.Distribution.sample
 
 
@@ -197,7 +197,7 @@ def innermost(law: Any) -> Any:
 
 class _Feasible(Messenger):
     def process_message(self, msg: dict[str, Any]) -> None:
-        """Set a feasible value, which handlers around the program may replace."""
+        """Set a feasible value; handlers around the program can replace it."""
         if msg["type"] == "sample" and msg["value"] is None and is_improper(msg["fn"]):
             to_support = biject_to(msg["fn"].support)
             msg["value"] = to_support(jnp.zeros(to_support.inverse_shape(msg["fn"].shape())))
@@ -222,7 +222,7 @@ def _variable(site: Mapping[str, Any]) -> Variable:
 
 
 def unwrapped(law: Any) -> Any:
-    """The distribution that the prior wrote, without expansions, masks and event axes."""
+    """The distribution as the prior wrote it, without expansions, masks and event axes."""
     while isinstance(law, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
         law = law.base_dist
     return law

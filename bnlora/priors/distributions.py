@@ -1,22 +1,22 @@
 r"""The conditional law of a weight matrix given its inducing matrix, as a NumPyro distribution.
 
-    W | V  ~  N( sigma F_r V F_c^T,  lam^2 sigma^2 (I - P_r (x) P_c) ),        P = Q diag(p) Q^T,  F = Q
-    diag(sqrt p)
+    W | V  ~  N( sigma F_r V F_c^T,  lam^2 sigma^2 (I - P_r (x) P_c) ),
+    P = Q diag(p) Q^T,    F = Q diag(sqrt p),
 
-with orthonormal frames `Q` and eigenvalues `p` in (0, 1) on each side. With R = (W / sigma - F_r V F_c^T) /
-lam,
+with orthonormal frames `Q` and eigenvalues `p` in (0, 1) on each side. Let R = (W / sigma - F_r V F_c^T) /
+lam. Then
 
     R' Sigma^-1 R = ||R||^2 + sum_ij (1 / (1 - p_i q_j) - 1) (Q_r^T R Q_c)_ij^2,
     log det Sigma = sum_ij log(1 - p_i q_j),
 
-so that neither density nor sampler forms anything of size (d_o d_i)^2. Two such laws that differ in `lam`
-alone have KL(lam_q || lam_p) = d_o d_i (rho^2 / 2 - log rho - 1 / 2), rho = lam_q / lam_p: free of `V` and
-the sides.
+so neither the density nor the sampler forms an array of size (d_o d_i)^2. Two such laws that differ only in
+`lam` have KL(lam_q || lam_p) = d_o d_i (rho^2 / 2 - log rho - 1 / 2), rho = lam_q / lam_p, whatever `V` and
+the sides are.
 
 Reference: Lin et al. (2026), Bayesian-LoRA, arXiv 2601.21003; Ritter et al. (2021) for the joint Gaussian.
 
-Two more laws that NumPyro has in forms that do not fit here: `LowRankGaussian`, whose factorisations take one
-matrix at a time (`gp.one_by_one` says why), and `MatrixAffine`, the map behind a matrix normal.
+Two more laws replace NumPyro's own: `LowRankGaussian` factorises one matrix at a time (`gp.one_by_one` gives
+the reason), and `MatrixAffine` is the map behind a matrix normal.
 """
 
 import math
@@ -35,17 +35,17 @@ from bnlora.priors import gp
 
 
 class MatrixConditional(dist.Distribution):
-    """`W | V` of the sparse GP, with `lam` times its standard deviations.
+    """The law of `W | V` in the sparse GP, with standard deviations multiplied by `lam`.
 
     Args:
         V: Whitened inducing matrix, shape `(layer, k_r, k_c)`.
         rows: Row side from `gp.frame_side`, factor of shape `(layer, d_o, k_r)`.
         cols: Column side, factor of shape `(layer, d_i, k_c)`.
-        sigma: Prior standard deviation of a weight, broadcasting against `(layer, d_o, d_i)`.
+        sigma: Prior standard deviation of a weight; must broadcast against `(layer, d_o, d_i)`.
         lam: Factor on the conditional standard deviation, shape `(layer,)` or `()`.
 
     Raises:
-        ValueError: When a side does not come from orthonormal frames.
+        ValueError: If a side does not come from orthonormal frames.
     """
 
     support = constraints.real_matrix
@@ -83,18 +83,19 @@ class MatrixConditional(dist.Distribution):
         return self.lam[..., None, None]
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
-        """Draws by the symmetric root of `Sigma`, shape `sample_shape + (layer, d_o, d_i)`."""
+        """Draws, shape `sample_shape + (layer, d_o, d_i)`, by the symmetric root of `Sigma`."""
         E = jax.random.normal(key, (*sample_shape, *self.V.shape[:-2], *self.event_shape), self.V.dtype)
         return self.mean + self._lam * self.sigma * gp.conditional_noise(E, self.rows, self.cols)
 
     def log_prob(self, value: Array) -> Array:
-        """Log-density of `W`, shape of the layers."""
+        """Log-density of `W` in nats, one value for each layer."""
         R = (value - self.mean) / (self._lam * self.sigma)
+        # (layer, k_r, k_c): eigenvalues 1 - p_i q_j of Sigma. The other eigenvalues are 1.
         gap = gp.conditional_gap(self.rows.gram[..., :, None], self.cols.gram[..., None, :])
-        # As F = Q sqrt(p), the square of F^T R F already carries p q: p q / (1 - p q) is 1 / (1 - p q) - 1.
+        # F = Q sqrt(p), so (F^T R F)^2 already contains p q, and p q / (1 - p q) = 1 / (1 - p q) - 1.
         inner = jnp.swapaxes(self.rows.factor, -1, -2) @ R @ self.cols.factor
         quadratic = (R**2).sum((-2, -1)) + (inner**2 / gap).sum((-2, -1))
-        # The shape of `R` rather than `batch_shape`, which is that of before when layers are mapped by vmap.
+        # Use the shape of `R`: under vmap over layers, `batch_shape` still includes the mapped axis.
         scale = jnp.broadcast_to(self._lam * self.sigma, R.shape)
         logdet = jnp.log(gap).sum((-2, -1)) + 2 * jnp.log(scale).sum((-2, -1))
         return -0.5 * (quadratic + logdet + math.prod(self.event_shape) * math.log(2 * math.pi))
@@ -102,7 +103,7 @@ class MatrixConditional(dist.Distribution):
 
 @kl_divergence.register(MatrixConditional, MatrixConditional)
 def _kl_of_two_scales(q: MatrixConditional, p: MatrixConditional) -> Array:
-    """Closed form, which holds where both share `V`, sides and `sigma`, as guide and prior do."""
+    """KL in closed form. It requires that both laws share `V`, sides and `sigma`, as guide and prior do."""
     kl = gp.conditional_kl(math.prod(q.event_shape), q.lam / p.lam)
     return jnp.broadcast_to(kl, q.batch_shape)
 
@@ -137,7 +138,7 @@ class LowRankGaussian(dist.Distribution):
 
     @property
     def covariance_matrix(self) -> Array:
-        """The whole covariance, shape `(..., size, size)`."""
+        """The full covariance, shape `(..., size, size)`."""
         inner = jnp.eye(self.event_shape[0]) + self.factor @ jnp.swapaxes(self.factor, -1, -2)
         return self.scale[..., :, None] * inner * self.scale[..., None, :]
 
@@ -149,12 +150,14 @@ class LowRankGaussian(dist.Distribution):
         return self.loc + self.scale * (z[..., :size] + correlated)
 
     def log_prob(self, value: Array) -> Array:
-        """Log-density by the Woodbury identity: a matrix of side `rank` is the largest factorised."""
+        """Log-density by the Woodbury identity; only a `rank x rank` matrix is factorised."""
         R = (value - self.loc) / self.scale
         F_t = jnp.swapaxes(self.factor, -1, -2)
+        # With L L^T = I + F^T F (rank x rank): (I + F F^T)^-1 = I - F (L L^T)^-1 F^T,
+        # and log det(I + F F^T) = 2 log det L.
         root = gp.one_by_one(jnp.linalg.cholesky, jnp.eye(F_t.shape[-2]) + F_t @ self.factor)
         inner = F_t @ R[..., None]
-        root = jnp.broadcast_to(root, (*inner.shape[:-2], *root.shape[-2:]))
+        root = jnp.broadcast_to(root, (*inner.shape[:-2], *root.shape[-2:]))  # sample axes of `value`
         solved = gp.one_by_one(gp.lower_solve, root, inner)
         logdet = jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)).sum(-1) + jnp.log(self.scale).sum(-1)
         quadratic = (R**2).sum(-1) - (solved**2).sum((-2, -1))
@@ -162,7 +165,7 @@ class LowRankGaussian(dist.Distribution):
 
 
 class MatrixAffine(Transform):
-    """`z -> loc + R z C^T`: a standard normal matrix becomes matrix normal with these roots.
+    """The map `z -> loc + R z C^T`: a standard normal matrix becomes matrix normal with these roots.
 
     Args:
         loc: Mean, shape `(..., m, n)`.
@@ -185,7 +188,7 @@ class MatrixAffine(Transform):
         return gp.whiten(shift, R, C)
 
     def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: Any = None) -> Array:
-        """`n log|R| + m log|C|`, shape of the batch."""
+        """`n log|R| + m log|C|`, one value for each batch entry."""
         rows, cols = (jnp.log(jnp.abs(jnp.diagonal(L, axis1=-2, axis2=-1))).sum(-1) for L in (self.R, self.C))
         return self.loc.shape[-1] * rows + self.loc.shape[-2] * cols
 

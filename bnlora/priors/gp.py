@@ -1,13 +1,13 @@
 r"""Inducing-point algebra of a matrix-valued Gaussian process: pure functions, no sampling.
 
-A weight factor `W` (d_o x d_i) has independent entries N(0, sigma^2). An inducing matrix `U`
-(m_r x m_c) is attached to it through a row side and a column side, so that
+A weight factor `W` (d_o x d_i) has independent entries N(0, sigma^2). A row side and a column side connect
+it to an inducing matrix `U` (m_r x m_c):
 
     W | U  =  sigma (F_r V F_c^T + Sigma^{1/2} E),     Sigma = I - P_r (x) P_c,
     V, E   ~  independent standard normals,            P = F F^T with eigenvalues in [0, 1),
 
-where `V` is the whitened inducing matrix (U = L_r V L_c^T). The marginal of `W` is N(0, sigma^2)
-whatever the sides are: they are variational, and moving them can only tighten the bound.
+where `V` is the whitened inducing matrix (U = L_r V L_c^T). The marginal of `W` is N(0, sigma^2) for all
+sides. So the sides are variational parameters: the fit maximises the bound over them.
 
 | paper          | code              | shape        |
 |----------------|-------------------|--------------|
@@ -19,13 +19,13 @@ whatever the sides are: they are variational, and moving them can only tighten t
 | D_r, D_c       | `D`               | ... m        |
 | lambda         | `lam`             | ...          |
 
-A side comes from orthonormal frames (`frame_side`; no Cholesky, no jitter) or from the paper's
-inducing bases (`inducing_side`; K = Z Z^T + D^2). The square root of Sigma is the symmetric one,
+A side is built from orthonormal frames (`frame_side`; no Cholesky, no jitter) or from the paper's inducing
+bases (`inducing_side`; K = Z Z^T + D^2). The square root of Sigma is the symmetric one,
 
     Sigma^{1/2} E = E - F_r H(F_r^T E F_c) F_c^T,
 
-and in the eigenbases of the two Gram matrices H multiplies entry (i, j) by
-g(p_i q_j), g(s) = (1 - sqrt(1 - s)) / s = 1 / (1 + sqrt(1 - s)), which has no singularity at s = 0.
+where H, in the eigenbases of the two Gram matrices, multiplies entry (i, j) by g(p_i q_j), with
+g(s) = (1 - sqrt(1 - s)) / s = 1 / (1 + sqrt(1 - s)). The last form has no singularity at s = 0.
 
 Reference: Lin et al. (2026), Bayesian-LoRA, arXiv 2601.21003; Ritter et al. (2021), Sparse
 uncertainty representation in deep learning with inducing weights, for the joint Gaussian.
@@ -44,7 +44,7 @@ class Side(NamedTuple):
 
     Attributes:
         factor: `F`, of shape `(..., d, k)`, with `F F^T = P`.
-        gram: `F^T F`: `(..., k)` where it is diagonal, otherwise `(..., k, k)`.
+        gram: `F^T F`, of shape `(..., k)` if it is diagonal, otherwise `(..., k, k)`.
     """
 
     factor: Float[Array, "... d k"]
@@ -52,14 +52,14 @@ class Side(NamedTuple):
 
 
 def frame_side(free: Float[Array, "... d k"], reliability: Float[Array, "... k"]) -> Side:
-    """A side from an orthonormal frame `Q` (QR of `free`) and eigenvalues of `P`.
+    """Build a side from an orthonormal frame `Q` (QR of `free`) and the eigenvalues of `P`.
 
     Args:
         free: Any full-rank matrix with `k <= d`, shape `(..., d, k)`.
         reliability: Eigenvalues of `P = Q diag(reliability) Q^T`, each in (0, 1).
 
     Raises:
-        ValueError: When `k > d`; no frame of more than `d` orthonormal vectors exists.
+        ValueError: If `k > d`: no frame has more than `d` orthonormal vectors.
     """
     d, k = free.shape[-2:]
     if k > d:
@@ -70,11 +70,11 @@ def frame_side(free: Float[Array, "... d k"], reliability: Float[Array, "... k"]
 
 @jax.custom_jvp
 def _orthonormal(free: Array) -> tuple[Array, Array]:
-    """`Q` and `T = R^{-1}` of `free = Q R`, with R_jj > 0: one loop over columns for all layers.
+    """`Q` and `T = R^{-1}` of `free = Q R` with R_jj > 0, by one loop over columns for all layers.
 
-    Gram-Schmidt twice over each column is orthonormal to rounding wherever `free` has full rank to rounding
-    (Giraud et al., 2005), and continuous in `free`. LAPACK would do one layer at a time (see `one_by_one`),
-    and its solves in the derivative take milliseconds where other work has the cores.
+    Two passes of Gram-Schmidt for each column give a `Q` that is orthonormal to rounding if `free` has full
+    numerical rank (Giraud et al., 2005), and `Q` is continuous in `free`. LAPACK would need one call for each
+    layer (see `one_by_one`), and its solves in the derivative take milliseconds when the cores are busy.
     """
 
     def column(j: Array, done: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -86,7 +86,7 @@ def _orthonormal(free: Array) -> tuple[Array, Array]:
             share = jnp.swapaxes(frame, -1, -2) @ rest
             rest, shares = rest - frame @ share, shares + share
         length = jnp.linalg.norm(rest, axis=-2, keepdims=True)
-        # Where `unit.T` is true is the one column that is written.
+        # `unit.T` is true in column j: only that column is written.
         frame = jnp.where(unit.T, rest / length, frame)
         return frame, jnp.where(unit.T, (unit - inverse @ shares) / length, inverse)
 
@@ -106,17 +106,17 @@ def _orthonormal_jvp(primals, tangents):
 
 
 def inducing_side(Z: Float[Array, "... m d"], D: Float[Array, "... m"]) -> Side:
-    """A side from inducing bases `Z` and inducing noise `D > 0`, `K = Z Z^T + diag(D)^2`.
+    """Build a side from inducing bases `Z` and inducing noise `D > 0`, with `K = Z Z^T + diag(D)^2`.
 
-    `F = Z^T L^{-T}` with `L` the Cholesky factor of `K`, so that `F F^T = Z^T K^{-1} Z`. Any
-    jitter belongs into `D` beforehand: one `K` serves the mean, the noise and the whitening.
+    `F = Z^T L^{-T}` with `L` the Cholesky factor of `K`, so `F F^T = Z^T K^{-1} Z`. Add any jitter to `D`
+    first, so that mean, noise and whitening use the same `K`.
     """
     whitened = one_by_one(lower_solve, inducing_root(Z, D), Z)
     return Side(jnp.swapaxes(whitened, -1, -2), whitened @ jnp.swapaxes(whitened, -1, -2))
 
 
 def inducing_root(Z: Float[Array, "... m d"], D: Float[Array, "... m"]) -> Float[Array, "... m m"]:
-    """`L` with `L L^T = K = Z Z^T + diag(D)^2`, lower triangular."""
+    """The lower triangular `L` with `L L^T = K = Z Z^T + diag(D)^2`."""
     each = jnp.arange(Z.shape[-2])
     K = (Z @ jnp.swapaxes(Z, -1, -2)).at[..., each, each].add(D**2)
     return one_by_one(jnp.linalg.cholesky, K)
@@ -125,7 +125,7 @@ def inducing_root(Z: Float[Array, "... m d"], D: Float[Array, "... m"]) -> Float
 def whiten(
     U: Float[Array, "... m_r m_c"], L_r: Float[Array, "... m_r m_r"], L_c: Float[Array, "... m_c m_c"]
 ) -> Float[Array, "... m_r m_c"]:
-    """`V = L_r^{-1} U L_c^{-T}`: standard normal where `U` is matrix normal with these roots."""
+    """`V = L_r^{-1} U L_c^{-T}`; standard normal if `U` is matrix normal with these roots."""
     half = one_by_one(lower_solve, L_r, U)
     return jnp.swapaxes(one_by_one(lower_solve, L_c, jnp.swapaxes(half, -1, -2)), -1, -2)
 
@@ -136,10 +136,11 @@ def lower_solve(L: Array, right: Array) -> Array:
 
 
 def one_by_one(function: Callable[..., Any], *stacks: Array) -> Any:
-    """Apply a factorisation to each matrix of some stacks in turn.
+    """Apply a factorisation to the matrices of some stacks, one matrix at a time.
 
-    jaxlib splits a batched LAPACK call over XLA's threads and blocks its own until the parts are done, so
-    two of them in one program hang a machine with two cores (jaxlib 0.10.2). A single matrix is not split.
+    jaxlib splits a batched LAPACK call over XLA's threads and blocks the calling thread until all parts are
+    done. Two such calls in one program hang a machine with two cores (jaxlib 0.10.2). A call for a single
+    matrix is not split.
     """
     batch = stacks[0].shape[:-2]
     results = jax.lax.map(lambda one: function(*one), [x.reshape(-1, *x.shape[-2:]) for x in stacks])
@@ -147,16 +148,17 @@ def one_by_one(function: Callable[..., Any], *stacks: Array) -> Any:
 
 
 def conditional_mean(V: Float[Array, "... k_r k_c"], rows: Side, cols: Side) -> Float[Array, "... d_o d_i"]:
-    """Mean of `W / sigma` given the whitened inducing matrix: `F_r V F_c^T`."""
+    """Conditional mean of `W / sigma`, given the whitened inducing matrix: `F_r V F_c^T`."""
     return rows.factor @ V @ jnp.swapaxes(cols.factor, -1, -2)
 
 
 def conditional_noise(E: Float[Array, "... d_o d_i"], rows: Side, cols: Side) -> Float[Array, "... d_o d_i"]:
     """`Sigma^{1/2} E` with the symmetric root of `Sigma = I - P_r (x) P_c`.
 
-    Nothing of size `(d_o d_i)^2` is formed; the cost is that of multiplying `E` by the two factors.
+    No array of size `(d_o d_i)^2` is formed. The cost is that of multiplying `E` by the two factors.
     """
     inner = jnp.swapaxes(rows.factor, -1, -2) @ E @ cols.factor
+    # Diagonal Gram matrices (orthonormal frames) are already in their eigenbases.
     if rows.gram.ndim < rows.factor.ndim:
         shrunk = _gain(rows.gram[..., :, None], cols.gram[..., None, :]) * inner
     else:
@@ -165,14 +167,15 @@ def conditional_noise(E: Float[Array, "... d_o d_i"], rows: Side, cols: Side) ->
 
 
 def conditional_gap(p: Float[Array, "..."], q: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Eigenvalues `1 - p q` of `Sigma`; rounding may push `p q` past 1 by an ulp, which a floor absorbs."""
+    """Eigenvalues `1 - p q` of `Sigma`, with a floor because rounding can push `p q` above 1 by an ulp."""
     return jnp.maximum(1.0 - p * q, jnp.finfo(p.dtype).eps)
 
 
 def conditional_kl(size: int, lam: Float[Array, "..."]) -> Float[Array, "..."]:
     """KL of N(M, lam^2 sigma^2 Sigma) from N(M, sigma^2 Sigma) in nats, for `size = d_o d_i` weights.
 
-    `size (lam^2 / 2 - log lam - 1 / 2)`: free of `U` and of the sides, zero only at `lam = 1`.
+    It is `size (lam^2 / 2 - log lam - 1 / 2)`, independent of `U` and of the sides, and zero only at
+    `lam = 1`.
     """
     return size * (0.5 * lam**2 - jnp.log(lam) - 0.5)
 
@@ -187,7 +190,7 @@ def _gain(p: Array, q: Array) -> Array:
 
 @jax.custom_jvp
 def _shrink(gram_r: Array, gram_c: Array, inner: Array) -> Array:
-    """`H(inner)`: multiply by g(p_i q_j) in the eigenbases of two symmetric matrices."""
+    """`H(inner)`: multiply entry (i, j) by g(p_i q_j) in the eigenbases of two symmetric matrices."""
     (p, R_r), (q, R_c) = (one_by_one(jnp.linalg.eigh, gram) for gram in (gram_r, gram_c))
     rotated = jnp.swapaxes(R_r, -1, -2) @ inner @ R_c
     return R_r @ (_gain(p[..., :, None], q[..., None, :]) * rotated) @ jnp.swapaxes(R_c, -1, -2)
@@ -197,9 +200,9 @@ def _shrink(gram_r: Array, gram_c: Array, inner: Array) -> Array:
 def _shrink_jvp(primals, tangents):
     """Daleckii-Krein rule with the divided differences of g in closed form.
 
-    The derivative of an eigenvector has 1 / (p_i - p_k) in it, infinite where two eigenvalues meet;
-    the derivative of H does not. With u = sqrt(1 - p q), (g(p_i q) - g(p_k q)) / (p_i - p_k)
-    = q / ((u_i + u_k)(1 + u_i)(1 + u_k)).
+    The derivative of an eigenvector contains 1 / (p_i - p_k), which is infinite if two eigenvalues are equal.
+    The derivative of H is finite: with u = sqrt(1 - p q),
+    (g(p_i q) - g(p_k q)) / (p_i - p_k) = q / ((u_i + u_k)(1 + u_i)(1 + u_k)).
     """
     gram_r, gram_c, inner = primals
     (p, R_r), (q, R_c) = (one_by_one(jnp.linalg.eigh, gram) for gram in (gram_r, gram_c))
@@ -209,13 +212,13 @@ def _shrink_jvp(primals, tangents):
 
     rotated = to_eigen(R_r, inner, R_c)
     d_r, d_c, d_inner = (to_eigen(*x) for x in zip((R_r, R_c, R_r), tangents, (R_r, R_c, R_c), strict=True))
-    u = _root(p[..., :, None], q[..., None, :])
+    u = _root(p[..., :, None], q[..., None, :])  # (..., k_r, k_c)
 
     def divided(u_1, u_2, other):
         return other / ((u_1 + u_2) * (1.0 + u_1) * (1.0 + u_2))
 
-    by_row = divided(u[..., :, None, :], u[..., None, :, :], q[..., None, None, :])  # i k j
-    by_col = divided(u[..., :, :, None], u[..., :, None, :], p[..., :, None, None])  # i l j
+    by_row = divided(u[..., :, None, :], u[..., None, :, :], q[..., None, None, :])  # (..., i, k, j)
+    by_col = divided(u[..., :, :, None], u[..., :, None, :], p[..., :, None, None])  # (..., i, l, j)
     tangent = (
         d_inner / (1.0 + u)
         + jnp.einsum("...ikj,...ik,...kj->...ij", by_row, d_r, rotated)

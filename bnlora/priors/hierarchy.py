@@ -1,14 +1,14 @@
 r"""Partial pooling across the layers of a family: of scales, or of inducing matrices.
 
-Scales: every layer's factor is multiplied by tau_l, with log tau_l ~ N(0, spread^2), one spread a family. At
-spread zero all layers share one scale; a large spread leaves each on its own.
+Scales: the factor of layer l is multiplied by tau_l, with log tau_l ~ N(0, spread^2) and one spread for each
+family. At spread zero all layers share one scale; with a large spread the scales are independent.
 
 Inducing matrices: with one set of frames for all layers of a family,
 
     V_l = sqrt(rho) V_0 + sqrt(1 - rho) V'_l,      V_0, V'_l standard normal,
 
-so that each layer's law is that of the sparse GP, iid N(0, sigma^2), whatever `rho` is, and two layers'
-weights have covariance rho sigma^2 P_r (x) P_c. At `rho = 1` they share their inducing matrix.
+so each layer has the law of the sparse GP, iid N(0, sigma^2), for every `rho`. The weights of two layers have
+covariance rho sigma^2 P_r (x) P_c. At `rho = 1` all layers share one inducing matrix.
 
 Reference: Gelman and Hill (2007) for partial pooling; Lin et al. (2026), arXiv 2601.21003, for the inducing
 matrix.
@@ -41,29 +41,29 @@ from bnlora.priors.sparse_gp import standard_normal
 
 
 def pooled_scales(prior: Prior, *, spread: Hyper = learned(0.5), factor: str = "b") -> Prior:  # noqa: B008
-    """Another prior whose layers have scales of their own, partially pooled.
+    """Give each layer of another prior its own scale, partially pooled within the family.
 
     Args:
         prior: The prior whose factor is scaled.
-        spread: Standard deviation of the log-scales: a number, `learned(init_value)` or a distribution; one a
-            family.
+        spread: Standard deviation of the log-scales, one for each family: a number, `learned(init_value)` or
+            a distribution.
         factor: The factor that is scaled.
 
     Returns:
-        A prior with the sites of `prior`, and `<family>.<factor>.pool`, shape (layer,), standard normal. Run
-        on sites of which none asks for the factor, it raises `ValueError`.
+        A prior with the sites of `prior`, and `<family>.<factor>.pool`, shape (layer,), standard normal. The
+        prior raises `ValueError` if none of its sites requests the factor.
 
     Raises:
-        ValueError: When the factor is unknown or the spread may not be positive.
+        ValueError: If the factor is unknown or the spread may not be positive.
     """
     require_positive("spread", spread)
     check_option("factor", factor, FACTORS)
 
     def pooled(sites: Sites) -> Adapters:
-        asked = sorted({f for site in sites.values() for f in site.factors})
-        if factor not in asked:
+        requested = sorted({f for site in sites.values() for f in site.factors})
+        if factor not in requested:
             raise ValueError(
-                f"pooled_scales(factor={factor!r}) needs sites that ask for it; these ask for {asked}"
+                f"pooled_scales(factor={factor!r}) needs sites that request it; these request {requested}"
             )
         adapters = {name: dict(pair) for name, pair in prior(sites).items()}
         for name, site in sites.items():
@@ -88,22 +88,23 @@ def pooled_sparse_gp(
     width: Width = "scaled",
     reliability: float = 0.95,
 ) -> Prior:
-    """Sparse GP with learned frames shared by the layers of a family and correlated inducing matrices.
+    """Sparse GP whose layers share learned frames and have correlated inducing matrices.
 
     Args:
         rho: Correlation of the inducing matrices of two layers: a number in (0, 1), `learned(init_value,
             constraints.unit_interval)`, or a distribution on (0, 1).
-        rows: Inducing rows, clipped to their side.
-        cols: Inducing columns, clipped to their side.
+        rows: Inducing rows, clipped to the length of their side.
+        cols: Inducing columns, clipped to the length of their side.
         scale: As in `sparse_gp`.
         width: As in `sparse_gp`.
         reliability: Eigenvalue of `P` at the start, in (0, 1).
 
     Returns:
-        A prior with sample sites `<family>.<factor>.V_0`, shape (k_r, k_c), `.V` and `.E` as in `sparse_gp`.
+        A prior with sample sites `<family>.<factor>.V_0`, shape (k_r, k_c), and `.V` and `.E` as in
+        `sparse_gp`.
 
     Raises:
-        ValueError: When a scale is not positive, `width` is unknown, `rho` or `reliability` lies outside
+        ValueError: If a scale is not positive, `width` is unknown, `rho` or `reliability` lies outside
             (0, 1), or an inducing size is below one.
     """
     scales = by_factor("scale", scale)

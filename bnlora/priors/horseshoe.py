@@ -1,12 +1,14 @@
 r"""The horseshoe over ranks, plain and regularised: the number of ranks is inferred.
 
-    b[:, k] = tau lambda_lk z[:, k],      lambda_lk ~ C+(0, 1),     tau ~ C+(0, tau_0)     one tau a family
+    b[:, k] = tau lambda_lk z[:, k],      lambda_lk ~ C+(0, 1),     tau ~ C+(0, tau_0),
+
+with one tau for each family.
 
 The regularised horseshoe replaces lambda by lambda~ with
 
     lambda~^2 = c^2 lambda^2 / (c^2 + tau^2 lambda^2),      c^2 ~ Inv-Gamma(nu / 2, nu slab^2 / 2),
 
-so that tau lambda~ never exceeds c: ranks far from zero are shrunk like a Student-t slab of scale `slab`.
+so tau lambda~ never exceeds c, and ranks far from zero shrink as under a Student-t slab of scale `slab`.
 
 Reference: Carvalho, Polson and Scott (2010), The horseshoe estimator for sparse signals; Piironen and Vehtari
 (2017), Sparsity information and regularization in the horseshoe and other shrinkage priors, section 2.3.
@@ -24,9 +26,9 @@ from bnlora.priors.rank_gains import rank_gains
 
 
 def horseshoe(*, global_scale: float = 0.5, scale: ByFactor = 1.0, width: Width = "scaled") -> Prior:
-    """Horseshoe over the ranks of every layer, with one global scale a family.
+    """Horseshoe over the ranks of every layer, with one global scale for each family.
 
-    The gains act on `b`: where `a` alone is asked for, as for the part `a` of `per_factor`, this is `normal`.
+    The gains act on `b`. If the sites request only `a`, as in `per_factor(a=...)`, this prior is `normal`.
 
     Args:
         global_scale: Scale `tau_0` of the half-Cauchy law of `tau`.
@@ -38,7 +40,7 @@ def horseshoe(*, global_scale: float = 0.5, scale: ByFactor = 1.0, width: Width 
         (layer, rank).
 
     Raises:
-        ValueError: When a scale is not positive or `width` is unknown.
+        ValueError: If a scale is not positive or `width` is unknown.
     """
     require_number("global_scale", global_scale)
 
@@ -59,7 +61,7 @@ def regularized_horseshoe(
 ) -> Prior:
     """Regularised horseshoe over the ranks of every layer.
 
-    The gains act on `b`: where `a` alone is asked for, as for the part `a` of `per_factor`, this is `normal`.
+    The gains act on `b`. If the sites request only `a`, as in `per_factor(a=...)`, this prior is `normal`.
 
     Args:
         global_scale: Scale `tau_0` of the half-Cauchy law of `tau`.
@@ -72,7 +74,7 @@ def regularized_horseshoe(
         A prior with the sites of `horseshoe` and `<family>.b.slab`, the scalar c^2.
 
     Raises:
-        ValueError: When a scale or `slab_df` is not positive or `width` is unknown.
+        ValueError: If a scale or `slab_df` is not positive or `width` is unknown.
     """
     for name, value in {"global_scale": global_scale, "slab": slab, "slab_df": slab_df}.items():
         require_number(name, value)
@@ -81,9 +83,9 @@ def regularized_horseshoe(
         tau, local = _global_and_local(site, global_scale)
         law = dist.InverseGamma(slab_df / 2, slab_df * slab**2 / 2)
         c2 = numpyro.sample(f"{site.name}.b.slab", law, infer={"init": "median"})
-        # c tau lambda / sqrt(c^2 + tau^2 lambda^2), where hypot lets no square of a large lambda overflow.
-        free = tau * local
-        return free / jnp.hypot(1.0, free / jnp.sqrt(c2))
+        # c tau lambda / sqrt(c^2 + tau^2 lambda^2); hypot avoids overflow in the square of a large lambda.
+        unregularised = tau * local
+        return unregularised / jnp.hypot(1.0, unregularised / jnp.sqrt(c2))
 
     return rank_gains(gains, scale=scale, width=width)
 

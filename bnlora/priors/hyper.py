@@ -1,8 +1,8 @@
 """Hyper-parameters of a prior: constants, type-II maximum-likelihood parameters, or random variables.
 
-| given                       | becomes                              | the bound then bounds               |
+| argument                    | becomes                              | the bound is a bound on             |
 |-----------------------------|--------------------------------------|-------------------------------------|
-| a number or an array        | itself                               | log p(y), at this value             |
+| a number or an array        | a constant                           | log p(y) at this value              |
 | `learned(init_value)`       | `numpyro.param(name, init_value)`    | log p(y), maximised over the value  |
 | a NumPyro distribution      | `numpyro.sample("<name>", ...)`      | log p(y), the value integrated out  |
 """
@@ -26,7 +26,7 @@ from bnlora.adapters.sites import Site
 
 @dataclass(frozen=True)
 class Learned:
-    """A hyper-parameter that the fit maximises over; made by `learned`."""
+    """A hyper-parameter that the fit maximises over; `learned` makes it."""
 
     init_value: float
     constraint: Any = field(default_factory=lambda: constraints.softplus_positive)
@@ -45,7 +45,7 @@ def learned(init_value: float, constraint: Any = constraints.softplus_positive) 
         constraint: NumPyro constraint of the value; positive by default.
 
     Returns:
-        A hyper-parameter for any argument of that kind.
+        A value for any hyper-parameter of a prior.
     """
     return Learned(init_value, constraint)
 
@@ -63,34 +63,35 @@ def hyper_value(
     site: Site | None = None,
     dims: tuple[str, ...] = (),
 ) -> Array:
-    """The value of a hyper-parameter, declared under `name` where it is learned or random.
+    """The value of a hyper-parameter, declared under `name` if it is learned or random.
 
     Args:
         name: Name of the parameter or sample site.
         hyper: The hyper-parameter.
         event: Shape of the value, without the layer axis.
-        site: The family whose layers each have a value of their own; one value serves them all when omitted.
+        site: The family whose layers each get their own value. If omitted, all layers share one value.
         dims: Names of the axes of `event`, such as `("rank",)`, for ArviZ.
 
     Returns:
         The value, shape `event`, or `(layer, *event)` with `site`.
 
     Raises:
-        ValueError: When the hyper-parameter is a distribution of more than one number, or a value whose shape
-            is not the asked one.
+        ValueError: If the hyper-parameter is a distribution of more than one number, or a value whose shape
+            does not broadcast to the required shape.
     """
     shape = event if site is None else (site.depth, *event)
     if isinstance(hyper, Learned):
         return numpyro.param(name, jnp.full(shape, hyper.init_value), constraint=hyper.constraint)
     if isinstance(hyper, dist.Distribution):
         if hyper.event_shape:
-            raise ValueError(f"{name} needs the distribution of a single number; got {_shown(hyper)}")
+            raise ValueError(f"{name} must be a distribution of a single number; got {_shown(hyper)}")
         law, infer = hyper.expand(shape).to_event(len(event)), {"init": "median", "dims": dims}
         if site is None:
             return numpyro.sample(name, law, infer=infer)
         with numpyro.plate(f"{site.name}.layer", site.depth):
             return numpyro.sample(name, law, infer=infer)
     value = jnp.asarray(hyper, jnp.result_type(float))
+    # Check the shape here: the error of `broadcast_to` does not name the hyper-parameter.
     padded = (1,) * (len(shape) - value.ndim) + value.shape
     if len(padded) > len(shape) or any(n not in (1, m) for n, m in zip(padded, shape, strict=True)):
         raise ValueError(f"{name} needs a shape that broadcasts to {shape}; got {value.shape}")
@@ -98,10 +99,10 @@ def hyper_value(
 
 
 def by_factor(name: str, hyper: ByFactor) -> dict[str, Hyper]:
-    """One hyper-parameter for each factor, each checked to be positive.
+    """One hyper-parameter for each factor, checked to be positive.
 
     Raises:
-        ValueError: When a factor is missing or unknown, or a value may not be positive.
+        ValueError: If a factor is missing or unknown, or a value can be non-positive.
     """
     values = dict(hyper) if isinstance(hyper, Mapping) else dict.fromkeys(FACTORS, hyper)
     if set(values) != set(FACTORS):
@@ -145,7 +146,7 @@ def require_count(name: str, value: Any) -> None:
 def _inside(hyper: Any, upper: float) -> bool:
     """Whether every value that a hyper-parameter can take lies in (0, upper)."""
     if isinstance(hyper, jax.core.Tracer):
-        return True  # a value inside a compiled function: nothing to look at
+        return True  # inside a compiled function there is no value to check
     if isinstance(hyper, Learned):
         return _allows_only(hyper.constraint, upper) and _inside(hyper.init_value, upper)
     if isinstance(hyper, dist.Distribution):
@@ -164,7 +165,7 @@ def _allows_only(constraint: Any, upper: float) -> bool:
 
 
 def _shown(hyper: Any) -> str:
-    """A hyper-parameter as a message shows it: NumPyro's distributions print their address."""
+    """A hyper-parameter for an error message; the repr of a NumPyro distribution is only an address."""
     if isinstance(hyper, Learned):
         return f"learned({hyper.init_value}, {hyper.constraint})"
     return type(hyper).__name__ if isinstance(hyper, dist.Distribution) else repr(hyper)

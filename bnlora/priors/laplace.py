@@ -1,6 +1,6 @@
 r"""Independent Laplace weights: p(W_ij) = exp(-|W_ij| / s) / (2 s), with s = sigma / sqrt(2).
 
-`sigma = scale / sqrt(d_i)` is the standard deviation, as everywhere; the mode of the posterior is sparse.
+`sigma = scale / sqrt(d_i)` is the standard deviation, as in the other priors. The posterior mode is sparse.
 
 Reference: Tibshirani (1996) for the mode; Park and Casella (2008), The Bayesian lasso.
 """
@@ -21,10 +21,10 @@ def laplace(*, scale: ByFactor = 1.0, width: Width = "scaled") -> Prior:
         width: `"scaled"` to divide by `sqrt(d_i)`, `"unscaled"` for the standard deviation of a weight.
 
     Returns:
-        A prior with sample sites `<family>.<factor>` (or `.z`, where `scale` is random).
+        A prior with sample sites `<family>.<factor>` (or `.z` if `scale` is random).
 
     Raises:
-        ValueError: When a scale is not positive or `width` is unknown.
+        ValueError: If a scale is not positive or `width` is unknown.
     """
     scales = by_factor("scale", scale)
     require_width(width)

@@ -2,9 +2,9 @@ r"""Matrix normal with a scale for every row and every column: W ~ MN(0, diag(r)
 
     W_ij ~ N(0, (sigma r_i c_j)^2),     sigma = scale / sqrt(d_i)
 
-Rows of `a` and columns of `b` are ranks, so learned scales switch ranks off; columns of `a` are inputs and
-rows of `b` outputs of the adapted layer. Multiplying `r` by a number and dividing `c` by it changes nothing:
-only products are identified.
+Rows of `a` and columns of `b` are ranks, so learned scales can switch ranks off. Columns of `a` are inputs
+and rows of `b` outputs of the adapted layer. Only products r_i c_j are identified: multiplying `r` by a
+number and dividing `c` by it changes nothing.
 
 Reference: Louizos and Welling (2016), for matrix normal laws of weights; MacKay (1994), for learned scales.
 """
@@ -24,7 +24,7 @@ def matrix_normal(
     cols: Hyper = learned(1.0),  # noqa: B008
     width: Width = "scaled",
 ) -> Prior:
-    """Normals whose standard deviations are a product over rows and columns, each layer with its own.
+    """Normals whose standard deviation is a row scale times a column scale, separate for each layer.
 
     Args:
         scale: Common scale; as in `normal`, but a number or `learned`.
@@ -34,11 +34,11 @@ def matrix_normal(
         width: `"scaled"` to divide by `sqrt(d_i)`, `"unscaled"` for the standard deviation of a weight.
 
     Returns:
-        A prior with sample sites `<family>.<factor>` (or `.z`, where a scale is random), and
+        A prior with sample sites `<family>.<factor>` (or `.z` if a scale is random), and
         `<family>.<factor>.row_scale` and `.column_scale`.
 
     Raises:
-        ValueError: When a scale may not be positive or `width` is unknown.
+        ValueError: If a scale can be non-positive or `width` is unknown.
     """
     scales = by_factor("scale", scale)
     require_width(width)

@@ -1,7 +1,7 @@
 r"""A spike and a slab, both continuous: W_ij ~ pi N(0, sigma^2) + (1 - pi) N(0, (epsilon sigma)^2).
 
-`sigma = scale / sqrt(d_i)` is the slab, `pi` the share of weights in it, `epsilon` the width of the spike
-relative to the slab. The membership of a weight is summed out, so every site is continuous.
+`sigma = scale / sqrt(d_i)` is the width of the slab, `pi` the share of weights in the slab, and `epsilon` the
+width of the spike relative to the slab. The membership of a weight is summed out: every site is continuous.
 
 Reference: George and McCulloch (1993), variable selection via Gibbs sampling; Blundell et al. (2015), scale
 mixture priors on network weights.
@@ -33,10 +33,10 @@ def spike_and_slab(
         width: `"scaled"` to divide by `sqrt(d_i)`, `"unscaled"` for the standard deviation of a weight.
 
     Returns:
-        A prior with sample sites `<family>.<factor>` (or `.z`, where `scale` is random).
+        A prior with sample sites `<family>.<factor>` (or `.z` if `scale` is random).
 
     Raises:
-        ValueError: When a scale is not positive, `width` is unknown, or `spike` or `inclusion` lies
+        ValueError: If a scale is not positive, `width` is unknown, or `spike` or `inclusion` lies
             outside (0, 1).
     """
     scales = by_factor("scale", scale)

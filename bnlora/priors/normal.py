@@ -1,6 +1,6 @@
 r"""Independent normals: W_ij ~ N(0, sigma^2), sigma = scale / sqrt(d_i).
 
-The law that the sparse GP has too: their evidences may be compared.
+The sparse GP has the same marginal law, so the evidences of the two priors are comparable.
 """
 
 import numpyro.distributions as dist
@@ -20,11 +20,11 @@ def normal(*, scale: ByFactor = 1.0, width: Width = "scaled") -> Prior:
         width: `"scaled"` to divide by `sqrt(d_i)`, `"unscaled"` for the standard deviation of a weight.
 
     Returns:
-        A prior with sample sites `<family>.<factor>` of the factor's shape (`<family>.<factor>.z` of unit
-        scale where `scale` is random, then also `<family>.<factor>.scale`).
+        A prior with sample sites `<family>.<factor>` of the factor's shape. If `scale` is random, the sites
+        are `<family>.<factor>.z` of unit scale and `<family>.<factor>.scale`.
 
     Raises:
-        ValueError: When a scale is not positive or `width` is unknown.
+        ValueError: If a scale is not positive or `width` is unknown.
     """
     scales = by_factor("scale", scale)
     require_width(width)

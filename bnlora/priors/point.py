@@ -1,6 +1,6 @@
 """No prior: adapters are parameters, and a fit is plain LoRA by maximum likelihood.
 
-Reference: Hu et al. (2021), LoRA, for the start.
+Reference: Hu et al. (2021), LoRA, for the start values.
 """
 
 import jax
@@ -15,11 +15,11 @@ from bnlora.priors.base import Prior, each_factor
 def point() -> Prior:
     """Plain LoRA: adapters are NumPyro parameters, and the objective is the log-likelihood.
 
-    `a` starts uniform on +-1/sqrt(d_in) and `b` at zero. There is no sample site, so the guide is empty and a
-    fit is a maximum-likelihood fit by the same loop.
+    `a` starts uniform on +-1/sqrt(d_in), and `b` starts at zero. There is no sample site, so the guide is
+    empty and the usual training loop fits by maximum likelihood.
 
     Returns:
-        A prior without latent sites: its factors are parameters.
+        A prior without latent sites. Its factors are parameters.
     """
     return each_factor(parameter)
 

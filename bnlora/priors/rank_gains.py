@@ -1,9 +1,9 @@
-r"""The skeleton of priors that weigh ranks: one gain multiplies each rank's part of the update.
+r"""The common part of priors over ranks: one gain multiplies the contribution of each rank.
 
     a ~ iid N(0, s_a^2 / d_i),     b[:, k] = gain_lk z[:, k],     z ~ iid N(0, s_b^2 / rank)
 
-The update of a layer is a sum over its ranks of outer products b[:, k] a[k, :], so a gain near zero removes
-one.
+The update of a layer is the sum over ranks of the outer products b[:, k] a[k, :]. A gain near zero removes
+its rank.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Gain = Callable[[Site], Float[Array, "layer rank"]]
 
 
 def rank_gains(gain: Gain, *, scale: ByFactor = 1.0, width: Width = "scaled") -> Prior:
-    """Normal factors, the columns of `b` multiplied by a gain for each layer and rank.
+    """Normal factors; each column of `b` is multiplied by the gain of its layer and rank.
 
     Args:
         gain: Samples or declares the gains of a family, shape (layer, rank).
@@ -31,7 +31,7 @@ def rank_gains(gain: Gain, *, scale: ByFactor = 1.0, width: Width = "scaled") ->
         A prior with the sites of `normal` and those of `gain`.
 
     Raises:
-        ValueError: When a scale is not positive or `width` is unknown.
+        ValueError: If a scale is not positive or `width` is unknown.
     """
     scales = by_factor("scale", scale)
     require_width(width)

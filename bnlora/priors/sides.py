@@ -1,4 +1,4 @@
-"""The sides of an inducing matrix as a prior declares them: learned, random or given frames, or Z and D."""
+"""The sides of an inducing matrix as a prior declares them: learned, random or fixed frames, or Z and D."""
 
 import zlib
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ from bnlora.priors.hyper import require_count
 Inducing = Literal["frames", "bases"]
 Oversize = Literal["clip", "keep"]
 Frames: TypeAlias = Literal["learned"] | Array | Mapping[str, tuple[Array, Array]]
-"""`"learned"`; a random key, for frames drawn once from it; or `{"<family>.<factor>": (rows, columns)}`."""
+"""`"learned"`; a random key that fixes random frames; or `{"<family>.<factor>": (rows, columns)}`."""
 
-JITTER = 1e-6  # on D^2, relative to Z Z^T which starts near the identity; part of K wherever K is used
+JITTER = 1e-6  # added to D^2, and so part of every use of K; relative to Z Z^T, which starts near identity
 
 
 def frames_side(
@@ -32,32 +32,34 @@ def frames_side(
         depth: Number of layers.
         d: Length of the side.
         size: Inducing size, clipped to `d`.
-        frames: Where the frames come from. Only learned ones have parameters, `<name>.<which>.frame` and
+        frames: The source of the frames. Only learned frames have parameters, `<name>.<which>.frame` and
             `.reliability`; otherwise the eigenvalues stay at `reliability`.
-        reliability: Eigenvalue of `P`, at the start or for good.
+        reliability: Eigenvalue of `P`: the start value for learned frames, otherwise fixed.
 
     Raises:
-        ValueError: When given frames lack this factor or have another shape.
+        ValueError: If `frames` is a mapping that lacks this factor or has another shape.
     """
     k, prefix = min(size, d), f"{name}.{which}"
     p = jnp.full((depth, k), reliability)
     if isinstance(frames, str):
-        # Only directions matter. Entries of order one suit the learning rates that suit V.
+        # Only the span matters. Entries of order one suit the same learning rates as V.
         free = numpyro.param(f"{prefix}.frame", lambda key: jax.random.normal(key, (depth, d, k)))
         p = numpyro.param(f"{prefix}.reliability", p, constraint=constraints.unit_interval)
         return gp.frame_side(free, p)
     if isinstance(frames, Mapping):
-        return gp.frame_side(_given(frames, name, which, (depth, d, k)), p)
+        return gp.frame_side(_fixed_frame(frames, name, which, (depth, d, k)), p)
     key = jax.random.fold_in(frames, zlib.crc32(prefix.encode()))
     return gp.frame_side(jax.random.normal(key, (depth, d, k)), p)
 
 
-def _given(frames: Mapping[str, tuple[Array, Array]], name: str, which: str, shape: tuple[int, ...]) -> Array:
+def _fixed_frame(
+    frames: Mapping[str, tuple[Array, Array]], name: str, which: str, shape: tuple[int, ...]
+) -> Array:
     if name not in frames:
-        raise ValueError(f"frames has none for {name!r}; it has {', '.join(map(repr, frames))}")
+        raise ValueError(f"frames has no entry for {name!r}; it has {', '.join(map(repr, frames))}")
     free = jnp.asarray(frames[name][which == "cols"])
     if free.shape != shape:
-        raise ValueError(f"the {which} frame of {name!r} needs shape {shape}; got {free.shape}")
+        raise ValueError(f"the {which} frame of {name!r} must have shape {shape}; got {free.shape}")
     return free
 
 
@@ -68,7 +70,7 @@ def require_sizes(rows: int, cols: int) -> None:
 
 
 def require_frames(frames: Any) -> None:
-    """Raise `ValueError` unless `frames` is one of the three things that it can be."""
+    """Raise `ValueError` unless `frames` is "learned", a random key or a mapping."""
     is_key = isinstance(frames, Array) and (
         jnp.issubdtype(frames.dtype, jax.dtypes.prng_key)
         or (frames.dtype == jnp.uint32 and frames.shape == (2,))
@@ -85,7 +87,7 @@ def bases(
 ) -> tuple[Array, Array]:
     """The paper's inducing bases `Z`, (layer, m, d), and inducing noise, (layer, m), as parameters.
 
-    The jitter is in the noise that is returned: one `K` serves mean, conditional and whitening.
+    The returned noise includes the jitter, so that mean, conditional and whitening use the same `K`.
     """
     m = min(size, d) if oversize == "clip" else size
     Z = numpyro.param(f"{prefix}.Z", lambda key: jax.random.normal(key, (depth, m, d)) * d**-0.5)

@@ -1,20 +1,20 @@
-r"""Sparse Gaussian process: an inducing matrix inside every factor, whose law of W stays iid N(0, sigma^2).
+r"""Sparse Gaussian process: an inducing matrix inside every factor; W stays iid N(0, sigma^2).
 
     W = sigma (F_r V F_c^T + lam Sigma^{1/2} E),     Sigma = I - P_r (x) P_c,     V, E standard normal
 
-with lam = 1. Three forms have the same law of W and other sites, for guides that suit them:
+with lam = 1. Three forms have the same law of W but different sites, for different guides:
 
-| form         | sites                  | in the guide of the paper                                      |
+| form         | sites                  | guide of the paper                                             |
 |--------------|------------------------|----------------------------------------------------------------|
 | "whitened"   | `<name>.V`, `<name>.E` | any q(V); E ~ N(0, lam_q^2)                                    |
 | "unwhitened" | `<name>.U`, `<name>.E` | any q(U), U = L_r V L_c^T ~ MN(0, K_r, K_c); E ~ N(0, lam_q^2) |
 | "weights"    | `<name>.V`, `<name>.W` | any q(V); W ~ N(sigma F_r V F_c^T, (lam_q lam sigma)^2 Sigma)  |
 
-The guide's lam_q is relative to the prior's lam in every form: at lam_q = 1 the noise is that of the prior.
+In every form the guide's lam_q is relative to the prior's lam: at lam_q = 1 the noise is that of the prior.
 
-A prior `lam` below one is another model: conditional weights that can stray less from their mean. At zero
-only the inducing matrix is left. A learned `lam` makes frames and `lam` model parameters (type II), as in the
-paper's text; evidences of two such fits may then not be compared.
+A prior `lam` below one is another model, in which the weights deviate less from their conditional mean. At
+zero only the inducing matrix is left. A learned `lam` makes frames and `lam` model parameters (type II), as
+in the paper's text. The evidences of two such fits are then not comparable.
 
 Reference: Lin et al. (2026), Bayesian-LoRA, arXiv 2601.21003; Ritter et al. (2021) for inducing weights.
 """
@@ -63,7 +63,7 @@ class Options:
     """How the inducing structure of a matrix is built: the arguments of `sparse_gp`, checked.
 
     Raises:
-        ValueError: On an unknown option, a size below one, or a number outside its range.
+        ValueError: If an option is unknown, a size is below one, or a number is outside its range.
     """
 
     rows: int = 9
@@ -85,7 +85,7 @@ class Options:
         if self.inducing == "frames" and self.oversize == "keep":
             raise ValueError("oversize='keep' needs inducing='bases'; a frame cannot exceed its side")
         if self.inducing == "bases" and not isinstance(self.frames, str):
-            raise ValueError("frames of your own need inducing='frames'; with 'bases' Z and D are learned")
+            raise ValueError("custom frames need inducing='frames'; with 'bases' Z and D are learned")
         if self.form != "whitened" and (self.inducing == "bases") != (self.form == "unwhitened"):
             needed = "bases" if self.form == "unwhitened" else "frames"
             raise ValueError(f"form={self.form!r} needs inducing={needed!r}; got {self.inducing!r}")
@@ -106,7 +106,7 @@ def sparse_gp(
     oversize: Oversize = "clip",
     reliability: float = 0.95,
 ) -> Prior:
-    """Sparse-GP prior with an inducing matrix for every factor of every adapter.
+    """Sparse-GP prior with one inducing matrix for every factor of every adapter.
 
     Args:
         scale: Standard deviation of a factor's output for a unit-variance input, one for both factors or one
@@ -114,17 +114,17 @@ def sparse_gp(
         width: `"scaled"` to divide by `sqrt(d_i)`, `"unscaled"` for the standard deviation of a weight.
         rows: Inducing rows `m_r`.
         cols: Inducing columns `m_c`.
-        inducing: `"frames"`: orthonormal frames and eigenvalues, free of Cholesky factors. `"bases"`: the
+        inducing: `"frames"`: orthonormal frames and eigenvalues, without Cholesky factors. `"bases"`: the
             paper's `Z` and `D` with `K = Z Z^T + D^2`.
-        frames: With `"frames"`: `"learned"`, a random key for frames drawn once from it, or
+        frames: With `"frames"`: `"learned"`, a random key that fixes random frames, or
             `{"<family>.<factor>": (rows, columns)}` with matrices of shape (layer, d, k).
-        form: Which sites carry the law: see the top of this file.
+        form: Which sites represent the law; see the top of this file.
         lam: Prior scale of the conditional noise in [0, 1]; a number, `learned`, or a distribution. 1 is the
-            sparse GP, 0 leaves its mean alone. Below 1 the rows of a factor depend on each other through
-            frames as long as its sides, so that the law of an adapted head is defined on its label rows
-            and is no marginal of one over the whole vocabulary.
-        oversize: Where an inducing size exceeds its side: `"clip"` it to the side, or `"keep"` it as the
-            published code does (only with `"bases"`; a frame cannot be larger than its side).
+            sparse GP; at 0 only its mean is left. Below 1 the rows of a factor are dependent through frames
+            of the length of its sides. The law of an adapted head is then defined on its label rows; it is
+            not the marginal of a law over the whole vocabulary.
+        oversize: What to do if an inducing size exceeds its side: `"clip"` it to the side, or `"keep"` it as
+            the published code does (only with `"bases"`; a frame cannot be larger than its side).
         reliability: Eigenvalue of `P` at the start, in (0, 1).
 
     Returns:
@@ -132,8 +132,8 @@ def sparse_gp(
         shape (layer, d_o, d_i), in the default form.
 
     Raises:
-        ValueError: On an unknown option or `width`, a size below one, a scale that is not positive, or a
-            reliability outside (0, 1).
+        ValueError: If an option or `width` is unknown, a size is below one, a scale is not positive, or
+            `reliability` is outside (0, 1).
 
     Reference: Lin et al. (2026), arXiv 2601.21003, section 3; the E-site form makes
         `KL(q(W|U) || p(W|U))` the closed-form KL of two normals.
@@ -167,29 +167,29 @@ def sparse_gp_matrices(
     oversize: Oversize = "clip",
     reliability: float = 0.95,
 ) -> Float[Array, "layer d_o d_i"]:
-    """Sample a stack of matrices under the sparse GP: the building block for priors of your own.
+    """Sample a stack of matrices under the sparse GP. Use it to write your own priors.
 
     Args:
         name: Prefix of the sites `<name>.V` and `<name>.E` and of the parameters.
         shape: `(layer, d_o, d_i)`.
-        sigma: Prior standard deviation of an entry; a number, or a random variable of your prior that
-            broadcasts against `shape`.
+        sigma: Prior standard deviation of an entry; a number, or a random variable of your prior. It must
+            broadcast against `shape`.
         plate: Name of the plate over layers.
-        init_strategy: Where guides of this library start `V`: at a draw of the prior or at zero.
-        rows: Inducing rows `m_r`; this argument and the others below are those of `sparse_gp`.
+        init_strategy: Start of `V` in guides of this library: a draw of the prior, or zero.
+        rows: Inducing rows `m_r`. This argument and those below are the arguments of `sparse_gp`.
         cols: Inducing columns `m_c`.
         inducing: Orthonormal frames, or the paper's bases.
-        frames: Where frames come from.
-        form: Which sites carry the law.
+        frames: Source of the frames.
+        form: Which sites represent the law.
         lam: Prior scale of the conditional noise.
-        oversize: What becomes of an inducing size above its side.
+        oversize: What to do if an inducing size exceeds its side.
         reliability: Eigenvalue of `P` at the start.
 
     Returns:
         `W = sigma (F_r V F_c^T + lam Sigma^{1/2} E)`.
 
     Raises:
-        ValueError: On an unknown `init_strategy`, and as `Options`.
+        ValueError: If `init_strategy` is unknown, or `Options` raises it.
     """
     check_option("init_strategy", init_strategy, get_args(Start))
     structure = Options(rows, cols, inducing, frames, form, lam, oversize, reliability)
@@ -209,7 +209,7 @@ def _matrices(
     )
     with numpyro.plate(plate, depth):
         V = standard_normal(
-            f"{name}.V", (depth, rows.factor.shape[-1], cols.factor.shape[-1]), init_strategy=init_strategy
+            f"{name}.V", (depth, rows.factor.shape[-1], cols.factor.shape[-1]), init=init_strategy
         )
         if options.form == "weights":
             law = MatrixConditional(V, rows, cols, sigma, jnp.broadcast_to(lam, (depth,)))
@@ -235,7 +235,7 @@ def _from_unwhitened(
     rows, cols = gp.inducing_side(Z_r, D_r), gp.inducing_side(Z_c, D_c)
     with numpyro.plate(plate, depth):
         zero = jnp.zeros((depth, L_r.shape[-1], L_c.shape[-1]))
-        # NumPyro's own MatrixNormal solves all layers in one LAPACK call: see `gp.one_by_one`.
+        # NumPyro's MatrixNormal solves all layers in one LAPACK call, which can hang: see `gp.one_by_one`.
         law = dist.TransformedDistribution(dist.Normal(zero, 1.0).to_event(2), MatrixAffine(zero, L_r, L_c))
         U = numpyro.sample(f"{name}.U", law, infer={"init": init_strategy, WEIGHT: True})
     V = gp.whiten(U, L_r, L_c)
@@ -259,7 +259,7 @@ def _noise(
 
 
 def standard_normal(name: str, shape: tuple[int, ...], **infer) -> Array:
-    """A stack of matrices of standard normals, the layer axis first, as a part of a factor."""
+    """Sample a stack of standard normal matrices, layer axis first, and mark it as part of a factor."""
     law = dist.Normal(jnp.zeros(shape), 1.0).to_event(2)
     return numpyro.sample(name, law, infer={**infer, WEIGHT: True})
 

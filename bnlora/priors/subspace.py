@@ -1,10 +1,9 @@
-r"""A random core in a learned subspace: the update is B diag(1 + s) A with s random and A, B parameters.
+r"""A random core in a learned subspace: the update is B diag(1 + s) A; s is random, A and B are parameters.
 
     s_lk ~ N(0, scale^2),     b[:, k] = B[:, k] (1 + s_lk)
 
-The random part of the posterior has one number a rank and layer, so any guide is cheap; `A` and `B` are
-fitted by maximum likelihood, and the bound is one on log p(y | A, B), not on the evidence of a prior over all
-weights.
+The random part has one number for each rank and layer, so every guide is cheap. `A` and `B` are fitted by
+maximum likelihood. The bound is a bound on log p(y | A, B), not on the evidence of a prior over all weights.
 
 Reference: Samplawski et al. (2025), Scalable Bayesian low-rank adaptation of large language models via
 stochastic variational subspace inference, arXiv 2506.21408, for a variational core between fitted
@@ -23,17 +22,17 @@ from bnlora.priors.point import parameter
 
 
 def subspace(*, scale: Hyper = 1.0) -> Prior:
-    """Adapters that are plain LoRA but for one random gain for each rank of each layer.
+    """Plain LoRA adapters with one random gain for each rank of each layer.
 
     Args:
         scale: Standard deviation of the gains around one: a number, `learned(init_value)`, or a distribution.
 
     Returns:
-        A prior with one sample site `<family>.b.core` a family, standard normal of shape (layer, rank),
-        and the parameters `<family>.a`, `<family>.b`.
+        A prior with one sample site `<family>.b.core` for each family, standard normal of shape
+        (layer, rank), and the parameters `<family>.a`, `<family>.b`.
 
     Raises:
-        ValueError: When the scale is not positive.
+        ValueError: If the scale is not positive.
     """
     require_positive("scale", scale)
 

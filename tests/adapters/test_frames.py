@@ -318,7 +318,7 @@ def test_the_bias_of_rows_that_are_all_alike_is_a_constant():
         ({"targets": ()}, "`targets` is empty"),
         ({"label_ids": 5}, "label_ids must be a list of integers; got 5"),
         ({"label_ids": (3, 3)}, "label_ids must be at least two different token ids"),
-        ({"source": {"v_proj": PAIR[HEAD]}}, "frames must be given for lm_head; got v_proj"),
+        ({"source": {"v_proj": PAIR[HEAD]}}, "source must have frames for lm_head; got v_proj"),
         (
             {"source": {HEAD: PAIR[HEAD][::-1]}},
             r"L of 'lm_head' must have the shape \(1, 2, m\).*got \(1, 16",
@@ -338,7 +338,7 @@ def test_bad_input_is_refused(options, message):
 
 def test_queries_of_single_tokens_are_refused():
     single = Batch(ROWS.tokens[:, :1], ROWS.mask[:, :1], ROWS.labels)
-    with pytest.raises(ValueError, match="no update of q_proj in these frames moves a logit contrast"):
+    with pytest.raises(ValueError, match="no update of q_proj in these frames changes a logit contrast"):
         made(("q_proj", "v_proj"), single)
 
 
@@ -359,7 +359,7 @@ def test_the_core_prior_is_refused_on_other_sites():
             ValueError, match="frames are of v_proj, lm_head; the prior is asked for 'q_proj'"
         ):
             run(bl.select(BASE, ["q_proj", HEAD], rank=2, layers=[1]))
-        with pytest.raises(ValueError, match="cannot fill 'a' alone: use by_family, not per_factor"):
+        with pytest.raises(ValueError, match="cannot fill only 'a': use by_family instead of per_factor"):
             run(frames.sites, bl.priors.per_factor(a=prior, b=bl.priors.normal()))
         with pytest.raises(ValueError, match="has 2 rows, one for each label token; the sites have 3"):
             bl.Classifier(BASE, frames.sites, prior, label_ids=THREE).prior()

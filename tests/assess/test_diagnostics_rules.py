@@ -14,15 +14,17 @@ from bnlora.assess.diagnostics import (
     ClassCounts,
     KHats,
     Restarts,
-    fit_rules,
-    prior_rules,
     randomised_pit,
-    row_rules,
 )
+from bnlora.assess.diagnostics.bound import convergence, guessing
+from bnlora.assess.diagnostics.classes import counted
 from bnlora.assess.diagnostics.divergence import SiteDivergence
-from bnlora.assess.diagnostics.sensitivity import Sensitivity
+from bnlora.assess.diagnostics.pit import transforms
+from bnlora.assess.diagnostics.restarts import agreement
+from bnlora.assess.diagnostics.sensitivity import Sensitivity, power_scaling
 from bnlora.assess.diagnostics.shrinkage import Shrinkage
 from bnlora.assess.diagnostics.subject import Subject, subject
+from bnlora.assess.diagnostics.weights import judge_families, judge_weights
 from bnlora.assess.prior_predictive import PriorPredictive
 from bnlora.infer.svi.elbo import TERMS
 from bnlora.metrics.khat import KHat
@@ -98,20 +100,20 @@ def test_advice_knows_what_the_fit_is():
 def test_against_guessing_advises_what_the_fit_can_do(about, state, advice):
     converged, weighable = state
     options = {"converged": converged, "weighable": weighable}
-    found = prior_rules.guessing(bound_of(-100.0), 100, 2, Subject(**about), **options)
+    found = guessing(bound_of(-100.0), 100, 2, Subject(**about), **options)
     assert found.status == "problem"
     assert advice in found.remedy
     if "lam_max" not in about:
         assert "lam_max" not in found.remedy
-    assert ("log-likelihood" in found.measured) == (not about.get("random", True))
-    good = prior_rules.guessing(bound_of(-60.0), 100, 2, Subject(**about), **options)
+    assert ("log-likelihood" in found.sentence) == (not about.get("random", True))
+    good = guessing(bound_of(-60.0), 100, 2, Subject(**about), **options)
     assert (good.status, good.remedy) == ("fine", "")
 
 
 def test_a_point_is_not_held_against_guessing():
     about = Subject(points=("w", "x", "y", "z"))
-    found = prior_rules.guessing(bound_of(-100.0), 100, 2, about, converged=True, weighable=True)
-    assert (found.status, found.measured) == (
+    found = guessing(bound_of(-100.0), 100, 2, about, converged=True, weighable=True)
+    assert (found.status, found.sentence) == (
         "not asked",
         "the guide sets w, x, y and 1 more to a point, so there is no bound",
     )
@@ -119,21 +121,21 @@ def test_a_point_is_not_held_against_guessing():
 
 def test_a_richer_family_is_one_that_the_guide_has_not():
     failed = KHats(KHat(0.9, 400), {}, {"whole": 10})
-    said = {r: fit_rules.weights(failed, Subject(richer=r), converged=True).remedy for r in ((), ("full()",))}
+    said = {r: judge_weights(failed, Subject(richer=r), converged=True).remedy for r in ((), ("full()",))}
     assert "a richer family, such as full(), and hold" in said["full()",]
     assert "a richer family and hold" in said[()]
-    nothing = fit_rules.weights(KHats(None, {}, {"whole": 0}), Subject(random=False), converged=True)
-    assert (nothing.status, "no latent site" in nothing.measured) == ("not asked", True)
+    nothing = judge_weights(KHats(None, {}, {"whole": 0}), Subject(random=False), converged=True)
+    assert (nothing.status, "no latent site" in nothing.sentence) == ("not asked", True)
     some = KHats(KHat(0.1, 400), {"q": KHat(0.2, 400), "v": None}, {"whole": 9, "q": 4, "v": 5})
-    assert "not asked of v, which the guide ties to others" in fit_rules.families(some).measured
+    assert "not asked of v, which the guide ties to others" in judge_families(some).sentence
 
 
 def test_convergence_names_the_rate_of_scales_only_where_these_move():
-    rising = fit_rules.convergence(bound_of(-50, -40, -30, -20, -10, rhat=np.nan))
+    rising = convergence(bound_of(-50, -40, -30, -20, -10, rhat=np.nan), 500)
     longer = "Fit for more steps, or with a higher rate that decays"
     assert (rising.status, rising.remedy) == ("problem", f"{longer}.")
-    assert "R-hat" not in rising.measured
-    growing = fit_rules.convergence(bound_of(-50.0, kl=(1.0, 2.0, 3.0, 4.0, 9.0)))
+    assert "R-hat" not in rising.sentence
+    growing = convergence(bound_of(-50.0, kl=(1.0, 2.0, 3.0, 4.0, 9.0)), 500)
     assert growing.remedy.endswith("(of scales too: scale_optimizer).")
 
 
@@ -143,43 +145,43 @@ def restarted(rhat, bounds=(-10.0, -11.0), errors=(0.1, 0.1), names=("norm", "ma
 
 
 def test_restarts_say_which_bound_is_higher_only_where_it_is():
-    told = fit_rules.agreement(restarted([1.0, 1.2]))
+    told = agreement(restarted([1.0, 1.2]))
     assert told.status == "problem"
     assert "take number 1, whose bound is the highest, or fit longer" in told.remedy
-    noisy = fit_rules.agreement(restarted([1.0, 1.2], errors=(0.1, 0.7)))
+    noisy = agreement(restarted([1.0, 1.2], errors=(0.1, 0.7)))
     assert "their bounds do not tell which is the better one; fit longer" in noisy.remedy
-    three = fit_rules.agreement(restarted([1.0, 1.2], bounds=(-10.0, -11.0, -10.1), errors=(0.1, 0.1, 0.1)))
+    three = agreement(restarted([1.0, 1.2], bounds=(-10.0, -11.0, -10.1), errors=(0.1, 0.1, 0.1)))
     assert "do not tell" in three.remedy
-    assert fit_rules.agreement(restarted([1.0, 1.04])).status == "fine"
-    points = fit_rules.agreement(restarted([1.0, 1.2e16]))
-    assert "nested R-hat above 100 in margin[0]" in points.measured
-    broken = fit_rules.agreement(restarted([np.nan, 1.0]))
-    assert (broken.status, "norm has no nested R-hat" in broken.measured) == ("problem", True)
+    assert agreement(restarted([1.0, 1.04])).status == "fine"
+    points = agreement(restarted([1.0, 1.2e16]))
+    assert "nested R-hat above 100 in margin[0]" in points.sentence
+    broken = agreement(restarted([np.nan, 1.0]))
+    assert (broken.status, "norm has no nested R-hat" in broken.sentence) == ("problem", True)
     assert "different posteriors" not in broken.remedy
-    assert fit_rules.agreement(restarted([])).status == "not asked"
+    assert agreement(restarted([])).status == "not asked"
 
 
 def test_power_scaling_leaves_out_margins_without_a_number():
     def found(prior, likelihood):
         names = ("margin[0]", "margin[1]")
-        made = Sensitivity(names, np.array(prior), np.array(likelihood), 0.1, 0.1)
-        return prior_rules.scaling(made, 0.6)
+        made = Sensitivity(names, np.array(prior), np.array(likelihood), 0.1, 0.1, 400)
+        return power_scaling(made)
 
-    assert found([0.01, np.nan], [0.3, np.nan]).measured.startswith("of 1 margins 0 depend")
+    assert found([0.01, np.nan], [0.3, np.nan]).sentence.startswith("of 1 margins 0 depend")
     assert found([0.2, np.nan], [0.3, np.nan]).status == "caution"
     assert found([np.nan] * 2, [np.nan] * 2).status == "not asked"
 
 
 def test_a_prior_is_not_blamed_for_a_base_that_is_sure():
-    """The verdict and the page say the same."""
+    """The verdict and the finding agree."""
     signs = np.where(np.arange(100) % 2, 1.0, -1.0)[:, None] * [9.0, 9.0]
     logits = np.stack([0 * signs, signs], -1)
     for base, verdict, status in ((9.0, "sure as the base", "fine"), (0.5, "confident nonsense", "caution")):
         made = PriorPredictive(logits, np.array([[0.0, base], [0.0, -base]]))
-        finding = prior_rules.predictive(made)
+        (finding,) = made.findings
         assert made.verdict.startswith(verdict)
         assert finding.status == status
-        assert ("which no scale changes" in finding.measured) == (status == "fine")
+        assert ("no scale mends that" in finding.sentence) == (status == "fine")
 
 
 def test_kl_of_points_is_not_zero_nats():
@@ -198,7 +200,7 @@ def test_the_furthest_count_is_outside_of_its_band_where_one_is():
     low, high = np.array([[0.0, 4.0]]), np.array([[3.2, 16.0]])
     found = ClassCounts(observed, expected, low, high, np.full((1, 2), 20), 0.004, 0.99)
     assert found.worst == (0, 1)
-    assert "bin 2 of 2, 17 seen" in row_rules.counted(found, of_training=False).measured
+    assert "bin 2 of 2, 17 seen" in counted(found, of_training=False).sentence
 
 
 @pytest.mark.parametrize(
@@ -218,6 +220,6 @@ def test_transforms_say_how_predictions_are_wrong(stated, true, said):
     if true is None:
         probs[::2], truth[::2] = probs[::2, ::-1], truth[::2, ::-1]
     labels = (random.random(2000) > truth[:, 0]).astype(int)
-    found = row_rules.transforms(randomised_pit(random, probs, labels, level=0.99), reliable=True)
+    found = transforms(randomised_pit(random, probs, labels, level=0.99), reliable=True)
     assert found.status == "caution"
     assert said in found.remedy

@@ -118,6 +118,7 @@ def test_delta_stays_in_the_support_and_is_called_no_bound():
     assert at.sites["tau"] > 0
     assert at.log_q == 0
     assert "not a bound" in repr(guide)
+    assert not guide.has_density
 
 
 def test_dropout_drops_whole_columns_at_its_rate_and_keeps_the_mean():
@@ -134,3 +135,4 @@ def test_dropout_drops_whole_columns_at_its_rate_and_keeps_the_mean():
     np.testing.assert_array_less(np.abs(draws.mean(0) - loc), 4 * error * np.abs(loc) / (1 - rate))
     assert len({tuple(row) for row in dropped[:, 0]}) == 2**4, "columns are dropped one by one"
     assert "not a bound" in repr(guide)
+    assert not guide.has_density

@@ -1,4 +1,4 @@
-"""What guides and their families refuse, each in one sentence."""
+"""Errors of guides and their families, each in one sentence."""
 
 from functools import partial
 
@@ -55,11 +55,11 @@ REFUSED = NARROW | {
     ),
     "hidden pattern": (
         lambda: guides.Guide(GP, {".*": guides.full(), r"w\.V": guides.full()}),
-        r"gets no site; '\.\*' before it takes 'w.V'",
+        r"gets no site; the earlier pattern '\.\*' matches 'w.V'",
     ),
     "noise by pattern": (
         lambda: guides.Guide(GP, {r"w\.E": guides.noise(), ".*": guides.full()}),
-        r"matches conditional noise alone, such as 'w.E'; pass its family as noise=\.\.\.",
+        r"matches only conditional noise, such as 'w.E'; pass its family as noise=\.\.\.",
     ),
     "no pattern": (lambda: guides.Guide(GP, {"(": guides.full()}), r"'\(' is not a valid pattern"),
     "no call": (
@@ -80,7 +80,7 @@ REFUSED = NARROW | {
     ),
     "dropout of a scalar": (
         lambda: guides.Guide(scalar, guides.dropout()),
-        "unconstrained matrices; 'tau' is none",
+        "unconstrained matrices; 'tau' is not one",
     ),
     "too full": (
         # Two layers of 2 x 3 numbers: 6 locations and 6 * 7 / 2 of a triangle each.

@@ -176,7 +176,7 @@ AUTO = {
 REFUSED = {
     "AutoLaplaceApproximation": (
         autoguide.AutoLaplaceApproximation,
-        "AutoLaplaceApproximation is a point while it is fitted, .* to bl.approximate.laplace$",
+        "AutoLaplaceApproximation is a point during the fit, .* to bl.approximate.laplace$",
     ),
     "AutoDAIS": (autoguide.AutoDAIS, "AutoDAIS anneals .* the prior without the data; use bl.sample_smc"),
     "AutoSurrogateLikelihoodDAIS": (
@@ -185,7 +185,7 @@ REFUSED = {
     ),
     "AutoSemiDAIS": (
         lambda prior: autoguide.AutoSemiDAIS(prior, prior),
-        "AutoSemiDAIS is made for a latent variable of every row, .*; use AutoMultivariateNormal$",
+        "AutoSemiDAIS needs one latent variable for each row, .*; use AutoMultivariateNormal$",
     ),
 }
 

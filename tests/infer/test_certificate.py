@@ -93,6 +93,8 @@ def test_every_kind_of_bad_chain_is_named(make, message):
     found = certify(make(), Thresholds())
     assert not found.passed
     text = "; ".join(found.failures)
+    assert {f.status for f in found.problems} == {"problem"}
+    assert all(f.remedy for f in found.problems)
     assert re.search(message, text), text
     assert found.verdict.startswith("Not certified")
 

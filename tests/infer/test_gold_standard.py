@@ -16,6 +16,7 @@ import pytest
 
 import bnlora as bl
 from bnlora.assess.comparison.problem import common_problem
+from bnlora.assess.comparison.side import side_of
 from bnlora.infer.mcmc import chains as of_chains
 from bnlora.prediction.functions import evaluate, identifiable
 from bnlora.program.conditional import condition
@@ -104,13 +105,13 @@ def test_a_stored_reference_holds_what_its_chains_held(said, fit, tmp_path):
     again = bl.compare(KEY, fit, stored, NEW, num_draws=60)
     assert again.notes == found.notes
     np.testing.assert_allclose(again.approx.values, found.approx.values, atol=1e-4)
-    alike = common_problem(ones(chains.model), stored, "reference")
+    alike = common_problem(ones(chains.model), side_of(stored), "reference")
     assert alike.model is chains.model
     assert alike.holds == ()
     elsewhere = condition(MODEL, {name: 1.5 * value for name, value in chains.model.fixed.items()})
     with pytest.raises(ValueError, match="same values of the sites that they hold"):
-        common_problem(ones(elsewhere), stored, "reference")
-    unknown = common_problem(fit, replace(stored, fixed={}, params={}), "reference")
+        common_problem(ones(elsewhere), side_of(stored), "reference")
+    unknown = common_problem(fit, side_of(replace(stored, fixed={}, params={})), "reference")
     assert "only the reference holds sites (" in unknown.notes[0]
 
 
@@ -129,16 +130,16 @@ def ones(model):
 def test_what_is_held_on_which_side_is_said(said, fit):
     chains, _, _ = said
     fixed = chains.model.fixed
-    problem = common_problem(ones(MODEL), chains, "reference")
+    problem = common_problem(ones(MODEL), side_of(chains), "reference")
     adapters = problem.draw_adapters(KEY, ones(MODEL), 3)
     np.testing.assert_array_equal(adapters["q_proj"]["a"], jnp.stack([fixed["q_proj.a"]] * 3))
     np.testing.assert_array_equal(adapters["lm_head"]["b"], jnp.ones((3, 1, 2, 1)))
     assert problem.notes[1] == "adapters that the other sites change are those of the whole approximation"
     # One that is fitted to the conditional posterior is compared like with like.
-    alike = common_problem(ones(chains.model), chains, "reference")
+    alike = common_problem(ones(chains.model), side_of(chains), "reference")
     assert alike.holds == ()
     assert len(alike.notes) == 1
-    loose = common_problem(ones(chains.model), ones(MODEL), "other posterior")
+    loose = common_problem(ones(chains.model), side_of(ones(MODEL)), "other posterior")
     assert loose.model is MODEL
     assert (
         "the approximation holds k_proj.a, k_proj.b, q_proj.a, q_proj.b, tau, which the other"
@@ -148,7 +149,7 @@ def test_what_is_held_on_which_side_is_said(said, fit):
     with pytest.raises(
         ValueError, match=r"same values of the sites that they hold; those of k_proj.a, .* differ"
     ):
-        common_problem(ones(elsewhere), chains, "reference")
+        common_problem(ones(elsewhere), side_of(chains), "reference")
 
 
 def test_what_can_be_refused_is_refused_before_anything_is_computed(said, fit):

@@ -1,4 +1,4 @@
-"""What priors refuse, each in one sentence: options when they are built, sites when they are run."""
+"""Errors of priors, each in one sentence: for options at construction, for sites at the run."""
 
 import inspect
 from functools import partial
@@ -17,12 +17,12 @@ from bnlora.priors import learned
 
 
 def keywords(function):
-    """Names that a function takes as keywords alone: the options of a prior."""
+    """Names of the keyword-only arguments of a function: the options of a prior."""
     return inspect.getfullargspec(function).kwonlyargs if inspect.isfunction(function) else []
 
 
 def whole(sites):
-    """A prior that returns every family and factor, whatever it is asked for."""
+    """A prior that returns every family and factor, whichever its sites request."""
     return {n: {f: jnp.zeros(s.shapes[f]) for f in "ab"} for n, s in SITES.items()}
 
 
@@ -42,23 +42,23 @@ COMPOSED = {
     ),
     "a pattern without family": (
         priors.by_family({".*": priors.point(), "v_proj": priors.point()}),
-        "'v_proj' takes no family; nearest is 'q",
+        "'v_proj' matches no family; nearest is 'q",
     ),
     "no frames for a factor": (
         priors.sparse_gp(frames={"q_proj.a": (jnp.ones((3, 2, 2)), jnp.ones((3, 12, 9)))}),
-        "none for 'q_proj.b'",
+        "no entry for 'q_proj.b'",
     ),
     "frames of another shape": (
         priors.sparse_gp(frames={"q_proj.a": (jnp.ones((3, 2, 1)), jnp.ones((3, 12, 9)))}),
-        r"rows frame of 'q_proj.a' needs shape \(3, 2, 2\); got \(3, 2, 1\)",
+        r"rows frame of 'q_proj.a' must have shape \(3, 2, 2\); got \(3, 2, 1\)",
     ),
     "a centre of another shape": (
         priors.centered(priors.normal(), ZEROS | {"q_proj": {"a": np.zeros((1, 2, 12)), "b": np.zeros(3)}}),
-        "centred on do not fit .* factor 'a' of 'q_proj'",
+        "centred prior do not fit .* factor 'a' of 'q_proj'",
     ),
     "a centre without a family": (
         priors.centered(priors.normal(), {"q_proj": ZEROS["q_proj"]}),
-        "centred on do not fit .*'lm_head'",
+        "centred prior do not fit .*'lm_head'",
     ),
     "a scale of another shape": (
         priors.normal(scale=jnp.ones(3)),
@@ -66,7 +66,7 @@ COMPOSED = {
     ),
     "a pool of another factor": (
         priors.per_factor(a=priors.pooled_scales(priors.normal()), b=priors.normal()),
-        r"pooled_scales\(factor='b'\) needs sites that ask for it; these ask for \['a'\]",
+        r"pooled_scales\(factor='b'\) needs sites that request it; these request \['a'\]",
     ),
     "the law of a vector": (
         priors.ard(gain=dist.LogNormal(jnp.zeros(2), 1).to_event(1)),
@@ -165,7 +165,7 @@ def test_bad_options_get_one_clear_sentence(prior, options, message):
 def test_a_centre_is_of_finite_numbers(value):
     wrong = np.array(ZEROS["lm_head"]["a"])
     wrong.flat[3] = value
-    with pytest.raises(ValueError, match="numbers that are NaN or infinite, in 'a' of 'lm_head'"):
+    with pytest.raises(ValueError, match="numbers that are NaN or infinite in 'a' of 'lm_head'"):
         priors.centered(priors.normal(), ZEROS | {"lm_head": ZEROS["lm_head"] | {"a": wrong}})
 
 

@@ -168,7 +168,7 @@ def with_improper(**infer):
 
 
 def test_an_improper_law_works_where_a_density_is_enough():
-    model = with_improper(start=0.7)
+    model = with_improper(init=0.7)
     view = density(model, {})
     found = view.sites(view.start(KEY))
     np.testing.assert_allclose(found["tau"], 0.7, rtol=1e-5)
@@ -186,11 +186,11 @@ def test_an_improper_law_works_where_a_density_is_enough():
     np.testing.assert_allclose(drawn.drawn[0].log_prior, expected, rtol=1e-4)
     log_q = norm(loc, scale).logpdf(log_tau) - log_tau
     np.testing.assert_allclose(drawn.drawn[0].log_q_of["tau"], log_q, rtol=1e-3)
-    with pytest.raises(ValueError, match="'tau' has an improper law, ImproperUniform; give it a proper one"):
+    with pytest.raises(ValueError, match="'tau' has an improper law, ImproperUniform; use a proper law"):
         assert drawn.prior_adapters
     page = bl.diagnose(made, TRAIN, num_draws=40)
     assert page["prior predictive"].status == "not asked"
-    assert "'tau' has an improper law" in page["prior predictive"].measured
+    assert "'tau' has an improper law" in page["prior predictive"].sentence
     assert (page.shrinkage, page.overlap, page.prior_predictive) == (None, None, None)
     assert "nan" not in repr(page)
 
@@ -204,9 +204,9 @@ def fitted_point(model):
     return one_step(model, bl.guides.Guide(model.prior, bl.guides.delta()))
 
 
-STARTED, UNSTARTED, OUTSIDE = with_improper(start=1.0), with_improper(), with_improper(start=-1.0)
+STARTED, UNSTARTED, OUTSIDE = with_improper(init=1.0), with_improper(), with_improper(init=-1.0)
 NO_DRAW, NO_START = (
-    "'tau' has an improper law, ImproperUniform; give it",
+    "'tau' has an improper law, ImproperUniform; use a proper law",
     "'tau' has .* give it a start value: infer=",
 )
 WITHOUT = {
@@ -219,11 +219,11 @@ WITHOUT = {
     "start outside": (lambda: one_step(OUTSIDE), "the start of 'tau.q.loc' must lie inside its constraint"),
     "factor": (
         lambda: bl.prior_predictive(KEY, MODELS["factor"], TRAIN),
-        "leaves out its numpyro.factor 'belief' that weighs 'lm_head.b'; write that part",
+        "ignores its numpyro.factor 'belief', which depends on 'lm_head.b'; write that part",
     ),
     "observed site": (
         lambda: bl.sbc.simulate(KEY, MODELS["observed site"], BASE.weights, TRAIN, {}),
-        "leaves out its observed site 'belief' that weighs 'lm_head.b'",
+        "ignores its observed site 'belief', which depends on 'lm_head.b'",
     ),
     "Laplace": (
         lambda: bl.approximate.laplace(fitted_point(MODELS["factor"]), TRAIN),
@@ -283,14 +283,14 @@ def named(name, kind="sample"):
 
 
 NAMED = {
-    "label": (named("y"), "may not use the name 'y', which is that of the labels that the model observes"),
-    "label as a parameter": (named("y", "param"), "may not use the name 'y'"),
-    "label as a value": (named("y", "deterministic"), "may not use the name 'y'"),
+    "label": (named("y"), "must not use the name 'y', which belongs to the labels that the model observes"),
+    "label as a parameter": (named("y", "param"), "must not use the name 'y'"),
+    "label as a value": (named("y", "deterministic"), "must not use the name 'y'"),
     "plate over rows": (
         named("data", "plate"),
-        "name 'data', which is that of the model's plate over the rows",
+        "name 'data', which belongs to the model's plate over the rows",
     ),
-    "site like the plate": (named("data"), "may not use the name 'data'"),
+    "site like the plate": (named("data"), "must not use the name 'data'"),
     "no name": (named(""), "every site of the prior needs a name"),
     "discrete": (
         named("k", "discrete"),
@@ -314,7 +314,7 @@ def test_names_of_others_and_discrete_sites_are_refused_before_anything_runs(nam
 
 
 def test_a_name_that_a_guide_has_for_its_parameter_is_refused():
-    message = "may not use the name 'lm_head.b.q.loc', which is that of a guide's parameter of 'lm_head.b'"
+    message = "must not use the name 'lm_head.b.q.loc', which belongs to a guide's parameter of 'lm_head.b'"
     for kind in ("sample", "param"):
         model = named("lm_head.b.q.loc", kind)
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""What has no tangent model, and what a tangent posterior is not: one sentence each."""
+"""Errors for models without a tangent model, and for misuse of a tangent posterior: one sentence each."""
 
 import jax
 import numpy as np
@@ -38,14 +38,14 @@ REFUSED = {
         ),
         "needs a prior with frames for every family",
     ),
-    "updates outside": (lambda: built(leaving), "the prior's updates of 'lm_head' leave the frames"),
+    "updates outside": (lambda: built(leaving), "the prior's updates of 'lm_head' are not inside the frames"),
     "another base": (
         lambda: built(bl.priors.core(HEAD), base=tiny_base(jax.random.key(9), num_layers=2)),
-        "the frames were made from another base",
+        "the frames belong to another base",
     ),
     "other label ids": (
         lambda: built(bl.priors.core(HEAD), label_ids=(3, 6)),
-        r"the frames are of the label ids \(3, 5\); got \(3, 6\)",
+        r"the frames belong to the label ids \(3, 5\); got \(3, 6\)",
     ),
     "other sites": (
         lambda: built(bl.priors.core(HEAD), sites=bl.select(BASE, ["q_proj"], rank=2)),
@@ -73,7 +73,7 @@ REFUSED = {
         lambda: handlers.seed(network_of(HEAD).prior.program, KEY)(
             network_of(HEAD).sites.only(factors=["a"])
         ),
-        "makes both factors of 'lm_head' from one matrix; it cannot fill 'a' alone",
+        "fills both factors of 'lm_head' from one matrix; it cannot fill only 'a'",
     ),
     "a scale of no family": (
         lambda: bl.priors.core(HEAD, scale={"q_proj": 1.0}),
@@ -111,7 +111,7 @@ def test_a_tangent_posterior_is_no_set_of_adapters(tmp_path):
     with pytest.raises(ValueError, match="one adapter; got a Fit: give one draw of its draw_adapters"):
         bl.save_peft(at_start(tangent.network), tmp_path / "peft", sites=tangent.sites, base=BASE)
     assert not (tmp_path / "peft").exists()
-    # What it is of is kept with a fit, and the frames too.
+    # A stored fit records the kind of its model and the frames.
     fit, network = at_start(tangent), at_start(tangent.network)
     bl.save_fit(fit, tmp_path / "fit")
     again = bl.load_fit(tmp_path / "fit", tangent_of(frames("v_proj")), fit.guide)

@@ -57,6 +57,15 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(path, tiny_folder, tmp_
         names |= test.globs  # a doctest works on a copy
 
 
+@pytest.mark.parametrize(
+    "path", [*sorted(DOCS.rglob("*.md")), ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name
+)
+def test_code_is_as_wide_as_a_page(path):
+    """Beside two sidebars at 1280 pixels a page has room for about 90 characters of code."""
+    code = re.findall(r"^ *```\w+\n(.*?)^ *```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert [line for block in code for line in block.split("\n") if len(line) > 88] == []
+
+
 def commands() -> list[str]:
     """Every command of the library in a shell block of a page or the README."""
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *DOCS.rglob("*.md"))]
@@ -76,6 +85,9 @@ def test_shell_blocks_name_commands_and_options_that_exist(line):
     if program == "make":
         assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         return
+    if program == "pip":
+        assert arguments == ["install", "."]
+        return
     assert program == "bnlora"
     group = typer.main.get_command(app)
     if "--help" in arguments:
@@ -93,6 +105,11 @@ def test_every_public_plot_is_in_the_gallery():
     assert {name for name, picture in pictures.items() if picture.home == "bnlora.plots"} == public
     assert all(hasattr(bl, name) for name, picture in pictures.items() if picture.home == "bnlora")
     assert all(picture.title and picture.caption for picture in pictures.values())
+
+
+PACKAGES = (
+    "approximate", "comparison", "diagnostics", "guides", "mcmc", "metrics", "plots", "priors", "sbc",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +131,7 @@ def test_every_public_name_is_in_the_reference(reference):
     modules = {f"bnlora.{name}" for name, value in vars(bl).items() if inspect.ismodule(value)}
     assert offered - modules <= shown
     assert "bnlora.metrics.nll" in shown  # of another module, and handed on
-    for module in ("priors", "guides", "approximate", "plots", "diagnostics"):
+    for module in PACKAGES:
         public = {
             n for n, x in vars(getattr(bl, module)).items() if inspect.isfunction(x) or inspect.isclass(x)
         }
@@ -128,7 +145,7 @@ def test_names_and_shapes_are_read_as_they_are_meant(reference):
     assert package["priors.normal"].is_function  # and not the file of that name
     assert str(package["metrics.nll"].parameters["log_probs"].annotation) == 'Float[np.ndarray, "n c"]'
     assert str(package["priors.gp.conditional_kl"].returns) == 'Float[Array, "..."]'
-    assert str(package["functions.update_norm"].returns) == 'Float[Array, ""]'
+    assert str(package["prediction.functions.update_norm"].returns) == 'Float[Array, ""]'
 
 
 @pytest.fixture
@@ -172,5 +189,5 @@ def test_a_browser_finds_errors_and_what_is_too_wide(check, tmp_path):
     found = check["seen_by_a_browser"](tmp_path, browser)
     pages = {problem.split(" ")[0] for problem in found}
     assert pages == {"/wide.html", "/error.html", "/asks.html"}
-    for piece in ("wider than a phone", "in the console: broken", "fails in a script", "asks another host"):
+    for piece in ("wider than a phone", "to the console: broken", "fails in a script", "from another host"):
         assert any(piece in problem for problem in found)

@@ -2,6 +2,7 @@
 
 import doctest
 import re
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,6 +83,13 @@ def test_the_steps_of_the_core_prior_run(capsys):
     assert "gain in evidence" in printed
     gaussian, fit = names["gaussian"], names["fit"]
     assert abs(gaussian.log_evidence - fit.history["elbo"][-20:].mean()) < 2
+
+
+def test_the_table_of_rooms_is_the_floor_plan():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (`[^|]+`) \|", text, re.MULTILINE)
+    floors = {room.replace("/", "."): int(n) for n, rooms in rows for room in re.findall(r"`(.+?)`", rooms)}
+    assert floors == runpy.run_path(str(ROOT / "tests/project/test_architecture.py"))["FLOORS"]
 
 
 def test_readme_opens_with_the_two_commands_and_a_script():

@@ -15,6 +15,7 @@ from rich.console import Console
 
 import bnlora as bl
 from bnlora._util.display import Shown, Table, percent
+from bnlora._util.finding import Findings
 from bnlora.assess.comparison import Draws, compare_draws
 from bnlora.assess.prior_predictive import PriorPredictive
 from bnlora.data.text import TextData
@@ -99,6 +100,9 @@ def cells(overview):
             yield from (
                 line for row in (part.header, *part.rows) for cell in row for line in cell.split("\n")
             )
+        elif isinstance(part, Findings):
+            yield part.title
+            yield from (text for f in part.findings for text in (f.name, f.sentence, f.remedy))
         else:
             yield from [part] if isinstance(part, str) else part
 
@@ -190,8 +194,10 @@ def test_chains_are_judged_only_where_they_were(objects):
     drawn.__dict__["certificate"] = objects["certificate"]  # as the cached property keeps it
     page = Page.of(drawn._repr_html_())
     assert "Not certified" in page.text
-    for failure in objects["certificate"].failures:
-        assert failure in page.text
+    assert objects["certificate"].problems
+    for failure in objects["certificate"].problems:
+        assert failure.sentence in page.text
+        assert failure.remedy in page.text
 
 
 def test_shares_in_percent_are_whole_and_never_certain_unless_they_are():

@@ -14,13 +14,13 @@
 `store_reference`, `save_reference` and `load_reference` keep what a comparison reads of a run.
 """
 
-from bnlora.assess.comparison.compare import Reference as Reference
 from bnlora.assess.comparison.compare import UncertifiedReference as UncertifiedReference
 from bnlora.assess.comparison.compare import compare as compare
 from bnlora.assess.comparison.draws import Draws as Draws
 from bnlora.assess.comparison.predictive import predictive_agreement as predictive_agreement
 from bnlora.assess.comparison.report import Comparison as Comparison
 from bnlora.assess.comparison.report import compare_draws as compare_draws
+from bnlora.assess.comparison.side import Reference as Reference
 from bnlora.assess.comparison.stored import StoredReference as StoredReference
 from bnlora.assess.comparison.stored import load_reference as load_reference
 from bnlora.assess.comparison.stored import save_reference as save_reference

@@ -13,53 +13,26 @@ Reference: Yao, Vehtari, Simpson and Gelman (2018), arXiv 1802.02538, for k-hat 
 """
 
 from functools import partial
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax import Array
-from jaxtyping import Float
 from rich.console import Console
 
 from bnlora._util.checks import check_at_least, check_key, check_level, check_option
-from bnlora._util.typing import Adapters
-from bnlora.assess.comparison.draws import Draws, Kind, evenly
+from bnlora.assess.comparison.draws import Draws
 from bnlora.assess.comparison.pairs import LEAST_SIZE, pairs, varying
-from bnlora.assess.comparison.problem import Problem, common_problem
+from bnlora.assess.comparison.problem import common_problem
 from bnlora.assess.comparison.report import Comparison, Other, compare_draws
-from bnlora.assess.comparison.stored import StoredReference, describe, require_same_problem
+from bnlora.assess.comparison.side import Reference, draws_of, side_of, thinned
+from bnlora.assess.comparison.stored import StoredReference
 from bnlora.data.batch import Batch, check_labels
-from bnlora.infer.mcmc.certificate import Certificate
-from bnlora.infer.svi.result import Fit
 from bnlora.metrics.khat import LEAST_DRAWS, KHat, has_density, khat
-from bnlora.prediction.functions import PROBES, Functions, evaluate, identifiable
-from bnlora.prediction.posterior import Posterior
+from bnlora.prediction.functions import Functions
+from bnlora.prediction.posterior import Posterior, SitePosterior
 from bnlora.prediction.predict import predict_with_draws
 from bnlora.program.cache import cache_prefix
-
-
-@runtime_checkable
-class Reference(Protocol):
-    """A run of MCMC with the verdict of its own checks."""
-
-    @property
-    def model(self) -> Any:
-        """The classifier."""
-        ...
-
-    @property
-    def num_chains(self) -> int:
-        """Number of chains, all of one length."""
-        ...
-
-    @property
-    def certificate(self) -> Certificate | None:
-        """What its checks concluded; None where they were not run."""
-        ...
-
-    def stored_adapters(self) -> Adapters:
-        """Adapters of every stored draw with one leading axis, chain after chain."""
-        ...
 
 
 class UncertifiedReference(ValueError):
@@ -119,32 +92,24 @@ def compare(
     if against == "reference":
         _require_certificate(reference)
     check_labels("data", data, len(posterior.model.label_ids))
-    _check_same_problem(posterior.model, reference, data, functions)
-    problem = common_problem(posterior, reference, other)
+    side = side_of(reference)
+    side.check(posterior.model, data, functions)
+    problem = common_problem(posterior, side, other)
     model = problem.model
     data = cache_prefix(model, data, batch_size=batch_size, console=console)
     predicted = partial(predict_with_draws, model, data=data, batch_size=batch_size, console=console)
     approx_key, other_key, weight_key, measure_key = jax.random.split(key, 4)
     own = problem.draw_adapters(approx_key, posterior, num_draws)
-    if isinstance(reference, StoredReference):
-        functions = identifiable(model, data[:PROBES], families=reference.families)
-        theirs = reference.draws
-        mine = _independent(problem, functions, own, data).only(theirs.names)
-        size = _size(mine, theirs, min(num_draws, len(reference.prediction.draw_log_probs)))
-        their_prediction = reference.thinned_prediction(size)
-    else:
-        functions = identifiable(model, data[:PROBES]) if functions is None else functions
-        others, chains, kind = _other_draws(other_key, reference, num_draws)
-        theirs = Draws(*_values(model, functions, others, data, chains=chains), kind)
-        mine = _independent(problem, functions, own, data)
-        size = _size(mine, theirs, num_draws)
-        their_prediction = predicted(_thinned(others, size))
+    functions = side.functions(model, data, functions)
+    theirs = side.evaluate(other_key, model, functions, data, num_draws, predicted)
+    mine = draws_of(model, functions, own, data).only(theirs.draws.names)
+    size = _size(mine, theirs.draws, min(num_draws, theirs.most))
     random = np.random.default_rng(np.asarray(jax.random.bits(measure_key, (4,))))
     return compare_draws(
         random,
         mine,
-        theirs,
-        predictions=(predicted(_thinned(own, size)), their_prediction),
+        theirs.draws,
+        predictions=(predicted(thinned(own, size)), theirs.predict(size)),
         khat=_khat(weight_key, posterior, num_draws, batch_size, console),
         level=level,
         other=other,
@@ -181,20 +146,6 @@ def _require_certificate(reference: Any) -> None:
         raise UncertifiedReference(f"this run may not serve as a reference: {said}. Or, {way_out}")
 
 
-def _check_same_problem(model: Any, reference: Any, data: Batch, functions: Functions | None) -> None:
-    if isinstance(reference, StoredReference):
-        if functions is not None:
-            raise ValueError("a stored reference has the default functions alone; leave `functions` out")
-        require_same_problem(reference, model, data)
-        return
-    own, other = describe(model), describe(reference.model)
-    if own != other:
-        raise ValueError(
-            "expected both posteriors over the same sites and label words, and both of the network or both "
-            f"of the tangent model in the same frames; got\n{own}\nand\n{other}"
-        )
-
-
 def _size(mine: Draws, theirs: Draws, num_draws: int) -> int:
     """Draws of a prediction on either side; what is too little is refused before predictions are made."""
     mine, theirs = varying(mine, theirs)
@@ -202,33 +153,11 @@ def _size(mine: Draws, theirs: Draws, num_draws: int) -> int:
     return min(num_draws, mine.independent_size, theirs.independent_size)
 
 
-def _other_draws(key: Array, reference: Any, num_draws: int) -> tuple[Adapters, int, Kind]:
-    """Adapters of the other side, its number of chains, and what its draws are."""
-    if isinstance(reference, Reference):
-        return reference.stored_adapters(), reference.num_chains, "chains"
-    return reference.draw_adapters(key, num_draws), 1, "independent"
-
-
-def _independent(problem: Problem, functions: Functions, adapters: Adapters, data: Batch) -> Draws:
-    return Draws(*_values(problem.model, functions, adapters, data, chains=1), "independent")
-
-
-def _values(
-    model: Any, functions: Functions, adapters: Adapters, data: Batch, *, chains: int
-) -> tuple[tuple[str, ...], Float[np.ndarray, "chain draw k"]]:
-    """Names and values of the functions at draws of one side, by chain."""
-    total = _length(adapters)
-    if total % chains:
-        raise ValueError(f"expected {chains} chains of one length; got {total} draws in all")
-    names, values = evaluate(functions, model, adapters, data)
-    return names, values.reshape(chains, -1, len(names))
-
-
 def _khat(
     key: Array, posterior: Any, num_draws: int, batch_size: int, console: Console | None
 ) -> KHat | None:
     """k-hat of a fit whose guide has a density, over the rows that it was fitted to."""
-    if not isinstance(posterior, Fit) or num_draws < LEAST_DRAWS:
+    if not isinstance(posterior, SitePosterior) or num_draws < LEAST_DRAWS:
         return None
     drawn, adapters = posterior.draws(key, num_draws)
     if not has_density(posterior.guide, drawn.sites):
@@ -237,12 +166,3 @@ def _khat(
     predicted = predict_with_draws(posterior.model, adapters, rows, batch_size=batch_size, console=console)
     log_likelihood = predicted.log_probs_of(rows.labels).sum(1)
     return khat(np.asarray(drawn.log_prior, np.float64) + log_likelihood, np.asarray(drawn.log_q))
-
-
-def _thinned(adapters: Adapters, size: int) -> Adapters:
-    chosen = evenly(_length(adapters), size)
-    return jax.device_put(jax.tree.map(lambda x: np.asarray(x)[chosen], adapters))
-
-
-def _length(adapters: Adapters) -> int:
-    return len(jax.tree.leaves(adapters)[0])

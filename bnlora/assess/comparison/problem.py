@@ -9,22 +9,19 @@ sites independent; otherwise it is wider. A posterior with draws of adapters but
 the free sites change no adapter. For an exact comparison, fit to the conditional model, `chains.model`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from bnlora._util.checks import listed
 from bnlora._util.typing import Adapters, Parameters
-from bnlora.assess.comparison.stored import StoredReference
-from bnlora.infer.svi.result import Fit
-from bnlora.prediction.posterior import Posterior
-from bnlora.program.conditional import Conditional, condition
+from bnlora.assess.comparison.side import Side, fixed_of
+from bnlora.prediction.posterior import Posterior, SitePosterior
 from bnlora.program.draws import adapters_at
 
 
@@ -46,7 +43,7 @@ class Problem:
         """Adapters of the approximation, with the reference's values where those are held."""
         if not self.holds:
             return posterior.draw_adapters(key, num_draws)
-        if not isinstance(posterior, Fit):
+        if not isinstance(posterior, SitePosterior):
             return self.model.held(posterior.draw_adapters(key, num_draws))
         drawn = posterior.draws(key, num_draws)[0].sites
         free = {name: values for name, values in drawn.items() if name not in self.model.fixed}
@@ -57,20 +54,18 @@ def _adapters(model: Any, params: Parameters, free: Mapping[str, Array]) -> Adap
     return jax.lax.map(lambda sites: adapters_at(model, params, sites), dict(free))
 
 
-def common_problem(posterior: Posterior, reference: Any, other: str) -> Problem:
+def common_problem(posterior: Posterior, side: Side, other: str) -> Problem:
     """The model under which draws of both sides have the same meaning.
 
     Args:
         posterior: The approximation.
-        reference: The second posterior, or a stored reference.
+        side: The second posterior, or a stored reference.
         other: What the second posterior is called.
 
     Raises:
         ValueError: When both hold a site, at different values.
     """
-    stored = isinstance(reference, StoredReference)
-    own = _fixed(posterior.model)
-    fixed = reference.fixed if stored else _fixed(reference.model)
+    own, fixed = fixed_of(posterior.model), side.fixed
     unequal = [n for n in fixed if n in own and not np.array_equal(own[n], fixed[n])]
     if unequal:
         raise ValueError(
@@ -84,22 +79,11 @@ def common_problem(posterior: Posterior, reference: Any, other: str) -> Problem:
     if holds:
         by_sites = "draws of the other sites are those of the whole fit, and so is k-hat"
         by_adapters = "adapters that the other sites change are those of the whole approximation"
-        notes.append(by_sites if isinstance(posterior, Fit) else by_adapters)
-    if stored and reference.holds_unknown:
-        held = reference.record["held"]
-        notes.append(f"only the {other} holds sites ({held}), for it was stored without their values")
+        notes.append(by_sites if isinstance(posterior, SitePosterior) else by_adapters)
+    if side.unknown:
+        notes.append(f"only the {other} holds sites ({side.unknown}), for it was stored without their values")
     loose = [n for n in own if n not in fixed]
     if loose:
         notes.append(f"the approximation holds {listed(loose)}, which the {other} does not")
-    model = _restored(posterior, reference, holds) if stored else reference.model
+    model = side.model_for(posterior, holds)
     return Problem(model, holds, tuple(notes))
-
-
-def _restored(posterior: Posterior, stored: StoredReference, holds: Sequence[str]) -> Any:
-    """The approximation's model, conditioned on the sites that a stored reference holds in addition."""
-    params = dict(getattr(posterior, "params", {})) | {n: jnp.asarray(x) for n, x in stored.params.items()}
-    return condition(posterior.model, {n: jnp.asarray(stored.fixed[n]) for n in holds}, params)
-
-
-def _fixed(model: Any) -> Mapping[str, Array]:
-    return model.fixed if isinstance(model, Conditional) else {}

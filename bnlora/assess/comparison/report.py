@@ -10,6 +10,7 @@ import numpy as np
 
 from bnlora._util.checks import check_level
 from bnlora._util.display import Showable, Shown, Table
+from bnlora._util.finding import Finding, Findings, Judged, count_words
 from bnlora.assess.comparison import verdict as say
 from bnlora.assess.comparison.classifier import ClassifierTest, classifier_test
 from bnlora.assess.comparison.coverage import Coverage, coverage
@@ -45,7 +46,7 @@ class Measure:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Comparison(Shown):
+class Comparison(Shown, Judged):
     """An approximate posterior held against another one.
 
     Attributes:
@@ -93,7 +94,7 @@ class Comparison(Shown):
         return self.posterior.names
 
     @property
-    def findings(self) -> tuple[say.Finding, ...]:
+    def findings(self) -> tuple[Finding, ...]:
         """What each aspect says, at its share of the level."""
         level = self.level / num_aspects(self.predictive)
         found = [
@@ -109,12 +110,17 @@ class Comparison(Shown):
     @property
     def differences(self) -> tuple[str, ...]:
         """The aspects in which a difference was found."""
-        return tuple(finding.aspect for finding in self.findings if finding.differs)
+        return tuple(finding.name for finding in self.cautions)
 
     @property
     def sentences(self) -> tuple[str, ...]:
         """The findings in words, what k-hat says, how far an agreement reaches, and what was compared."""
-        texts = [finding.text for finding in self.findings] + [say.weights(self.khat)]
+        return (*(finding.sentence for finding in self.findings), *self._notes)
+
+    @property
+    def _notes(self) -> tuple[str, ...]:
+        """What k-hat says, how far an agreement reaches, and what was compared."""
+        texts = [say.weights(self.khat)]
         if not self.differences:
             texts.append(
                 f"nothing told the two apart at level {self.level:g}, in these functions and rows and with "
@@ -197,8 +203,9 @@ class Comparison(Shown):
 
     @property
     def overview(self) -> tuple[Showable, ...]:
-        """What was found in words, and the numbers behind it."""
-        return (self.sentences, self.table, self.functions_table)
+        """What each aspect concludes, and the numbers behind it."""
+        title = f"Comparison with the {self.other}: {count_words(self.findings)}"
+        return (Findings(title, self.findings), self._notes, self.table, self.functions_table)
 
     def to_dataframe(self, of: Literal["functions", "measures"] = "functions") -> Any:
         """Every number by function, or those of `table` by measure, as a pandas DataFrame.

@@ -1,4 +1,4 @@
-r"""What each part of a comparison says in words, by rules.
+r"""What each aspect of a comparison concludes, by rules. A difference is a caution.
 
 | aspect       | differs when                                                                       |
 |--------------|------------------------------------------------------------------------------------|
@@ -14,30 +14,14 @@ it stands the size that was found, and for means how large a shift would have be
 k-hat is about the coordinates of the sites, not about these functions, and decides nothing.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from bnlora._util.finding import Finding, Status
 from bnlora.assess.comparison.classifier import ClassifierTest
 from bnlora.assess.comparison.kernel import KernelTest
 from bnlora.assess.comparison.moments import Moments
 from bnlora.assess.comparison.predictive import PredictiveAgreement
 from bnlora.metrics.khat import KHat
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one aspect says.
-
-    Attributes:
-        aspect: Its name.
-        differs: Whether a difference was found.
-        text: The finding in words.
-    """
-
-    aspect: str
-    differs: bool
-    text: str
 
 
 def means(names: tuple[str, ...], found: Moments, level: float, other: str) -> Finding:
@@ -57,7 +41,7 @@ def means(names: tuple[str, ...], found: Moments, level: float, other: str) -> F
             f"means: {undetected(level)} (largest difference {found.shift[k]:+.2f} sd of the {other}, in "
             f"{names[k]}; up to {missed:.2f} sd would be missed half of the time)"
         )
-    return Finding("means", bool(rejected.any()), text)
+    return Finding("means", _status(rejected.any()), text, float(found.shift_adjusted.min()), level)
 
 
 def spread(names: tuple[str, ...], found: Moments, level: float, other: str) -> Finding:
@@ -75,18 +59,19 @@ def spread(names: tuple[str, ...], found: Moments, level: float, other: str) -> 
             f"spread: {undetected(level)} ({middle:.2f} of the {other} by median, {found.ratio[k]:.2f} at "
             f"worst, in {names[k]})"
         )
-    return Finding("spread", bool(rejected.any()), text)
+    return Finding("spread", _status(rejected.any()), text, float(found.ratio_adjusted.min()), level)
 
 
 def joint_law(kernel: KernelTest, classifier: ClassifierTest, level: float) -> Finding:
     """Whether the functions taken together have one law, by both two-sample tests."""
-    differs = 2 * min(kernel.p_value, classifier.p_value) <= level
+    p_value = 2 * min(kernel.p_value, classifier.p_value)  # Bonferroni's rule for the two tests
+    differs = p_value <= level
     said = " differs" if differs else f": {undetected(level)}"
     text = (
         f"the joint law of the functions{said} (MMD p {p_text(kernel.p_value)}; "
         f"classifier right in {classifier.accuracy:.0%}, p {p_text(classifier.p_value)})"
     )
-    return Finding("joint law", bool(differs), text)
+    return Finding("joint law", _status(differs), text, float(p_value), level)
 
 
 def predictions(found: PredictiveAgreement, level: float, other: str) -> Finding:
@@ -102,7 +87,7 @@ def predictions(found: PredictiveAgreement, level: float, other: str) -> Finding
         text = f"predictions differ ({numbers}; most in row {row}, {found.total_variation[row]:.3f})"
     else:
         text = f"predictions: {undetected(level)} ({numbers})"
-    return Finding("predictions", bool(differs), text)
+    return Finding("predictions", _status(differs), text, float(found.total_variation_p), level)
 
 
 def epistemic(found: PredictiveAgreement, level: float, other: str) -> Finding:
@@ -114,7 +99,12 @@ def epistemic(found: PredictiveAgreement, level: float, other: str) -> Finding:
         f"row, {found.mutual_information_gap_null.mean():.2g} between halves of the {other}, "
         f"p {p_text(found.mutual_information_p)})"
     )
-    return Finding("epistemic", bool(differs), text)
+    return Finding("epistemic", _status(differs), text, float(found.mutual_information_p), level)
+
+
+def _status(differs: object) -> Status:
+    """A difference is known before numbers are reported; without one nothing has to be done."""
+    return "caution" if differs else "fine"
 
 
 def undetected(level: float) -> str:

@@ -2,7 +2,9 @@
 
 | module        | question                                                                          |
 |---------------|-----------------------------------------------------------------------------------|
-| `page`        | `diagnose`: all of them, with findings and remedies                               |
+| `page`        | `diagnose`: the list of all of them, with findings and remedies                   |
+| `examination` | what a diagnostic is, and what all of them share                                  |
+| `steps`       | did the optimiser run to its end?                                                 |
 | `bound`       | has the bound converged?                                                          |
 | `restarts`    | do fits from other keys find the same posterior?                                  |
 | `weights`     | `khat`: can draws of the guide be reweighted to the posterior?                    |
@@ -10,22 +12,24 @@
 | `shrinkage`   | where is the posterior narrower than the prior?                                   |
 | `spectrum`    | how many directions does each update use?                                         |
 | `overlap`     | how much of the prior is left in the posterior?                                   |
+| `prior`       | does the prior leave something for the data to decide?                            |
 | `sensitivity` | would another strength of the prior change the answer?                            |
 | `loo`         | how well would each training row have been predicted without it?                  |
 | `pit`         | are the labels as random as the predictions say?                                  |
 | `classes`     | does each class come as often as predicted?                                       |
+| `linearisation` | how far is the network from a tangent posterior?                                |
 | `tree`        | `to_arviz`: draws, densities and the record of the fit for ArviZ                  |
 
 Every function of a fit takes a `sample` of it too, which shares draws between them.
 """
 
+from bnlora._util.finding import Finding as Finding
 from bnlora.assess.diagnostics.bound import Bound as Bound
 from bnlora.assess.diagnostics.bound import bound as bound
 from bnlora.assess.diagnostics.classes import ClassCounts as ClassCounts
 from bnlora.assess.diagnostics.classes import class_counts as class_counts
 from bnlora.assess.diagnostics.divergence import SiteDivergence as SiteDivergence
 from bnlora.assess.diagnostics.divergence import divergence as divergence
-from bnlora.assess.diagnostics.finding import Finding as Finding
 from bnlora.assess.diagnostics.loo import LeaveOneOut as LeaveOneOut
 from bnlora.assess.diagnostics.loo import compare_fits as compare_fits
 from bnlora.assess.diagnostics.loo import loo as loo

@@ -10,6 +10,12 @@ change of this size would not be seen. *Too short* with fewer than `LEAST_STEPS`
 last windows taken as chains says the same in units of the noise of a step, whatever its size. Steps that
 were not finite are left out.
 
+| finding          | problem                                          | caution          |
+|------------------|--------------------------------------------------|------------------|
+| convergence      | still moving, too short, or fallen from its best | too noisy to say |
+| last step        | bound there off its recent mean by 3 se + 5 %    |                  |
+| against guessing | bound 10 % below that of equal probabilities     |                  |
+
 `final_bound` is the bound at the fitted parameters from other draws and all rows. Where it is far below the
 mean of the last window, the path jumps about and ended in a bad place.
 
@@ -30,7 +36,10 @@ from jaxtyping import Float
 
 from bnlora._util.checks import check_positive
 from bnlora._util.display import Shown, Table
+from bnlora._util.finding import Finding
+from bnlora.assess.diagnostics.examination import Diagnostic, Examination, has_ten_steps
 from bnlora.assess.diagnostics.sample import Sample
+from bnlora.assess.diagnostics.subject import Subject
 from bnlora.infer.svi.elbo import TERMS
 from bnlora.infer.svi.result import Fit
 from bnlora.metrics.monte_carlo import rank_rhat
@@ -39,6 +48,10 @@ WINDOWS = 5
 KL_TERMS = ("inducing_kl", "conditional_kl")
 LEAST_STEPS = 50
 NOISE = 10
+
+FALL = 5
+"""How many times the tolerance the bound may lie below its best window, or its mean, besides noise."""
+
 Verdict = Literal["converged", "moving", "too noisy", "too short"]
 
 
@@ -186,3 +199,124 @@ def final_bound(drawn: Sample) -> FinalBound:
         raise ValueError("the bound at given parameters needs a guide with a density over every latent site")
     ratio = drawn.log_joint - drawn.log_q
     return FinalBound(float(ratio.mean()), float(ratio.std(ddof=1)) / len(ratio) ** 0.5)
+
+
+def convergence(path: Bound | None, num_steps: int) -> Finding:
+    """Whether the smoothed bound has stopped changing; with fewer than ten steps it is not measured."""
+    if path is None:
+        sentence = f"{num_steps} steps, too few to smooth"
+        return Finding("convergence", "problem", sentence, remedy="Fit for hundreds of steps.")
+    rhat = "" if np.isnan(path.rhat) else f", R-hat {path.rhat:.2f}"
+    sentence = (
+        f"the bound changed by {path.change:+.2f} ± {path.change_error:.2f} nats "
+        f"({path.relative_change:+.2%}, tolerance {path.tolerance:.0%}) between the last two fifths of "
+        f"{path.num_steps} steps{rhat}; its KL by {path.kl_change:+.2f} ± {path.kl_change_error:.2f}"
+    )
+    numbers = (abs(path.relative_change), path.tolerance)
+    best = int(path.terms["elbo"].argmax())
+    fall = float(path.terms["elbo"][best] - path.value)
+    noise = 2 * float(np.hypot(path.errors["elbo"][best], path.errors["elbo"][-1]))
+    if path.verdict == "too short":
+        remedy = f"Fit for at least {LEAST_STEPS} steps, better for hundreds, before anything is read off it."
+        return Finding("convergence", "problem", sentence, *numbers, remedy)
+    if not fall <= FALL * path.allowed + noise:
+        sentence += f"; it is {fall:.1f} nats below its best fifth"
+        remedy = "The optimiser left a better place: lower the learning rate, or let it decay."
+        return Finding("convergence", "problem", sentence, *numbers, remedy)
+    if path.verdict == "moving":
+        falling = path.change < -path.allowed - 2 * path.change_error
+        of_scales = abs(path.kl_change) > path.allowed + 2 * path.kl_change_error
+        remedy = (
+            "The bound is falling: lower the learning rate, or let it decay."
+            if falling
+            else "Fit for more steps, or with a higher rate that decays"
+            + (" (of scales too: scale_optimizer)." if of_scales else ".")
+        )
+        return Finding("convergence", "problem", sentence, *numbers, remedy)
+    if path.verdict == "too noisy":
+        remedy = (
+            "The noise hides changes of this size: let the learning rate decay, use larger minibatches or "
+            "more particles, or more steps."
+        )
+        return Finding("convergence", "caution", sentence, *numbers, remedy)
+    return Finding("convergence", "fine", sentence, *numbers)
+
+
+def last_step(path: Bound, final: FinalBound, fit: Fit) -> Finding:
+    """Whether the parameters that are kept are as good as those of the steps before."""
+    if fit.best_step != len(fit.step_seconds):
+        return Finding("last step", "not asked", f"validation rows chose step {fit.best_step}, not the last")
+    gap, error = final.value - path.value, float(np.hypot(final.error, path.errors["elbo"][-1]))
+    limit = 3 * error + FALL * path.allowed
+    sentence = (
+        f"bound {final.value:.1f} ± {final.error:.1f} nats at the fitted parameters, {gap:+.1f} against the "
+        f"mean of the last fifth (at most ± {limit:.1f})"
+    )
+    if abs(gap) <= limit:
+        return Finding("last step", "fine", sentence, abs(gap), limit)
+    remedy = (
+        "The last parameters are a worse point on a jumping path: let the learning rate decay to zero."
+        if gap < 0
+        else "The bound was still rising, or its minibatches scatter widely: fit on with a decaying rate."
+    )
+    return Finding("last step", "problem", sentence, abs(gap), limit, remedy)
+
+
+def guessing(
+    path: Bound, num_rows: int, num_classes: int, about: Subject, *, converged: bool, weighable: bool
+) -> Finding:
+    """Whether the bound is above the log-evidence of equal probabilities.
+
+    Args:
+        path: The bound.
+        num_rows: Number of training rows.
+        num_classes: Number of classes.
+        about: What it is the bound of.
+        converged: Whether it has.
+        weighable: Whether k-hat finds no fault with the guide.
+    """
+    if about.points:
+        return Finding("against guessing", "not asked", f"{about.no_density}, so there is no bound")
+    guess = -num_rows * float(np.log(num_classes))
+    what = "bound" if about.random else "log-likelihood"
+    sentence = f"{what} {path.value:.1f} nats, guessing among {num_classes} classes {guess:.1f}"
+    if path.value >= 1.1 * guess:
+        return Finding("against guessing", "fine", sentence, path.value, guess)
+    longer = [] if converged else ["fit until it converges"]
+    if not about.random:
+        also = " or ".join([*longer, "look for the fault in labels, template and words"])
+        remedy = f"The training rows are predicted worse than by equal probabilities: {also}."
+        return Finding("against guessing", "problem", sentence, path.value, guess, remedy)
+    if about.lam_max < 1:
+        longer.append(f"widen the variational family (lam_max={about.lam_max:g} restricts it, 1 would not)")
+    elif not weighable and about.richer:
+        longer.append(f"give the guide a richer family, such as {' or '.join(about.richer)}")
+    also = ", ".join([*longer, "mend the prior's scale"])
+    remedy = f"The price of the posterior is more than what it earns: {also}, and do not compare evidences."
+    return Finding("against guessing", "problem", sentence, path.value, guess, remedy)
+
+
+def _guessing(path: Bound, exam: Examination) -> Finding:
+    rows, classes = len(exam.fit.train), len(exam.fit.model.label_ids)
+    options = {"converged": exam.is_fine("convergence"), "weighable": not exam.weights_failed}
+    return guessing(path, rows, classes, exam.about, **options)
+
+
+CONVERGENCE = Diagnostic(
+    name="convergence",
+    measurement="bound",
+    measure=lambda exam: (
+        bound(exam.drawn, tolerance=exam.request.tolerance) if has_ten_steps(exam.fit) else None
+    ),
+    judge=lambda path, exam: convergence(path, len(exam.fit.step_seconds)),
+)
+
+LAST_STEP = Diagnostic(
+    name="last step",
+    measurement="final_bound",
+    measure=lambda exam: final_bound(exam.drawn),
+    judge=lambda path, exam: last_step(exam.measurements["bound"], path, exam.fit),
+    needs=("ten steps", "density"),
+)
+
+GUESSING = Diagnostic("against guessing", "bound", CONVERGENCE.measure, _guessing, needs=("ten steps",))

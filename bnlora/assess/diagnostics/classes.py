@@ -9,6 +9,10 @@ every count of every class at once with probability `level`, and the p-value is 
 whose largest |z| exceeds that of the labels. It is a check by predictive replication, on rows that the fit
 has not seen; with counts this discrete a pointwise interval would be crossed somewhere most of the time.
 
+| finding      | problem | caution      |
+|--------------|---------|--------------|
+| class counts |         | p below 0.01 |
+
 References: Gelman, Meng and Stern (1996), Posterior predictive assessment of model fitness via realized
 discrepancies; Broecker and Smith (2007), Increasing the reliability of reliability diagrams, for bands by
 resampling under calibration.
@@ -21,10 +25,15 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bnlora._util.checks import check_at_least, check_level, class_numbers
+from bnlora._util.finding import Finding
+from bnlora.assess.diagnostics.examination import Diagnostic, Examination
 
 SIMULATIONS = 2000
 MOST_BINS = 5
 ROWS_PER_BIN = 20
+
+LEAST_P = 0.01
+"""P-value below which the finding is a caution. A page shows the band of this level."""
 
 
 @dataclass(frozen=True)
@@ -129,3 +138,35 @@ def _counts(member: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def _distance(found: np.ndarray, expected: np.ndarray, sd: np.ndarray) -> float:
     """Largest |z| over classes and bins."""
     return float((np.abs(found - expected) / np.maximum(sd, 1e-12)).max())
+
+
+def counted(counts: ClassCounts, *, of_training: bool) -> Finding:
+    """Whether the classes of the given rows come as often as predicted."""
+    rows = "training rows, which flatters" if of_training else "given rows"
+    c, b = counts.worst
+    sentence = (
+        f"p {counts.p_value:.3f} (at least {LEAST_P:g}) over {int(counts.rows[0].sum())} {rows}; furthest: "
+        f"class {c}, bin {b + 1} of {counts.rows.shape[1]}, {counts.observed[c, b]:.0f} seen, "
+        f"{counts.expected[c, b]:.1f} expected (band {counts.low[c, b]:.1f} to {counts.high[c, b]:.1f})"
+    )
+    if counts.p_value >= LEAST_P:
+        return Finding("class counts", "fine", sentence, counts.p_value, LEAST_P)
+    short = np.sign(counts.observed[c, b] - counts.expected[c, b]) < 0
+    remedy = (
+        f"Class {c} comes {'less' if short else 'more'} often than predicted where its probability is in "
+        "that bin: are these rows of the training rows' kind? inference.fit_temperature mends confidence "
+        "alone."
+    )
+    return Finding("class counts", "caution", sentence, counts.p_value, LEAST_P, remedy)
+
+
+def _measure(exam: Examination) -> ClassCounts:
+    labels = np.asarray(exam.data.labels)
+    return class_counts(exam.drawn.random(5), exam.prediction.probs, labels, level=1 - LEAST_P)
+
+
+def _judge(counts: ClassCounts, exam: Examination) -> Finding:
+    return counted(counts, of_training=np.array_equal(exam.fit.train.tokens, exam.data.tokens))
+
+
+COUNTS = Diagnostic("class counts", "class_counts", _measure, _judge)

@@ -107,12 +107,7 @@ def points_of(fit: Fit) -> tuple[str, ...]:
     """Latent sites without a density: of a family that says so, or a lone Delta."""
     guide_sites, latent = _guide_sites(fit)
     tied = {name for names, parts in tied_sites(fit) if len(parts) > len(names) for name in names}
-    said = {
-        n
-        for family, names in getattr(fit.guide, "groups", ())
-        if "not a bound" in family.label
-        for n in names
-    }
+    said = {n for family, names in getattr(fit.guide, "groups", ()) if not family.has_density for n in names}
     return tuple(n for n in latent if n in said or (guide_sites[n] is dist.Delta and n not in tied))
 
 

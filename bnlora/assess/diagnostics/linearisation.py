@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from bnlora.assess.diagnostics.finding import Finding
-from bnlora.assess.diagnostics.sample import Sample
+from bnlora._util.finding import Finding
+from bnlora.assess.diagnostics.examination import Diagnostic
+from bnlora.assess.diagnostics.sample import Sample, first_draws
 from bnlora.data.batch import Batch
-from bnlora.prediction.predict import predict_with_draws
 
 ROWS, DRAWS = 32, 16
 """Rows and draws that are compared: each pair costs a pass through the network."""
@@ -36,37 +36,48 @@ class Linearisation:
     largest: float
     num_rows: int
 
-    @property
-    def finding(self) -> Finding:
-        """The distances in words."""
-        measured = (
-            f"a tangent posterior: with the mean of its draws as adapters the network's probabilities differ "
-            f"by {self.at_mean:.3f} from the tangent's, with single draws by {self.at_draws:.3f} (largest "
-            f"{self.largest:.2f}, {self.num_rows} rows); its draws are no adapters of the network"
-        )
-        return Finding("linearisation", "fine", measured, self.at_draws)
 
-
-def linearisation(drawn: Sample, data: Batch) -> Linearisation | None:
-    """Compare the network with its tangent; None where the fit is one of the network.
+def linearisation(drawn: Sample, data: Batch) -> Linearisation:
+    """Compare the network with its tangent.
 
     Args:
-        drawn: A sample of a fit.
+        drawn: A sample of a fit of the tangent model.
         data: Rows; the first 32 are used, labels are not read.
     """
     model = drawn.fit.model
-    if model.kind == "network":
-        return None
-    some = jax.tree.map(lambda x: np.asarray(x[:DRAWS]), drawn.drawn[1])
+    some = first_draws(drawn.drawn[1], DRAWS)
     # The mean of the updates, which factors at fixed `a` have: the mean of `b`.
     mean = jax.tree.map(lambda x: np.asarray(x, np.float64).mean(0, keepdims=True).astype(x.dtype), some)
     adapters = jax.tree.map(lambda x, y: np.concatenate([x, y]), some, mean)
-    rows, size, console = data[:ROWS], drawn.batch_size, drawn.console
-    models = model.network, model
-    pair = (predict_with_draws(m, adapters, rows, batch_size=size, console=console) for m in models)
+    pair = (drawn.predict(adapters, data[:ROWS], "linearisation", m) for m in (model.network, model))
     network, tangent = (np.exp(found.draw_log_probs) for found in pair)
     distances = 0.5 * np.abs(network - tangent).sum(-1)
     inner = distances[:-1]
     return Linearisation(
         float(distances[-1].mean()), float(inner.mean()), float(inner.max()), distances.shape[1]
     )
+
+
+def passes(num_rows: int) -> int:
+    """Forward passes of both models."""
+    return 2 * min(ROWS, num_rows) * (DRAWS + 1)
+
+
+def distance(measured: Linearisation) -> Finding:
+    """The distances in words; they are no fault of the posterior of the tangent model."""
+    sentence = (
+        f"a tangent posterior: with the mean of its draws as adapters the network's probabilities differ "
+        f"by {measured.at_mean:.3f} from the tangent's, with single draws by {measured.at_draws:.3f} "
+        f"(largest {measured.largest:.2f}, {measured.num_rows} rows); its draws are no adapters of the "
+        "network"
+    )
+    return Finding("linearisation", "fine", sentence, measured.at_draws)
+
+
+LINEARISATION = Diagnostic(
+    name="linearisation",
+    measurement="linearisation",
+    measure=lambda exam: linearisation(exam.drawn, exam.rows),
+    judge=lambda measured, _: distance(measured),
+    needs=("tangent",),
+)

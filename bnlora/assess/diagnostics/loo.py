@@ -12,6 +12,10 @@ Of many rows a random part is left out and the sum over the others estimated by 
 likelihood (Magnusson et al. 2019), which adds `subsampling_error`. That saves the smoothing, not the
 forward passes: the joint density in the weights is over all rows.
 
+| finding       | problem                                | caution                     |
+|---------------|----------------------------------------|-----------------------------|
+| leave-one-out | k-hat above 0.7 in a tenth of the rows | k-hat above 0.7 in some row |
+
 References: Vehtari, Gelman and Gabry (2017), arXiv 1507.04544; Magnusson, Andersen, Jonasson and Vehtari
 (2019), arXiv 1904.10679, for approximate posteriors and subsampling; Yao et al. (2018), arXiv 1704.02030,
 for stacking.
@@ -26,10 +30,21 @@ from jaxtyping import Float, Int
 
 from bnlora._util.checks import check_at_least
 from bnlora._util.display import Shown, Table
+from bnlora._util.finding import Finding
+from bnlora.assess.diagnostics.examination import Diagnostic, Examination
 from bnlora.assess.diagnostics.sample import Sample, sample_of
 from bnlora.assess.diagnostics.tree import tree_of_draws
 from bnlora.infer.svi.result import Fit
 from bnlora.metrics.monte_carlo import approximate_loo, compare_elpd, smoothed_weights
+
+MOST_ROWS = 500
+"""Training rows above which a diagnosis leaves out a random part of them, unless told otherwise."""
+
+MANY = 0.1
+"""Share of the rows with a k-hat above `HOPELESS` from which it is a problem."""
+
+HOPELESS = 0.7
+"""k-hat above which no feasible number of draws helps; below, more of them do."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -177,3 +192,37 @@ def _require_density(drawn: Sample) -> None:
             "leave-one-out by importance weights needs a guide with a density over every latent site; this "
             "one sets some to a point: hold rows out instead"
         )
+
+
+def left_out(left: LeaveOneOut, *, whole_failed: bool) -> Finding:
+    """Whether leave-one-out can be believed."""
+    bad, size = int((~(left.pareto_k <= HOPELESS)).sum()), len(left.rows)  # so that NaN is bad
+    sentence = (
+        f"elpd {left.elpd:.1f} ± {left.error:.1f} nats, {left.p:.1f} effective parameters; k-hat above "
+        f"{HOPELESS:g} in {bad} of {size} rows, above {left.threshold:.2f} in {len(left.unreliable)}"
+    )
+    numbers = (bad / size, MANY)
+    if not (bad or whole_failed):
+        return Finding("leave-one-out", "fine", sentence, *numbers)
+    if whole_failed:
+        remedy = (
+            "The weights of the whole fit fail (k-hat), so these must: mend that first, or hold rows out."
+        )
+        return Finding("leave-one-out", "not asked", sentence, *numbers, remedy)
+    shown = ", ".join(map(str, left.unreliable[:5]))
+    remedy = f"Look at the training rows {shown}, and hold them out in fits of their own."
+    return Finding("leave-one-out", "problem" if bad / size > MANY else "caution", sentence, *numbers, remedy)
+
+
+def _measure(exam: Examination) -> LeaveOneOut:
+    some = len(exam.fit.train) > MOST_ROWS and exam.request.leave_out is None
+    return loo(exam.drawn, observations=MOST_ROWS if some else exam.request.leave_out)
+
+
+LEAVE_OUT = Diagnostic(
+    name="leave-one-out",
+    measurement="loo",
+    measure=_measure,
+    judge=lambda left, exam: left_out(left, whole_failed=exam.weights_failed),
+    needs=("density",),
+)

@@ -12,11 +12,17 @@ of their pooled ranks, which no heavy tail upsets, and smoothed there with Gauss
 width, by which the estimate of small overlaps is a little high. Its standard error is that of a jackknife
 over ten groups of draws.
 
+| finding             | problem                                | caution                                    |
+|---------------------|----------------------------------------|--------------------------------------------|
+| learned             | all overlaps of functions above 0.9    | some family's update is as under the prior |
+| prior and posterior | norm of an update outside of the prior |                                            |
+
 References: Inman and Bradley (1989), The overlapping coefficient as a measure of agreement between
 probability distributions; Garrett and Zeger (2000), Latent class model diagnosis, for overlaps of prior and
 posterior.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +32,26 @@ from scipy.special import ndtri
 from scipy.stats import rankdata
 
 from bnlora._util.display import Shown, Table
+from bnlora._util.finding import Finding
+from bnlora.assess.diagnostics.examination import Diagnostic
 from bnlora.assess.diagnostics.sample import Sample, sample_of
+from bnlora.assess.diagnostics.shrinkage import UPDATE, Shrinkage
+from bnlora.assess.diagnostics.subject import Subject
 from bnlora.data.batch import Batch
 from bnlora.infer.svi.result import Fit
 from bnlora.prediction.functions import PROBES, identifiable, stacked
 
 GROUPS = 10
+
+SAME = 0.9
+"""Overlap of prior and posterior from which they count as one."""
+
+AS_WIDE = 0.97
+"""Ratio of posterior to prior spread from which a layer counts as unlearned."""
+
+OUTSIDE = 0.001
+"""Prior probability beyond the posterior median below which the two are in conflict."""
+
 GRID = np.linspace(-4.5, 4.5, 181)
 
 
@@ -41,16 +61,16 @@ class Overlap(Shown):
 
     Attributes:
         names: Name of each function.
-        posterior: Draws, shape (draw, function).
-        prior: Draws, shape (draw, function).
+        posterior: Draws of each function.
+        prior: Draws of each function.
         value: Overlap of each function, between 0 and 1.
         error: Standard error of each.
         position: Probability under the prior of at most the posterior median.
     """
 
     names: tuple[str, ...]
-    posterior: Float[np.ndarray, "s k"]
-    prior: Float[np.ndarray, "s k"]
+    posterior: tuple[Float[np.ndarray, " s"], ...]
+    prior: tuple[Float[np.ndarray, " s"], ...]
     value: Float[np.ndarray, " k"]
     error: Float[np.ndarray, " k"]
     position: Float[np.ndarray, " k"]
@@ -61,8 +81,9 @@ class Overlap(Shown):
         import pandas
 
         columns = {"overlap": self.value, "error": self.error, "position": self.position}
-        columns |= {"posterior_mean": self.posterior.mean(0), "posterior_sd": self.posterior.std(0, ddof=1)}
-        columns |= {"prior_mean": self.prior.mean(0), "prior_sd": self.prior.std(0, ddof=1)}
+        for side, draws in (("posterior", self.posterior), ("prior", self.prior)):
+            columns[f"{side}_mean"] = np.array([x.mean() for x in draws])
+            columns[f"{side}_sd"] = np.array([x.std(ddof=1) for x in draws])
         return pandas.DataFrame(columns, index=pandas.Index(self.names, name="function"))
 
     @property
@@ -70,7 +91,7 @@ class Overlap(Shown):
         """The table."""
         rows = tuple(
             (name, f"{self.value[k]:.2f} ± {self.error[k]:.2f}", f"{self.position[k]:.3f}")
-            + tuple(f"{x[:, k].mean():.3g} ± {x[:, k].std(ddof=1):.3g}" for x in (self.posterior, self.prior))
+            + tuple(f"{x[k].mean():.3g} ± {x[k].std(ddof=1):.3g}" for x in (self.posterior, self.prior))
             for k, name in enumerate(self.names)
         )
         header = ("function", "overlap", "position", "posterior, mean ± sd", "prior")
@@ -89,12 +110,19 @@ def overlap(fit: Fit | Sample, data: Batch) -> Overlap:
     """
     drawn = sample_of(fit)
     drawn.require_prior("an overlap")
-    names, posterior = probe_values(drawn, drawn.drawn[1], data)
-    _, prior = probe_values(drawn, drawn.prior_adapters, data)
-    found = [overlap_of_draws(posterior[:, k], prior[:, k]) for k in range(len(names))]
-    value, error = (np.array(x) for x in zip(*found, strict=True))
-    position = (prior <= np.median(posterior, axis=0)).mean(0)
-    return Overlap(names, posterior, prior, value, error, position)
+    functions = identifiable(drawn.fit.model, data[:PROBES])
+    posterior, prior = (functions.by_draw(x, None) for x in (drawn.drawn[1], drawn.prior_adapters))
+    return overlap_by_name(posterior, prior)
+
+
+def overlap_by_name(posterior: Mapping[str, Any], prior: Mapping[str, Any]) -> Overlap:
+    """Overlap of functions from draws of each under posterior and prior, which may differ in number."""
+    names = tuple(sorted(posterior))
+    at, below = (tuple(np.asarray(x[name], np.float64) for name in names) for x in (posterior, prior))
+    pairs = list(zip(at, below, strict=True))
+    value, error = (np.array(x) for x in zip(*(overlap_of_draws(*pair) for pair in pairs), strict=True))
+    position = np.array([(y <= np.median(x)).mean() for x, y in pairs])
+    return Overlap(names, at, below, value, error, position)
 
 
 def probe_values(drawn: Sample, adapters: Any, data: Batch) -> tuple[tuple[str, ...], np.ndarray]:
@@ -123,3 +151,71 @@ def _smooth(scores: np.ndarray) -> np.ndarray:
     width = max(width, GRID[1] - GRID[0])
     density = np.exp(-0.5 * ((GRID[:, None] - scores) / width) ** 2).sum(1)
     return density / density.sum()
+
+
+def learned(shared: Overlap, spread: Shrinkage) -> Finding:
+    """Whether the posterior differs from the prior, and where it does not."""
+    least, k = float(shared.value.min()), int(shared.value.argmin())
+    cells = [c for c in spread.cells if c.factor == UPDATE and np.isfinite(c.ratio)]
+    sentence = (
+        f"least overlap of prior and posterior {least:.2f} ± {shared.error[k]:.2f}, in {shared.names[k]} (at "
+        f"most {SAME:g}); {spread.total_words}"
+    )
+    if least > SAME:
+        remedy = "The data changed hardly anything: raise the prior's scale, give more rows, or adapt others."
+        return Finding("learned", "problem", sentence, least, SAME, remedy)
+    by_family: dict[str, list[float]] = {}
+    for cell in cells:
+        by_family.setdefault(cell.family, []).append(cell.ratio - 2 * cell.ratio_error)
+    same = {n.split("[")[-1][:-1] for n, x in zip(shared.names, shared.value, strict=True) if x > SAME}
+    idle = [family for family, low in by_family.items() if min(low) > AS_WIDE and family in same]
+    if idle:
+        sentence += f"; size and spread of the update as under the prior: {', '.join(idle)}"
+        remedy = (
+            f"A few directions of {', '.join(idle)} may count all the same: compare the evidence with and "
+            "without it (bnlora.choose_scales under a core prior), or predictions of validation rows; if "
+            "nothing is lost, leave it out."
+        )
+        return Finding("learned", "caution", sentence, least, SAME, remedy)
+    if cells:
+        ratios = [cell.ratio for cell in cells]
+        sentence += f"; spread of the updates {min(ratios):.2f} to {max(ratios):.2f} of the prior's"
+    return Finding("learned", "fine", sentence, least, SAME)
+
+
+def conflict(shared: Overlap, about: Subject) -> Finding:
+    """Whether the sizes of the updates are ones that the prior allows."""
+    norms = [k for k, name in enumerate(shared.names) if name.startswith("norm[")]
+    tail = np.minimum(shared.position, 1 - shared.position)
+    k = min(norms, key=lambda i: tail[i])
+    position = float(shared.position[k])
+    sentence = (
+        f"the posterior median of {shared.names[k]} is at {position:.1%} of {len(shared.prior[k])} draws of "
+        f"the prior (between {OUTSIDE:.1%} and {1 - OUTSIDE:.1%})"
+    )
+    if tail[k] >= OUTSIDE:
+        return Finding("prior and posterior", "fine", sentence, position, OUTSIDE)
+    wider = position > 0.5
+    remedy = (
+        f"The updates are {'larger' if wider else 'smaller'} than nearly any draw of the prior: "
+        f"{'raise' if wider else 'lower'} its scale"
+        + ("." if about.learns_scale else ", or learn it with priors.learned(...).")
+    )
+    return Finding("prior and posterior", "problem", sentence, position, OUTSIDE, remedy)
+
+
+LEARNED = Diagnostic(
+    name="learned",
+    measurement="overlap",
+    measure=lambda exam: overlap_by_name(exam.posterior, exam.prior),
+    judge=lambda shared, exam: learned(shared, exam.measurements["shrinkage"]),
+    needs=("prior", "draws of the prior"),
+)
+
+CONFLICT = Diagnostic(
+    name="prior and posterior",
+    measurement="overlap",
+    measure=LEARNED.measure,
+    judge=lambda shared, exam: conflict(shared, exam.about),
+    needs=LEARNED.needs,
+)

@@ -11,6 +11,10 @@ against bands that contain all of it with probability `level`:
 with gamma found by simulation of uniform samples, and a p-value from the same simulation. Skewed: one end
 of the classes is predicted too often; a hill in the middle: predictions too cautious; a valley: too sure.
 
+| finding | problem | caution      |
+|---------|---------|--------------|
+| LOO-PIT |         | p below 0.01 |
+
 Reference: Czado, Gneiting and Held (2009), Predictive model assessment for count data; Saeilynoja, Buerkner
 and Vehtari (2022), Graphical test for discrete uniformity, arXiv 2103.10522.
 """
@@ -23,12 +27,17 @@ from jaxtyping import Float, Int
 from scipy.stats import binom
 
 from bnlora._util.checks import check_level, class_numbers
+from bnlora._util.finding import Finding
+from bnlora.assess.diagnostics.examination import Diagnostic, Examination
 from bnlora.assess.diagnostics.loo import loo_probs
 from bnlora.assess.diagnostics.sample import Sample, sample_of
 from bnlora.infer.svi.result import Fit
 
 SIMULATIONS = 2000
 POINTS = 50
+
+LEAST_P = 0.01
+"""P-value below which the finding is a caution. A page shows the band of this level."""
 
 
 @dataclass(frozen=True)
@@ -125,3 +134,42 @@ def _tails(count: int) -> tuple[np.ndarray, np.ndarray]:
     """P(X <= k) and P(X >= k) of binomial counts at every point of the grid, shape (point, count + 1)."""
     grid, k = np.arange(1, POINTS)[:, None] / POINTS, np.arange(count + 1)
     return binom.cdf(k, count, grid), binom.sf(k - 1, count, grid)
+
+
+def transforms(pit: Pit, *, reliable: bool) -> Finding:
+    """Whether the training labels are as random as leave-one-out says."""
+    if not reliable:
+        return Finding("LOO-PIT", "not asked", "leave-one-out cannot be believed here")
+    where = "within" if pit.inside else "outside"
+    sentence = (
+        f"{where} the simultaneous {pit.level:.0%} band, p {pit.p_value:.3f} (at least {LEAST_P:g}), "
+        f"{len(pit.values)} training rows"
+    )
+    if pit.p_value >= LEAST_P:
+        return Finding("LOO-PIT", "fine", sentence, pit.p_value, LEAST_P)
+    remedy = f"The predictions do not fit the labels{_shape(pit.values)}: check labels, template and words."
+    return Finding("LOO-PIT", "caution", sentence, pit.p_value, LEAST_P, remedy)
+
+
+def _shape(values: Float[np.ndarray, " n"]) -> str:
+    """How transforms differ from uniform ones, where their mean or spread is two standard errors off."""
+    centred, root = values - 0.5, len(values) ** 0.5
+    lean = centred.mean() * root * 12**0.5
+    if abs(lean) > 2:
+        return f", the {'last' if lean > 0 else 'first'} classes come more often than predicted"
+    spread = ((centred**2).mean() - 1 / 12) * root * 180**0.5
+    if abs(spread) > 2:
+        return f", they are too {'sure' if spread > 0 else 'cautious'} (inference.fit_temperature helps)"
+    return ""
+
+
+def _measure(exam: Examination) -> Pit:
+    drawn, labels = exam.drawn, np.asarray(exam.fit.train.labels)
+    return randomised_pit(drawn.random(4), loo_probs(drawn), labels, level=1 - LEAST_P)
+
+
+def _judge(pit: Pit, exam: Examination) -> Finding:
+    return transforms(pit, reliable=exam.findings["leave-one-out"].status in ("fine", "caution"))
+
+
+TRANSFORMS = Diagnostic("LOO-PIT", "pit", _measure, _judge, needs=("density",))

@@ -8,6 +8,10 @@ independent draws changes nothing but the bookkeeping. At the threshold of 1.05 
 third of the posterior standard deviation. It is the rank-normalised R-hat of values and of their distances
 to the median, so that fits with other spreads are found too.
 
+| finding  | problem                                  | caution |
+|----------|------------------------------------------|---------|
+| restarts | nested R-hat of some function above 1.05 |         |
+
 The bound has an R-hat of its own, over the last fifth of the steps of each fit, and the bounds themselves
 are given: of several optima the one with the highest bound is the closest to the posterior in KL.
 
@@ -24,15 +28,21 @@ from jaxtyping import Float
 
 from bnlora._util.checks import check_at_least
 from bnlora._util.display import Shown, Table
+from bnlora._util.finding import Finding
 from bnlora.assess.diagnostics.bound import WINDOWS, bound
+from bnlora.assess.diagnostics.examination import Diagnostic
 from bnlora.assess.diagnostics.overlap import probe_values
-from bnlora.assess.diagnostics.sample import Sample, sample_of
+from bnlora.assess.diagnostics.sample import Sample, first_draws, sample_of
 from bnlora.assess.diagnostics.updates import singular_values
 from bnlora.data.batch import Batch
 from bnlora.infer.svi.result import Fit
 from bnlora.metrics.monte_carlo import nested_rhat, rank_rhat
 
 THRESHOLD = 1.05
+
+MOST_SHOWN = 100
+"""Nested R-hat above which it is said to be so large; that of points which differ is decided by rounding."""
+
 SUBCHAINS = 4
 
 
@@ -123,7 +133,7 @@ def restarts(fits: Sequence[Fit | Sample], data: Batch) -> Restarts:
 
 def _values(drawn: Sample, data: Batch) -> tuple[tuple[str, ...], np.ndarray]:
     """Names and draws of margins, norms and singular values."""
-    _, adapters = drawn.drawn
+    adapters = first_draws(drawn.drawn[1], drawn.few)
     names, values = probe_values(drawn, adapters, data)
     columns = [values]
     for family, site in drawn.fit.model.sites.items():
@@ -157,3 +167,44 @@ def _require_same(drawn: Sequence[Sample]) -> None:
                 f"all fits must have the {first.num_draws} draws of the first; fit {number} has "
                 f"{one.num_draws}"
             )
+
+
+def agreement(fits: Restarts) -> Finding:
+    """Whether fits from other keys agree."""
+    bounds = f"over {len(fits.bounds)} fits with bounds {', '.join(f'{x:.1f}' for x in fits.bounds)} nats"
+    if not len(fits.rhat):
+        return Finding("restarts", "not asked", f"every function is the same in all draws, {bounds}")
+    k = fits.worst
+    rhat = float(fits.rhat[k])
+    if np.isnan(rhat):
+        sentence = f"{fits.names[k]} has no nested R-hat, {bounds}"
+        remedy = "Its draws are not finite or do not vary: look at the fits one by one."
+        return Finding("restarts", "problem", sentence, rhat, THRESHOLD, remedy)
+    said = f"{rhat:.2f}" if rhat < MOST_SHOWN else f"above {MOST_SHOWN}"
+    sentence = f"nested R-hat {said} in {fits.names[k]} (at most {THRESHOLD:g}) {bounds}"
+    if fits.passed:
+        return Finding("restarts", "fine", sentence, rhat, THRESHOLD)
+    remedy = (
+        f"The fits found different posteriors: {_higher_bound(fits)}fit longer and from better starts until "
+        "they agree."
+    )
+    return Finding("restarts", "problem", sentence, rhat, THRESHOLD, remedy)
+
+
+def _higher_bound(fits: Restarts) -> str:
+    """Which fit to take, where its bound is above that of every other by more than the noise of both."""
+    best = int(fits.bounds.argmax())
+    gaps = fits.bounds[best] - np.delete(fits.bounds, best)
+    noise = 2 * np.hypot(fits.bound_errors[best], np.delete(fits.bound_errors, best))
+    if (gaps > noise).all():
+        return f"take number {best + 1}, whose bound is the highest, or "
+    return "their bounds do not tell which is the better one; "
+
+
+AGREEMENT = Diagnostic(
+    name="restarts",
+    measurement="restarts",
+    measure=lambda exam: restarts([exam.drawn, *exam.others], exam.data),
+    judge=lambda fits, _: agreement(fits),
+    needs=("other fits",),
+)

@@ -1,9 +1,22 @@
-"""Draws of a fit and of its prior, made once for all diagnostics that look at them.
+r"""Draws of a fit and of its prior, made once for all diagnostics that look at them.
 
 Every diagnostic takes a fit, or a `Sample` of it: `khat(fit)` draws anew, while `s = sample(fit)` followed
-by `khat(s)` and `shrinkage(s)` draws once. What is expensive is computed when it is first asked for.
+by `khat(s)` and `shrinkage(s)` draws once. What is expensive is computed when it is first needed.
+
+Draws are cheap, and predictions of all rows by each of them are not. With `first_look` rows are predicted by
+so many draws first, and their number is doubled until it is enough. For the training rows it is enough when
+the importance weights fail for certain, because nothing that more draws would sharpen is then reported. That
+is so when k-hat is two standard errors above its threshold and two away from one, where
+
+    se(k) = (1 + k) / M^(1/2),    M = min(S / 5, 3 S^(1/2)) draws in the tail,
+
+the asymptotic error of the shape of a Pareto law. Where the weights work, all draws are used.
+
+Reference: Smith (1987), Estimating tails of probability distributions, for the error of the shape.
 """
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,9 +28,11 @@ from jaxtyping import Float
 from rich.console import Console
 
 from bnlora._util.checks import check_at_least, check_key
+from bnlora._util.progress import OneBar
 from bnlora._util.typing import Adapters
+from bnlora.data.batch import Batch
 from bnlora.infer.svi.result import Fit
-from bnlora.metrics.khat import LEAST_DRAWS, has_density
+from bnlora.metrics.khat import LEAST_DRAWS, KHat, has_density, khat
 from bnlora.prediction.predict import Prediction, predict_with_draws
 from bnlora.priors.declared import require_drawable
 from bnlora.program.density import check_parameters
@@ -34,6 +49,7 @@ class Sample:
         num_draws: Number of draws S of the guide, and of the prior.
         batch_size: Rows to run at a time.
         console: Where progress is drawn.
+        first_look: Number of draws that rows are first predicted with; None to use all draws at once.
     """
 
     fit: Fit
@@ -41,6 +57,12 @@ class Sample:
     num_draws: int
     batch_size: int
     console: Console | None = None
+    first_look: int | None = None
+
+    @property
+    def few(self) -> int:
+        """Number of draws for what needs no more than a first look."""
+        return self.num_draws if self.first_look is None else self.first_look
 
     @cached_property
     def drawn(self) -> tuple[Draw, Adapters]:
@@ -61,26 +83,77 @@ class Sample:
 
     @cached_property
     def train_prediction(self) -> Prediction:
-        """Predictions of the training rows by every draw."""
-        _, adapters = self.drawn
-        return predict_with_draws(
-            self.fit.model, adapters, self.fit.train, batch_size=self.batch_size, console=self.console
-        )
+        """Predictions of the training rows by the first draws: all, or as many as show that weights fail."""
+        return self.predict_until(self._is_settled, self.drawn[1], self.fit.train, "training rows")
+
+    @property
+    def num_used(self) -> int:
+        """Number of draws that the training rows were predicted with."""
+        return len(self.train_prediction.draw_log_probs)
 
     @property
     def log_likelihood(self) -> Float[np.ndarray, "s n"]:
-        """Log-likelihood of every training row under every draw, in nats."""
+        """Log-likelihood of every training row under every used draw, in nats."""
         return self.train_prediction.log_probs_of(self.fit.train.labels)
 
     @property
     def log_joint(self) -> Float[np.ndarray, " s"]:
-        """Log prior plus log-likelihood of the training rows, in nats."""
-        return np.asarray(self.drawn[0].log_prior, np.float64) + self.log_likelihood.sum(1)
+        """Log prior plus log-likelihood of the training rows under every used draw, in nats."""
+        return self._log_joint(self.train_prediction)
 
     @property
     def log_q(self) -> Float[np.ndarray, " s"]:
-        """Log-density under the guide, in nats."""
-        return np.asarray(self.drawn[0].log_q, np.float64)
+        """Log-density of every used draw under the guide, in nats."""
+        return np.asarray(self.drawn[0].log_q, np.float64)[: self.num_used]
+
+    def _log_joint(self, prediction: Prediction) -> Float[np.ndarray, " s"]:
+        log_likelihood = prediction.log_probs_of(self.fit.train.labels).sum(1)
+        return np.asarray(self.drawn[0].log_prior, np.float64)[: len(log_likelihood)] + log_likelihood
+
+    def _is_settled(self, prediction: Prediction) -> bool:
+        """Whether more draws would not help: there are no weights, or they fail for certain."""
+        if not self.has_density:
+            return True
+        log_joint = self._log_joint(prediction)
+        return is_hopeless(khat(log_joint, np.asarray(self.drawn[0].log_q, np.float64)[: len(log_joint)]))
+
+    def predict(self, adapters: Adapters, rows: Batch, label: str, model: Any = None) -> Prediction:
+        """Predictions of rows by every draw of some adapters.
+
+        Args:
+            adapters: Adapters with a leading draw axis.
+            rows: Rows to predict.
+            label: What a progress bar calls it.
+            model: The classifier; that of the fit when omitted.
+        """
+        work = len(rows) * len(jax.tree.leaves(adapters)[0])
+        bar = self.console.part(label, work) if isinstance(self.console, OneBar) else nullcontext()
+        with bar:
+            classifier, size = model or self.fit.model, self.batch_size
+            return predict_with_draws(classifier, adapters, rows, batch_size=size, console=self.console)
+
+    def predict_until(
+        self, enough: Callable[[Prediction], bool], adapters: Adapters, rows: Batch, label: str
+    ) -> Prediction:
+        """Predictions of rows by the first draws, whose number is doubled until they are enough.
+
+        Args:
+            enough: Whether the predictions have a standard error that is small enough.
+            adapters: Adapters with a leading draw axis.
+            rows: Rows to predict.
+            label: What a progress bar calls it.
+        """
+        total = len(jax.tree.leaves(adapters)[0])
+        used = total if self.first_look is None else min(self.first_look, total)
+        prediction = self.predict(first_draws(adapters, used), rows, label)
+        while used < total and not enough(prediction):
+            more = jax.tree.map(lambda x, begin=used: x[begin:], first_draws(adapters, 2 * used))
+            if isinstance(self.console, OneBar):
+                self.console.more(len(rows) * min(used, total - used))
+            added = self.predict(more, rows, f"{label}, more draws")
+            joined = np.concatenate([prediction.draw_log_probs, added.draw_log_probs])
+            prediction, used = Prediction(joined), len(joined)
+        return prediction
 
     @cached_property
     def has_density(self) -> bool:
@@ -125,6 +198,7 @@ def sample(
     batch_size: int = 32,
     key: Array | None = None,
     console: Console | None = None,
+    first_look: int | None = None,
 ) -> Sample:
     """Prepare draws of a fit for several diagnostics.
 
@@ -134,6 +208,8 @@ def sample(
         batch_size: Rows to run at a time.
         key: Random key; the fit's own when omitted, so that two calls agree.
         console: Where to draw progress bars; the terminal or notebook when omitted.
+        first_look: Number of draws that rows are predicted with at first. It is doubled, up to
+            `num_draws`, while standard errors ask for more. Omitted, all draws are used at once.
 
     Raises:
         ValueError: When it is no fit by `bnlora.fit`, there are fewer than 25 draws, or no row at a time.
@@ -146,7 +222,26 @@ def sample(
         )
     check_at_least({"num_draws": num_draws}, LEAST_DRAWS)
     check_at_least({"batch_size": batch_size}, 1)
-    return Sample(fit, fit.draw_key if key is None else check_key(key), num_draws, batch_size, console)
+    if first_look is not None:
+        check_at_least({"first_look": first_look}, LEAST_DRAWS)
+    return Sample(
+        fit, fit.draw_key if key is None else check_key(key), num_draws, batch_size, console, first_look
+    )
+
+
+def first_draws(stacked: Any, count: int) -> Any:
+    """The first `count` entries of arrays with a leading draw axis, as NumPy arrays."""
+    return jax.tree.map(lambda x: np.asarray(x)[:count], stacked)
+
+
+def is_hopeless(found: KHat) -> bool:
+    """Whether k-hat is two standard errors above its threshold, and that far from one too."""
+    if np.isinf(found.value):
+        return found.value > 0
+    count = found.num_draws
+    tail = int(3 * count**0.5) if count > 225 else count // 5  # the draws that the Pareto law is fitted to
+    error = max(1 + found.value, 0.5) / tail**0.5
+    return found.value > found.threshold + 2 * error and abs(found.value - 1) > 2 * error
 
 
 def _from_prior(fit: Fit, params: Any, key: Array) -> dict[str, Array]:

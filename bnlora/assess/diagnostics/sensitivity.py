@@ -14,6 +14,10 @@ claims. The power acts on the density of all latent sites (all adapter weights),
 with the square root of half their number. In thousands of dimensions even a power of 0.99 gives uneven
 weights; `khat_prior` and `khat_likelihood` say whether the weights can be believed.
 
+| finding       | problem | caution                          |
+|---------------|---------|----------------------------------|
+| power-scaling |         | some margin depends on the prior |
+
 Reference: Kallioinen, Paananen, Buerkner and Vehtari (2024), arXiv 2107.14054.
 """
 
@@ -24,13 +28,17 @@ import numpy as np
 from jaxtyping import Float
 
 from bnlora._util.display import Shown, Table
+from bnlora._util.finding import Finding
+from bnlora.assess.diagnostics.examination import Diagnostic, Examination
 from bnlora.assess.diagnostics.hyper import log_prior_groups
 from bnlora.assess.diagnostics.overlap import probe_values
-from bnlora.assess.diagnostics.sample import Sample, sample_of
+from bnlora.assess.diagnostics.sample import Sample, first_draws, sample_of
 from bnlora.assess.diagnostics.tree import tree_of_draws
 from bnlora.data.batch import Batch
 from bnlora.infer.svi.result import Fit
+from bnlora.metrics.khat import KHat
 from bnlora.metrics.monte_carlo import pareto_k, power_sensitivity
+from bnlora.prediction.functions import stacked
 
 THRESHOLD = 0.05
 ALPHA = 0.99
@@ -46,6 +54,7 @@ class Sensitivity(Shown):
         likelihood: Sensitivity of each to the likelihood of the training rows.
         khat_prior: Pareto k-hat of the weights behind `prior`.
         khat_likelihood: Of those behind `likelihood`.
+        num_draws: Number of draws.
     """
 
     names: tuple[str, ...]
@@ -53,6 +62,7 @@ class Sensitivity(Shown):
     likelihood: Float[np.ndarray, " k"]
     khat_prior: float
     khat_likelihood: float
+    num_draws: int
 
     @property
     def conflicts(self) -> tuple[str, ...]:
@@ -99,19 +109,78 @@ def sensitivity(fit: Fit | Sample, data: Batch) -> Sensitivity:
     """
     drawn = sample_of(fit)
     drawn.require_prior("power-scaling")
-    draw, adapters = drawn.drawn
-    names, values = probe_values(drawn, adapters, data)
-    by_group = log_prior_groups(drawn.fit.model, draw.log_prior_of)
+    adapters = first_draws(drawn.drawn[1], drawn.num_used)
+    return sensitivity_of(drawn, *probe_values(drawn, adapters, data))
+
+
+def sensitivity_of(drawn: Sample, names: tuple[str, ...], values: Float[np.ndarray, "s k"]) -> Sensitivity:
+    """Power-scaling sensitivity of functions.
+
+    Args:
+        drawn: A sample of a fit.
+        names: Names of the functions.
+        values: Their values at the first draws of the sample, at most as many as the training rows were
+            predicted with.
+    """
+    count = len(values)
+    log_likelihood = drawn.log_likelihood[:count]
+    by_group = log_prior_groups(drawn.fit.model, first_draws(drawn.drawn[0].log_prior_of, count))
     tree = tree_of_draws(
         {
             "posterior": {"value": values},
             "log_prior": by_group,
-            "log_likelihood": {"y": drawn.log_likelihood},
+            "log_likelihood": {"y": log_likelihood},
         },
         dims={"value": ["function"], "y": ["row"]},
         coords={"function": list(names)},
     )
     prior, likelihood = (power_sensitivity(tree, group)["value"] for group in ("prior", "likelihood"))
     log_prior = sum(by_group.values(), start=np.zeros(len(values)))
-    scaled = [pareto_k((ALPHA - 1) * x) for x in (log_prior, drawn.log_likelihood.sum(1))]
-    return Sensitivity(names, prior, likelihood, *scaled)
+    of_prior, of_likelihood = (pareto_k((ALPHA - 1) * x) for x in (log_prior, log_likelihood.sum(1)))
+    return Sensitivity(names, prior, likelihood, of_prior, of_likelihood, count)
+
+
+def power_scaling(measured: Sensitivity) -> Finding:
+    """Whether another strength of the prior would change the answer."""
+    worst = max(measured.khat_prior, measured.khat_likelihood)
+    limit = KHat(worst, measured.num_draws).threshold
+    if worst > limit:
+        sentence = f"the weights of a changed power have k-hat {worst:.2f} (at most {limit:.2f})"
+        return Finding("power-scaling", "not asked", sentence, worst, limit, "Fit again under another scale.")
+    # Norms hold what is added to all classes alike, which only the prior knows: margins are what is asked.
+    margins = [
+        k
+        for k, name in enumerate(measured.names)
+        if name.startswith("margin[") and np.isfinite([measured.prior[k], measured.likelihood[k]]).all()
+    ]
+    if not margins:
+        return Finding("power-scaling", "not asked", "no margin has a sensitivity: their draws do not vary")
+    both, alone = (
+        sum(measured.names[k] in names for k in margins)
+        for names in (measured.conflicts, measured.prior_alone)
+    )
+    k = max(margins, key=lambda i: measured.prior[i])
+    sentence = (
+        f"of {len(margins)} margins {both} depend on prior and data, {alone} on the prior alone; most on "
+        f"the prior: {measured.names[k]}, {measured.prior[k]:.2f} (below {THRESHOLD:g}; its data "
+        f"{measured.likelihood[k]:.2f})"
+    )
+    numbers = (float(measured.prior[k]), THRESHOLD)
+    if not both + alone:
+        return Finding("power-scaling", "fine", sentence, *numbers)
+    remedy = "Report how these predictions change under a wider and a narrower prior: both matter."
+    return Finding("power-scaling", "caution", sentence, *numbers, remedy)
+
+
+def _measure(exam: Examination) -> Sensitivity:
+    count = min(exam.drawn.num_used, len(exam.prediction.draw_log_probs))
+    return sensitivity_of(exam.drawn, *stacked(first_draws(exam.posterior, count)))
+
+
+SCALING = Diagnostic(
+    name="power-scaling",
+    measurement="sensitivity",
+    measure=_measure,
+    judge=lambda measured, _: power_scaling(measured),
+    needs=("prior",),
+)

@@ -28,6 +28,7 @@ from bnlora._util.display import Shown, Table
 from bnlora._util.typing import FACTORS
 from bnlora.adapters.sites import Site
 from bnlora.assess.diagnostics.divergence import SiteDivergence, divergence
+from bnlora.assess.diagnostics.examination import Diagnostic
 from bnlora.assess.diagnostics.sample import Sample, sample_of
 from bnlora.infer.svi.result import Fit
 
@@ -205,3 +206,12 @@ def _cell(
         kl=float(kl),
         kl_error=float(np.linalg.norm(errors)),
     )
+
+
+SPREAD = Diagnostic(
+    name="spread",
+    measurement="shrinkage",
+    measure=lambda exam: shrinkage(exam.drawn),
+    judge=lambda *_: None,  # "learned" reads it
+    needs=("prior", "draws of the prior"),
+)

@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Float
 
 from bnlora._util.display import Shown, Table
+from bnlora._util.finding import Finding
+from bnlora.assess.diagnostics.examination import Diagnostic
 from bnlora.assess.diagnostics.sample import Sample, sample_of
 from bnlora.assess.diagnostics.updates import effective_rank, singular_values
 from bnlora.infer.svi.result import Fit
@@ -114,3 +116,25 @@ def _row(one: LayerSpectrum) -> dict[str, Any]:
     row |= {"effective_rank": float(one.effective_rank.mean()), "low": float(low), "high": float(high)}
     row |= {"prior_effective_rank": float(one.prior_effective_rank.mean())}
     return row | {f"singular_value_{i + 1}": float(x) for i, x in enumerate(one.values.mean(0))}
+
+
+def ranks(measured: Spectrum) -> Finding:
+    """How much of the rank is used."""
+    shares = [one.effective_rank.mean() / one.rank for one in measured.layers]
+    low, high = (measured.layers[int(pick(shares))] for pick in (np.argmin, np.argmax))
+    under_prior = low.prior_effective_rank.mean()
+    beside = f" (prior {under_prior:.1f})" if np.isfinite(under_prior) else ""
+    sentence = (
+        f"effective rank {low.effective_rank.mean():.1f} of {low.rank} in {low.family} {low.layer}{beside}"
+    )
+    if len(measured.layers) > 1:
+        sentence += f" to {high.effective_rank.mean():.1f} of {high.rank} in {high.family} {high.layer}"
+    return Finding("effective rank", "fine", sentence, float(min(shares)))
+
+
+RANKS = Diagnostic(
+    name="effective rank",
+    measurement="spectrum",
+    measure=lambda exam: spectrum(exam.drawn),
+    judge=lambda measured, _: ranks(measured),
+)

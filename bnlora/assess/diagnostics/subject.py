@@ -1,5 +1,6 @@
 """What is diagnosed, as far as advice depends on it: no remedy names a thing that the fit does not have."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -8,10 +9,15 @@ from numpyro import handlers
 
 from bnlora.assess.diagnostics.divergence import points_of
 from bnlora.assess.diagnostics.sample import Sample
+from bnlora.guides.family import Family
 from bnlora.infer.svi.result import Fit
 
-_RICHER = {"full()": "full-covariance", "low_rank(over='all')": "over all of them", "spline()": "flow"}
-"""Families, and what the repr of a guide that has them already says."""
+_RICHER: Mapping[str, Callable[[Family], bool]] = {
+    "full()": lambda family: family.form == "full",
+    "low_rank(over='all')": lambda family: family.joint,
+    "spline()": lambda family: family.form == "flow",
+}
+"""Families that hold more, and whether a family of a guide holds that already."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +55,13 @@ def subject(drawn: Sample) -> Subject:
     """The properties of the fit of a sample."""
     fit, random = drawn.fit, drawn.has_prior
     points = points_of(fit) if random else ()
-    said = repr(fit.guide)
+    families = [family for family, _ in getattr(fit.guide, "groups", ())]
     return Subject(
         random=random,
         points=points,
         collapsed=random and not drawn.has_density and not points,
         lam_max=_lam_max(fit),
-        richer=tuple(name for name, word in _RICHER.items() if word not in said),
+        richer=tuple(name for name, holds in _RICHER.items() if not any(map(holds, families))),
         learns_scale=any(name.endswith(".scale") and ".q." not in name for name in fit.params),
     )
 

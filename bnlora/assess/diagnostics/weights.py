@@ -10,6 +10,11 @@ which family a large whole k-hat comes from, and cannot see a missing dependence
 each family passes and the whole does not, the number of dimensions or the dependence between families is to
 blame. Sites that are named after no family, such as a global scale, are one of their own.
 
+| finding         | problem                                         | caution                               |
+|-----------------|-------------------------------------------------|---------------------------------------|
+| k-hat           | above 1, or a scale below what draws resolve    | above the threshold for so many draws |
+| k-hat by family | above 1 in some family                          | above the threshold in some family    |
+
 In high dimension k-hat of the whole is nearly always large: small misfits of many numbers multiply.
 
 References: those of `bnlora.metrics.khat`, which computes the shape.
@@ -22,12 +27,14 @@ import numpy as np
 from jaxtyping import Float
 
 from bnlora._util.display import Shown, Table
+from bnlora._util.finding import Finding, Status
 from bnlora.assess.diagnostics.divergence import place, tied_sites
-from bnlora.assess.diagnostics.sample import Sample, sample_of
+from bnlora.assess.diagnostics.examination import Diagnostic
+from bnlora.assess.diagnostics.sample import Sample, first_draws, sample_of
+from bnlora.assess.diagnostics.subject import Subject
 from bnlora.infer.svi.result import Fit
 from bnlora.metrics.khat import KHat
 from bnlora.metrics.khat import khat as khat_of
-from bnlora.prediction.predict import predict_with_draws
 
 HYPER = "hyper-parameters"
 
@@ -102,17 +109,86 @@ def _family_khat(
         return None
     log_q_of = drawn.drawn[0].log_q_of
     log_q = sum(np.asarray(log_q_of[part], np.float64) for _, parts in blocks for part in parts)
-    return khat_of(held_log_joint(drawn, names), np.asarray(log_q))
+    return khat_of(held_log_joint(drawn, names), np.asarray(log_q)[: drawn.num_used])
 
 
 def held_log_joint(drawn: Sample, names: tuple[str, ...]) -> Float[np.ndarray, " s"]:
     """Log of the joint density at draws of the named sites, every other site at its posterior mean."""
-    fit = drawn.fit
+    train = drawn.fit.train
     sites = {n: np.asarray(x) for n, x in drawn.drawn[0].sites.items()}
     # Every family through one program, whichever sites are held.
     held = {n: x if n in names else np.broadcast_to(x.mean(0), x.shape) for n, x in sites.items()}
-    log_prior, _, adapters = fit.at(held, drawn.num_draws)
-    found = predict_with_draws(
-        fit.model, adapters, fit.train, batch_size=drawn.batch_size, console=drawn.console
+    log_prior, _, adapters = drawn.fit.at(first_draws(held, drawn.num_used), drawn.num_used)
+    prediction = drawn.predict(adapters, train, f"k-hat of {', '.join(names[:1])}")
+    return np.asarray(log_prior, np.float64) + prediction.log_probs_of(train.labels).sum(1)
+
+
+def judge_weights(measured: KHats, about: Subject, *, converged: bool) -> Finding:
+    """Whether the draws can be reweighted to the posterior.
+
+    Args:
+        measured: k-hat.
+        about: What it is the k-hat of.
+        converged: Whether the bound has.
+    """
+    if about.collapsed:
+        sentence = "some number is the same in every draw: its scale has collapsed below float32"
+        remedy = "Lower the learning rate of the scales (scale_optimizer), or let it decay, and fit again."
+        return Finding("k-hat", "problem", sentence, remedy=remedy)
+    if measured.overall is None:
+        remedy = "Without a density only predictions can be judged: look at held-out rows."
+        return Finding("k-hat", "not asked", about.no_density, remedy=remedy)
+    k, limit, size = measured.overall.value, measured.overall.threshold, measured.num_dimensions["whole"]
+    sentence = (
+        f"Pareto k-hat {k:.2f} (at most {limit:.2f} with {measured.overall.num_draws} draws) in {size:,} "
+        "dimensions"
     )
-    return np.asarray(log_prior, np.float64) + found.log_probs_of(fit.train.labels).sum(1)
+    if measured.overall.passed:
+        return Finding("k-hat", "fine", sentence, k, limit)
+    such = f", such as {' or '.join(about.richer)}," if about.richer else ""
+    remedy = (
+        "The guide misses part of the posterior, or has not reached its optimum: if k-hat does not fall in "
+        f"a longer fit with a decaying rate, give it a richer family{such} and hold identifiable functions "
+        "against bnlora.sample_nuts before its intervals are used."
+        if converged
+        else "Mend the convergence first; what is left of it then is the guide's."
+    )
+    return Finding("k-hat", _severity(k), sentence, k, limit, remedy)
+
+
+def judge_families(measured: KHats) -> Finding:
+    """Which family of sites is to blame."""
+    known = {name: k for name, k in measured.families.items() if k is not None}
+    if not known:
+        return Finding("k-hat by family", "not asked", "the guide ties the families together")
+    shown = ", ".join(f"{name} {k.value:.2f}" for name, k in known.items())
+    worst = max(known, key=lambda name: known[name].value)
+    k, limit = known[worst].value, known[worst].threshold
+    tied = [name for name, k in measured.families.items() if k is None]
+    sentence = f"{shown} given the means of the others (at most {limit:.2f})"
+    sentence += f"; not asked of {', '.join(tied)}, which the guide ties to others" if tied else ""
+    if known[worst].passed:
+        return Finding("k-hat by family", "fine", sentence, k, limit)
+    remedy = f"Begin with {worst}: give its sites a richer family in the guide."
+    return Finding("k-hat by family", _severity(k), sentence, k, limit, remedy)
+
+
+def _severity(k: float) -> Status:
+    """Above one the weights have no mean, and no number of draws would help."""
+    return "problem" if k > 1 else "caution"
+
+
+WEIGHTS = Diagnostic(
+    name="k-hat",
+    measurement="khat",
+    measure=lambda exam: khat(exam.drawn, families=exam.request.families),
+    judge=lambda measured, exam: judge_weights(measured, exam.about, converged=exam.is_fine("convergence")),
+)
+
+FAMILIES = Diagnostic(
+    name="k-hat by family",
+    measurement="khat",
+    measure=WEIGHTS.measure,
+    judge=lambda measured, _: judge_families(measured),
+    needs=("families",),
+)

@@ -6,18 +6,19 @@
 Each test has its own Holm correction over the functions. Tests and references: `bnlora.metrics.ranks`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from bnlora._util.display import Showable, Shown, Table
+from bnlora._util.finding import Finding, Findings, Judged, Status, count_words
 from bnlora.metrics.ranks import dispersion, holm, symmetry, uniformity
 
 
 @dataclass(frozen=True, repr=False)
-class Calibration(Shown):
+class Calibration(Shown, Judged):
     """Ranks of the truth among the draws of an inference, over simulations, and what they say.
 
     Attributes:
@@ -91,19 +92,46 @@ class Calibration(Shown):
         return "wrong shape"
 
     @property
+    def findings(self) -> tuple[Finding, ...]:
+        """One finding for each test, and one for the simulations that failed.
+
+        Ranks that are not uniform are a problem. Asymmetry is a caution: it is a part of what SBC tests.
+        """
+        lost, total = int(self.failed.sum()), len(self.failed)
+        sentence = f"{lost} of {total} simulations were not finite"
+        if lost:
+            sentence += " and have no rank, so neither test passes"
+        remedy = "find out at which of them the inference fails; `failed` names them"
+        lowest = Finding("simulations", "fine", sentence, lost, 0)
+        return (
+            self._tested("SBC", "uniform ranks", self.adjusted),
+            self._tested("VSBC", "symmetry", self.symmetry_adjusted),
+            replace(lowest, status="problem", remedy=remedy) if lost else lowest,
+        )
+
+    def _tested(self, name: str, claim: str, adjusted: np.ndarray) -> Finding:
+        """The finding of one test over all functions."""
+        rejected = adjusted < self.level
+        least = float(adjusted.min())
+        functions = [f for f, bad in zip(self.names, rejected, strict=True) if bad]
+        outcome = (
+            f"rejects {claim} for {', '.join(functions)}" if functions else f"no function rejects {claim}"
+        )
+        sentence = f"{outcome} (least adjusted p {_p(least)}, level {self.level:g})"
+        if not functions:
+            return Finding(name, "fine", sentence, least, self.level)
+        wrong = dict.fromkeys(d for d, bad in zip(self.directions, rejected, strict=True) if bad)
+        remedy = f"the draws are {' or '.join(wrong)}: give the guide a richer family or fit longer"
+        status: Status = "problem" if name == "SBC" else "caution"
+        return Finding(name, status, sentence, least, self.level, remedy)
+
+    @property
     def verdict(self) -> str:
         """What both tests conclude, and how many simulations failed."""
-        total, lost = len(self.failed), int(self.failed.sum())
-        texts = []
-        for name, adjusted in (("SBC", self.adjusted), ("VSBC", self.symmetry_adjusted)):
-            bad = [f for f, p in zip(self.names, adjusted, strict=True) if p < self.level]
-            claim = "uniform ranks" if name == "SBC" else "symmetry"
-            held = f"no function rejects {claim}" if not bad else f"rejects {claim} for {', '.join(bad)}"
-            texts.append(f"{name}: {held} (least adjusted p {_p(adjusted.min())}, level {self.level:g})")
-        if lost:
-            texts.append(
-                f"{lost} of {total} simulations were not finite and have no rank, so neither test passes"
-            )
+        *tests, simulations = self.findings
+        texts = [f"{test.name}: {test.sentence}" for test in tests]
+        if simulations.status == "problem":
+            texts.append(simulations.sentence)
         return "; ".join(texts)
 
     @property
@@ -128,8 +156,8 @@ class Calibration(Shown):
 
     @property
     def overview(self) -> tuple[Showable, ...]:
-        """The table and the verdict."""
-        return (self.table, self.verdict)
+        """What each test concludes, and the table."""
+        return (Findings(f"Calibration: {count_words(self.findings)}", self.findings), self.table)
 
     def __repr__(self) -> str:
         return f"{self.table!r}\n{self.verdict}"

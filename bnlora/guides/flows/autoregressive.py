@@ -1,10 +1,10 @@
-r"""Row-shared affine autoregressive flows: masked networks and the transform they drive.
+r"""Row-shared affine autoregressive flows: masked networks and their transform.
 
     y_j = x_j exp(s_j(x_<j)) + t_j(x_<j),        log|det dy/dx| = sum_j s_j,
 
-along the last axis of an array, with one network for all rows of an event and one for each batch
-entry (layer). Forward is one pass; the inverse needs as many passes as a row has entries. A family whose
-whole event is flattened to one row of d entries has the inverse autoregressive flow on all of them.
+along the last axis of an array. All rows of an event share one network; each batch entry (layer) has its own.
+The forward map takes one pass; the inverse takes one pass for each entry of a row. If a family flattens its
+event to one row of d entries, this is the inverse autoregressive flow over all of them.
 
 Reference: Germain et al. (2015), MADE, for the masks; Kingma et al. (2016), inverse autoregressive
 flow; Lin et al. (2026), arXiv 2601.21003, for sharing one flow over the rows of an inducing matrix.
@@ -22,14 +22,14 @@ from bnlora._util.checks import check_key
 from bnlora.guides.flows.base import Flow, require_features, require_positive, standard_normals
 
 LOG_SCALE_BOUND = 3.0
-"""Bound on |s_j|: a smooth one, so that no gradient dies at it as it would at a hard clamp."""
+"""Bound on |s_j|. It is smooth (tanh), because the gradient vanishes beyond a hard clamp."""
 
 
 class Conditioner(NamedTuple):
     """Weights of a masked residual network from a row of `f` entries to its shifts and log-scales.
 
-    Each part is a weight and a bias. Leading axes (the layers of a family) are batch axes, each with its own
-    network. `hidden` stacks the two layers of every residual block: weight `(..., block, 2, h, h)`, bias
+    Each part is a weight and a bias. Leading axes (the layers of a family) are batch axes; each entry has its
+    own network. `hidden` stacks the two layers of every residual block: weight `(..., block, 2, h, h)`, bias
     `(..., block, 2, h)`.
     """
 
@@ -43,23 +43,23 @@ def near_identity(
 ) -> Conditioner:
     """Random weights of a conditioner whose shifts and log-scales are near zero.
 
-    The map is near the identity, |f(x) - x| < 0.15 for |x| < 3, however wide the network is. A batch
-    entry has (f+1) h + 2 b h (h+1) + 2 (h+1) f weights for f features, h hidden units and b blocks.
+    The map is near the identity, |f(x) - x| < 0.15 for |x| < 3, for every width of the network. A batch entry
+    has (f+1) h + 2 b h (h+1) + 2 (h+1) f weights for f features, h hidden units and b blocks.
 
     Args:
         key: Random key.
-        batch: Batch axes, each entry with a network of its own.
+        batch: Batch axes; each batch entry has its own network.
         features: Entries of a row.
         hidden: Width of the hidden layers.
         blocks: Number of residual blocks.
 
     Raises:
-        ValueError: When a size is below one.
+        ValueError: If a size is below one.
     """
     key = check_key(key)
     require_positive(features=features, hidden=hidden, blocks=blocks)
     shapes = [(features, hidden), (blocks, 2, hidden, hidden), (hidden, 2 * features)]
-    # As many units as are beyond 16 would add up to a larger map.
+    # The contributions of hidden units add up, so scale the last layer down beyond 16 units.
     sizes = [features**-0.5, hidden**-0.5, 1e-3 * min(1.0, 16 / hidden) ** 0.5]
     weights = [s * x for s, x in zip(sizes, standard_normals(key, batch, shapes), strict=True)]
     return Conditioner(*((w, jnp.zeros((*w.shape[:-2], w.shape[-1]))) for w in weights))
@@ -68,13 +68,13 @@ def near_identity(
 def conditioner_masks(features: int, hidden: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """MADE masks: input to hidden, hidden to hidden, hidden to (shift, log-scale) outputs.
 
-    Hidden units have degrees 1 .. features-1 in turn; a connection never lowers the degree, and an
-    output sees strictly lower degrees, so output j depends on entries before j only.
+    Hidden units have degrees 1 .. features-1, cyclically. A connection never lowers the degree, and an output
+    uses strictly lower degrees, so output j depends only on entries before j.
 
-    Units fewer than degrees are spread evenly over them, both ends included. Output j then sees the entries
-    up to the largest degree below j: the last output sees all the others, but one in between may miss its
-    nearest predecessors, fewer than the spacing (features-2)/(hidden-1) rounded up. A single unit sees the
-    first entry alone.
+    If there are fewer units than degrees, they are spread evenly over the degrees, including both ends.
+    Output j then depends on the entries up to the largest degree below j. The last output depends on all
+    others, but an output in between may ignore its nearest predecessors: fewer than the spacing
+    (features-2)/(hidden-1), rounded up. A single unit depends on the first entry only.
     """
     inputs = np.arange(1, features + 1)
     degrees = np.arange(hidden) % max(features - 1, 1) + 1
@@ -89,7 +89,7 @@ def conditioner_masks(features: int, hidden: int) -> tuple[np.ndarray, np.ndarra
 
 
 def shift_and_log_scale(x: Float[Array, "... rows f"], net: Conditioner) -> tuple[Array, Array]:
-    """Shifts and bounded log-scales of every entry of every row, each from the entries before it."""
+    """Shifts and bounded log-scales of all entries of all rows; each depends on the entries before it."""
     features, hidden = net.first[0].shape[-2:]
     mask_in, mask_hidden, mask_out = conditioner_masks(features, hidden)
 
@@ -108,14 +108,14 @@ def shift_and_log_scale(x: Float[Array, "... rows f"], net: Conditioner) -> tupl
 
 
 class RowSharedAffine(Flow):
-    """The affine autoregressive map of every row of an array event, all rows by one network.
+    """The affine autoregressive map of the rows of an array event; all rows share one network.
 
     Args:
-        net: The network's weights, with the batch axes of the site in front.
-        event_dim: Number of event axes of the site; the flow runs along the last one.
+        net: The network's weights, with the batch axes of the site first.
+        event_dim: Number of event axes of the site; the flow acts along the last one.
 
     Raises:
-        ValueError: When called on an array whose last axis is not the network's.
+        ValueError: If called on an array whose last axis does not have the length of the network's input.
     """
 
     def __init__(self, net: Conditioner, event_dim: int):
@@ -141,7 +141,7 @@ class RowSharedAffine(Flow):
             shift, log_scale = shift_and_log_scale(x, self.net)
             return (rows - shift) * jnp.exp(-log_scale)
 
-        # Pass j makes entry j right, because it depends on the entries before it alone.
+        # After pass j entry j is exact, because it depends only on the entries before it.
         solved = jax.lax.fori_loop(0, rows.shape[-1], solve_one_more, jnp.zeros_like(rows))
         return solved.reshape(y.shape)
 

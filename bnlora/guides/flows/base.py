@@ -1,7 +1,7 @@
-r"""What the flows of this library have in common: y = f(x) on the real arrays, with log|det f'| on the way.
+r"""The common part of the flows: a bijection y = f(x) of real arrays that also returns log|det f'|.
 
-A flow acts on the event axes of a NumPyro site; axes of its weights in front of a network's own are batch
-axes (the layers of a family), each entry with a network of its own:
+A flow acts on the event axes of a NumPyro site. Leading axes of its weights are batch axes (the layers of a
+family); each batch entry has its own network:
 
     log q(y) = log q_0(x) - log|det f'(x)|,        y = f(x).
 
@@ -25,37 +25,37 @@ from numpyro.distributions.transforms import ComposeTransform, Transform
 class Flow(Transform):
     """A bijection of real arrays whose `call_with_intermediates` returns the image and the log-determinant.
 
-    A member defines `call_with_intermediates`, `_inverse` and `tree_flatten`; the log-determinant has the
-    shape of the batch. It is the mark by which the objective finds the part of a bound that flows cause.
+    A subclass defines `call_with_intermediates`, `_inverse` and `tree_flatten`. The log-determinant has the
+    shape of the batch. The objective uses this class to identify the contribution of flows to a bound.
     """
 
     event_dim: int = 1
 
     @property
     def domain(self) -> constraints.Constraint:
-        """Real arrays with this many event axes."""
+        """Real arrays with `event_dim` event axes."""
         return constraints.independent(constraints.real, self.event_dim)
 
     codomain = domain
 
     def __call__(self, x: Array) -> Array:
-        """Map base to posterior space."""
+        """Map from base space to posterior space."""
         return self.call_with_intermediates(x)[0]
 
     def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: Any = None) -> Array:
-        """Log-determinant at `x`, shape of the batch; free when the intermediates were kept."""
+        """Log-determinant at `x`, shape of the batch; no cost if `intermediates` is passed."""
         if intermediates is not None:
             return intermediates
         return self.call_with_intermediates(x)[1]
 
 
 def flow_log_determinant(transform: Transform, intermediates: Any) -> Float[Array, ""]:
-    """Sum over the batch of the log-determinants of the flows in a transform, zero where there is none.
+    """Sum over the batch of the log-determinants of the flows in a transform; zero without a flow.
 
     Args:
-        transform: Any NumPyro transform; flows inside a `ComposeTransform` count. An inverted flow keeps no
-            log-determinant and does not.
-        intermediates: What its `call_with_intermediates` returned beside the image.
+        transform: Any NumPyro transform. Flows inside a `ComposeTransform` count. An inverted flow does not
+            count, because it stores no log-determinant.
+        intermediates: The intermediates that its `call_with_intermediates` returned.
     """
     if isinstance(transform, Flow):
         return jnp.sum(intermediates)
@@ -67,9 +67,9 @@ def flow_log_determinant(transform: Transform, intermediates: Any) -> Float[Arra
 
 
 def standard_normals(key: Array, batch: tuple[int, ...], shapes: Sequence[tuple[int, ...]]) -> list[Array]:
-    """Arrays of standard normal entries, of these shapes behind the batch axes.
+    """Arrays of standard normal entries, with these shapes after the batch axes.
 
-    They come from one draw: a generator apiece would take most of the time to compile.
+    All arrays come from one draw: separate generators would dominate the compile time.
     """
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     parts = jnp.split(jax.random.normal(key, (*batch, ends[-1])), ends[:-1], axis=-1)
@@ -77,10 +77,10 @@ def standard_normals(key: Array, batch: tuple[int, ...], shapes: Sequence[tuple[
 
 
 def require_positive(**sizes: int) -> None:
-    """Refuse a size that is no whole number of at least one.
+    """Check that every size is a whole number of at least one.
 
     Raises:
-        ValueError: Names the first such size.
+        ValueError: If one is not; the message names the first.
     """
     for name, size in sizes.items():
         if not isinstance(size, Integral) or size < 1:
@@ -88,10 +88,10 @@ def require_positive(**sizes: int) -> None:
 
 
 def require_features(x: Array, features: int) -> None:
-    """Refuse an event whose last axis is not the one that a network was made for.
+    """Check that the last axis of an event has the length of the network's input.
 
     Raises:
-        ValueError: Names both lengths.
+        ValueError: If it does not; the message names both lengths.
     """
     if x.shape[-1] != features:
         raise ValueError(f"this flow acts on {features} entries along the last axis; got shape {x.shape}")

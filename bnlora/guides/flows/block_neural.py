@@ -1,14 +1,14 @@
-r"""Block neural autoregressive flows: a network that is itself increasing in every entry.
+r"""Block neural autoregressive flows: a network that is increasing in every entry.
 
     y_j = exp(c_j) x_j + g_j(x_j; x_<j),      dg_j/dx_j > 0,      log|det| = sum_j log(exp(c_j) + dg_j/dx_j),
 
-where g is a network with a block of hidden units for each entry, tanh between its layers, blocks on the
-diagonal exp(W) > 0, blocks below the diagonal free and none above. The derivative of entry j with respect to
-itself is a product of the diagonal blocks and tanh', multiplied up in logarithms. tanh is bounded, so the
-linear term makes the image all of R and brackets the inverse.
+where g is a network with one block of hidden units for each entry and tanh between its layers. Diagonal
+blocks are exp(W) > 0, blocks below the diagonal are free, and blocks above are zero. The derivative dg_j/dx_j
+is a product of diagonal blocks and tanh', computed in logarithms. tanh is bounded, so the linear term makes
+the image all of R and gives a bracket for the inverse.
 
 Reference: De Cao, Titov and Aziz (2020), Block neural autoregressive flow, arXiv 1904.04676. The linear term
-with a slope of its own stands for their gated residual: it can also shrink without limit.
+with its own slope replaces their gated residual; it can also shrink without limit.
 """
 
 from itertools import pairwise
@@ -25,17 +25,18 @@ from bnlora._util.checks import check_key
 from bnlora.guides.flows.base import Flow, require_features, require_positive, standard_normals
 
 START = 0.02
-"""Size of the network's part of an entry at the start."""
+"""Scale of the network's contribution g_j at the start."""
 
 SPREAD = 2.0
-"""Where the first layer's units of an entry bend at the start: evenly from -SPREAD to SPREAD."""
+"""At the start, the biases of an entry's units in the first layer are even from -SPREAD to SPREAD."""
 
 
 class Dense(NamedTuple):
-    """A masked layer from d blocks of `a` units to d blocks of `b`: logarithms on the diagonal.
+    """A masked layer from d blocks of `a` units to d blocks of `b` units.
 
-    `own` is `(..., d, a, b)`, the logarithms of the diagonal blocks; `across` is `(..., d, a, d, b)`, of
-    which only blocks from an entry to later ones are read; `bias` is `(..., d, b)`.
+    `own`, shape `(..., d, a, b)`, has the logarithms of the diagonal blocks. `across`, shape
+    `(..., d, a, d, b)`, has the other blocks; only those from an entry to later entries are used. `bias` has
+    shape `(..., d, b)`.
     """
 
     own: Array
@@ -55,18 +56,18 @@ def near_identity(
 ) -> BlockNet:
     """Random weights of a flow near the identity: |f(x) - x| < 0.1 for |x| < 3.
 
-    A batch entry has d + (d+1) d (2 h + (depth-1) h^2) + d (depth h + 1) weights. Of those in
-    blocks, d (d+1)/2 (2 h + (depth-1) h^2) are read; the others lie above the diagonal.
+    A batch entry has d + (d+1) d (2 h + (depth-1) h^2) + d (depth h + 1) weights. Of the weights in
+    blocks, d (d+1)/2 (2 h + (depth-1) h^2) are used; the others lie above the diagonal.
 
     Args:
         key: Random key.
-        batch: Batch axes, each entry with a network of its own.
+        batch: Batch axes; each batch entry has its own network.
         features: Entries d of the vector.
         hidden: Hidden units h for each entry, in each hidden layer.
         depth: Number of hidden layers.
 
     Raises:
-        ValueError: When a size is below one.
+        ValueError: If a size is below one.
     """
     key = check_key(key)
     require_positive(features=features, hidden=hidden, depth=depth)
@@ -81,7 +82,7 @@ def near_identity(
         bias = jnp.zeros((*batch, features, own.shape[-1]), own.dtype)
         if step == 0 and hidden > 1:
             bias = bias + jnp.linspace(-SPREAD, SPREAD, hidden, dtype=own.dtype)
-        mean = np.log(size / units).item()  # a mean of the units below, about as steep as one of them
+        mean = np.log(size / units).item()  # averages the units below, so the slope stays about one
         layers.append(Dense(mean + 0.1 * own, size * (units * features) ** -0.5 * across, bias))
     return BlockNet(jnp.zeros((*batch, features), layers[0].bias.dtype), tuple(layers))
 
@@ -92,7 +93,7 @@ def block_network(x: Float[Array, "... d"], net: BlockNet) -> tuple[Array, Array
     h, log_derivative = x[..., None], jnp.zeros_like(x)[..., None]
     for step, (own, across, bias) in enumerate(net.layers):
         if step:
-            # log tanh'(h), without the difference 1 - tanh^2 that rounds to zero
+            # log tanh'(h) = 2 (log 2 - h - softplus(-2 h)); the form 1 - tanh^2 would round to zero.
             log_derivative = log_derivative + 2 * (np.log(2).item() - h - jax.nn.softplus(-2 * h))
             h = jnp.tanh(h)
         h = (
@@ -100,6 +101,7 @@ def block_network(x: Float[Array, "... d"], net: BlockNet) -> tuple[Array, Array
             + jnp.einsum("...ia,...iajb->...jb", h, jnp.where(later, across, 0))
             + bias
         )
+        # Chain rule in logarithms over the units of an entry: (..., d, a) and (..., d, a, b) to (..., d, b).
         log_derivative = logsumexp(log_derivative[..., None] + own, axis=-2)
     y = jnp.exp(net.log_slope) * x + h[..., 0]
     return y, jnp.logaddexp(net.log_slope, log_derivative[..., 0])
@@ -108,17 +110,17 @@ def block_network(x: Float[Array, "... d"], net: BlockNet) -> tuple[Array, Array
 class BlockNeural(Flow):
     """A block neural autoregressive flow on a vector event.
 
-    The inverse is numerical: bisection entry by entry inside an exact bracket, then Newton's corrections,
-    whose derivatives are those of the inverse. It takes 32 d passes in float32 and 61 d in float64 and is for
-    checks and densities of given points; a fit needs the density of its own draws alone, which is one pass.
-    The bracket grows as exp(-log_slope), so it is precise only while every `log_slope` (0 at the start) is
-    above about -10 in float32 and -20 in float64.
+    The inverse is numerical: bisection for one entry after another inside an exact bracket, then Newton
+    corrections, which have the derivatives of the inverse. It takes 32 d passes in float32 and 61 d in
+    float64, and serves checks and densities at other points. A fit only needs the density of its own draws,
+    which takes one pass. The bracket grows as exp(-log_slope), so the inverse is precise only while every
+    `log_slope` (0 at the start) is above about -10 in float32 and -20 in float64.
 
     Args:
-        net: The network's weights, with the batch axes of the site in front.
+        net: The network's weights, with the batch axes of the site first.
 
     Raises:
-        ValueError: When called on a vector of another length.
+        ValueError: If called on a vector of another length.
     """
 
     def __init__(self, net: BlockNet):
@@ -132,14 +134,14 @@ class BlockNeural(Flow):
 
     def _inverse(self, y: Array) -> Array:
         require_features(y, self.net.log_slope.shape[-1])
-        # Bisection has no derivative; the corrections behind it have the right one.
+        # Bisection has no derivative; the Newton corrections after it have the right one.
         start = _bisect(*jax.lax.stop_gradient((y, self.net)))
         slope = jnp.exp(jax.lax.stop_gradient(block_network(start, self.net)[1]))
 
         def correct(_, x):
             return x - (block_network(x, self.net)[0] - y) / slope
 
-        # One pass an entry, because the matrix I - J / diag(J) that carries derivatives is nilpotent.
+        # d passes suffice: the matrix I - J / diag(J) that propagates derivatives is nilpotent.
         return jax.lax.fori_loop(0, y.shape[-1], correct, start)
 
     def tree_flatten(self):
@@ -148,11 +150,11 @@ class BlockNeural(Flow):
 
 
 def _bisect(y: Array, net: BlockNet) -> Array:
-    """The point with image `y`, to the precision of its type: entry after entry, each by bisection."""
+    """The point with image `y`, to floating-point precision, by bisection for one entry after another."""
     own, across, bias = net.layers[-1]
     features = y.shape[-1]
     earlier = np.triu(np.ones((features, features), dtype=bool), 1)[:, None, :, None]
-    # |tanh| < 1 bounds the network's part of y.
+    # |tanh| < 1, so the sum of absolute weights bounds |g_j|.
     reach = jnp.exp(own).sum((-2, -1)) + jnp.abs(bias)[..., 0]
     reach = reach + jnp.where(earlier, jnp.abs(across), 0).sum((-4, -3, -1))
     halvings = jnp.finfo(y.dtype).nmant + 8
@@ -161,7 +163,7 @@ def _bisect(y: Array, net: BlockNet) -> Array:
         lower, upper = ends
         middle = (lower + upper) / 2
         low = block_network(middle, net)[0] < y
-        # Entries before this one are known by now; what later ones are makes no difference to it.
+        # Earlier entries are already solved, and later entries do not affect this one.
         here = jnp.arange(features) == step // halvings
         return jnp.where(here & low, middle, lower), jnp.where(here & ~low, middle, upper)
 

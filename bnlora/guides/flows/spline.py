@@ -1,4 +1,4 @@
-r"""Rational-quadratic spline coupling flows: one half of a vector bends the other, then they change roles.
+r"""Rational-quadratic spline coupling flows: one half of a vector transforms the other, then they swap.
 
 With knots (x_k, y_k) and derivatives d_k > 0, w = x_{k+1} - x_k, h = y_{k+1} - y_k, s = h/w, t = (x - x_k)/w,
 the spline in bin k is
@@ -6,8 +6,9 @@ the spline in bin k is
     y     = y_k + h (s t^2 + d_k t (1-t)) / (s + (d_{k+1} + d_k - 2 s) t (1-t)),
     dy/dx = s^2 (d_{k+1} t^2 + 2 s t (1-t) + d_k (1-t)^2) / (s + (d_{k+1} + d_k - 2 s) t (1-t))^2,
 
-increasing and once continuously differentiable. Outside [-bound, bound] it is the identity. A coupling leaves
-half A and maps half B entry by entry, its knots given by a network of x_A, so log|det| = sum_B log dy/dx.
+which is increasing and once continuously differentiable. Outside [-bound, bound] it is the identity. A
+coupling keeps half A and maps half B entry by entry, with knots from a network of x_A, so
+log|det| = sum_B log dy/dx.
 
 Reference: Gregory and Delbourgo (1982), Piecewise rational quadratic interpolation to monotonic data; Durkan
 et al. (2019), Neural spline flows.
@@ -24,20 +25,20 @@ from bnlora._util.checks import check_key
 from bnlora.guides.flows.base import Flow, require_features, require_positive, standard_normals
 
 BOUND = 5.0
-"""Half-width of the interval in which a spline bends."""
+"""Half-width of the interval in which a spline differs from the identity."""
 
 MIN_SHARE = 1e-3
-"""Least share of the interval that a bin has in width and in height, so that no slope is 0 or infinite."""
+"""Smallest width and height of a bin as a share of the interval, so that no slope is 0 or infinite."""
 
 MIN_DERIVATIVE = 1e-3
-"""Least derivative at a knot."""
+"""Smallest derivative at a knot."""
 
 START = 3e-3
-"""Size of the numbers that make the knots at the start."""
+"""Scale of the network's outputs, which define the knots, at the start."""
 
 
 class Coupling(NamedTuple):
-    """Weights of the network of one coupling: from `a` entries by `h` hidden units to `b` splines.
+    """Weights of the network of one coupling: from `a` entries through `h` hidden units to `b` splines.
 
     Each part is a weight and a bias: `(..., a, h)` and `(..., h)`, then `(..., h, b, 3 bins - 1)` and
     `(..., b, 3 bins - 1)`. Leading axes are batch axes.
@@ -48,7 +49,7 @@ class Coupling(NamedTuple):
 
 
 class Knots(NamedTuple):
-    """Knots of monotone splines, each part `(..., bins + 1)`."""
+    """Knots of monotone splines; each part has shape `(..., bins + 1)`."""
 
     x: Array
     y: Array
@@ -60,20 +61,20 @@ def near_identity(
 ) -> tuple[Coupling, ...]:
     """Random weights of couplings whose splines are near the identity: |f(x) - x| < 0.05 for |x| < 3.
 
-    A coupling that bends b entries given a others has (a+1) h + (h+1) b (3 bins - 1) weights for each batch
-    entry, h hidden units. With c = d // 2 of d features, (a, b) is (c, d-c) and (d-c, c) in turns; a single
-    entry has nothing to be conditioned on and counts as (1, 1) every time.
+    A coupling that transforms b entries given a others has (a+1) h + (h+1) b (3 bins - 1) weights for each
+    batch entry, with h hidden units. With c = d // 2 of d features, (a, b) alternates between (c, d-c) and
+    (d-c, c). A single entry has nothing to condition on and always counts as (1, 1).
 
     Args:
         key: Random key.
-        batch: Batch axes, each entry with networks of its own.
+        batch: Batch axes; each batch entry has its own networks.
         features: Entries of the vector.
-        hidden: Width of the one hidden layer.
+        hidden: Width of the hidden layer.
         bins: Bins of each spline.
-        couplings: Number of couplings; two bend every entry once.
+        couplings: Number of couplings; two couplings transform every entry once.
 
     Raises:
-        ValueError: When a size is below one, or so many bins are asked for that none could differ in width.
+        ValueError: If a size is below one, or `bins` is so large that all bins have the smallest width.
     """
     key = check_key(key)
     require_positive(features=features, hidden=hidden, bins=bins, couplings=couplings)
@@ -88,7 +89,7 @@ def near_identity(
     weights = standard_normals(key, batch, sizes)
 
     def part(scale: float, weight: Array) -> tuple[Array, Array]:
-        axis = len(batch)  # that of the inputs
+        axis = len(batch)  # the input axis of the weight
         return scale * weight, jnp.zeros((*weight.shape[:axis], *weight.shape[axis + 1 :]), weight.dtype)
 
     pairs = zip(weights[::2], weights[1::2], strict=True)
@@ -96,9 +97,9 @@ def near_identity(
 
 
 def roles(features: int, step: int) -> tuple[slice, slice]:
-    """The entries that a coupling conditions on and those that it bends; they change roles at each step."""
+    """The entries that a coupling conditions on and those that it transforms; they swap at each step."""
     first, second = slice(0, features // 2), slice(features // 2, features)
-    # With one entry the first part is empty: there is nothing to bend in it.
+    # With one entry the first part is empty, so the roles never swap.
     return (first, second) if step % 2 == 0 or features == 1 else (second, first)
 
 
@@ -110,7 +111,7 @@ def knots(raw: Float[Array, "... p"], bound: float) -> Knots:
     def ends(part: Array) -> Array:
         share = MIN_SHARE + (1 - bins * MIN_SHARE) * jax.nn.softmax(part, axis=-1)
         inside = 2 * bound * jnp.cumsum(share[..., :-1], axis=-1) - bound
-        # The ends are set, not summed up: rounding must leave no gap to the identity outside.
+        # Set the ends exactly instead of summing: rounding would leave a gap to the identity outside.
         left, right = (jnp.full_like(share[..., :1], end) for end in (-bound, bound))
         return jnp.concatenate([left, inside, right], axis=-1)
 
@@ -121,7 +122,7 @@ def knots(raw: Float[Array, "... p"], bound: float) -> Knots:
 
 
 class _Bin(NamedTuple):
-    """One bin for each value: left knot, width, height, and the derivatives at its two ends."""
+    """The bin of each value: left knot, width, height, and the derivatives at both ends."""
 
     x: Array
     y: Array
@@ -132,11 +133,11 @@ class _Bin(NamedTuple):
 
 
 def _bin(value: Array, along: Array, table: Knots) -> _Bin:
-    """The bin whose range of `along`, one of the two knot coordinates, holds the value."""
+    """The bin that contains the value; `along` is the knot coordinate (x or y) of the value."""
     index = jnp.sum(value[..., None] >= along[..., 1:-1], axis=-1, keepdims=True)
 
     ends = jnp.concatenate([index, index + 1], axis=-1)[..., None, :]
-    both = jnp.take_along_axis(jnp.stack(table, axis=-2), ends, axis=-1)  # one gather for all
+    both = jnp.take_along_axis(jnp.stack(table, axis=-2), ends, axis=-1)  # one gather for all parts
     x, y, derivative = (both[..., row, :] for row in range(3))
     return _Bin(
         x[..., 0],
@@ -149,16 +150,16 @@ def _bin(value: Array, along: Array, table: Knots) -> _Bin:
 
 
 def spline(x: Float[Array, "..."], table: Knots) -> tuple[Array, Array]:
-    """Values and log-derivatives of splines, identity beyond the outer knots.
+    """Values and log-derivatives of splines, which are the identity outside the outer knots.
 
     Args:
         x: Points.
-        table: A spline for every point, shape of `x` and one axis more.
+        table: One spline for every point; its parts have one axis more than `x`.
 
     Returns:
-        Both of the shape of `x`.
+        Values and log-derivatives, both of the shape of `x`.
     """
-    # Points outside are moved to the edge first: otherwise their unused branch could make gradients NaN.
+    # Clip points outside first: the unused branch of `where` could otherwise make gradients NaN.
     inside = jnp.clip(x, table.x[..., 0], table.x[..., -1])
     b = _bin(inside, table.x, table)
     slope = b.height / b.width
@@ -172,12 +173,12 @@ def spline(x: Float[Array, "..."], table: Knots) -> tuple[Array, Array]:
 
 
 def spline_inverse(y: Float[Array, "..."], table: Knots) -> Float[Array, "..."]:
-    """The points at which splines have the values `y`: the root of a quadratic in each bin."""
+    """The points at which the splines have the values `y`, by the root of a quadratic in each bin."""
     inside = jnp.clip(y, table.y[..., 0], table.y[..., -1])
     b = _bin(inside, table.y, table)
     slope = b.height / b.width
     rise = inside - b.y
-    # (h s - linear) t^2 + linear t - s rise = 0; of the two forms of its root, the one without a difference.
+    # Solve (h s - linear) t^2 + linear t - s rise = 0, with the form of the root that avoids cancellation.
     linear = b.height * b.left - rise * (b.right + b.left - 2 * slope)
     square = linear**2 + 4 * (b.height * slope - linear) * slope * rise
     root = jnp.sqrt(jnp.maximum(square, jnp.finfo(square.dtype).tiny))
@@ -187,17 +188,17 @@ def spline_inverse(y: Float[Array, "..."], table: Knots) -> Float[Array, "..."]:
 
 
 class SplineCoupling(Flow):
-    """Couplings by monotone splines along a vector event, in turns on its two halves.
+    """Couplings by monotone splines on a vector event, alternating between its two halves.
 
     Args:
-        nets: A network for each coupling, with the batch axes of the site in front.
-        features: Entries of the vector. The networks do not tell one entry from two.
-        bound: Half-width of the interval in which the splines bend. Outside they are the identity, so this
-            restricts the family.
+        nets: One network for each coupling, with the batch axes of the site first.
+        features: Entries of the vector. The networks have the same shapes for one entry and for two.
+        bound: Half-width of the interval in which the splines differ from the identity. This limits the
+            family.
 
     Raises:
-        ValueError: When `bound` is not positive or `features` below one, or when called on a vector of
-            another length.
+        ValueError: If `bound` is not positive or `features` is below one, or if called on a vector of another
+            length.
     """
 
     def __init__(self, nets: tuple[Coupling, ...], features: int, bound: float = BOUND):
@@ -213,7 +214,7 @@ class SplineCoupling(Flow):
         return [(net, *roles(self.features, step)) for step, net in enumerate(self.nets)]
 
     def call_with_intermediates(self, x: Array) -> tuple[Array, Array]:
-        """The image of `x` and the sum of the log-derivatives of all splines on the way, in one pass."""
+        """The image of `x` and the sum of the log-derivatives of all splines, in one pass."""
         total = jnp.zeros_like(x[..., 0])
         for net, given, bent in self._steps(x):
             y, log_derivative = spline(x[..., bent], _table(net, x[..., given], self.bound))
@@ -231,11 +232,11 @@ class SplineCoupling(Flow):
 
 
 def _table(net: Coupling, given: Array, bound: float) -> Knots:
-    """Knots of the bent entries from the entries that are given."""
-    if not given.shape[-1]:  # a single entry: its spline depends on nothing but the weights
+    """Knots for the transformed entries, computed from the entries of the other half."""
+    if not given.shape[-1]:  # a single entry: its spline depends only on the weights
         given = jnp.zeros((*given.shape[:-1], 1), given.dtype)
     (first, bias), (last, last_bias) = net
-    # tanh, so that the knots stay bounded however far out the given half lies.
+    # tanh keeps the knots bounded for every value of the other half.
     hidden = jnp.tanh(jnp.einsum("...a,...ah->...h", given, first) + bias)
     return knots(jnp.einsum("...h,...hbp->...bp", hidden, last) + last_bias, bound)
 

@@ -26,6 +26,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from bnlora._util.display import Showable, Shown, Table
+from bnlora._util.finding import Finding, Findings, Judged, count_words
+from bnlora.infer.mcmc.checks import accepts, draw_more, limited, moved, worst
 from bnlora.metrics.monte_carlo import bulk_ess, rank_rhat, tail_ess
 
 _NEARLY = 0.05
@@ -86,7 +88,7 @@ class Evidence:
 
 
 @dataclass(frozen=True, repr=False)
-class Certificate(Shown):
+class Certificate(Shown, Judged):
     """What was found, and whether it suffices.
 
     Attributes:
@@ -130,49 +132,52 @@ class Certificate(Shown):
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed."""
-        return not self.failures
+        """Whether no check failed."""
+        return not self.problems
 
     @cached_property
-    def failures(self) -> tuple[str, ...]:
-        """One sentence for each failure: what was found, what was asked, and what to change."""
-        t = self.thresholds
-        found = [
-            self._worst("R-hat", self.rhat, max, t.rhat, "run longer chains, or a longer warm-up"),
-            self._worst("bulk ESS", self.ess_bulk, min, t.ess, _draw_more(self.ess_bulk, t.ess)),
-            self._worst("tail ESS", self.ess_tail, min, t.ess, _draw_more(self.ess_tail, t.ess)),
-        ]
-        if t.autocorrelation is not None:
-            name, values = "lag-1 autocorrelation", self.autocorrelation
-            found.append(self._worst(name, values, max, t.autocorrelation, self._thin))
-        if self.divergences > t.divergences:
-            found.append(
-                f"{self.divergences} transitions diverged, at most {t.divergences} may; raise "
-                "target_acceptance, or write the prior non-centred"
-            )
-        if self.bfmi and not min(self.bfmi) >= t.bfmi:
-            found.append(
-                f"the least E-BFMI is {min(self.bfmi):.2f}, must be at least {t.bfmi:g}; a scale has heavy "
-                "tails: write the prior non-centred, or use a lighter-tailed one"
-            )
-        if self.ancestry and not max(self.ancestry) <= t.ancestry:
-            found.append(self._unmoved)
-        if self.bias == "step":
-            found.append(
-                "the sampler has no accept step, so its draws are off by an amount that its step decides and "
-                "no diagnostic shows; use sample_nuts or sample_hmc"
-            )
-        return tuple(text for text in found if text)
+    def findings(self) -> tuple[Finding, ...]:  # type: ignore[override]
+        """One finding for each check. A check that failed is a problem: the draws are no reference."""
+        t, names = self.thresholds, self.names
+        return (
+            worst("R-hat", names, self.rhat, max, t.rhat, "run longer chains, or a longer warm-up"),
+            worst("bulk ESS", names, self.ess_bulk, min, t.ess, draw_more(self.ess_bulk, t.ess)),
+            worst("tail ESS", names, self.ess_tail, min, t.ess, draw_more(self.ess_tail, t.ess)),
+            self._dependence,
+            limited(
+                "divergences",
+                f"{self.divergences} transitions diverged, at most {t.divergences} may",
+                self.divergences,
+                t.divergences,
+                max,
+                "raise target_acceptance, or write the prior non-centred",
+            ),
+            self._energy,
+            *moved(self.ancestry, self.moves, t.ancestry),
+            accepts(self.bias),
+        )
 
     @property
-    def _unmoved(self) -> str:
-        left = max(self.ancestry)
-        enough = np.ceil(self.moves * np.log(0.5) / np.log(min(left, 0.9999)))
-        return (
-            f"particles have a correlation of {left:.2f} with their ancestors after {self.moves} moves, at "
-            f"most {self.thresholds.ancestry:g} may be left; raise max_moves, to about {enough:,.0f}, or use "
-            "sample_nuts"
-        )
+    def failures(self) -> tuple[str, ...]:
+        """One sentence for each check that failed: the number, its threshold, and what to change."""
+        return tuple(finding.text for finding in self.problems)
+
+    @property
+    def _dependence(self) -> Finding:
+        limit, name = self.thresholds.autocorrelation, "lag-1 autocorrelation"
+        if limit is None:
+            sentence = "not limited, because effective sample sizes account for it"
+            return Finding(name, "not asked", sentence)
+        return worst(name, self.names, self.autocorrelation, max, limit, self._thin)
+
+    @property
+    def _energy(self) -> Finding:
+        if not self.bfmi:
+            return Finding("E-BFMI", "not asked", "the sampler has no energy")
+        least, limit = min(self.bfmi), self.thresholds.bfmi
+        sentence = f"the least E-BFMI is {least:.2f}, must be at least {limit:g}"
+        remedy = "a scale has heavy tails: write the prior non-centred, or use a lighter-tailed one"
+        return limited("E-BFMI", sentence, least, limit, min, remedy)
 
     @property
     def _thin(self) -> str:
@@ -182,19 +187,6 @@ class Certificate(Shown):
         return f"keep every {ordinal(self.keep_every)} draw, `chains.thin({self.keep_every})`" + (
             left if self.num_draws else ""
         )
-
-    def _worst(self, what: str, values: tuple[float, ...], worst: Callable, bound: float, remedy: str) -> str:
-        at = worst(range(len(values)), key=lambda k: values[k])
-        value = values[at]
-        fails = not (value <= bound if worst is max else value >= bound)  # so that NaN fails
-        if not all(np.isfinite(values)):
-            at = int(np.argmin(np.isfinite(values)))
-            return f"{what} of {self.names[at]} is not finite: the draws of it are constant; {remedy}"
-        if not fails:
-            return ""
-        side = "at most" if worst is max else "at least"
-        number = f"{value:.3f}" if worst is max else f"{value:.0f}"
-        return f"{what} of {self.names[at]} is {number}, must be {side} {bound:g}; {remedy}"
 
     @property
     def table(self) -> Table:
@@ -208,24 +200,25 @@ class Certificate(Shown):
         """Certified or not, in a sentence."""
         energy = f"least E-BFMI {min(self.bfmi):.2f}" if self.bfmi else "no energy, so E-BFMI was not asked"
         if not self.passed:
-            return "Not certified: " + "; ".join((*self.failures, *self._left_out))
-        found = [f"Certified: {len(self.names)} functions, {self.divergences} divergences, {energy}"]
-        if self.keep_every > 1:
-            found.append(f"every {ordinal(self.keep_every)} draw is nearly independent of the one before")
-        return "; ".join((*found, *self._left_out))
+            return "Not certified: " + "; ".join((*self.failures, *self._notes))
+        counted = f"{len(self.names)} functions, {self.divergences} divergences, {energy}"
+        return "; ".join((f"Certified: {counted}", *self._notes))
 
     @property
-    def _left_out(self) -> tuple[str, ...]:
-        if not self.constant:
-            return ()
-        return (f"left out, not changed by anything that was sampled: {', '.join(self.constant)}",)
+    def _notes(self) -> tuple[str, ...]:
+        """Which draws to keep, and what was left out."""
+        notes = []
+        if self.passed and self.keep_every > 1:
+            notes.append(f"every {ordinal(self.keep_every)} draw is nearly independent of the one before")
+        if self.constant:
+            notes.append(f"left out, not changed by anything that was sampled: {', '.join(self.constant)}")
+        return tuple(notes)
 
     @property
     def overview(self) -> tuple[Showable, ...]:
-        """The verdict, with a sentence for each failure, and the table."""
-        if self.passed:
-            return (self.table,)
-        return (replace(self.table, title="Not certified"), (*self.failures, *self._left_out))
+        """What each check concludes, and the table."""
+        title = f"{'Certified' if self.passed else 'Not certified'}: {count_words(self.findings)}"
+        return (Findings(title, self.findings), replace(self.table, title="Functions"), self._notes)
 
     def __repr__(self) -> str:
         return repr(self.table)
@@ -300,14 +293,6 @@ def certify(evidence: Evidence, thresholds: Thresholds) -> Certificate:
         ancestry=evidence.ancestry,
         moves=evidence.moves,
     )
-
-
-def _draw_more(ess: tuple[float, ...], bound: float) -> str:
-    worst = min((value for value in ess if value > 0), default=np.nan)
-    if not np.isfinite(worst) or worst >= bound:
-        return "draw more"
-    # A tenth more than in proportion, for the estimate of the effective number has an error of its own.
-    return f"draw more, about {np.ceil(11 * bound / worst) / 10:g} times as many"
 
 
 def ordinal(number: int) -> str:

@@ -16,7 +16,8 @@ Reference: Lin et al. (2026), arXiv 2601.21003; conditions for the bound: one K 
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ import numpy as np
 from jax import Array
 from numpyro import handlers
 from numpyro.distributions import constraints
-from numpyro.distributions.transforms import biject_to
+from numpyro.distributions.transforms import Transform, biject_to
 from numpyro.infer import TraceMeanField_ELBO
 
 from bnlora._util.checks import check_key
@@ -39,6 +40,21 @@ TERMS = ("elbo", "data", "inducing_kl", "conditional_kl", "flow_logdet")
 """Names of the reported terms, in nats over the whole data set."""
 
 _Allowed = dict[str, constraints.Constraint]
+
+
+@dataclass(frozen=True, eq=False)  # `jax.jit` needs a hash
+class Constrain:
+    """The map from unconstrained parameters to constrained ones.
+
+    Attributes:
+        transforms: The map of every parameter by name.
+    """
+
+    transforms: Mapping[str, Transform]
+
+    def __call__(self, values: dict) -> dict:
+        """The constrained parameters; each may be a tree of arrays."""
+        return {name: jax.tree.map(self.transforms[name], x) for name, x in values.items()}
 
 
 def elbo_terms(
@@ -100,7 +116,7 @@ def _logdet(site: dict) -> Array:
 
 def initial_parameters(
     key: Array, model: Any, guide: Callable, *args: Any, init_params: Parameters | None = None
-) -> tuple[dict[str, Array], Callable[[dict], dict]]:
+) -> tuple[dict[str, Array], Constrain]:
     """Start values of every parameter of prior and guide, without running the language model.
 
     Args:
@@ -135,10 +151,7 @@ def initial_parameters(
 
     unconstrained, computed = _run_once(start_values, guide_key, prior_key)
     transforms.update({name: biject_to(constraint) for name, constraint in computed.items()})
-
-    def constrain(values: dict) -> dict:
-        return {n: jax.tree.map(transforms[n], x) for n, x in values.items()}
-
+    constrain = Constrain(transforms)
     if init_params is None:
         _check_finite(unconstrained)
         return unconstrained, constrain

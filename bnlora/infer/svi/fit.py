@@ -24,6 +24,7 @@ from bnlora._util.typing import Parameters
 from bnlora.data.batch import Batch, check_rows, minibatches
 from bnlora.guides.automatic import check_automatic
 from bnlora.infer.svi.elbo import TERMS, elbo_terms, initial_parameters
+from bnlora.infer.svi.packing import packing
 from bnlora.infer.svi.parts import InParts
 from bnlora.infer.svi.plateau import Plateau
 from bnlora.infer.svi.result import Fit, FitDiverged
@@ -42,7 +43,7 @@ FEW_STEPS = 1000
 
 
 class State(NamedTuple):
-    """What a step carries over: unconstrained parameters, optimiser state, skipped steps."""
+    """What a step carries over: unconstrained parameters (see `packing`), optimiser state, skipped steps."""
 
     params: dict[str, Array]
     optimizer: Any
@@ -194,33 +195,27 @@ def _prepare(
 ) -> "tuple[_Loop, State]":
     """The step of a fit, to be compiled when it first runs, and the state that it starts from."""
     arguments = (program.base.weights, train[:1], len(train))
-    params, constrain = initial_parameters(key, program, guide, *arguments, init_params=init_params)
-    grouped = _by_group(params, optimizer, scale_optimizer, clip_norm)
-    loop = _Loop(program, guide, train, constrain, grouped, num_particles, num_steps)
+    values, constrain = initial_parameters(key, program, guide, *arguments, init_params=init_params)
+    rules = {"location": optimizer, **dict.fromkeys(GROUPS, scale_optimizer)}
+    layout = packing(values, constrain, _group, rules)
+    # Every group clips its own gradient. The conditional KL drives `lam` with a gradient of the order of the
+    # number of weights: clipped together with anything else, it would leave nothing of the other's gradient.
+    clip = optax.clip_by_global_norm(clip_norm)
+    grouped = optax.multi_transform({g: optax.chain(clip, rule) for g, rule in rules.items()}, layout.labels)
+
+    def begin(values: dict[str, Array]) -> tuple[dict[str, Array], Any]:
+        params = layout.pack(values)
+        return params, grouped.init(params)
+
+    loop = _Loop(program, guide, train, layout.constrain, grouped, num_particles, num_steps)
     # In one program: by itself, every array of another shape would be one.
-    optimizer_state = jax.jit(grouped.init, compiler_options=options(0))(params)
+    params, optimizer_state = jax.jit(begin, compiler_options=options(0))(values)
     return loop, State(params, optimizer_state, jax.device_put(np.zeros((), np.int32)))
 
 
-def _by_group(
-    params: dict[str, Array],
-    optimizer: optax.GradientTransformation,
-    scale_optimizer: optax.GradientTransformation,
-    clip_norm: float,
-) -> optax.GradientTransformation:
-    """One optimiser for locations, one for scales and `lam`; every group clips its own gradient.
-
-    The conditional KL drives `lam` with a gradient of the order of the number of weights: clipped together
-    with anything else, it would leave nothing of the other's gradient.
-    """
-
-    def group(name: str) -> str:
-        return next((g for g, endings in GROUPS.items() if name.endswith(endings)), "location")
-
-    labels = {name: jax.tree.map(lambda _, n=name: group(n), value) for name, value in params.items()}
-    clip = optax.clip_by_global_norm(clip_norm)
-    rules = {"location": optimizer, **dict.fromkeys(GROUPS, scale_optimizer)}
-    return optax.multi_transform({g: optax.chain(clip, rule) for g, rule in rules.items()}, labels)
+def _group(name: str) -> str:
+    """The optimiser of a parameter: of locations, of scales, or of `lam`."""
+    return next((g for g, endings in GROUPS.items() if name.endswith(endings)), "location")
 
 
 @dataclass

@@ -1,10 +1,10 @@
-r"""Second moments of what enters the adapted modules of the untouched base.
+r"""Second moments of the inputs of the adapted modules, in the unadapted base.
 
     X_(f, l) = sum over rows and tokens of x x^T        (d_in, d_in)
 
-A token counts where a module of its layer reads it: every real token for a module of a layer, the last one of
-each row for the head. An update moves the output of a module by dW x, so that directions outside the leading
-eigenvectors of X hardly move anything, whatever the classes are.
+For a module of a layer every real token counts; for the head only the last token of each row. An update
+changes the output of a module by dW x. So directions outside the leading eigenvectors of X change almost
+nothing, for any classes.
 """
 
 from typing import Any
@@ -26,16 +26,16 @@ def second_moments(
     Args:
         model: The classifier.
         weights: The frozen base weights.
-        batch: Rows; labels are not read.
-        row_weights: Weight of each row, 0 for rows that only fill up a part.
+        batch: Rows; labels are not used.
+        row_weights: Weight of each row, 0 for padding rows.
     """
     hidden, modules = model.hidden(weights, batch), [site.module for site in model.sites.values()]
     inputs = model.base.bind(weights).inputs(hidden, batch.mask, modules, start=model.start)
     real = row_weights[:, None] * batch.mask
     last = row_weights[:, None] * (jnp.arange(batch.tokens.shape[1]) == batch.last[:, None])
-    found = {}
+    sums = {}
     for name, site in model.sites.items():
         own = [0] if site.module == HEAD else [layer - model.start for layer in site.layers]
-        x = inputs[site.module][jnp.asarray(own)].astype(jnp.float32)
-        found[name] = jnp.einsum("lbti,lbtj,bt->lij", x, x, last if site.module == HEAD else real)
-    return found
+        x = inputs[site.module][jnp.asarray(own)].astype(jnp.float32)  # (layer, row, token, d_in)
+        sums[name] = jnp.einsum("lbti,lbtj,bt->lij", x, x, last if site.module == HEAD else real)
+    return sums

@@ -3,13 +3,13 @@ r"""Frames of the core prior, computed from rows without their labels.
 | source        | L and R are the leading eigenvectors of                                                  |
 |---------------|------------------------------------------------------------------------------------------|
 | "jacobian"    | `sum_i J_i J_i^T` and `sum_i J_i^T J_i`, J_i the derivative of the base's logit contrast |
-| "activations" | `W X W^T` and `X = sum x x^T`, x what enters the module (`.activations`)                 |
+| "activations" | `W X W^T` and `X = sum x x^T`, x the input of the module (`.activations`)                |
 | "weights"     | `W W^T` and `W^T W`, W the frozen kernel                                                 |
-| "random"      | nothing: Haar-distributed                                                                |
-| a mapping     | given: (L, R) by family                                                                  |
+| "random"      | no matrix: L and R are Haar-distributed                                                  |
+| a mapping     | no matrix: the mapping has (L, R) by family                                              |
 
-Frames depend on the inputs and the base alone, so p(y | x) under the core prior is a proper conditional
-evidence. The sums run over rows in parts; nothing of the size rows x weights is kept.
+Frames depend only on the inputs and the base, so p(y | x) under the core prior is a proper conditional
+evidence. The sums run over parts of the rows; no array of size rows x weights is stored.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,10 +40,10 @@ from bnlora.program.tangent.targets import OWN, label_rows, own_sides, target_si
 Size = int | float | Mapping[str, int | float]
 Sides = tuple[Float[np.ndarray, "l d_out d_out"], Float[np.ndarray, "l d_in d_in"]]
 NULL = 1e-6
-"""Eigenvalues below this share of the largest are zero: frames do not extend into the null space."""
+"""Eigenvalues below this share of the largest count as zero: frames exclude the null space."""
 
 STILL = 1e-6
-"""Units up to this many nats are the rounding of a logit in float32."""
+"""Units up to this size, in nats, are rounding errors of a float32 logit."""
 
 
 def frames(
@@ -59,35 +59,36 @@ def frames(
     label_free: bool = True,
     console: Console | None = None,
 ) -> Frames:
-    """Choose the directions that the core prior's updates may have.
+    """Choose the directions of the core prior's updates.
 
     Args:
         key: Random key of sketches and of random frames.
         base: The frozen base.
-        targets: Modules to adapt, as `bnlora.select` takes a list of them, `"slope"` for a multiple of the
-            base's own logits, and `"bias"` for a class bias (`bnlora.program.tangent.targets`).
-        data: Rows; labels are not read. Activations that are cached below the adapted layers are used.
+        targets: A list of modules to adapt, as in `bnlora.select`, `"slope"` for a multiple of the base's own
+            logits, and `"bias"` for a class bias (`bnlora.program.tangent.targets`).
+        data: Rows; labels are not used. Cached activations below the adapted layers are used.
         label_ids: Token id of each class.
-        size: Directions of each side: a number, or a share of the energy between 0 and 1, which every layer
-            reaches; one for all families or one each. A side never gets more than it has: label tokens less
-            one on the output side of the head, and no direction of zero energy.
+        size: Number of directions of each side, for all families or by family: a whole number, or a share of
+            the energy between 0 and 1 that every layer must reach. A side gets at most the directions that
+            it has: directions of zero energy do not count, and the output side of the head has one less
+            than the number of label tokens.
         layers: Layers to adapt, as in `bnlora.select`.
-        source: What the frames are made of: see the table above, or (L, R) by family, with columns that
-            are orthonormalised here.
-        label_free: Whether no label went into frames that are given.
-        console: Where to draw the progress bar; the terminal or notebook when omitted.
+        source: The source of the frames (see the table above), or (L, R) by family; their columns are
+            orthonormalised.
+        label_free: Whether the frames in a mapping `source` were computed without labels.
+        console: Where to draw the progress bar; the terminal or notebook if omitted.
 
     Returns:
-        Frames with their sites: `frames.sites`, of rank m_i each.
+        Frames with their sites, `frames.sites`, each of rank m_i.
 
     Raises:
-        ValueError: When a size is no positive number, is larger than a side or a share where the source has
-            no energies, rows and targets are not those of the base, frames that are given are not finite or
-            have dependent columns, or no update in the frames of a family moves a contrast.
+        ValueError: If a size is not a positive number, exceeds a side, or is a share but the source has no
+            energies; if rows or targets do not fit the base; if frames in a mapping are not finite or have
+            dependent columns; or if no update in the frames of a family changes a contrast.
 
     Example:
-        >>> made = bl.frames(key, base, ["lm_head"], rows, label_ids=(3, 5), size=4)
-        >>> made
+        >>> chosen = bl.frames(key, base, ["lm_head"], rows, label_ids=(3, 5), size=4)
+        >>> chosen
         Frames(4 coordinates from jacobian: lm_head 1x1x4)
     """
     key = check_key(key)
@@ -131,11 +132,11 @@ def _chosen(
     data: Batch,
     console: Console | None,
 ) -> tuple[dict[str, tuple], dict[str, tuple]]:
-    """Frames of every module, and the energies behind them, if any."""
+    """Frames of every module, and their energies if the source has any."""
     if not len(sites):
         return {}, {}
     if isinstance(source, Mapping):
-        return _given(sites, source), {}
+        return _from_mapping(sites, source), {}
     if source == "random":
         return _random(key, sites, sizes), {}
     whole = Classifier(model.base, sites, point(), label_ids=model.label_ids)
@@ -147,7 +148,7 @@ def _chosen(
 
 
 def _sizes(sites: Sites, size: Size, *, energies: bool) -> dict[str, int | float]:
-    """The asked size of every family."""
+    """The requested size of every family, checked."""
     by_family = dict(size) if isinstance(size, Mapping) else dict.fromkeys(sites, size)
     if set(by_family) != set(sites):
         raise ValueError(
@@ -169,7 +170,7 @@ def _sizes(sites: Sites, size: Size, *, energies: bool) -> dict[str, int | float
 
 
 def smaller_side(site: Site) -> int:
-    """The most directions that a size may ask for; of the head, whose classes are few, inputs alone count."""
+    """The largest possible size. For the head, whose classes are few, only the input side limits it."""
     return site.d_in if site.module == HEAD else min(site.d_in, site.d_out)
 
 
@@ -178,14 +179,14 @@ def _jacobian(key: Array, model: Classifier, data: Batch, console: Console | Non
     keys = jax.random.split(key, len(data))
 
     def of_part(part: Part) -> Any:
-        filled = np.concatenate([part.rows, np.zeros(len(part.batch) - len(part.rows), int)])
-        return program(model, moments)(model.base.weights, part.batch, keys[filled], counted(part))
+        padded = np.concatenate([part.rows, np.zeros(len(part.batch) - len(part.rows), int)])
+        return program(model, moments)(model.base.weights, part.batch, keys[padded], counted(part))
 
     return summed(differentiated(data, "frames", console), of_part)
 
 
 def _activations(model: Classifier, data: Batch, console: Console | None) -> dict[str, Sides]:
-    """Sums over rows and tokens of y y^T and x x^T, where x enters a module and y = W x leaves it."""
+    """Sums over rows and tokens of y y^T and x x^T, with x the input and y = W x the output of a module."""
 
     def of_part(part: Part) -> Any:
         return program(model, second_moments)(model.base.weights, part.batch, counted(part))
@@ -202,15 +203,15 @@ def _weights(model: Classifier) -> dict[str, Sides]:
 
 
 def _kernels(model: Classifier) -> dict[str, Float[np.ndarray, "l d_out d_in"]]:
-    """The frozen kernels of every family; of the head the label rows less their mean."""
-    module, found = model.base.bind(model.base.weights), {}
+    """The frozen kernels of every family; for the head, the label rows minus their mean."""
+    module, kernels = model.base.bind(model.base.weights), {}
     for name, site in model.sites.items():
         if site.module == HEAD:
-            found[name] = label_rows(model)[None]
+            kernels[name] = label_rows(model)[None]
         else:
             stack = np.asarray(module.layers[site.module][...])[list(site.layers)]
-            found[name] = np.swapaxes(stack, 1, 2).astype(np.float64)
-    return found
+            kernels[name] = np.swapaxes(stack, 1, 2).astype(np.float64)
+    return kernels
 
 
 def _leading(
@@ -229,15 +230,17 @@ def _eigen(stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues (layer, d), decreasing, and eigenvectors (layer, d, d) whose largest entry is positive."""
     values, vectors = np.linalg.eigh(stack)
     values, vectors = np.maximum(values[:, ::-1], 0.0), vectors[:, :, ::-1]
+    # Fix the sign of each eigenvector, which LAPACK leaves open, so that frames are reproducible.
     largest = np.take_along_axis(vectors, np.abs(vectors).argmax(1)[:, None], axis=1)
     return values, (vectors * np.where(largest < 0, -1.0, 1.0)).astype(np.float32)
 
 
 def _width(values: np.ndarray, size: int | float) -> int:
-    """Directions that a side gets: as asked, but none of zero energy in every layer."""
+    """Number of directions of a side: as requested, but none with zero energy in every layer."""
     nonzero = int((values > NULL * np.maximum(values[:, :1], 1e-30)).sum(1).max())
     if is_integer(size):
         return max(min(int(size), nonzero), 1)
+    # The smallest number of directions whose share of the energy reaches `size` in every layer.
     shares = np.cumsum(values, 1) / np.maximum(values.sum(1, keepdims=True), 1e-30)
     return max(min(int((shares < size).sum(1).max()) + 1, nonzero), 1)
 
@@ -252,16 +255,16 @@ def _random(key: Array, sites: Sites, sizes: Mapping[str, int | float]) -> dict[
             np.asarray(jax.random.normal(one, (site.depth, d, m)), np.float64)
             for one, d, m in zip(jax.random.split(k), (site.d_out, site.d_in), widths, strict=True)
         )
-        if is_head:  # what all classes share moves no contrast
+        if is_head:  # a part that all classes share changes no contrast
             left = left - left.mean(1, keepdims=True)
         sides[name] = _orthonormal(left), _orthonormal(right)
     return sides
 
 
-def _given(sites: Sites, source: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple]:
-    """Frames of the caller, orthonormalised."""
+def _from_mapping(sites: Sites, source: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple]:
+    """The caller's frames, checked and orthonormalised."""
     if set(source) != set(sites):
-        raise ValueError(f"frames must be given for {listed(tuple(sites))}; got {listed(tuple(source))}")
+        raise ValueError(f"source must have frames for {listed(tuple(sites))}; got {listed(tuple(source))}")
     sides = {}
     for name, site in sites.items():
         pair = tuple(np.asarray(x, np.float32) for x in source[name])
@@ -279,6 +282,7 @@ def _given(sites: Sites, source: Mapping[str, tuple[Any, Any]]) -> dict[str, tup
 
 def _orthonormal(stack: np.ndarray) -> np.ndarray:
     q, r = np.linalg.qr(stack.astype(np.float64))
+    # A positive diagonal of R makes the decomposition unique; for normal entries, Q is then Haar-distributed.
     signs = np.sign(np.diagonal(r, axis1=1, axis2=2))
     return (q * np.where(signs == 0, 1.0, signs)[:, None, :]).astype(np.float32)
 
@@ -290,8 +294,10 @@ def _units(
     arrays = {name: (jnp.asarray(sides[name][0]), jnp.asarray(sides[name][1])) for name in model.sites}
     sums = dict.fromkeys(model.sites, 0.0)
     for part in differentiated(data, "units", console):
-        _, found = shared_features(model, arrays, part.batch)
-        phi = np.asarray(found, np.float64)[: len(part.rows)]
+        _, slopes = shared_features(model, arrays, part.batch)
+        phi = np.asarray(slopes, np.float64)[
+            : len(part.rows)
+        ]  # (row, class - 1, coordinate), without padding
         ends = np.cumsum([L.shape[0] * L.shape[2] * R.shape[2] for L, R in arrays.values()])
         for name, block in zip(model.sites, np.split(phi, ends[:-1], axis=2), strict=True):
             sums[name] += contrast_energy(block).sum()
@@ -299,18 +305,20 @@ def _units(
     still = [name for name, unit in units.items() if not unit > STILL]
     if still:
         raise ValueError(
-            f"no update of {listed(still)} in these frames moves a logit contrast of these rows, as one of "
-            "q_proj or k_proj where every row is a single token; leave it out, or give other rows or frames"
+            f"no update of {listed(still)} in these frames changes a logit contrast of these rows (q_proj "
+            "and k_proj have no effect if every row is a single token); leave it out, or use other rows or "
+            "frames"
         )
     return units
 
 
 def contrast_energy(phi: Float[np.ndarray, "n k d"]) -> Float[np.ndarray, " n"]:
-    """Mean over pairs of classes of the squared length of their contrast's derivative, for each row.
+    """For each row, the mean over pairs of classes of the squared norm of their contrast's derivative.
 
     Args:
-        phi: Derivative of the contrast of each class but the first against the first.
+        phi: Derivative of the contrast of each class, except the first, against the first class.
     """
     whole = np.concatenate([np.zeros_like(phi[:, :1]), phi], axis=1)
     centred = whole - whole.mean(1, keepdims=True)
+    # The mean over all pairs of |phi_c - phi_d|^2 is 2 / (C - 1) times the sum of squares about the mean.
     return 2 / (whole.shape[1] - 1) * (centred**2).sum((1, 2))

@@ -4,11 +4,13 @@ r"""Laplace's approximation of a linear model with a softmax likelihood: mode, e
 
     log p(y) ~ log p(y | u*) - |u*|^2 / 2 - log|B| / 2,      B = I + M M^T or I + M^T M,  M = V^T Phi,
 
-u* the posterior mode, W = V V^T the Hessian of the negative log-likelihood in eta. Everything runs in rows or
-in coordinates, whichever is fewer: in rows, u = Phi^T a and eta = z + K a with K = Phi Phi^T.
+where u* is the posterior mode and W = V V^T is the Hessian of the negative log-likelihood in eta. All
+computations are in rows or in coordinates, whichever are fewer. In rows, u = Phi^T a and eta = z + K a with
+K = Phi Phi^T.
 
-The evidence is a JAX function of the log scales s of groups of columns, Phi = [s_g Phi_g]. The mode is found
-by damped Newton steps without derivatives; one more step, with derivatives, gives the exact gradient.
+The evidence is a JAX function of the log scales s of groups of columns, Phi = [s_g Phi_g]. The mode is
+computed by damped Newton steps without derivatives. One more step, with derivatives, gives the exact
+gradient.
 
 References: Rasmussen and Williams (2006), Gaussian processes for machine learning, algorithms 3.1, 3.3 and
 5.1; MacKay (1992), the evidence framework.
@@ -26,14 +28,15 @@ from jaxtyping import Float, Int
 from bnlora._util.typing import AnyArray
 
 MAX_STEPS = 100
+"""Largest number of Newton steps for the mode."""
 
 
 class Linear(NamedTuple):
-    """A linear model whose columns fall into groups with a scale each.
+    """A linear model whose columns form groups with one scale each.
 
     Attributes:
         offset: Contrasts of the base, class c against class 0, shape (row, class - 1).
-        groups: Derivatives at scale one by group, shape (row, class - 1, coordinates of the group).
+        groups: Derivatives at scale one, by group, shape (row, class - 1, coordinates of the group).
         labels: Classes, shape (row,).
     """
 
@@ -43,22 +46,22 @@ class Linear(NamedTuple):
 
     @property
     def num_coordinates(self) -> int:
-        """Columns of all groups."""
+        """Number of columns of all groups."""
         return sum(group.shape[2] for group in self.groups)
 
     @property
     def in_rows(self) -> bool:
-        """Whether rows times contrasts are fewer than coordinates."""
+        """Whether to compute in rows: rows times contrasts are fewer than coordinates."""
         return self.offset.size < self.num_coordinates
 
     def design(self, log_scales: Float[Array, " g"]) -> Float[Array, "m d"]:
-        """Phi with the scales inside, m = rows x contrasts."""
+        """Phi including the scales, with m = rows x contrasts."""
         scaled = [jnp.exp(s) * jnp.asarray(x) for s, x in zip(log_scales, self.groups, strict=True)]
         return jnp.concatenate(scaled, axis=2).reshape(self.offset.size, -1)
 
 
 class Informed(NamedTuple):
-    """The likelihood as a function of the coordinates that it depends on, the columns of some V.
+    """The likelihood as a function of the coordinates that inform it, along the columns of a matrix V.
 
     Attributes:
         design: Derivative of each contrast along the columns of V, shape (row, class - 1, r).
@@ -80,12 +83,12 @@ class Informed(NamedTuple):
 
 
 class Mode(NamedTuple):
-    """The posterior mode and what depends on it.
+    """The posterior mode and quantities at the mode.
 
     Attributes:
         log_evidence: Laplace's approximation of log p(y), in nats.
         log_likelihood: log p(y | u*).
-        weights: The mode in rows (a) or in coordinates (u), see `Linear.in_rows`.
+        weights: The mode in rows (a) or in coordinates (u); see `Linear.in_rows`.
         root: V (row, class - 1, class - 1), with V V^T the Hessian of the negative log-likelihood.
     """
 
@@ -96,7 +99,7 @@ class Mode(NamedTuple):
 
 
 def log_likelihood(eta: Float[Array, "n k"], labels: Int[AnyArray, " n"]) -> Float[Array, ""]:
-    """Sum of the labels' log-probabilities given contrasts, in nats."""
+    """Sum of the log-probabilities of the labels, in nats, as a function of the contrasts."""
     logits = jnp.pad(eta, ((0, 0), (1, 0)))
     return jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1).sum()
 
@@ -104,12 +107,13 @@ def log_likelihood(eta: Float[Array, "n k"], labels: Int[AnyArray, " n"]) -> Flo
 def residual_and_root(
     eta: Float[Array, "n k"], labels: Int[AnyArray, " n"]
 ) -> tuple[Float[Array, "n k"], Float[Array, "n k k"]]:
-    """Gradient of the log-likelihood in eta, and V of its negative Hessian V V^T (lower triangular)."""
+    """Gradient of the log-likelihood in eta, and the lower triangular V of its negative Hessian V V^T."""
     p = jax.nn.softmax(jnp.pad(eta, ((0, 0), (1, 0))))[:, 1:]
     residual = jax.nn.one_hot(labels, p.shape[1] + 1, dtype=eta.dtype)[:, 1:] - p
     if p.shape[1] == 1:
-        # The root of p (1 - p) by logarithms: where p rounds to one, that of the product has no derivative.
+        # sqrt(p (1 - p)) by logarithms: if p rounds to one, the root of the product has no derivative.
         return residual, jnp.exp((jax.nn.log_sigmoid(eta) + jax.nn.log_sigmoid(-eta)) / 2)[:, :, None]
+    # `tiny` keeps diag(p) - p p^T positive definite if a probability rounds to 0 or 1.
     tiny = jnp.finfo(eta.dtype).eps
     hessian = jax.vmap(jnp.diag)(p + tiny) - p[:, :, None] * p[:, None, :]
     return residual, jax.vmap(jnp.linalg.cholesky)(hessian)
@@ -119,10 +123,10 @@ def laplace_mode(model: Linear, kernel: Array, *, in_rows: bool, start: Array | 
     """The mode and the evidence, differentiable in `kernel`.
 
     Args:
-        model: The linear model; its groups are not read.
-        kernel: K (m, m) where the model is in rows, else Phi (m, d).
-        in_rows: Whether it is.
-        start: Weights to start from; zero when omitted.
+        model: The linear model; its groups are not used.
+        kernel: K (m, m) if `in_rows`, else Phi (m, d).
+        in_rows: Whether to compute in rows.
+        start: Start value of the weights; zero if omitted.
     """
     zero = jnp.zeros(kernel.shape[1], kernel.dtype)
     fixed = jax.lax.stop_gradient(kernel)
@@ -136,7 +140,8 @@ def laplace_mode(model: Linear, kernel: Array, *, in_rows: bool, start: Array | 
     def improve(carry: tuple) -> tuple:
         weights, value, _, count = carry
         step = _newton(model, fixed, weights, in_rows=in_rows) - weights
-        # Where the base is sure and wrong, the first step may be 10^4 times too long at a large scale.
+        # Line search by halving. If the base is confident and wrong, the first Newton step at a large scale
+        # can be 10^4 times too long.
         shares = 0.5 ** jnp.arange(40.0, dtype=kernel.dtype)
         values = jax.lax.map(lambda t: penalised(weights + t * step), shares)
         first = jnp.argmax(values > value)  # the longest step that improves
@@ -150,12 +155,13 @@ def laplace_mode(model: Linear, kernel: Array, *, in_rows: bool, start: Array | 
 
     begin = zero if start is None else start
     carry = begin, penalised(begin), jnp.asarray(jnp.inf, kernel.dtype), 0
-    found = jax.lax.stop_gradient(jax.lax.while_loop(goes_on, improve, carry)[0])
-    weights = _newton(model, kernel, found, in_rows=in_rows)
+    optimum = jax.lax.stop_gradient(jax.lax.while_loop(goes_on, improve, carry)[0])
+    # At the mode, the derivative of one Newton step in `kernel` is the derivative of the mode itself.
+    weights = _newton(model, kernel, optimum, in_rows=in_rows)
     eta = _eta(model, kernel, weights)
     likelihood = log_likelihood(eta, model.labels)
     _, root = residual_and_root(eta, model.labels)
-    half_log_det = jnp.log(jnp.diag(_cholesky(kernel, root, in_rows=in_rows))).sum()
+    half_log_det = jnp.log(jnp.diag(_cholesky(kernel, root, in_rows=in_rows))).sum()  # log|B| / 2
     evidence = likelihood - penalty(kernel, weights) - half_log_det
     return Mode(evidence, likelihood, weights, root)
 
@@ -165,7 +171,7 @@ def _eta(model: Linear, kernel: Array, weights: Array) -> Array:
 
 
 def _times_root(root: Array, columns: Array, *, transpose: bool) -> Array:
-    """V^T X or V X for X of shape (m, ...), m = rows x contrasts."""
+    """V^T X or V X with the block-diagonal V, for X of shape (m, ...) with m = rows x contrasts."""
     n, k, _ = root.shape
     blocks = columns.reshape(n, k, -1)
     pattern = "nij,nid->njd" if transpose else "nij,njd->nid"
@@ -173,14 +179,17 @@ def _times_root(root: Array, columns: Array, *, transpose: bool) -> Array:
 
 
 def _cholesky(kernel: Array, root: Array, *, in_rows: bool) -> Array:
-    """Root of B = I + V^T K V in rows, of I + Phi^T W Phi in coordinates."""
+    """Cholesky root of B = I + V^T K V in rows, or of I + Phi^T W Phi in coordinates.
+
+    The eigenvalues of B are at least one, so the factorisation needs no jitter.
+    """
     half = _times_root(root, kernel, transpose=True)
     inner = _times_root(root, half.T, transpose=True) if in_rows else half.T @ half
     return jnp.linalg.cholesky(jnp.eye(len(inner), dtype=kernel.dtype) + inner)
 
 
 def _newton(model: Linear, kernel: Array, weights: Array, *, in_rows: bool) -> Array:
-    """Where one Newton step leads."""
+    """The weights after one Newton step."""
     eta = _eta(model, kernel, weights)
     residual, root = residual_and_root(eta, model.labels)
     chol = _cholesky(kernel, root, in_rows=in_rows)
@@ -189,11 +198,13 @@ def _newton(model: Linear, kernel: Array, weights: Array, *, in_rows: bool) -> A
         half = jax.scipy.linalg.solve_triangular(chol, x, lower=True)
         return jax.scipy.linalg.solve_triangular(chol.T, half, lower=False)
 
+    # target = W (eta - z) + residual, shape (m,): algorithm 3.1 of Rasmussen and Williams.
     centred = (kernel @ weights).reshape(-1)
     curved = _times_root(root, _times_root(root, centred, transpose=True), transpose=False)
     target = curved + residual.reshape(-1)
     if not in_rows:
         return solve(kernel.T @ target)
+    # In rows: a = target - V B^-1 V^T K target.
     inner = solve(_times_root(root, kernel @ target, transpose=True))
     return target - _times_root(root, inner, transpose=False)
 
@@ -203,18 +214,19 @@ def posterior(
 ) -> tuple[Float[Array, " d"], Float[Array, "d r"], Float[Array, " r"]]:
     """Mean u* of the coordinates, and the eigenvectors and eigenvalues of Phi^T W Phi.
 
-    The covariance is the inverse of I + Phi^T W Phi: variance 1 / (1 + eigenvalue) along an eigenvector, and
-    that of the prior in all other directions.
+    The covariance is the inverse of I + Phi^T W Phi. The variance along an eigenvector is
+    1 / (1 + eigenvalue); in all other directions it is the prior variance, one.
 
     Args:
-        design: Phi, whether the model is in rows or not.
-        mode: From `laplace_mode`.
-        in_rows: Whether its weights are those of rows.
+        design: Phi, for a mode in rows as well as in coordinates.
+        mode: The result of `laplace_mode`.
+        in_rows: Whether the weights of the mode are in rows.
 
     Returns:
-        u* (d,), eigenvectors (d, r) and eigenvalues (r,), r the lesser of m and d.
+        u* (d,), eigenvectors (d, r) and eigenvalues (r,), with r the smaller of m and d.
     """
     mean = design.T @ mode.weights if in_rows else mode.weights
+    # SVD of V^T Phi instead of an eigendecomposition of its square: small eigenvalues stay accurate.
     half = _times_root(mode.root, design, transpose=True)
     _, singular, vectors = jnp.linalg.svd(half, full_matrices=False)
     return mean, vectors.T, singular**2

@@ -1,14 +1,14 @@
-r"""The tangent model: a classifier whose logits are linear in the adapters' update.
+r"""The tangent model: a classifier whose logits are linear in the update of the adapters.
 
     logit_c(x) = z_c(x) + phi_c(x)^T u,      u_(f, l) = L^T dW_(f, l) R,      phi = L^T J R
 
-with z the logits of the untouched base and J their derivative there. Prior, likelihood, plate and scaling of
-minibatches are those of the network: a `Tangent` is a `Classifier`, and fits, samplers, predictions and
-diagnostics take it like any other. A row costs one backward pass per contrast once, and nothing of the
-transformer afterwards.
+where z are the logits of the unadapted base and J is their derivative there. Prior, likelihood, plate and
+minibatch scaling are those of the network. A `Tangent` is a `Classifier`: fits, samplers, predictions and
+diagnostics accept it. Each row costs one backward pass per contrast, once; after that the transformer is not
+run again.
 
-The posterior of its adapters belongs to the linear model. Draws pushed through the network are far too
-uncertain, so whatever needs adapters of the network refuses a tangent posterior.
+The posterior of its adapters belongs to the linear model. In the network, its draws would give predictions
+that are far too uncertain, so functions that need adapters of the network refuse a tangent posterior.
 
 Reference: Immer et al. (2021), Improving predictions of Bayesian neural nets via local linearization, arXiv
 2008.08400.
@@ -38,7 +38,7 @@ from bnlora.program.model import Classifier
 from bnlora.program.tangent.gradients import features, shared_features
 
 OUTSIDE = 1e-3
-"""Share of an update's norm that may lie outside the frames: rounding."""
+"""Largest share of an update's norm outside the frames, to allow for rounding."""
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
@@ -46,7 +46,7 @@ class Tangent(Classifier):
     """The first-order expansion of a classifier at its base.
 
     Args:
-        network: A classifier whose prior keeps updates inside frames, as `priors.core(frames)` does.
+        network: A classifier whose prior has all updates inside frames, such as `priors.core(frames)`.
 
     Attributes:
         base: The network's base.
@@ -56,8 +56,8 @@ class Tangent(Classifier):
         frames: Frames of the prior.
 
     Raises:
-        ValueError: When the prior has no frames or leaves them, or the frames are of another base or of other
-            label tokens.
+        ValueError: If the prior has no frames or has updates outside them, or the frames belong to another
+            base or other label tokens.
 
     Example:
         >>> tangent = bl.Tangent(bl.Classifier(base, frames.sites, bl.priors.core(frames), label_ids=(3, 5)))
@@ -82,34 +82,38 @@ class Tangent(Classifier):
 
     def _check(self) -> None:
         if not is_same(self.frames.base, fingerprint(self.base.weights)):
-            raise ValueError("the frames were made from another base; compute frames from this one")
+            raise ValueError("the frames belong to another base; compute frames from this one")
         if self.frames.label_ids != self.label_ids:
-            raise ValueError(f"the frames are of the label ids {self.frames.label_ids}; got {self.label_ids}")
+            raise ValueError(
+                f"the frames belong to the label ids {self.frames.label_ids}; got {self.label_ids}"
+            )
         self.frames.check(self.sites)
         adapters = handlers.seed(runnable(self.prior), jax.random.key(0))()
         for name, pair in adapters.items():
-            inside = self.frames[name]
-            L, R = inside.left.astype(np.float64), inside.right.astype(np.float64)
+            frame = self.frames[name]
+            L, R = frame.left.astype(np.float64), frame.right.astype(np.float64)
             update = np.asarray(pair["b"], np.float64) @ np.asarray(pair["a"], np.float64)
-            kept_part = L @ (np.swapaxes(L, 1, 2) @ update @ R) @ np.swapaxes(R, 1, 2)
-            if np.linalg.norm(update - kept_part) > OUTSIDE * max(float(np.linalg.norm(update)), 1e-30):
+            inside = (
+                L @ (np.swapaxes(L, 1, 2) @ update @ R) @ np.swapaxes(R, 1, 2)
+            )  # projection to the frames
+            if np.linalg.norm(update - inside) > OUTSIDE * max(float(np.linalg.norm(update)), 1e-30):
                 raise ValueError(
-                    f"the prior's updates of {name!r} leave the frames, so that the tangent model would lose "
-                    "a part of them; use priors.core with these frames"
+                    f"the prior's updates of {name!r} are not inside the frames, so the tangent model would "
+                    "ignore a part of them; use priors.core with these frames"
                 )
 
     @property
     def kind(self) -> Literal["network", "tangent"]:
-        """What a draw of the adapters goes through."""
+        """The kind of model that maps adapters to logits."""
         return "tangent"
 
     @property
     def checksum(self) -> str:
-        """Identifies the features, as in `Batch.frames`."""
+        """Checksum of the features, compared with `Batch.frames`."""
         return kept(self, lambda tangent: tangent.frames.checksum)
 
     def with_prior(self, prior: Prior) -> "Tangent":
-        """The tangent model of the same frames under another prior, such as a conditional one."""
+        """The tangent model with the same frames and another prior, such as a conditional one."""
         prior_with_frames = _WithFrames(prior, self.frames)
         network = Classifier(self.base, self.sites, prior_with_frames, label_ids=self.label_ids)
         return Tangent(network)
@@ -127,11 +131,11 @@ class Tangent(Classifier):
         """The batch with its features."""
         if self.is_prepared(batch):
             return batch
-        found = self.features(weights, batch)
-        return replace(batch, features=found, frames=self.checksum, hidden=None, depth=0, trunk="")
+        computed = self.features(weights, batch)
+        return replace(batch, features=computed, frames=self.checksum, hidden=None, depth=0, trunk="")
 
     def features(self, weights: Any, batch: Batch) -> Features:
-        """The features of the rows: the batch's if they are those of this model, or computed here."""
+        """The features of the rows: cached ones if they belong to this model, else computed here."""
         if batch.features is not None and self.is_prepared(batch):
             return batch.features
         return Features(*features(self.network, weights, self._arrays, batch))
@@ -143,31 +147,32 @@ class Tangent(Classifier):
         return {name: (jnp.asarray(frame.left), jnp.asarray(frame.right)) for name, frame in frames}
 
     def prepare(self, batch: Batch) -> Batch:
-        """`prepared` with the model's weights, in one program for all callers."""
+        """Like `prepared` with the model's weights, by one compiled program for all callers."""
         self.check_tokens(batch)
         if self.is_prepared(batch):
             return batch
-        found = Features(*shared_features(self.network, self._arrays, batch))
-        return replace(batch, features=found, frames=self.checksum)
+        computed = Features(*shared_features(self.network, self._arrays, batch))
+        return replace(batch, features=computed, frames=self.checksum)
 
     def coordinates(self, adapters: Adapters) -> Float[Array, " d"]:
-        """The adapters' updates in the frames: u, over families, layers, rows and columns."""
+        """The updates in the frames, flattened: u, over families, layers, rows and columns."""
         return jnp.concatenate([self._core(name, adapters[name]).ravel() for name in self.sites])
 
     def _core(self, name: str, pair: Mapping[str, Array]) -> Float[Array, "l m_o m_i"]:
         frame = self.frames[name]
         left, right = jnp.asarray(frame.left), jnp.asarray(frame.right)
+        # L^T (s b) times (a R): the full update dW of shape (d_out, d_in) is never formed.
         outer = jnp.einsum("lor,lom->lmr", pair["b"], left) * self.sites[name].scale
         return outer @ (pair["a"] @ right)
 
     def __call__(self, weights: Any, batch: Batch, n_total: int | None = None) -> None:
-        """Sample cores and observe labels, as `Classifier` does, without making adapters of the cores."""
+        """Sample cores and observe labels, as `Classifier` does, but without computing adapters."""
         with handlers.trace() as trace:
             adapters = self.prior()
         cores = [trace.get(core_name(name)) for name in self.sites]
         if any(core is None for core in cores):
             coordinates = self.coordinates(adapters)
-        else:  # what adapters were made of is unused, so the compiler leaves it out
+        else:  # `adapters` is then unused, and the compiler removes its computation
             coordinates = jnp.concatenate([core["value"].ravel() for core in cores])
         self._observe(self._logits(weights, coordinates, batch), batch, n_total)
 
@@ -176,18 +181,18 @@ class Tangent(Classifier):
         return self._logits(weights, self.coordinates(adapters), batch)
 
     def _logits(self, weights: Any, coordinates: Float[Array, " d"], batch: Batch) -> Float[Array, "n c"]:
-        found = self.features(weights, batch)
-        contrasts = found.phi @ coordinates
-        return found.offset + jnp.pad(contrasts, ((0, 0), (1, 0)))
+        cached = self.features(weights, batch)
+        contrasts = cached.phi @ coordinates  # (n, c - 1), each class against class 0
+        return cached.offset + jnp.pad(contrasts, ((0, 0), (1, 0)))
 
     def numbers(self, shape: tuple[int, ...]) -> int:
-        """Approximate size of the largest array of a program for so many rows."""
+        """Approximate size of the largest array of a program for rows of this shape."""
         coordinates = self.frames.num_coordinates
         return max(shape[0] * coordinates if shape else 0, self.sites.num_parameters)
 
     @property
     def overview(self) -> tuple[Showable, ...]:
-        """That of the network, and of the frames."""
+        """The overview of the network and of the frames."""
         about = {"coordinates": f"{self.frames.num_coordinates:,}", "frames": self.frames.source}
         return (facts("Tangent model at the base", about), *super().overview, *self.frames.overview)
 
@@ -196,7 +201,7 @@ class Tangent(Classifier):
 
 
 class _WithFrames:
-    """A prior program that has frames but no maker that knows them."""
+    """A prior program with frames attached."""
 
     def __init__(self, program: Prior, frames: Frames):
         self.program, self.frames = program, frames

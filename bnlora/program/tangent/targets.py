@@ -1,14 +1,14 @@
-r"""Targets of a core prior: modules of the base, and two updates of the head that are no module.
+r"""Targets of a core prior: modules of the base, and two special updates of the head.
 
 | target    | what its core multiplies                                                      | size         |
 |-----------|-------------------------------------------------------------------------------|--------------|
-| a module  | directions of its own weight update                                           | as asked     |
+| a module  | directions of its own weight update                                           | as requested |
 | `"slope"` | the base's own logits: its inverse temperature as a random variable           | C-1 by C-1   |
 | `"bias"`  | a direction in which all rows have nearly the same activation: a class bias   | C-1 by 1     |
 
-Both are updates `dW = s L U R^T` of the head like any other, so that a network has them too. Their frames do
-not depend on the source of the others. For the slope R spans the label rows of the head. For the bias it is
-the ridge solution r of `h_i r = 1` over the rows, with h_i what enters the head.
+Slope and bias are updates `dW = s L U R^T` of the head like any other, so a network can have them too. Their
+frames do not depend on the source of the other frames. For the slope, R spans the label rows of the head. For
+the bias, R is the ridge solution r of `h_i r = 1` over the rows, where h_i is the input of the head.
 """
 
 import difflib
@@ -28,7 +28,7 @@ from bnlora.program.model import Classifier
 from bnlora.program.tangent.gradients import differentiated, shared_features
 
 SLOPE, BIAS = "slope", "bias"
-"""Targets, and families, of the base's own logits and of a class bias."""
+"""Names of the targets, and of the families, of the base's own logits and of a class bias."""
 
 OWN = (SLOPE, BIAS)
 
@@ -39,7 +39,7 @@ Sides = tuple[Float[np.ndarray, "1 c m_o"], Float[np.ndarray, "1 d m_i"]]
 
 
 def target_sites(base: Base, targets: Sequence[str], layers: Any) -> Sites:
-    """Sites of rank one of modules, as `bnlora.select` gives them, and last those of slope and bias.
+    """Sites of rank one for modules, as `bnlora.select` returns them, followed by slope and bias.
 
     Args:
         base: The base.
@@ -60,7 +60,7 @@ def target_sites(base: Base, targets: Sequence[str], layers: Any) -> Sites:
 
 
 def own_sides(model: Classifier, data: Batch, console: Console | None) -> dict[str, Sides]:
-    """Frames of slope and bias, where the model has these families."""
+    """Frames of slope and bias, if the model has these families."""
     sides = {}
     if SLOPE in model.sites:
         sides[SLOPE] = _slope(model)
@@ -70,7 +70,7 @@ def own_sides(model: Classifier, data: Batch, console: Console | None) -> dict[s
 
 
 def label_rows(model: Classifier) -> Float[np.ndarray, "c d"]:
-    """The label rows of the head less their mean: what all classes share moves no contrast."""
+    """The label rows of the head minus their mean: a part that all classes share changes no contrast."""
     module = model.base.bind(model.base.weights)
     table = module.embedding if module.lm_head is None else module.lm_head
     rows = np.asarray(table[...])[list(model.label_ids)].astype(np.float64)
@@ -78,15 +78,16 @@ def label_rows(model: Classifier) -> Float[np.ndarray, "c d"]:
 
 
 def _slope(model: Classifier) -> Sides:
-    """Frames of updates within the label rows of the head, for all classes together."""
+    """Frames of the slope: both sides span the centred label rows of the head."""
     rows = label_rows(model)
     left, _, right = np.linalg.svd(rows, full_matrices=False)
+    # The centred rows have rank C - 1 at most, so the last direction is dropped.
     left, right = left[:, : len(rows) - 1], right[: len(rows) - 1].T
     return left[None].astype(np.float32), right[None].astype(np.float32)
 
 
 def _bias(model: Classifier, data: Batch, console: Console | None) -> Sides:
-    """All differences of classes, times the direction of a constant."""
+    """Frames of the bias: differences of classes on the left, the direction of a constant on the right."""
     classes = len(model.label_ids)
     left = np.linalg.svd(np.eye(classes) - 1 / classes)[0][:, : classes - 1]
     width = model.sites[BIAS].d_in
@@ -100,12 +101,12 @@ def _bias(model: Classifier, data: Batch, console: Console | None) -> Sides:
 
 
 def _head_inputs(model: Classifier, data: Batch, console: Console | None) -> Iterator[np.ndarray]:
-    """What enters the head, for some rows at a time: the derivative of a logit in its row of the head."""
+    """The inputs of the head, for some rows at a time: the derivative of a logit in its row of the head."""
     sites = model.sites.only(families=[BIAS])
     plain = Classifier(model.base, sites, point(), label_ids=model.label_ids)
     second = np.zeros((1, len(model.label_ids), 1), np.float32)
     second[0, 1] = 1.0  # the contrast of the second class against the first
     arrays = {BIAS: (jnp.asarray(second), jnp.eye(sites[BIAS].d_in)[None])}
     for part in differentiated(data, "bias direction", console):
-        _, found = shared_features(plain, arrays, part.batch)
-        yield np.asarray(found, np.float64)[: len(part.rows), 0]
+        _, slopes = shared_features(plain, arrays, part.batch)
+        yield np.asarray(slopes, np.float64)[: len(part.rows), 0]

@@ -1,4 +1,4 @@
-"""Where the unconstrained vector of a core prior has its scales, and where its cores."""
+"""The positions of scales and cores in the unconstrained vector of a core prior."""
 
 from dataclasses import dataclass
 
@@ -16,11 +16,11 @@ from bnlora.program.density import Density
 
 @dataclass(frozen=True, eq=False)
 class Where:
-    """The two parts of the vector.
+    """Positions of the two parts of the vector.
 
     Attributes:
         view: The unconstrained view of a tangent model.
-        scales: Indices of the scales, shape (t,); none where they are fixed.
+        scales: Indices of the scales, shape (t,); empty if the scales are fixed.
         cores: Indices of the cores in the order of the frames, shape (p,).
     """
 
@@ -30,10 +30,10 @@ class Where:
 
     @classmethod
     def of(cls, view: Density) -> "Where":
-        """Find both.
+        """The positions in a view.
 
         Raises:
-            ValueError: When the prior has other sites than cores and their scales.
+            ValueError: If the prior has sites that are neither cores nor their scales.
         """
         at = view.places
         cores = [f"{family}.U" for family in view.model.sites]
@@ -41,48 +41,50 @@ class Where:
         wrong = [name for name in others if not name.endswith(".scale")] + [c for c in cores if c not in at]
         if wrong:
             raise ValueError(
-                f"Laplace's Gaussian needs the sites of priors.core, {listed(cores)} and their scales; the "
+                f"Laplace's Gaussian needs the sites of priors.core, {listed(cores)} and their scales; this "
                 f"prior has {listed(tuple(at))}"
             )
         scales = np.concatenate([at[name] for name in others]) if others else np.zeros(0, int)
         return cls(view, scales, np.concatenate([at[name] for name in cores]))
 
     def vector(self, t: Float[AnyArray, " t"], cores: Float[Array, " p"] | float) -> Float[Array, " v"]:
-        """The vector with some unconstrained scales and cores, or one number in every core."""
+        """The vector with these unconstrained scales and cores; a number fills every core."""
         return jnp.zeros(self.view.size).at[self.scales].set(t).at[self.cores].set(cores)
 
     def log_scales(self, t: Float[AnyArray, " t"]) -> Float[Array, " g"]:
-        """Log scale of every family and layer: the prior's own factor, read off a core of ones."""
+        """Log scale of every family and layer, read from the update that a core of ones gives."""
         frames = [self.view.model.frames[name] for name in self.view.model.sites]
         units = np.concatenate([np.full(frame.size[0], frame.unit) for frame in frames])
         sizes = [frame.size for frame in frames]
         ends = np.cumsum([m_o * m_i for depth, m_o, m_i in sizes for _ in range(depth)])
         adapters = self.view.adapters(self.vector(t, 1.0))
+        # All entries of a layer have the same scale / unit: take the first entry of each layer.
         return jnp.log(self.view.model.coordinates(adapters)[np.concatenate([[0], ends[:-1]])] * units)
 
     def log_prior(self, t: Float[AnyArray, " t"]) -> Float[Array, ""]:
         """Log-density of the unconstrained scales, in nats."""
+        # Remove the density of standard normal cores at zero, -log(2 pi) / 2 for each coordinate.
         return self.view.log_prior(self.vector(t, 0.0)) + 0.5 * len(self.cores) * jnp.log(2 * jnp.pi)
 
     def require_normal(self, t: Float[AnyArray, " t"]) -> None:
         """Raise `ValueError` unless the cores are standard normal at some unconstrained scales."""
         if not is_standard_normal(self.view, self.vector(t, 0.0), self.cores, 1e-6):
             raise ValueError(
-                "Laplace's Gaussian needs cores that are standard normal, as those of priors.core are; those "
-                "of the prior have another law"
+                "Laplace's Gaussian needs standard normal cores, as priors.core has them; the cores of this "
+                "prior have another law"
             )
 
 
 def is_standard_normal(
     view: Density, zero: Float[Array, " v"], at: Int[np.ndarray, " p"], tolerance: float
 ) -> bool:
-    """Whether the prior of some coordinates is standard normal, as far as one random place tells.
+    """Whether the prior of some coordinates is standard normal, tested at one random point.
 
     Args:
         view: The unconstrained view of a model.
-        zero: A vector that is zero there.
-        at: The coordinates.
-        tolerance: Error of the log-density for each of them, in nats: rounding.
+        zero: A vector that is zero at these coordinates.
+        at: Indices of the coordinates.
+        tolerance: Allowed error of the log-density for each coordinate, in nats, because of rounding.
     """
     u = np.random.default_rng(0).normal(size=len(at))
     both = np.stack([np.asarray(zero)] * 2)

@@ -1,0 +1,64 @@
+"""The cache folder: what is downloaded or compiled once serves later processes.
+
+`$BNLORA_CACHE` is the folder, `~/.cache/bnlora` where it is not set. `BNLORA_CACHE=off` keeps compiled
+programs in memory only; downloads are then in `~/.cache/bnlora`.
+"""
+
+import os
+import platform
+import tempfile
+import zlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+
+OFF = "off"
+"""Value of `$BNLORA_CACHE` that keeps compiled programs out of the cache folder."""
+
+
+def cache_folder() -> Path:
+    """Where downloads and compiled programs are kept: `$BNLORA_CACHE`, otherwise `~/.cache/bnlora`."""
+    chosen = os.environ.get("BNLORA_CACHE")
+    return Path(chosen) if chosen and chosen != OFF else Path.home() / ".cache" / "bnlora"
+
+
+def keep_programs() -> None:
+    """Let JAX keep compiled programs in the cache folder, unless its user has chosen a place or none.
+
+    JAX's own setting comes first (`jax_compilation_cache_dir`, `JAX_COMPILATION_CACHE_DIR`). A folder that
+    cannot be written changes nothing: programs are then compiled in every process.
+    """
+    config: Any = jax.config  # its types leave its own settings out
+    if os.environ.get("BNLORA_CACHE") == OFF or config.jax_compilation_cache_dir is not None:
+        return
+    folder = cache_folder() / f"programs-{_processor():08x}"
+    if _is_writable(folder):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+@cache
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+@cache
+def _processor() -> int:
+    """Checksum of the processor's model and features.
+
+    JAX tells versions, options and accelerators apart, but not the processors that a program was compiled
+    for; another one may lack its instructions.
+    """
+    told = [platform.machine(), platform.processor()]
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux, where two machines of one user rarely share a home
+        lines = []
+    told += sorted({line for line in lines if line.lower().startswith(("model name", "flags", "features"))})
+    return zlib.crc32("\n".join(told).encode())
