@@ -72,11 +72,12 @@ def fixed(report: Report, core: bl.CoreFit, warmup: int, draws: int, rounds: int
 
 
 def verdict(chains: bl.Chains) -> tuple[str, ...]:
-    """Certificate and divergences in one line."""
+    """The certificate's verdict, and its worst numbers."""
     worst, least = max(chains.certificate.rhat), min(chains.certificate.ess_bulk)
+    divergences = int(chains.stats["divergent"].sum())
     return (
-        f"{chains.certificate.verdict} Greatest R-hat {worst:.4f}, least bulk ESS {least:,.0f}, "
-        f"{int(chains.stats['divergent'].sum())} divergences.",
+        f"{chains.certificate.verdict.rstrip('.')}.",
+        f"Greatest R-hat {worst:.4f}, least bulk ESS {least:,.0f}, {divergences} divergences.",
     )
 
 
@@ -108,13 +109,17 @@ def random_scales(report: Report, core: bl.CoreFit, warmup: int, draws: int) -> 
     return chains
 
 
-def predictions(report: Report, posteriors: dict[str, object], tests: dict[str, bl.Batch]) -> None:
+def predictions(
+    report: Report, posteriors: dict[str, object], tests: dict[str, bl.Batch], draws: int
+) -> None:
     """NLL and debiased ECE by domain of some posteriors of tangent models with the same features."""
     table = report.table("NLL / debiased ECE", ("posterior", *tests))
     for name, posterior in posteriors.items():
         cells = []
         for rows in tests.values():
-            log_probs = bl.predict(jax.random.key(3), posterior, rows, num_draws=256, console=QUIET).log_probs
+            log_probs = bl.predict(
+                jax.random.key(3), posterior, rows, num_draws=draws, console=QUIET
+            ).log_probs
             labels = np.asarray(rows.labels)
             both = bl.metrics.nll(log_probs, labels), bl.metrics.debiased_ece(log_probs, labels)
             cells.append(" / ".join(f"{x:.3f}" for x in both))
@@ -144,4 +149,4 @@ def run(given: argparse.Namespace, report: Report) -> None:
     if not given.fixed:
         posteriors["NUTS, scales as sites"] = random_scales(report, core, given.warmup, given.draws)
     features = {name: bl.cache_prefix(core.model, rows, console=QUIET) for name, rows in tests.items()}
-    predictions(report, posteriors, features)
+    predictions(report, posteriors, features, min(256, CHAINS * given.draws))
