@@ -9,7 +9,7 @@ computations are in rows or in coordinates, whichever are fewer. In rows, u = Ph
 K = Phi Phi^T.
 
 The evidence is a JAX function of the log scales s of groups of columns, Phi = [s_g Phi_g]. The mode is
-computed by damped Newton steps without derivatives. One more step, with derivatives, gives the exact gradient.
+computed by damped Newton steps without derivatives; one more step, with derivatives, gives exact gradients.
 
 References: Rasmussen and Williams (2006), Gaussian processes for machine learning, algorithms 3.1, 3.3 and
 5.1; MacKay (1992), the evidence framework.
