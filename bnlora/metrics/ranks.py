@@ -177,7 +177,7 @@ def _stays(inside: Bool[np.ndarray, "j count"], num_ranks: int, num_draws: int, 
 
 
 def _walk_reaches(groups: list[int], distance: int) -> float:
-    """Probability that a fair walk, observed after each group of steps, ever is `distance` or more from zero."""
+    """Probability that a fair walk, seen after each group of steps, ever is `distance` or more from zero."""
     if distance == 0:
         return 1.0
     total = sum(groups)
