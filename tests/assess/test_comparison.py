@@ -96,9 +96,9 @@ def test_false_alarms_come_as_rarely_as_promised():
     random = RANDOM(9)
     made = [
         compare_draws(
-            jax.random.key(0), *(independent(random.normal(size=(60, 3))) for _ in range(2)), level=0.2
+            jax.random.key(seed), *(independent(random.normal(size=(60, 3))) for _ in range(2)), level=0.2
         )
-        for _ in range(100)
+        for seed in range(100)
     ]
     assert np.mean([bool(m.differences) for m in made]) <= 0.2 + 3.5 * (0.2 * 0.8 / 100) ** 0.5
 
