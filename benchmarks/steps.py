@@ -63,11 +63,19 @@ def svi_step(
     batch_size: int,
     num_particles: int = 1,
     accumulate: int = 1,
+    init_params: dict[str, jax.Array] | None = None,
     **running: Any,
 ) -> Step:
     """The step of `bl.fit` with these arguments; scales have the optimiser of all else."""
     program = _program(model, accumulate, **running)
     loop, state = _prepare(
-        key, program, guide, rows, optimizer, scale_optimizer=optimizer, num_particles=num_particles
+        key,
+        program,
+        guide,
+        rows,
+        optimizer,
+        scale_optimizer=optimizer,
+        num_particles=num_particles,
+        init_params=init_params,
     )
     return Step(loop, state, batch_size)
