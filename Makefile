@@ -24,7 +24,7 @@ files = $(foreach name,$(1),$(filter %/test_$(name).py,$(TESTS)))
 # What touches the compiler, the kernels, ArviZ and the packages.
 VERSIONED := diagnose diagnostics display execution guides kernels_api kernels_lowering llama mcmc packaging plots predict svi
 
-.PHONY: demo test fast rounding versions elsewhere slow lint tpu docs notebooks benchmarks oldest newest clean
+.PHONY: demo test fast seconds rounding versions elsewhere slow thorough lint tpu docs notebooks benchmarks oldest newest clean
 
 # The demonstration needs the library and nothing that tests need; where those have been set up, that will do.
 demo: $(if $(wildcard $(READY)),$(READY),$(DEMO_READY))
@@ -34,17 +34,21 @@ demo: $(if $(wildcard $(READY)),$(READY),$(DEMO_READY))
 # apart, but not the processors that a program was compiled for: the name of the folder does.
 CACHE := $(or $(BNLORA_CACHE),$(HOME)/.cache/bnlora)
 PROCESSOR = $(shell { lscpu || sysctl machdep.cpu; } 2>/dev/null | grep -iE "model name|flags|features" | cksum | cut -d" " -f1)
-test fast rounding versions elsewhere slow docs notebooks oldest newest: \
+test fast seconds rounding versions elsewhere slow thorough docs notebooks oldest newest: \
 	export JAX_COMPILATION_CACHE_DIR ?= $(CACHE)/programs-$(PROCESSOR)
 
 # Workers are as many as cores: LAPACK's own threads would only wait for each other (a quarter of the time of some files).
-test fast rounding versions elsewhere slow oldest newest: export OPENBLAS_NUM_THREADS ?= 1
+test fast seconds rounding versions elsewhere slow thorough oldest newest: export OPENBLAS_NUM_THREADS ?= 1
 
-# A file stays with one worker, for its tests share programs and fits; in the order of their names, the slowest come early.
+# A file stays with one worker, for its tests share programs and fits. `tests/conftest.py` starts the slowest first.
 PYTEST := -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=25
 
 test: $(READY)
 	$(BIN)/python $(PYTEST)
+
+# The same, and writes the seconds of each file into tests/seconds.json: workers end together only while it is about right.
+seconds: $(READY)
+	BNLORA_SECONDS=1 $(BIN)/python $(PYTEST)
 
 fast: $(READY)
 	$(BIN)/python $(PYTEST) -m "not slow"
@@ -60,16 +64,20 @@ rounding: $(READY)
 versions: $(READY)
 	$(BIN)/python $(PYTEST) -m "not slow" $(call files,$(VERSIONED))
 
-# Both at once, on what varies with versions and on the statistics that every result rests on. `make rounding` has all
-# files; where this fails, `make rounding` and `make versions` say which of the two it was.
-STATISTICS := bridge density elbo gold_standard gp inference_laplace inference_tfb metrics sbc smc tangent tangent_gaussian \
-	tangent_moving tangent_scales
+# Both at once, on what varies with versions and on a sample of the statistics that every result rests on. `make rounding`,
+# which `make slow` runs, has all files; where this fails, `make rounding` and `make versions` say which of the two it was.
+STATISTICS := density elbo gp inference_laplace sbc tangent tangent_gaussian
 elsewhere: $(READY)
 	XLA_FLAGS="$(ROUNDING)" $(BIN)/python $(PYTEST) -m "not slow" $(sort $(call files,$(STATISTICS) $(VERSIONED)))
 
-# What is slow by nature and need not run for every change: every fast test under another rounding, and all pairs of the
-# contract of saved fits.
-slow: rounding
+# What is slow by nature and need not run for every change: what `make test` does on a sample, every fast test under
+# another rounding, and every notebook in full. Budget: two hours on two cores. tests/slow.md has date, seconds and verdict.
+slow: $(READY)
+	$(BIN)/python tests/slow.py thorough rounding notebooks
+
+# All members and pairs of which `make test` takes a sample.
+thorough: $(READY)
+	BNLORA_EVERY=1 $(BIN)/python $(PYTEST) -m thorough
 	BNLORA_EVERY=1 $(BIN)/python $(PYTEST) $(call files,checkpoint_contract)
 
 # The TPU's own compiler, which needs no TPU: 640 MB of a package that nothing else here uses.

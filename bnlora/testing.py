@@ -34,6 +34,7 @@ from bnlora.data.batch import Batch
 from bnlora.infer.svi.elbo import initial_parameters
 from bnlora.infer.svi.maximise import maximise
 from bnlora.models.llama import LlamaConfig
+from bnlora.program.protocol import Program
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def linear_gaussian(
 
 def maximise_bound(
     key: Array,
-    model: Any,
+    model: Program,
     guide: Callable,
     *,
     num_steps: int,

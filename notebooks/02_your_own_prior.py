@@ -13,8 +13,8 @@
 # %% [markdown]
 # # Write your own prior: a horseshoe over ranks
 #
-# **Question.** An adapter has $r$ ranks, and nobody knows how many it needs. Can a prior leave that open, what does such a prior say
-# before any label has been seen, and what do the data make of it?
+# **Question.** An adapter has $r$ ranks, and the number that a task needs is unknown. Can a prior represent this uncertainty? What does
+# such a prior predict before any label is observed, and how do the data change it?
 #
 # **Model.** The update of the head is a sum over ranks, $\Delta W = \sum_k b_k a_k^\top$ with
 #
@@ -22,9 +22,9 @@
 # g_k = \frac{\tau \lambda_k}{\sqrt{1 + \tau^2 \lambda_k^2}}, \quad \lambda_k \sim \mathrm C^+(0, 1), \quad
 # \tau \sim \mathrm C^+(0, \tau_0).$$
 #
-# This is the regularised horseshoe (Piironen and Vehtari 2017) with a slab of scale $s$: a gain $g_k \in (0, 1)$ is the part of the slab
-# that rank $k$ gets, near one for ranks that are in use and near zero for all others. $m = \sum_k g_k^2$ counts the ranks in
-# use. `bl.priors.regularized_horseshoe` ships a version of it; here we write our own.
+# This is the regularised horseshoe (Piironen and Vehtari 2017) with a slab of scale $s$. The gain $g_k \in (0, 1)$ is the fraction of
+# the slab scale that rank $k$ has: near one for ranks in use, near zero for all others. $m = \sum_k g_k^2$ is the effective number of
+# ranks in use. The library has a version, `bl.priors.regularized_horseshoe`; this notebook writes one from scratch.
 
 # %%
 # %matplotlib inline
@@ -43,26 +43,26 @@ from bnlora.plots.base import BLUE, GREY, ORANGE, caption, legend_above, make_ax
 
 fast = bool(os.environ.get("BNLORA_FAST"))
 num_prior = 100 if fast else 400
-run = {"num_warmup": 80, "num_draws": 80, "max_doublings": 5}
+nuts_options = {"num_warmup": 80, "num_draws": 80, "max_doublings": 5}
 if not fast:
-    run = {"num_warmup": 500, "num_draws": 400, "thinning": 2, "max_doublings": 7}
+    nuts_options = {"num_warmup": 500, "num_draws": 400, "thinning": 2, "max_doublings": 7}
 
 # %% [markdown]
 # ## The prior
 #
-# A prior is a function of the sites that returns adapters. What it samples, and under which names, is its own affair;
-# layers come first in every shape. `infer={"init": ...}` says where guides and chains start: at the median of a scale,
-# and with $b = 0$, so that the first step is the untouched model.
+# A prior is a function that takes the sites and returns adapters. It may sample any variables under any names. The first axis of every
+# shape is the layer. `infer={"init": ...}` sets the start of guides and chains: scales start at their median, and $b$ starts at zero,
+# so the first step evaluates the unchanged model.
 
 
 # %%
 def gain(tau, local):
-    """The gain tau lambda / sqrt(1 + (tau lambda)^2); hypot lets no square of a large Cauchy draw overflow."""
+    """The gain tau lambda / sqrt(1 + (tau lambda)^2). `hypot` avoids overflow of the square of a large Cauchy draw."""
     return tau * local / jnp.hypot(1.0, tau * local)
 
 
 def horseshoe(scale, tau_0=0.25):
-    """Regularised horseshoe over the ranks of every layer."""
+    """Regularised horseshoe over the ranks of each layer."""
 
     def prior(sites):
         adapters = {}
@@ -90,13 +90,13 @@ def horseshoe(scale, tau_0=0.25):
 
 
 # %% [markdown]
-# The weights are *non-centred*: $z$ is sampled, and $b$ computed. Sampling $b$ given its scale would make a funnel, which neither guides nor
-# NUTS handle well.
+# The weights are *non-centred*: the prior samples $z$ and computes $b$. Sampling $b$ given its scale would give the posterior a funnel
+# shape, which is difficult for guides and for NUTS.
 #
 # ## The rows and the model
 #
-# News about eight topics, each named by one word, on the rows of these words in SmolLM2's head. All layers lie below the adapter,
-# so they run once.
+# The task is to classify news by topic. There are eight topics, and one word names each of them. The adapter changes only the rows of
+# these words in the head of SmolLM2. All layers are below the adapter, so they run once.
 
 # %%
 base = bl.load(fetch_smollm2())
@@ -134,62 +134,71 @@ print(model)
 # %% [markdown]
 # ## Why it is called a horseshoe
 #
-# At $\tau = 1$ the share $g_k^2 = \lambda_k^2 / (1 + \lambda_k^2)$ of a half-Cauchy $\lambda_k$ follows $\mathrm{Beta}(\tfrac12, \tfrac12)$, whose density goes up
-# at both ends: a rank is off, or on, and rarely in between. So the sites of the program above must have that law once $\tau$ is
-# held at one, whatever the code looks like. A smaller $\tau$ moves mass to the left.
+# At $\tau = 1$ the squared gain $g_k^2 = \lambda_k^2 / (1 + \lambda_k^2)$ of a half-Cauchy $\lambda_k$ follows
+# $\mathrm{Beta}(\tfrac12, \tfrac12)$. The density of this distribution increases towards both ends: a rank is off or on, and rarely in
+# between. The draws of the program above must therefore follow this distribution if $\tau$ is fixed at one. A smaller $\tau$ moves mass
+# to the left.
 
 # %%
 program = numpyro.handlers.condition(model.prior, data={"lm_head.tau": jnp.array(1.0)})
-drawn = numpyro.infer.Predictive(program, num_draws=500)(jax.random.key(1))
-shares = np.asarray(gain(1.0, drawn["lm_head.local"])).ravel() ** 2
-test = stats.kstest(shares, stats.beta(0.5, 0.5).cdf)
-print(f"Kolmogorov-Smirnov against Beta(1/2, 1/2): distance {test.statistic:.3f}, p = {test.pvalue:.2f}")
+prior_sites = numpyro.infer.Predictive(program, num_samples=500)(jax.random.key(1))
+squared_gains = np.asarray(gain(1.0, prior_sites["lm_head.local"])).ravel() ** 2
+test = stats.kstest(squared_gains, stats.beta(0.5, 0.5).cdf)
+print(f"Kolmogorov-Smirnov test against Beta(1/2, 1/2): distance {test.statistic:.3f}, p = {test.pvalue:.2f}")
 assert test.pvalue > 1e-3
 
 (panel,), figure, _ = make_axes(None, 1, width=5.5, height=2.8)
 grid = np.linspace(0.004, 0.996, 300)
 panel.hist(
-    shares, bins=np.linspace(0, 1, 26), density=True, color=BLUE, alpha=0.55, label="draws of the program"
+    squared_gains,
+    bins=np.linspace(0, 1, 26),
+    density=True,
+    color=BLUE,
+    alpha=0.55,
+    label="draws of the program",
 )
 panel.plot(grid, stats.beta(0.5, 0.5).pdf(grid), color=ORANGE, label="Beta(1/2, 1/2)")
-panel.set(xlabel=r"$g_k^2$, share of the slab", ylabel="density", ylim=(0, 6))
+panel.set(xlabel=r"squared gain $g_k^2$", ylabel="density", ylim=(0, 6))
 panel.legend(fontsize=8)
-caption(figure, f"The horseshoe: {len(shares):,} draws of the gains under the prior with tau held at one.")
+caption(
+    figure,
+    f"The horseshoe: {len(squared_gains):,} draws of the squared gains under the prior with tau fixed at one.",
+)
 figure
 
 # %% [markdown]
-# ## What the prior predictive teaches
+# ## The prior predictive
 #
-# A scale of a weight means nothing to anybody; a probability does. `bl.prior_predictive` draws adapters from the prior and runs the
-# model, labels unread. Start with three scales of the slab.
+# The scale of a weight is hard to interpret; a probability is not. `bl.prior_predictive` draws adapters from the prior and evaluates the
+# model without the labels. Start with three scales of the slab.
 
 # %%
 key = jax.random.key(0)
-tried = {
+by_scale = {
     scale: bl.prior_predictive(key, model_of(horseshoe(scale), news), train, num_draws=num_prior)
     for scale in (0.01, 1.0, 100.0)
 }
-for scale, found in tried.items():
-    print(f"scale {scale:g}: {found.verdict}\n")
-assert tried[0.01].verdict.startswith("no change")
-assert tried[100.0].verdict.startswith("confident nonsense")
+for scale, predictive in by_scale.items():
+    print(f"scale {scale:g}: {predictive.verdict}\n")
+assert by_scale[0.01].verdict.startswith("no change")
+assert by_scale[100.0].verdict.startswith("confident nonsense")
 
 # %%
-bl.plots.prior_predictive(tried[100.0])
+bl.plots.prior_predictive(by_scale[100.0])
 
 # %% [markdown]
-# A wide prior is not a modest one. With a scale of 100 almost every draw is certain of a topic, each draw of another one: to say that one
-# knows nothing of the weights is to say a great deal about the labels.
+# A wide prior is not an uninformative prior. With a scale of 100 almost every draw is certain of one topic, and different draws are
+# certain of different topics. A vague prior on the weights is a strong prior on the predictions.
 #
-# So turn the question round: ask for a spread of the log-odds that one would bet on, here 2 nats (the middle two thirds of the draws
-# change the odds of a pair of topics by a factor of up to $e^2 \approx 7$), and find the scale. The search uses one
-# set of random numbers for all scales, so that the answer is exact for the draws that it looks at.
+# Instead, choose a plausible spread of the log-odds and compute the scale. Here the spread is 2 nats: the middle two thirds of the
+# draws change the odds of a pair of topics by a factor of up to $e^2 \approx 7$. The search uses the same random numbers for all
+# scales, so the result is exact for these draws.
 
 # %%
 scale = bl.scale_for_spread(key, model, horseshoe, train, spread=2.0, num_draws=num_prior)
 model = model_of(horseshoe(scale), news)
 sensible = bl.prior_predictive(key, model, train, num_draws=num_prior)
-print(f"scale {scale:.3f} has a spread of {sensible.overall_spread:.3f} nats.\n{sensible.verdict}")
+print(f"Scale {scale:.3f} has a spread of {sensible.overall_spread:.3f} nats.\n{sensible.verdict}")
 np.testing.assert_allclose(sensible.overall_spread, 2.0, rtol=5e-3)
 assert sensible.verdict.startswith("reasonable")
 
@@ -197,105 +206,109 @@ assert sensible.verdict.startswith("reasonable")
 bl.plots.prior_predictive(sensible)
 
 # %% [markdown]
-# The slab is what makes this question well-posed: the *plain* horseshoe, $b_k = \tau \lambda_k z_k$, has no standard deviation at all, and any spread
-# measured on draws of it would be that of its largest draw. Two scales of the same spread are not the same prior either: half of
-# the draws here change next to nothing, and the others a lot.
+# The slab makes this problem well-posed: the *plain* horseshoe, $b_k = \tau \lambda_k z_k$, has no finite standard deviation, and its
+# largest draw would determine any spread measured on draws. Two priors with the same spread can also differ: here half of the draws
+# change almost nothing, and the others change a lot.
 #
 # ## Shrinkage of ranks in the posterior
 #
-# NUTS samples the posterior of all sites. Beside the eight topics we give the same prior a task of two words, film reviews. With
-# two classes the likelihood sees $w = \sum_k (b_{k1} - b_{k0})\, a_k$ alone, and given all $b$,
+# NUTS samples the posterior of all sites. We use the same prior for two tasks: the eight topics, and film reviews with two label words.
+# With two classes the likelihood depends only on $w = \sum_k (b_{k1} - b_{k0})\, a_k$, and given all $b$,
 #
 # $$w \sim \mathcal N\bigl(0, \; \textstyle\sum_k (b_{k1} - b_{k0})^2 \; I / d\bigr) :$$
 #
-# how the total is dealt out among the ranks does not enter. So **two words say how large the update is, and nothing else about
-# the ranks**: the gains move with that total, and the rest is the prior's own voice. Eight topics have seven directions to learn.
+# The likelihood does not depend on the distribution of the total among the ranks. Therefore **two words are informative about the size of
+# the update and about nothing else of the ranks**: the data change the gains only through the total, and the prior determines the
+# rest. With eight topics there are seven directions to learn.
 
 # %%
 reviews = classification(vader_splits(**sizes), "Review: {text}\nSentiment:", [" negative", " positive"])
 two_words = model_of(horseshoe(scale), reviews)
 chains = {
-    "eight topics": bl.sample_nuts(jax.random.key(2), model, train, **run),
+    "eight topics": bl.sample_nuts(jax.random.key(2), model, train, **nuts_options),
     "two words": bl.sample_nuts(
-        jax.random.key(3), two_words, bl.cache_prefix(two_words, reviews.train), **run
+        jax.random.key(3), two_words, bl.cache_prefix(two_words, reviews.train), **nuts_options
     ),
 }
-for name, found in chains.items():
-    certificate = found.certificate
+for name, result in chains.items():
+    certificate = result.certificate
     print(
-        f"{name}: {found}\n  largest R-hat {max(certificate.rhat):.3f}, least bulk ESS {min(certificate.ess_bulk):.0f}, "
+        f"{name}: {result}\n  largest R-hat {max(certificate.rhat):.3f}, least bulk ESS {min(certificate.ess_bulk):.0f}, "
         f"{certificate.divergences} divergences"
     )
     if not fast:
         assert max(certificate.rhat) < 1.05
-        assert certificate.divergences <= 0.01 * found.num_chains * found.num_draws * found.thinning
+        assert certificate.divergences <= 0.01 * result.num_chains * result.num_draws * result.thinning
 
 
 # %%
-def gains_of(drawn):
+def gains_of(sites):
     """Gains of the ranks, largest first, shape (draw, rank)."""
-    tau, local = np.asarray(drawn["lm_head.tau"]), np.asarray(drawn["lm_head.local"])
+    tau, local = np.asarray(sites["lm_head.tau"]), np.asarray(sites["lm_head.local"])
     gains = np.asarray(gain(tau.reshape(-1, 1), local.reshape(-1, local.shape[-1])))
     return -np.sort(-gains, axis=1)
 
 
-prior_draws = numpyro.infer.Predictive(model.prior, num_draws=4000)(jax.random.key(4))
-gains = {"prior": gains_of(prior_draws)} | {name: gains_of(found.sites()) for name, found in chains.items()}
-used = {name: (g**2).sum(1) for name, g in gains.items()}
+prior_draws = numpyro.infer.Predictive(model.prior, num_samples=4000)(jax.random.key(4))
+gains = {"prior": gains_of(prior_draws)} | {name: gains_of(result.sites()) for name, result in chains.items()}
+num_used = {name: (g**2).sum(1) for name, g in gains.items()}
 
 panels, figure, _ = make_axes(None, 2, width=4.6, height=3.0, columns=2)
-places, colours = (
+positions, colours = (
     np.arange(1, sites["lm_head"].rank + 1),
     {"prior": GREY, "eight topics": BLUE, "two words": ORANGE},
 )
 for offset, (name, g) in zip((-0.2, 0.0, 0.2), gains.items(), strict=True):
     for inner, width in ((0.9, 1.5), (0.5, 4.0)):
         low, high = np.quantile(g, [(1 - inner) / 2, (1 + inner) / 2], axis=0)
-        panels[0].vlines(places + offset, low, high, color=colours[name], linewidth=width)
-    panels[0].plot(places + offset, np.median(g, axis=0), "o", color=colours[name], markersize=5, label=name)
+        panels[0].vlines(positions + offset, low, high, color=colours[name], linewidth=width)
+    panels[0].plot(
+        positions + offset, np.median(g, axis=0), "o", color=colours[name], markersize=5, label=name
+    )
     panels[1].hist(
-        used[name],
-        bins=np.linspace(0, len(places), 25),
+        num_used[name],
+        bins=np.linspace(0, len(positions), 25),
         density=True,
         histtype="step",
         color=colours[name],
         linewidth=1.6,
     )
-panels[0].set(xticks=places, xlabel="rank, by size of its gain", ylabel="gain", ylim=(0, 1.02))
+panels[0].set(xticks=positions, xlabel="rank, ordered by gain", ylabel="gain", ylim=(0, 1.02))
 legend_above(panels[0])
 panels[1].set(xlabel="ranks in use, $m = \\sum_k g_k^2$", ylabel="density")
 caption(
     figure,
-    "Left, gains of the ranks under the prior and two posteriors: medians, middle 50 % (thick) and 90 % (thin). Right, the number of ranks "
-    "in use.",
+    "Left: gains of the ranks under the prior and the two posteriors; medians, central 50 % (thick) and 90 % (thin) intervals. Right: "
+    "effective number of ranks in use.",
 )
 figure
 
 # %%
-middle = {name: np.median(values) for name, values in used.items()}
-low, high = np.quantile(used["eight topics"], [0.05, 0.95])
+median = {name: np.median(values) for name, values in num_used.items()}
+low, high = np.quantile(num_used["eight topics"], [0.05, 0.95])
 print(
-    f"Ranks in use, median: {middle['prior']:.2f} of {len(places)} under the prior, {middle['two words']:.2f} given two words, "
-    f"{middle['eight topics']:.2f} given eight topics (90 %: {low:.2f} to {high:.2f}).\n"
-    f"Share of draws in which the last rank is shrunk below one half: {(gains['prior'][:, -1] < 0.5).mean():.0%} under the prior, "
+    f"Ranks in use, median: {median['prior']:.2f} of {len(positions)} under the prior, {median['two words']:.2f} given two words, "
+    f"{median['eight topics']:.2f} given eight topics (90 %: {low:.2f} to {high:.2f}).\n"
+    f"Share of draws in which the smallest gain is below one half: {(gains['prior'][:, -1] < 0.5).mean():.0%} under the prior, "
     f"{(gains['two words'][:, -1] < 0.5).mean():.0%} given two words, {(gains['eight topics'][:, -1] < 0.5).mean():.0%} given "
     f"eight topics."
 )
-assert middle["eight topics"] > middle["prior"] + 0.5, (
-    "eight topics ask for more ranks than the prior expects"
-)
+assert median["eight topics"] > median["prior"] + 0.5, "eight topics need more ranks than the prior expects"
 if not fast:
-    assert abs(middle["two words"] - middle["prior"]) < middle["eight topics"] - middle["prior"]
+    assert abs(median["two words"] - median["prior"]) < median["eight topics"] - median["prior"]
 
 # %% [markdown]
 # ## What to conclude, and what not
 #
-# - A prior is a short NumPyro function, and a known law of its sites is the way to test it.
-# - Scales belong on the log-odds. The prior predictive shows both failures, certainty and no effect, before a step of any fit.
-# - The horseshoe shrinks ranks until the data object. Where the rows are about many directions they do object, and the
-#   posterior uses ranks that the prior expected to be off; where the task has one direction, they can speak of the size alone,
-#   and ranks that a small update does not need stay shrunk.
+# - A prior is a short NumPyro function. To test it, compare draws of a site with its known distribution.
+# - Choose scales by the spread of the log-odds. The prior predictive shows both failures, certainty and no effect, before any fit.
+# - The horseshoe shrinks ranks unless the data require them. If the task has many directions, the data require them, and the posterior
+#   uses ranks that the prior expected to be off. If the task has one direction, the data are informative only about the size of the
+#   update, and ranks that a small update does not need stay shrunk.
 #
-# **Not** to conclude: that the number of ranks in use is a property of the task. It is that of this prior with this slab: a wider one
-# reaches the same size of update with fewer ranks. Nor that a mean-field guide would find the same; a guide that starts at $b = 0$ may stay
-# there, and `03_guides_and_the_bound` shows how to tell.
+# **Not** to conclude:
+#
+# - that the number of ranks in use is a property of the task. It depends on the prior and its slab: a wider slab reaches the same size
+#   of update with fewer ranks;
+# - that a mean-field guide would give the same result. A guide that starts at $b = 0$ may stay there; `03_guides_and_the_bound` shows
+#   how to detect this.

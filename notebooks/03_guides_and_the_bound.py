@@ -13,22 +13,22 @@
 # %% [markdown]
 # # Choose a guide, and read its bound
 #
-# **Question.** A fit reports an evidence lower bound, in nats. When is a bound good, what do the gaps between guides mean,
-# and what does `lam` do to it? Bounds can be held against each other anywhere; here they are held against the truth.
+# **Question.** A fit reports an evidence lower bound, in nats. When is a bound good, what do differences between guides mean,
+# and what is the effect of `lam`? Usually bounds can only be compared with each other; here they are compared with the exact evidence.
 #
 # **Model.** An adapter of rank one on the rows of two label words of SmolLM2's head,
 #
 # $$\eta_i = o_i + (b_1 - b_0)\, a^\top h_i, \qquad p(y_i = 1) = \frac{1}{1 + e^{-\eta_i}}, \qquad
 # a \sim \mathcal N(0, I / d), \quad b_0, b_1 \sim \mathcal N(0, 1),$$
 #
-# with $o_i$ the log-odds of the untouched model and $h_i$ the last hidden state of row $i$. With $\delta = b_1 - b_0$ known,
+# with $o_i$ the log-odds of the unchanged model and $h_i$ the last hidden state of row $i$. With $\delta = b_1 - b_0$ known,
 # the changes $f = \delta H a$ of the log-odds are Gaussian with covariance $\delta^2 K$, $K = H H^\top / d$, so
 #
 # $$p(y) = \int \mathcal N(\delta; 0, 2)\, Z(\delta)\, d\delta, \qquad
-# Z(\delta) = \mathbb E_{f \sim \mathcal N(0, \delta^2 K)} \prod_i p(y_i \mid o_i + f_i) :$$
+# Z(\delta) = \mathbb E_{f \sim \mathcal N(0, \delta^2 K)} \prod_i p(y_i \mid o_i + f_i) .$$
 #
-# one number is left to integrate by quadrature, and $Z$ is the evidence of a logistic regression, which importance
-# sampling around its mode gives to any accuracy.
+# The outer integral is over one number, so quadrature computes it. $Z$ is the evidence of a logistic regression, and importance
+# sampling around its mode estimates it to any accuracy.
 
 # %%
 # %matplotlib inline
@@ -65,21 +65,21 @@ data = bl.text_classification(
 )
 sites = bl.select(base, ["lm_head"], rank=1)
 model = bl.Classifier(base, sites, bl.priors.normal(), label_ids=data.label_ids)
-train = bl.cache_prefix(model, data.train)  # nothing of the transformer runs after this
+train = bl.cache_prefix(model, data.train)  # the transformer does not run after this
 print(model)
 
 # %% [markdown]
-# ## The truth: a logistic regression and one integral
+# ## The exact evidence: a logistic regression and one integral
 #
-# The log-odds are linear in $a$, so their Jacobian at $b = (0, 1)$ is $H$. That the model *is* the regression above is
-# checked at a random adapter.
+# The log-odds are linear in $a$, so their Jacobian at $b = (0, 1)$ is $H$. The code checks at a random adapter that the model is the
+# regression above.
 
 
 # %%
 @jax.jit
-def log_odds(params, a, b):
+def log_odds(weights, a, b):
     """Log-odds of every training row, shape (row,)."""
-    logits = model.logits(params, {"lm_head": {"a": a[None, None], "b": b[None, :, None]}}, train)
+    logits = model.logits(weights, {"lm_head": {"a": a[None, None], "b": b[None, :, None]}}, train)
     return logits[:, 1] - logits[:, 0]
 
 
@@ -94,14 +94,13 @@ np.testing.assert_allclose(
 
 sign = 2.0 * np.asarray(train.labels) - 1
 values, vectors = np.linalg.eigh(H @ H.T / H.shape[1])
-root = vectors * np.sqrt(
-    np.maximum(values, 0)
-)  # K = root root^T, and f = delta root u with u standard normal
+# K = root root^T, so f = delta root u with u standard normal. Rounding can make eigenvalues slightly negative.
+root = vectors * np.sqrt(np.maximum(values, 0))
 
 
 def mode(delta):
-    """Newton's method for u, and the Cholesky root of the precision there."""
-    u, G = np.zeros(len(sign)), sign[:, None] * delta * root
+    """Posterior mode of u by Newton's method, and the Cholesky factor of the precision at the mode."""
+    u, G = np.zeros(len(sign)), sign[:, None] * delta * root  # G: (row, entry of u)
     for _ in range(50):
         p = np.exp(log_expit(-(sign * offset + G @ u)))
         precision = np.eye(len(u)) + (G.T * (p * (1 - p))) @ G
@@ -113,19 +112,21 @@ def mode(delta):
 
 
 def log_weights(delta, normals):
-    """Log of likelihood times prior over proposal at draws around the mode; their mean estimates Z(delta)."""
+    """Log importance weights (likelihood times prior over proposal) of Laplace draws; the mean weight estimates Z(delta)."""
     u, L = mode(delta)
-    drawn = u + np.linalg.solve(L.T, normals.T).T
-    log_likelihood = log_expit(sign * (offset + delta * drawn @ root.T)).sum(1)
-    return log_likelihood - 0.5 * (drawn**2).sum(1) + 0.5 * (normals**2).sum(1) - np.log(np.diag(L)).sum()
+    proposals = u + np.linalg.solve(L.T, normals.T).T  # (draw, entry of u), covariance (L L^T)^-1
+    log_likelihood = log_expit(sign * (offset + delta * proposals @ root.T)).sum(1)
+    return log_likelihood - 0.5 * (proposals**2).sum(1) + 0.5 * (normals**2).sum(1) - np.log(np.diag(L)).sum()
 
 
 random = np.random.default_rng(0)
 nodes, widths = np.polynomial.legendre.leggauss(40)
-delta = 4.5 * (nodes + 1)  # (0, 9): beyond six standard deviations of delta nothing is left
-log_prior = np.log(2 * 4.5 * widths) - 0.25 * delta**2 - 0.5 * np.log(4 * np.pi)  # both signs of delta
-weights = np.stack([log_weights(x, random.normal(size=(num_draws, len(sign)))) for x in delta])
-log_z = logsumexp(weights, axis=1) - np.log(num_draws)
+delta = 4.5 * (nodes + 1)  # (0, 9): the prior mass beyond six standard deviations of delta is negligible
+log_prior = (
+    np.log(2 * 4.5 * widths) - 0.25 * delta**2 - 0.5 * np.log(4 * np.pi)
+)  # factor 2: both signs of delta
+log_weight = np.stack([log_weights(x, random.normal(size=(num_draws, len(sign)))) for x in delta])
+log_z = logsumexp(log_weight, axis=1) - np.log(num_draws)
 
 
 def with_error(terms):
@@ -135,19 +136,19 @@ def with_error(terms):
 
 
 evidence = logsumexp(log_prior + log_z)
-share = np.exp(log_prior + log_z - evidence)  # of every node in the integral
-evidence_error = np.sqrt(np.sum((share * [with_error(row)[1] for row in weights]) ** 2))
+share = np.exp(log_prior + log_z - evidence)  # contribution of each node to the integral
+evidence_error = np.sqrt(np.sum((share * [with_error(row)[1] for row in log_weight]) ** 2))
 
 # %% [markdown]
-# A second estimate shares nothing with the first but $H$: the likelihood averaged over draws of the prior.
+# A second estimate averages the likelihood over draws of the prior. Both estimates use $H$; otherwise they are independent.
 
 # %%
 count = 200_000
-drawn = np.sqrt(2) * random.normal(size=(count, 1)) * (random.normal(size=(count, len(sign))) @ root.T)
-crude, crude_error = with_error(log_expit(sign * (offset + drawn)).sum(1))
+changes = np.sqrt(2) * random.normal(size=(count, 1)) * (random.normal(size=(count, len(sign))) @ root.T)
+crude, crude_error = with_error(log_expit(sign * (offset + changes)).sum(1))
 print(f"log p(y) = {evidence:.3f} +- {evidence_error:.3f} nats by quadrature and importance sampling,")
 print(f"           {crude:.3f} +- {crude_error:.3f} nats by {count:,} draws of the prior;")
-print(f"the untouched model has a log-likelihood of {log_expit(sign * offset).sum():.3f}.")
+print(f"the unchanged model has a log-likelihood of {log_expit(sign * offset).sum():.3f}.")
 assert abs(evidence - crude) < 4 * np.hypot(evidence_error, crude_error)
 assert evidence_error < 0.05
 
@@ -159,13 +160,13 @@ assert evidence_error < 0.05
 # $$\mathrm{ELBO} = \underbrace{\mathbb E_q \log p(y \mid W)}_{\text{data}} -
 # \underbrace{\mathbb E_q [\log q(W) - \log p(W)]}_{\text{KL to the prior}} .$$
 #
-# The **gap** to the evidence is thus the divergence of the guide from the exact posterior, no more and no less. Usually one sees
-# differences between gaps alone: the evidence is the same for every guide of one prior and one set of rows.
+# The **gap** to the evidence is therefore exactly the KL divergence of the guide from the posterior. Usually only differences between
+# gaps are known: the evidence is the same for all guides with the same prior and rows.
 
 
 # %%
 def fitted(model, guide):
-    """A guide after full-batch SVI."""
+    """Fit of a guide by full-batch SVI."""
     rate, scales = (optax.adam(optax.cosine_decay_schedule(start, num_steps)) for start in (1e-2, 3e-2))
     return bl.fit(
         jax.random.key(1),
@@ -186,8 +187,8 @@ families = {
     "full covariance of each factor": guides.full(),
 }
 fits = {
-    name: fitted(model, guides.SiteFlow(model.prior) if law is None else guides.Guide(model.prior, law))
-    for name, law in families.items()
+    name: fitted(model, guides.SiteFlow(model.prior) if family is None else guides.Guide(model.prior, family))
+    for name, family in families.items()
 }
 
 # %%
@@ -196,17 +197,17 @@ print(bl.plots.ELBO_CAPTION)
 
 
 # %% [markdown]
-# The last steps of a fit give the bound of parameters that still move, from one draw each. So draw anew from each fitted guide.
-# `fit.draws` hands over the log-densities, and the same key gives `bl.predict` the same draws.
+# The bound in the history uses one draw for each step, and the parameters still change. Therefore estimate the bound from new draws of
+# each fitted guide. `fit.draws` returns the log-densities, and `bl.predict` uses the same draws if it gets the same key.
 
 
 # %%
 def terms(fit):
-    """Data term and log q - log p of fresh draws of a guide, each of shape (draw,)."""
+    """Data term and log q - log p for new draws of a guide, each of shape (draw,)."""
     key = jax.random.key(2)
-    drawn, _ = fit.draws(key, num_draws)
-    found = bl.predict(key, fit, train, num_draws=num_draws).log_probs_of(train.labels).sum(1)
-    return found, np.asarray(drawn.log_q, np.float64) - np.asarray(drawn.log_prior, np.float64)
+    sample, _ = fit.draws(key, num_draws)
+    log_likelihood = bl.predict(key, fit, train, num_draws=num_draws).log_probs_of(train.labels).sum(1)
+    return log_likelihood, np.asarray(sample.log_q, np.float64) - np.asarray(sample.log_prior, np.float64)
 
 
 lines, gaps = [], {}
@@ -215,7 +216,7 @@ for name, fit in fits.items():
     bounds = log_likelihood - excess
     error = bounds.std() / np.sqrt(num_draws)
     gaps[name] = evidence - bounds.mean()
-    assert gaps[name] > -4 * np.hypot(error, evidence_error), "a bound may not exceed the evidence"
+    assert gaps[name] > -4 * np.hypot(error, evidence_error), "the bound exceeds the evidence"
     lines.append(
         (
             name,
@@ -233,23 +234,23 @@ display(Table(f"Nats; log p(y) = {evidence:.2f} +- {evidence_error:.2f}", header
 best, worst = min(gaps, key=gaps.get), max(gaps, key=gaps.get)
 largest = max(fits, key=lambda name: fits[name].num_parameters)
 print(
-    f"The tightest bound is that of '{best}', {gaps[best]:.2f} nats below the evidence. Of these, up to log 2 = "
-    f"{np.log(2):.2f} are symmetry: (a, b) and (-a, -b) are one update, and a guide with one peak has half of the posterior.\n"
-    f"The loosest is that of '{worst}', {gaps[worst]:.2f} nats below; '{largest}' has the most parameters. A covariance "
-    f"contains mean field as a special case, so its best bound is at least as high: where the measured one is lower, that "
-    f"is the optimiser's doing after {num_steps:,} steps, and says nothing about the family."
+    f"'{best}' has the tightest bound, {gaps[best]:.2f} nats below the evidence. Up to log 2 = {np.log(2):.2f} of these nats come "
+    f"from symmetry: (a, b) and (-a, -b) are the same update, and a guide with one mode covers half of the posterior.\n"
+    f"'{worst}' has the loosest bound, {gaps[worst]:.2f} nats below; '{largest}' has the most parameters. A full covariance "
+    f"contains the mean field as a special case, so its best bound is at least as high. If its measured bound is lower, the "
+    f"optimisation is unfinished after {num_steps:,} steps; the family itself is not worse."
 )
 assert gaps["mean field"] < gaps["full covariance of each factor"]
 
 # %% [markdown]
-# ## What the gap is made of
+# ## What causes the gap
 #
-# The exact marginal posterior of $|\delta|$ is in the integrand above: $p(|\delta| \mid y) \propto \mathcal N(\delta; 0, 2)\, Z(\delta)$.
+# The integrand above gives the exact marginal posterior of $|\delta|$: $p(|\delta| \mid y) \propto \mathcal N(\delta; 0, 2)\, Z(\delta)$.
 
 # %%
-shown = ("mean field", best) if best != "mean field" else ("mean field", "row-shared flow (SiteFlow)")
+compared = ("mean field", best) if best != "mean field" else ("mean field", "row-shared flow (SiteFlow)")
 sizes = {}
-for name in shown:
+for name in compared:
     b = np.asarray(fits[name].draw_adapters(jax.random.key(3), num_draws)["lm_head"]["b"])[:, 0, :, 0]
     sizes[name] = np.abs(b[:, 1] - b[:, 0])
 panels, figure, _ = make_axes(None, 2, width=4.2, height=2.9, columns=2, share="all")
@@ -261,7 +262,7 @@ for panel, (name, size) in zip(panels, sizes.items(), strict=True):
 panels[0].legend(fontsize=8)
 caption(
     figure,
-    "The size of the update in the exact posterior (quadrature, blue) and under two guides (histograms of draws, orange).",
+    "Size of the update under the exact posterior (quadrature, blue) and under two guides (histograms of draws, orange).",
 )
 figure
 
@@ -275,18 +276,20 @@ for name, size in sizes.items():
 assert all(size.std() < exact_sd for size in sizes.values()), "these guides are too narrow in the size"
 
 # %% [markdown]
-# A product is sure of its size only where both factors are: a guide that factorises over $a$ and $b$ gives up the spread of the size
-# first, and with it the large updates. The same is found without any guide of ours in `04_nuts_against_variational`.
+# A product has a well-determined size only if both factors do. A guide that factorises over $a$ and $b$ loses the spread of the size
+# first, and with it the large updates. `04_nuts_against_variational` shows the same effect by comparison with NUTS.
 #
-# ## What `lam` does
+# ## The effect of `lam`
 #
-# The sparse-GP prior has the same law of the weights, $W_{ij} \sim \mathcal N(0, \sigma^2)$, hence **the same evidence**; only its sites
-# differ: inducing values $V$ and a noise $E$ for each weight. The guide's noise is $\mathcal N(0, \lambda^2)$, and it pays
+# The sparse-GP prior has the same distribution of the weights, $W_{ij} \sim \mathcal N(0, \sigma^2)$, and therefore **the same evidence**.
+# Only its sites differ: inducing values $V$ and a noise $E$ for each weight. The noise of the guide is $\mathcal N(0, \lambda^2)$, with
+# the cost
 #
 # $$\mathrm{KL}(q(W \mid U) \,\|\, p(W \mid U)) = d_o d_i \left( \tfrac{\lambda^2}{2} - \log \lambda - \tfrac 1 2 \right)$$
 #
-# for each factor, nothing at $\lambda = 1$, and without bound as $\lambda \to 0$: to fix a weight costs as much whatever the
-# data say about it. The published method caps $\lambda$; that is a smaller family with a true, and very loose, bound.
+# for each factor. The cost is zero at $\lambda = 1$ and unbounded as $\lambda \to 0$. It does not depend on the data: fixing a weight has
+# this cost even if the data are not informative about it. The published method caps $\lambda$. The capped family is smaller; its bound is
+# valid but very loose.
 
 # %%
 caps = (0.03, 1.0) if fast else (0.03, 0.3, 1.0)
@@ -299,7 +302,7 @@ def noise_kl(size, lam):
     return size * (lam**2 / 2 - np.log(lam) - 0.5)
 
 
-factors = {"a": base.config.d_model, "b": 2}  # how many weights each has
+factors = {"a": base.config.d_model, "b": 2}  # number of weights
 lines = []
 for cap, fit in capped.items():
     lam = {name: float(np.squeeze(fit.params[f"lm_head.{name}.E.q.lam"])) for name in factors}
@@ -326,27 +329,29 @@ panel.set(xscale="log", xlabel=r"$\lambda$ of factor a", ylabel="conditional KL 
 panel.legend(fontsize=8)
 caption(
     figure,
-    f"What the noise of {factors['a']} weights costs. Points: where each fit ended; dashed: the caps {caps}. With a small cap "
-    "the optimiser is pushed against it.",
+    f"Cost of the noise of {factors['a']} weights. Points: final values of the fits; dashed: the caps {caps}. With a small cap the "
+    "optimiser ends at the cap.",
 )
 figure
 
 # %%
 loose, free = capped[caps[0]].history["elbo"][-20:].mean(), capped[1.0].history["elbo"][-20:].mean()
 print(
-    f"The cap of {caps[0]:g} takes {free - loose:,.0f} nats off the bound of one and the same model, whose evidence is "
-    f"{evidence:.2f}. A difference of that size between two settings of a capped family is no evidence for either."
+    f"The cap of {caps[0]:g} lowers the bound by {free - loose:,.0f} nats. The model is the same, and its evidence is "
+    f"{evidence:.2f}. A difference of that size between two settings of a capped family is not evidence for either setting."
 )
 assert free - loose > 100
 
 # %% [markdown]
 # ## What to conclude, and what not
 #
-# - Within one prior and one set of rows, the higher bound is the guide closer to the posterior, in nats of KL divergence.
-# - A lower bound of a larger family means unfinished optimisation: more steps, a smaller rate, or a smaller family.
-# - With $\lambda$ free, the bound of the sparse GP is comparable to that of any other guide of the same law of weights; under a cap
-#   it is comparable to nothing but itself.
+# - With the same prior and rows, the guide with the higher bound is closer to the posterior in KL divergence, in nats.
+# - If a larger family has a lower bound, the optimisation is unfinished. Use more steps, a smaller rate, or a smaller family.
+# - With $\lambda$ free, the bound of the sparse GP is comparable with the bound of any other guide for the same distribution of the
+#   weights. Under a cap it is not comparable with any other bound.
 #
-# **Not** to conclude: that a small gap in nats means good predictions or intervals (the histograms above differ by more than
-# the gaps suggest); that bounds choose among *priors* whose frames or scales were learned along the way; or that any of this holds for
-# adapters inside the layers, where no evidence is known and none of this can be checked.
+# **Not** to conclude:
+#
+# - that a small gap in nats means good predictions or intervals. The histograms above differ by more than the gaps suggest;
+# - that bounds can choose among *priors* whose frames or scales were learned during the fit;
+# - that any of this applies to adapters inside the layers. The evidence is unknown there, so none of this can be checked.

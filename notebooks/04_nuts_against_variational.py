@@ -11,20 +11,21 @@
 # ---
 
 # %% [markdown]
-# # Variational inference against NUTS, with a certificate
+# # Variational inference compared with NUTS, with a certificate
 #
-# **Question.** How far is a variational posterior from the exact one, and how would we know that the "exact" one is?
+# **Question.** How far is a variational posterior from the exact one, and how do we know that the "exact" one is exact?
 #
 # **Model.** First the core posterior of `01_quickstart`: $\Delta W = s\, L U R^\top$ between fixed frames, on the tangent model,
 #
 # $$\eta_i = o_i + \phi_i^\top u, \qquad u \sim \mathcal N(0, I), \qquad p(y_i = 1 \mid u) = \frac{1}{1 + e^{-\eta_i}},$$
 #
-# with $\eta_i$ the log-odds of row $i$, $o_i$ those of the untouched base, and $u$ all numbers of all cores. It is log-concave, so there
-# is one peak, and NUTS draws from it up to Monte Carlo error *if* its chains have converged. Held against NUTS are Laplace's
-# Gaussian, the variational fit of `bl.fit_core`, the same fit after many more steps, and a mean field, which is the bad example.
+# with $\eta_i$ the log-odds of row $i$, $o_i$ those of the unchanged base, and $u$ the vector of all entries of all cores. This posterior
+# is log-concave, so it has one mode, and NUTS samples from it up to Monte Carlo error *if* its chains have converged. The notebook
+# compares four approximations with NUTS: Laplace's Gaussian, the variational fit of `bl.fit_core`, the same fit after many more steps,
+# and a mean field as an example of a poor approximation.
 #
-# Then a posterior of the **network itself**, which is neither log-concave nor identifiable: an adapter of rank one on the output
-# layer.
+# The second model is a posterior of the **network itself**, which is neither log-concave nor identifiable: an adapter of rank one on
+# the output layer.
 
 # %%
 # %matplotlib inline
@@ -47,7 +48,7 @@ size, num_steps, num_draws = (4, 300, 200) if fast else (32, 1000, 400)
 
 
 def reviews(num_train, num_test):
-    """Film reviews to fit, and others."""
+    """Film reviews: training rows and test rows."""
     splits = vader_splits(seed=0, train=num_train, validation=1, test=num_test)
     return bl.text_classification(
         type(splits)({name: splits[name] for name in ("train", "movies")}),
@@ -67,24 +68,24 @@ few_rows = reviews(64, 32)
 data = few_rows if fast else reviews(192, 96)
 k_core, k_more, k_chains, k_bridge, k_compare = jax.random.split(jax.random.key(0), 5)
 core = bl.fit_core(k_core, base, data.train, label_ids=data.label_ids, size={"v_proj": size})
-train, others = core.fit.train, bl.cache_prefix(core.model, data["movies"])  # rows that nothing was fitted to
+train, test = core.fit.train, bl.cache_prefix(core.model, data["movies"])
 print(core)
 
 # %% [markdown]
 # ## Four approximations
 #
-# Near its mode $u^*$ the posterior is about $\mathcal N(u^*, \Lambda^{-1})$ with $\Lambda = I + \Phi^\top W \Phi$, where $W$ has the weights
-# $p_i (1 - p_i)$ of the rows. **Laplace's** Gaussian is just this. The **variational** fit starts there and moves mean and spread along the
-# directions that the rows inform, for a hundred steps; **longer** goes on from where it ended.
+# Near its mode $u^*$ the posterior is approximately $\mathcal N(u^*, \Lambda^{-1})$ with $\Lambda = I + \Phi^\top W \Phi$. $W$ is diagonal
+# with the weights $p_i (1 - p_i)$ of the rows. **Laplace's** Gaussian is this approximation. The **variational** fit starts there. For
+# a hundred steps it changes mean and covariance along the directions that the rows inform. **longer** continues from its last step.
 #
-# A **mean field** has an independent normal for each number of $u$. Its best variances are $1 / \Lambda_{jj}$: too small in each number by
-# itself, and too large along the directions that the rows inform, since it cannot say that numbers move together. It starts at
-# these values here, and gets as many steps as the longer fit, so that what is wrong with it is the family, not the optimiser.
+# A **mean field** has an independent normal for each entry of $u$. Its best variances are $1 / \Lambda_{jj}$. They are too small for each
+# entry, and too large along the directions that the rows inform, because the family has no correlations. Here the mean field starts
+# at these values and has as many steps as the longer fit, so its errors come from the family and not from the optimiser.
 
 
 # %%
 def fitted(guide, start):
-    """A guide after full-batch SVI from given parameters."""
+    """Fit of a guide by full-batch SVI from the parameters `start`."""
     rate = optax.adam(optax.cosine_decay_schedule(3e-3, num_steps))
     return bl.fit(
         k_more,
@@ -112,8 +113,8 @@ print(posteriors["mean field"])
 # %% [markdown]
 # ## The reference
 #
-# The chains move in the coordinates of Laplace's Gaussian (`mass=`). Only the directions that the rows inform are sampled; in all others
-# the posterior is the prior, and the draws are exact ones of it. A certificate asks five questions: rank-normalised split R-hat below
+# The chains run in the coordinates of Laplace's Gaussian (`mass=`). NUTS samples only the directions that the rows inform. In all other
+# directions the posterior is the prior, and the draws are exact. A certificate has five conditions: rank-normalised split R-hat below
 # 1.01, bulk and tail effective sample sizes above 400, no divergent transition, and E-BFMI above 0.3.
 
 # %%
@@ -124,33 +125,33 @@ display(chains.certificate)
 assert chains.certificate.passed
 
 # %% [markdown]
-# A twentieth of these draws would be too few. Each failure says what to change, and `bl.compare` refuses such a run:
+# One twentieth of these draws is too few. Each failure states what to change, and `bl.compare` refuses such a run:
 
 # %%
 short = chains.thin(20)
 assert not short.certificate.passed
 try:
-    bl.compare(k_compare, core.fit, short, others)
-except UncertifiedReference as refusal:
-    print(refusal)
+    bl.compare(k_compare, core.fit, short, test)
+except UncertifiedReference as error:
+    print(error)
 else:
     raise AssertionError("a run without a passed certificate must be refused")
 
 # %% [markdown]
-# ## The evidence, and the bounds below it
+# ## The evidence and the bounds
 #
-# Bridge sampling estimates $\log p(y)$ from the chains, with a standard error. A bound is below the evidence by exactly
-# $\mathrm{KL}(q \,\|\, p(\cdot \mid y))$, so each gap is the divergence of that guide from the posterior, in nats. Each bound
-# is computed from fresh draws of the fitted guide.
+# Bridge sampling estimates $\log p(y)$ and its standard error from the chains. The gap between a bound and the evidence is exactly
+# $\mathrm{KL}(q \,\|\, p(\cdot \mid y))$, the divergence of the guide from the posterior, in nats. Each bound is estimated from new
+# draws of the fitted guide.
 
 
 # %%
 def bound(fit):
-    """The bound at the fitted parameters, and its standard error; draws and predictions of one key belong together."""
-    drawn, _ = fit.draws(k_bridge, 4 * num_draws)
-    predicted = bl.predict(k_bridge, fit, train, num_draws=4 * num_draws)
-    excess = np.asarray(drawn.log_q, np.float64) - np.asarray(drawn.log_prior, np.float64)
-    terms = predicted.log_probs_of(train.labels).sum(1) - excess
+    """Bound at the fitted parameters and its standard error. The same key gives `draws` and `predict` the same draws."""
+    sample, _ = fit.draws(k_bridge, 4 * num_draws)
+    prediction = bl.predict(k_bridge, fit, train, num_draws=4 * num_draws)
+    excess = np.asarray(sample.log_q, np.float64) - np.asarray(sample.log_prior, np.float64)
+    terms = prediction.log_probs_of(train.labels).sum(1) - excess
     return terms.mean(), terms.std() / np.sqrt(len(terms))
 
 
@@ -167,49 +168,54 @@ gaps = {}
 for name in ("variational", "longer", "mean field"):
     value, error = bound(posteriors[name])
     gaps[name] = evidence.value - value
-    assert gaps[name] > -4 * np.hypot(error, evidence.stderr), "a bound may not exceed the evidence"
+    assert gaps[name] > -4 * np.hypot(error, evidence.stderr), "the bound exceeds the evidence"
     lines.append((f"bound, {name}", f"{value:.2f} +- {error:.2f}", f"{gaps[name]:.2f}"))
-lines.append(("untouched base", f"{core.scales.base:.2f}", ""))
-display(Table("log p(y) in nats", ("by", "value", "below bridge sampling"), tuple(lines)))
+lines.append(("log-likelihood of the unchanged base", f"{core.scales.base:.2f}", ""))
+display(Table("log p(y) in nats", ("estimate", "value", "below bridge sampling"), tuple(lines)))
 assert max(gaps["variational"], gaps["longer"]) < gaps["mean field"]
 assert abs(evidence.value - core.gaussian.log_evidence) < 2
 
 # %% [markdown]
-# ## The approximations against NUTS
+# ## Comparison of the approximations with NUTS
 #
-# For every function $f$ the comparison has the difference of means in units of the reference's standard deviation, the ratio of
-# standard deviations, and Wasserstein distances; for all functions together two-sample tests; for predictions the total variation
-# $\tfrac 1 2 \sum_c |q(c \mid x) - p(c \mid x)|$ and the mutual information of class and adapter. **Beside each stands its null
-# level**, the same between halves of the reference: what a perfect approximation would show with so many draws.
+# The comparison computes
+#
+# - for every function $f$, the difference of means in units of the standard deviation of the reference, the ratio of standard
+#   deviations, and Wasserstein distances;
+# - for all functions together, two-sample tests;
+# - for predictions, the total variation $\tfrac 1 2 \sum_c |q(c \mid x) - p(c \mid x)|$ and the mutual information of class and adapter.
+#
+# **Each measure has a null level**: its value between two halves of the reference. A perfect approximation would have this value with
+# the same number of draws.
 
 # %%
-found = {
-    name: bl.compare(k_compare, posterior, chains, others, num_draws=num_draws)
+comparisons = {
+    name: bl.compare(k_compare, posterior, chains, test, num_draws=num_draws)
     for name, posterior in posteriors.items()
 }
-display(found["longer"])
+display(comparisons["longer"])
 
 
 # %%
-def summarised(found):
-    """One row for each approximation."""
+def summary_table(comparisons):
+    """Table of the comparisons, one row for each approximation."""
     lines = []
-    for name, one in found.items():
-        agreement = one.predictive
+    for name, comparison in comparisons.items():
+        agreement, moments, transport = comparison.predictive, comparison.moments, comparison.transport
         lines.append(
             (
                 name,
-                f"{np.abs(one.moments.shift).mean():.2f} ({np.abs(one.moments_null.shift).mean():.2f})",
-                f"{np.median(one.moments.ratio):.2f}",
-                f"{one.transport.sliced:.3f} ({one.transport.sliced_null:.3f})",
+                f"{np.abs(moments.shift).mean():.2f} ({np.abs(comparison.moments_null.shift).mean():.2f})",
+                f"{np.median(moments.ratio):.2f}",
+                f"{transport.sliced:.3f} ({transport.sliced_null:.3f})",
                 f"{agreement.total_variation.mean():.4f} ({agreement.total_variation_null.mean():.4f})",
                 f"{agreement.posterior.mutual_information.mean():.4f} ({agreement.reference.mutual_information.mean():.4f})",
-                f"{one.khat.value:.2f} ({one.khat.threshold:.2f})" if one.khat else "",
+                f"{comparison.khat.value:.2f} ({comparison.khat.threshold:.2f})" if comparison.khat else "",
             )
         )
     header = (
         "approximation",
-        "means, sd (null)",
+        "shift of means / sd (null)",
         "sd ratio",
         "sliced W2 (null)",
         "TV (null)",
@@ -219,52 +225,56 @@ def summarised(found):
     return Table("Distance from NUTS", header, tuple(lines))
 
 
-display(summarised(found))
-for name, one in found.items():
-    print(f"{name} differs in: {', '.join(one.differences) or 'nothing'}")
-variation = {name: one.predictive.total_variation.mean() for name, one in found.items()}
-assert found["longer"].transport.sliced < found["mean field"].transport.sliced
-assert found["longer"].khat.value < found["mean field"].khat.value
-assert {"spread", "joint law"} <= set(found["mean field"].differences)
-assert found["mean field"].predictive.posterior.mutual_information.mean() > (
-    found["mean field"].predictive.reference.mutual_information.mean()
+display(summary_table(comparisons))
+for name, comparison in comparisons.items():
+    print(f"{name} differs in: {', '.join(comparison.differences) or 'nothing'}")
+variation = {name: comparison.predictive.total_variation.mean() for name, comparison in comparisons.items()}
+longer, mean_field = comparisons["longer"], comparisons["mean field"]
+assert longer.transport.sliced < mean_field.transport.sliced
+assert longer.khat.value < mean_field.khat.value
+assert {"spread", "joint law"} <= set(mean_field.differences)
+assert mean_field.predictive.posterior.mutual_information.mean() > (
+    mean_field.predictive.reference.mutual_information.mean()
 )
 
 # %%
-bl.plots.forest(found["longer"])
+bl.plots.forest(longer)
 
 # %%
-bl.plots.forest(found["mean field"])
+bl.plots.forest(mean_field)
 
 # %%
-bl.plots.predictive_scatter(found["mean field"])
+bl.plots.predictive_scatter(mean_field)
 
 # %%
-ratio = np.median(found["mean field"].moments.ratio)
+ratio = np.median(mean_field.moments.ratio)
 scores = {
-    name: bl.metrics.nll(one.predictive.posterior.log_probs, others.labels) for name, one in found.items()
+    name: bl.metrics.nll(comparison.predictive.posterior.log_probs, test.labels)
+    for name, comparison in comparisons.items()
 }
-exact = bl.metrics.nll(found["longer"].predictive.reference.log_probs, others.labels)
+exact = bl.metrics.nll(longer.predictive.reference.log_probs, test.labels)
 print(
-    "Nats from the posterior: " + ", ".join(f"{name} {gap:.2f}" for name, gap in gaps.items()) + ".\n"
-    "Probabilities are off on average by: "
+    "KL divergence from the posterior in nats: "
+    + ", ".join(f"{name} {gap:.2f}" for name, gap in gaps.items())
+    + ".\n"
+    "Mean total variation of the predictions: "
     + ", ".join(f"{name} {x:.4f}" for name, x in variation.items())
-    + f".\nBy median, the functions have {ratio:.2f} times the exact spread under the mean field.\n"
-    f"NLL on {len(others)} other reviews: "
+    + f".\nMedian ratio of the standard deviation of a function under the mean field to the exact one: {ratio:.2f}.\n"
+    f"NLL on {len(test)} test reviews: "
     + ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
     + f"; NUTS {exact:.3f}."
 )
-assert ratio > 1, "the mean field is too wide in functions that the rows inform"
+assert ratio > 1, "the mean field is not too wide in functions that the rows inform"
 
 # %% [markdown]
 # ## The network itself
 #
-# Adapters of rank one on the rows of two label words of the head, with independent normal weights and no linearisation,
+# Adapters have rank one, act on the rows of two label words of the head, and have independent normal weights. No linearisation is used:
 #
 # $$\eta_i = o_i + (b_1 - b_0)\, a^\top h_i, \qquad a \sim \mathcal N(0, I / d), \quad b_0, b_1 \sim \mathcal N(0, 1).$$
 #
-# The factors are not identifiable: $(a, b)$ and $(-a, -b)$ are one update. So everything is again about functions of the
-# update. NUTS takes longer here; `benchmarks/references` ships the draws of a certified run with the record of how they were made.
+# The factors are not identifiable: $(a, b)$ and $(-a, -b)$ are the same update. Therefore compare functions of the update again. NUTS
+# takes longer here; `benchmarks/references` contains the draws of a certified run and a record of its settings.
 
 # %%
 sites = bl.select(base, ["lm_head"], rank=1)
@@ -272,60 +282,64 @@ model = bl.Classifier(base, sites, bl.priors.normal(), label_ids=few_rows.label_
 rows = bl.cache_prefix(model, few_rows.train)
 reference = bl.load_reference(Path(bl.__file__).parents[1] / "benchmarks" / "references" / "two-words")
 display(reference.certificate.table)
-made = reference.record
+record = reference.record
 print(
-    f"{made['sampler']}: {reference.draws.values.shape[0]} chains of {reference.draws.values.shape[1]:,} draws, every {made['thinning']}, "
-    f"target acceptance {made['options']['target_acceptance']}, in {made['seconds']:.0f} s."
+    f"{record['sampler']}: {reference.draws.values.shape[0]} chains of {reference.draws.values.shape[1]:,} draws, thinning "
+    f"{record['thinning']}, target acceptance {record['options']['target_acceptance']}, {record['seconds']:.0f} s."
 )
 assert reference.certificate.passed
 
 # %%
-first, second = (optax.adam(optax.cosine_decay_schedule(start, num_steps)) for start in (1e-2, 3e-2))
+location_rate, scale_rate = (
+    optax.adam(optax.cosine_decay_schedule(start, num_steps)) for start in (1e-2, 3e-2)
+)
 head = bl.fit(
     k_more,
     model,
     guides.Guide(model.prior, guides.mean_field()),
     rows,
-    first,
-    scale_optimizer=second,
+    location_rate,
+    scale_optimizer=scale_rate,
     num_steps=num_steps,
     batch_size=len(rows),
 )
-against = bl.compare(k_compare, head, reference, few_rows["movies"], num_draws=num_draws)
-display(summarised({"mean field, network": against}))
-print("\n".join(against.sentences))
+network = bl.compare(k_compare, head, reference, few_rows["movies"], num_draws=num_draws)
+display(summary_table({"mean field, network": network}))
+print("\n".join(network.sentences))
 
 # %%
-bl.plots.forest(against)
+bl.plots.forest(network)
 
 # %%
-moments, agreement = against.moments, against.predictive
-at = against.names.index("norm[lm_head]")
+moments, agreement = network.moments, network.predictive
+norm = network.names.index("norm[lm_head]")
 share = agreement.posterior.mutual_information.mean() / agreement.reference.mutual_information.mean()
 print(
-    f"The mean field puts the norm of the update {-moments.shift[at]:.1f} standard deviations too low, has {np.median(moments.ratio):.2f} "
-    f"of the spread, and states {share:.0%} of the epistemic uncertainty. Its predictions are off by "
-    f"{agreement.total_variation.mean():.3f} of probability on average, {agreement.total_variation.max():.3f} at most."
+    f"Under the mean field the norm of the update is {-moments.shift[norm]:.1f} standard deviations too low, the median spread is "
+    f"{np.median(moments.ratio):.2f} of the exact one, and the epistemic uncertainty is {share:.0%} of the exact one. The total "
+    f"variation of its predictions is {agreement.total_variation.mean():.3f} on average and {agreement.total_variation.max():.3f} at most."
 )
-assert "joint law" in against.differences
-assert moments.shift[at] < 0, "the update is too small"
-assert np.median(moments.ratio) < 1, "the guide is too narrow"
+assert "joint law" in network.differences
+assert moments.shift[norm] < 0, "the mean field's update is not too small"
+assert np.median(moments.ratio) < 1, "the mean field is not too narrow"
 assert share < 1
 
 # %% [markdown]
 # ## What to conclude, and what not
 #
-# - On the core posterior a Gaussian along the directions that the rows inform is far closer to NUTS, in nats, than a mean field.
-#   After a hundred steps the fit has left Laplace's Gaussian a little; more steps bring it closer still, as the gaps in the table of
-#   bounds show. The lines above say in what the tests still tell each of them from NUTS.
-# - The mean field errs in opposite directions in the two models. Where the numbers of $u$ enter as a sum, it is too wide in what the rows
-#   inform, and states too much doubt about the adapters. Where two factors are multiplied, it is too narrow, states too little, and its
-#   update is too small.
-# - Predictions forgive a lot: probabilities of a poor approximation may be as near to those of NUTS as those of a better one, for they
-#   depend on few functions of $u$. Bound and functions are the stricter judges.
-# - A comparison without null levels would have called small numbers good and large ones bad; with them, every number says how far
-#   it is from what the exact posterior would show.
+# - On the core posterior, a Gaussian along the directions that the rows inform is much closer to NUTS, in nats, than a mean field. After
+#   a hundred steps the fit differs slightly from Laplace's Gaussian. More steps bring it closer to the posterior, as the gaps in the
+#   table of bounds show. The lines "differs in" above list the remaining detected differences from NUTS.
+# - The mean field has opposite errors in the two models. If the entries of $u$ enter as a sum, it is too wide in the functions that the
+#   rows inform, and overstates the uncertainty about the adapters. If two factors are multiplied, it is too narrow, understates this
+#   uncertainty, and its update is too small.
+# - Predictions are an insensitive test: the probabilities of a poor approximation can be as close to those of NUTS as those of a better
+#   one, because they depend on few functions of $u$. Bounds and functions of the update are stricter tests.
+# - Without null levels a reader would judge small numbers good and large numbers bad. With null levels, every number has the value
+#   that the exact posterior would have beside it.
 #
-# **Not** to conclude: that the certificate of the core posterior says anything about the network's, for it is one of the tangent model.
-# Nor that the exact posterior predicts better: NLL on so few rows is beside the point, and the model itself (prior, template, label
-# words) may be wrong in ways that NUTS shares.
+# **Not** to conclude:
+#
+# - that the certificate of the core posterior applies to the posterior of the network. It is a certificate for the tangent model;
+# - that the exact posterior predicts better. The NLL on so few rows cannot decide this, and the model itself (prior, template, label
+#   words) may be wrong in ways that also affect NUTS.

@@ -11,26 +11,25 @@
 # ---
 
 # %% [markdown]
-# # Calibration under shift: a posterior against a temperature
+# # Calibration under shift: a posterior compared with a temperature
 #
-# **Question.** Adapters learn from a few film reviews, and are then asked about products, editorials and tweets. Are their
-# probabilities still right there? And does a posterior give more than what costs nothing: one temperature, chosen on held-out
-# reviews?
+# **Question.** Adapters are fitted to a few film reviews and then predict product reviews, editorials and tweets. Are the
+# probabilities still calibrated there? Does a posterior improve on a much cheaper method, one temperature chosen on held-out reviews?
 #
-# **Model.** Adapters of rank one on the rows of two label words of SmolLM2's head. With $o_i$ the log-odds of the untouched model and
+# **Model.** Adapters of rank one on the rows of two label words of SmolLM2's head. With $o_i$ the log-odds of the unchanged model and
 # $h_i$ the last hidden state of row $i$,
 #
 # $$\eta_i = o_i + (b_1 - b_0)\, a^\top h_i, \qquad p(y_i = 1 \mid a, b) = \frac{1}{1 + e^{-\eta_i}} .$$
 #
-# Three ways to be less sure than *plain LoRA*, which maximises the likelihood over $(a, b)$:
+# *Plain LoRA* maximises the likelihood over $(a, b)$. Three methods reduce its confidence:
 #
-# - **stop early**, at the step of the least NLL on validation rows;
-# - a **temperature**, $p_T = \mathrm{softmax}(\mathrm{logits} / T)$ with $T$ of the least NLL on validation rows (Guo et al. 2017);
-# - a **posterior** under $a \sim \mathcal N(0, \sigma^2 I / d)$, $b_c \sim \mathcal N(0, \sigma^2)$, whose scale $\sigma$ is chosen on
-#   the same rows, and $p(y \mid x) = \tfrac 1 S \sum_s p(y \mid x, a_s, b_s)$.
+# - **early stopping** at the step with the lowest NLL on validation rows;
+# - a **temperature**, $p_T = \mathrm{softmax}(\mathrm{logits} / T)$, with $T$ chosen for the lowest NLL on validation rows (Guo et al. 2017);
+# - a **posterior** under $a \sim \mathcal N(0, \sigma^2 I / d)$, $b_c \sim \mathcal N(0, \sigma^2)$, with the scale $\sigma$ chosen on
+#   the same rows. It predicts $p(y \mid x) = \tfrac 1 S \sum_s p(y \mid x, a_s, b_s)$.
 #
-# The guide is the mean field, which `04_nuts_against_variational` finds too sure of itself; that is a handicap of the posterior
-# here, and stays one. Everything that is chosen is chosen on **validation rows, which are film reviews**. No row of another domain is looked at before the
+# The guide is the mean field. `04_nuts_against_variational` shows that it is overconfident here, which is a disadvantage of the
+# posterior in this comparison. All choices use **validation rows, which are film reviews**. No row of another domain is used before the
 # tables.
 
 # %%
@@ -85,12 +84,12 @@ k_fit, k_predict, k_base, k_read = jax.random.split(jax.random.key(0), 4)
 print(plain)
 
 # %% [markdown]
-# ## Four fits, and what is chosen on validation rows
+# ## The fits, and the choices on validation rows
 
 
 # %%
 def fitted(model, guide, **options):
-    """Full-batch SVI, or maximum likelihood where the prior has no random variable."""
+    """Fit by full-batch SVI; maximum likelihood if the prior has no random variable."""
     rate, widths = (optax.adam(optax.cosine_decay_schedule(start, num_steps)) for start in (1e-2, 3e-2))
     train = rows["train"]
     return bl.fit(
@@ -112,61 +111,65 @@ def predictions_of(fit, num_draws=num_draws):
 
 
 def no_guide(*_):
-    """Plain LoRA has parameters alone."""
+    """Plain LoRA has no random variables, so its guide is empty."""
 
 
-looks = bl.EarlyStopping(every=10, patience=num_steps, num_draws=1)
+early_stopping = bl.EarlyStopping(every=10, patience=num_steps, num_draws=1)
 unstopped = fitted(plain, no_guide)
-stopped = fitted(plain, no_guide, validation=rows["validation"], early_stopping=looks)
-found = {"plain LoRA": predictions_of(unstopped, 1), "stopped early": predictions_of(stopped, 1)}
-temperature = fit_temperature(found["plain LoRA"]["validation"], labels["validation"])
-found["temperature"] = {name: tempered(made, temperature) for name, made in found["plain LoRA"].items()}
+stopped = fitted(plain, no_guide, validation=rows["validation"], early_stopping=early_stopping)
+predictions = {"plain LoRA": predictions_of(unstopped, 1), "stopped early": predictions_of(stopped, 1)}
+temperature = fit_temperature(predictions["plain LoRA"]["validation"], labels["validation"])
+predictions["temperature"] = {
+    name: tempered(prediction, temperature) for name, prediction in predictions["plain LoRA"].items()
+}
 
 # %%
-tried = {}
+fits = {}
 for scale in scales:
     model = model_of(bl.priors.normal(scale=scale))
-    tried[scale] = fitted(model, guides.Guide(model.prior, guides.mean_field()))
-made = {scale: predictions_of(fit) for scale, fit in tried.items()}
+    fits[scale] = fitted(model, guides.Guide(model.prior, guides.mean_field()))
+by_scale = {scale: predictions_of(fit) for scale, fit in fits.items()}
 losses = {
-    scale: bl.metrics.nll(found_at["validation"].log_probs, labels["validation"])
-    for scale, found_at in made.items()
+    scale: bl.metrics.nll(by_rows["validation"].log_probs, labels["validation"])
+    for scale, by_rows in by_scale.items()
 }
-chosen = min(losses, key=losses.get)
-posterior, found["posterior"] = tried[chosen], made[chosen]
+best_scale = min(losses, key=losses.get)
+posterior, predictions["posterior"] = fits[best_scale], by_scale[best_scale]
 
 
-def untouched(name):
-    """Prediction of the base model, whose logits come with every prior predictive."""
+def predict_base(name):
+    """Prediction of the base model. Every prior predictive contains the logits of the base."""
     logits = bl.prior_predictive(k_base, posterior.model, rows[name], num_draws=2).base_logits
     logits = logits.astype(np.float64)
     return bl.Prediction((logits - np.logaddexp.reduce(logits, 1, keepdims=True))[None])
 
 
-found = {"untouched": {name: untouched(name) for name in rows}} | found
+predictions = {"base": {name: predict_base(name) for name in rows}} | predictions
 print(
-    f"Stopped early: step {stopped.best_step} of {num_steps}. Temperature: T = {temperature:.2f}. Scale of the posterior: {chosen:g}, of "
+    f"Early stopping: step {stopped.best_step} of {num_steps}. Temperature: T = {temperature:.2f}. Scale of the posterior: "
+    f"{best_scale:g}, chosen from "
     + ", ".join(f"{scale:g} (validation NLL {loss:.3f})" for scale, loss in losses.items())
     + "."
 )
 for better, worse in (("temperature", "plain LoRA"), ("stopped early", "plain LoRA")):
     first, second = (
-        bl.metrics.nll(found[m]["validation"].log_probs, labels["validation"]) for m in (better, worse)
+        bl.metrics.nll(predictions[m]["validation"].log_probs, labels["validation"]) for m in (better, worse)
     )
-    assert first <= second + 1e-6, "chosen on these rows, so no worse on these rows"
+    assert first <= second + 1e-6, "a method chosen on the validation rows must not be worse on them"
 
 # %% [markdown]
-# ## Where are the probabilities right?
+# ## Where are the probabilities calibrated?
 #
 # The expected calibration error compares confidence $c_i = \max_y p(y \mid x_i)$ with accuracy in fifteen bins,
-# $\mathrm{ECE} = \sum_b \tfrac{n_b}{n} \lvert \mathrm{acc}_b - \mathrm{conf}_b \rvert$. On so many rows it is biased upwards, for
-# every method alike, so it stands beside the NLL, which has no bins, and beside the signed difference of mean confidence and accuracy.
+# $\mathrm{ECE} = \sum_b \tfrac{n_b}{n} \lvert \mathrm{acc}_b - \mathrm{conf}_b \rvert$. With this number
+# of rows it is biased upwards for every method. Therefore the table also has the NLL, which needs no bins, and the signed difference of
+# mean confidence and accuracy.
 
 
 # %%
 def cells(name, method):
-    """Metrics of a method on a set of rows, as text."""
-    prediction = found[method][name]
+    """Table row: metrics of a method on a set of rows."""
+    prediction = predictions[method][name]
     names = ("accuracy", "nll", "ece")
     metrics = {metric: bl.metrics.METRICS[metric] for metric in names}
     summary = bl.metrics.summary(jax.random.key(0), prediction, labels[name], metrics=metrics)
@@ -179,24 +182,25 @@ display(
     Table(
         "95 % bootstrap intervals over rows; NLL in nats",
         header,
-        tuple(cells(name, method) for name in domains for method in found),
+        tuple(cells(name, method) for name in domains for method in predictions),
     )
 )
 
 # %%
 for name in domains:
-    sure = found["plain LoRA"][name]
-    assert sure.probs.max(1).mean() > bl.metrics.accuracy(sure.log_probs, labels[name]), (
-        "plain LoRA is too sure"
+    prediction = predictions["plain LoRA"][name]
+    assert prediction.probs.max(1).mean() > bl.metrics.accuracy(prediction.log_probs, labels[name]), (
+        "plain LoRA is not overconfident"
     )
 
-shown = {method: found[method] for method in ("plain LoRA", "temperature", "posterior")}
+compared = {method: predictions[method] for method in ("plain LoRA", "temperature", "posterior")}
 test_labels = {name: labels[name] for name in domains}
-display(bl.plots.reliability(shown, test_labels))
+display(bl.plots.reliability(compared, test_labels))
 print(bl.plots.RELIABILITY_CAPTION)
 
 # %% [markdown]
-# Intervals of two methods overlap even where one is better on nearly every row. So pairs are compared on the same rows, resampled together.
+# The intervals of two methods can overlap although one method is better on nearly every row. Therefore compare pairs on the same rows,
+# resampled together.
 
 # %%
 verdicts, lines = {}, []
@@ -205,10 +209,10 @@ for first, second in (
     ("posterior", "plain LoRA"),
     ("posterior", "temperature"),
     ("posterior", "stopped early"),
-    ("posterior", "untouched"),
+    ("posterior", "base"),
 ):
     for name in domains:
-        one, two = found[first][name], found[second][name]
+        one, two = predictions[first][name], predictions[second][name]
         nll, ece = (
             bl.metrics.paired_difference(jax.random.key(0), metric, one, two, labels[name])
             for metric in (bl.metrics.nll, bl.metrics.ece)
@@ -227,45 +231,46 @@ display(
 # %% [markdown]
 # ## A posterior is a temperature for each row
 #
-# Under a posterior the log-odds $\eta$ of a row have a mean $\mu(x)$ and a spread $s(x)$. For Gaussian ones, MacKay's approximation
+# Under a posterior the log-odds $\eta$ of a row have a mean $\mu(x)$ and a standard deviation $s(x)$. If they are Gaussian, MacKay's
+# approximation
 #
 # $$\int \frac{\mathcal N(\eta; \mu, s^2)}{1 + e^{-\eta}}\, d\eta \approx \frac{1}{1 + e^{-\mu / T(x)}}, \qquad
 # T(x) = \sqrt{1 + \pi s(x)^2 / 8},$$
 #
-# says what averaging does: it divides the log-odds by a temperature that **depends on the row**. One temperature from validation rows cannot
-# grow where the text is strange. $T(x)$ can, if $s(x)$ does. Whether it does is a question for the draws.
+# describes the effect of averaging: it divides the log-odds by a temperature that **depends on the row**. One temperature from validation
+# rows cannot increase on unfamiliar text. $T(x)$ can, if $s(x)$ increases. The draws show whether it does.
 
 
 # %%
 def row_temperature(prediction):
-    """T(x) of every row, and the probability of class 1 that it implies."""
+    """T(x) of every row, and the resulting probability of class 1; both of shape (row,)."""
     log_odds = prediction.draw_log_probs[:, :, 1] - prediction.draw_log_probs[:, :, 0]
-    each = np.sqrt(1 + np.pi * log_odds.var(0) / 8)
-    return each, 1 / (1 + np.exp(-log_odds.mean(0) / each))
+    t = np.sqrt(1 + np.pi * log_odds.var(0) / 8)
+    return t, 1 / (1 + np.exp(-log_odds.mean(0) / t))
 
 
-each, error = {}, {}
+temperatures, error = {}, {}
 for name in domains:
-    each[name], implied = row_temperature(found["posterior"][name])
-    error[name] = np.abs(implied - found["posterior"][name].probs[:, 1]).max()
-    assert error[name] < 0.05, "the log-odds are near enough to Gaussian for the reading above"
+    temperatures[name], implied = row_temperature(predictions["posterior"][name])
+    error[name] = np.abs(implied - predictions["posterior"][name].probs[:, 1]).max()
+    assert error[name] < 0.05, "the log-odds are too far from Gaussian for MacKay's approximation"
 
 panels, figure, _ = make_axes(None, 2, width=4.8, height=2.9, columns=2)
-together = np.concatenate(list(each.values()))
-edges = np.linspace(together.min(), together.max(), 25)
-for (name, values), colour in zip(each.items(), COLOURS, strict=False):
+pooled = np.concatenate(list(temperatures.values()))
+edges = np.linspace(pooled.min(), pooled.max(), 25)
+for (name, values), colour in zip(temperatures.items(), COLOURS, strict=False):
     panels[0].hist(values, edges, density=True, histtype="step", linewidth=1.5, label=name, color=colour)
 panels[0].set(xlabel="$T(x)$ of the posterior", ylabel="density")
 panels[0].legend(fontsize=8)
 for name, colour in ((domains[0], BLUE), (domains[-1], ORANGE)):
-    odds = found["posterior"][name].draw_log_probs
-    mean = (odds[:, :, 1] - odds[:, :, 0]).mean(0)
-    panels[1].plot(np.abs(mean), each[name], "o", color=colour, markersize=3, alpha=0.6, label=name)
-panels[1].set(xlabel="size of the mean log-odds, $|\\mu(x)|$", ylabel="$T(x)$")
+    log_probs = predictions["posterior"][name].draw_log_probs
+    mean = (log_probs[:, :, 1] - log_probs[:, :, 0]).mean(0)
+    panels[1].plot(np.abs(mean), temperatures[name], "o", color=colour, markersize=3, alpha=0.6, label=name)
+panels[1].set(xlabel="absolute mean log-odds, $|\\mu(x)|$", ylabel="$T(x)$")
 panels[1].legend(fontsize=8)
 caption(
     figure,
-    "The temperature that averaging over the posterior amounts to, row by row. Left, by domain; right, against the mean log-odds in "
+    "Temperature equivalent to averaging over the posterior, for each row. Left: by domain. Right: against the absolute mean log-odds, in "
     "domain (blue) and out of domain (orange).",
 )
 figure
@@ -273,86 +278,92 @@ figure
 # %%
 averaging = {}
 for name in domains:
-    log_odds = (
-        found["posterior"][name].draw_log_probs[:, :, 1] - found["posterior"][name].draw_log_probs[:, :, 0]
-    )
+    prediction = predictions["posterior"][name]
+    log_odds = prediction.draw_log_probs[:, :, 1] - prediction.draw_log_probs[:, :, 0]
     plug_in = 1 / (1 + np.exp(-log_odds.mean(0)))
-    averaging[name] = np.abs(plug_in - found["posterior"][name].probs[:, 1]).mean()
+    averaging[name] = np.abs(plug_in - prediction.probs[:, 1]).mean()
 print(
-    f"The approximation is off by at most {max(error.values()):.4f} of probability. Median T(x): "
-    + ", ".join(f"{np.median(values):.3f} on {name}" for name, values in each.items())
-    + f"; the one temperature of plain LoRA is {temperature:.2f}.\nAveraging moves probabilities, against those of the mean log-odds, by "
+    f"Largest error of the approximation: {max(error.values()):.4f} of probability. Median T(x): "
+    + ", ".join(f"{np.median(values):.3f} on {name}" for name, values in temperatures.items())
+    + f"; the single temperature of plain LoRA is {temperature:.2f}.\nMean change of a probability by averaging, compared with the "
+    "probability at the mean log-odds: "
     + ", ".join(f"{size:.4f} on {name}" for name, size in averaging.items())
-    + ", on average."
+    + "."
 )
 
 # %% [markdown]
-# ## Who is a stranger?
+# ## Does uncertainty detect another domain?
 
 # %%
-bl.plots.domains({name: found["posterior"][name] for name in domains})
+bl.plots.domains({name: predictions["posterior"][name] for name in domains})
 
 # %%
 areas = {}
 for name in domains[1:]:
-    for method, what in (
+    for method, measure in (
         ("plain LoRA", "entropy"),
         ("posterior", "entropy"),
         ("posterior", "mutual_information"),
     ):
-        inside, outside = (getattr(found[method][at], what) for at in (domains[0], name))
-        areas[name, method, what] = separation(inside, outside)
+        inside, outside = (getattr(predictions[method][domain], measure) for domain in (domains[0], name))
+        areas[name, method, measure] = separation(inside, outside)
 lines = tuple(
-    (name, method, what.replace("_", " "), f"{area:.2f}") for (name, method, what), area in areas.items()
+    (name, method, measure.replace("_", " "), f"{area:.2f}")
+    for (name, method, measure), area in areas.items()
 )
 display(
     Table(
-        f"Probability that a row of the domain is in more doubt than one of {domains[0]}",
-        ("rows", "method", "doubt", "AUC"),
+        f"Probability that a row of the domain is more uncertain than a row of {domains[0]}",
+        ("rows", "method", "uncertainty", "AUC"),
         lines,
     )
 )
 
 # %% [markdown]
-# ## Refusing to answer
+# ## Selective prediction
 #
-# Answer the share of rows with the least doubt. Here a temperature can do **nothing**: with two classes it moves all probabilities
-# towards one half and keeps their order, as is asserted below. Where its curve is not that of plain LoRA, the latter has rows whose confidence
-# has been *rounded to one* and which it cannot tell apart any more. A posterior has a temperature for each row, and so another order.
+# Answer only the rows with the lowest uncertainty. A temperature has **no effect** on this order: with two classes it moves all
+# probabilities towards one half and keeps their order, as the code below asserts. If its curve differs from that of plain LoRA, plain
+# LoRA has rows with confidence *rounded to one*, and their order is lost. A posterior has a different temperature for each row, so its
+# order can differ.
 
 # %%
-bl.plots.risk_coverage(jax.random.key(0), shown, test_labels)
+bl.plots.risk_coverage(jax.random.key(0), compared, test_labels)
 
 # %%
 curves = {
-    (method, name): bl.selective.risk_coverage(jax.random.key(0), found[method][name], labels[name])
-    for method in found
+    (method, name): bl.selective.risk_coverage(jax.random.key(0), predictions[method][name], labels[name])
+    for method in predictions
     for name in domains
 }
 by_information = {
     name: bl.selective.risk_coverage(
-        jax.random.key(0), found["posterior"][name], labels[name], by="mutual_information"
+        jax.random.key(0), predictions["posterior"][name], labels[name], by="mutual_information"
     )
     for name in domains
 }
 lines, certain = [], {}
 for name in domains:
     gain = bl.metrics.paired_difference(
-        jax.random.key(0), bl.metrics.aurc, found["posterior"][name], found["plain LoRA"][name], labels[name]
+        jax.random.key(0),
+        bl.metrics.aurc,
+        predictions["posterior"][name],
+        predictions["plain LoRA"][name],
+        labels[name],
     )
     columns = (
-        str(curves[method, name].aurc) for method in ("untouched", "plain LoRA", "temperature", "posterior")
+        str(curves[method, name].aurc) for method in ("base", "plain LoRA", "temperature", "posterior")
     )
     lines.append((name, *columns, str(by_information[name].aurc), str(gain)))
-    # The order of the rows by plain LoRA's log-odds, in which rounding has not made rows alike, is that of the temperature.
-    log_probs = found["plain LoRA"][name].log_probs
+    # Order the rows by the log-odds of plain LoRA: unlike the probabilities, the log-odds are not rounded to ties.
+    log_probs = predictions["plain LoRA"][name].log_probs
     order = np.argsort(np.abs(log_probs[:, 1] - log_probs[:, 0]))
-    assert (np.diff(found["temperature"][name].probs.max(1)[order]) > -1e-9).all()
-    assert (found["temperature"][name].log_probs.argmax(1) == log_probs.argmax(1)).all()
+    assert (np.diff(predictions["temperature"][name].probs.max(1)[order]) > -1e-9).all()
+    assert (predictions["temperature"][name].log_probs.argmax(1) == log_probs.argmax(1)).all()
     certain[name] = (log_probs.max(1) == 0).sum()
 header = (
     "rows",
-    "untouched",
+    "base",
     "plain LoRA",
     "temperature",
     "posterior",
@@ -369,8 +380,8 @@ print(
 # %% [markdown]
 # ## Two sentences, token by token
 #
-# What would be predicted had the text ended here? The shade is the mutual information, on one scale for both sentences; they were
-# written for this page and are no rows of any table.
+# What would the prediction be if the text ended at this token? The shade is the mutual information, on the same scale for both
+# sentences. The sentences were written for this notebook and are not rows of any table.
 
 # %%
 sentences = ("A dull first hour, but the ending is a triumph.", "The central bank left its rates unchanged.")
@@ -390,37 +401,37 @@ for first, second in (
     ("posterior", "plain LoRA"),
     ("posterior", "temperature"),
     ("posterior", "stopped early"),
-    ("posterior", "untouched"),
+    ("posterior", "base"),
 ):
     for verdict in ("better", "worse", "undecided"):
-        where = [name for name in domains if verdicts[first, second, name] == verdict]
-        if where:
-            print(f"By NLL, {first} against {second}: {verdict} on {', '.join(where)}.")
-inside = np.median(each[domains[0]])
+        names = [name for name in domains if verdicts[first, second, name] == verdict]
+        if names:
+            print(f"By NLL, {first} compared with {second}: {verdict} on {', '.join(names)}.")
+inside = np.median(temperatures[domains[0]])
 print(
-    f"Median T(x) against that on {domains[0]}: "
-    + ", ".join(f"{np.median(each[name]) / inside - 1:+.1%} on {name}" for name in domains[1:])
+    f"Median T(x) relative to {domains[0]}: "
+    + ", ".join(f"{np.median(temperatures[name]) / inside - 1:+.1%} on {name}" for name in domains[1:])
     + "."
 )
 gains = [
     name for name in domains if curves["posterior", name].aurc.value < curves["plain LoRA", name].aurc.value
 ]
 print(
-    f"The posterior refuses better than plain LoRA, by the value of AURC alone, on: {', '.join(gains) or 'nothing'}."
+    f"The posterior has a lower AURC than plain LoRA (point estimate only) on: {', '.join(gains) or 'no rows'}."
 )
 
 # %% [markdown]
-# The lines above are the answer for these rows. What holds whatever they say:
+# The lines above are the result for these rows. The following points do not depend on them:
 #
-# - Plain LoRA that runs to the end of its likelihood is far too sure, in domain as well: the rows are few, and they can be separated.
-#   Anything chosen on validation rows mends most of that, a single number included. Any claim for a posterior has to be made against
-#   *that*, and on the same rows.
-# - A temperature mends confidence and nothing else: the same classes, the same order of the rows. Accuracy and refusal need another fit.
-# - A posterior does two things: its prior keeps the update small, and averaging divides by $T(x)$. Where $T(x)$ is near one, as
-#   printed above, all that sets it apart from plain LoRA is the prior, and it is near the untouched model. Nor does anything promise that
-#   $T(x)$ grows out of domain: the spread of $(b_1 - b_0)\, a^\top h$ grows with the part of $h$ that the rows left open.
-# - The untouched model is a method too, and has to be in the table: a posterior that the rows hardly move is close to it.
+# - Plain LoRA, run to the maximum of its likelihood, is strongly overconfident, in domain as well: the rows are few and can be separated.
+#   Any choice on validation rows corrects most of this, even a single number. Compare a posterior with *these* methods, on the same rows.
+# - A temperature corrects the confidence only: the classes and the order of the rows stay the same. Accuracy and selective prediction
+#   need a different fit.
+# - A posterior has two effects: its prior keeps the update small, and averaging divides by $T(x)$. If $T(x)$ is near one, as printed
+#   above, it differs from plain LoRA only by the prior, and is close to the unchanged model. $T(x)$ need not increase out of domain: the
+#   spread of $(b_1 - b_0)\, a^\top h$ increases with the component of $h$ that the rows do not determine.
+# - The unchanged model is also a method and belongs in the table: a posterior that the rows hardly change is close to it.
 #
-# **Not** to conclude: that one of these methods is better calibrated in general. The adapters are on the head alone, there is one seed,
-# one base, one template, and VADER's four domains are English sentences, all of them. ECE on so few rows is biased upwards by amounts of
-# the size of the differences above, and mutual information of a mean field is too small.
+# **Not** to conclude: that one of these methods is better calibrated in general. The adapters are on the head only. There is one seed,
+# one base and one template, and all four domains of VADER are English sentences. The upward bias of the ECE on so few rows is as large
+# as the differences above, and the mutual information of a mean field is too small.

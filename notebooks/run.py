@@ -1,8 +1,8 @@
 """Pair the notebooks and execute them: python notebooks/run.py {pair,execute} [NAME ...].
 
-The percent scripts `NN_name.py` are the source; a notebook beside each, made by `pair`, holds the same cells
-and no outputs. `execute` runs notebooks through a Jupyter kernel and leaves them, with outputs, in
-`build/notebooks` as `.ipynb` and `.html`. A new notebook is a new script; nothing else has to name it.
+The percent scripts `NN_name.py` are the source. `pair` writes a notebook next to each script, with the same
+cells and without outputs. `execute` runs notebooks through a Jupyter kernel and writes them, with outputs, to
+`build/notebooks` as `.ipynb` and `.html`. To add a notebook, add a script; no list of notebooks exists.
 """
 
 import argparse
@@ -20,35 +20,35 @@ from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parent
 BUILD = FOLDER.parent / "build" / "notebooks"
-PROGRAMS = FOLDER.parent / ".cache" / "jax"  # where the tests keep compiled programs, too
+PROGRAMS = FOLDER.parent / ".cache" / "jax"  # compilation cache, shared with the tests
 QUIET = "import rich\nrich.reconfigure(quiet=True)"
 
 
 def scripts(names: Sequence[str] = ()) -> list[Path]:
-    """The scripts whose file names start with one of `names`; all when there are none.
+    """Scripts whose file names start with one of `names`; all scripts if `names` is empty.
 
     Raises:
-        ValueError: When a name fits no script.
+        ValueError: If no script starts with one of the names.
     """
-    found = sorted(FOLDER.glob("[0-9]*.py"))
+    paths = sorted(FOLDER.glob("[0-9]*.py"))
     for name in names:
-        if not any(path.name.startswith(name) for path in found):
-            raise ValueError(f"no notebook {name!r}; there are {', '.join(path.stem for path in found)}")
-    return [path for path in found if not names or path.name.startswith(tuple(names))]
+        if not any(path.name.startswith(name) for path in paths):
+            raise ValueError(f"no notebook starts with {name!r}; expected {', '.join(p.stem for p in paths)}")
+    return [path for path in paths if not names or path.name.startswith(tuple(names))]
 
 
 def paired(script: Path) -> NotebookNode:
-    """The notebook of a script; its cells' identifiers depend on nothing but their places."""
-    made = jupytext.read(script)
-    for index, cell in enumerate(made.cells):
+    """The notebook of a script. The identifier of a cell is its position, so pairing is reproducible."""
+    notebook = jupytext.read(script)
+    for index, cell in enumerate(notebook.cells):
         cell.id = f"cell-{index}"
-    return made
+    return notebook
 
 
 def executed(notebook: NotebookNode, folder: Path) -> tuple[NotebookNode, str]:
-    """The notebook with its outputs, and what went wrong, if anything did.
+    """The notebook with its outputs, and the message of the error that stopped it, or "".
 
-    A cell that is not kept makes rich quiet: a progress bar is for people who wait.
+    An extra first cell, removed afterwards, turns off the progress bars of rich.
     """
     notebook = nbformat.from_dict(notebook)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(QUIET))
@@ -63,22 +63,22 @@ def executed(notebook: NotebookNode, folder: Path) -> tuple[NotebookNode, str]:
 
 
 def pair(names: Sequence[str]) -> None:
-    """Write the notebook of every script."""
+    """Write the notebooks of scripts; of all scripts if `names` is empty."""
     for script in scripts(names):
         nbformat.write(paired(script), script.with_suffix(".ipynb"))
 
 
 def execute(names: Sequence[str]) -> None:
-    """Execute notebooks, print the seconds of each, and keep what was computed even where one fails."""
+    """Execute notebooks and print the seconds of each; outputs before a failed cell are written too."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
     BUILD.mkdir(parents=True, exist_ok=True)
     failed = []
     for script in scripts(names):
-        began = time.perf_counter()
+        start = time.perf_counter()
         notebook, problem = executed(nbformat.read(script.with_suffix(".ipynb"), as_version=4), FOLDER)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         load = os.getloadavg()[0]
-        print(f"{script.stem}: {seconds:.0f} s, load of the last minute {load:.1f}", flush=True)
+        print(f"{script.stem}: {seconds:.0f} s, load average {load:.1f}", flush=True)
         nbformat.write(notebook, BUILD / f"{script.stem}.ipynb")
         page, _ = HTMLExporter().from_notebook_node(notebook)
         (BUILD / f"{script.stem}.html").write_text(page, encoding="utf-8")
@@ -90,12 +90,14 @@ def execute(names: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Pair or execute."""
+    """Entry point of the command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("pair", "execute"))
-    parser.add_argument("names", nargs="*", help="starts of file names, such as 02; all when omitted")
+    parser.add_argument("action", choices=("pair", "execute"))
+    parser.add_argument(
+        "names", nargs="*", help="prefixes of file names, such as 02; all notebooks by default"
+    )
     arguments = parser.parse_args()
-    {"pair": pair, "execute": execute}[arguments.what](arguments.names)
+    {"pair": pair, "execute": execute}[arguments.action](arguments.names)
 
 
 if __name__ == "__main__":

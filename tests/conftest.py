@@ -3,6 +3,8 @@
 JAX runs on the CPU, programs are compiled once for all tests, pictures need no screen.
 """
 
+import collections
+import gc
 import json
 import os
 import runpy
@@ -14,6 +16,7 @@ import jax
 import matplotlib as mpl
 import numpy as np
 import pytest
+from builders.thorough import EVERY
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -39,6 +42,11 @@ if jax.__version_info__ < (0, 11):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 mpl.use("agg")
+# What has been imported stays. Without this the collector walks through all of it again and again, in a tenth
+# of the time.
+gc.collect()
+gc.freeze()
+gc.set_threshold(50_000, 20, 100)
 # No verdict depends on how busy the machine is.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
@@ -62,6 +70,34 @@ MOST_MAPS = 15_000
 """Pieces of mapped memory at the end of a file above which compiled programs are dropped."""
 
 CORPUS = ["the plot is good", "the film was bad", "Review: good", "Sentiment: bad good"] * 20
+
+
+SECONDS = Path(__file__).parent / "seconds.json"
+"""Seconds of each test file in one run; `make seconds` writes them anew."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is thorough, and start the slowest files first, so that the workers end together."""
+    if not EVERY:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("thorough")])
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+    known = json.loads(SECONDS.read_text(encoding="utf-8"))
+    items.sort(key=lambda item: -known.get(item.nodeid.partition("::")[0], 0))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the slowest files, and keep the seconds of all where `BNLORA_SECONDS` says so."""
+    seconds: collections.Counter[str] = collections.Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    terminalreporter.section("slowest ten files")
+    for name, value in seconds.most_common(10):
+        terminalreporter.write_line(f"{value:6.0f} s {name}")
+    if "BNLORA_SECONDS" in os.environ:
+        kept = {name: round(value) for name, value in sorted(seconds.items()) if value >= 1}
+        SECONDS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="module", autouse=True)

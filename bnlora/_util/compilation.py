@@ -47,14 +47,16 @@ def options(numbers: int | None = None) -> dict[str, Any] | None:
 
     Returns:
         Options for no optimisation or for its lowest level. Higher levels take longer to compile and do not
-        make the step of a model of real size faster (`python -m benchmarks compiler`).
+        make the step of a model of real size faster (`python -m benchmarks compiler`). JAX's own setting
+        `jax_disable_most_optimizations` means no optimisation, whatever the size.
 
     Every compilation of this library asks for options first, so this is where JAX learns of the cache folder.
     """
     keep_programs()
     if jax.default_backend() != "cpu":
         return None
-    level = 0 if numbers is not None and numbers <= SMALL else 1
+    small = numbers is not None and numbers <= SMALL
+    level = 0 if small or jax.config.values.get("jax_disable_most_optimizations") else 1
     chosen: dict[str, Any] = {"xla_backend_optimization_level": level}
     if jax.__version_info__ < (0, 11):  # later compilers do not know the name
         chosen["xla_cpu_use_fusion_emitters"] = False

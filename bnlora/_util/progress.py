@@ -45,16 +45,21 @@ class OneBar(Console):
     def __init__(self, console: Console | None, work: int):
         super().__init__(quiet=True)
         self.bar = progress_bar(console)
-        self.task = self.bar.add_task("", total=work)
+        self.task = self.bar.add_task("start", total=work)
         self.work = 0
+
+    def show(self, label: str) -> None:
+        """Show what is being computed."""
+        self.bar.update(self.task, description=label, refresh=True)
 
     @contextmanager
     def part(self, label: str, work: int) -> Iterator[None]:
         """Show the label, and let what is tracked inside count as this much work."""
-        self.bar.update(self.task, description=label)
+        self.show(label)
         self.work, done = work, self.bar.tasks[0].completed
         yield
         self.bar.update(self.task, completed=done + work)
+        self.work = 0  # what is tracked outside of a part is no work
 
     def more(self, work: int) -> None:
         """Add work that was not foreseen."""

@@ -1,8 +1,8 @@
-"""Where adapters go, and what spans them.
+"""Adapter sites, frames, and adapter files.
 
-| module   | what it has                                                               |
+| module   | content                                                                   |
 |----------|---------------------------------------------------------------------------|
-| `sites`  | `select`: the modules and layers that get an adapter, with their shapes     |
-| `frames` | `Frames`: fixed matrices around a core, and where they came from            |
-| `peft`   | adapters of the PEFT library, read and written                            |
+| `sites`  | `select`: the modules and layers with an adapter, and their shapes        |
+| `frames` | `Frames`: the fixed matrices around a core, and their source              |
+| `peft`   | reading and writing adapters of the PEFT library                          |
 """

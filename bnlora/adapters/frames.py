@@ -2,11 +2,11 @@ r"""Frames of the core prior: a few directions of each side of a weight update, 
 
     dW = L U R^T,      L (d_out, m_o),  R (d_in, m_i)  with orthonormal columns
 
-A *frame* holds L and R of every layer of a family, stacked, and the *unit* of the family: the root mean
-square, over the rows that the frames were made of, of the contrast between the logits of two classes under
-U_kl ~ N(0, 1). Dividing by it gives the prior's scale a meaning of its own: nats of a logit contrast.
+A *frame* has the stacked L and R of all layers of a family, and the *unit* of the family: the root mean
+square of the contrast between the logits of two classes under U_kl ~ N(0, 1), over the rows from which the
+frames were computed. Divided by the unit, the scale of the prior is in nats of a logit contrast.
 
-`bnlora.frames` computes frames from rows without reading their labels.
+`bnlora.frames` computes frames from rows without using their labels.
 """
 
 import hashlib
@@ -32,9 +32,9 @@ class Frame:
     Attributes:
         left: L of each layer, shape (layer, d_out, m_o).
         right: R of each layer, shape (layer, d_in, m_i).
-        unit: Root mean square of a logit contrast under a standard normal core, all layers together.
-        energies: Eigenvalues behind the left and the right frames, shape (layer, d) each, decreasing; those
-            beyond the frame are included. Empty where the source has none.
+        unit: Root mean square of a logit contrast under a standard normal core, for all layers together.
+        energies: All eigenvalues for the left and for the right frame, shape (layer, d) each, decreasing,
+            including those of directions outside the frame. Empty if the source has none.
     """
 
     left: Float[np.ndarray, "l d_out m_o"]
@@ -49,7 +49,7 @@ class Frame:
 
     @property
     def captured(self) -> tuple[float, ...]:
-        """Share of the energy inside the left and the right frame, over all layers; none where unknown."""
+        """Share of the energy inside the left and the right frame, over all layers; empty if unknown."""
         sizes = (self.left.shape[2], self.right.shape[2])
         pairs = zip(self.energies, sizes, strict=True) if self.energies else ()
         return tuple(float(e[:, :m].sum() / max(e.sum(), 1e-30)) for e, m in pairs)
@@ -57,15 +57,15 @@ class Frame:
 
 @dataclass(frozen=True, repr=False, eq=False)  # equal by identity: arrays have no single truth value
 class Frames(Shown, Mapping[str, Frame]):
-    """Frames of all families, and where they come from.
+    """Frames of all families, and their source.
 
     Attributes:
         families: Frame by family.
-        sites: The sites that they belong to; the rank of each is the width m_i of its right frame.
+        sites: The sites of the frames. The rank of each is the width m_i of its right frame.
         label_ids: Label tokens of the contrasts.
-        source: What they were made of.
-        label_free: Whether no label was read. Evidence is comparable only between frames of this kind.
-        base: Some weights of the base (`bnlora._util.fingerprint`).
+        source: The source of the frames.
+        label_free: Whether no labels were used. Only evidences with such frames are comparable.
+        base: Some weights of the base (`bnlora._util.fingerprint`), to recognise it.
 
     Example:
         >>> frames.num_coordinates, frames["lm_head"].size  # layers, rows and columns of a core
@@ -92,12 +92,12 @@ class Frames(Shown, Mapping[str, Frame]):
 
     @property
     def num_coordinates(self) -> int:
-        """Numbers in all cores."""
+        """Number of coordinates in all cores."""
         return sum(int(np.prod(frame.size)) for frame in self.families.values())
 
     @property
     def checksum(self) -> str:
-        """Identifies the frames, the base and the label tokens."""
+        """Checksum of the frames, the base and the label tokens."""
         digest = hashlib.sha256(repr(self.label_ids).encode() + self.base.tobytes())
         for name, frame in self.families.items():
             digest.update(f"{name} {self.sites[name].layers} {frame.unit!r}".encode())
@@ -105,28 +105,28 @@ class Frames(Shown, Mapping[str, Frame]):
         return digest.hexdigest()
 
     def check(self, sites: Sites) -> None:
-        """Raise `ValueError` unless these are the frames of the given sites."""
+        """Raise `ValueError` unless the frames belong to these sites."""
         for name, site in sites.items():
             if name not in self.families:
                 raise ValueError(
-                    f"the frames are of {listed(tuple(self))}; the prior is asked for {name!r}: compute "
-                    "frames of it, or give it another prior by `by_family`"
+                    f"the frames are for {listed(tuple(self))}; the sites also have {name!r}: compute "
+                    "frames for it, or give it another prior with `by_family`"
                 )
             own = self.sites[name]
             for what in ("module", "layers", "d_in", "d_out", "rank"):
                 if what == "d_out" and site.module == HEAD:
-                    continue  # a classifier keeps its label rows of the head alone
+                    continue  # a classifier has only the label rows of the head
                 wanted, got = getattr(own, what), getattr(site, what)
                 if wanted != got:
                     raise ValueError(
-                        f"the frames of {name!r} are of other sites: their {what} is {wanted}, that of the "
-                        f"sites {got}; use frames.sites"
+                        f"the frames of {name!r} belong to other sites: their {what} is {wanted}, that of "
+                        f"these sites is {got}; use frames.sites"
                     )
             rows = self.families[name].left.shape[1]
             if site.d_out != rows:
                 raise ValueError(
                     f"the left frame of {name!r} has {rows} rows, one for each label token; the sites have "
-                    f"{site.d_out} outputs: use the prior in a Classifier of the same label ids"
+                    f"{site.d_out} outputs: use the prior in a Classifier with the same label ids"
                 )
 
     @property
@@ -140,7 +140,7 @@ class Frames(Shown, Mapping[str, Frame]):
             outputs = f"{m_o} of {frame.left.shape[1]}", shares[0]
             inputs = f"{m_i} of {site.d_in}", shares[1]
             rows.append((name, site.where, *outputs, *inputs, f"{depth * m_o * m_i:,}", f"{frame.unit:.3g}"))
-        labels = "labels unread" if self.label_free else "labels read: no evidence of these frames counts"
+        labels = "labels unused" if self.label_free else "labels used: evidences are not comparable"
         title = f"Frames from {self.source}, {labels}"
         header = ("family", "where", "outputs", "energy", "inputs", "energy", "coordinates", "unit")
         return (Table(title, header, tuple(rows), texts=frozenset({1})),)
@@ -151,7 +151,7 @@ class Frames(Shown, Mapping[str, Frame]):
 
 
 def stored_frames(frames: Frames) -> dict[str, np.ndarray]:
-    """The frames as arrays with names, for a file; `frames_from` reads them back."""
+    """The frames as named arrays for a file; `frames_from` reads them back."""
     arrays: dict[str, np.ndarray] = {}
     for name, frame in frames.items():
         arrays |= {f"frames.{name}.left": frame.left, f"frames.{name}.right": frame.right}
@@ -165,24 +165,24 @@ def stored_frames(frames: Frames) -> dict[str, np.ndarray]:
 def frames_from(
     arrays: Mapping[str, np.ndarray], weights: Any, sites: Sites, label_ids: tuple[int, ...], where: str
 ) -> Frames:
-    """Frames out of arrays that `stored_frames` made.
+    """Frames from the arrays of `stored_frames`.
 
     Args:
         arrays: The arrays.
         weights: The frozen weights of the base.
         sites: Sites of the frames.
         label_ids: Token id of each class.
-        where: The file, for messages.
+        where: Name of the file, for messages.
 
     Raises:
-        ValueError: When there are no frames, or they are of other sites.
+        ValueError: If there are no frames, or they belong to other sites.
     """
     if "frames.source" not in arrays:
         raise ValueError(f"the fit in {where!r} has no frames: its prior was not priors.core")
     families = {}
     for name, site in sites.items():
         if f"frames.{name}.left" not in arrays:
-            raise ValueError(f"the fit in {where!r} has no frames of {name!r}")
+            raise ValueError(f"the fit in {where!r} has no frames for {name!r}")
         left, right = arrays[f"frames.{name}.left"], arrays[f"frames.{name}.right"]
         if right.shape != (site.depth, site.d_in, site.rank):
             raise ValueError(
@@ -198,17 +198,17 @@ def frames_from(
 
 
 def joined(chosen: Mapping[str, Frames]) -> Frames:
-    """The frames of one prior whose families have frames from several places.
+    """The frames of a prior whose families take their frames from several `Frames`.
 
     Args:
-        chosen: Where the frame of each family is taken from.
+        chosen: The source of the frame of each family.
 
     Raises:
-        ValueError: When they are of several bases or of other label ids.
+        ValueError: If the frames belong to different bases or different label ids.
     """
     first, *others = parts = list({id(frames): frames for frames in chosen.values()}.values())
     if any(x.label_ids != first.label_ids or not is_same(x.base, first.base) for x in others):
-        raise ValueError("frames of one prior must be of one base and of the same label ids")
+        raise ValueError("frames of one prior must belong to the same base and the same label ids")
     if not others and set(chosen) == set(first):
         return first
     return replace(

@@ -1,8 +1,8 @@
-r"""LoRA adapters in the format of the `peft` library, read into stacked adapters and written back.
+r"""LoRA adapters in the format of the `peft` library: read into stacked adapters, and written.
 
-peft's update of a module is s b a with s = alpha / r, or alpha / sqrt(r) when rank-stabilised; the update of
-a site is `site.scale` b a. The ratio of the two is folded into `b`, so that the update is the same whatever
-alpha the sites have. Whatever would change the update and is not understood is refused by name.
+peft's update of a module is s b a with s = alpha / r, or alpha / sqrt(r) if rank-stabilised. The update of a
+site is `site.scale` b a. `b` is multiplied by the ratio of the two, so the update is the same for every alpha
+of the sites. An option that would change the update and is not supported raises an error with its name.
 
 Reference: Hu et al. (2021), LoRA; Kalajdzievski (2023), A rank stabilization scaling factor for fine-tuning
 with LoRA, arXiv 2312.03732.
@@ -30,21 +30,21 @@ from bnlora.models.tensors import FLOATS, TensorFiles, safetensors_headers, take
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ROOT = "base_model.model."
 PARENTS = {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_attn"}
-"""Where a layer keeps a projection, by the first part of its name; the others are in `mlp`."""
+"""Submodule of a layer that has a projection, by the first letter of its name; the others are in `mlp`."""
 
 _NAME = re.compile(
     r"base_model\.model\.(?:(?:model\.)?layers\.(\d{1,9})\.(?:\w+\.)?)?(\w+)\.lora_([AB])\.weight"
 )
-# Beside an adapter of the head peft saves the frozen weights that it stands on, which the base has too. Where
-# there is none it saves them if the vocabulary was resized, and the base has others.
+# With an adapter of the head, peft also saves the frozen weights below it, which the base has too. Without
+# one, it saves them only if the vocabulary was resized; the weights of the base then differ.
 _COPIES = re.compile(r"base_model\.model\.(model\.embed_tokens|lm_head)(\.base_layer)?\.weight")
-# Each makes another update of the same tensors, or trains something beside them.
+# Each of these changes the update of the same tensors, or trains additional parameters.
 _REFUSED = (
     "use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
     "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
     "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
 )  # fmt: skip
-# Every other start of peft's moves part of the base weights into the adapter, whose base is then another one.
+# Every other initialisation of peft moves part of the base weights into the adapter, which changes the base.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 Tensors = Mapping[tuple[str, int | None, str], Array]
@@ -55,18 +55,17 @@ def load_peft(folder: str | Path, sites: Sites, *, head_rows: Sequence[int] | No
 
     Args:
         folder: Folder with `adapter_config.json` and `adapter_model.safetensors`.
-        sites: Where the adapters are; they must be the modules and layers that the adapter has.
-        head_rows: Token ids whose rows of the head's `b` are kept, where the sites hold the label tokens'
-            rows alone as those of a `Classifier` do: its `label_ids`.
+        sites: The sites of the adapters; they must have the modules and layers of the adapter.
+        head_rows: Token ids of the rows of the head's `b` to keep. Pass `label_ids` if the sites are those of
+            a `Classifier`, which have only the rows of the label tokens.
 
     Returns:
-        Adapters of the sites, in float32, such as `priors.centered` and `sites.place` take them.
+        Adapters of the sites, in float32, for `priors.centered` and `sites.place`.
 
     Raises:
-        FileNotFoundError: When the folder holds no adapter.
-        ValueError: When a file is corrupt, numbers in it are NaN, infinite or no floats, the adapter is of a
-            kind that is not supported, sites and adapter are not of the same modules and layers, or a rank or
-            shape differs.
+        FileNotFoundError: If the folder has no adapter.
+        ValueError: If a file is corrupt, numbers in it are NaN, infinite or not floats, the kind of adapter
+            is not supported, sites and adapter have different modules or layers, or a rank or shape differs.
 
     Example:
         >>> adapters = {"lm_head": {"a": jnp.ones((1, 1, 16)), "b": jnp.zeros((1, 40, 1))}}
@@ -93,18 +92,17 @@ def load_peft(folder: str | Path, sites: Sites, *, head_rows: Sequence[int] | No
 
 
 def save_peft(adapters: Adapters, folder: str | Path, *, sites: Sites, base: Adaptable) -> None:
-    """Write adapters as `peft` saves them, such that it reads them onto the same base model.
+    """Write adapters in the format of `peft`, which can then load them onto the same base model.
 
     Args:
-        adapters: One pair of factors a family, without an axis of draws.
-        folder: Folder to write to, which is made if it is not there.
-        sites: Where the adapters are.
-        base: The base model, whose head tells whether the sites have all its rows.
+        adapters: One pair of factors for each family, without a draw axis.
+        folder: Folder to write to; it is created if necessary.
+        sites: The sites of the adapters.
+        base: The base model. Its head shows whether the sites have all rows.
 
     Raises:
-        ValueError: When a posterior is given in place of adapters, adapters do not fit the sites, families
-            differ in rank or alpha (the format has one of each), or the head's `b` holds the rows of label
-            tokens alone.
+        ValueError: If `adapters` is a posterior, adapters do not fit the sites, families differ in rank or
+            alpha (the format has one of each), or the head's `b` has only the rows of label tokens.
 
     Example:
         >>> adapters = {"lm_head": {"a": jnp.ones((1, 1, 16)), "b": jnp.zeros((1, 40, 1))}}
@@ -128,7 +126,7 @@ def save_peft(adapters: Adapters, folder: str | Path, *, sites: Sites, base: Ada
         for index, layer in enumerate(site.layers):
             for factor, letter in (("a", "A"), ("b", "B")):
                 full = f"{ROOT}{_path(site.module, layer)}.lora_{letter}.weight"
-                # A copy of its own: safetensors writes the memory behind a view, not the view.
+                # Copy: safetensors writes the memory behind a view, not the view.
                 tensors[full] = np.array(adapters[name][factor][index], np.float32, order="C")
     path = Path(folder).expanduser()
     path.mkdir(parents=True, exist_ok=True)
@@ -147,7 +145,7 @@ def save_peft(adapters: Adapters, folder: str | Path, *, sites: Sites, base: Ada
 
 
 def _require_adapters(adapters: Any) -> None:
-    """Refuse a posterior: one draw of it is a set of adapters, and that of a tangent model not even that."""
+    """Raise `ValueError` for a posterior: only a draw of it, under a network, is a set of adapters."""
     if not hasattr(adapters, "draw_adapters"):
         return
     name = type(adapters).__name__
@@ -161,7 +159,7 @@ def _require_adapters(adapters: Any) -> None:
 
 
 def _path(module: str, layer: int) -> str:
-    """Name of a module within transformers' model."""
+    """Name of a module in the model of transformers."""
     if module == HEAD:
         return HEAD
     return f"model.layers.{layer}.{PARENTS.get(module[0], 'mlp')}.{module}"
@@ -199,7 +197,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _tensors(folder: Path) -> tuple[Tensors, dict[str, int]]:
-    """The factors by module, layer (None for the head) and letter; numbers of rows of copied base weights."""
+    """Factors by module, layer (None for the head) and letter; numbers of rows of copied base weights."""
     if not (folder / TENSORS).is_file():
         raise FileNotFoundError(
             f"{str(folder)!r} has no {TENSORS}; pickled adapters (.bin) are not read, have peft save it anew"
@@ -230,7 +228,7 @@ def _tensors(folder: Path) -> tuple[Tensors, dict[str, int]]:
 def _require_frozen(
     copies: Mapping[str, int], tensors: Tensors, sites: Sites, head_rows: Sequence[int] | None
 ) -> None:
-    """Refuse weights that may be others than the base's, as after its vocabulary was resized."""
+    """Raise `ValueError` for weights that can differ from the base's, as after a resize of its vocabulary."""
     full = {s.d_out for s in sites.values() if s.module == HEAD and head_rows is None}
     for name, rows in copies.items():
         if (HEAD, None, "A") not in tensors:
@@ -243,7 +241,7 @@ def _require_frozen(
 
 
 def _require_all_used(tensors: Tensors, sites: Sites) -> None:
-    """Refuse an adapter that has more than the sites: without the rest it would be another model."""
+    """Raise `ValueError` if the adapter has more modules than the sites: without them it is another model."""
     wanted = {_place(site, layer) for site in sites.values() for layer in site.layers}
     extra = sorted({_label(module, layer) for module, layer, _ in tensors if (module, layer) not in wanted})
     if extra:

@@ -1,7 +1,7 @@
-"""Where adapters go: families of equal layers, chosen by name, pattern, rank and layer range.
+"""The sites of adapters: families of equal layers, chosen by name, pattern, rank and layer range.
 
-All layers that share a module name and a rank form one *family*, whose factors are stacked on a
-leading layer axis. The names of random variables, and the time to compile, do not grow with depth.
+All layers with the same module name and rank form one *family*. Its factors are stacked along a leading layer
+axis, so the number of random variables and the compile time do not grow with depth.
 """
 
 import difflib
@@ -19,11 +19,11 @@ from bnlora._util.display import Shown, Table, ranges
 from bnlora._util.typing import FACTORS, Adapters
 
 HEAD = "lm_head"
-"""The one adaptable module that stands above the layers rather than in each of them."""
+"""The only adaptable module outside of the layers."""
 
 
 class Adaptable(Protocol):
-    """What `select` needs to know of a base model."""
+    """The part of a base model that `select` uses."""
 
     @property
     def modules(self) -> Mapping[str, tuple[int, int]]:
@@ -48,7 +48,7 @@ class Site:
         d_out: Width of the output.
         rank: Rank of the update.
         alpha: LoRA's alpha; the update is `alpha / rank * b @ a`.
-        factors: The factors that a prior is asked for; both, unless `Sites.only` left one out.
+        factors: The factors that a prior must fill: both, unless `Sites.only` left one out.
 
     Example:
         >>> site = sites["lm_head"]
@@ -83,7 +83,7 @@ class Site:
 
     @property
     def num_parameters(self) -> int:
-        """Number of weights in its factors."""
+        """Number of weights in the factors."""
         return sum(map(math.prod, self.shapes.values()))
 
     @property
@@ -94,7 +94,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Sites(Shown, Mapping[str, Site]):
-    """The adapted families by name, in the order in which the forward pass meets their modules.
+    """The adapted families by name, in the order of their modules in the forward pass.
 
     Attributes:
         families: The families.
@@ -142,7 +142,7 @@ class Sites(Shown, Mapping[str, Site]):
 
     @property
     def start(self) -> int:
-        """The lowest adapted layer; `num_layers` when the head alone is adapted."""
+        """The lowest adapted layer; `num_layers` if only the head is adapted."""
         return min(site.layers[0] for site in self.families)
 
     @property
@@ -151,11 +151,11 @@ class Sites(Shown, Mapping[str, Site]):
         return sum(site.num_parameters for site in self.families)
 
     def only(self, *, factors: Iterable[str] = FACTORS, families: Iterable[str] | None = None) -> "Sites":
-        """Part of the sites, which a prior fills like any others: the way to compose priors.
+        """A part of the sites. A prior fills it like any other sites; use it to compose priors.
 
         Args:
-            factors: Factors to keep, of `"a"` and `"b"`.
-            families: Names of families to keep; all when omitted.
+            factors: Factors to keep, out of `"a"` and `"b"`.
+            families: Names of families to keep; all if omitted.
         """
         wanted = set(self if families is None else families)
         kept = set(factors)
@@ -166,10 +166,11 @@ class Sites(Shown, Mapping[str, Site]):
     def with_head_rows(self, rows: int) -> "Sites":
         """The same sites with `rows` output rows in the head.
 
-        A likelihood that reads some rows of the head leaves the others at their prior given these. Leaving
-        them out changes no other marginal where the law of some rows does not depend on how many there are:
-        under every prior of this library but the sparse GP with `lam` below one, whose law of the head is
-        defined on the rows that are kept, as they depend on each other through a frame of that length.
+        If a likelihood uses only some rows of the head, the other rows follow their prior conditional on
+        these. Leaving them out changes no other marginal if the law of the used rows does not depend on the
+        number of rows. This is so under every prior of this library, except the sparse GP with `lam` below
+        one: its rows depend on each other through a frame of that length, so its law is defined on the rows
+        that are kept.
         """
         families = (replace(s, d_out=rows) if s.module == HEAD else s for s in self.families)
         return replace(self, families=tuple(families))
@@ -194,15 +195,15 @@ class Sites(Shown, Mapping[str, Site]):
                     )
 
     def place(self, adapters: Adapters, *, first_layer: int | None = None) -> dict[str, dict[str, Array]]:
-        """Arrange adapters as a model takes them: by module, over all layers from `first_layer` upwards.
+        """Arrange adapters for the model: by module, over all layers from `first_layer` upwards.
 
-        `alpha / rank` is folded into `b`; a layer without an adapter gets a zero one; families of
-        one module are joined along the rank. The head's factors have no layer axis.
+        `b` is multiplied by `alpha / rank`. A layer without an adapter gets a zero adapter. Families of the
+        same module are concatenated along the rank. The factors of the head have no layer axis.
 
         Args:
             adapters: The factors by family.
-            first_layer: First layer to place; the lowest adapted one when omitted. Adapters below it are left
-                out.
+            first_layer: First layer of the result; by default the lowest adapted layer. Adapters below it are
+                left out.
         """
         first_layer = self.start if first_layer is None else first_layer
         placed: dict[str, dict[str, Array]] = {}
@@ -223,7 +224,7 @@ class Sites(Shown, Mapping[str, Site]):
 
     def _spread(self, site: Site, factor: Array, first_layer: int) -> Array:
         kept = [i for i, layer in enumerate(site.layers) if layer >= first_layer]
-        factor = factor[len(site.layers) - len(kept) :]  # layers increase
+        factor = factor[len(site.layers) - len(kept) :]  # layers increase, so the kept ones are the last
         depth = self.num_layers - first_layer
         if len(kept) == depth:
             return factor
@@ -239,24 +240,24 @@ def select(
     alpha: float | None = None,
     layers: slice | Iterable[int] | None = None,
 ) -> Sites:
-    """Choose which modules of a base model get adapters.
+    """Choose the modules of a base model that get adapters.
 
     Args:
-        base: A loaded base model (anything with `modules` and `num_layers`).
-        targets: Module names, as `["q_proj", "lm_head"]`, or a mapping from pattern to rank. A
-            pattern is a regular expression that must match the whole module name or the whole
-            path `layers.<index>.<module>`; where several match, the first wins.
-        rank: Rank of every update when `targets` is a list.
-        alpha: LoRA's alpha, the update being `alpha / rank * b @ a`. Defaults to the rank (scale 1).
-        layers: Layers to adapt, as a slice or as indices (negative ones count from the top); all
-            when omitted. It does not concern `lm_head`.
+        base: A base model (any object with `modules` and `num_layers`).
+        targets: Module names, as `["q_proj", "lm_head"]`, or a mapping from pattern to rank. A pattern is a
+            regular expression that must match the whole module name or the whole path
+            `layers.<index>.<module>`. If several patterns match, the first is used.
+        rank: Rank of every update, if `targets` is a list.
+        alpha: LoRA's alpha: the update is `alpha / rank * b @ a`. Defaults to the rank (scale 1).
+        layers: Layers to adapt, as a slice or as indices (negative ones count from the top); all layers by
+            default. It does not apply to `lm_head`.
 
     Returns:
-        The sites, family by family in the order of the base.
+        The sites, by family, in the order of the base.
 
     Raises:
-        ValueError: When a target matches nothing (the message names near matches), a rank is below
-            one or above the smaller dimension, alpha is no positive number, or a layer does not exist.
+        ValueError: If a target matches nothing (the message names near matches), a rank is below one or above
+            the smaller dimension, `alpha` is not a positive number, or a layer does not exist.
 
     Example:
         >>> from types import SimpleNamespace
@@ -269,7 +270,7 @@ def select(
     rules = _rules(targets, rank)
     check_positive({} if alpha is None else {"alpha": alpha})
     chosen = _layer_indices(layers, base.num_layers)
-    found: dict[tuple[str, int], list[int]] = {}
+    families: dict[tuple[str, int], list[int]] = {}  # layers by module and rank
     used: set[str] = set()
     for module in base.modules:
         for index in [base.num_layers] if module == HEAD else chosen:
@@ -277,9 +278,9 @@ def select(
             rule = next((r for r in rules if re.fullmatch(r, module) or re.fullmatch(r, path)), None)
             if rule is not None:
                 used.add(rule)
-                found.setdefault((module, rules[rule]), []).append(index)
+                families.setdefault((module, rules[rule]), []).append(index)
     _require_all_used(rules, used, base, chosen)
-    return Sites(tuple(_site(base, key, found, alpha) for key in found), base.num_layers)
+    return Sites(tuple(_site(base, key, families, alpha) for key in families), base.num_layers)
 
 
 def _rules(targets: Sequence[str] | Mapping[str, int], rank: int | None) -> dict[str, int]:
@@ -289,7 +290,7 @@ def _rules(targets: Sequence[str] | Mapping[str, int], rank: int | None) -> dict
         )
     if isinstance(targets, Mapping):
         if rank is not None:
-            raise ValueError("give the rank either as `rank` or in the mapping of `targets`, not in both")
+            raise ValueError("set the rank either with `rank` or in the mapping `targets`, not with both")
         rules = dict(targets)
     elif rank is None:
         raise ValueError("`rank` is required when `targets` is a list of names")
@@ -330,12 +331,12 @@ def _require_all_used(rules: Mapping[str, int], used: set[str], base: Adaptable,
         names = list(base.modules) + [f"layers.{chosen[-1]}.{m}" for m in base.modules if m != HEAD]
         near = difflib.get_close_matches(rule, names, n=3, cutoff=0.4) or list(base.modules)
         shadowed = any(re.fullmatch(rule, name) for name in names)
-        reason = "is hidden by the targets before it" if shadowed else "matches no module"
+        reason = "matches only modules of earlier targets" if shadowed else "matches no module"
         raise ValueError(f"target {rule!r} {reason}; nearest names: {', '.join(near)}")
 
 
 def _site(
-    base: Adaptable, key: tuple[str, int], found: Mapping[tuple[str, int], list[int]], alpha: float | None
+    base: Adaptable, key: tuple[str, int], families: Mapping[tuple[str, int], list[int]], alpha: float | None
 ) -> Site:
     module, rank = key
     d_in, d_out = base.modules[module]
@@ -344,6 +345,8 @@ def _site(
             f"the rank of {module!r} must be at most {min(d_in, d_out)}, the smaller side of its "
             f"{d_in} -> {d_out} map; got {rank}"
         )
-    alone = sum(m == module for m, _ in found) == 1
-    name = module if alone else f"{module}_rank{rank}"
-    return Site(name, module, tuple(found[key]), d_in, d_out, rank, float(rank if alpha is None else alpha))
+    is_only = sum(m == module for m, _ in families) == 1
+    name = module if is_only else f"{module}_rank{rank}"
+    return Site(
+        name, module, tuple(families[key]), d_in, d_out, rank, float(rank if alpha is None else alpha)
+    )

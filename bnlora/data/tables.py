@@ -1,8 +1,8 @@
 """Tables of texts in CSV, JSON lines and Parquet files, read by one rule and written without loss.
 
-Texts, numbers and booleans are read as strings, whatever the kind of file: `1` in a CSV file, `1` in a JSON
-line and the integer 1 in a Parquet file are the same label. An empty cell of a CSV file is an empty string;
-null in JSON or Parquet is None.
+Texts, numbers and booleans are read as strings from every kind of file: `1` in a CSV file, `1` in a JSON line
+and the integer 1 in a Parquet file are the same label. An empty cell of a CSV file is an empty string; null
+in JSON or Parquet is None.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from bnlora._util.files import write_whole
 from bnlora.data.formats import ENCODING, READERS, WRITERS, as_text, place
 
-if TYPE_CHECKING:  # imported where they are used: they take as long as the rest of the library
+if TYPE_CHECKING:  # otherwise imported at first use: they take as long as the rest of the library
     import pyarrow as pa
     from datasets import Dataset
 
@@ -34,7 +34,7 @@ class RowError(ValueError):
         self._around = before, after
 
     def at(self, place: str) -> ValueError:
-        """The same error with another name for the row."""
+        """The same error with another description of the row."""
         before, after = self._around
         return ValueError(f"{before}{place}{after}")
 
@@ -42,19 +42,20 @@ class RowError(ValueError):
 def read_table(
     path: str | Path, *, columns: Sequence[str] | None = None, encoding: str = ENCODING
 ) -> "Dataset":
-    """Read a table from a file, its kind known by the ending of its name.
+    """Read a table from a file. The ending of its name determines the format.
 
-    Texts, numbers and truth values are read as strings, whatever the kind of the file.
+    Texts, numbers and booleans are read as strings from every format.
 
     Args:
-        path: A `.csv` (with a header), `.jsonl` or `.json` (one object a line), or `.parquet` file.
-        columns: Columns to read; all of them when None.
+        path: A `.csv` file (with a header), a `.jsonl` or `.json` file (one object per line), or a `.parquet`
+            file.
+        columns: Columns to read; all columns if None.
         encoding: Encoding of a CSV or JSON file, e.g. "cp1252".
 
     Raises:
-        FileNotFoundError: When there is no such file; the message names the nearest one beside it.
-        ValueError: When the ending or the encoding is not known, a column is missing, the file is empty or
-            cannot be parsed, or has no rows. Where a line is to blame, the message has its number.
+        FileNotFoundError: If there is no such file; the message names the nearest file in the folder.
+        ValueError: If the ending or the encoding is unknown, a column is missing, or the file is empty,
+            cannot be parsed or has no rows. If one line causes the error, the message has its number.
     """
     return as_strings(read_columns(path, columns=columns, encoding=encoding))
 
@@ -62,7 +63,7 @@ def read_table(
 def read_columns(
     path: str | Path, *, columns: Sequence[str] | None = None, encoding: str = ENCODING
 ) -> "pa.Table":
-    """Read a table as `read_table` does, with the types that the file gives to its columns."""
+    """Read a table as `read_table` does, but keep the column types of the file."""
     path = Path(path).expanduser()
     if not path.is_file():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -79,7 +80,7 @@ def read_columns(
 
 
 def as_strings(table: "pa.Table") -> "Dataset":
-    """A data set of strings, as `read_table` gives; named classes, lists and objects stay what they are."""
+    """A data set of strings, as `read_table` returns; named classes, lists and objects keep their types."""
     import pyarrow as pa
     from datasets import ClassLabel, Dataset, Features
 
@@ -97,12 +98,12 @@ def as_strings(table: "pa.Table") -> "Dataset":
 
 
 def require_writable(path: Path) -> None:
-    """Raise `ValueError` unless `write_table` knows the ending of this name."""
+    """Raise `ValueError` unless `write_table` supports the ending of this name."""
     _ending(path, WRITERS)
 
 
 def write_table(rows: "Dataset | pa.Table", path: Path) -> None:
-    """Write a table to a `.csv`, `.jsonl` or `.parquet` file (in UTF-8), replacing one that is there."""
+    """Write a table to a `.csv`, `.jsonl` or `.parquet` file (in UTF-8); an existing file is replaced."""
     import pyarrow as pa
 
     ending = _ending(path, WRITERS)
@@ -113,7 +114,7 @@ def write_table(rows: "Dataset | pa.Table", path: Path) -> None:
 
 @contextmanager
 def naming_lines(files: Mapping[str, Path], *, encoding: str = ENCODING) -> Iterator[None]:
-    """Replace a `RowError` of a split by one that names the line of the split's file."""
+    """Replace a `RowError` by an error that names the line in the file of the split."""
     try:
         yield
     except RowError as error:

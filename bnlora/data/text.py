@@ -1,8 +1,9 @@
-"""From texts and labels to batches: templates, label words, lengths, and clear refusals.
+"""From texts and labels to batches: templates, label words, lengths, and clear error messages.
 
-The classes are words. A row is the template filled with its text; the likelihood reads the logits of one
-token for each class right after it (`bnlora.data.labels`). Tokens that the tokenizer adds at the beginning of
-a row stay. Tokens that it would append are dropped, so a row ends with the last token of the template.
+The classes are words. A row is the template filled with its text. The likelihood uses the logits of one token
+for each class at the position after the row (`bnlora.data.labels`). Tokens that the tokenizer adds at the
+beginning of a row are kept. Tokens that it would append are dropped, so a row ends with the last token of the
+template.
 """
 
 import bisect
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 Truncate = Literal["error", "left", "right"]
 Encoder = Callable[[list[str]], list[list[int]]]
 
-_MULTIPLE = 8  # rows are padded to a multiple of it, so that data sets of similar length share a program
+_MULTIPLE = 8  # pad rows to a multiple, so that data sets of similar length share a compiled program
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,7 +50,7 @@ class TextData(Shown):
     label_ids: Int[np.ndarray, " c"]
 
     def __getitem__(self, name: str) -> Batch:
-        """The split of this name; a `KeyError` names those that exist."""
+        """The split of this name; a `KeyError` lists the existing splits."""
         if name not in self.splits:
             raise KeyError(f"no split {name!r}; the splits are {', '.join(self.splits)}")
         return self.splits[name]
@@ -105,17 +106,17 @@ def text_classification(
     """Tokenise a classification data set whose classes are words.
 
     Args:
-        dataset: A data set, or several by split name; a single one becomes the split `"train"`.
+        dataset: A data set, or several by split name. A single data set becomes the split `"train"`.
         tokenizer: The base model's tokenizer, or the base itself. With the base, tokens without an embedding
-            row are refused here; otherwise the model refuses them.
+            row raise an error here; otherwise the model raises it.
         text: Column of the texts.
-        label: Column of the labels: the words (spaces aside), or integers 0 .. C-1, whatever they are
-            stored as. None for rows to predict whose class nobody knows; their labels are -1.
-        words: Word of each class, with a leading space where the template ends in none.
-        template: Text around each row, with `{text}` in it; it may hold chat markup.
-        max_length: Longest row in tokens; the tokenizer's own limit when omitted.
-        truncate: What to do with longer texts: refuse, or drop letters of the *text* from its left or
-            right. The template is never cut.
+        label: Column of the labels: the words (ignoring spaces), or integers 0 .. C-1 of any stored type.
+            None for rows of unknown class; their labels are -1.
+        words: Word of each class. Begin it with a space unless the template ends with one.
+        template: Text around each row, containing `{text}`; it can include chat markup.
+        max_length: Longest row in tokens; the tokenizer's own limit if omitted.
+        truncate: What to do with longer texts: raise an error, or cut the *text* at its left or right end.
+            The template is never cut.
         labels_are: "words" or "integers", if labels could be either (words "1", "2", "3" and a label 1); or
             a mapping from labels to words.
 
@@ -123,9 +124,9 @@ def text_classification(
         Batches padded on the right, the words and their token ids.
 
     Raises:
-        ValueError: When a column is missing, a split is empty, the split `"train"` has labels of one
-            class only, a label is missing, unknown or could mean two classes, a word is not a single
-            token of its own, a text is too long, or the base has no row for a token.
+        ValueError: If a column is missing, a split is empty, the split `"train"` has labels of only one
+            class, a label is missing, unknown or ambiguous, a word is not a distinct single token, a text is
+            too long, or the base has no row for a token.
 
     Example:
         >>> from datasets import Dataset
@@ -137,7 +138,7 @@ def text_classification(
     """
     splits = dict(dataset) if isinstance(dataset, Mapping) else {"train": dataset}
     if not splits:
-        raise ValueError("the data set has no split")
+        raise ValueError("the data set has no splits")
     if template.count("{text}") != 1:
         raise ValueError(f"the template must contain {{text}} once; got {template!r}")
     check_option("truncate", truncate, get_args(Truncate))
@@ -164,7 +165,7 @@ def text_classification(
 
 
 def _check_known(base: Any, batches: Mapping[str, Batch], label_ids: Mapping[str, int]) -> None:
-    """Raise `ValueError` where rows or label words have a token that the base has no row for."""
+    """Raise `ValueError` if rows or label words have a token without a row in the base."""
     size = base.modules["lm_head"][1]
     for word, index in label_ids.items():
         if index >= size:
@@ -185,7 +186,7 @@ def _labels(
 
 
 def _encoder(tokenizer: Any, template: str) -> Encoder:
-    """A function from texts to rows: the tokenizer's leading tokens, then those of the filled template.
+    """Make a function from texts to rows: the tokenizer's leading tokens, then those of the filled template.
 
     Tokens that the tokenizer appends are dropped, because the logits are read at the last token. Leading
     tokens are not added if the template already begins with them.
@@ -234,22 +235,22 @@ def _tokenise(
                 f"the template takes {len(encode([''])[0])} of {limit} tokens, and no letter of the text in ",
                 split,
                 i,
-                " fits beside it; shorten the template or raise max_length",
+                " fits; shorten the template or increase max_length",
             )
         rows[i] = shortened
     return rows
 
 
 def _shorten(text: str, encode: Encoder, limit: int, truncate: Truncate) -> list[int] | None:
-    """The longest row within the limit whose text keeps its beginning (or its end), cut between letters."""
+    """The longest row within the limit that keeps the beginning (or end) of the text, cut between letters."""
     import regex
 
-    cuts = [0, *(letter.end() for letter in regex.finditer(r"\X", text))]  # a letter with its accents is one
+    cuts = [0, *(letter.end() for letter in regex.finditer(r"\X", text))]  # \X: a letter with its accents
 
     def row(size: int) -> list[int]:
         return encode([text[: cuts[size]] if truncate == "right" else text[cuts[-size - 1] :]])[0]
 
-    # A longer part may have fewer tokens, but rarely: the part found fits, and hardly a longer one would.
+    # Token counts are not exactly monotone in the size: the result fits, but rarely a longer part fits too.
     size = bisect.bisect(range(1, len(cuts)), limit, key=lambda size: len(row(size)))
     return row(size) if size else None
 

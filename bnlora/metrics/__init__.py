@@ -1,9 +1,9 @@
 """Metrics of predicted class probabilities, with bootstrap intervals and paired differences.
 
-| module        | what it has                                                         |
+| module        | content                                                             |
 |---------------|---------------------------------------------------------------------|
 | `scores`      | accuracy, negative log-likelihood, calibration errors, Brier score  |
-| `summary`     | all of them with bootstrap intervals; reliability                   |
+| `summary`     | all scores with bootstrap intervals; reliability diagrams           |
 | `ranks`       | ranks, their bands and tests of uniformity                          |
 | `monte_carlo` | Monte Carlo standard errors, effective sample sizes, Pareto tails   |
 | `khat`        | Pareto k-hat of importance weights                                  |

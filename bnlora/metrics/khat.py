@@ -1,12 +1,12 @@
-r"""Pareto k-hat: could draws of the approximation be reweighted into draws of the posterior?
+r"""Pareto k-hat: whether importance weights can turn draws of an approximation into draws of the posterior.
 
     w_s = p(theta_s, y) / q(theta_s),    theta_s ~ q
 
-A generalised Pareto law is fitted to the largest weights; its shape k says how many moments the weights have.
-Below min(1 - 1 / log10 S, 0.7) importance sampling with smoothed weights works with S draws, and q covers
-where p has its mass. Above, q is far from p in the coordinates of the sites, which may be harmless in low
-dimensional functions of them: in high dimension k is nearly always large. It needs both densities and no
-reference; q that misses a whole mode of p goes unseen.
+A generalised Pareto law is fitted to the largest weights; its shape k determines how many moments the weights
+have. Below min(1 - 1 / log10 S, 0.7), importance sampling with smoothed weights works with S draws, and q
+covers the regions where p has its mass. Above, q is far from p in the coordinates of the sites. In high
+dimension k is nearly always large, and low-dimensional functions of the sites can still be accurate. k-hat
+needs both densities but no reference draws. It does not detect a mode of p that q misses completely.
 
 References: Yao, Vehtari, Simpson and Gelman (2018), arXiv 1802.02538; Vehtari, Simpson, Gelman, Yao and Gabry
 (2024), arXiv 1507.02646, for the threshold.
@@ -22,7 +22,7 @@ from jaxtyping import Float
 from bnlora.metrics.monte_carlo import pareto_k
 
 LEAST_DRAWS = 25
-"""Fewest draws that leave five in the tail that is fitted, a fifth of them."""
+"""Smallest number of draws: the fitted tail is a fifth of them and needs five."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ class KHat:
 
 
 def khat(log_p: Float[np.ndarray, " s"], log_q: Float[np.ndarray, " s"]) -> KHat:
-    """k-hat of draws from q.
+    """Pareto k-hat of draws from q.
 
     Args:
         log_p: Log of the joint density p(theta, y) at each draw, up to a constant.
         log_q: Log-density of each draw under q.
 
     Returns:
-        The k-hat of the weights, and of how many draws.
+        The k-hat of the weights and the number of draws.
 
     Raises:
-        ValueError: When there are fewer than 25 draws, or a density is not a number.
+        ValueError: If there are fewer than 25 draws, or a log-density is not finite.
     """
     log_p, log_q = np.asarray(log_p, np.float64), np.asarray(log_q, np.float64)
     if log_p.shape != log_q.shape or log_p.ndim != 1 or len(log_p) < LEAST_DRAWS:
@@ -68,18 +68,22 @@ def khat(log_p: Float[np.ndarray, " s"], log_q: Float[np.ndarray, " s"]) -> KHat
             f"{log_p.shape} and {log_q.shape}"
         )
     if not (np.isfinite(log_p).all() and np.isfinite(log_q).all()):
-        raise ValueError("expected finite log-densities at every draw; got others")
+        raise ValueError("log_p and log_q must be finite at every draw; got NaN or infinite values")
     return KHat(pareto_k(log_p - log_q), len(log_p))
 
 
 def has_density(guide: Any, sites: Mapping[str, Any]) -> bool:
-    """Whether a guide has a density over the sites, whose draws are given with a leading draw axis.
+    """Whether a guide has a density over its sites.
 
-    Not so for guides whose `has_density` is false, nor where a number is the same in every draw.
+    It has none if its `has_density` is false, or if a number is the same in every draw.
+
+    Args:
+        guide: The guide.
+        sites: Draws of the sites, with a leading draw axis.
     """
     return bool(sites) and getattr(guide, "has_density", True) and not any(map(_has_point, sites.values()))
 
 
 def _has_point(values: Any) -> bool:
-    drawn = np.asarray(values)
-    return bool((drawn == drawn[:1]).all(0).any())
+    draws = np.asarray(values)
+    return bool((draws == draws[:1]).all(0).any())

@@ -1,8 +1,8 @@
-r"""R-hat, effective sample sizes, Monte Carlo errors, importance weights and what is read off them, by ArviZ.
+r"""R-hat, effective sample sizes, Monte Carlo errors and importance weights, computed by ArviZ.
 
     MCSE(mean) = sd / sqrt(ESS),    MCSE(sd) = sd(|x - mean|^2) / (2 sd sqrt(ESS of |x - mean|^2))
 
-The one file that imports `arviz_stats`. Arrays have axes (chain, draw, function).
+Only this file imports `arviz_stats`. Arrays have axes (chain, draw, function).
 
 References: Vehtari, Gelman, Simpson, Carpenter and Buerkner (2021), arXiv 1903.08008; Vehtari, Simpson,
 Gelman, Yao and Gabry (2024), arXiv 1507.02646; Margossian et al. (2024), arXiv 2110.13017, for nested R-hat.
@@ -17,19 +17,19 @@ import numpy as np
 from jaxtyping import Float
 
 RANGE = 600.0
-"""Most nats between the weights of a tail; the least double is e^-708 of the largest weight."""
+"""Largest difference in nats between the weights of a tail; double precision underflows at e^-708."""
 
 
 def bulk_ess(values: Float[np.ndarray, "chain draw k"]) -> Float[np.ndarray, " k"]:
-    """Effective number of draws for the bulk of each function, at most the number of draws."""
+    """Bulk effective sample size of each function, at most the number of draws."""
     from arviz_stats.base import array_stats
 
-    found = np.asarray(array_stats.ess(values, chain_axis=0, draw_axis=1, method="bulk"), np.float64)
-    return np.minimum(found, values.shape[0] * values.shape[1])
+    ess = np.asarray(array_stats.ess(values, chain_axis=0, draw_axis=1, method="bulk"), np.float64)
+    return np.minimum(ess, values.shape[0] * values.shape[1])
 
 
 def tail_ess(values: Float[np.ndarray, "chain draw k"]) -> Float[np.ndarray, " k"]:
-    """Effective number of draws for the 5 % and 95 % quantiles of each function, the smaller one."""
+    """Tail effective sample size of each function: the smaller of those of the 5 % and 95 % quantiles."""
     from arviz_stats.base import array_stats
 
     ends = (0.05, 0.95)
@@ -46,20 +46,20 @@ def rank_rhat(values: Float[np.ndarray, "chain draw k"]) -> Float[np.ndarray, " 
 
 
 def nested_rhat(values: Float[np.ndarray, "chain draw k"], *, size: int) -> Float[np.ndarray, " k"]:
-    """Nested R-hat of each function, where every `size` chains in a row form a superchain."""
+    """Nested R-hat of each function; every `size` consecutive chains form a superchain."""
     from arviz_stats.base import array_stats
 
-    owner = np.repeat(np.arange(len(values) // size), size)
-    found = [array_stats.rhat_nested(values[..., k], owner) for k in range(values.shape[2])]
-    return np.asarray(found, np.float64)
+    superchain = np.repeat(np.arange(len(values) // size), size)
+    rhat = [array_stats.rhat_nested(values[..., k], superchain) for k in range(values.shape[2])]
+    return np.asarray(rhat, np.float64)
 
 
 def chain_mcse(values: Float[np.ndarray, "chain draw k"]) -> tuple[np.ndarray, np.ndarray]:
     """Standard errors of the mean and of the standard deviation of each function, from dependent draws."""
     from arviz_stats.base import array_stats
 
-    # `array_stats.mcse(method="sd")` divides by the effective number for the mean. Chains that alternate have
-    # more of these than draws, and the error of the standard deviation would come out too small.
+    # `array_stats.mcse(method="sd")` divides by the effective sample size of the mean. For antithetic chains
+    # this exceeds the number of draws, and the error of the standard deviation would be too small.
     for_mean, for_sd = (
         np.asarray(array_stats.ess(values, chain_axis=0, draw_axis=1, method=method), np.float64)
         for method in ("mean", "sd")
@@ -68,17 +68,18 @@ def chain_mcse(values: Float[np.ndarray, "chain draw k"]) -> tuple[np.ndarray, n
 
 
 def independent_mcse(values: Float[np.ndarray, "s k"]) -> tuple[np.ndarray, np.ndarray]:
-    """The same from independent draws."""
+    """Standard errors of the mean and of the standard deviation of each function, from independent draws."""
     count = np.full(values.shape[1], float(len(values)))
     return _errors(values, count, count)
 
 
 def _errors(values: np.ndarray, for_mean: np.ndarray, for_sd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both errors by the formulas above, zero for functions that do not vary."""
+    """Both errors by the formulas of this module; zero for constant functions."""
     sd = values.std(0, ddof=1)
     fluctuation = ((values - values.mean(0)) ** 2).std(0, ddof=1)
     varies = sd > 0
     mean = sd / np.sqrt(np.where(varies, for_mean, 1.0))
+    # Delta method: the standard deviation is the root of the mean square.
     by_delta = fluctuation / np.where(varies, 2 * sd * np.sqrt(for_sd), 1.0)
     return mean, np.where(varies, by_delta, 0.0)
 
@@ -86,10 +87,10 @@ def _errors(values: np.ndarray, for_mean: np.ndarray, for_sd: np.ndarray) -> tup
 def pareto_k(log_weights: Float[np.ndarray, " s"]) -> float:
     """Shape of the Pareto law fitted to the largest weights.
 
-    Minus infinity where the largest are equal, as where they differ by less than their densities are
-    rounded by; infinity where the weights of the fitted tail are more than `RANGE` nats apart. In double
-    precision the lower ones vanish, ArviZ drops them from the tail, and may call the weights harmless. A
-    Pareto law of shape k spreads the logs of n weights over about k log n.
+    It is minus infinity if the largest weights are equal up to rounding. It is infinity if the weights of the
+    fitted tail are more than `RANGE` nats apart: the small ones then underflow in double precision, ArviZ
+    drops them from the tail, and can report a small shape. A Pareto law of shape k spreads the logs of n
+    weights over about k log n.
     """
     from arviz_stats.base import array_stats
 
@@ -100,13 +101,13 @@ def pareto_k(log_weights: Float[np.ndarray, " s"]) -> float:
         return np.inf
     if np.ptp(ordered[-tail:]) < 1e-9:  # ArviZ raises an error
         return -np.inf
-    # ArviZ smooths the weights of leave-one-out, 1 / likelihood, and turns the sign of what it is given.
+    # ArviZ expects log-likelihoods and smooths the leave-one-out weights 1 / likelihood: pass minus the logs.
     _, shape = array_stats.psislw(-ordered)
     return float(shape)
 
 
 def smoothed_weights(log_weights: Float[np.ndarray, "s k"]) -> Float[np.ndarray, "s k"]:
-    """Normalised importance weights of each column, the largest replaced by quantiles of a Pareto law."""
+    """Normalised importance weights of each column; quantiles of a Pareto law replace the largest weights."""
     from arviz_stats.base import array_stats
 
     smooth, _ = array_stats.psislw(-np.asarray(log_weights, np.float64), axis=0)
@@ -115,24 +116,24 @@ def smoothed_weights(log_weights: Float[np.ndarray, "s k"]) -> Float[np.ndarray,
 
 
 def power_sensitivity(tree: Any, group: str) -> dict[str, np.ndarray]:
-    """Change of each posterior variable of a DataTree as the prior or the likelihood is raised to a power.
+    """Sensitivity of each posterior variable of a DataTree to a power of the prior or of the likelihood.
 
     Args:
-        tree: With the groups `posterior`, `log_prior` and `log_likelihood`.
+        tree: A DataTree with the groups `posterior`, `log_prior` and `log_likelihood`.
         group: "prior" or "likelihood".
 
     Returns:
-        Sensitivity of each variable: distance of the distribution functions by change of log2 power.
+        Sensitivity of each variable: the distance of the distribution functions per change of the log2 power.
     """
     import arviz_stats
 
     densities = tree[f"log_{group}"].to_dataset().to_array()
     total = densities.sum([dim for dim in densities.dims if dim not in ("chain", "draw")])
-    if np.ptp(total.values) == 0:  # ArviZ fits no tail to equal weights; they change nothing
+    if np.ptp(total.values) == 0:  # ArviZ cannot fit a tail to equal weights; their sensitivity is zero
         return {name: np.zeros(x.shape[2:]) for name, x in tree["posterior"].to_dataset().items()}
     with _quiet():
-        found = arviz_stats.psense(tree, group=group)
-    return {name: np.asarray(found[name], np.float64) for name in found.data_vars}
+        sensitivity = arviz_stats.psense(tree, group=group)
+    return {name: np.asarray(sensitivity[name], np.float64) for name in sensitivity.data_vars}
 
 
 def approximate_loo(
@@ -143,14 +144,14 @@ def approximate_loo(
     observations: int | None = None,
     seed: int = 0,
 ) -> Any:
-    """ArviZ's record of leave-one-out from draws of an approximation, with pointwise values.
+    """ArviZ's leave-one-out result for draws of an approximation, with pointwise values.
 
     Args:
-        tree: With the group `log_likelihood` of one variable.
+        tree: A DataTree with the group `log_likelihood` of one variable.
         log_p: Log of the joint density at every draw.
         log_q: Log-density of every draw under the approximation.
-        observations: How many rows to leave out; all when omitted.
-        seed: Of the choice of rows.
+        observations: Number of rows to leave out; all if omitted.
+        seed: Seed for the choice of rows.
     """
     import arviz_stats
 
@@ -162,7 +163,7 @@ def approximate_loo(
 
 
 def compare_elpd(records: Mapping[str, Any]) -> Any:
-    """ArviZ's table of several such records, best first, weights by stacking: a pandas DataFrame."""
+    """ArviZ's comparison table of leave-one-out results, a pandas DataFrame: best first, stacking weights."""
     import arviz_stats
 
     with _quiet():
@@ -171,7 +172,7 @@ def compare_elpd(records: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without ArviZ's warnings of large k, which callers report themselves, and of its own inner workings."""
+    """Silence ArviZ's warnings about large k, which callers report, and about its own internals."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Estimated shape parameter of Pareto")
         warnings.filterwarnings("ignore", message="Number of tail draws cannot be")  # power-scaling, always

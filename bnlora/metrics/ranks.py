@@ -1,20 +1,18 @@
-r"""Are the ranks of a calibration uniform? Exact tests, and Holm's correction for several at once.
+r"""Tests of the uniformity of calibration ranks: exact p-values, and Holm's correction for several tests.
 
-These are ranks of a true value among draws; those of adapters are `rank=` of `bnlora.select`, and priors that
-weigh them are in `bnlora.priors`.
-
-A rank is the number R in {0, ..., L} of L draws below the true value, ties broken at random. For exact
-inference it is uniform (Talts et al. 2018). With N ranks, and c_j the number of them below j:
+A rank is the number R in {0, ..., L} of draws, out of L, below the true value, with ties broken at random.
+(The rank of an adapter is another quantity.) For exact inference R is uniform (Talts et al. 2018). With N
+ranks, and c_j the number of ranks below j:
 
 * `uniformity`: each c_j is Binomial(N, z_j), z_j = j / (L + 1). The statistic is the smallest one-sided
-  tail probability over j; its null is that of a random walk that must stay between two walls, computed by
-  counting Poisson arrivals between the grid points and conditioning on their sum. `band` turns the same
-  computation around: the walls with a given chance of being touched anywhere.
-* `symmetry`: the Kolmogorov-Smirnov distance between p = R / L and 1 - p (Yao et al. 2018). Given |p - 1/2|,
-  symmetry makes the signs of p - 1/2 fair coins, and the distance is max_k |S_k| / N of their random walk in
-  order of decreasing |p - 1/2|. (The table of the two-sample test takes p and 1 - p for independent
-  samples and rejects about twice as often as it says.)
-* `dispersion`: the mean of (2 R - L)^2 against that of uniform ranks, as a normal score.
+  tail probability over j. Its null distribution is that of a random walk that must stay between two walls,
+  computed from Poisson counts between the grid points, conditional on their sum. `band` inverts the
+  computation: it finds walls that are touched anywhere with a given probability.
+* `symmetry`: the Kolmogorov-Smirnov distance between p = R / L and 1 - p (Yao et al. 2018). Under symmetry,
+  given |p - 1/2|, the signs of p - 1/2 are fair coins. The distance is max_k |S_k| / N of their random walk
+  in order of decreasing |p - 1/2|. (The two-sample test treats p and 1 - p as independent samples and
+  rejects about twice as often as its nominal level.)
+* `dispersion`: the mean of (2 R - L)^2 relative to that of uniform ranks, as a normal score.
 
 References: Talts, Betancourt, Simpson, Vehtari and Gelman (2018), arXiv 1804.06788; Yao, Vehtari, Simpson
 and Gelman (2018), arXiv 1802.02538; Saeilynoja, Buerkner and Vehtari (2022), arXiv 2103.10522 (simultaneous
@@ -25,21 +23,21 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-import scipy  # whose parts are imported when they are first used
+import scipy  # its submodules are imported at first use
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from bnlora._util.checks import check_key
 
 GRID = 100
-"""Most points at which the distribution function of the ranks is looked at."""
+"""Largest number of points at which the distribution function of the ranks is tested."""
 
 
 def rank(key: Array, draws: Float[Array, "s k"], truth: Float[Array, " k"]) -> Int[Array, " k"]:
-    """Number of draws below the truth, ties broken at random.
+    """Number of draws below the true value, with ties broken at random.
 
     Args:
-        key: Random key of the ties.
+        key: Random key for the ties.
         draws: Values under each draw.
         truth: True values.
 
@@ -56,9 +54,9 @@ class Band:
     """Simultaneous bounds on the empirical distribution function of uniform ranks.
 
     Attributes:
-        z: Where they hold, in (0, 1); shape (point,).
-        low: Least value of the distribution function, shape (point,).
-        high: Greatest value.
+        z: Points of the bounds, in (0, 1); shape (point,).
+        low: Lower bound of the distribution function, shape (point,).
+        high: Upper bound, shape (point,).
     """
 
     z: Float[np.ndarray, " j"]
@@ -71,24 +69,24 @@ def uniformity(ranks: Int[np.ndarray, " m"], num_draws: int) -> float:
 
     Args:
         ranks: Ranks of independent simulations.
-        num_draws: Number of draws L behind each rank.
+        num_draws: Number of draws L for each rank.
 
     Raises:
-        ValueError: When there are no ranks or one is outside {0, ..., L}.
+        ValueError: If there are no ranks or one is outside {0, ..., L}.
     """
     _check(ranks, num_draws)
     points = _points(num_draws)
     counts = (ranks[:, None] < points).sum(0)
     tails = _tails(len(ranks), num_draws, points)
     least = tails[np.arange(len(points)), counts].min()
-    # Equal tails from either side may differ by rounding, and must count as equal.
+    # Lower and upper tails that are equal can differ by rounding; the factor makes them count as equal.
     inside = tails > least * (1 + 1e-9)
     p_value = 1 - _stays(inside, len(ranks), num_draws, points)
-    return float(np.clip(p_value, least, 1.0))  # the chance of this one tail alone bounds it from below
+    return float(np.clip(p_value, least, 1.0))  # the probability of the smallest tail is a lower bound
 
 
 def band(num_ranks: int, num_draws: int, *, level: float = 0.95) -> Band:
-    """The bounds that `num_ranks` uniform ranks respect everywhere with probability `level` or more."""
+    """Bounds that `num_ranks` uniform ranks satisfy at all points with probability at least `level`."""
     points = _points(num_draws)
     tails = _tails(num_ranks, num_draws, points)
     low, high = np.log((1 - level) / (4 * len(points))), np.log(1 - level)
@@ -104,14 +102,14 @@ def band(num_ranks: int, num_draws: int, *, level: float = 0.95) -> Band:
 
 
 def symmetry(ranks: Int[np.ndarray, " m"], num_draws: int) -> tuple[float, float]:
-    """Distance between p and 1 - p, and its exact p-value given every |p - 1/2|.
+    """Distance between p and 1 - p, and its exact p-value conditional on every |p - 1/2|.
 
     Args:
         ranks: Ranks of independent simulations.
-        num_draws: Number of draws L behind each rank; p = rank / L.
+        num_draws: Number of draws L for each rank; p = rank / L.
 
     Returns:
-        The Kolmogorov-Smirnov distance and the p-value of symmetry about one half.
+        The Kolmogorov-Smirnov distance and the p-value for symmetry about one half.
     """
     _check(ranks, num_draws)
     signed = 2 * np.asarray(ranks, np.int64) - num_draws
@@ -122,10 +120,11 @@ def symmetry(ranks: Int[np.ndarray, " m"], num_draws: int) -> tuple[float, float
 
 
 def dispersion(ranks: Int[np.ndarray, " m"], num_draws: int) -> tuple[float, float]:
-    """Second moment of the ranks about L / 2 over that of uniform ranks, and its normal score.
+    """Second moment of the ranks about L / 2 relative to uniform ranks, and its normal score.
 
-    Above one the truth lies too often in the tails of the draws. Unbiased draws are then too narrow, and too
-    wide where it is below one; bias raises the moment too, so of biased draws it does not tell the width.
+    A ratio above one means that the true value is too often in the tails of the draws. If the draws are
+    unbiased, they are then too narrow; below one they are too wide. Bias also raises the ratio, so for biased
+    draws it does not measure the width.
     """
     _check(ranks, num_draws)
     squares = (2.0 * np.arange(num_draws + 1) - num_draws) ** 2
@@ -134,7 +133,7 @@ def dispersion(ranks: Int[np.ndarray, " m"], num_draws: int) -> tuple[float, flo
 
 
 def holm(p_values: Float[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
-    """P-values adjusted for their number by Holm's step-down rule, valid under any dependence."""
+    """P-values adjusted for multiple tests by Holm's step-down rule, valid under any dependence."""
     p = np.asarray(p_values, np.float64)
     order = np.argsort(p, kind="stable")
     stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
@@ -145,12 +144,12 @@ def holm(p_values: Float[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
 
 def _check(ranks: np.ndarray, num_draws: int) -> None:
     if len(ranks) < 1 or np.min(ranks) < 0 or np.max(ranks) > num_draws:
-        found = f"{np.min(ranks)} to {np.max(ranks)}" if len(ranks) else "none"
-        raise ValueError(f"expected ranks from 0 to num_draws={num_draws}; got {found}")
+        got = f"{np.min(ranks)} to {np.max(ranks)}" if len(ranks) else "none"
+        raise ValueError(f"expected ranks from 0 to num_draws={num_draws}; got {got}")
 
 
 def _points(num_draws: int) -> np.ndarray:
-    """The j at which the number of ranks below j is looked at: all of 1, ..., L, or `GRID` of them."""
+    """The tested points j, for the number of ranks below j: all of 1, ..., L, or `GRID` of them."""
     return np.unique(np.linspace(1, num_draws, min(num_draws, GRID)).round().astype(int))
 
 
@@ -162,7 +161,11 @@ def _tails(num_ranks: int, num_draws: int, points: np.ndarray) -> Float[np.ndarr
 
 
 def _stays(inside: Bool[np.ndarray, "j count"], num_ranks: int, num_draws: int, points: np.ndarray) -> float:
-    """Chance that the counts of uniform ranks are `inside` at every point."""
+    """Probability that the counts of uniform ranks are `inside` at every point.
+
+    Given their sum, independent Poisson counts between the points are multinomial, so the walk of Poisson
+    counts, conditional on its end N, has the law of the counts below each point.
+    """
     widths = np.diff(points, prepend=0, append=num_draws + 1) * num_ranks / (num_draws + 1)
     counts = np.arange(num_ranks + 1)
     chance = np.zeros(num_ranks + 1)
@@ -174,7 +177,7 @@ def _stays(inside: Bool[np.ndarray, "j count"], num_ranks: int, num_draws: int, 
 
 
 def _walk_reaches(groups: list[int], distance: int) -> float:
-    """Chance that a fair walk, seen after groups of so many steps, is ever `distance` or more from zero."""
+    """Probability that a fair walk, seen after each group of steps, ever is `distance` or more from zero."""
     if distance == 0:
         return 1.0
     total = sum(groups)

@@ -1,6 +1,6 @@
-r"""Accuracy and calibration of predicted class probabilities: the numbers themselves, without intervals.
+r"""Accuracy and calibration of predicted class probabilities, without intervals.
 
-With p the predictive distribution of a row, y its class, k = argmax p and c = max p (confidence):
+Let p be the predictive distribution of a row, y its class, k = argmax p, and c = max p (confidence):
 
     accuracy  mean 1[k = y]                          nll    -mean log p_y
     brier     mean sum_j (p_j - 1[j = y])^2          ece    sum_bins n_b/n |acc_b - conf_b|
@@ -8,9 +8,9 @@ With p the predictive distribution of a row, y its class, k = argmax p and c = m
     aurc      mean error rate among the i most confident rows, over i = 1..n
 
 `ece` has bins of equal width (Naeini et al. 2015; Guo et al. 2017), `adaptive_ece` bins of equal count
-(Nguyen & O'Connor 2015). Both are biased upwards in small samples, most of all for a good model.
+(Nguyen & O'Connor 2015). Both are biased upwards in small samples, most of all for a well calibrated model.
 
-Every function takes log-probabilities or a `Prediction` (its mixture), and labels or a `Batch` that has them.
+Every function accepts log-probabilities or a `Prediction` (its mixture), and labels or a `Batch` with labels.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from bnlora._util.checks import check_at_least, class_numbers
 
 BINS = 15
+"""Default number of bins."""
 
 P = ParamSpec("P")
 
@@ -31,7 +32,7 @@ Labels = Int[Any, " n"]
 
 
 def score(formula: Callable[Concatenate[Any, Any, P], float]) -> Callable[Concatenate[Any, Any, P], float]:
-    """A formula of log-probabilities and labels that checks both first; `formula_of` gives it back."""
+    """Make a formula check its log-probabilities and labels first; `formula_of` returns the plain formula."""
 
     @wraps(formula)
     def checking(log_probs: Any, labels: Any, *args: P.args, **options: P.kwargs) -> float:
@@ -42,12 +43,12 @@ def score(formula: Callable[Concatenate[Any, Any, P], float]) -> Callable[Concat
 
 
 def formula_of(metric: Callable[..., float]) -> Callable[..., float]:
-    """The formula of a score, for arrays that are known to be sound; another function as it is.
+    """The formula of a score without its checks; another function is returned unchanged.
 
-    A bootstrap computes a metric thousands of times on rows of arrays that were checked once.
+    A bootstrap computes a metric thousands of times, on arrays that were checked once.
     """
-    found: Callable[..., float] = getattr(metric, "formula", metric)
-    return found
+    formula: Callable[..., float] = getattr(metric, "formula", metric)
+    return formula
 
 
 @score
@@ -62,31 +63,31 @@ def accuracy(log_probs: LogProbs, labels: Labels) -> float:
         A share in [0, 1].
 
     Raises:
-        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+        ValueError: If there are no rows, the numbers of rows and labels differ, or a label is not a class.
     """
     return float(is_correct(log_probs, labels).mean())
 
 
 @score
 def nll(log_probs: LogProbs, labels: Labels) -> float:
-    """Mean negative log-probability of the true class, in nats.
+    """Mean negative log-probability of the true class, in nats per row.
 
     Args:
         log_probs: Log-probabilities of the classes, shape (n, c).
         labels: True classes, shape (n,).
 
     Returns:
-        Nats a row.
+        Nats per row; lower is better.
 
     Raises:
-        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+        ValueError: If there are no rows, the numbers of rows and labels differ, or a label is not a class.
     """
     return float(_row_nll(log_probs, labels).mean())
 
 
 @score
 def brier(log_probs: LogProbs, labels: Labels) -> float:
-    """Mean squared distance of the probability vector to the true class's corner; in [0, 2].
+    """Mean squared distance between the probability vector and the one-hot vector of the true class.
 
     Args:
         log_probs: Log-probabilities of the classes, shape (n, c).
@@ -96,7 +97,7 @@ def brier(log_probs: LogProbs, labels: Labels) -> float:
         A number in [0, 2]; lower is better.
 
     Raises:
-        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+        ValueError: If there are no rows, the numbers of rows and labels differ, or a label is not a class.
     """
     return float(_row_brier(log_probs, labels).mean())
 
@@ -114,7 +115,7 @@ def ece(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> float:
         A number in [0, 1]; lower is better.
 
     Raises:
-        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+        ValueError: If there are no rows, the numbers of rows and labels differ, or a label is not a class.
     """
     confidence, correct = confidences(log_probs), is_correct(log_probs, labels)
     gap = np.bincount(width_bin(confidence, bins), weights=correct - confidence, minlength=bins)
@@ -123,7 +124,7 @@ def ece(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> float:
 
 @score
 def adaptive_ece(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> float:
-    """Expected calibration error over bins that hold equally many rows (to within one).
+    """Expected calibration error over bins with equally many rows (to within one).
 
     Args:
         log_probs: Log-probabilities of the classes, shape (n, c).
@@ -134,7 +135,7 @@ def adaptive_ece(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> fl
         A number in [0, 1]; lower is better.
 
     Raises:
-        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+        ValueError: If there are no rows, the numbers of rows and labels differ, or a label is not a class.
     """
     confidence, correct = confidences(log_probs), is_correct(log_probs, labels)
     order = np.argsort(confidence, kind="stable")
@@ -155,7 +156,7 @@ def mce(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> float:
         A number in [0, 1]; lower is better.
 
     Raises:
-        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+        ValueError: If there are no rows, the numbers of rows and labels differ, or a label is not a class.
     """
     confidence, correct = confidences(log_probs), is_correct(log_probs, labels)
     index = width_bin(confidence, bins)
@@ -165,9 +166,9 @@ def mce(log_probs: LogProbs, labels: Labels, *, bins: int = BINS) -> float:
 
 @score
 def auroc(log_probs: LogProbs, labels: Labels) -> float:
-    """Probability that a right row is more confident than a wrong one, ties counting half.
+    """Probability that a correct row is more confident than a wrong one; ties count one half.
 
-    NaN where all rows are right or all are wrong.
+    The value is NaN if all rows are correct or all are wrong.
 
     Args:
         log_probs: Log-probabilities of the classes, shape (n, c).
@@ -177,7 +178,7 @@ def auroc(log_probs: LogProbs, labels: Labels) -> float:
         A number in [0, 1]; higher is better.
 
     Raises:
-        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+        ValueError: If there are no rows, the numbers of rows and labels differ, or a label is not a class.
     """
     confidence, correct = confidences(log_probs), is_correct(log_probs, labels)
     right, wrong = confidence[correct], np.sort(confidence[~correct])
@@ -191,7 +192,7 @@ def auroc(log_probs: LogProbs, labels: Labels) -> float:
 def aurc(log_probs: LogProbs, labels: Labels) -> float:
     """Area under the risk-coverage curve: error rate of the i most confident rows, averaged over i.
 
-    Rows of equal confidence enter together, so that the value does not depend on their order.
+    Ties in confidence use the expected error rate, so the value does not depend on the order of rows.
 
     Args:
         log_probs: Log-probabilities of the classes, shape (n, c).
@@ -201,31 +202,31 @@ def aurc(log_probs: LogProbs, labels: Labels) -> float:
         A mean error rate in [0, 1]; lower is better.
 
     Raises:
-        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+        ValueError: If there are no rows, the numbers of rows and labels differ, or a label is not a class.
     """
     return float(selective_risks(-confidences(log_probs), ~is_correct(log_probs, labels)).mean())
 
 
 def selective_risks(doubt: Float[np.ndarray, " n"], wrong: Bool[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Error rate among the i rows of least doubt, over i = 1..n; the expected one where ties are broken.
+    """Error rate among the i rows of least doubt, for i = 1..n; in expectation over the order of ties.
 
     Args:
-        doubt: What rows are sorted by.
+        doubt: Rows are sorted by this value, increasing.
         wrong: Whether the prediction of each row is wrong.
 
     Returns:
-        The error rates.
+        The error rates, shape (n,).
     """
     _, first, counts = np.unique(doubt, return_inverse=True, return_counts=True)
-    within = np.bincount(first, weights=wrong) / counts  # expected error of a row inside its group of ties
+    within = np.bincount(first, weights=wrong) / counts  # error rate of each group of ties
     order = np.repeat(within, counts)
     return np.cumsum(order) / np.arange(1, len(order) + 1)
 
 
 def checked(log_probs: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Both as numpy arrays, the first in float64; `ValueError` where they do not fit together.
+    """Log-probabilities in float64 and labels, as NumPy arrays; `ValueError` if they do not fit together.
 
-    A `Prediction` stands for its log-probabilities, a `Batch` for its labels.
+    A `Prediction` is replaced by its log-probabilities, a `Batch` by its labels.
     """
     labels = getattr(labels, "labels", labels)
     log_probs = np.asarray(getattr(log_probs, "log_probs", log_probs), np.float64)
@@ -240,7 +241,7 @@ def checked(log_probs: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     worst = int(np.argmax(np.where(np.isnan(total), np.inf, np.abs(total))))
     if not abs(total[worst]) < 1e-4:
         raise ValueError(
-            f"row {worst} is no distribution: its probabilities sum to {np.exp(total[worst]):.6g}, not 1 "
+            f"row {worst} is not a distribution: its probabilities sum to {np.exp(total[worst]):.6g}, not 1 "
             "(logarithms of probabilities are expected)"
         )
     return log_probs, labels
@@ -266,15 +267,16 @@ def _row_brier(log_probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def width_bin(confidence: np.ndarray, bins: int) -> np.ndarray:
-    """Bin of each confidence; bin b holds (b/bins, (b+1)/bins]."""
+    """Bin of each confidence; bin b covers (b/bins, (b+1)/bins]."""
     check_at_least({"bins": bins}, 1)
     return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
 
 
 def null_ece(log_probs: LogProbs, *, bins: int = BINS, redraws: int = 200) -> float:
-    """Mean ECE if the prediction were exactly right: labels drawn from it, the same draws each time.
+    """Mean ECE of a perfectly calibrated prediction: labels are drawn from the prediction itself.
 
-    The ECE of finitely many rows is above zero even then; it should be read beside this level.
+    With finitely many rows even this ECE is above zero; compare an ECE with this level. The draws use a fixed
+    seed, so the value is deterministic.
 
     Args:
         log_probs: Log-probabilities, shape (row, class).
@@ -288,13 +290,14 @@ def null_ece(log_probs: LogProbs, *, bins: int = BINS, redraws: int = 200) -> fl
     probs = np.exp(log_probs)
     ends = np.cumsum(probs / probs.sum(1, keepdims=True), axis=1)
     uniform = np.random.default_rng(0).random((redraws, len(probs)))
-    drawn = np.minimum((uniform[:, :, None] > ends).sum(2), probs.shape[1] - 1)
-    log_probs, _ = checked(log_probs, drawn[0])
-    return float(np.mean([formula_of(ece)(log_probs, labels, bins=bins) for labels in drawn]))
+    # Inverse distribution function; the minimum guards against a last end below one by rounding.
+    simulated = np.minimum((uniform[:, :, None] > ends).sum(2), probs.shape[1] - 1)
+    log_probs, _ = checked(log_probs, simulated[0])
+    return float(np.mean([formula_of(ece)(log_probs, labels, bins=bins) for labels in simulated]))
 
 
 def debiased_ece(log_probs: LogProbs, labels: Labels, *, bins: int = BINS, redraws: int = 200) -> float:
-    """ECE less its level under the prediction itself; about zero for a calibrated prediction.
+    """ECE minus its level for a calibrated prediction (`null_ece`); about zero if calibrated.
 
     Args:
         log_probs: Log-probabilities, shape (row, class).
@@ -303,6 +306,6 @@ def debiased_ece(log_probs: LogProbs, labels: Labels, *, bins: int = BINS, redra
         redraws: As in `null_ece`.
 
     Returns:
-        The difference, which may be below zero.
+        The difference; it can be negative.
     """
     return ece(log_probs, labels, bins=bins) - null_ece(log_probs, bins=bins, redraws=redraws)

@@ -1,8 +1,8 @@
 """Metrics of predicted class probabilities with bootstrap intervals; paired differences.
 
-Intervals are percentile bootstrap intervals over rows; they inherit the bias of a calibration error. Where
-the true class of a row has no probability, `nll` is infinite, and so is the end of its interval. Samples on
-which a metric has no value (`auroc` where all rows are right, or all wrong) are left out, and no others.
+Intervals are percentile bootstrap intervals over rows. They inherit the bias of a calibration error. If the
+true class of a row has probability zero, `nll` is infinite, and so is the end of its interval. Only bootstrap
+samples without a value are left out, such as samples for `auroc` whose rows are all right or all wrong.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -48,9 +48,9 @@ class Estimate:
     """A value with its interval.
 
     Attributes:
-        value: The metric of all rows; NaN where it has no value, and both ends with it.
-        low: Lower end of the interval; may be infinite.
-        high: Upper end; may be infinite.
+        value: The metric over all rows. If it is undefined, `value`, `low` and `high` are NaN.
+        low: Lower end of the interval; can be infinite.
+        high: Upper end; can be infinite.
     """
 
     value: float
@@ -63,11 +63,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Summary(Shown, Mapping[str, Estimate]):
-    """Every metric of one prediction, by name, with bootstrap intervals of one `level`.
+    """All metrics of one prediction, by name, with bootstrap intervals.
 
     Attributes:
-        estimates: Value and interval by the name of the metric.
-        level: Coverage that the intervals aim at.
+        estimates: Value and interval by name of the metric.
+        level: Nominal coverage of the intervals.
         num_rows: Number of rows.
     """
 
@@ -115,19 +115,16 @@ def summary(
         prediction: A `Prediction`, or log-probabilities of shape `(n, c)`.
         labels: True classes, shape `(n,)`, or the `Batch` that has them.
         level: Probability of the intervals.
-        num_resamples: Number of bootstrap samples; every metric uses the same ones.
-        metrics: Functions of log-probabilities and labels by name; all of this module when omitted.
+        num_resamples: Number of bootstrap samples; all metrics use the same samples.
+        metrics: Functions of log-probabilities and labels, by name; all metrics of this module by default.
 
     Returns:
         Value and interval of every metric; a mapping by name that prints as a table.
 
     Raises:
-        ValueError: On shapes that do not fit, rows that are no probabilities, labels that are no class
-            numbers or out of range, a level outside (0, 1), or fewer than one resample.
+        ValueError: If shapes do not fit, a row is not a probability distribution, labels are not class
+            numbers or are out of range, `level` is outside (0, 1), or `num_resamples` is below one.
     """
-    key = check_key(key)
-    key = check_key(key)
-    key = check_key(key)
     key = check_key(key)
     log_probs, labels = checked(prediction, labels)
     estimates = {}
@@ -150,36 +147,33 @@ def paired_difference(
     level: float = 0.95,
     num_resamples: int = 1000,
 ) -> Estimate:
-    """`metric` of the first prediction minus that of the second on the same rows, with its interval.
+    """The metric of a first prediction minus that of a second one on the same rows, with its interval.
 
-    The rows are resampled together, so what makes a row hard for both does not widen the interval.
+    The rows are resampled together, so rows that are hard for both predictions do not widen the interval.
 
     Args:
         key: Random key of the bootstrap.
         metric: A metric of this module.
         first: A `Prediction`, or log-probabilities of shape `(n, c)`.
-        second: The other one, for the same rows.
+        second: The second prediction, for the same rows.
         labels: True classes, shape `(n,)`, or the `Batch` that has them.
         level: Probability of the interval.
         num_resamples: Number of bootstrap samples.
 
     Returns:
-        The difference of both values, first minus second, with its interval. Where both values are infinite
-        the difference has no value: it is NaN, and so are both ends.
+        The difference, first minus second, with its interval. If both values are infinite, the difference and
+        both ends are NaN.
 
     Raises:
-        ValueError: As `summary`.
+        ValueError: Under the same conditions as `summary`.
     """
-    key = check_key(key)
-    key = check_key(key)
-    key = check_key(key)
     key = check_key(key)
     one, labels = checked(first, labels)
     two, labels = checked(second, labels)
     formula = formula_of(metric)
 
     def difference(rows: np.ndarray) -> float:
-        # Floats of Python: infinity minus infinity is NaN without a warning.
+        # Python floats: infinity minus infinity is NaN without a warning.
         return float(formula(one[rows], labels[rows])) - float(formula(two[rows], labels[rows]))
 
     return bootstrap(key, difference, len(labels), level=level, num_resamples=num_resamples)
@@ -187,14 +181,14 @@ def paired_difference(
 
 @dataclass(frozen=True)
 class Reliability:
-    """Accuracy by bin of confidence; only bins with rows in them.
+    """Accuracy by bin of confidence, for bins with at least one row.
 
     Attributes:
         count: Rows in each bin.
         confidence: Mean confidence in each bin.
-        accuracy: Share of right rows in each bin.
+        accuracy: Share of correct rows in each bin.
         low: Lower end of the Wilson interval of the accuracy.
-        high: Upper end of it.
+        high: Upper end of the Wilson interval.
     """
 
     count: Int[np.ndarray, " b"]
@@ -205,7 +199,7 @@ class Reliability:
 
 
 def reliability(prediction: Any, labels: Any, *, bins: int = BINS) -> Reliability:
-    """The numbers of a reliability diagram, with 95 % Wilson score intervals (Wilson 1927).
+    """The values of a reliability diagram, with 95 % Wilson score intervals (Wilson 1927).
 
     Args:
         prediction: A `Prediction`, or log-probabilities of shape (n, c).
@@ -213,10 +207,10 @@ def reliability(prediction: Any, labels: Any, *, bins: int = BINS) -> Reliabilit
         bins: Number of bins of equal width.
 
     Returns:
-        Counts, mean confidence, accuracy and its interval in every bin that holds a row.
+        Counts, mean confidence, accuracy and its interval, for every bin with at least one row.
 
     Raises:
-        ValueError: When there are no rows, their numbers differ, or a label is none of the classes.
+        ValueError: If there are no rows, the numbers of rows and labels differ, or a label is not a class.
     """
     log_probs, labels = checked(prediction, labels)
     confidence, correct = confidences(log_probs), is_correct(log_probs, labels)
@@ -230,7 +224,7 @@ def reliability(prediction: Any, labels: Any, *, bins: int = BINS) -> Reliabilit
 
 
 def wilson(hits: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper end of the 95 % score interval of a share, hits of n (Wilson 1927).
+    """Lower and upper end of the 95 % score interval of a proportion, hits out of n (Wilson 1927).
 
     Args:
         hits: Numbers of hits.
@@ -239,7 +233,7 @@ def wilson(hits: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         Both ends, each in [0, 1].
     """
-    z2 = 1.959963984540054**2
+    z2 = 1.959963984540054**2  # square of the 97.5 % quantile of the standard normal
     share = hits / n
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n**2))) / (1 + z2 / n)
@@ -257,37 +251,35 @@ def bootstrap(
     """A statistic of rows with its percentile bootstrap interval.
 
     Args:
-        key: Random key; the same key gives the same samples of rows to every statistic.
-        statistic: The statistic, from the indices of the rows that it is computed on.
+        key: Random key. With the same key, every statistic uses the same samples of rows.
+        statistic: The statistic as a function of the indices of rows.
         num_rows: Number of rows.
         level: Probability of the interval.
         num_resamples: Number of bootstrap samples.
 
     Returns:
-        Its value on all rows, and the interval. Infinite replicates count. Those that are NaN have no value
-        and are left out; where the value of all rows is NaN, both ends are.
+        The value on all rows, and the interval. Infinite replicates count; NaN replicates are left out. If
+        the value on all rows is NaN, both ends are NaN.
 
     Raises:
-        ValueError: When the level is not in (0, 1), or there is no row or resample.
+        ValueError: If `level` is outside (0, 1), or `num_rows` or `num_resamples` is below one.
 
     Example:
         >>> losses = np.array([0.25, 1.0, 0.25])
-        >>> found = bootstrap(key, lambda rows: losses[rows].mean(), len(losses))
-        >>> str(found), str(bootstrap(key, lambda rows: np.append(losses, np.inf)[rows].mean(), 4))
+        >>> mean_loss = bootstrap(key, lambda rows: losses[rows].mean(), len(losses))
+        >>> str(mean_loss), str(bootstrap(key, lambda rows: np.append(losses, np.inf)[rows].mean(), 4))
         ('0.500 [0.250, 1.000]', 'inf [0.250, inf]')
     """
-    key = check_key(key)
-    key = check_key(key)
-    key = check_key(key)
     key = check_key(key)
     if not 0 < level < 1:
         raise ValueError(f"level must lie strictly between 0 and 1; got {level}")
     check_at_least({"number of rows": num_rows, "num_resamples": num_resamples}, 1)
     value = float(statistic(np.arange(num_rows)))
-    drawn = numpy_generator(key).integers(num_rows, size=(num_resamples, num_rows))
-    replicates = np.array([statistic(rows) for rows in drawn], np.float64)
+    resamples = numpy_generator(key).integers(num_rows, size=(num_resamples, num_rows))
+    replicates = np.array([statistic(rows) for rows in resamples], np.float64)
     defined = replicates[~np.isnan(replicates)]
-    # A difference of infinities is NaN exactly in the samples that hold the rows which matter most.
+    # If the value is NaN, as a difference of infinities, the samples with the decisive rows are NaN too:
+    # an interval from the others would be misleading.
     if np.isnan(value) or not len(defined):
         return Estimate(value, float("nan"), float("nan"))
     return Estimate(
@@ -296,7 +288,7 @@ def bootstrap(
 
 
 def _quantile(values: np.ndarray, at: float, outer: Literal["lower", "higher"]) -> float:
-    """The quantile, between two order statistics; the outer one where an infinity forbids to interpolate."""
+    """The quantile by interpolation; the outer order statistic if one of the two neighbours is infinite."""
     low, high = (float(np.quantile(values, at, method=side)) for side in ("lower", "higher"))
     if np.isfinite([low, high]).all():
         return float(np.quantile(values, at))

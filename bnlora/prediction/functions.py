@@ -21,7 +21,7 @@ from rich.console import Console
 from bnlora._util.typing import Adapters
 from bnlora.data.batch import Batch
 from bnlora.prediction.predict import predict_with_draws
-from bnlora.program.model import Classifier
+from bnlora.program.protocol import Model
 
 PROBES = 8
 """Rows whose margins are looked at, unless functions are given."""
@@ -38,11 +38,11 @@ class Functions(Protocol):
         ...
 
 
-def identifiable(model: Classifier, data: Batch, *, families: Sequence[str] | None = None) -> "Identifiable":
+def identifiable(model: Model, data: Batch, *, families: Sequence[str] | None = None) -> "Identifiable":
     """The default functions: margins at probe rows, norms of the updates, log-likelihood of the data.
 
     Args:
-        model: A `Classifier`.
+        model: A classifier.
         data: Rows whose margins are looked at, labels unread; each class against class 0.
         families: Families whose norms are looked at; those that differ from draw to draw when omitted.
 
@@ -65,7 +65,7 @@ class Identifiable:
         families: Families whose norms are looked at.
     """
 
-    model: Classifier
+    model: Model
     probe: Batch
     families: tuple[str, ...]
 
@@ -116,7 +116,7 @@ class Identifiable:
 
 
 def evaluate(
-    functions: Functions, model: Classifier, adapters: Adapters, batch: Batch
+    functions: Functions, model: Model, adapters: Adapters, batch: Batch
 ) -> tuple[tuple[str, ...], Float[np.ndarray, "s k"]]:
     """Names of the functions, and their values at adapters with a leading draw axis."""
     if isinstance(functions, Identifiable):
@@ -150,7 +150,7 @@ def scalars(values: Mapping[str, Array]) -> dict[str, Array]:
     return {name: jnp.asarray(values[name]) for name in sorted(values)}
 
 
-def log_likelihood(model: Classifier, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, ""]:
+def log_likelihood(model: Model, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, ""]:
     """Log-likelihood of the labels of a batch at one draw of the adapters; NaN where a row has none."""
     log_probs = jax.nn.log_softmax(model.logits(weights, adapters, batch))
     # JAX counts -1 from the end, so the mark of a row without a label would be read as the last class.

@@ -19,6 +19,7 @@ from bnlora.adapters.sites import Sites
 from bnlora.data.batch import Batch
 from bnlora.program.draws import Draw
 from bnlora.program.model import kind_of
+from bnlora.program.protocol import Model
 
 
 @runtime_checkable
@@ -37,7 +38,7 @@ class Posterior(Protocol):
     """
 
     @property
-    def model(self) -> Any:
+    def model(self) -> Model:
         """The classifier."""
         ...
 
@@ -103,7 +104,7 @@ class PointPosterior(Shown):
         (8, 2)
     """
 
-    model: Any
+    model: Model
     adapters: Adapters
 
     def __post_init__(self) -> None:

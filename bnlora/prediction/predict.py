@@ -25,6 +25,7 @@ from bnlora._util.typing import Adapters
 from bnlora.data.batch import Batch, check_form
 from bnlora.prediction.posterior import Posterior
 from bnlora.program.cache import tracked_parts
+from bnlora.program.protocol import Model
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def predict(
 
 
 def predict_with_draws(
-    model: Any,
+    model: Model,
     draws: Adapters,
     data: Batch,
     *,

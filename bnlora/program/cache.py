@@ -14,10 +14,11 @@ from rich.console import Console
 
 from bnlora._util.progress import speaker, track
 from bnlora.data.batch import Batch, Features, Part, parts
+from bnlora.program.protocol import Model
 
 
 def cache_prefix(
-    model: Any,
+    model: Model,
     batch: Batch,
     *,
     batch_size: int = 16,
@@ -56,7 +57,7 @@ def cache_prefix(
         )
     text = f"{_LABELS[model.kind]}: {len(batch)} rows through {_layers(model)}, {size / 2**20:,.1f} MiB"
     speaker(console).print(text, highlight=False)
-    known = batch.caches(model.start, model.trunk)  # a tangent model starts from cached activations
+    known = batch.caches(model.start, model.trunk.checksum)  # a tangent model starts from cached activations
     rows, made = batch if known else batch.plain, _Cache(batch)
     widths: Literal["few", "many"] = "few" if known else "many"
     for part in tracked_parts(rows, batch_size, _LABELS[model.kind], console, widths=widths):
@@ -81,7 +82,7 @@ def tracked_parts(
 _LABELS = {"network": "prefix cache", "tangent": "tangent features"}
 
 
-def _layers(model: Any) -> str:
+def _layers(model: Model) -> str:
     total = model.base.num_layers
     return f"{total} layers" if model.kind == "tangent" else f"{model.start} of {total} layers"
 

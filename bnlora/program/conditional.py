@@ -9,102 +9,27 @@ those below, and a gradient costs what is above alone.
 """
 
 import difflib
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from functools import cache, cached_property
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
 from numpyro import handlers
 
 from bnlora._util.compilation import options
-from bnlora._util.display import Showable
 from bnlora._util.typing import Adapters, Parameters
-from bnlora.adapters.sites import HEAD, Sites
-from bnlora.data.batch import Batch
+from bnlora.adapters.sites import Sites
 from bnlora.program.density import Density, density
-from bnlora.program.model import Classifier
+from bnlora.program.protocol import Model
+from bnlora.program.trunk import Trunk
+
+M = TypeVar("M", bound=Model)
 
 
-@dataclass(frozen=True, repr=False)
-class Conditional(Classifier):
-    """A classifier whose prior has some sites fixed; built by `condition`.
-
-    Attributes:
-        fixed: Value of every fixed site by name.
-        lowest: Lowest layer that the free sites change.
-        below: Adapters at the fixed values, of which those that the free sites do not change are read.
-        moves: Which layers of each factor the free sites change, by family.
-    """
-
-    fixed: Mapping[str, Array] = field(default_factory=dict)
-    lowest: int = 0
-    below: Adapters = field(default_factory=dict)
-    moves: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
-
-    @property
-    def start(self) -> int:
-        """The lowest layer that a draw changes: that of the lowest adapter that is not fixed."""
-        return self.lowest
-
-    @property
-    def moving(self) -> tuple[str, ...]:
-        """Families whose adapters differ from draw to draw: those that the free sites change."""
-        return tuple(name for name, factors in self.moves.items() if any(map(np.any, factors.values())))
-
-    @cached_property
-    def trunk(self) -> str:
-        """Checksum of the adapters below the lowest free layer; "" where there are none."""
-        digest = hashlib.sha256()
-        inner = {n: sum(layer < self.lowest for layer in site.layers) for n, site in self.sites.items()}
-        for name in (name for name, count in inner.items() if count):
-            digest.update(repr(self.sites[name]).encode())
-            for values in self.below[name].values():
-                digest.update(np.asarray(values[: inner[name]]).tobytes())
-        return digest.hexdigest() if any(inner.values()) else ""
-
-    def held(self, adapters: Adapters) -> Adapters:
-        """Adapters with a leading draw axis, those that the free sites do not change at their fixed value."""
-
-        def one(moves: np.ndarray, fixed: Array, drawn: Array) -> Array:
-            return jnp.where(moves[:, None, None], drawn, fixed)
-
-        return {
-            name: {f: one(self.moves[name][f], self.below[name][f], drawn) for f, drawn in pair.items()}
-            for name, pair in adapters.items()
-        }
-
-    def _computed(self, weights: Any, batch: Batch) -> Float[Array, "n t d"]:
-        if self.lowest == self.sites.start:
-            return super()._computed(weights, batch)
-        first = self.sites.start
-        placed = self.sites.place(self.below)
-        placed.pop(HEAD, None)
-        inner = {m: {f: x[: self.lowest - first] for f, x in pair.items()} for m, pair in placed.items()}
-        module = self.base.bind(weights)
-        trunk = module.blocks(module.embed(batch.tokens), batch.mask, start=0, stop=first)
-        return module.blocks(trunk, batch.mask, start=first, stop=self.lowest, adapters=inner)
-
-    @property
-    def overview(self) -> tuple[Showable, ...]:
-        """That of the classifier, and what is fixed."""
-        return (*super().overview, self._held)
-
-    @property
-    def _held(self) -> str:
-        return f"{len(self.fixed)} sites fixed: {', '.join(self.fixed)}"
-
-    def __repr__(self) -> str:
-        return f"{super().__repr__()}\n  {self._held}"
-
-
-def condition(model: Classifier, values: Mapping[str, Array], params: Parameters | None = None) -> Classifier:
+def condition(model: M, values: Mapping[str, Array], params: Parameters | None = None) -> M:
     """The classifier with latent sites held at given values.
 
     Args:
@@ -129,7 +54,7 @@ def condition(model: Classifier, values: Mapping[str, Array], params: Parameters
         return model
     whole = density(model, params or {})
     _check(whole, values)
-    program, before = model.prior.program, model.fixed if isinstance(model, Conditional) else {}
+    program = model.prior.program
 
     def conditioned(sites: Sites) -> Adapters:
         return handlers.condition(program, data=dict(values))(sites)
@@ -144,28 +69,7 @@ def condition(model: Classifier, values: Mapping[str, Array], params: Parameters
     lowest = min([model.base.num_layers, *_moving_layers(model.sites, moves)])
     if model.kind == "tangent":  # its features are of all adapters, whatever is held
         lowest = model.sites.start
-    parts = {part.name: getattr(plain, part.name) for part in fields(plain)}
-    made = _blank(type(plain))  # the fields of a Classifier are not the arguments that make one
-    fixed = {**before, **values}
-    for name, value in {**parts, "fixed": fixed, "lowest": lowest, "below": first, "moves": moves}.items():
-        object.__setattr__(made, name, value)
-    return made
-
-
-def _blank(kind: type[Classifier]) -> Conditional:
-    """A classifier of some kind with held sites, whose fields are still to be set."""
-    return object.__new__(_holding(kind))  # type: ignore[arg-type]  # a class is hashable
-
-
-@cache
-def _holding(kind: type[Classifier]) -> type[Conditional]:
-    """`Conditional`, or for another kind of classifier a class of both."""
-    if issubclass(Conditional, kind):
-        return Conditional
-    # `pickle` cannot find such a class by its name.
-    parts = {"__reduce__": lambda self: (_blank, (kind,), vars(self)), "__doc__": kind.__doc__}
-    both = type(f"Conditional{kind.__name__}", (kind, Conditional), parts)
-    return dataclass(frozen=True, init=False, repr=False, eq=False)(both)
+    return plain.above(Trunk(plain.sites, lowest, {**model.fixed, **values}, first, moves))
 
 
 def matching(latent: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:

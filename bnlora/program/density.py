@@ -29,6 +29,7 @@ from bnlora._util.typing import Adapters, Parameters
 from bnlora.guides import init_to_base
 from bnlora.priors.declared import declared, require_proper, runnable
 from bnlora.program.draws import adapters_at, log_density_of
+from bnlora.program.protocol import Program
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Density:
     """The joint density of a model over the unconstrained vector of its prior's latent sites.
 
     Attributes:
-        model: The NumPyro model, with `prior` as an attribute.
+        model: The NumPyro model, with `prior` as an attribute. Its type is known to whoever made the view.
         params: Values of the prior's NumPyro parameters.
         shapes: Unconstrained shape of each latent site by name, in the order of the vector.
         observed: Names of the factors and observed sites of the prior.
@@ -157,7 +158,7 @@ def require_inside(vectors: Float[Array, "... p"]) -> Float[Array, "... p"]:
     return vectors
 
 
-def density(model: Any, params: Parameters) -> Density:
+def density(model: Program, params: Parameters) -> Density:
     """The unconstrained view of a model's prior.
 
     Args:

@@ -9,6 +9,7 @@ from jax import Array
 from numpyro import handlers
 
 from bnlora._util.typing import Adapters, Parameters
+from bnlora.program.protocol import Program
 
 
 class Draw(NamedTuple):
@@ -31,7 +32,7 @@ class Draw(NamedTuple):
     log_q_of: dict[str, Array]
 
 
-def draw_sites(key: Array, model: Any, guide: Callable, params: Parameters) -> Draw:
+def draw_sites(key: Array, model: Program, guide: Callable, params: Parameters) -> Draw:
     """One guide draw of every latent site of `model.prior`, with both log-densities."""
     guide_trace, prior_trace = traces(key, model, guide, params)
     log_prior, log_q = _log_densities(prior_trace), _log_densities(guide_trace)
@@ -39,7 +40,7 @@ def draw_sites(key: Array, model: Any, guide: Callable, params: Parameters) -> D
 
 
 def draw_from_guide(
-    key: Array, model: Any, guide: Callable, params: Parameters
+    key: Array, model: Program, guide: Callable, params: Parameters
 ) -> tuple[dict[str, Array], Array, dict[str, Array]]:
     """The guide's half of a draw: the sites, their log-density, and the part of each site."""
     known = getattr(guide, "latent", None)
@@ -53,13 +54,13 @@ def draw_from_guide(
     return sites, _total(log_q), log_q
 
 
-def draw_from_prior(key: Array, model: Any, params: Parameters) -> dict[str, Array]:
+def draw_from_prior(key: Array, model: Program, params: Parameters) -> dict[str, Array]:
     """One draw of the prior of every latent site."""
     return _latent(handlers.trace(_seeded(model.prior, key, params)).get_trace())
 
 
 def prior_at(
-    sites: dict[str, Array], model: Any, params: Parameters
+    sites: dict[str, Array], model: Program, params: Parameters
 ) -> tuple[Array, dict[str, Array], Adapters]:
     """The prior's half of a draw: the log-density of the sites, its parts, and the adapters."""
     program = handlers.trace(_seeded(model.prior, jax.random.key(0), {**params, **sites}))
@@ -68,7 +69,7 @@ def prior_at(
     return _total(log_prior), log_prior, adapters
 
 
-def adapters_at(model: Any, params: Parameters, sites: dict[str, Array]) -> Adapters:
+def adapters_at(model: Program, params: Parameters, sites: dict[str, Array]) -> Adapters:
     """The adapters that the prior program makes of given latent sites."""
     substituted = handlers.substitute(model.prior, data={**params, **sites})
     with handlers.block():
@@ -76,7 +77,7 @@ def adapters_at(model: Any, params: Parameters, sites: dict[str, Array]) -> Adap
 
 
 def draw_both(
-    key: Array, model: Any, guide: Callable, params: Parameters, num_draws: int
+    key: Array, model: Program, guide: Callable, params: Parameters, num_draws: int
 ) -> tuple[Draw, Adapters]:
     """Draws of the guide and the adapters that the prior makes of them, with a leading draw axis."""
 
@@ -87,13 +88,15 @@ def draw_both(
     return jax.lax.map(one, jax.random.split(key, num_draws))
 
 
-def draw_adapters(key: Array, model: Any, guide: Callable, params: Parameters, num_draws: int) -> Adapters:
+def draw_adapters(
+    key: Array, model: Program, guide: Callable, params: Parameters, num_draws: int
+) -> Adapters:
     """Posterior adapters with a leading draw axis."""
     return draw_both(key, model, guide, params, num_draws)[1]
 
 
 def traces(
-    key: Array, model: Any, guide: Callable, params: Parameters
+    key: Array, model: Program, guide: Callable, params: Parameters
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """One run of the guide, and the run of `model.prior` at its draws."""
     prior_key, guide_key = jax.random.split(key)

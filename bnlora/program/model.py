@@ -9,8 +9,8 @@ a parameter, never a closure. Minibatches are scaled by N / B through the one pl
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol, Self
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,29 +28,8 @@ from bnlora._util.typing import Adapters
 from bnlora.adapters.sites import HEAD, Sites
 from bnlora.data.batch import Batch, check_labels, check_tokens, unknown_token
 from bnlora.priors import Prior
-
-
-class LanguageModel(Protocol):
-    """What a classifier needs of a base model: frozen weights and a module to bind them to."""
-
-    @property
-    def weights(self) -> Any:
-        """The frozen weights, a pytree."""
-        ...
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers."""
-        ...
-
-    @property
-    def modules(self) -> Mapping[str, tuple[int, int]]:
-        """`{module: (d_in, d_out)}`, the modules of one layer and the head."""
-        ...
-
-    def bind(self, weights: Any) -> Any:
-        """The module with these weights: `embed`, `blocks` (all positions, or some), `inputs` and `head`."""
-        ...
+from bnlora.program.protocol import LanguageModel
+from bnlora.program.trunk import Trunk
 
 
 @dataclass(frozen=True)
@@ -105,6 +84,7 @@ class Classifier(Shown):
     sites: Sites
     prior: AdapterPrior
     label_ids: tuple[int, ...]
+    trunk: Trunk = field(compare=False)  # the prior decides it
 
     def __init__(self, base: LanguageModel, sites: Sites, prior: Prior, *, label_ids: Int[Any, " c"]):
         ids = _label_ids(base, label_ids)
@@ -115,6 +95,7 @@ class Classifier(Shown):
             "sites": read,
             "prior": AdapterPrior(read, prior),
             "label_ids": ids,
+            "trunk": Trunk(read, read.start),
         }.items():
             object.__setattr__(self, name, value)
 
@@ -126,10 +107,14 @@ class Classifier(Shown):
         """The same classifier under another prior, unchecked: for programs in which its scales are traced."""
         return self._changed(prior=AdapterPrior(self.sites, prior))
 
+    def above(self, trunk: Trunk) -> Self:
+        """The same classifier with another trunk, for priors that hold sites: see `bnlora.condition`."""
+        return self._changed(trunk=trunk)
+
     def _changed(self, **values: Any) -> Self:
         made = object.__new__(type(self))  # the fields of a classifier are not the arguments that make one
-        for field in fields(self):
-            object.__setattr__(made, field.name, values.get(field.name, getattr(self, field.name)))
+        for part in fields(self):
+            object.__setattr__(made, part.name, values.get(part.name, getattr(self, part.name)))
         return made
 
     def with_prior(self, prior: Prior) -> "Classifier":
@@ -152,18 +137,18 @@ class Classifier(Shown):
 
     @property
     def start(self) -> int:
-        """The lowest layer that a draw changes: that of the lowest adapter."""
-        return self.sites.start
+        """The lowest layer that a draw changes: that of the lowest adapter that is not fixed."""
+        return self.trunk.stop
 
     @property
-    def trunk(self) -> str:
-        """The layers below `start`, as in `Batch.trunk`: the base's own."""
-        return ""
+    def fixed(self) -> Mapping[str, Array]:
+        """Value of every site that is held, by name (`bnlora.condition`)."""
+        return self.trunk.fixed
 
     @property
     def moving(self) -> tuple[str, ...]:
-        """Families whose adapters differ from draw to draw: all."""
-        return tuple(self.sites)
+        """Families whose adapters differ from draw to draw."""
+        return self.trunk.moving
 
     @property
     def overview(self) -> tuple[Showable, ...]:
@@ -176,10 +161,12 @@ class Classifier(Shown):
             "prior": _name(self.prior.program),
             "layers below the adapters": str(self.start),
         }
-        return (facts(f"Classifier of {len(self.label_ids)} classes", about), *self.sites.overview)
+        held = (repr(self.trunk),) if self.fixed else ()
+        return (facts(f"Classifier of {len(self.label_ids)} classes", about), *self.sites.overview, *held)
 
     def __repr__(self) -> str:
-        return f"Classifier({len(self.label_ids)} classes, {self.base!r})\n{self.sites!r}"
+        held = f"\n  {self.trunk!r}" if self.fixed else ""
+        return f"Classifier({len(self.label_ids)} classes, {self.base!r})\n{self.sites!r}{held}"
 
     def __call__(self, weights: Any, batch: Batch, n_total: int | None = None) -> None:
         """Sample adapters and observe labels.
@@ -212,7 +199,7 @@ class Classifier(Shown):
         Raises:
             ValueError: When they must be computed and only the last position of each row was kept.
         """
-        if batch.hidden is not None and batch.caches(self.start, self.trunk):
+        if batch.hidden is not None and batch.caches(self.start, self.trunk.checksum):
             return batch.hidden
         self.check_tokens(batch)
         if not batch.whole:
@@ -220,16 +207,11 @@ class Classifier(Shown):
                 "these rows keep only their last position, which is too little for this model; give the rows "
                 "as they were read"
             )
-        return self._computed(weights, batch)
-
-    def _computed(self, weights: Any, batch: Batch) -> Float[Array, "n t d"]:
-        """Activations below the lowest adapted layer, from the tokens."""
-        module = self.base.bind(weights)
-        return module.blocks(module.embed(batch.tokens), batch.mask, start=0, stop=self.start)
+        return self.trunk.activations(self.base.bind(weights), batch)
 
     def prepared(self, weights: Any, batch: Batch) -> Batch:
         """The batch with its activations below the lowest adapted layer, which no draw changes."""
-        return replace(batch, hidden=self.hidden(weights, batch), depth=self.start, trunk=self.trunk)
+        return replace(batch, hidden=self.hidden(weights, batch), depth=self.start, trunk=self.trunk.checksum)
 
     def logits(self, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n c"]:
         """Logits of the label tokens after the last real token of each row.
@@ -274,7 +256,7 @@ class Classifier(Shown):
 
     def is_prepared(self, batch: Batch) -> bool:
         """Whether the batch has what no draw changes, or there is nothing of that kind."""
-        return self.start == 0 or batch.caches(self.start, self.trunk)
+        return self.start == 0 or batch.caches(self.start, self.trunk.checksum)
 
     def cache_bytes(self, batch: Batch) -> int:
         """Memory that `prepare` adds to a batch (float32)."""
@@ -290,7 +272,9 @@ class Classifier(Shown):
         if self.is_prepared(batch):
             return batch if self.start else batch.plain
         run = program(self, type(self).hidden)
-        return replace(batch, hidden=run(self.base.weights, batch.plain), depth=self.start, trunk=self.trunk)
+        return replace(
+            batch, hidden=run(self.base.weights, batch.plain), depth=self.start, trunk=self.trunk.checksum
+        )
 
     def numbers(self, shape: tuple[int, ...]) -> int:
         """Approximate size of the largest array of a program for so many rows and positions."""

@@ -351,13 +351,13 @@ def test_the_core_prior_is_refused_on_other_sites():
 
     with numpyro.handlers.seed(rng_seed=0):
         assert run(frames.sites)["v_proj"]["b"].shape == (1, 8, 2)
-        with pytest.raises(ValueError, match="'v_proj' are of other sites: their rank is 2, that .* 3; use"):
+        with pytest.raises(
+            ValueError, match="'v_proj' belong to other sites: their rank is 2, that .* 3; use"
+        ):
             run(bl.select(BASE, ["v_proj", HEAD], rank=3, layers=[1]))
         with pytest.raises(ValueError, match=r"their layers is \(1,\), that of the sites \(0,\); use"):
             run(bl.select(BASE, ["v_proj", HEAD], rank=2, layers=[0]))
-        with pytest.raises(
-            ValueError, match="frames are of v_proj, lm_head; the prior is asked for 'q_proj'"
-        ):
+        with pytest.raises(ValueError, match="frames are for v_proj, lm_head; the sites also have 'q_proj'"):
             run(bl.select(BASE, ["q_proj", HEAD], rank=2, layers=[1]))
         with pytest.raises(ValueError, match="cannot fill only 'a': use by_family instead of per_factor"):
             run(frames.sites, bl.priors.per_factor(a=prior, b=bl.priors.normal()))
@@ -378,5 +378,5 @@ def test_frames_of_two_bases_or_other_classes_are_not_joined():
     other = tiny_base(jax.random.key(8), num_layers=2)
     foreign = bl.frames(KEY, other, ["slope"], ROWS, label_ids=TWO)
     for frames in (foreign, made(("slope",), label_ids=THREE)):
-        with pytest.raises(ValueError, match="must be of one base and of the same label ids"):
+        with pytest.raises(ValueError, match="must belong to the same base and the same label ids"):
             bl.priors.by_family({HEAD: bl.priors.core(own), "slope": bl.priors.core(frames)})

@@ -52,7 +52,7 @@ def test_start_is_the_lowest_adapted_layer_and_the_depth_for_a_head_alone():
     [
         (["q_prj"], {"rank": 2}, "'q_prj' matches no module; nearest names: .*q_proj"),
         (["lm_heads"], {"rank": 2}, "matches no module; nearest names: lm_head"),
-        ({".*_proj": 2, "q_proj": 3}, {}, "'q_proj' is hidden by the targets before it"),
+        ({".*_proj": 2, "q_proj": 3}, {}, "'q_proj' matches only modules of earlier targets"),
         (["q_proj"], {"rank": 0}, "rank of 'q_proj' must be at least 1; got 0"),
         (["k_proj"], {"rank": 9}, "rank of 'k_proj' must be at most 8"),
         (["q_proj"], {}, "`rank` is required"),

@@ -172,7 +172,7 @@ def test_evaluate_prints_the_metrics_and_writes_a_page(place):
         (["predict", "fit", "taken.csv"], "has columns ['prediction'], which the predictions would replace"),
         (
             ["predict", "fit", "cafe.csv"],
-            "byte 0xe9 on line 2 has no meaning in it; name the file's own with",
+            "byte 0xe9 on line 2 is not valid in it; set the encoding of the file with",
         ),
         (["evaluate", "fit", "test.jsonl", "--encoding", "latin-9x"], "'latin-9x' is not known"),
         (["evaluate", "fit", "test.jsonl", "--text", "txt"], "no column 'txt'; its columns are"),

@@ -299,7 +299,7 @@ def test_bad_options_are_refused():
         coverage(draws, draws, levels=[1.0])
     with pytest.raises(ValueError, match="at least 25 draws; got shapes"):
         khat(np.zeros(3), np.zeros(3))
-    with pytest.raises(ValueError, match="finite log-densities"):
+    with pytest.raises(ValueError, match="must be finite at every draw"):
         khat(np.full(30, np.nan), np.zeros(30))
     with pytest.raises(ValueError, match="predictions of one shape"):
         predictive_agreement(RANDOM(0), predictions(RANDOM(0), 8, 3), predictions(RANDOM(0), 8, 4))

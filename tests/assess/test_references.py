@@ -34,6 +34,7 @@ def test_every_reference_is_certified_at_the_default_thresholds(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_reference_is_found_again_from_scratch():
     """Other seed, other starts, another sampler: no aspect differs from the shipped draws."""
     model, train, others = HEADS["two-words"].load(smollm2())

@@ -68,12 +68,15 @@ def fits():
     bl.metrics.summary(jax.random.key(0), prediction, ROWS.labels)
     bl.to_arviz(fit, ROWS, num_draws=20)
     bl.diagnose(fit, ROWS)
-    families = (
+
+
+def families():
+    made = (
         guides.blob(), guides.matrix_normal(), guides.full(), guides.low_rank(rank=2),
         guides.ensemble(size=2), guides.row_shared(hidden=4, blocks=1), guides.iaf(hidden=4),
         guides.spline(hidden=4), guides.block_neural(hidden=2),
     )  # fmt: skip
-    for family in families:
+    for family in made:
         finite(fitted(HEAD, guides.Guide(HEAD.prior, family)))
     mixed = guides.Guide(HEAD.prior, {r".*\.a": guides.dropout(), ".*": guides.delta()})
     finite(fitted(HEAD, mixed, accumulate=2, activations="bfloat16", remat="layers"))

@@ -153,7 +153,7 @@ def test_splits_share_no_sentence_and_depend_on_the_seed(vader):
     assert list(splits) == ["train", "validation", "movies", "amazon", "nyt", "tweets"]
     texts = [splits[name]["text"][0] for name in ("train", "validation", "movies")]
     assert len(set(texts)) == 3
-    with pytest.raises(ValueError, match="movies has 3 rows; 4 were asked for"):
+    with pytest.raises(ValueError, match="movies has 3 rows; 4 were requested"):
         assets.vader_splits(seed=1, train=2, validation=1, test=1)
 
 
@@ -203,9 +203,9 @@ def test_training_news_are_distinct_and_none_is_a_test_document(reuters):
 
 
 def test_news_asked_for_beyond_the_files_are_refused(reuters):
-    with pytest.raises(ValueError, match="the training file without repeats has 4 rows; 5 were asked for"):
+    with pytest.raises(ValueError, match="the training file without repeats has 4 rows; 5 were requested"):
         assets.reuters_splits(seed=1, train=3, validation=2, test=1)
-    with pytest.raises(ValueError, match="the test file has 3 rows; 4 were asked for"):
+    with pytest.raises(ValueError, match="the test file has 3 rows; 4 were requested"):
         assets.reuters_splits(seed=1, train=3, validation=1, test=4)
 
 

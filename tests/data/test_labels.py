@@ -35,7 +35,7 @@ def test_integers_are_the_same_however_they_are_stored(stored):
 def test_labels_that_could_be_words_or_integers_are_refused_until_one_says_which(stored):
     stars = [stored(i) for i in (5, 1, 4, 2)]
     with pytest.raises(ValueError, match=r"in row 1 of split 'train' could be the word ' 1', class 0, or the "
-                       r"integer 1, the class of the word ' 2'; say which .*--labels-are"):  # fmt: skip
+                       r"integer 1, the class of the word ' 2'; choose with .*--labels-are"):  # fmt: skip
         read(stars, STARS)
     assert read(stars, STARS, labels_are="words") == [4, 0, 3, 1]
     assert read(stars[1:], STARS, labels_are="integers") == [1, 4, 2]

@@ -185,7 +185,7 @@ def test_encodings(tmp_path, encoding):
 def test_bytes_of_another_encoding_are_named_with_their_line_and_the_option(tmp_path, ending):
     path = tmp_path / f"a.{ending}"
     path.write_bytes(b'\xef\xbb\xbftext\r\n"two\r\nlines"\r\ncaf\xe9\r\n')
-    with pytest.raises(ValueError, match=r"'utf-8': byte 0xe9 on line 4 has no meaning.*--encoding.*cp1252"):
+    with pytest.raises(ValueError, match=r"'utf-8': byte 0xe9 on line 4 is not valid.*--encoding.*cp1252"):
         read_table(path)
     with pytest.raises(ValueError, match="encoding 'latin-9x' is not known; nearest is 'latin9'"):
         read_table(path, encoding="latin-9x")
@@ -227,7 +227,7 @@ def test_missing_file_names_the_nearest(tmp_path):
     ("name", "content", "message"),
     [
         ("a.csv", "", "'.*a.csv' is empty"),
-        ("a.csv", "\n\n", "'.*a.csv' holds blank lines and nothing else"),
+        ("a.csv", "\n\n", "'.*a.csv' has only blank lines"),
         ("a.csv", "text,label\n", "'.*a.csv' has no rows"),
         ("a.csv", 'text,label\n"a\nb",0\n1,2,3\n', "line 4 of '.*a.csv' has 3 cells, .* names 2 columns"),
         ("a.csv", 'text,label\na,0\n"x,1\n', "unexpected end of data, in the row that begins on line 3"),
@@ -243,11 +243,11 @@ def test_missing_file_names_the_nearest(tmp_path):
             '{"text": "a"}\n"b"\n',
             r"line 2 of '.*a.jsonl' must be a JSON object, \{...\}; got \"b\"",
         ),
-        ("a.jsonl", '{"text": "\\ud83d"}', "line 1 of '.*a.jsonl' holds half a letter"),
+        ("a.jsonl", '{"text": "\\ud83d"}', "line 1 of '.*a.jsonl' has half a letter"),
         (
             "a.jsonl",
             '{"text": ' + "[" * 100_000,
-            "line 1 of '.*a.jsonl' cannot be read as json: it nests too",
+            "line 1 of '.*a.jsonl' cannot be read as json: it is nested too",
         ),
         ("a.jsonl", "\n", "'.*a.jsonl' has no rows"),
         ("a.json", "[1]", r"object 1 of '.*a.json' must be a JSON object, \{...\}; got 1"),

@@ -106,11 +106,11 @@ def test_truncation_keeps_the_template_and_one_end_of_the_text(tokenizer, side, 
         ({**ROWS, "sentence": ["good", "  ", "bad"]}, {}, "text in row 1 .* non-empty string; got '  '"),
         ({**ROWS, "sentence": ["good", None, "bad"]}, {}, "text in row 1 .* got None"),
         (ROWS, {"words": [" bad", " marvellous"]}, "label word ' marvellous' must be a single token"),
-        (ROWS, {"words": [" bad", "bad "]}, "label words ' bad' and 'bad ' must differ, spaces aside"),
+        (ROWS, {"words": [" bad", "bad "]}, "label words ' bad' and 'bad ' must differ by more than spaces"),
         (
             ROWS,
             {"words": [" bad", ""]},
-            "label word '' must be .* it becomes no token at all; try a commoner",
+            "label word '' must be .* it adds no token; try a more common",
         ),
         (ROWS, {"words": " bad"}, "words must be a list of strings, one for each class; got ' bad'"),
         (ROWS, {"words": [0, 1]}, r"words must be a list of strings, one for each class; got \[0, 1\]"),
@@ -153,7 +153,7 @@ def test_truncation_cuts_between_letters_and_never_the_template(tokenizer, side,
         row = tokenizer.decode(train.tokens[0][np.asarray(train.mask[0])])
         kept = max(n for n in range(1, 6) if length(n) <= limit)
         assert row == before + letter * kept + after
-    with pytest.raises(ValueError, match="no letter of the text in row 0 of split 'train' fits beside it"):
+    with pytest.raises(ValueError, match="no letter of the text in row 0 of split 'train' fits"):
         read(tokenizer, pair, truncate=side, max_length=length(1) - 1)
     assert text == letter * 5
 
@@ -211,10 +211,11 @@ def test_a_tokenizer_that_puts_tokens_into_a_text_is_refused(tokenizer):
 @pytest.mark.parametrize(
     ("template", "word", "message"),
     [
-        ("Review: {text}\nSentiment: ", "good", r"runs together with what stands before it: \['Ġ'\] becomes "
+        ("Review: {text}\nSentiment: ", "good", r"merges with the text before it: \['Ġ'\] becomes "
          r"\['Ġgood'\]; end the template without the space, and try ' good'"),
-        ("Review: {text}\nSentiment:", " marvellous", r"it becomes \d+ tokens, \['Ġ.*; try a commoner word"),
-        ("{text} i", "s", r"it runs together with what stands before it: \['Ġ', 'i'\] becomes \['Ġis'\]"),
+        ("Review: {text}\nSentiment:", " marvellous",
+         r"it becomes \d+ tokens, \['Ġ.*; try a more common word"),
+        ("{text} i", "s", r"it merges with the text before it: \['Ġ', 'i'\] becomes \['Ġis'\]"),
         ("{text} is", "good", r"it becomes \d tokens, .*; try ' good'"),
     ],
 )  # fmt: skip

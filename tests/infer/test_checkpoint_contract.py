@@ -3,7 +3,6 @@
 Nothing is compiled or fitted: a fit is made of numbers in the shapes that its programs declare.
 """
 
-import os
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +11,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from builders import guide_members, prior_members
+from builders.thorough import EVERY
 from builders.unfitted import unfitted
 from numpyro.distributions import constraints
 from numpyro.infer import autoguide
@@ -24,8 +24,6 @@ from bnlora.testing import tiny_rows
 ROWS = tiny_rows(jax.random.key(2), 4)
 FAMILIES = {name: member.make for name, member in guide_members.MEMBERS.items()}
 FAMILIES |= {"delta": lambda scale: bl.guides.delta()}
-EVERY = "BNLORA_EVERY" in os.environ
-"""Whether all pairs are tried: `make slow`."""
 
 SCALARS = ("sparse_gp random lam", "horseshoe", "pooled_scales learned")
 """Priors with scalar sites or parameters beside those of a layer, of a rank and of a matrix."""
@@ -89,10 +87,10 @@ def mean_field(program):
     ("number", "prior"), list(enumerate(prior_members.MEMBERS)), ids=prior_members.MEMBERS
 )
 def test_every_prior_and_every_guide(tmp_path, number, prior):
-    """Each with a quarter of the others; `make slow` has all pairs."""
+    """Each with an eighth of the others; `make slow` has all pairs."""
     model = model_of(prior)
     for place, make in enumerate(FAMILIES.values()):
-        if EVERY or (number + place) % 4 == 0:
+        if EVERY or (number + place) % 8 == 0:
             comes_back(tmp_path, model, bl.guides.Guide(model.prior, make(0.1)))
 
 

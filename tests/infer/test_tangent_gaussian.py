@@ -246,6 +246,6 @@ def test_what_has_no_gaussian_is_refused(monkeypatch):
     assert MOST > 4
     monkeypatch.setattr("bnlora.infer.core.gaussian.MOST", 3)
     with pytest.raises(
-        ValueError, match="matrices of the lesser of 24 rows times contrasts and 4 coordinates"
+        ValueError, match="matrices of the smaller of 24 rows times contrasts and 4 coordinates"
     ):
         bl.laplace(tangent, ROWS)

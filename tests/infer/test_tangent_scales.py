@@ -277,7 +277,7 @@ def test_rows_of_one_class_or_without_labels_are_refused():
 def test_frames_that_read_labels_are_refused():
     model = tangent((HEAD,), label_free=False)
     with pytest.raises(
-        ValueError, match="made from labels, so that the evidence would count the labels twice"
+        ValueError, match="computed from labels, so the evidence would count the labels twice"
     ):
         bl.choose_scales(model, ROWS)
 

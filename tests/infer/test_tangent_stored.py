@@ -83,11 +83,11 @@ def test_other_folders_and_other_bases_are_refused(made, folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no fit"):
         bl.load_core(tmp_path / "nowhere", BASE)
     bl.save_fit(made.fit, tmp_path)
-    with pytest.raises(ValueError, match=r"was not written by bl.save_core; read it by bl.load_fit"):
+    with pytest.raises(ValueError, match=r"was not written by bl.save_core; read it with bl.load_fit"):
         bl.load_core(tmp_path, BASE)
     other = tiny_base(jax.random.key(77), num_layers=BASE.num_layers)
     for load in (bl.load_core, bl.load_frames):
-        with pytest.raises(ValueError, match="are of another base than"):
+        with pytest.raises(ValueError, match="belong to another base than"):
             load(folder, other)
     model = bl.Classifier(BASE, bl.select(BASE, ["v_proj"], rank=1), bl.priors.normal(), label_ids=(3, 5))
     guide = bl.guides.Guide(model.prior, bl.guides.mean_field())

@@ -290,8 +290,8 @@ def test_reliability_bins_and_wilson_intervals():
         (np.log([[0.5, 0.5]]), [1.0], r"got 1.0 of type float64: .* labels.astype\(int\)"),
         (np.log([[0.5, 0.5]]), [None], "got None of type object"),
         (np.log([[0.5, 0.5]]), [-1], r"must lie in 0..1; got -1..-1 \(-1 marks rows without a label\)"),
-        (np.array([[0.5, 0.5]]), [0], "row 0 is no distribution: its probabilities sum to 3.2"),
-        (np.array([[np.nan, 0.0]]), [0], "row 0 is no distribution"),
+        (np.array([[0.5, 0.5]]), [0], "row 0 is not a distribution: its probabilities sum to 3.2"),
+        (np.array([[np.nan, 0.0]]), [0], "row 0 is not a distribution"),
         (np.log([[0.5, 0.5]]), [2], "labels of the predicted rows must lie in 0..1; got 2..2"),
     ],
 )

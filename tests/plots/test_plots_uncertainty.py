@@ -1,5 +1,6 @@
 """Pictures of what uncertainty is good for show the numbers they were given."""
 
+import jax
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex

@@ -49,17 +49,17 @@ REFUSED = {
     ),
     "other sites": (
         lambda: built(bl.priors.core(HEAD), sites=bl.select(BASE, ["q_proj"], rank=2)),
-        "the frames are of lm_head; the prior is asked for 'q_proj'",
+        "the frames are for lm_head; the sites also have 'q_proj'",
     ),
     "another rank": (
         lambda: built(bl.priors.core(HEAD), sites=bl.select(BASE, ["lm_head"], rank=1)),
-        "are of other sites: their rank is 2, that of the sites 1; use frames.sites",
+        "belong to other sites: their rank is 2, that of these sites is 1; use frames.sites",
     ),
     "other layers": (
         lambda: built(
             bl.priors.core(frames("v_proj")), sites=bl.select(BASE, ["v_proj"], rank=2, layers=[0])
         ),
-        r"their layers is \(1,\), that of the sites \(0,\)",
+        r"their layers is \(1,\), that of these sites is \(0,\)",
     ),
     "the whole head": (
         lambda: handlers.seed(bl.priors.core(HEAD), KEY)(HEAD.sites),

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from builders.thorough import EVERY, sample_of
 
 import bnlora as bl
 from bnlora.testing import tiny_base, tiny_rows
@@ -29,15 +30,23 @@ def test_smc_runs_in_64_bit_mode():
         assert np.isfinite(runs.vectors).all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["samplers", "references", "fits", "laws", "tangent", "others"])
-def test_every_public_function_runs_in_64_bit_mode(part):
+PARTS = ("fits", "references", "families", "samplers", "laws", "tangent", "others")
+IN_SHORT = PARTS[:2]
+"""The way from a fit to its diagnosis, and from chains to a comparison."""
+
+
+@pytest.fixture(scope="module")
+def walk():
+    """What one process printed on its way through the parts, which share imports and programs."""
     environment = os.environ | {
         "JAX_ENABLE_X64": "1",
         "PYTHONPATH": os.pathsep.join(map(str, WALK.parents[1:3])),
     }
-    found = subprocess.run(
-        [sys.executable, str(WALK), part], env=environment, capture_output=True, text=True, check=False
-    )
-    assert found.returncode == 0, found.stderr[-3000:]
-    assert f"{part} done" in found.stdout
+    run = [sys.executable, str(WALK), *(PARTS if EVERY else IN_SHORT)]
+    return subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", sample_of(PARTS, IN_SHORT))
+def test_every_public_function_runs_in_64_bit_mode(part, walk):
+    assert f"{part} done" in walk.stdout, walk.stderr[-3000:]

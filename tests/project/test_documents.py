@@ -79,7 +79,7 @@ def test_the_steps_of_the_core_prior_run(capsys):
     for code in blocks("docs/guides/core.md"):
         exec(code, names)
     printed = capsys.readouterr().out
-    assert "labels unread" in printed
+    assert "labels unused" in printed
     assert "gain in evidence" in printed
     gaussian, fit = names["gaussian"], names["fit"]
     assert abs(gaussian.log_evidence - fit.history["elbo"][-20:].mean()) < 2

@@ -17,6 +17,7 @@ import optax
 import pytest
 import xarray
 from builders.own_prior import hierarchy
+from builders.thorough import sample_of
 from datasets import Dataset
 from numpyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
 
@@ -90,6 +91,10 @@ WAYS = {
 }
 
 
+IN_SHORT = ("sparse GP, SiteFlow", "own, nine families", "own, dropout", "with plates, AutoLowRank")
+"""Ways that differ most; `make slow` walks all of them."""
+
+
 @pytest.fixture(scope="module")
 def base(tiny_folder) -> Any:
     return bl.load(tiny_folder)
@@ -125,8 +130,9 @@ def sites_of_the_prior(model: bl.Classifier) -> Mapping[str, tuple[int, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_from_a_table_to_a_fit_on_disk(way, base, data, tmp_path):
+@pytest.mark.parametrize("name", sample_of(WAYS, IN_SHORT))
+def test_from_a_table_to_a_fit_on_disk(name, base, data, tmp_path):
+    way = WAYS[name]
     k_fit, k_predict, k_diagnose = jax.random.split(jax.random.key(0), 3)
     model, guide = built(way, base, data)
     options = {"scale_optimizer": optax.adam(5e-2), "num_steps": 12, "batch_size": 8}
@@ -175,7 +181,7 @@ def _plots(*figures: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["own, SiteFlow", "sparse GP, SiteFlow"])
+@pytest.mark.parametrize("name", sample_of(["own, SiteFlow", "sparse GP, SiteFlow"], ["own, SiteFlow"]))
 def test_from_a_fit_to_a_comparison(name, base, data, tmp_path):
     """Page, reference on a part, a fit of that part, the comparison of all of them, and its pictures."""
     key = jax.random.key(1)

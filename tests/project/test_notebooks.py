@@ -1,4 +1,4 @@
-"""Notebooks: pairs agree, nothing computed is stored, and what they claim holds (their own assertions)."""
+"""Notebooks: scripts and notebooks agree, no outputs are stored, and the assertions in the notebooks pass."""
 
 import importlib.util
 import runpy
@@ -20,7 +20,7 @@ def run():
     return module
 
 
-def written(path: Path) -> nbformat.NotebookNode:
+def stored_notebook(path: Path) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
@@ -34,49 +34,49 @@ def test_every_notebook_has_a_script():
 
 
 @every_notebook
-def test_the_halves_of_a_pair_agree(script, run):
-    stored, made = written(script.with_suffix(".ipynb")), run.paired(script)
-    assert cells(stored) == cells(made), "python notebooks/run.py pair"
-    assert stored.metadata == made.metadata
+def test_script_and_notebook_agree(script, run):
+    stored, expected = stored_notebook(script.with_suffix(".ipynb")), run.paired(script)
+    assert cells(stored) == cells(expected), "run `python notebooks/run.py pair`"
+    assert stored.metadata == expected.metadata
     nbformat.validate(stored)
 
 
 @every_notebook
 def test_no_outputs_are_stored(script):
-    for cell in written(script.with_suffix(".ipynb")).cells:
+    for cell in stored_notebook(script.with_suffix(".ipynb")).cells:
         assert cell.cell_type != "code" or (cell.outputs, cell.execution_count) == ([], None)
 
 
-def test_a_notebook_is_executed_through_a_kernel_and_kept_where_it_fails(run, tmp_path):
+def test_execution_through_a_kernel_keeps_the_outputs_before_an_error(run, tmp_path):
     script = tmp_path / "00_sum.py"
     script.write_text(
         "# %% [markdown]\n# Sum\n\n# %%\n1 + 1\n\n# %%\n1 / 0\n\n# %%\n2 + 2\n", encoding="utf-8"
     )
-    made, problem = run.executed(run.paired(script), tmp_path)
-    assert cells(made) == cells(run.paired(script))
-    assert made.cells[1].outputs[0]["data"]["text/plain"] == "2"
-    assert made.cells[2].outputs[0]["ename"] == "ZeroDivisionError"
+    notebook, problem = run.executed(run.paired(script), tmp_path)
+    assert cells(notebook) == cells(run.paired(script))
+    assert notebook.cells[1].outputs[0]["data"]["text/plain"] == "2"
+    assert notebook.cells[2].outputs[0]["ename"] == "ZeroDivisionError"
     assert "ZeroDivisionError" in problem
-    assert made.cells[3].outputs == []
+    assert notebook.cells[3].outputs == []
 
 
-def test_progress_bars_are_not_kept(run, tmp_path):
+def test_progress_bars_leave_no_output(run, tmp_path):
     script = tmp_path / "00_bar.py"
     code = "# %%\nfrom bnlora._util.progress import track\n"
     code += "assert len(list(track(range(3), 3, 'rows', None))) == 3\n"
     script.write_text(code, encoding="utf-8")
-    made, problem = run.executed(run.paired(script), tmp_path)
-    assert (problem, made.cells[0].outputs) == ("", [])
+    notebook, problem = run.executed(run.paired(script), tmp_path)
+    assert (problem, notebook.cells[0].outputs) == ("", [])
 
 
-def test_names_that_fit_no_notebook_are_refused(run):
+def test_unknown_notebook_names_raise(run):
     assert run.scripts(["01"]) == [FOLDER / "01_quickstart.py"]
-    with pytest.raises(ValueError, match="no notebook '77'; there are 01_quickstart"):
+    with pytest.raises(ValueError, match="no notebook starts with '77'; expected 01_quickstart"):
         run.scripts(["77"])
 
 
 @pytest.mark.slow
 @every_notebook
-def test_what_a_notebook_claims_holds_with_few_rows_and_steps(script, monkeypatch):
+def test_notebook_runs_and_its_assertions_pass_in_fast_mode(script, monkeypatch):
     monkeypatch.setenv("BNLORA_FAST", "1")
     runpy.run_path(str(script))

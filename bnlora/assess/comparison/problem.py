@@ -12,7 +12,6 @@ the free sites change no adapter. For an exact comparison, fit to the conditiona
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,9 +19,10 @@ from jax import Array
 
 from bnlora._util.checks import listed
 from bnlora._util.typing import Adapters, Parameters
-from bnlora.assess.comparison.side import Side, fixed_of
+from bnlora.assess.comparison.side import Side
 from bnlora.prediction.posterior import Posterior, SitePosterior
 from bnlora.program.draws import adapters_at
+from bnlora.program.protocol import Model
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Problem:
         notes: Sentences that say what is held on which side.
     """
 
-    model: Any
+    model: Model
     holds: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -44,13 +44,13 @@ class Problem:
         if not self.holds:
             return posterior.draw_adapters(key, num_draws)
         if not isinstance(posterior, SitePosterior):
-            return self.model.held(posterior.draw_adapters(key, num_draws))
+            return self.model.trunk.held(posterior.draw_adapters(key, num_draws))
         drawn = posterior.draws(key, num_draws)[0].sites
         free = {name: values for name, values in drawn.items() if name not in self.model.fixed}
         return jax.jit(partial(_adapters, self.model))(posterior.params, free)
 
 
-def _adapters(model: Any, params: Parameters, free: Mapping[str, Array]) -> Adapters:
+def _adapters(model: Model, params: Parameters, free: Mapping[str, Array]) -> Adapters:
     return jax.lax.map(lambda sites: adapters_at(model, params, sites), dict(free))
 
 
@@ -65,7 +65,7 @@ def common_problem(posterior: Posterior, side: Side, other: str) -> Problem:
     Raises:
         ValueError: When both hold a site, at different values.
     """
-    own, fixed = fixed_of(posterior.model), side.fixed
+    own, fixed = posterior.model.fixed, side.fixed
     unequal = [n for n in fixed if n in own and not np.array_equal(own[n], fixed[n])]
     if unequal:
         raise ValueError(

@@ -20,7 +20,8 @@ from bnlora.infer.mcmc.certificate import Certificate
 from bnlora.prediction.functions import PROBES, Functions, evaluate, identifiable
 from bnlora.prediction.posterior import Posterior
 from bnlora.prediction.predict import Prediction
-from bnlora.program.conditional import Conditional, condition
+from bnlora.program.conditional import condition
+from bnlora.program.protocol import Model
 
 Predict = Callable[[Adapters], Prediction]
 """Predicts the rows of a comparison with draws of adapters."""
@@ -31,7 +32,7 @@ class Reference(Protocol):
     """A run of MCMC with the verdict of its own checks."""
 
     @property
-    def model(self) -> Any:
+    def model(self) -> Model:
         """The classifier."""
         ...
 
@@ -77,20 +78,20 @@ class Side(Protocol):
         """What it holds at values that are not known, in words; "" for nothing."""
         ...
 
-    def check(self, model: Any, data: Batch, functions: Functions | None) -> None:
+    def check(self, model: Model, data: Batch, functions: Functions | None) -> None:
         """Raise `ValueError` unless it is of the same sites, label words and rows."""
         ...
 
-    def model_for(self, posterior: Posterior, holds: Sequence[str]) -> Any:
+    def model_for(self, posterior: Posterior, holds: Sequence[str]) -> Model:
         """The model under which both sides are evaluated, with the sites that only this side holds."""
         ...
 
-    def functions(self, model: Any, data: Batch, given: Functions | None) -> Functions:
+    def functions(self, model: Model, data: Batch, given: Functions | None) -> Functions:
         """The functions of the comparison: those that are given, or the default ones."""
         ...
 
     def evaluate(
-        self, key: Array, model: Any, functions: Functions, data: Batch, num_draws: int, predict: Predict
+        self, key: Array, model: Model, functions: Functions, data: Batch, num_draws: int, predict: Predict
     ) -> Evaluated:
         """Its values of the functions, and its predictions."""
         ...
@@ -117,24 +118,24 @@ class Before:
         """What it holds, if folders of earlier versions did not store the values."""
         return self.stored.record["held"] if self.stored.holds_unknown else ""
 
-    def check(self, model: Any, data: Batch, functions: Functions | None) -> None:
+    def check(self, model: Model, data: Batch, functions: Functions | None) -> None:
         """The rows must be those that it was stored with."""
         if functions is not None:
             raise ValueError("a stored reference has the default functions alone; leave `functions` out")
         require_same_problem(self.stored, model, data)
 
-    def model_for(self, posterior: Posterior, holds: Sequence[str]) -> Any:
+    def model_for(self, posterior: Posterior, holds: Sequence[str]) -> Model:
         """The approximation's model, conditioned on what the reference holds in addition."""
         learned = {name: jnp.asarray(value) for name, value in self.stored.params.items()}
         params = dict(getattr(posterior, "params", {})) | learned
         return condition(posterior.model, {name: self.fixed[name] for name in holds}, params)
 
-    def functions(self, model: Any, data: Batch, given: Functions | None) -> Functions:
+    def functions(self, model: Model, data: Batch, given: Functions | None) -> Functions:
         """Those that were stored."""
         return identifiable(model, data[:PROBES], families=self.stored.families)
 
     def evaluate(
-        self, key: Array, model: Any, functions: Functions, data: Batch, num_draws: int, predict: Predict
+        self, key: Array, model: Model, functions: Functions, data: Batch, num_draws: int, predict: Predict
     ) -> Evaluated:
         """What was stored."""
         kept = len(self.stored.prediction.draw_log_probs)
@@ -150,14 +151,14 @@ class Now:
     @property
     def fixed(self) -> Mapping[str, Array]:
         """As in `Side`, like what follows."""
-        return fixed_of(self.posterior.model)
+        return self.posterior.model.fixed
 
     @property
     def unknown(self) -> str:
         """A model knows the values of its sites."""
         return ""
 
-    def check(self, model: Any, data: Batch, functions: Functions | None) -> None:
+    def check(self, model: Model, data: Batch, functions: Functions | None) -> None:
         """The models must be of the same sites, label words and kind."""
         own, other = describe(model), describe(self.posterior.model)
         if own != other:
@@ -166,16 +167,16 @@ class Now:
                 f"both of the tangent model in the same frames; got\n{own}\nand\n{other}"
             )
 
-    def model_for(self, posterior: Posterior, holds: Sequence[str]) -> Any:
+    def model_for(self, posterior: Posterior, holds: Sequence[str]) -> Model:
         """Its own model, which holds them."""
         return self.posterior.model
 
-    def functions(self, model: Any, data: Batch, given: Functions | None) -> Functions:
+    def functions(self, model: Model, data: Batch, given: Functions | None) -> Functions:
         """Those that are given, or the default ones."""
         return identifiable(model, data[:PROBES]) if given is None else given
 
     def evaluate(
-        self, key: Array, model: Any, functions: Functions, data: Batch, num_draws: int, predict: Predict
+        self, key: Array, model: Model, functions: Functions, data: Batch, num_draws: int, predict: Predict
     ) -> Evaluated:
         """Its values and predictions, computed here."""
         run = self.posterior
@@ -189,7 +190,7 @@ class Now:
 
 
 def draws_of(
-    model: Any, functions: Functions, adapters: Adapters, data: Batch, *, chains: int | None = None
+    model: Model, functions: Functions, adapters: Adapters, data: Batch, *, chains: int | None = None
 ) -> Draws:
     """The functions at adapters with a leading draw axis.
 
@@ -212,8 +213,3 @@ def thinned(adapters: Adapters, size: int) -> Adapters:
     """`size` of the draws, evenly spaced."""
     chosen = evenly(len(jax.tree.leaves(adapters)[0]), size)
     return jax.device_put(jax.tree.map(lambda x: np.asarray(x)[chosen], adapters))
-
-
-def fixed_of(model: Any) -> Mapping[str, Array]:
-    """Value of every site that a model holds, by name."""
-    return model.fixed if isinstance(model, Conditional) else {}

@@ -29,8 +29,8 @@ from bnlora.data.batch import Batch, check_labels
 from bnlora.infer.mcmc.certificate import Certificate
 from bnlora.prediction.functions import PROBES, evaluate, identifiable
 from bnlora.prediction.predict import Prediction, predict_with_draws
-from bnlora.program.conditional import Conditional
 from bnlora.program.model import kind_of
+from bnlora.program.protocol import Model
 
 RECORD, DRAWS, HELD = "certificate.json", "draws.nc", "held.safetensors"
 
@@ -119,7 +119,7 @@ def store_reference(
     draws = Draws(names, values.reshape(chains.num_chains, -1, len(names)), "chains")
     about = dict(chains.record) | {"held": chains.target.held, "thinning": chains.thinning}
     stored = StoredReference(draws, prediction, chains.certificate, about, checksum(data), describe(model))
-    if not isinstance(model, Conditional):
+    if not model.fixed:
         return stored
     fixed, params = (_arrays(values) for values in (model.fixed, chains.target.view.params))
     return replace(stored, fixed=fixed, params=params)
@@ -245,7 +245,7 @@ def _check(about: Mapping[str, Any], folder: Path, values: np.ndarray, log_probs
         raise ValueError(f"{DRAWS} has probabilities of the classes that do not sum to one")
 
 
-def require_same_problem(stored: StoredReference, model: Any, data: Batch) -> None:
+def require_same_problem(stored: StoredReference, model: Model, data: Batch) -> None:
     """Raise `ValueError` unless a reference is of these sites, label words and rows."""
     if stored.sites != describe(model):
         raise ValueError(f"expected a posterior over the reference's\n{stored.sites}\ngot\n{describe(model)}")

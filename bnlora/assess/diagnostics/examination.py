@@ -25,6 +25,7 @@ from jax import Array
 from jaxtyping import Float
 
 from bnlora._util.finding import Finding
+from bnlora._util.progress import OneBar
 from bnlora.assess.diagnostics.sample import Sample
 from bnlora.assess.diagnostics.subject import Subject, subject
 from bnlora.assess.prior_predictive import HARDLY, MOST, NEARLY_ALL
@@ -124,6 +125,8 @@ class Examination:
                 self.findings[diagnostic.name] = finding
             return
         if diagnostic.measurement not in known:
+            if isinstance(self.drawn.console, OneBar):
+                self.drawn.console.show(diagnostic.name)
             known[diagnostic.measurement] = diagnostic.measure(self)
         judged = diagnostic.judge(known[diagnostic.measurement], self)
         if judged is not None:

@@ -7,6 +7,7 @@ happen if the draws, or their mean, were taken for adapters of the network.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,8 +17,8 @@ from bnlora.assess.diagnostics.examination import Diagnostic
 from bnlora.assess.diagnostics.sample import Sample, first_draws
 from bnlora.data.batch import Batch
 
-ROWS, DRAWS = 32, 16
-"""Rows and draws that are compared: each pair costs a pass through the network."""
+ROWS, DRAWS = 32, 4
+"""Rows and draws that are compared. Each pair costs a pass through all layers of the network."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class Linearisation:
     Attributes:
         at_mean: With the mean of the draws as adapters, mean over rows.
         at_draws: With each draw as adapters, mean over draws and rows.
-        largest: The largest of these.
+        error: Standard error of `at_draws` over draws.
+        largest: The largest distance of a row under a draw.
         num_rows: Rows compared.
     """
 
     at_mean: float
     at_draws: float
+    error: float
     largest: float
     num_rows: int
 
@@ -44,17 +47,18 @@ def linearisation(drawn: Sample, data: Batch) -> Linearisation:
         drawn: A sample of a fit of the tangent model.
         data: Rows; the first 32 are used, labels are not read.
     """
-    model = drawn.fit.model
-    some = first_draws(drawn.drawn[1], DRAWS)
+    model: Any = drawn.fit.model  # a `Tangent`, whose network is read below
+    every = drawn.drawn[1]
     # The mean of the updates, which factors at fixed `a` have: the mean of `b`.
-    mean = jax.tree.map(lambda x: np.asarray(x, np.float64).mean(0, keepdims=True).astype(x.dtype), some)
-    adapters = jax.tree.map(lambda x, y: np.concatenate([x, y]), some, mean)
+    mean = jax.tree.map(lambda x: np.asarray(x, np.float64).mean(0, keepdims=True).astype(x.dtype), every)
+    adapters = jax.tree.map(lambda x, y: np.concatenate([x, y]), first_draws(every, DRAWS), mean)
     pair = (drawn.predict(adapters, data[:ROWS], "linearisation", m) for m in (model.network, model))
     network, tangent = (np.exp(found.draw_log_probs) for found in pair)
     distances = 0.5 * np.abs(network - tangent).sum(-1)
     inner = distances[:-1]
+    error = float(inner.mean(1).std(ddof=1)) / len(inner) ** 0.5
     return Linearisation(
-        float(distances[-1].mean()), float(inner.mean()), float(inner.max()), distances.shape[1]
+        float(distances[-1].mean()), float(inner.mean()), error, float(inner.max()), distances.shape[1]
     )
 
 
@@ -68,8 +72,8 @@ def distance(measured: Linearisation) -> Finding:
     sentence = (
         f"a tangent posterior: with the mean of its draws as adapters the network's probabilities differ "
         f"by {measured.at_mean:.3f} from the tangent's, with single draws by {measured.at_draws:.3f} "
-        f"(largest {measured.largest:.2f}, {measured.num_rows} rows); its draws are no adapters of the "
-        "network"
+        f"± {measured.error:.3f} (largest {measured.largest:.2f}, {measured.num_rows} rows); its "
+        "draws are no adapters of the network"
     )
     return Finding("linearisation", "fine", sentence, measured.at_draws)
 

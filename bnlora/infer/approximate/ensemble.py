@@ -25,6 +25,7 @@ from bnlora.data.batch import Batch
 from bnlora.infer.svi.fit import fit
 from bnlora.infer.svi.result import Fit, FitDiverged
 from bnlora.prediction.posterior import Posterior
+from bnlora.program.protocol import Model
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Ensemble:
                 )
 
     @property
-    def model(self) -> Any:
+    def model(self) -> Model:
         """The classifier of the first member."""
         return self.members[0].model
 
@@ -116,7 +117,7 @@ class EnsembleDiverged(FitDiverged):
 
 def fit_ensemble(
     key: Array,
-    model: Any,
+    model: Model,
     guide: Callable[[Any], Callable],
     train: Batch,
     optimizer: optax.GradientTransformation,

@@ -41,6 +41,7 @@ from bnlora.infer.approximate.mode import flattened, mode_of, unflattened
 from bnlora.prediction.posterior import Posterior
 from bnlora.prediction.predict import Prediction
 from bnlora.program.cache import tracked_parts
+from bnlora.program.protocol import Model
 
 Structure = Literal["diagonal", "kronecker", "low-rank", "full"]
 Precision = float | Mapping[str, float] | Literal["model", "evidence"]
@@ -62,7 +63,7 @@ class Laplace:
         log_evidence: Laplace's approximation of `log p(y)`, in nats.
     """
 
-    model: Any
+    model: Model
     mode: Adapters
     structure: Structure
     curvature: algebra.Curvature
@@ -204,7 +205,7 @@ class _Piece(NamedTuple):
 class _Local:
     """The network near the mode, a few rows at a time."""
 
-    model: Any
+    model: Model
     mode: Adapters
     train: Batch
     root: Float[np.ndarray, " p"]
@@ -271,7 +272,7 @@ def _curvature(local: _Local, structure: Structure, rank: int | None) -> tuple[a
     return algebra.low_rank(R, rank), log_likelihood
 
 
-def _profile(model: Any, mode: Adapters, precision: Precision) -> tuple[np.ndarray, float | None]:
+def _profile(model: Model, mode: Adapters, precision: Precision) -> tuple[np.ndarray, float | None]:
     """Relative prior precision of every weight, and its factor where it is known."""
     if isinstance(precision, str):
         check_option("precision", precision, ("model", "evidence"))
@@ -290,7 +291,7 @@ def _profile(model: Any, mode: Adapters, precision: Precision) -> tuple[np.ndarr
     return _flat(jax.tree.map(jnp.ones_like, mode)), float(precision)
 
 
-def _prior_precision(model: Any) -> Adapters:
+def _prior_precision(model: Model) -> Adapters:
     """Precision of every adapter weight under the model's prior, which must make them independent normals."""
     program = handlers.trace(handlers.seed(model.prior, jax.random.key(0)))
     adapters, sites = program(), program.trace

@@ -51,6 +51,7 @@ from bnlora.infer.mcmc.samplers import Kernel, Tuning, langevin, stochastic_hami
 from bnlora.infer.mcmc.target import Target
 from bnlora.program.cache import cache_prefix
 from bnlora.program.density import density, require_inside
+from bnlora.program.protocol import Model
 
 
 class ChainDiverged(ValueError):
@@ -114,7 +115,7 @@ class _Method(NamedTuple):
 
 def sgld(
     key: Array,
-    model: Any,
+    model: Model,
     train: Batch,
     schedule: Schedule,
     *,
@@ -156,7 +157,7 @@ def sgld(
 
 def sghmc(
     key: Array,
-    model: Any,
+    model: Model,
     train: Batch,
     schedule: Schedule,
     *,
@@ -219,7 +220,7 @@ def sghmc(
 
 def _prepared(
     key: Array,
-    model: Any,
+    model: Model,
     train: Batch,
     schedule: Schedule,
     params: Parameters | None,

@@ -12,7 +12,7 @@ Reference: Maddox et al. (2019), A simple baseline for Bayesian uncertainty in d
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ from bnlora.infer.approximate.mode import flattened, mode_of, unflattened
 from bnlora.infer.svi.fit import fit as fit_svi
 from bnlora.infer.svi.result import Fit
 from bnlora.program.draws import draw_adapters
+from bnlora.program.protocol import Model
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Swag:
         stopped: Why descent ended: "steps" (all done) or "interrupted".
     """
 
-    model: Any
+    model: Model
     mode: Adapters
     moments: Moments
     stopped: str = "steps"

@@ -18,7 +18,7 @@ arXiv 2412.05723.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from bnlora.data.batch import Batch, check_labels
 from bnlora.infer.approximate.mode import mode_of
 from bnlora.prediction.posterior import Posterior
 from bnlora.prediction.predict import predict_with_draws
+from bnlora.program.protocol import Model
 
 Criterion = Literal["nll", "accuracy"]
 _MOST_DOUBLINGS = 40
@@ -76,7 +77,7 @@ class TrainingFree:
         sigma: Size of the noise of the update.
     """
 
-    model: Any
+    model: Model
     families: dict[str, Rotated]
     sigma: float
 

@@ -1,11 +1,11 @@
-"""The core prior on the tangent model, fitted in one call.
+"""Fits of the core prior on the tangent model.
 
-| module       | what it has                                                          |
+| module       | content                                                              |
 |--------------|----------------------------------------------------------------------|
-| `scales`     | one scale a family, by evidence                                      |
+| `scales`     | one scale for each family, by evidence                               |
 | `gaussian`   | Laplace's Gaussian over all sites: a posterior, a start, a whitening |
-| `restricted` | closest Gaussian of a restricted covariance, for starts of guides    |
+| `restricted` | closest Gaussian with a restricted covariance, for starts of guides  |
 | `start`      | start values of guides at that Gaussian                              |
-| `fit`        | `fit_core`: all of it in one call                                    |
+| `fit`        | `fit_core`: all steps in one call                                    |
 | `stored`     | a core fit on disk                                                   |
 """

@@ -1,8 +1,8 @@
-r"""The whole way from labelled rows to a posterior under the core prior, in one call.
+r"""From labelled rows to a posterior under the core prior, in one call.
 
     trunk  ->  frames  ->  features  ->  scales by evidence  ->  Laplace's Gaussian  ->  SVI from there
 
-Every part is a public function of its own; this one fixes the order and measures the seconds of each.
+Every step is also a public function. `fit_core` fixes the order and measures the seconds of each step.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,34 +37,34 @@ from bnlora.program.tangent.model import Tangent
 from bnlora.program.tangent.targets import OWN, SLOPE, target_sites
 
 SIZES: Mapping[str, int] = {"q_proj": 8, "k_proj": 8, "v_proj": 32}
-"""Placement and sizes of the default, fixed on seeds 0 to 2 of `python -m benchmarks seeds`, with `SLOPE`."""
+"""Default modules and sizes, used together with `SLOPE`; fixed on seeds 0 to 2 of `benchmarks seeds`."""
 
 OTHERS = 16
-"""Size of modules that are not in that table."""
+"""Size of modules that are not in `SIZES`."""
 
 SCALE_PRIOR = dist.HalfNormal(5.0)
-"""Keeps scales finite on separable rows, and hardly moves them where the rows say something."""
+"""Keeps scales finite on separable rows, and hardly changes them if the rows are informative."""
 
 STEPS, RATE, PARTICLES = 100, 1e-2, 64
-"""Adam from Laplace's Gaussian: a hundred full-batch steps, the rate decaying to zero along a cosine.
+"""Adam from Laplace's Gaussian: a hundred full-batch steps, with a cosine decay of the rate to zero.
 
-The start is near the optimum, so the noise of the gradient limits the fit: hence many draws a step."""
+The start is near the optimum, so gradient noise limits the fit; therefore each step uses many draws."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class CoreFit(Shown):
-    """A posterior under the core prior, with everything that led to it; a posterior for `predict`.
+    """A posterior under the core prior for `predict`, with the results of all steps.
 
     Attributes:
         frames: The frames.
         scales: The scales, chosen by evidence.
         gaussian: Laplace's Gaussian at these scales.
-        fit: The variational fit that started there.
-        seconds: Wall time of each part.
+        fit: The variational fit, which starts at the Gaussian.
+        seconds: Wall time of each step.
 
     Example:
-        >>> made = bl.fit_core(key, base, rows, label_ids=(3, 5), size={"lm_head": 2}, num_steps=4)
-        >>> made.draw_adapters(key, 5)["lm_head"]["b"].shape  # draws, layers, label rows, rank
+        >>> core_fit = bl.fit_core(key, base, rows, label_ids=(3, 5), size={"lm_head": 2}, num_steps=4)
+        >>> core_fit.draw_adapters(key, 5)["lm_head"]["b"].shape  # draws, layers, label rows, rank
         (5, 1, 2, 2)
     """
 
@@ -80,13 +80,13 @@ class CoreFit(Shown):
         return self.gaussian.model
 
     def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
-        """Adapters under the variational posterior, with a leading draw axis."""
+        """Draw adapters from the variational posterior, with a leading draw axis."""
         key = check_key(key)
         return self.fit.draw_adapters(key, num_draws)
 
     @property
     def overview(self) -> tuple[Showable, ...]:
-        """Frames, scales, the fit and its seconds."""
+        """Frames, scales, the fit and the seconds of each step."""
         rows = tuple((name, f"{seconds:.1f}") for name, seconds in self.seconds.items())
         total = f"{sum(self.seconds.values()):.0f}"
         table = Table(f"{total} s in all, compiling included", ("part", "seconds"), rows)
@@ -117,25 +117,25 @@ def fit_core(
         base: The frozen base.
         train: Rows with labels.
         label_ids: Token id of each class.
-        size: Directions of each side, as in `bnlora.frames`; a mapping also says which modules are adapted.
-            Omitted, those of `SIZES` and 16 for other modules, or as many as the smaller side has.
-        targets: Modules, `"slope"` and `"bias"`. Omitted, `"slope"` and the modules of `size` where that is a
-            mapping, else those of `SIZES`.
-        layers: Layers to adapt; the two uppermost when omitted.
-        scale_prior: Distribution of every scale, for their choice by evidence.
-        within: Nats of evidence to give up for smaller scales, as in `bnlora.choose_scales`.
+        size: Directions of each side, as in `bnlora.frames`. A mapping also selects the modules. If omitted,
+            `SIZES`, and 16 for other modules, limited by the smaller side.
+        targets: Modules, `"slope"` and `"bias"`. If omitted, `"slope"` and the modules of `size` if that is a
+            mapping, else `"slope"` and the modules of `SIZES`.
+        layers: Layers to adapt; the two uppermost by default.
+        scale_prior: Distribution of every scale, for the choice of scales by evidence.
+        within: Nats of evidence to trade for smaller scales, as in `bnlora.choose_scales`.
         num_steps: Steps of the variational fit.
         console: Where to draw progress bars.
 
     Returns:
-        The posterior with its parts.
+        The posterior with the results of all steps.
 
     Raises:
-        ValueError: As `bnlora.frames`, `bnlora.choose_scales` and `bnlora.fit`.
+        ValueError: If `bnlora.frames`, `bnlora.choose_scales` or `bnlora.fit` raises it.
 
     Example:
-        >>> made = bl.fit_core(key, base, rows, label_ids=(3, 5), size={"v_proj": 2}, num_steps=4)
-        >>> made.model.kind, sorted(made.scales.values)
+        >>> core_fit = bl.fit_core(key, base, rows, label_ids=(3, 5), size={"v_proj": 2}, num_steps=4)
+        >>> core_fit.model.kind, sorted(core_fit.scales.values)
         ('tangent', ['slope', 'v_proj'])
     """
     frame_key, fit_key = jax.random.split(check_key(key))
@@ -143,27 +143,27 @@ def fit_core(
     chosen = targets if targets is not None else [*(size if isinstance(size, Mapping) else SIZES), SLOPE]
     sites = target_sites(base, chosen, layers)
     places = {"label_ids": label_ids, "size": _sizes(sites) if size is None else size, "layers": layers}
-    with timed(seconds, "trunk"):  # frames and features both start from there
+    with timed(seconds, "trunk"):  # frames and features share the activations below the adapters
         trunk = Classifier(base, sites, point(), label_ids=label_ids)
         train = cache_prefix(trunk, train, console=console)
     with timed(seconds, "frames"):
-        made = frames(frame_key, base, chosen, train, **places, console=console)
+        directions = frames(frame_key, base, chosen, train, **places, console=console)
     with timed(seconds, "features"):
-        tangent = Tangent(Classifier(base, made.sites, core(made), label_ids=label_ids))
+        tangent = Tangent(Classifier(base, directions.sites, core(directions), label_ids=label_ids))
         rows = cache_prefix(tangent, train, console=console)
     with timed(seconds, "scales by evidence"):
         scales = choose_scales(tangent, rows, prior=scale_prior, within=within, console=console)
     with timed(seconds, "Laplace"):
-        tangent = tangent.with_prior(core(made, scale=scales.values))
+        tangent = tangent.with_prior(core(directions, scale=scales.values))
         gaussian = laplace(tangent, rows, console=console)
     with timed(seconds, "variational fit"):
         guide = Guide(tangent.prior, around(gaussian))
         fitted = fit_near(fit_key, tangent, guide, rows, num_steps=num_steps, console=console)
-    return CoreFit(made, scales, gaussian, fitted, seconds)
+    return CoreFit(directions, scales, gaussian, fitted, seconds)
 
 
 def _sizes(sites: Sites) -> dict[str, int]:
-    """Size of every module by default."""
+    """Default size of every module."""
     modules = {name: site for name, site in sites.items() if name not in OWN}
     return {name: min(SIZES.get(name, OTHERS), smaller_side(site)) for name, site in modules.items()}
 
@@ -178,7 +178,7 @@ def fit_near(
     init_params: Parameters | None = None,
     console: Console | None = None,
 ) -> Fit:
-    """Fit a guide that is near the posterior already: Adam on all rows, with a rate that decays to zero.
+    """Fit a guide that starts near the posterior, by Adam on all rows with a rate that decays to zero.
 
     Args:
         key: Random key.
@@ -186,7 +186,7 @@ def fit_near(
         guide: A guide of its prior.
         data: Rows with labels.
         num_steps: Number of steps.
-        init_params: Where the parameters start, as in `bnlora.fit`.
+        init_params: Start values of the parameters, as in `bnlora.fit`.
         console: Where to draw the progress bar.
     """
     rate = optax.adam(optax.cosine_decay_schedule(RATE, num_steps))

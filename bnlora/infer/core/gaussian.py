@@ -2,13 +2,13 @@ r"""Laplace's Gaussian over every latent site of a core prior on a tangent model
 
     U | scales, y  ~  N(U*, Sigma),      log scales | y  ~  N(t*, H^{-1})
 
-U* and Sigma are mode and inverse Hessian at the scales (`bnlora.program.tangent.linear`). Where scales are
-sites, t* is the mode of their marginal posterior: Laplace's evidence times their prior. The mode of (scales,
-U) together would not do: a larger scale with a smaller U is the same function at a higher density. U* moves
-with the scales; its derivative at t* makes the joint Gaussian.
+U* and Sigma are the mode and the inverse Hessian at the scales (`bnlora.program.tangent.linear`). If scales
+are sites, t* is the mode of their marginal posterior: Laplace's evidence times their prior. The joint mode of
+(scales, U) is no alternative: a larger scale with a smaller U is the same function at a higher density. U*
+depends on the scales; its derivative at t* gives the joint Gaussian.
 
-The Gaussian is a posterior for `predict`, the start of a guide (`bnlora.infer.core.start`), and coordinates
-in which a sampler moves easily (`sample_nuts(..., mass=gaussian)`).
+Use the Gaussian as a posterior for `predict`, as the start of a guide (`bnlora.infer.core.start`), or as
+coordinates that suit a sampler (`sample_nuts(..., mass=gaussian)`).
 
 References: Rue, Martino and Chopin (2009), integrated nested Laplace approximations; MacKay (1992).
 """
@@ -40,14 +40,16 @@ from bnlora.program.tangent.moving import Moving, moving
 from bnlora.program.tangent.where import Where
 
 MOST = 20_000
-"""Rows or coordinates, whichever is fewer: matrices of 3 GiB."""
+"""Largest number of rows or of coordinates, whichever are fewer: matrices of 3 GiB."""
 
 NULL = 1e-6
-"""Square of what one prior standard deviation along a direction changes in all contrasts, below which it
-counts as uninformed. It is not the curvature: that is nearly zero for rows of which the base is sure."""
+"""A direction counts as uninformed if one prior standard deviation along it changes all contrasts by less.
+
+The unit is squared nats, summed over contrasts. The curvature is no criterion: it is nearly zero for rows on
+which the base is confident."""
 
 STEP = 1e-3
-"""Step of the differences that give curvature and slope in the log scales."""
+"""Step of the finite differences for curvature and slope in the log scales."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -55,13 +57,13 @@ class Gaussian(Shown):
     """A Gaussian over the unconstrained vector of all latent sites; a posterior for `predict`.
 
     Attributes:
-        view: The unconstrained view of the model (`bnlora.program.density`), whose order of coordinates holds
-            here.
-        affine: The map from standard normal to the vector.
-        informed: What a sampler moves in: the likelihood in the columns of `affine.vectors`, with contrasts
-            at the mean, or coordinates that follow the scales where these are sites.
-        log_evidence: Laplace's approximation of log p(y), in nats; at the mode of the scales where these are
-            sites, their own part included.
+        view: The unconstrained view of the model (`bnlora.program.density`). It defines the order of
+            coordinates.
+        affine: The map from standard normal coordinates to the vector.
+        informed: Coordinates for a sampler: the likelihood along the columns of `affine.vectors`, with
+            contrasts at the mean, or coordinates that follow the scales if these are sites.
+        log_evidence: Laplace's approximation of log p(y), in nats. If scales are sites, it integrates over
+            the scales too.
 
     Example:
         >>> gaussian = bl.laplace(tangent, rows)
@@ -85,7 +87,7 @@ class Gaussian(Shown):
         return np.asarray(self.affine.centre)
 
     def covariance(self) -> Float[np.ndarray, "p p"]:
-        """Covariance of the vector, whole: p^2 numbers."""
+        """The full covariance of the vector, p^2 numbers."""
         root = np.asarray(self.affine.apply(np.eye(len(self.loc)))) - self.loc
         return root.T @ root
 
@@ -97,18 +99,19 @@ class Gaussian(Shown):
         return np.asarray(self.affine.apply(normals)).astype(np.float32)
 
     def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
-        """Posterior adapters with a leading draw axis; the same key gives the same draws."""
+        """Draw adapters, with a leading draw axis. The same key gives the same draws."""
         return program(self, _adapters_at)(self.draw_vectors(key, num_draws))
 
     def log_density(self, vectors: Float[np.ndarray, "s p"]) -> Float[np.ndarray, " s"]:
         """Log-density of unconstrained vectors, in nats."""
+        # Change of variables: log N(z; 0, I) minus the log-determinant of the affine map.
         white = self.affine.invert(vectors)
         constant = self.affine.log_determinant + 0.5 * len(self.loc) * np.log(2 * np.pi)
         return -0.5 * (white**2).sum(-1) - constant
 
     @property
     def overview(self) -> tuple[Showable, ...]:
-        """Size, evidence, and mode of the scales where they are sites."""
+        """Number of coordinates, evidence and kind of model."""
         about = {
             "coordinates": f"{len(self.loc):,}",
             "log evidence": f"{self.log_evidence:,.1f} nats, Laplace",
@@ -133,14 +136,14 @@ def laplace(
         tangent: A tangent model whose prior is `priors.core`, or a composition of such priors.
         train: Rows with labels.
         params: Values of the prior's NumPyro parameters (learned scales), such as the `params` of a fit.
-        console: Where to draw the progress bar of features.
+        console: Where to draw the progress bar of the features.
 
     Returns:
         The Gaussian.
 
     Raises:
-        ValueError: When rows have no labels or one class, the prior has sites that are neither a core nor a
-            scale of one, cores of another law, or both rows and coordinates are too many for memory.
+        ValueError: If rows have no labels or only one class, the prior has sites that are neither a core nor
+            its scale, cores have another law, or both rows and coordinates are too many for memory.
 
     Example:
         >>> bl.laplace(tangent, rows)
@@ -165,25 +168,26 @@ def laplace(
             informed: Informed | Moving = laws.moving(t, mean, covariance)
             spread = np.linalg.cholesky(covariance)
             block[where.scales], block[where.cores] = spread, laws.slope(t) @ spread
+            # Laplace over the scales: log p(t*) + (len(t) / 2) log 2 pi + log|covariance| / 2.
             evidence += float(laws.log_prior(jnp.asarray(t))) + 0.5 * len(t) * np.log(2 * np.pi)
             evidence += np.log(np.diag(spread)).sum()
         else:
             informed = laws.informed(vectors, mean)
     whole = np.zeros((view.size, vectors.shape[1]))
     whole[where.cores] = vectors
-    # A copy: JAX remembers an array that a program in double precision held, and would take it for 64 bits.
+    # Copy: JAX caches the 64-bit version of an array that was used in double precision.
     affine = Affine(centre, keep, whole, (1 + values) ** -0.5, block, where.scales.copy())
     return Gaussian(view, affine, informed, evidence)
 
 
 def _require_memory(rows: int, coordinates: int) -> None:
-    """Raise `ValueError` if the lesser of both is too large for matrices of that size."""
+    """Raise `ValueError` if the smaller of both is too large for square matrices of that size."""
     least = min(rows, coordinates)
     if least > MOST:
         raise ValueError(
-            f"Laplace's Gaussian needs matrices of the lesser of {rows:,} rows times contrasts and "
+            f"Laplace's Gaussian needs square matrices of the smaller of {rows:,} rows times contrasts and "
             f"{coordinates:,} coordinates, {8 * least**2 / 2**30:,.1f} GiB each; use at most {MOST:,} rows "
-            "or coordinates, or fit a guide by bl.fit"
+            "or coordinates, or fit a guide with bl.fit"
         )
 
 
@@ -198,7 +202,7 @@ class _Posterior:
         self.log_scales, self.log_prior = jax.jit(where.log_scales), jax.jit(where.log_prior)
 
     def start(self) -> np.ndarray:
-        """Where fits start the unconstrained scales."""
+        """Start values of the unconstrained scales."""
         view = self.where.view
         start = require_inside(jax.jit(view.start)(jax.random.key(0)))
         return np.asarray(start, np.float64)[self.where.scales]
@@ -223,34 +227,34 @@ class _Posterior:
         return scipy.optimize.minimize(negative, self.start(), jac=True, method="L-BFGS-B").x
 
     def at(self, t: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
-        """Evidence, mode, and eigenvectors and eigenvalues of the data's precision that move a contrast."""
+        """Evidence, mode, and those eigenvectors and eigenvalues of Phi^T W Phi that change a contrast."""
         mode, design, _ = self.moments(jnp.asarray(t), self.evidence.model, self.model.groups)
-        found = posterior(design, mode, in_rows=self.evidence.in_rows)
-        mean, vectors, values = (np.asarray(x) for x in found)
+        moments = posterior(design, mode, in_rows=self.evidence.in_rows)
+        mean, vectors, values = (np.asarray(x) for x in moments)
         moves = ((np.asarray(design) @ vectors) ** 2).sum(0) > NULL
         return float(mode.log_evidence), mean, vectors[:, moves], values[moves]
 
     def informed(self, vectors: np.ndarray, mean: np.ndarray) -> Informed:
-        """Derivatives along some directions, contrasts at the mean, and labels, at fixed scales."""
+        """The likelihood along some directions: derivatives, contrasts at the mean, labels; fixed scales."""
         log_scales = np.asarray(self.log_scales(jnp.zeros(0)), np.float64)
         scaled = [np.exp(s) * group for s, group in zip(log_scales, self.model.groups, strict=True)]
         design = np.concatenate(scaled, axis=2)
         return Informed(design @ vectors, self.model.offset + design @ mean, np.asarray(self.model.labels))
 
     def moving(self, t: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> Moving:
-        """Coordinates that follow the scales, from mode and covariance of the unconstrained ones."""
+        """Coordinates that follow the scales, from mode and covariance of the unconstrained scales."""
         slope = np.asarray(jax.jit(jax.jacfwd(self.where.log_scales))(jnp.asarray(t)))
         spread = np.sqrt(np.einsum("gi,ij,gj->g", slope, covariance, slope))
         return moving(self.model, np.asarray(self.log_scales(jnp.asarray(t))), spread, mean)
 
     def mean(self, t: np.ndarray) -> np.ndarray:
-        """The mode of the cores at given scales."""
+        """The mode of the cores at some scales."""
         return np.asarray(self.moments(jnp.asarray(t), self.evidence.model, self.model.groups)[2])
 
     def covariance(self, t: np.ndarray) -> np.ndarray:
-        """Covariance of the unconstrained scales; no direction is wider than its prior allows."""
+        """Covariance of the unconstrained scales, with a variance of at most 10 in every direction."""
         slopes = _differences(lambda x: np.asarray(self.value(jnp.asarray(x), self.evidence.model)[1]), t)
-        values, vectors = np.linalg.eigh(-(slopes + slopes.T) / 2)
+        values, vectors = np.linalg.eigh(-(slopes + slopes.T) / 2)  # symmetrised negative Hessian
         return (vectors / np.maximum(values, 0.1)) @ vectors.T
 
     def slope(self, t: np.ndarray) -> np.ndarray:
@@ -259,11 +263,11 @@ class _Posterior:
 
 
 def _differences(function: Callable[[np.ndarray], np.ndarray], t: np.ndarray) -> np.ndarray:
-    """Central differences, a column for each entry of t."""
+    """Central differences, with one column for each entry of t."""
     shifts = STEP * np.eye(len(t))
     return np.stack([(function(t + d) - function(t - d)) / (2 * STEP) for d in shifts], axis=1)
 
 
 def _adapters_at(gaussian: Gaussian, vectors: Array) -> Adapters:
-    found: Mapping[str, Any] = jax.lax.map(gaussian.view.adapters, vectors)
-    return found
+    adapters: Mapping[str, Any] = jax.lax.map(gaussian.view.adapters, vectors)
+    return adapters

@@ -2,10 +2,10 @@ r"""Scales of the core prior by evidence: automatic relevance determination over
 
     s* = argmax log p(y | s)  +  log p(s),      log p(y | s) by Laplace (`bnlora.program.tangent.linear`)
 
-A family whose scale goes to zero is switched off. Scales are those of `priors.core`: nats of a logit
+A family whose scale goes to zero is switched off. The scales are those of `priors.core`, in nats of a logit
 contrast. Without p(s) this is type-II maximum likelihood: it overfits with few rows, and differences below
-about a nat for each further scale say nothing. With p(s) it is the mode of log s, and stays finite on
-separable rows.
+about one nat for each additional scale are not meaningful. With p(s) it is the mode of log s, which is finite
+on separable rows too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,14 +30,16 @@ from bnlora.program.tangent.model import Tangent
 
 By = Literal["family", "layer"]
 LOWEST, HIGHEST = np.log(1e-3), np.log(1e2)
-"""Bounds of the log scales: below the first a family is off; a maximum at the second is none."""
+"""Bounds of the log scales. A maximum at the upper bound means that the evidence has no maximum."""
 
 STARTS = (0.5, 3.0)
+"""Start values of all scales, in nats; the better of two climbs is used."""
 
 ABSENT = -60.0
-"""Log scale of a group that is left out."""
+"""Log scale of a group that is left out: exp(-60) is zero in practice."""
 
 OFF = 0.01
+"""A family with a scale up to this size, in nats, counts as switched off."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,15 @@ class Scales(Shown):
     """Chosen scales, with the evidence for each.
 
     Attributes:
-        values: Scale by family, as `priors.core(frames, scale=...)` takes them: a number, or one for each
+        values: Scale by family, as `priors.core(frames, scale=...)` accepts them: a number, or one for each
             layer.
         log_evidence: Laplace's approximation of log p(y | scales), in nats.
-        without: The same without a family (or layer), the other scales chosen anew, by name; less what was
-            given up for caution, so that the difference is the gain at the maximum.
-        base: Log-likelihood of the untouched base, the evidence with all scales zero.
-        stderr: Standard deviation of each log scale by name, from the curvature at the maximum; infinite
-            where the scale is off.
+        without: The log evidence without a family (or layer), by name, with the other scales chosen again.
+            The evidence given up by `within` is subtracted here too, so `log_evidence` minus this value is
+            the gain at the maximum.
+        base: Log-likelihood of the untouched base, which is the evidence with all scales zero.
+        stderr: Standard deviation of each log scale by name, from the curvature at the maximum; infinite if
+            the scale is off.
 
     Example:
         >>> chosen = bl.choose_scales(tangent, rows, prior=dist.HalfNormal(1.0))
@@ -69,23 +72,23 @@ class Scales(Shown):
     @property
     def by_name(self) -> dict[str, float]:
         """Scale by family, or by family and layer."""
-        found: dict[str, float] = {}
+        scales: dict[str, float] = {}
         for name, value in self.values.items():
             if np.ndim(value):
-                found |= {f"{name}[{i}]": float(x) for i, x in enumerate(np.asarray(value))}
+                scales |= {f"{name}[{i}]": float(x) for i, x in enumerate(np.asarray(value))}
             else:
-                found[name] = float(value)
-        return found
+                scales[name] = float(value)
+        return scales
 
     @property
     def caution(self) -> str:
-        """What to know before these scales are used; empty where the rows ask for an update."""
+        """A warning if the evidence is below that of the untouched base; otherwise empty."""
         if self.log_evidence >= self.base:
             return ""
         return (
             f"The evidence is {self.base - self.log_evidence:.1f} nats below that of the untouched base: "
-            "here the prior of the scales weighs more than the rows. Use a narrower one, such as "
-            "dist.HalfNormal(1.0), more rows, or the base as it is."
+            "the prior of the scales dominates the rows. Use a narrower prior, such as "
+            "dist.HalfNormal(1.0), more rows, or the base without adapters."
         )
 
     @property
@@ -118,22 +121,22 @@ def choose_scales(
     """Choose the scales of the core prior by Laplace's evidence.
 
     Args:
-        tangent: A tangent model; the scales of its own prior are not read.
+        tangent: A tangent model; the scales of its own prior are not used.
         train: Rows with labels.
-        by: One scale for each family, or for each of its layers.
-        prior: Distribution of each scale, independent of the others; none when omitted.
-        within: Nats of evidence to give up for caution: all scales are lowered by the one factor at which the
-            evidence is so far below its maximum. Rows say little between the two, and smaller scales keep
-            predictions nearer to the base's where new rows differ from the training rows.
+        by: One scale for each family, or one for each layer of a family.
+        prior: Distribution of each scale, independently; no prior if omitted.
+        within: Nats of evidence to trade for smaller scales: all scales are multiplied by the one factor at
+            which the evidence is this far below its maximum. The rows hardly distinguish the two choices,
+            and smaller scales keep predictions closer to the base on rows that differ from the training rows.
         console: Where to draw progress bars.
 
     Returns:
-        The scales. `priors.core(frames, scale=scales.values)` is the prior that has them.
+        The scales. Use them as `priors.core(frames, scale=scales.values)`.
 
     Raises:
-        ValueError: When the frames read labels, rows have no labels or one class, the prior is no
-            distribution of positive values, `within` is negative, or the evidence has no maximum, as on
-            separable rows.
+        ValueError: If the frames were computed from labels, rows have no labels or only one class, `prior` is
+            not a distribution of positive values, `within` is negative, or the evidence has no maximum, as
+            on separable rows.
 
     Example:
         >>> chosen = bl.choose_scales(tangent, rows, prior=dist.HalfNormal(1.0))
@@ -151,29 +154,29 @@ def choose_scales(
     model, names = linear_of(tangent, cache_prefix(tangent, train, console=console), by=by)
     check_classes(train)
     value, all_on = _objective(model, prior), np.ones(len(names), bool)
-    found = _maximise(value, all_on, [np.full(len(names), np.log(s)) for s in STARTS])
-    if prior is None and (found > HIGHEST - 0.01).any():
-        where = names[int(found.argmax())]
+    optimum = _maximise(value, all_on, [np.full(len(names), np.log(s)) for s in STARTS])
+    if prior is None and (optimum > HIGHEST - 0.01).any():
+        where = names[int(optimum.argmax())]
         raise ValueError(
             f"the evidence has no maximum: it still grows at a scale of {np.exp(HIGHEST):.0f} nats for "
             f"{where}, as on separable rows; give the scales a prior, such as prior=dist.HalfNormal(1.0)"
         )
-    stderr = dict(zip(names, _stderr(value, found), strict=True))
-    highest = value(found, all_on)[2]
-    lowered = found + _lowered(lambda shift: value(found + shift, all_on)[2], highest, within)
+    stderr = dict(zip(names, _stderr(value, optimum), strict=True))
+    highest = value(optimum, all_on)[2]
+    lowered = optimum + _lowered(lambda shift: value(optimum + shift, all_on)[2], highest, within)
     evidence = highest if not within else value(lowered, all_on)[2]
     without = {}
     for index, name in enumerate(names):
         on = np.arange(len(names)) != index
-        off = np.exp(found[index]) <= OFF
-        best = highest if off else value(_maximise(value, on, [found]), on)[2]
-        without[name] = best - (highest - evidence)  # with the same caution
+        off = np.exp(optimum[index]) <= OFF
+        best = highest if off else value(_maximise(value, on, [optimum]), on)[2]
+        without[name] = best - (highest - evidence)  # subtract the same loss as for the chosen scales
     scales = np.exp(lowered)
     return Scales(_by_family(tangent, names, scales, by), evidence, without, base_evidence(model), stderr)
 
 
 def _check_prior(prior: object) -> None:
-    """Raise `ValueError` unless this is None or a distribution of positive values."""
+    """Raise `ValueError` unless `prior` is None or a distribution of positive values."""
     if prior is not None and not isinstance(prior, dist.Distribution):
         raise ValueError(
             f"prior must be a distribution of positive values, such as dist.HalfNormal(1.0); got {prior!r}"
@@ -183,22 +186,22 @@ def _check_prior(prior: object) -> None:
 
 
 def require_label_free(tangent: Tangent) -> None:
-    """Raise `ValueError` if the frames read labels: then p(y | frames) is no evidence."""
+    """Raise `ValueError` if the frames were computed from labels: p(y | frames) is then not an evidence."""
     if not tangent.frames.label_free:
         raise ValueError(
-            "these frames were made from labels, so that the evidence would count the labels twice; use "
+            "these frames were computed from labels, so the evidence would count the labels twice; use "
             "frames without labels, such as bl.frames(...), or choose scales on other rows"
         )
 
 
 def check_classes(train: Batch) -> None:
-    """Raise `ValueError` when all rows have one label."""
+    """Raise `ValueError` if all rows have the same label."""
     if len(np.unique(np.asarray(train.labels))) < 2:
         raise ValueError("the training rows must have at least two classes; all of them have one label")
 
 
 def linear_of(tangent: Tangent, batch: Batch, *, by: By) -> tuple[Linear, tuple[str, ...]]:
-    """The linear model of prepared rows, a group for each family or layer at scale one, and their names."""
+    """The linear model of prepared rows, with one group at scale one for each family or layer, and names."""
     offset, phi = (np.asarray(x, np.float64) for x in tangent.features(tangent.base.weights, batch))
     groups, names, begin = [], [], 0
     for name in tangent.sites:
@@ -217,7 +220,7 @@ def _blocks(depth: int, size: int, by: By) -> list[tuple[int | None, int]]:
 
 
 def base_evidence(model: Linear) -> float:
-    """Log-likelihood of the untouched base."""
+    """Log-likelihood of the untouched base, in nats."""
     logits = np.pad(model.offset, ((0, 0), (1, 0)))
     log_probs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
     return float(np.take_along_axis(log_probs, np.asarray(model.labels)[:, None], axis=1).sum())
@@ -227,8 +230,8 @@ class Evidence(NamedTuple):
     """Laplace's log evidence as a JAX function of the log scales, with its data as an argument.
 
     Attributes:
-        model: The linear model; where it is in rows, Gram matrices stand for its groups.
-        in_rows: Whether it is.
+        model: The linear model. If `in_rows`, its groups are replaced by Gram matrices, shape (g, m, m).
+        in_rows: Whether to compute in rows.
     """
 
     model: Linear
@@ -252,75 +255,77 @@ class Evidence(NamedTuple):
 
 
 Objective = Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray, float]]
-"""From log scales, and which groups are on, to the objective, its gradient, and the evidence in it."""
+"""Maps log scales, and a mask of active groups, to the objective, its gradient and the evidence."""
 
 
 def _objective(model: Linear, prior: dist.Distribution | None) -> Objective:
-    """The evidence plus the log-density of the log scales, by one program for all sets of groups."""
+    """The evidence plus the log-density of the log scales, by one compiled program for all sets of groups."""
     evidence = Evidence.of(model)
 
     def total(log_scales: Array, on: Array, data: Linear) -> tuple[Array, Array]:
-        found = evidence.mode(jnp.where(on, log_scales, ABSENT), data).log_evidence
+        log_p = evidence.mode(jnp.where(on, log_scales, ABSENT), data).log_evidence
         if prior is None:
-            return found, found
-        return found + jnp.where(on, prior.log_prob(jnp.exp(log_scales)) + log_scales, 0.0).sum(), found
+            return log_p, log_p
+        # Density of log s: p(s) times the Jacobian s.
+        return log_p + jnp.where(on, prior.log_prob(jnp.exp(log_scales)) + log_scales, 0.0).sum(), log_p
 
     run = jax.jit(jax.value_and_grad(total, has_aux=True))
 
     def value(log_scales: np.ndarray, on: np.ndarray) -> tuple[float, np.ndarray, float]:
         with jax.enable_x64(new_val=True):
-            (found, part), slope = run(jnp.asarray(log_scales, jnp.float64), on, evidence.model)
-            return float(found), np.asarray(slope), float(part)
+            (objective, log_p), slope = run(jnp.asarray(log_scales, jnp.float64), on, evidence.model)
+            return float(objective), np.asarray(slope), float(log_p)
 
     return value
 
 
 def _maximise(value: Objective, on: np.ndarray, starts: Sequence[np.ndarray]) -> np.ndarray:
-    """The log scales at the highest maximum that a climb from the starts finds; those that are off stay."""
+    """The log scales at the best maximum over all starts; inactive groups keep their start values."""
     best: tuple[np.ndarray, float] = starts[0], np.inf
     if not on.any():
         return best[0]
     for first in starts:
 
         def negative(x: np.ndarray, first: np.ndarray = first) -> tuple[float, np.ndarray]:
-            found, slope, _ = value(np.where(on, _spread(x, on), first), on)
-            return -found, -slope[on]
+            objective, slope, _ = value(np.where(on, _spread(x, on), first), on)
+            return -objective, -slope[on]
 
         bounds = [(LOWEST, HIGHEST)] * int(on.sum())
-        made = scipy.optimize.minimize(negative, first[on], jac=True, method="L-BFGS-B", bounds=bounds)
-        if made.fun < best[1] - 1e-6:
-            best = np.where(on, _spread(made.x, on), first), made.fun
+        optimum = scipy.optimize.minimize(negative, first[on], jac=True, method="L-BFGS-B", bounds=bounds)
+        if optimum.fun < best[1] - 1e-6:
+            best = np.where(on, _spread(optimum.x, on), first), optimum.fun
     return best[0]
 
 
 def _lowered(evidence: Callable[[float], float], highest: float, within: float) -> float:
-    """The shift of all log scales that costs so many nats of evidence; the highest is that of no shift."""
+    """The shift of all log scales that costs `within` nats of evidence; `highest` is the evidence at zero."""
     if not within:
         return 0.0
     lowest, wanted = float(LOWEST - HIGHEST), highest - within
-    if evidence(lowest) > wanted:  # the base itself is as good
+    if evidence(lowest) > wanted:  # even the base itself loses less than `within`
         return lowest
     return float(scipy.optimize.brentq(lambda shift: evidence(shift) - wanted, lowest, 0.0, xtol=1e-4))
 
 
 def _spread(x: np.ndarray, on: np.ndarray) -> np.ndarray:
+    """The values of the active groups in a vector over all groups, with zeros elsewhere."""
     whole = np.zeros(len(on))
     whole[on] = x
     return whole
 
 
-def _stderr(value: Objective, found: np.ndarray, step: float = 1e-3) -> np.ndarray:
+def _stderr(value: Objective, optimum: np.ndarray, step: float = 1e-3) -> np.ndarray:
     """Standard deviations of log scales from the curvature; infinite for scales that are off."""
-    on, every = np.exp(found) > OFF, np.ones(len(found), bool)
-    stderr = np.full(len(found), np.inf)
+    on, every = np.exp(optimum) > OFF, np.ones(len(optimum), bool)
+    stderr = np.full(len(optimum), np.inf)
     if not on.any():
         return stderr
-    shifts = step * np.eye(len(found))[on]
-    slopes = np.stack([value(found + d, every)[1] - value(found - d, every)[1] for d in shifts])[:, on] / (
-        2 * step
-    )
+    # Hessian by central differences of the gradient, over the active scales only.
+    shifts = step * np.eye(len(optimum))[on]
+    changes = np.stack([value(optimum + d, every)[1] - value(optimum - d, every)[1] for d in shifts])
+    slopes = changes[:, on] / (2 * step)
     values, vectors = np.linalg.eigh(-(slopes + slopes.T) / 2)
-    variance = (vectors**2 / np.maximum(values, 1e-6)).sum(1)
+    variance = (vectors**2 / np.maximum(values, 1e-6)).sum(1)  # diagonal of the inverse, with a floor
     stderr[on] = np.sqrt(variance)
     return stderr
 
@@ -330,10 +335,10 @@ def _by_family(
 ) -> dict[str, float | np.ndarray]:
     if by == "family":
         return dict(zip(names, map(float, scales), strict=True))
-    found: dict[str, float | np.ndarray] = {}
+    by_family: dict[str, float | np.ndarray] = {}
     begin = 0
     for name in tangent.sites:
         depth = tangent.frames[name].size[0]
-        found[name] = scales[begin : begin + depth]
+        by_family[name] = scales[begin : begin + depth]
         begin += depth
-    return found
+    return by_family

@@ -1,15 +1,15 @@
-r"""Start values of a guide at Laplace's Gaussian: the mean, and as much covariance as the guide can hold.
+r"""Start values of a guide at Laplace's Gaussian: its mean, and its covariance as far as the guide allows.
 
 | parameter of the guide            | starts at                                                        |
 |-----------------------------------|------------------------------------------------------------------|
 | `loc`                             | the mean                                                         |
-| `scale_tril`                      | Cholesky root of the covariance of its vector                    |
-| `row_tril`, `column_tril`         | roots of the closest matrix normal                               |
+| `scale_tril`                      | the Cholesky root of the covariance of its vector                |
+| `row_tril`, `column_tril`         | the roots of the closest matrix normal                           |
 | `scale` and `factor`              | the closest law of diagonal plus low rank                        |
-| `scale` alone                     | conditional standard deviations, the closest diagonal law        |
+| only `scale`                      | conditional standard deviations, the closest diagonal law        |
 
-Closest is meant as a variational fit means it (`bnlora.infer.core.restricted`), so that these starts are
-where fits on a Gaussian posterior end. A flow starts near the identity: its base has `loc` and `scale`.
+"Closest" is in the KL divergence that a variational fit minimises (`bnlora.infer.core.restricted`). So a fit
+to a Gaussian posterior ends where it starts. A flow starts near the identity; its base has `loc` and `scale`.
 """
 
 from collections.abc import Mapping
@@ -26,14 +26,14 @@ from bnlora.infer.core.restricted import diagonal, kronecker, low_rank
 from bnlora.infer.svi.elbo import initial_parameters
 
 MOST = 8_000
-"""Coordinates up to which the whole covariance is formed."""
+"""Largest number of coordinates for which the full covariance is formed."""
 
 
 def start_at(key: Array, guide: Guide, gaussian: Gaussian) -> Parameters:
-    """Start parameters for `bl.fit(..., init_params=...)`.
+    """Start parameters of a guide, for `bl.fit(..., init_params=...)`.
 
     Args:
-        key: Random key of what the Gaussian does not determine, such as the weights of a flow.
+        key: Random key of values that the Gaussian does not determine, such as the weights of a flow.
         guide: A `Guide` of the same prior.
         gaussian: Laplace's Gaussian, from `bl.laplace`.
 
@@ -41,7 +41,7 @@ def start_at(key: Array, guide: Guide, gaussian: Gaussian) -> Parameters:
         Value of every parameter of guide and prior, by name.
 
     Raises:
-        ValueError: When the guide has other sites than the Gaussian, or there are too many coordinates.
+        ValueError: If the guide and the Gaussian have different sites, or there are too many coordinates.
 
     Example:
         >>> guide = bl.guides.Guide(tangent.prior, bl.guides.full(over="all"))
@@ -51,11 +51,11 @@ def start_at(key: Array, guide: Guide, gaussian: Gaussian) -> Parameters:
     """
     key = check_key(key)
     view, size = gaussian.view, len(gaussian.loc)
-    wanted = {name: int(np.prod(shape)) for name, shape in view.shapes.items()}
-    found = {name: int(np.prod(latent.shape)) for name, latent in guide.latent.items()}
-    if list(found.items()) != list(wanted.items()):
+    expected = {name: int(np.prod(shape)) for name, shape in view.shapes.items()}
+    actual = {name: int(np.prod(latent.shape)) for name, latent in guide.latent.items()}
+    if list(actual.items()) != list(expected.items()):
         raise ValueError(
-            f"the guide must have the sites of the Gaussian, {_listed(wanted)}; it has {_listed(found)}"
+            f"the guide must have the sites of the Gaussian, {_listed(expected)}; it has {_listed(actual)}"
         )
     if size > MOST:
         raise ValueError(
@@ -67,7 +67,8 @@ def start_at(key: Array, guide: Guide, gaussian: Gaussian) -> Parameters:
     for name, at in _vectors(guide, view.places):
         prefix = f"{name}.q."
         own = {key.removeprefix(prefix): x for key, x in values.items() if key.startswith(prefix)}
-        # A law that factorises over vectors tends to the covariance given the others.
+        # The closest law that factorises over vectors has the conditional covariance of each vector, which
+        # is the inverse of its block of the precision.
         for suffix, value in _starts(own, gaussian.loc[at], precision[np.ix_(at, at)]).items():
             values[prefix + suffix] = jnp.asarray(value.reshape(own[suffix].shape), own[suffix].dtype)
     return values
@@ -78,34 +79,34 @@ def _listed(sizes: Mapping[str, int]) -> str:
 
 
 def _vectors(guide: Guide, places: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
-    """First site and coordinates of what the guide treats as one: all sites of a joint family, or one."""
-    found = []
+    """First site and coordinates of every vector of the guide: all sites of a joint family, or one site."""
+    vectors = []
     for family, names in guide.groups:
         together = [tuple(names)] if family.joint else [(name,) for name in names]
-        found += [(group[0], np.concatenate([places[name] for name in group])) for group in together]
-    return found
+        vectors += [(group[0], np.concatenate([places[name] for name in group])) for group in together]
+    return vectors
 
 
 def _starts(own: Mapping[str, Array], loc: np.ndarray, precision: np.ndarray) -> dict[str, np.ndarray]:
-    """Start of the parameters of one vector by their names; those of other sizes are left as they are."""
-    found = {"loc": loc}
+    """Start values of the parameters of one vector, by name; parameters of other sizes are left out."""
+    starts = {"loc": loc}
     if "scale_tril" in own:
         blocks = _blocks(precision, own["scale_tril"].shape[-1])
-        found["scale_tril"] = np.linalg.cholesky(np.linalg.inv(np.stack(blocks)))
+        starts["scale_tril"] = np.linalg.cholesky(np.linalg.inv(np.stack(blocks)))
     elif "factor" in own:
         size, rank = own["factor"].shape[-2:]
         pairs = [low_rank(P, rank) for P in _blocks(precision, size)]
-        found["scale"], found["factor"] = map(np.stack, zip(*pairs, strict=True))
+        starts["scale"], starts["factor"] = map(np.stack, zip(*pairs, strict=True))
     elif "row_tril" in own:
         rows, cols = own["row_tril"].shape[-1], own["column_tril"].shape[-1]
         pairs = [kronecker(P, rows, cols) for P in _blocks(precision, rows * cols)]
         A, B = map(np.stack, zip(*pairs, strict=True))
-        found["row_tril"], found["column_tril"] = np.linalg.cholesky(A), np.linalg.cholesky(B)
+        starts["row_tril"], starts["column_tril"] = np.linalg.cholesky(A), np.linalg.cholesky(B)
     else:
-        found["scale"] = diagonal(precision)
-    return {name: x for name, x in found.items() if name in own and own[name].size == x.size}
+        starts["scale"] = diagonal(precision)
+    return {name: x for name, x in starts.items() if name in own and own[name].size == x.size}
 
 
 def _blocks(precision: np.ndarray, size: int) -> list[np.ndarray]:
-    """The diagonal blocks of a given size: the layers of a vector that is cut into them."""
+    """The diagonal blocks of size `size`, one for each layer of a vector."""
     return [precision[i : i + size, i : i + size] for i in range(0, len(precision), size)]

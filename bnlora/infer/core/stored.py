@@ -1,14 +1,14 @@
-"""Core fits on disk: what `bnlora.save_fit` writes, and what it takes to build the posterior again.
+"""Core fits on disk: the files of `bnlora.save_fit`, with the arrays that rebuild the posterior.
 
-| arrays                          | hold                                                              |
+| arrays                          | content                                                           |
 |---------------------------------|-------------------------------------------------------------------|
-| `frames.*`                      | the frames, as of every fit under a core prior                    |
+| `frames.*`                      | the frames, as for every fit under a core prior                   |
 | `core.scales`, `.without`, ...  | the chosen scales, their evidence and standard deviations         |
-| `core.affine`, `core.informed`  | Laplace's Gaussian, in whose coordinates the guide is             |
-| `core.seconds`                  | seconds of every part                                             |
+| `core.affine`, `core.informed`  | Laplace's Gaussian, which defines the coordinates of the guide    |
+| `core.seconds`                  | seconds of every step                                             |
 
-The Gaussian is stored and not computed again: its directions are eigenvectors, which may turn or change their
-sign on another machine, and the guide's parameters with them.
+The Gaussian is stored because it cannot be recomputed exactly: its directions are eigenvectors, which can
+rotate or change sign on another machine. The guide's parameters would then have another meaning.
 """
 
 from collections.abc import Mapping
@@ -38,44 +38,44 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def save_core(core: CoreFit, folder: str | Path, *, notes: Mapping[str, Any] | None = None) -> None:
-    """Write a fit of `bnlora.fit_core` into a folder, as `bnlora.save_fit` does, with all that led to it.
+    """Write a fit of `bnlora.fit_core` and the results of its steps into a folder, as `bnlora.save_fit` does.
 
     Args:
         core: The fit.
-        folder: Folder to write; made where there is none.
-        notes: What else to keep, as in `bnlora.save_fit`, such as how the rows were read.
+        folder: Folder to write to; it is created if necessary.
+        notes: Additional notes to store, as in `bnlora.save_fit`, such as how the rows were read.
 
     Raises:
-        OSError: When the folder cannot be written; a fit that it held is still there.
+        OSError: If the folder cannot be written. A fit that was there before is unchanged.
 
     Example:
-        >>> made = bl.fit_core(key, base, rows, label_ids=(3, 5), size={"lm_head": 2}, num_steps=4)
-        >>> bl.save_core(made, folder / "core")
-        >>> again = bl.load_core(folder / "core", base)  # in another process, say
-        >>> bool((again.gaussian.loc == made.gaussian.loc).all())
+        >>> core_fit = bl.fit_core(key, base, rows, label_ids=(3, 5), size={"lm_head": 2}, num_steps=4)
+        >>> bl.save_core(core_fit, folder / "core")
+        >>> again = bl.load_core(folder / "core", base)  # for example in another process
+        >>> bool((again.gaussian.loc == core_fit.gaussian.loc).all())
         True
     """
     write_fit(core.fit, folder, notes or {}, _arrays(core))
 
 
 def load_core(folder: str | Path, base: Base) -> CoreFit:
-    """Read back what `save_core` wrote: the same draws, with nothing to build again but the base.
+    """Read a fit that `save_core` wrote. It gives the same draws; only the base must be loaded separately.
 
     Args:
         folder: The folder.
         base: The base of the fit.
 
     Returns:
-        The posterior with its parts; its rows are there without cached features.
+        The posterior with the results of its steps. Its rows have no cached features.
 
     Raises:
-        FileNotFoundError: When the folder holds no fit.
-        ValueError: When a file is corrupt, the fit was written by `save_fit`, or is of another base.
+        FileNotFoundError: If the folder has no fit.
+        ValueError: If a file is corrupt, the fit was written by `save_fit`, or it belongs to another base.
 
     Example:
-        >>> made = bl.fit_core(key, base, rows, label_ids=(3, 5), size={"lm_head": 2}, num_steps=4)
-        >>> bl.save_core(made, folder / "core")
-        >>> bl.load_core(folder / "core", base).scales == made.scales
+        >>> core_fit = bl.fit_core(key, base, rows, label_ids=(3, 5), size={"lm_head": 2}, num_steps=4)
+        >>> bl.save_core(core_fit, folder / "core")
+        >>> bl.load_core(folder / "core", base).scales == core_fit.scales
         True
     """
     folder = Path(folder).expanduser()
@@ -83,7 +83,7 @@ def load_core(folder: str | Path, base: Base) -> CoreFit:
     affine, informed, numbers = (group(f"core.{name}", arrays) for name in ("affine", "informed", "numbers"))
     if not affine:
         raise ValueError(
-            f"the fit in {str(folder)!r} was not written by bl.save_core; read it by bl.load_fit"
+            f"the fit in {str(folder)!r} was not written by bl.save_core; read it with bl.load_fit"
         )
     frames = _frames(record, arrays, base, folder)
     scales = _scales(arrays, tuple(frames), numbers)
@@ -97,18 +97,18 @@ def load_core(folder: str | Path, base: Base) -> CoreFit:
 
 
 def load_frames(folder: str | Path, base: Base) -> Frames:
-    """Read the frames that were saved with a fit, and its sites and label tokens with them.
+    """Read the frames that were saved with a fit, with their sites and label tokens.
 
     Args:
-        folder: A folder that `save_fit` or `save_core` wrote, of a fit under a core prior.
-        base: The base that they were made from.
+        folder: A folder with a fit under a core prior, from `save_fit` or `save_core`.
+        base: The base of the frames.
 
     Returns:
         The frames, for `priors.core`.
 
     Raises:
-        FileNotFoundError: When the folder holds no fit.
-        ValueError: When the fit has no frames, or they are of another base.
+        FileNotFoundError: If the folder has no fit.
+        ValueError: If the fit has no frames, or they belong to another base.
 
     Example:
         >>> bl.save_fit(tangent_fit, folder / "tangent")
@@ -120,26 +120,26 @@ def load_frames(folder: str | Path, base: Base) -> Frames:
 
 
 def _frames(record: Mapping[str, Any], arrays: Arrays, base: Base, folder: Path) -> Frames:
-    """`load_frames` of what `read_stored` returned."""
-    told = dict(record.get("model", {"label ids": {"ids": ()}}))  # the first format has none, and no frames
-    label_ids = tuple(told.pop("label ids")["ids"])
-    sites = Sites(tuple(_site(base, values) for values in told.values()), base.num_layers)
+    """Like `load_frames`, from the result of `read_stored`."""
+    families = dict(record.get("model", {"label ids": {"ids": ()}}))  # absent in the first format
+    label_ids = tuple(families.pop("label ids")["ids"])
+    sites = Sites(tuple(_site(base, values) for values in families.values()), base.num_layers)
     frames = frames_from(arrays, base.weights, sites, label_ids, str(folder))
-    stored = arrays["weights"][: len(frames.base)]  # behind them are those of sites that were held
+    stored = arrays["weights"][: len(frames.base)]  # the rest belongs to sites held at values
     if not is_same(stored, frames.base):
-        raise ValueError(f"the frames in {str(folder)!r} are of another base than {base!r}")
+        raise ValueError(f"the frames in {str(folder)!r} belong to another base than {base!r}")
     return frames
 
 
 def _site(base: Base, values: Mapping[str, Any]) -> Site:
-    """A site out of a record, with all rows of the head, as sites of frames have them."""
+    """A site from a record, with all rows of the head, as in the sites of frames."""
     whole: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in values.items()}
     site = Site(**whole)
     return replace(site, d_out=base.modules[HEAD][1]) if site.module == HEAD else site
 
 
 def _arrays(core: CoreFit) -> dict[str, np.ndarray]:
-    """The parts of a core fit beside its variational fit, by name."""
+    """The arrays of a core fit in addition to its variational fit, by name."""
     scales, gaussian = core.scales, core.gaussian
     numbers = {"scales": scales.log_evidence, "base": scales.base, "gaussian": gaussian.log_evidence}
     parts: dict[str, Mapping[str, Any]] = {
@@ -149,7 +149,7 @@ def _arrays(core: CoreFit) -> dict[str, np.ndarray]:
         "core.numbers": numbers,
         "core.affine": gaussian.affine._asdict(),
         "core.informed": gaussian.informed._asdict(),
-        # A file has no order of its own; the parts of a fit have one.
+        # Number the steps, because a file does not keep their order.
         "core.seconds": {f"{i} {name}": x for i, (name, x) in enumerate(core.seconds.items())},
     }
     return {name: np.asarray(x) for name, x in by_path(parts).items()}

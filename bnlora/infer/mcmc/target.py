@@ -30,6 +30,7 @@ from bnlora.program.conditional import condition, matching
 from bnlora.program.density import Density, density, require_inside
 from bnlora.program.draws import draw_sites
 from bnlora.program.model import Classifier
+from bnlora.program.protocol import Model
 
 FixAt = Literal["mean", "draw"]
 """Where sites that are not sampled are held: the mean of 256 draws of a fit, or one draw."""
@@ -60,7 +61,7 @@ class Target:
     affine: Affine | None = None
 
     @property
-    def model(self) -> Classifier:
+    def model(self) -> Model:
         """The classifier, conditional where sites are fixed."""
         return self.view.model
 

@@ -32,6 +32,7 @@ from bnlora.infer.svi.elbo import parameter_shapes
 from bnlora.infer.svi.result import Fit
 from bnlora.priors.core import frames_of
 from bnlora.program.model import kind_of
+from bnlora.program.protocol import Model
 
 FORMAT, READABLE = 2, (1, 2)
 ARRAYS, RECORD = "fit.safetensors", "fit.json"
@@ -81,7 +82,7 @@ def write_fit(fit: Fit, folder: str | Path, notes: Mapping[str, Any], more: Mapp
     _write(folder, {name: np.asarray(value, order="C") for name, value in arrays.items()}, record)
 
 
-def load_fit(folder: str | Path, model: Any, guide: Callable) -> Fit:
+def load_fit(folder: str | Path, model: Model, guide: Callable) -> Fit:
     """Read a fit back onto the model and guide that it was made with.
 
     Args:
@@ -107,7 +108,7 @@ def load_fit(folder: str | Path, model: Any, guide: Callable) -> Fit:
 
 
 def fit_from(
-    record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], model: Any, guide: Callable, folder: Path
+    record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], model: Model, guide: Callable, folder: Path
 ) -> Fit:
     """`load_fit` of what `read_stored` returned."""
     if record["format"] > 1:
@@ -146,7 +147,7 @@ def read_notes(folder: str | Path) -> dict[str, Any]:
     return read_stored(Path(folder).expanduser())[0].get("notes", {})
 
 
-def fit_size(model: Any, guide: Callable, train: Batch, num_steps: int) -> int:
+def fit_size(model: Model, guide: Callable, train: Batch, num_steps: int) -> int:
     """Bytes that a fit of so many steps takes on disk, rounded up."""
     like, _ = parameter_shapes(model, guide, model.base.weights, train[:1], len(train))
     leaves = [*jax.tree.leaves(like)] * 2 + [getattr(train, name) for name in _ROWS]
@@ -170,25 +171,25 @@ def _write(folder: Path, arrays: Mapping[str, np.ndarray], record: Mapping[str, 
             path.unlink(missing_ok=True)
 
 
-def _told(model: Any) -> dict[str, Any]:
+def _told(model: Model) -> dict[str, Any]:
     """What distinguishes a model from others of the same shapes."""
     sites = {f"site {name!r}": asdict(site) for name, site in model.sites.items()}
     return json.loads(json.dumps({"label ids": {"ids": model.label_ids}, **sites}))
 
 
-def _some_weights(model: Any) -> Float[np.ndarray, " k"]:
+def _some_weights(model: Model) -> Float[np.ndarray, " k"]:
     """A few numbers of every frozen array: the base's weights and the sites that are held."""
     return fingerprint((model.base.weights, getattr(model, "fixed", {})))
 
 
-def _frame_arrays(model: Any) -> dict[str, np.ndarray]:
+def _frame_arrays(model: Model) -> dict[str, np.ndarray]:
     """The frames that the model's prior keeps its updates in, if it has any."""
     frames = frames_of(getattr(model.prior, "program", model.prior))
     return {} if frames is None else stored_frames(frames)
 
 
 def _require_same_model(
-    record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], model: Any, folder: Path
+    record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], model: Model, folder: Path
 ) -> None:
     """Raise unless the fit was made with the kind, label ids, sites and frozen weights of this model."""
     kind = record.get("kind", "network")  # older ones have none

@@ -13,13 +13,14 @@ from jax import Array
 
 from bnlora._util.typing import Parameters
 from bnlora.infer.svi.elbo import elbo_terms
+from bnlora.program.protocol import Program
 
 
 def maximise(
     key: Array,
     start: dict[str, Array],
     constrain: Callable[[dict], dict],
-    model: Any,
+    model: Program,
     guide: Callable,
     *args: Any,
     optimizer: optax.GradientTransformation,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -22,6 +23,7 @@ from bnlora._util.typing import Adapters, Parameters
 from bnlora.data.batch import Batch
 from bnlora.infer.svi.elbo import TERMS
 from bnlora.program.draws import Draw, draw_both, draw_from_guide, prior_at
+from bnlora.program.protocol import Model
 
 LOOKED_AT = 8
 """Training rows on which the base is checked after a divergence: few, because a step had memory for few."""
@@ -54,7 +56,7 @@ class Fit(Shown):
         (5, 1, 2, 1)
     """
 
-    model: Any
+    model: Model
     guide: Callable
     params: dict[str, Array]
     last_params: dict[str, Array]
@@ -214,7 +216,7 @@ def _start_remedy(fit: Fit) -> str:
     """The same for a fit whose very first step was not finite."""
     model, rows = fit.model, fit.train[:LOOKED_AT]
     untouched = {
-        name: {factor: np.zeros((1, *shape), np.float32) for factor, shape in site.shapes.items()}
+        name: {factor: jnp.zeros((1, *shape), jnp.float32) for factor, shape in site.shapes.items()}
         for name, site in model.sites.items()
     }
     found = np.asarray(model.log_probs_by_draw(model.base.weights, untouched, rows))[0]

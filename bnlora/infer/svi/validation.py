@@ -14,6 +14,7 @@ from bnlora._util.compilation import options
 from bnlora.data.batch import Batch
 from bnlora.prediction.predict import predict_with_draws
 from bnlora.program.draws import draw_adapters
+from bnlora.program.protocol import Model
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class EarlyStopping:
 class Validation:
     """Looks at the validation rows of a fit of `num_steps` steps and remembers the best parameters."""
 
-    model: Any
+    model: Model
     guide: Callable
     constrain: Callable[[dict], dict]
     rows: Batch | None

@@ -1,4 +1,4 @@
-r"""Second moments of the inputs of the adapted modules, in the unadapted base.
+r"""Second moments of the inputs of the adapted modules, in the untouched base.
 
     X_(f, l) = sum over rows and tokens of x x^T        (d_in, d_in)
 

@@ -1,4 +1,4 @@
-r"""Derivatives of logit contrasts in the update of every adapted module, at the unadapted base.
+r"""Derivatives of logit contrasts in the update of every adapted module, at the untouched base.
 
     J_c = d (z_c - z_0) / d dW      (d_out, d_in), for each row, module and layer
 

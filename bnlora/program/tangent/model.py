@@ -2,7 +2,7 @@ r"""The tangent model: a classifier whose logits are linear in the update of the
 
     logit_c(x) = z_c(x) + phi_c(x)^T u,      u_(f, l) = L^T dW_(f, l) R,      phi = L^T J R
 
-where z are the logits of the unadapted base and J is their derivative there. Prior, likelihood, plate and
+where z are the logits of the untouched base and J is their derivative there. Prior, likelihood, plate and
 minibatch scaling are those of the network. A `Tangent` is a `Classifier`: fits, samplers, predictions and
 diagnostics accept it. Each row costs one backward pass per contrast, once; after that the transformer is not
 run again.

@@ -1,0 +1,157 @@
+"""What the library asks of base models and of classifiers, so that type checkers know what they may use."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol, Self
+
+from jax import Array
+from jaxtyping import Float
+
+from bnlora._util.typing import Adapters
+from bnlora.adapters.sites import Sites
+from bnlora.data.batch import Batch
+from bnlora.priors import Prior
+from bnlora.program.trunk import Trunk
+
+
+class LanguageModel(Protocol):
+    """What a classifier needs of a base model: frozen weights and a module to bind them to."""
+
+    @property
+    def weights(self) -> Any:
+        """The frozen weights, a pytree."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        ...
+
+    @property
+    def modules(self) -> Mapping[str, tuple[int, int]]:
+        """`{module: (d_in, d_out)}`, the modules of one layer and the head."""
+        ...
+
+    def bind(self, weights: Any) -> Any:
+        """The module with these weights: `embed`, `blocks` (all positions, or some), `inputs` and `head`."""
+        ...
+
+
+class Program(Protocol):
+    """A NumPyro model that has its prior as a program of its own."""
+
+    @property
+    def prior(self) -> Callable[..., Any]:
+        """The prior, which samples every latent site."""
+        ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        ...
+
+
+class BoundPrior(Protocol):
+    """A prior program with its sites."""
+
+    @property
+    def program(self) -> Prior:
+        """The program, a function of the sites."""
+        ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Adapters:
+        """Run the prior."""
+        ...
+
+
+class Model(Program, Protocol):
+    """A classifier: `bl.Classifier`, `bl.Tangent`, or one of your own with the same members."""
+
+    @property
+    def prior(self) -> BoundPrior:
+        """The prior over the adapters of the sites."""
+        ...
+
+    @property
+    def base(self) -> LanguageModel:
+        """The base model."""
+        ...
+
+    @property
+    def sites(self) -> Sites:
+        """Where the adapters are."""
+        ...
+
+    @property
+    def label_ids(self) -> tuple[int, ...]:
+        """Token id of the word of each class."""
+        ...
+
+    @property
+    def kind(self) -> Literal["network", "tangent"]:
+        """What a draw of the adapters goes through."""
+        ...
+
+    @property
+    def trunk(self) -> Trunk:
+        """What no draw changes."""
+        ...
+
+    @property
+    def start(self) -> int:
+        """The lowest layer that a draw changes."""
+        ...
+
+    @property
+    def moving(self) -> tuple[str, ...]:
+        """Families whose adapters differ from draw to draw."""
+        ...
+
+    @property
+    def fixed(self) -> Mapping[str, Array]:
+        """Value of every site that is held, by name."""
+        ...
+
+    def check_tokens(self, batch: Batch) -> None:
+        """Raise `ValueError` where the rows have a token that the base has no row for."""
+        ...
+
+    def is_prepared(self, batch: Batch) -> bool:
+        """Whether the batch has what no draw changes."""
+        ...
+
+    def cache_bytes(self, batch: Batch) -> int:
+        """Memory that `prepare` adds to a batch."""
+        ...
+
+    def with_prior(self, prior: Prior) -> Self:
+        """The same classifier under another prior."""
+        ...
+
+    def above(self, trunk: Trunk) -> Self:
+        """The same classifier with another trunk."""
+        ...
+
+    def prepared(self, weights: Any, batch: Batch) -> Batch:
+        """`prepare` with given weights, for compiled programs."""
+        ...
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch with what no draw changes."""
+        ...
+
+    def numbers(self, shape: tuple[int, ...]) -> int:
+        """Approximate size of the largest array of a program for so many rows and positions."""
+        ...
+
+    def logits(self, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n c"]:
+        """Logits of the label tokens for one set of adapters."""
+        ...
+
+    def log_probs_by_draw(
+        self, weights: Any, adapters: Adapters, batch: Batch, together: int = 1
+    ) -> Float[Array, "s n c"]:
+        """Log-probabilities of the classes under each draw of the adapters."""
+        ...
+
+    def compiled_log_probs(self, adapters: Any, count: int, batch: Batch, together: int = 1) -> Array:
+        """`log_probs_by_draw` of the first `count` of some draws, in a program for all callers."""
+        ...
