@@ -19,7 +19,7 @@ import optax
 
 import bnlora as bl
 from benchmarks.report import Report
-from benchmarks.steps import Step, svi_step
+from benchmarks.steps import Started, svi_step
 from benchmarks.timing import in_turn, show
 from bnlora.app.demo import RECIPE
 from bnlora.app.recipe import PriorName
@@ -40,7 +40,7 @@ def step_of(
     batch_size: int,
     particles: int = 1,
     init_params: dict[str, jax.Array] | None = None,
-) -> Step:
+) -> Started:
     """The step of plain LoRA ("none") or of the Bayesian fit; the prefix is cached."""
     label_ids = LABEL_IDS % base.config.vocab_size
     model, guide = replace(RECIPE, prior=prior, top_layers=top_layers).build(base, label_ids)
