@@ -60,13 +60,13 @@ def test_a_page_shares_its_passes(fit, passes):
     page = bl.diagnose(fit.draw_key, fit, given(), console=QUIET)
     assert page["k-hat"].status == "problem"
     assert (page.num_draws, page.num_used) == (400, pages.FIRST_LOOK)
-    assert passes[0] == pages.FIRST_LOOK * (TRAIN + GIVEN + PRIOR) == 4096
+    assert passes[0] == pages.FIRST_LOOK * (TRAIN + GIVEN + PRIOR) + 2 * 8 * 400 == 10_496
 
 
 def test_a_given_number_of_draws_is_used_for_all_rows(fit, passes):
     page = bl.diagnose(fit.draw_key, fit, given(), num_draws=40, console=QUIET)
     assert (page.num_draws, page.num_used) == (40, 40)
-    assert passes[0] == 40 * (TRAIN + GIVEN) + 41 * PRIOR
+    assert passes[0] == 40 * (TRAIN + GIVEN) + 41 * PRIOR + 2 * 8 * 40
 
 
 def test_what_is_costly_runs_on_request_only(fit, passes):

@@ -169,7 +169,10 @@ def planned(exam: Examination) -> int:
     families = len(fit.model.sites) if exam.request.families else 0
     fits = 1 + len(exam.others) if exam.others else 0
     work = few * (len(fit.train) * (1 + families) + len(exam.data) + fits * min(PROBES, len(exam.data)))
+    margins = exam.drawn.num_draws * min(PROBES, len(exam.data))
+    if exam.drawn.has_prior:
+        work += margins
     if exam.drawn.has_prior and not exam.drawn.prior_refusal:
         draws = few if exam.drawn.first_look else few + 1  # the first one is without adapters
-        work += draws * min(PRIOR_ROWS, len(exam.data))
+        work += margins + draws * min(PRIOR_ROWS, len(exam.data))
     return work + (passes(len(exam.data)) if fit.model.kind == "tangent" else 0)

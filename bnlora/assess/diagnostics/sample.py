@@ -129,7 +129,7 @@ class Sample:
         work = len(rows) * len(jax.tree.leaves(adapters)[0])
         bar = self.console.part(label, work) if isinstance(self.console, OneBar) else nullcontext()
         with bar:
-            classifier, size = model or self.fit.model, self.batch_size
+            classifier, size = model or self.fit.model, min(self.batch_size, len(rows))
             return predict_with_draws(classifier, adapters, rows, batch_size=size, console=self.console)
 
     def predict_until(
