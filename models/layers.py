@@ -180,7 +180,7 @@ def grouped_query_attention(
     groups = query.reshape(batch, length, key.shape[2], heads // key.shape[2], dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", groups, key, preferred_element_type=jnp.float32) * dim**-0.5
     allowed = allowed[:, None, None, :, :]
-    # A finite floor instead of -inf: a query without keys gets finite weights; the second `where` clears them.
+    # A finite floor instead of -inf: a query without keys gets finite weights, then zeros.
     weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1)
     weights = jnp.where(allowed, weights, 0.0).astype(value.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(batch, length, heads, dim)
