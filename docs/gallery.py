@@ -86,7 +86,7 @@ def fitted() -> bl.Fit:
         guide,
         rows["training rows"],
         adam,
-        scale_optimizer=adam,
+        optimisation=bl.Optimisation(scale_optimizer=adam),
         num_steps=400,
         batch_size=16,
         validation=rows["new rows"],

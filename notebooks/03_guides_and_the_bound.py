@@ -174,7 +174,7 @@ def fitted(model, guide):
         guide,
         train,
         rate,
-        scale_optimizer=scales,
+        optimisation=bl.Optimisation(scale_optimizer=scales),
         num_steps=num_steps,
         batch_size=len(train),
     )

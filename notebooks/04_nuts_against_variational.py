@@ -93,7 +93,7 @@ def fitted(guide, start):
         guide,
         train,
         rate,
-        scale_optimizer=rate,
+        optimisation=bl.Optimisation(scale_optimizer=rate),
         num_steps=num_steps,
         batch_size=len(train),
         num_particles=4,
@@ -299,7 +299,7 @@ head = bl.fit(
     guides.Guide(model.prior, guides.mean_field()),
     rows,
     location_rate,
-    scale_optimizer=scale_rate,
+    optimisation=bl.Optimisation(scale_optimizer=scale_rate),
     num_steps=num_steps,
     batch_size=len(rows),
 )

@@ -98,7 +98,7 @@ def fitted(model, guide, **options):
         guide,
         train,
         rate,
-        scale_optimizer=widths,
+        optimisation=bl.Optimisation(scale_optimizer=widths),
         num_steps=num_steps,
         batch_size=len(train),
         **options,

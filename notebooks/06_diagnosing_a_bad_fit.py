@@ -117,7 +117,9 @@ def fitted(model, family, *, steps=num_steps, rate=3e-2, key=k_fit, start=None, 
         guides.Guide(model.prior, family),
         rows,
         optax.adam(optax.cosine_decay_schedule(rate, steps)),
-        scale_optimizer=optax.adam(optax.cosine_decay_schedule(3 * rate, steps)),
+        optimisation=bl.Optimisation(
+            scale_optimizer=optax.adam(optax.cosine_decay_schedule(3 * rate, steps))
+        ),
         num_steps=steps,
         batch_size=len(rows),
         num_particles=4,

@@ -82,7 +82,7 @@ def fitted(name: str, model: bl.Classifier, train: bl.Batch, steps: int, seed: i
         GUIDES[name](model.prior),
         train,
         rate,
-        scale_optimizer=scales,
+        optimisation=bl.Optimisation(scale_optimizer=scales),
         num_steps=steps,
         batch_size=len(train),
         console=QUIET,

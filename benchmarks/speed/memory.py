@@ -50,7 +50,9 @@ def run(given: argparse.Namespace, report: Report) -> None:
     compiled, programs = {}, {}
     for way in WAYS:
         name = ", ".join(f"`{n}={x!r}`" for n, x in way.items()) or "default"
-        step = svi_step(jax.random.key(2), model, guide, train, adam, batch_size=size, **way)
+        step = svi_step(
+            jax.random.key(2), model, guide, train, adam, batch_size=size, memory=bl.Memory(**way)
+        )
         compiled[name] = step.lower().compile()
         programs[name] = lambda _, run=compiled[name], inputs=step.inputs: run(*inputs)
         report.progress(f"compiled: {name}")

@@ -19,6 +19,7 @@ from bnlora.data.batch import Batch
 from bnlora.data.labels import LabelKind
 from bnlora.data.text import TextData, Truncate, text_classification
 from bnlora.infer.svi.fit import fit
+from bnlora.infer.svi.options import Optimisation
 from bnlora.infer.svi.result import Fit
 from bnlora.program.model import Classifier
 
@@ -61,7 +62,7 @@ class Schedule:
             guide,
             train,
             optax.adam(optax.cosine_decay_schedule(self.learning_rate, self.num_steps)),
-            scale_optimizer=optax.adam(self.scale_learning_rate),
+            optimisation=Optimisation(scale_optimizer=optax.adam(self.scale_learning_rate)),
             num_steps=self.num_steps,
             batch_size=self.batch_size,
             **options,

@@ -31,7 +31,16 @@ def fit():
     guide = bl.guides.Guide(model.prior, bl.guides.mean_field(init_scale=1.0))
     rows = tiny_rows(jax.random.key(2), TRAIN)
     adam = optax.adam(1e-6)
-    return bl.fit(KEY, model, guide, rows, adam, scale_optimizer=adam, num_steps=60, batch_size=TRAIN)
+    return bl.fit(
+        KEY,
+        model,
+        guide,
+        rows,
+        adam,
+        optimisation=bl.Optimisation(scale_optimizer=adam),
+        num_steps=60,
+        batch_size=TRAIN,
+    )
 
 
 @pytest.fixture

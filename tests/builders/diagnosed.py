@@ -37,7 +37,7 @@ class Problem:
             bl.guides.Guide(self.model.prior, family),
             self.train,
             adam,
-            scale_optimizer=adam,
+            optimisation=bl.Optimisation(scale_optimizer=adam),
             num_steps=num_steps,
             batch_size=len(self.train),
         )

@@ -79,7 +79,7 @@ def families():
     for family in made:
         finite(fitted(HEAD, guides.Guide(HEAD.prior, family)))
     mixed = guides.Guide(HEAD.prior, {r".*\.a": guides.dropout(), ".*": guides.delta()})
-    finite(fitted(HEAD, mixed, accumulate=2, activations="bfloat16", remat="layers"))
+    finite(fitted(HEAD, mixed, memory=bl.Memory(accumulate=2, activations="bfloat16", remat="layers")))
     finite(fitted(HEAD, AutoNormal(HEAD.prior, init_loc_fn=guides.init_to_base)))
 
 

@@ -107,7 +107,7 @@ def test_an_interrupt_between_two_fits_ends_it_too():
 def test_a_diverged_member_leaves_the_finished_ones():
     guides = iter([delta, delta, lambda prior: frozen_scale(prior, 1e30)])
     with pytest.raises(EnsembleDiverged, match="member 3 of 3: 1 of 1 steps gave a bound") as error:
-        two_steps(lambda prior: next(guides)(prior), skip_budget=0)
+        two_steps(lambda prior: next(guides)(prior), optimisation=bl.Optimisation(skip_budget=0))
     assert isinstance(error.value, bl.FitDiverged)
     assert error.value.fit.stopped == "diverged"
     for found, expected in zip(error.value.members, three().members[:2], strict=True):

@@ -6,7 +6,6 @@ import optax
 import pytest
 
 import bnlora as bl
-from bnlora.infer.svi.fit import _prepare
 from bnlora.testing import tiny_base, tiny_rows
 
 KEY = jax.random.key(0)
@@ -35,7 +34,7 @@ def step_of(kind):
     family = bl.guides.Guide(model.prior, bl.guides.mean_field())
     guide = Counted(bl.guides.SiteFlow(model.prior) if kind == "sparse" else family)
     adam = optax.adam(1e-2)
-    loop, state = _prepare(KEY, model, guide, ROWS, adam, scale_optimizer=adam)
+    loop, state = prepared_step(KEY, model, guide, ROWS, adam, scale_optimizer=adam)
     prior.count = guide.count = 0
     return loop, (state, KEY, base.params, ROWS, jnp.arange(8)), prior, guide
 

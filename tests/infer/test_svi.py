@@ -34,6 +34,10 @@ def make(prior=None, base=BASE, targets=("q_proj",), **options):
     return model, bl.guides.SiteFlow(model.prior, hidden=4, blocks=1, **options)
 
 
+def scales_by_descent(rate: float, **options) -> bl.Optimisation:
+    return bl.Optimisation(scale_optimizer=optax.sgd(rate), **options)
+
+
 def run(model, guide, train=TRAIN, optimizer=None, num_steps=6, batch_size=16, **options):
     optimizer = optimizer or optax.adam(1e-2)
     return bl.fit(KEY, model, guide, train, optimizer, num_steps=num_steps, batch_size=batch_size, **options)
@@ -189,7 +193,13 @@ def test_scales_have_their_own_optimizer(name):
     guide = bl.guides.Guide(model.prior, SCALED[name])
     rates = jnp.float32(0.0), jnp.float32(0.1)  # arrays, so that both fits are one program
     start, moved = (
-        run(model, guide, optimizer=optax.sgd(0.0), scale_optimizer=optax.sgd(rate), num_steps=2)
+        run(
+            model,
+            guide,
+            optimizer=optax.sgd(0.0),
+            optimisation=scales_by_descent(rate),
+            num_steps=2,
+        )
         for rate in rates
     )
     changed = {n for n in moved.params if not same_tree(moved.params[n], start.params[n])}
@@ -200,9 +210,19 @@ def test_scales_have_their_own_optimizer(name):
 
 def test_each_group_is_clipped_to_its_own_norm():
     """Plain gradient descent with rate 1 moves each group by at most the clipping norm."""
-    options = {"optimizer": optax.sgd(1.0), "scale_optimizer": optax.sgd(1.0), "num_steps": 1}
-    start = run(*make(), optimizer=optax.sgd(0.0), scale_optimizer=optax.sgd(0.0), num_steps=1)
-    fit = run(*make(), clip_norm=1e-3, **options)
+    options = {
+        "optimizer": optax.sgd(1.0),
+        "optimisation": scales_by_descent(1.0),
+        "num_steps": 1,
+    }
+    start = run(
+        *make(),
+        optimizer=optax.sgd(0.0),
+        optimisation=scales_by_descent(0.0),
+        num_steps=1,
+    )
+    clipped = scales_by_descent(1.0, clip_norm=1e-3)
+    fit = run(*make(), **options | {"optimisation": clipped})
     locations = [n for n in fit.params if n.endswith((".loc", ".flow", ".frame"))]
     moves = {n: jax.tree.map(jnp.subtract, fit.params[n], start.params[n]) for n in locations}
     assert 0.5e-3 < float(optax.tree.norm(moves)) <= 1.0001e-3
@@ -261,7 +281,7 @@ def test_divergence_keeps_the_last_finite_state():
     with pytest.raises(
         bl.FitDiverged, match=r"3 of 4 steps gave .* skip_budget=2; lower the learning rate"
     ) as e:
-        run(model, guide, optimizer=optax.sgd(1e6), skip_budget=2, num_steps=50)
+        run(model, guide, optimizer=optax.sgd(1e6), optimisation=bl.Optimisation(skip_budget=2), num_steps=50)
     assert e.value.fit.skipped_steps == 3
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(e.value.fit.params))
     assert len(e.value.fit.history["elbo"]) == 4
@@ -281,7 +301,13 @@ def test_a_base_that_is_not_finite_is_no_matter_of_the_rate():
     model, guide = make(base=with_weights(BASE, "down_proj", jnp.nan), targets=("lm_head",))
     rule = bl.EarlyStopping(every=1, num_draws=1)
     with pytest.raises(bl.FitDiverged, match=r"own weights are not finite, in layers.down_proj; load") as e:
-        run(model, guide, validation=TRAIN[:4], early_stopping=rule, skip_budget=2)
+        run(
+            model,
+            guide,
+            validation=TRAIN[:4],
+            early_stopping=rule,
+            optimisation=bl.Optimisation(skip_budget=2),
+        )
     assert "learning rate" not in str(e.value)
     assert list(e.value.fit.validation["nll"]) == [np.inf] * 2
     assert e.value.fit.stopped == "diverged"
@@ -307,7 +333,9 @@ def test_the_cause_of_a_divergence_is_looked_for_at_the_start(whole):
 
 
 def test_skipped_steps_within_the_budget_are_counted():
-    fit = run(*make(Fragile()), optimizer=optax.sgd(1e6), skip_budget=10, num_steps=4)
+    fit = run(
+        *make(Fragile()), optimizer=optax.sgd(1e6), optimisation=bl.Optimisation(skip_budget=10), num_steps=4
+    )
     assert fit.skipped_steps == 3
     assert "3 skipped" in repr(fit)
 
@@ -335,7 +363,11 @@ def test_start_is_where_a_fit_starts():
     """Another key and a step of no length: the parameters are those given, scales and `lam` included."""
     model, guide = make(bl.priors.sparse_gp(rows=2, cols=2), targets=("lm_head",))
     first = run(model, guide, num_steps=2)
-    still = {"optimizer": optax.sgd(0.0), "scale_optimizer": optax.sgd(0.0), "init_params": first.params}
+    still = {
+        "optimizer": optax.sgd(0.0),
+        "optimisation": scales_by_descent(0.0),
+        "init_params": first.params,
+    }
     again = bl.fit(jax.random.key(9), model, guide, TRAIN, num_steps=1, batch_size=16, **still)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), again.params, first.params)
     assert again.num_traces == 1

@@ -206,7 +206,15 @@ def test_a_fit_around_the_gaussian_ends_between_its_bound_and_the_evidence():
     linear, gaussian = exact(tangent, FEW, {"lm_head": 6.0}), bl.laplace(tangent, FEW)
     guide = bl.guides.Guide(tangent.prior, bl.guides.around(gaussian))
     options = {"num_steps": 300, "batch_size": 2, "num_particles": 16}
-    fit = bl.fit(KEY, tangent, guide, FEW, adam(0.05, 300), scale_optimizer=adam(0.05, 300), **options)
+    fit = bl.fit(
+        KEY,
+        tangent,
+        guide,
+        FEW,
+        adam(0.05, 300),
+        optimisation=bl.Optimisation(scale_optimizer=adam(0.05, 300)),
+        **options,
+    )
     loc, scale = (float(fit.params[f"lm_head.U.q.along_{n}"][0]) for n in ("loc", "scale"))
     V, (centre,), (gain,) = float(gaussian.affine.vectors[0, 0]), gaussian.loc, gaussian.affine.gains
     began, ended = bound(linear, centre, gain), bound(linear, centre + gain * V * loc, gain * scale)
@@ -242,6 +250,6 @@ def test_a_fit_stops_on_a_plateau_and_remembers_it(tmp_path):
     assert len(again.history["elbo"]) == steps
     # One that still grows does not stop.
     climbing = bl.guides.Guide(tangent.prior, bl.guides.mean_field(init_scale=1e-3))
-    fast = {"scale_optimizer": optax.adam(0.2), "num_steps": 30}
+    fast = {"optimisation": bl.Optimisation(scale_optimizer=optax.adam(0.2)), "num_steps": 30}
     fit = bl.fit(KEY, tangent, climbing, ROWS, optax.adam(0.05), plateau=rule, **options | fast)
     assert fit.stopped == "steps"

@@ -239,7 +239,12 @@ def test_one_scale_may_be_learned_beside_one_that_is_not():
     rows = replace(ROWS, labels=jnp.asarray(likely, int))
     guide = bl.guides.Guide(tangent.prior, bl.guides.full(over="all", init_scale=0.5))
     adam = optax.adam(optax.cosine_decay_schedule(0.05, 400))
-    options = {"num_steps": 400, "batch_size": len(rows), "num_particles": 8, "scale_optimizer": adam}
+    options = {
+        "num_steps": 400,
+        "batch_size": len(rows),
+        "num_particles": 8,
+        "optimisation": bl.Optimisation(scale_optimizer=adam),
+    }
     fit = bl.fit(KEY, tangent, guide, rows, adam, **options)
     mean, root = (np.asarray(fit.params[f"o_proj.U.q.{name}"], float) for name in ("loc", "scale_tril"))
     nodes, weights = np.polynomial.hermite_e.hermegauss(40)

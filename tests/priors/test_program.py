@@ -121,7 +121,7 @@ def test_draws_and_diagnostics_of_a_fit_count_it(made, plain):
         made.guide,
         TRAIN,
         still,
-        scale_optimizer=still,
+        optimisation=bl.Optimisation(scale_optimizer=still),
         num_steps=1,
         batch_size=40,
         init_params=plain.params,

@@ -304,14 +304,13 @@ def make(base=BASE):
 def fit(**options) -> bl.Fit:
     """Six steps of plain gradient descent, whose moves are proportional to the gradient."""
     rate = optax.sgd(1e-2)
-    return bl.fit(
-        KEY, *make(), TRAIN, rate, scale_optimizer=rate, clip_norm=1e6, num_steps=6, batch_size=8, **options
-    )
+    plain = bl.Optimisation(scale_optimizer=rate, clip_norm=1e6)
+    return bl.fit(KEY, *make(), TRAIN, rate, optimisation=plain, num_steps=6, batch_size=8, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_particles": 2}], ids=["", "particles"])
 def test_steps_in_parts_are_the_same_steps(options):
-    whole, parts = fit(**options), fit(accumulate=4, **options)
+    whole, parts = fit(**options), fit(memory=bl.Memory(accumulate=4), **options)
     assert parts.num_traces == whole.num_traces == 1
     # One rounding per product on the longest path, forwards and backwards, and per row of the sum, in each of
     # six steps.
@@ -349,7 +348,8 @@ def test_parts_take_less_memory_and_no_more_products():
 
 
 def test_parts_are_run_with_layers_again_and_in_bfloat16():
-    parts = fit(accumulate=2, activations="bfloat16", remat="layers", prefix_cache="off")
+    memory = bl.Memory(accumulate=2, activations="bfloat16", remat="layers")
+    parts = fit(memory=memory, prefix_cache="off")
     whole = fit()
     assert parts.num_traces == 1
     assert parts.model.base.execution == DEFAULT
@@ -360,7 +360,9 @@ def test_parts_are_run_with_layers_again_and_in_bfloat16():
 
 def test_a_fit_in_bfloat16_reaches_nearly_the_same_bound():
     options = {"num_steps": 150, "batch_size": 20, "optimizer": optax.adam(2e-2)}
-    whole, half = (bl.fit(KEY, *make(), TRAIN, activations=a, **options) for a in (None, "bfloat16"))
+    whole, half = (
+        bl.fit(KEY, *make(), TRAIN, memory=bl.Memory(activations=a), **options) for a in (None, "bfloat16")
+    )
     # The same draws and rows: what is left are the errors of rounding, a small part of what was won.
     for name in ("elbo", "data"):
         first, last, other = (
@@ -399,7 +401,7 @@ def test_unknown_ways_to_run_are_refused():
 )
 def test_a_fit_refuses_them_too(changes, message):
     with pytest.raises(ValueError, match=message):
-        fit(**changes)
+        fit(memory=bl.Memory(**changes))
 
 
 def test_the_nearest_number_of_parts_divides_the_minibatch():

@@ -30,7 +30,7 @@ def fit_of_factors() -> bl.Fit:
     model = bl.Classifier(BASE, sites, prior, label_ids=(3, 5))
     guide = bl.guides.SiteFlow(model.prior)
     # Descent without a norm by parameter: Adam's would make a step of what is only rounding.
-    plain = {"optimizer": optax.sgd(1e-2), "scale_optimizer": optax.sgd(1e-2)}
+    plain = {"optimizer": optax.sgd(1e-2), "optimisation": bl.Optimisation(scale_optimizer=optax.sgd(1e-2))}
     return bl.fit(KEY, model, guide, ROWS, num_steps=12, batch_size=8, **plain)
 
 

@@ -135,7 +135,11 @@ def test_from_a_table_to_a_fit_on_disk(name, base, data, tmp_path):
     way = WAYS[name]
     k_fit, k_predict, k_diagnose = jax.random.split(jax.random.key(0), 3)
     model, guide = built(way, base, data)
-    options = {"scale_optimizer": optax.adam(5e-2), "num_steps": 12, "batch_size": 8}
+    options = {
+        "optimisation": bl.Optimisation(scale_optimizer=optax.adam(5e-2)),
+        "num_steps": 12,
+        "batch_size": 8,
+    }
     fit = bl.fit(k_fit, model, guide, data.train, optax.adam(3e-2), **options)
     assert fit.skipped_steps == 0
     assert np.isfinite(fit.history["elbo"]).all()

@@ -25,6 +25,7 @@ from bnlora._util.checks import check_at_least, check_key, check_positive
 from bnlora._util.typing import Adapters, Parameters
 from bnlora.infer.approximate.mode import flattened, mode_of, unflattened
 from bnlora.infer.svi.fit import fit as fit_svi
+from bnlora.infer.svi.options import Optimisation
 from bnlora.infer.svi.result import Fit
 from bnlora.program.draws import draw_adapters
 from bnlora.program.protocol import Model
@@ -164,12 +165,11 @@ def swag(
         fit.guide,
         fit.train,
         descent,
-        scale_optimizer=descent,
+        optimisation=Optimisation(scale_optimizer=descent, clip_norm=clip_norm),
         init_params=fit.params,
         on_step=collect,
         num_steps=num_steps,
         batch_size=batch_size,
-        clip_norm=clip_norm,
         prefix_cache=prefix_cache,
         console=console,
     )

@@ -28,6 +28,7 @@ from bnlora.guides import Guide, around
 from bnlora.infer.core.gaussian import Gaussian, laplace
 from bnlora.infer.core.scales import Scales, choose_scales
 from bnlora.infer.svi.fit import fit
+from bnlora.infer.svi.options import Optimisation
 from bnlora.infer.svi.result import Fit
 from bnlora.priors import core, point
 from bnlora.program.cache import cache_prefix
@@ -196,7 +197,7 @@ def fit_near(
         guide,
         data,
         rate,
-        scale_optimizer=rate,
+        optimisation=Optimisation(scale_optimizer=rate),
         num_steps=num_steps,
         batch_size=len(data),
         num_particles=PARTICLES,

@@ -23,9 +23,9 @@ from bnlora._util.compilation import options
 from bnlora._util.typing import Parameters
 from bnlora.data.batch import Batch
 from bnlora.infer.svi.elbo import elbo_terms, initial_parameters
+from bnlora.infer.svi.options import Memory, Optimisation
 from bnlora.infer.svi.packing import packing
 from bnlora.infer.svi.parts import InParts
-from bnlora.models.execution import Activations, Remat
 
 GROUPS = {"lam": (".lam",), "scale": (".scale", "_scale", "_tril")}
 """Endings of the names of parameters with an optimiser of their own; all others are locations."""
@@ -51,13 +51,10 @@ def svi_step(
     optimizer: optax.GradientTransformation,
     *,
     batch_size: int,
-    scale_optimizer: optax.GradientTransformation | None = None,
-    clip_norm: float = 10.0,
     num_particles: int = 1,
+    optimisation: Optimisation = Optimisation(),  # noqa: B008 (frozen)
+    memory: Memory = Memory(),  # noqa: B008
     init_params: Parameters | None = None,
-    accumulate: int = 1,
-    activations: Activations | None = None,
-    remat: Remat | None = None,
 ) -> "tuple[Step, State]":
     """The step of `bl.fit`, and the state that it starts from.
 
@@ -68,13 +65,10 @@ def svi_step(
         train: Rows to fit.
         optimizer: optax optimiser of the locations.
         batch_size: Rows of a step.
-        scale_optimizer: Optimiser of every `lam` and every scale; `optimizer` when omitted.
-        clip_norm: As in `bl.fit`, like the arguments below.
         num_particles: Guide draws averaged in a step.
+        optimisation: As in `bl.fit`; scales have `optimizer` too unless it names another.
+        memory: As in `bl.fit`.
         init_params: Parameters to start from.
-        accumulate: Equal parts in which a step runs its minibatch.
-        activations: Type of the activations.
-        remat: What the backward pass runs again.
 
     Returns:
         The step and its first state. Nothing is compiled yet.
@@ -90,26 +84,27 @@ def svi_step(
     """
     key = check_key(key)
     check_batch_size(batch_size, len(train))
-    check_parts("accumulate", accumulate, batch_size)
-    program = running(model, accumulate=accumulate, activations=activations, remat=remat)
+    check_parts("accumulate", memory.accumulate, batch_size)
+    program = running(model, memory)
     return prepared_step(
         key,
         program,
         guide,
         train,
         optimizer,
-        scale_optimizer=scale_optimizer or optimizer,
-        clip_norm=clip_norm,
+        scale_optimizer=optimisation.scale_optimizer or optimizer,
+        clip_norm=optimisation.clip_norm,
         num_particles=num_particles,
         init_params=init_params,
     )
 
 
-def running(model: Any, *, accumulate: int, **execution: Any) -> Any:
+def running(model: Any, memory: Memory) -> Any:
     """The model as a step runs it: in parts, and with other settings of `models.execution`."""
+    execution = {"activations": memory.activations, "remat": memory.remat}
     changes = {name: value for name, value in execution.items() if value is not None}
     model = model.over(model.base.running(**changes)) if changes else model
-    return model if accumulate == 1 else InParts(model, accumulate)
+    return model if memory.accumulate == 1 else InParts(model, memory.accumulate)
 
 
 def prepared_step(
