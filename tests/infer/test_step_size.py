@@ -42,7 +42,7 @@ def step_of(kind):
 @pytest.mark.parametrize("kind", SIZES)
 def test_the_text_of_a_step_stays_small(kind):
     loop, arguments, prior, guide = step_of(kind)
-    text = loop.step(8).lower(*arguments).as_text()
+    text = loop.compiled(8).lower(*arguments).as_text()
     assert len(text) < SIZES[kind]
     assert guide.count == 1
     assert prior.count == 2  # once for its numbers, once for the marks of its sites
