@@ -6,6 +6,7 @@ import optax
 import pytest
 
 import bnlora as bl
+from bnlora.infer.svi.step import prepared_step
 from bnlora.testing import tiny_base, tiny_rows
 
 KEY = jax.random.key(0)
