@@ -86,7 +86,7 @@ def test_a_stored_reference_holds_what_its_chains_held(said, fit, tmp_path):
     assert stored.fixed["tau"].shape == ()
     again = bl.compare(KEY, fit, stored, NEW, num_draws=60)
     assert again.notes == found.notes
-    np.testing.assert_allclose(again.approx.values, found.approx.values, atol=1e-4)
+    np.testing.assert_allclose(again.posterior.values, found.posterior.values, atol=1e-4)
     alike = common_problem(ones(chains.model), side_of(stored), "reference")
     assert alike.model is chains.model
     assert alike.holds == ()

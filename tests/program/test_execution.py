@@ -105,10 +105,10 @@ def of_policy(remat: str):
     model = classifier(DEEP.running(remat=remat))
     compiled = (
         jax.jit(lambda params, a: value_and_gradient(model, params, a))
-        .lower(DEEP.params, adapters_of(model))
+        .lower(DEEP.weights, adapters_of(model))
         .compile()
     )
-    return compiled(DEEP.params, adapters_of(model)), compiled.memory_analysis().temp_size_in_bytes
+    return compiled(DEEP.weights, adapters_of(model)), compiled.memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("remat", ["elementwise", "attention", "layers"])
@@ -211,7 +211,7 @@ def test_statistics_head_and_logits_stay_in_float32():
 
 def test_weights_are_rounded_layer_by_layer():
     model = classifier(DEEP.running(activations="bfloat16"))
-    every = equations(functools.partial(value_and_gradient, model), DEEP.params, adapters_of(model))
+    every = equations(functools.partial(value_and_gradient, model), DEEP.weights, adapters_of(model))
     made = {(v.aval.shape, v.aval.dtype) for e in every for v in e.outvars}
     half = jnp.dtype(jnp.bfloat16)
     assert ((16, 24), half) in made
