@@ -56,7 +56,9 @@ def fit(
         model: A `Classifier`.
         guide: A NumPyro guide of `model.prior`.
         train: Rows to fit.
-        optimizer: optax optimiser; it sees the gradient of the negative bound per row.
+        optimizer: optax optimiser; it sees the gradient of the negative bound per row. One that treats every
+            number alike, such as Adam, sees the parameters as a few vectors, which compiles sooner; any other
+            sees them by name.
         num_steps: Number of steps.
         batch_size: Rows in a minibatch. Batches come from a stream of shuffled epochs and may
             straddle two, so that every one has this size and an unbiased scale N / B.
