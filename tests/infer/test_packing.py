@@ -136,7 +136,7 @@ def test_constrained_parameters_and_their_derivatives_are_those_by_name(kind):
     model, guide = made()
     if kind == "triangular":  # a constraint that is no map of single numbers
         guide = bl.guides.Guide(model.prior, bl.guides.full())
-    values, constrain = initial_parameters(KEY, model, guide, model.base.params, tiny_rows(KEY, 1), 1)
+    values, constrain = initial_parameters(KEY, model, guide, model.base.weights, tiny_rows(KEY, 1), 1)
     layout = layout_of(values, constrain)
     assert isinstance(layout, Packed)
     assert len(layout.vectors) < len(jax.tree.leaves(values)) / 4

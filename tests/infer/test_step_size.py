@@ -37,7 +37,7 @@ def step_of(kind):
     adam = optax.adam(1e-2)
     loop, state = prepared_step(KEY, model, guide, ROWS, adam, scale_optimizer=adam)
     prior.count = guide.count = 0
-    return loop, (state, KEY, base.params, ROWS, jnp.arange(8)), prior, guide
+    return loop, (state, KEY, base.weights, ROWS, jnp.arange(8)), prior, guide
 
 
 @pytest.mark.parametrize("kind", SIZES)

@@ -168,8 +168,8 @@ def planned(exam: Examination) -> int:
     fit, few = exam.fit, exam.drawn.few
     families = len(fit.model.sites) if exam.request.families else 0
     fits = 1 + len(exam.others) if exam.others else 0
-    work = few * (len(fit.train) * (1 + families) + len(exam.data) + fits * min(PROBES, len(exam.data)))
     margins = exam.drawn.num_draws * min(PROBES, len(exam.data))
+    work = few * (len(fit.train) * (1 + families) + len(exam.data)) + fits * margins
     if exam.drawn.has_prior:
         work += margins
     if exam.drawn.has_prior and not exam.drawn.prior_refusal:

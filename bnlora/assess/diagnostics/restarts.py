@@ -32,7 +32,7 @@ from bnlora._util.finding import Finding
 from bnlora.assess.diagnostics.bound import WINDOWS, bound
 from bnlora.assess.diagnostics.examination import Diagnostic
 from bnlora.assess.diagnostics.overlap import probe_values
-from bnlora.assess.diagnostics.sample import Sample, first_draws, sample_of
+from bnlora.assess.diagnostics.sample import Sample, sample_of
 from bnlora.assess.diagnostics.updates import singular_values
 from bnlora.data.batch import Batch
 from bnlora.infer.svi.result import Fit
@@ -133,7 +133,7 @@ def restarts(fits: Sequence[Fit | Sample], data: Batch) -> Restarts:
 
 def _values(drawn: Sample, data: Batch) -> tuple[tuple[str, ...], np.ndarray]:
     """Names and draws of margins, norms and singular values."""
-    adapters = first_draws(drawn.drawn[1], drawn.few)
+    _, adapters = drawn.drawn
     names, values = probe_values(drawn, adapters, data)
     columns = [values]
     for family, site in drawn.fit.model.sites.items():
