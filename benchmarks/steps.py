@@ -1,73 +1,56 @@
-"""The compiled step of a fit by itself. No other benchmark uses the inside of `bnlora.fit`."""
+"""The compiled step of a fit by itself, for the benchmarks that time or compile it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import bnlora as bl
 from bnlora._util.compilation import SMALL, options
-from bnlora.infer.svi.fit import State, _Loop, _prepare, _program
+from bnlora.infer.svi.step import State, Step
 
 LEVELS = {"default": None, "least": options(), "none": options(SMALL)}
 """Compiler options by level of optimisation; a fit chooses between the last two."""
 
 
 @dataclass
-class Step:
+class Started:
     """A step of a fit, and the state that it starts from.
 
     Attributes:
-        loop: The library's own loop.
+        step: The step.
         state: What the first step gets.
         batch_size: Rows of a step.
     """
 
-    loop: _Loop
+    step: Step
     state: State
     batch_size: int
 
     def run(self, state: State, key: jax.Array, indices: np.ndarray) -> State:
         """One step on some rows, recorded."""
-        return self.loop.run(state, key, indices)
+        return self.step.run(state, key, indices)
 
     @property
     def bound(self) -> float:
         """The bound of the last step that was run, in nats over all rows."""
-        return self.loop.steps[-1]["elbo"]
+        return float(self.step.bound[-1])
 
     @property
     def inputs(self) -> tuple[Any, ...]:
         """Arguments of a compiled step."""
-        loop, indices = self.loop, jnp.arange(self.batch_size)
-        return self.state, jax.random.key(0), loop.model.base.weights, loop.train, indices
+        step, indices = self.step, jnp.arange(self.batch_size)
+        return self.state, jax.random.key(0), step.model.base.weights, step.train, indices
 
     def lower(self, level: str | None = None) -> jax.stages.Lowered:
         """The step, traced anew and lowered, to be compiled at a level of `LEVELS` or as in a long fit."""
         if level is None:
-            return self.loop.step(self.batch_size).lower(*self.inputs)
-        return jax.jit(self.loop._traced_step, compiler_options=LEVELS[level]).lower(*self.inputs)
+            return self.step.compiled(self.batch_size).lower(*self.inputs)
+        return jax.jit(self.step.traced, compiler_options=LEVELS[level]).lower(*self.inputs)
 
 
-def svi_step(
-    key: jax.Array,
-    model: bl.Classifier,
-    guide: Callable,
-    rows: bl.Batch,
-    optimizer: optax.GradientTransformation,
-    *,
-    batch_size: int,
-    num_particles: int = 1,
-    accumulate: int = 1,
-    **running: Any,
-) -> Step:
-    """The step of `bl.fit` with these arguments; scales have the optimiser of all else."""
-    program = _program(model, accumulate, **running)
-    loop, state = _prepare(
-        key, program, guide, rows, optimizer, scale_optimizer=optimizer, num_particles=num_particles
-    )
-    return Step(loop, state, batch_size)
+def svi_step(*arguments: Any, batch_size: int, **options: Any) -> Started:
+    """`bl.svi_step`, with what it starts from."""
+    return Started(*bl.svi_step(*arguments, batch_size=batch_size, **options), batch_size)

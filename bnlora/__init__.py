@@ -95,6 +95,7 @@ if _TYPE_CHECKING:  # what type checkers and editors see of the names in `_LATER
     from bnlora.infer.svi.checkpoint import load_fit as load_fit
     from bnlora.infer.svi.checkpoint import save_fit as save_fit
     from bnlora.infer.svi.fit import fit as fit
+    from bnlora.infer.svi.step import svi_step as svi_step
     from bnlora.program.tangent.frames import frames as frames
     from bnlora.program.tangent.model import Tangent as Tangent
 
@@ -112,6 +113,7 @@ _LATER = {
     "sample_mclmc sample_nuts sample_smc",
     "bnlora.infer.svi.checkpoint": "load_fit save_fit",
     "bnlora.infer.svi.fit": "fit",
+    "bnlora.infer.svi.step": "svi_step",
     "bnlora.program.tangent.frames": "frames",
     "bnlora.program.tangent.model": "Tangent",
 }

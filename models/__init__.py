@@ -1,4 +1,4 @@
-"""Language models as Flax NNX modules: frozen weights inside, low-rank adapters handed in with each call.
+"""Language models as Flax NNX modules, with frozen weights; each call takes low-rank adapters as arguments.
 
-Nothing here knows about probability.
+This package is independent of probability and priors.
 """

@@ -1,11 +1,11 @@
-"""How a frozen model runs: the same function of weights and adapters, at another cost in time and memory.
+"""How a frozen model runs: options that change time and memory, but not the function of weights and adapters.
 
-    implementation  y = x W + (x A^T) B^T by one of several implementations
+    implementation  the implementation of y = x W + (x A^T) B^T
     activations     the residual stream, products and attention in float32, or rounded to bfloat16 (eps 2^-7)
-    remat           what the backward pass computes once more rather than finding it in memory
+    remat           what the backward pass recomputes instead of storing it
 
-With bfloat16 the weights of a layer are rounded when it runs, never the whole stack, and statistics (means of
-squares, softmax, rotary angles), the final norm and the logits stay in float32.
+With bfloat16 the weights of a layer are rounded when the layer runs, never the whole stack. Statistics (means
+of squares, softmax, rotary angles), the final norm and the logits stay in float32.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,20 +29,21 @@ _PRODUCT = "product"
 
 @dataclass(frozen=True)
 class Execution:
-    """How the frozen model runs, which is no part of what it computes.
+    """How the frozen model runs.
 
     Attributes:
         implementation: Implementation of the adapted product, one of `bnlora.kernels.api.IMPLEMENTATIONS`;
-            None leaves the choice to `lora_matmul`.
-        activations: Type of the residual stream, of the products and of attention. "bfloat16" rounds, and the
-            backward pass keeps half as much, or, as statistics keep their type, two thirds with remat "none".
-        remat: What the backward pass runs again. "none": nothing but taking a layer's weights out of the
-            stack. "elementwise": norms, softmax, silu and the like, which cost less than fresh memory does;
-            products are kept. "attention": also attention; the outputs of a layer's seven dense products
-            are kept. "layers": every layer; only what enters each of them is kept.
+            with None, `lora_matmul` chooses.
+        activations: Type of the residual stream, of the products and of attention. "bfloat16" rounds; the
+            backward pass then stores half as much. With remat "none" it stores two thirds, because statistics
+            stay in float32.
+        remat: What the backward pass recomputes. "none": only the indexing of a layer's weights.
+            "elementwise": norms, softmax, silu and similar operations, which are cheaper than new memory;
+            products are stored. "attention": also attention; only the outputs of a layer's seven dense
+            products are stored. "layers": every layer; only the inputs of the layers are stored.
 
     Raises:
-        ValueError: If a choice is unknown; the nearest is named.
+        ValueError: If a choice is unknown; the message has the nearest one.
     """
 
     implementation: str | None = None
@@ -50,7 +51,7 @@ class Execution:
     remat: Remat = "elementwise"
 
     def __post_init__(self) -> None:
-        """Refuse unknown choices."""
+        """Raise `ValueError` for unknown choices."""
         if self.implementation is not None:
             check_option("implementation", self.implementation, api.IMPLEMENTATIONS)
         check_option("activations", self.activations, get_args(Activations))
@@ -63,30 +64,30 @@ class Execution:
 
 
 DEFAULT = Execution()
-"""How a base runs that was not told otherwise."""
+"""The default options of a base."""
 
 
 def keep_product(product: Array) -> Array:
-    """Mark the output of a dense product as what `remat="attention"` keeps."""
+    """Mark the output of a dense product, so that `remat="attention"` stores it."""
     return checkpoint_name(product, _PRODUCT)
 
 
 def rerun(function: Callable[..., Array], remat: Remat) -> Callable[..., Array]:
-    """Let the backward pass run a part of one layer again.
+    """Let the backward pass recompute a part of one layer.
 
     Args:
-        function: One layer, taking its weights out of the stack.
-        remat: What to run again, as in `Execution`.
+        function: One layer, including the indexing of its weights.
+        remat: What to recompute, as in `Execution`.
 
     Returns:
-        The same function, with the residuals that this choice keeps.
+        The same function, with the residuals that this choice stores.
     """
-    # Where memory is short the second run must be one: outside a loop of several layers, the compiler would
-    # see that it equals the first and keep that instead. Sharing what is cheap costs nothing.
+    # To save memory the recomputation must happen: outside of a loop over layers, the compiler would merge it
+    # with the forward pass (CSE) and store the result. For cheap operations this does not matter.
     return jax.checkpoint(function, policy=_POLICIES[remat], prevent_cse=remat in ("attention", "layers"))
 
 
-# Weights of a layer are neither kept as a copy nor as one in another type: what was converted is found again.
+# Do not store a copy of a layer's weights, nor a converted copy: index and convert them again.
 _CHEAP = frozenset({"dynamic_slice", "squeeze", "convert_element_type"})
 
 
@@ -98,7 +99,7 @@ def _keep_contractions(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name == "dot_general"
 
 
-# A dense product is kept by its mark, whatever implementation made it.
+# Dense products are stored by their mark, which works for every implementation.
 _KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
 _POLICIES: Mapping[Remat, Callable[..., Any]] = MappingProxyType(
     {

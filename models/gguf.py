@@ -1,8 +1,8 @@
 """Reading GGUF files of the Llama family into Hugging Face terms.
 
-GGUF differs in three ways that are undone here. Weights are quantised. The rows of the query and key
-projections are ordered for rotation of neighbouring pairs (0, 1), (2, 3), ... within a head, where Hugging
-Face rotates (0, d/2), (1, d/2 + 1), ... And vocabulary, merges and chat template sit in the metadata.
+GGUF differs in three ways, which this module reverses. Weights are quantised. The rows of the query and key
+projections are ordered for rotation of neighbouring pairs (0, 1), (2, 3), ... within a head, whereas Hugging
+Face rotates (0, d/2), (1, d/2 + 1), ... Vocabulary, merges and chat template are in the metadata.
 """
 
 import re
@@ -15,7 +15,7 @@ import numpy as np
 from bnlora._util.checks import brief, check_indices, check_size
 from bnlora.models.tensors import Stored
 
-if TYPE_CHECKING:  # imported where it is used: it takes longer than the rest of the library
+if TYPE_CHECKING:  # otherwise imported at first use: it takes longer than the rest of the library
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -43,24 +43,24 @@ _CONFIG = {
     "max_position_embeddings": "context_length",
 }
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-# What is read of the metadata of a tokenizer, by type.
+# The metadata of a tokenizer that is used, by type.
 _LISTS: dict[str, type] = {"tokens": str, "merges": str, "token_type": int}
 _SINGLE: dict[str, type] = {"model": str, "pre": str, "add_space_prefix": bool, "add_bos_token": bool}
 _SINGLE |= {"chat_template": str} | {f"{role}_token_id": int for role in _ROLES.values()}
-# Names of the rules that cut text before the merges apply, and whether they cut off every single digit.
+# Names of the rules that split text before the merges apply, and whether they split off every digit.
 _CUTS = {"gpt-2": False, "smollm": True, "starcoder": True, "refact": True, "command-r": True}
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
 def read_gguf(path: Path) -> "tuple[dict[str, Any], dict[str, Stored], PreTrainedTokenizerFast]":
-    """Read a GGUF file of the Llama family, or all files of one that was split.
+    """Read a GGUF file of the Llama family, or all parts of a split one.
 
     Args:
         path: The file, or any part of a split one.
 
     Returns:
-        The configuration, where each tensor is (float32 when it is read), and the tokenizer; keys and names
-        are those of Hugging Face.
+        The configuration, the headers of the tensors (read as float32), and the tokenizer, with the keys and
+        names of Hugging Face.
 
     Raises:
         FileNotFoundError: If a part of a split file is missing.
@@ -83,7 +83,7 @@ def read_gguf(path: Path) -> "tuple[dict[str, Any], dict[str, Stored], PreTraine
 
 
 def _check_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Raise a ValueError unless the metadata has all keys that are needed, with values of the right types."""
+    """Raise `ValueError` unless the metadata has all required keys, with values of the right types."""
     needed = [*(f"llama.{key}" for key in _CONFIG.values()), "tokenizer.ggml.tokens", "tokenizer.ggml.merges"]
     absent = [key for key in needed if key not in metadata]
     if absent:
@@ -117,7 +117,7 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
     return {ours: metadata[f"llama.{theirs}"] for ours, theirs in _CONFIG.items()} | {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
-        # As elsewhere the embedding may have more rows than there are tokens, to fill a round number.
+        # The embedding can have more rows than there are tokens, to reach a round number.
         "vocab_size": int(embedding.shape[-1]) if embedding is not None and len(embedding.shape) else tokens,
         "head_dim": metadata.get("llama.rope.dimension_count"),
         "rope_theta": metadata.get("llama.rope.freq_base", 10000.0),
@@ -129,7 +129,7 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
 def _stored(path: Path, tensor: Any, config: Mapping[str, Any]) -> tuple[str, Stored]:
     block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", tensor.name)
     outer = re.fullmatch(r"(\w+)\.(weight|bias)", tensor.name)
-    name = tensor.name  # one that is not known keeps its name and is reported as unexpected
+    name = tensor.name  # an unknown tensor keeps its name and is reported as unexpected
     if block and block[2] in _TENSORS:
         name = f"model.layers.{block[1]}.{_TENSORS[block[2]]}.{block[3]}"
     elif outer and outer[1] in _TENSORS:
@@ -144,20 +144,21 @@ def _stored(path: Path, tensor: Any, config: Mapping[str, Any]) -> tuple[str, St
         except NotImplementedError as error:
             raise ValueError(
                 f"the tensor {tensor.name!r} of {str(path)!r} has the quantisation "
-                f"{tensor.tensor_type.name}, which cannot be read; use for instance Q8_0, Q4_1 or F16"
+                f"{tensor.tensor_type.name}, which is not supported; use for instance Q8_0, Q4_1 or F16"
             ) from error
         return values if heads is None else _unpermute(values, config[heads])
 
-    # Blocks of quantised numbers are read as floats, plain integers are not.
+    # Quantised blocks are read as floats; plain integers are not supported.
     kind = tensor.tensor_type.name
     kind = kind if re.fullmatch(r"I\d+", kind) else "float32"
     return name, Stored(tuple(map(int, tensor.shape[::-1])), kind, read)
 
 
 def _unpermute(weights: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder rows from neighbouring pairs to pairs half a head apart; (out, in) to (out, in)."""
+    """Reorder rows from neighbouring pairs to pairs half a head apart; shape (out, in)."""
     if weights.shape[0] % (2 * heads):
-        return weights  # the shape does not fit the configuration, which is reported with all other tensors
+        return weights  # the shape does not fit the configuration; `check_tensors` reports it
+    # (head, pair, 2, in) to (head, 2, pair, in).
     return weights.reshape(heads, -1, 2, weights.shape[-1]).swapaxes(1, 2).reshape(weights.shape)
 
 
@@ -198,7 +199,7 @@ def _tokenizer(path: Path, metadata: Mapping[str, Any]) -> "PreTrainedTokenizerF
 
 
 def _merging(path: Path, tokens: list[str], merges: list[str]) -> "Tokenizer":
-    """Tokens and the pairs of them that are merged, as a tokenizer."""
+    """A tokenizer from tokens and merges, the pairs of tokens that are joined."""
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
 

@@ -1,7 +1,7 @@
-"""GGUF files as they are stored: every declared size is checked against the file, and parts are joined.
+"""GGUF files: every declared size is compared with the length of the file, and parts are joined.
 
-The `gguf` library takes the sizes that a file declares as they are. Here none is taken that the file is too
-short for, so that a broken file is refused before it costs memory or time.
+The `gguf` library trusts the sizes that a file declares. This module rejects sizes that exceed the file, so a
+broken file raises an error before it costs memory or time.
 """
 
 import re
@@ -15,27 +15,27 @@ from gguf import GGUFReader, GGUFValueType
 from bnlora._util.checks import brief, check_size, listed
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-# A list of the metadata is read value by value. The largest vocabularies have some 300,000 tokens.
+# Longest list in the metadata, which is read value by value. Large vocabularies have some 300,000 tokens.
 _LONGEST_LIST = 2**22
 
 
 class CheckedReader(GGUFReader):
-    """The library's reader, which refuses sizes beyond the end of the file."""
+    """The reader of the `gguf` library, with errors for sizes beyond the end of the file."""
 
     def _get(self, offset: int, dtype: Any, count: Any = 1, *args: Any, **kwargs: Any) -> Any:
-        """Read numbers, all of which must lie within the file."""
+        """Read numbers; all must lie within the file."""
         self._require(int(offset), int(count), np.dtype(dtype).itemsize)
         return super()._get(offset, dtype, count, *args, **kwargs)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-        """Read a value of the metadata; a list must lie within the file as a whole."""
+        """Read a value of the metadata; the whole of a list must lie within the file."""
         if raw_type == GGUFValueType.ARRAY:
             kind = GGUFValueType(self._get(orig_offs, np.uint32)[0])
             length = int(self._get(orig_offs + 4, np.uint64)[0])
             if kind == GGUFValueType.ARRAY or length > _LONGEST_LIST:
                 what = "lists" if kind == GGUFValueType.ARRAY else f"{length:,} values"
                 raise ValueError(f"a list of {what} in the metadata")
-            # A string is a length of eight bytes and its letters.
+            # A string has at least eight bytes, for its length.
             number = self.gguf_scalar_to_np.get(kind)
             self._require(orig_offs + 12, length, 8 if number is None else np.dtype(number).itemsize)
         return super()._get_field_parts(orig_offs, raw_type)
@@ -54,7 +54,7 @@ def read_parts(path: Path) -> tuple[dict[str, Any], list[Any]]:
         path: The file, or any part of a model that was split with `llama-gguf-split`.
 
     Returns:
-        The metadata (of the first part, which has all of it), and the tensors of all parts.
+        The metadata (from the first part, which has all of it), and the tensors of all parts.
 
     Raises:
         FileNotFoundError: If a part is missing.
@@ -71,7 +71,8 @@ def read_parts(path: Path) -> tuple[dict[str, Any], list[Any]]:
         metadata = own if number == 0 else metadata
         if (own.get("split.no"), own.get("split.count")) != (number, count):
             raise ValueError(
-                f"{str(part)!r} must be part {number + 1} of {count} by its name; it says {_place(own)}"
+                f"{str(part)!r} must be part {number + 1} of {count} by its name; its metadata "
+                f"has {_place(own)}"
             )
         readers.append(reader)
     tensors = [tensor for reader in readers for tensor in reader.tensors]
@@ -79,8 +80,8 @@ def read_parts(path: Path) -> tuple[dict[str, Any], list[Any]]:
     stated = metadata.get("split.tensors.count", len(tensors))
     if stated != len(tensors) or len(names) < len(tensors):
         raise ValueError(
-            f"the {count} parts of {str(path)!r} must have {brief(stated)} tensors of different names; got "
-            f"{len(tensors):,} of {len(names):,} names"
+            f"the {count} parts of {str(path)!r} must have {brief(stated)} tensors with different names; got "
+            f"{len(tensors):,} tensors with {len(names):,} names"
         )
     return metadata, tensors
 
@@ -89,7 +90,7 @@ def _open(path: Path) -> tuple[CheckedReader, dict[str, Any]]:
     try:
         reader = CheckedReader(path)
         return reader, {name: entry.contents() for name, entry in reader.fields.items()}
-    except Exception as error:  # the reader raises whatever unreadable bytes lead to
+    except Exception as error:  # unreadable bytes can raise any exception in the reader
         raise ValueError(
             f"{str(path)!r} is corrupt or truncated, copy or download it again "
             f"({type(error).__name__}: {str(error)[:200]})"
@@ -97,13 +98,13 @@ def _open(path: Path) -> tuple[CheckedReader, dict[str, Any]]:
 
 
 def _parts(path: Path, metadata: dict[str, Any]) -> Sequence[Path]:
-    """The files of all parts, in their order."""
+    """The files of all parts, in order."""
     count, place = metadata["split.count"], _place(metadata)
     named = _PART.fullmatch(path.name)
     if named is None or int(named[3]) != count:
         raise ValueError(
-            f"{str(path)!r} is {place} of a model, whose parts must be called "
-            f"NAME-00001-of-{count:05}.gguf and so on, as they were made; got another name"
+            f"{str(path)!r} is {place} of a model; its parts must keep their names, "
+            f"NAME-00001-of-{count:05}.gguf and so on; got another name"
         )
     parts = [path.with_name(f"{named[1]}-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
     absent = [part.name for part in parts if not part.is_file()]
@@ -113,7 +114,7 @@ def _parts(path: Path, metadata: dict[str, Any]) -> Sequence[Path]:
 
 
 def _place(metadata: dict[str, Any]) -> str:
-    """Which part of how many a file says it is."""
+    """Number of the part, and number of parts, according to the metadata of a file."""
     number = metadata.get("split.no")
     which = f"part {number + 1}" if isinstance(number, int) else "a part"
     return f"{which} of {brief(metadata.get('split.count'))}"

@@ -2,11 +2,11 @@
 
     RMSNorm      n(x) = g * x / sqrt(mean(x^2) + eps)
     rotary       pairs (x_i, x_{i + d/2}) are rotated by the angle position * theta^(-2 i / d)
-    dense        y = x W (+ (x A^T) B^T when the layer is adapted)
+    dense        y = x W (+ (x A^T) B^T if the layer is adapted)
     attention    softmax(q k^T / sqrt(d) + mask) v, with several query heads sharing one key/value head
 
-Statistics (means of squares, softmax) are computed in float32 whatever the inputs are; weights and adapters
-are rounded to the type of the activations that they meet.
+Statistics (means of squares, softmax) are computed in float32 for every type of input. Weights and adapters
+are rounded to the type of the activations.
 """
 
 import difflib
@@ -29,8 +29,8 @@ from bnlora.models.execution import Execution, keep_product, rerun
 class Llama3Scaling:
     """Frequency-dependent stretching of rotary angles (Llama 3.1 and later).
 
-    Wavelengths above `original_length / low_frequency_factor` are stretched by `factor`, those below
-    `original_length / high_frequency_factor` are kept, and the ones between are interpolated.
+    Wavelengths above `original_length / low_frequency_factor` are stretched by `factor`. Wavelengths below
+    `original_length / high_frequency_factor` are unchanged. Those in between are interpolated.
     """
 
     factor: float
@@ -39,7 +39,7 @@ class Llama3Scaling:
     original_length: int
 
     def __post_init__(self) -> None:
-        """Raise a ValueError on numbers that give no finite angles."""
+        """Raise `ValueError` for numbers that do not give finite angles."""
         check_positive(vars(self))
         if not self.low_frequency_factor < self.high_frequency_factor:
             raise ValueError(
@@ -49,10 +49,10 @@ class Llama3Scaling:
 
 
 def rotary_settings(config: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
-    """Read the rotary base and scaling from a Hugging Face configuration, in its old or its new spelling.
+    """Read the rotary base and scaling from a Hugging Face configuration with old or new keys.
 
     Args:
-        config: Parsed config.json, with `rope_theta` and `rope_scaling`, or with `rope_parameters`.
+        config: Parsed config.json with `rope_theta` and `rope_scaling` (old) or with `rope_parameters` (new).
 
     Returns:
         The base theta, and the Llama 3 scaling or None.
@@ -85,7 +85,7 @@ def rotary_settings(config: Mapping[str, Any]) -> tuple[float, Llama3Scaling | N
 
 def rms_norm(x: Float[Array, "*batch d"], gain: Float[Array, " d"], eps: float) -> Float[Array, "*batch d"]:
     """Divide by the root mean square over the last axis and multiply by a gain."""
-    x32 = x.astype(jnp.float32)
+    x32 = x.astype(jnp.float32)  # bfloat16 would lose precision in the mean of squares
     normal = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (gain.reshape((1,) * (x.ndim - 1) + (-1,)) * normal).astype(x.dtype)
 
@@ -98,7 +98,7 @@ def rotary_frequencies(
     frequencies = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
     if scaling is None:
         return frequencies
-    # The number of full turns within the original context decides how much a pair is stretched.
+    # Turns of a pair within the original context: few turns are stretched (keep 0), many are kept (keep 1).
     turns = scaling.original_length * frequencies / (2 * np.pi)
     span = scaling.high_frequency_factor - scaling.low_frequency_factor
     keep = np.clip((turns - scaling.low_frequency_factor) / span, 0.0, 1.0)
@@ -116,7 +116,7 @@ def rotary_tables(
 def rotate(
     x: Float[Array, "b t heads dim"], cosine: Float[Array, "b t 1 half"], sine: Float[Array, "b t 1 half"]
 ) -> Float[Array, "b t heads dim"]:
-    """Apply rotary position embedding; pair i is made of the components i and i + dim / 2."""
+    """Apply rotary position embedding; pair i has the components i and i + dim / 2."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
     return turned.astype(x.dtype)
@@ -129,14 +129,14 @@ def dense(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "*batch d_out"]:
-    """Multiply by a frozen kernel, plus the low-rank update when there is an adapter.
+    """Multiply by a frozen kernel, and add the low-rank update if there is an adapter.
 
     Args:
         x: Inputs, (..., d_in).
         kernel: Frozen weights, (d_in, d_out); rounded to the type of `x`.
-        adapter: None, or {"a": (rank, d_in), "b": (d_out, rank)} with every scale already inside; rounded to
-            the type of `x`.
-        implementation: Which implementation of the adapted product, None for the default.
+        adapter: None, or {"a": (rank, d_in), "b": (d_out, rank)} including all scales; rounded to the type of
+            `x`.
+        implementation: Implementation of the adapted product; None for the default.
 
     Returns:
         Outputs, (..., d_out), of the type of `x`.
@@ -149,13 +149,13 @@ def dense(
 
 
 def causal_mask(mask: Bool[Array, "b t"]) -> Bool[Array, "b t t"]:
-    """Which keys (last axis) each query may see: real tokens up to its own position, never padding."""
+    """Whether each query may attend to each key (last axis): real tokens up to its own position."""
     length = mask.shape[1]
     return jnp.tril(jnp.ones((length, length), dtype=bool))[None, :, :] & mask[:, None, :]
 
 
 def take_positions(x: Array, at: Int[Array, "b n"] | None) -> Array:
-    """Each row of x, (b, t, ...), at its own positions, (b, n, ...); None takes all of them as they are."""
+    """Each row of x, (b, t, ...), at its own positions, (b, n, ...); None returns x unchanged."""
     return x if at is None else jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
@@ -171,23 +171,23 @@ def grouped_query_attention(
         query: Rotated queries.
         key: Rotated keys.
         value: Values.
-        allowed: Which keys each query may see, as `causal_mask` says it for queries at all positions.
+        allowed: Whether each query may attend to each key, as returned by `causal_mask`.
 
     Returns:
-        Attended values. A query that may see no key at all (padding on the left) gets zeros, never NaN.
+        Attended values. A query without any allowed key (padding on the left) gets zeros, not NaN.
     """
     batch, length, heads, dim = query.shape
     groups = query.reshape(batch, length, key.shape[2], heads // key.shape[2], dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", groups, key, preferred_element_type=jnp.float32) * dim**-0.5
     allowed = allowed[:, None, None, :, :]
-    # A finite floor instead of -inf keeps rows without any key finite; the second `where` empties them.
+    # A finite floor instead of -inf: a query without keys gets finite weights, then zeros.
     weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1)
     weights = jnp.where(allowed, weights, 0.0).astype(value.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(batch, length, heads, dim)
 
 
 class Layer(Protocol):
-    """One layer of a stack: keys and values at all positions, queries and all that follows them at `at`."""
+    """One layer of a stack: keys and values at all positions; queries and later steps only at `at`."""
 
     def __call__(
         self,
@@ -197,12 +197,12 @@ class Layer(Protocol):
         *,
         at: Int[Array, "b n"] | None = None,
     ) -> Array:
-        """Map what enters the layer, (b, t, d), to what leaves it: (b, n, d), or (b, t, d) for None."""
+        """Map the layer's input, (b, t, d), to its output: (b, n, d), or (b, t, d) if `at` is None."""
         ...
 
 
 def weights_of(index: Int[Array, ""], weights: Mapping[str, Array]) -> dict[str, Array]:
-    """One layer's weights out of the whole stack, for a scan: slicing the stack would copy it."""
+    """The weights of one layer, for a scan. Indexing avoids the copy that slicing the stack would make."""
     return {name: jax.lax.dynamic_index_in_dim(w, index, keepdims=False) for name, w in weights.items()}
 
 
@@ -217,26 +217,26 @@ def run_layers(
     at: Int[Array, "b n"] | None = None,
     execution: Execution,
 ) -> Float[Array, "b n d"]:
-    """Run the layers [start, stop) of a stack in one `jax.lax.scan`, the last one apart where `at` is given.
+    """Run the layers [start, stop) of a stack in one `jax.lax.scan`; with `at`, the last one separately.
 
     Args:
         layer: Maps (hidden, weights of one layer, adapters of one layer) to hidden.
-        hidden: What enters layer `start`; rounded to the type of the activations.
-        weights: Stacked over all layers of the model.
-        adapters: Stacked over the stop - start layers that run.
+        hidden: Input of layer `start`; rounded to the type of the activations.
+        weights: Weights stacked over all layers of the model.
+        adapters: Adapters stacked over the stop - start layers that run.
         start: First layer.
         stop: One past the last layer.
-        at: Positions of each row that are wanted; None means all.
-        execution: Type of the activations, and what the backward pass runs again.
+        at: Requested positions of each row; None means all.
+        execution: Type of the activations, and what the backward pass recomputes.
 
     Returns:
-        What leaves layer stop - 1 at these positions.
+        Output of layer stop - 1 at these positions.
     """
     hidden = hidden.astype(execution.dtype)
     if start == stop:
         return take_positions(hidden, at)
 
-    # The backward pass takes a layer's weights out once more rather than storing a copy of every layer.
+    # The backward pass indexes a layer's weights again instead of storing a copy for every layer.
     @partial(rerun, remat=execution.remat)
     def apply(hidden: Array, index: Array, adapter: Mapping[str, Any], at: Array | None = None) -> Array:
         return layer(hidden, weights_of(index, weights), adapter, at=at)
@@ -247,6 +247,7 @@ def run_layers(
     steps = (jnp.arange(start, stop), adapters)
     if at is None:
         return jax.lax.scan(step, hidden, steps)[0]
+    # With `at`, only the last layer can skip positions: the layers below need all of them as keys.
     below, top = jax.tree.map(lambda x: x[:-1], steps), jax.tree.map(lambda x: x[-1], steps)
     hidden = jax.lax.scan(step, hidden, below)[0] if stop - start > 1 else hidden
     return apply(hidden, *top, at)
@@ -255,15 +256,15 @@ def run_layers(
 def check_adapters(
     adapters: Mapping[str, Mapping[str, Array]], shapes: Mapping[str, tuple[int, int]], count: int
 ) -> None:
-    """Check that stacked adapters fit the modules they are named after.
+    """Check that stacked adapters fit their modules.
 
     Args:
         adapters: {module: {"a": (count, rank, d_in), "b": (count, d_out, rank)}}.
-        shapes: (d_in, d_out) of each module that may be adapted.
-        count: Number of layers the adapters are stacked over.
+        shapes: (d_in, d_out) of each adaptable module.
+        count: Number of stacked layers.
 
     Raises:
-        ValueError: If a module is unknown (the nearest name is given) or a shape does not fit.
+        ValueError: If a module is unknown (the message has the nearest name) or a shape does not fit.
     """
     for name, pair in adapters.items():
         if name not in shapes:

@@ -3,9 +3,9 @@
 One layer maps h to
     h <- h + o_proj(attention(rotate(q_proj n), rotate(k_proj n), v_proj n)),   n = rms_norm(h)
     h <- h + down_proj(silu(gate_proj n) * up_proj n),                          n = rms_norm(h)
-The weights of all layers are stacked on a leading axis and the layers run in one `jax.lax.scan`, so tracing
-and compiling cost the same at any depth. Adapters are an input of the call, not part of the module. Where few
-positions of the last layer are wanted, it computes keys and values alone at the others.
+The weights of all layers are stacked along a leading axis and the layers run in one `jax.lax.scan`, so the
+cost of tracing and compiling does not depend on depth. Adapters are an argument of the call, not part of the
+module. If only some positions of the last layer are requested, the others compute only keys and values.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ def _layer_modules(config: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 class Llama(nnx.Module):
-    """A Llama model over given weights; it never draws random ones."""
+    """A Llama model with existing weights; it does not initialise random ones."""
 
     def __init__(
         self,
@@ -70,22 +70,22 @@ class Llama(nnx.Module):
         lm_head: Float[Array, "vocab d"] | None,
         execution: Execution = DEFAULT,
     ) -> None:
-        """Wrap weights that exist already (arrays or `jax.ShapeDtypeStruct`s).
+        """Wrap existing weights (arrays or `jax.ShapeDtypeStruct`s).
 
         Args:
             config: Sizes and constants.
             embedding: One row per token, (vocab, d).
-            layer_weights: Stacked over layers: dense kernels (layer, d_in, d_out) under the names of
-                `modules`, gains "attention_norm" and "mlp_norm" (layer, d).
+            layer_weights: Weights stacked over layers: dense kernels (layer, d_in, d_out) under the names of
+                `modules`, and gains "attention_norm" and "mlp_norm" (layer, d).
             final_norm: Gain before the output layer, (d,).
-            lm_head: Output layer, one row per token, (vocab, d); None when it is tied to the embedding.
+            lm_head: Output layer, one row per token, (vocab, d); None if it is tied to the embedding.
             execution: How the model runs.
 
         Raises:
-            ValueError: If `lm_head` is given for a tied model or absent for an untied one.
+            ValueError: If a tied model has an `lm_head`, or an untied one has none.
         """
         if config.tied != (lm_head is None):
-            raise ValueError("lm_head must be None for a tied model and given for an untied one")
+            raise ValueError("lm_head must be None for a tied model, and an array for an untied one")
         self.config, self.execution = config, execution
         self.embedding = nnx.Param(embedding)
         self.layers = nnx.Dict({name: nnx.Param(value) for name, value in layer_weights.items()})
@@ -93,7 +93,7 @@ class Llama(nnx.Module):
         self.lm_head = None if lm_head is None else nnx.Param(lm_head)
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        """Look the tokens up in the embedding."""
+        """The embedding of the tokens, in the type of the activations."""
         return self.embedding[...][tokens].astype(self.execution.dtype)
 
     def blocks(
@@ -106,16 +106,16 @@ class Llama(nnx.Module):
         adapters: Mapping[str, Mapping[str, Array]] | None = None,
         at: Int[Array, "b n"] | None = None,
     ) -> Float[Array, "b n d"]:
-        """Run the layers [start, stop), the last one only as far as the wanted positions need it.
+        """Run the layers [start, stop); the last one only as far as the requested positions need it.
 
         Args:
             hidden: Residual stream that enters layer `start`; rounded to the type of the activations.
-            mask: True at real tokens. Positions count real tokens, so padding on either side changes nothing.
+            mask: True at real tokens. Positions count only real tokens, so padding does not affect results.
             start: First layer.
             stop: One past the last layer.
             adapters: {module: {"a": (n, rank, d_in), "b": (n, d_out, rank)}}, stacked over the
-                n = stop - start layers, with alpha / rank already folded into b.
-            at: Positions of each row that are wanted, as columns of `hidden`; None means all.
+                n = stop - start layers; b includes the factor alpha / rank.
+            at: Requested positions of each row, as columns of `hidden`; None means all.
 
         Returns:
             The residual stream after layer stop - 1 at these positions.
@@ -144,11 +144,11 @@ class Llama(nnx.Module):
         *,
         start: int,
     ) -> dict[str, Float[Array, "l b t d_in"]]:
-        """What enters some modules of the layers from `start` on, and the head, without adapters.
+        """Inputs of some modules, in the layers from `start` on and in the head, without adapters.
 
         Args:
             hidden: Residual stream that enters layer `start`.
-            mask: True at real tokens; what stands at the others is meaningless.
+            mask: True at real tokens; inputs at the other positions are meaningless.
             modules: Names of modules; "lm_head" has one layer.
             start: First layer.
 
@@ -159,18 +159,19 @@ class Llama(nnx.Module):
         weights = {name: weight[...] for name, weight in self.layers.items()}
 
         def step(hidden: Array, index: Array) -> tuple[Array, dict[str, Array]]:
-            met: dict[str, Array] = {}
-            hidden = layer(hidden, layers.weights_of(index, weights), {}, met=met)
-            return hidden, {name: met[name] for name in inner}
+            recorded: dict[str, Array] = {}
+            hidden = layer(hidden, layers.weights_of(index, weights), {}, recorded=recorded)
+            return hidden, {name: recorded[name] for name in inner}
 
         above = jnp.arange(start, self.config.num_layers)
-        hidden, found = jax.lax.scan(step, hidden.astype(self.execution.dtype), above)
+        hidden, inputs = jax.lax.scan(step, hidden.astype(self.execution.dtype), above)
         if "lm_head" in modules:
-            found["lm_head"] = self._normal(hidden)[None]
-        return found
+            inputs["lm_head"] = self._normal(hidden)[None]
+        return inputs
 
     def _layer(self, mask: Bool[Array, "b t"]) -> partial:
-        """One layer over rows of this mask."""
+        """The function of one layer for rows with this mask."""
+        # The number of real tokens before each one, so that padding on the left shifts nothing.
         positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
         config = self.config
         frequencies = layers.rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
@@ -190,17 +191,17 @@ class Llama(nnx.Module):
         rows: Int[Array | np.ndarray, " c"] | None = None,
         adapter: Mapping[str, Array] | None = None,
     ) -> Float[Array, "*batch c"]:
-        """Apply the final norm and the output layer, or only some of its rows, in float32.
+        """Apply the final norm and the output layer, or some rows of it, in float32.
 
         Args:
             hidden: Residual stream after the last layer, (..., d).
-            rows: Token ids to score, (c,), taken before the product; None scores the whole vocabulary.
+            rows: Token ids to score, (c,), selected before the product; None scores the whole vocabulary.
             adapter: {"a": (rank, d), "b": (c, rank)}; the rows of b correspond to `rows` (to the vocabulary
                 if `rows` is None).
 
         Returns:
-            Logits, (..., c), in float32 whatever the activations are: bfloat16 would round a logit near 20 to
-            one eighth.
+            Logits, (..., c), in float32 for every type of activations: bfloat16 would round a logit near 20
+            to a multiple of one eighth.
 
         Raises:
             ValueError: If the adapter does not fit, or a row does not exist.
@@ -227,15 +228,15 @@ class Llama(nnx.Module):
 
         Args:
             tokens: Token ids, (b, t).
-            mask: True at real tokens; None means all are.
+            mask: True at real tokens; None means that all tokens are real.
             adapters: {module: {"a": ..., "b": ...}} stacked over all layers; "lm_head" has a leading axis
                 of 1.
 
         Returns:
-            Logits, (b, t, vocab). Those at padding are finite and meaningless.
+            Logits, (b, t, vocab). Logits at padding are finite but meaningless.
 
         Raises:
-            ValueError: If an adapter does not fit, or the model has no row for a token.
+            ValueError: If an adapter does not fit, or the embedding has no row for a token.
         """
         mask = jnp.ones(tokens.shape, dtype=bool) if mask is None else mask
         check_tokens(tokens, mask, self.config.vocab_size)
@@ -258,9 +259,9 @@ def build(checkpoint: Checkpoint) -> Llama:
         The model, with float32 weights.
 
     Raises:
-        ValueError: If the configuration is not supported, tensors are missing, unexpected, of another shape
-            than the configuration implies or not of floats (a few of each are named, before any is read), or
-            numbers are NaN or infinite.
+        ValueError: If the configuration is not supported; if tensors are missing, unexpected, not floats or
+            of another shape than the configuration implies (a few of each are named, before any is read); or
+            if numbers are NaN or infinite.
     """
     config, tensors = LlamaConfig.from_huggingface(checkpoint.config), checkpoint.tensors
     vocab = (config.vocab_size, config.d_model)
@@ -269,7 +270,7 @@ def build(checkpoint: Checkpoint) -> Llama:
         for shape, path in zip(_layer_modules(config).values(), _DENSE.values(), strict=True)
     }
     outer = {"model.embed_tokens.weight": vocab, "model.norm.weight": vocab[1:]}
-    # Some files store the tied output layer a second time; it is read so that a different one is noticed.
+    # Some files store the tied output layer again. Read it, to detect one that differs from the embedding.
     stored = "lm_head.weight" in tensors or not config.tied
     check_tensors(tensors, config.num_layers, shapes, outer | ({"lm_head.weight": vocab} if stored else {}))
     paths = _DENSE | _NORMS
@@ -299,11 +300,13 @@ def _layer(
     allowed: Array,
     tables: tuple[Array, Array],
     at: Array | None = None,
-    met: dict[str, Array] | None = None,
+    recorded: dict[str, Array] | None = None,
 ) -> Array:
+    """One layer; `recorded`, if any, receives the input of every dense module."""
+
     def dense(name: str, x: Array) -> Array:
-        if met is not None:
-            met[name] = x
+        if recorded is not None:
+            recorded[name] = x
         return layers.dense(x, weights[name], adapters.get(name), implementation=implementation)
 
     def heads(name: str, x: Array) -> Array:
@@ -311,7 +314,7 @@ def _layer(
 
     normal = layers.rms_norm(hidden, weights["attention_norm"], config.rms_eps)
     key, value = layers.rotate(heads("k_proj", normal), *tables), heads("v_proj", normal)
-    # Keys and values are needed everywhere; from here on everything belongs to the queries.
+    # Keys and values are needed at all positions. All later steps are needed only at the queries' positions.
     hidden, normal, allowed, *turns = (
         layers.take_positions(x, at) for x in (hidden, normal, allowed, *tables)
     )

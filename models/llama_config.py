@@ -1,6 +1,7 @@
-"""Sizes and constants of the Llama family, read off a Hugging Face configuration.
+"""Sizes and constants of the Llama family, from a Hugging Face configuration.
 
-A layer has num_heads query heads of width head_dim; num_heads / num_kv_heads of them share a key and a value.
+A layer has num_heads query heads of width head_dim. Groups of num_heads / num_kv_heads query heads share a
+key and a value head.
 """
 
 from collections.abc import Mapping
@@ -47,7 +48,7 @@ class LlamaConfig:
     rope_scaling: layers.Llama3Scaling | None = None
 
     def __post_init__(self) -> None:
-        """Raise a ValueError on impossible numbers, and on heads that cannot be grouped or rotated."""
+        """Raise `ValueError` for impossible numbers, and for heads that cannot be grouped or rotated."""
         sizes = ("vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         check_size({name: getattr(self, name) for name in (*sizes, "max_length")})
         check_positive({"rope_theta": self.rope_theta, "rms_eps": self.rms_eps})
@@ -63,42 +64,42 @@ class LlamaConfig:
         """Read the keys of a Hugging Face config.json.
 
         Args:
-            config: The parsed config.json; absent optional keys take transformers' defaults.
+            config: The parsed config.json; absent optional keys get the defaults of transformers.
 
         Returns:
             The configuration.
 
         Raises:
-            ValueError: If required keys are missing (all are named), a value is of another type or
-                impossible, or the model needs something unsupported (biases, another activation, another kind
-                of rotary scaling, quantised weights).
+            ValueError: If required keys are missing (all are named), a value has the wrong type or is
+                impossible, or the model needs an unsupported feature (biases, another activation, another
+                kind of rotary scaling, quantised weights).
         """
-        given = {key: value for key, value in config.items() if value is not None}
-        missing = [key for key in _REQUIRED if key not in given]
+        known = {key: value for key, value in config.items() if value is not None}
+        missing = [key for key in _REQUIRED if key not in known]
         if missing:
             raise ValueError(f"the model configuration lacks the keys {missing}")
-        _check_supported(given)
-        check_size({f"{key} in the model configuration": given[key] for key in _SIZES if key in given})
-        eps, tied = given.get("rms_norm_eps", 1e-6), given.get("tie_word_embeddings", False)
+        _check_supported(known)
+        check_size({f"{key} in the model configuration": known[key] for key in _SIZES if key in known})
+        eps, tied = known.get("rms_norm_eps", 1e-6), known.get("tie_word_embeddings", False)
         check_positive({"rms_norm_eps in the model configuration": eps})
         if not isinstance(tied, bool):
             raise ValueError(
                 f"tie_word_embeddings in the model configuration must be true or false; got {brief(tied)}"
             )
-        heads = given["num_attention_heads"]
-        rope_theta, rope_scaling = layers.rotary_settings(given)
+        heads = known["num_attention_heads"]
+        rope_theta, rope_scaling = layers.rotary_settings(known)
         return cls(
-            vocab_size=given["vocab_size"],
-            d_model=given["hidden_size"],
-            d_ff=given["intermediate_size"],
-            num_layers=given["num_hidden_layers"],
+            vocab_size=known["vocab_size"],
+            d_model=known["hidden_size"],
+            d_ff=known["intermediate_size"],
+            num_layers=known["num_hidden_layers"],
             num_heads=heads,
-            num_kv_heads=given.get("num_key_value_heads", heads),
-            head_dim=given.get("head_dim", given["hidden_size"] // heads),
+            num_kv_heads=known.get("num_key_value_heads", heads),
+            head_dim=known.get("head_dim", known["hidden_size"] // heads),
             rope_theta=rope_theta,
             rms_eps=float(eps),
             tied=tied,
-            max_length=given.get("max_position_embeddings", 2048),
+            max_length=known.get("max_position_embeddings", 2048),
             rope_scaling=rope_scaling,
         )
 
@@ -113,8 +114,8 @@ def _check_supported(config: Mapping[str, Any]) -> None:
         raise ValueError(f"Llama models with biases are not supported; the configuration sets {biased}")
     quantised = [key for key in ("quantization_config", "compression_config") if config.get(key)]
     if quantised:
-        # Its tensors are numbers of another meaning, even where they are stored as floats.
+        # The numbers of quantised tensors have another meaning, even if they are stored as floats.
         raise ValueError(
             f"quantised weights are not supported here, and the configuration has {quantised[0]!r}; use the "
-            "model that was quantised, or a GGUF file"
+            "original model, or a GGUF file"
         )

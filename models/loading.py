@@ -1,8 +1,8 @@
 """Reading pretrained checkpoints: configuration, float32 tensors and tokenizer, from three kinds of source.
 
-A `.gguf` file, a local Hugging Face folder (config.json with one or several safetensors files), or the name
-of a repository on the Hugging Face hub. Whatever the source, configuration keys and tensor names are those
-of Hugging Face and matrices are (out, in). Tensors are read from disk when they are asked for.
+The source is a `.gguf` file, a local Hugging Face folder (config.json with one or several safetensors files),
+or the name of a repository on the Hugging Face hub. For every source, configuration keys and tensor names are
+those of Hugging Face, and matrices are (out, in). Tensors are read from disk when they are accessed.
 """
 
 import difflib
@@ -25,12 +25,12 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 _HUB_EXCLUDED = ("*/*", "consolidated*")
 INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = (".json", ".txt", ".model", ".jinja")
-_LARGEST_TOKENIZER = 2**27  # bytes; that of 260,000 tokens has some thirty million
+_LARGEST_TOKENIZER = 2**27  # bytes; a tokenizer of 260,000 tokens has some thirty million
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A pretrained model as it is stored.
+    """A pretrained model as stored on disk.
 
     Attributes:
         config: The keys of a Hugging Face config.json.
@@ -49,16 +49,17 @@ def read_checkpoint(
     """Read a checkpoint from a `.gguf` file, a Hugging Face folder, or the hub.
 
     Args:
-        source: Path of a file or folder, or the name of a hub repository ("owner/name"). Of a GGUF model
-            that was split, any part.
-        accept: Called with the configuration before any weights are downloaded or read; it raises to refuse.
+        source: Path of a file or folder, or the name of a hub repository ("owner/name"). For a split GGUF
+            model, any part.
+        accept: Called with the configuration before any weights are downloaded or read. It can raise an error
+            to reject the model.
 
     Returns:
         Configuration, tensors and tokenizer.
 
     Raises:
         FileNotFoundError: If there is no such file, folder or repository, or a folder lacks a file.
-        ValueError: If a file is corrupt, truncated, or of an unsupported kind.
+        ValueError: If a file is corrupt, truncated or of an unsupported kind.
         OSError: If the hub cannot be reached.
     """
     path = Path(source).expanduser()
@@ -66,9 +67,7 @@ def read_checkpoint(
         return _read_folder(path, accept)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ValueError(
-                f"expected a .gguf file or a folder that holds a model; got the file {str(path)!r}"
-            )
+            raise ValueError(f"expected a .gguf file or a folder with a model; got the file {str(path)!r}")
         config, stored, tokenizer = read_gguf(path)
         accept(config)
         return Checkpoint(config, TensorFiles(stored), tokenizer)
@@ -117,7 +116,7 @@ def _names_in(folder: Path) -> list[str]:
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     if not path.is_file():
-        raise FileNotFoundError(f"the folder {str(folder)!r} lacks {name!r}; it holds {_names_in(folder)}")
+        raise FileNotFoundError(f"the folder {str(folder)!r} lacks {name!r}; it has {_names_in(folder)}")
     return read_json(path)
 
 
@@ -127,25 +126,25 @@ def _open_safetensors(folder: Path) -> TensorFiles:
     if absent:
         names = [repr(name) for name in absent]
         raise FileNotFoundError(
-            f"the folder {str(folder)!r} lacks [{listed(names)}]; it holds {_names_in(folder)}"
+            f"the folder {str(folder)!r} lacks [{listed(names)}]; it has {_names_in(folder)}"
         )
     stored: dict[str, Stored] = {}
     for name in names:
-        found = _safetensors(folder / name)
-        twice = sorted(stored.keys() & found.keys())
+        tensors = _safetensors(folder / name)
+        twice = sorted(stored.keys() & tensors.keys())
         if twice:
             raise ValueError(f"several files of {str(folder)!r} have the same tensors: {listed(twice)}")
-        stored |= found
+        stored |= tensors
     return TensorFiles(stored)
 
 
 def _shards(folder: Path) -> list[str]:
-    """The files that an index names, all of them in its folder."""
+    """The files that an index names; all must be in its folder."""
     index = _read_json(folder, INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise ValueError(f"{INDEX} in {str(folder)!r} has no 'weight_map'")
     for tensor, name in index.items():
-        # A link inside the folder may lead elsewhere, as in the cache of the hub; a name may not.
+        # A symbolic link in the folder may lead elsewhere, as in the hub's cache; a name must not.
         if not isinstance(name, str) or "\0" in name or not _is_plain(name):
             raise ValueError(
                 f"{INDEX} in {str(folder)!r} must name files inside its folder, without a path; got "
@@ -155,7 +154,7 @@ def _shards(folder: Path) -> list[str]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name is that of a file in a folder, on every system."""
+    """Whether a name is a plain file name, without a path, on every system."""
     return name not in ("", ".", "..") and name == PurePosixPath(name).name == PureWindowsPath(name).name
 
 
@@ -174,11 +173,11 @@ def _folder_tokenizer(folder: Path) -> Any:
     for path in folder.iterdir():
         if path.suffix in _TOKENIZER_FILES and path.stat().st_size > _LARGEST_TOKENIZER:
             raise ValueError(
-                f"{str(path)!r} has {path.stat().st_size:,} bytes; files of a tokenizer of up to "
-                f"{_LARGEST_TOKENIZER:,} are read"
+                f"{str(path)!r} has {path.stat().st_size:,} bytes; files of a tokenizer may have at most "
+                f"{_LARGEST_TOKENIZER:,}"
             )
-    # The rules inside tokenizer.json are the truth: `AutoTokenizer` may rebuild them from the class that
-    # tokenizer_config.json names, and then loses, for instance, a rule that cuts digits off one by one.
+    # Use the rules of tokenizer.json: `AutoTokenizer` can rebuild them from the class in
+    # tokenizer_config.json, and then loses, for instance, a rule that splits off single digits.
     kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
         return kind.from_pretrained(str(folder), local_files_only=True)

@@ -1,6 +1,6 @@
-"""Tensors of a checkpoint: known by name, shape and type from the headers of its files, read one at a time.
+"""Tensors of a checkpoint: names, shapes and types from the file headers; tensors are read one at a time.
 
-What a configuration states is compared with the headers before anything of the stated size is made.
+The configuration is compared with the headers before anything of the stated size is allocated.
 """
 
 import re
@@ -15,7 +15,7 @@ from safetensors import safe_open
 from bnlora._util.checks import listed
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-# Types of float tensors, in safetensors' names and in numpy's.
+# Types of float tensors, in the names of safetensors and of NumPy.
 FLOATS = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
 
 
@@ -25,7 +25,7 @@ class Stored(NamedTuple):
     Attributes:
         shape: Its shape, from the header of the file.
         kind: The type of its numbers, from the header.
-        read: Reads it.
+        read: Function that reads it.
     """
 
     shape: tuple[int, ...]
@@ -34,19 +34,19 @@ class Stored(NamedTuple):
 
 
 class TensorFiles(Mapping[str, np.ndarray]):
-    """Tensors by name, each read from its file as float32 when it is looked up."""
+    """Tensors by name; each lookup reads the tensor from its file as float32."""
 
     def __init__(self, stored: Mapping[str, Stored]) -> None:
-        """Keep where each tensor is."""
+        """Store the headers."""
         self.stored = dict(stored)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Read one tensor."""
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which `take` refuses
+        with np.errstate(over="ignore"):  # overflow in float32 becomes infinite, and `take` raises an error
             return self.stored[name].read().astype(np.float32, copy=False)
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is a tensor of this name, without reading it."""
+        """Whether there is a tensor with this name, without reading it."""
         return name in self.stored
 
     def __iter__(self) -> Iterator[str]:
@@ -59,7 +59,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
 
 def safetensors_headers(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file by name, none of them read; safetensors checks its header itself.
+    """The headers of a safetensors file by tensor name. safetensors itself checks the header.
 
     Raises:
         SafetensorError: If the file is corrupt or truncated.
@@ -79,22 +79,22 @@ def check_tensors(
     layer_shapes: Mapping[str, tuple[int, ...]],
     outer_shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Compare the tensors of a checkpoint with those that its configuration implies, without reading them.
+    """Compare the tensors of a checkpoint with its configuration, without reading them.
 
     Args:
         tensors: Tensors by name.
         num_layers: Number of layers that the configuration states.
         layer_shapes: Shape of `model.layers.<i>.<path>.weight` by path, in each layer.
-        outer_shapes: Shape by name of the tensors beside the layers.
+        outer_shapes: Shape by name of the tensors outside of the layers.
 
     Raises:
-        ValueError: If tensors are missing, unexpected, of another shape, or not of floats of 16 bits or more;
+        ValueError: If tensors are missing, unexpected, of another shape, or not floats of at least 16 bits;
             five of each are named and the others counted.
     """
-    if num_layers > len(tensors):  # before the names of so many layers are made
-        found = {match[1] for name in tensors if (match := _LAYER.match(name))}
+    if num_layers > len(tensors):  # checked before the names of all these layers are generated
+        present = {match[1] for name in tensors if (match := _LAYER.match(name))}
         raise ValueError(
-            f"the configuration states {num_layers:,} layers, but the checkpoint has those of {len(found):,} "
+            f"the configuration states {num_layers:,} layers, but the checkpoint has only {len(present):,} "
             f"({len(tensors):,} tensors in all)"
         )
     expected = {
@@ -102,7 +102,7 @@ def check_tensors(
         for layer in range(num_layers)
         for path, shape in layer_shapes.items()
     } | dict(outer_shapes)
-    # Old checkpoints carry the rotary frequencies, which follow from the configuration.
+    # Old checkpoints store the rotary frequencies, which the configuration determines.
     unexpected = [n for n in tensors if n not in expected and not n.endswith("rotary_emb.inv_freq")]
     known = {name: _header(tensors, name) for name in expected if name in tensors}
     problems = {
@@ -111,11 +111,11 @@ def check_tensors(
         "of the wrong shape": [
             f"{n} {shape} instead of {expected[n]}" for n, (shape, _) in known.items() if shape != expected[n]
         ],
-        "of a type that is not read": [f"{n} {kind}" for n, (_, kind) in known.items() if kind not in FLOATS],
+        "of an unsupported type": [f"{n} {kind}" for n, (_, kind) in known.items() if kind not in FLOATS],
     }
-    said = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items() if names)
-    if said:
-        raise ValueError(f"the tensors of the checkpoint do not fit its configuration; {said}")
+    message = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items() if names)
+    if message:
+        raise ValueError(f"the tensors of the checkpoint do not fit its configuration; {message}")
 
 
 def take(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
@@ -125,7 +125,7 @@ def take(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
         ValueError: If a number is NaN, or infinite in float32.
     """
     value = tensors[name]
-    # The extremes are NaN where any number is, and take no memory, unlike a mask.
+    # Minimum and maximum are NaN if any number is NaN; unlike a mask they need no memory.
     if value.size and not np.isfinite([value.min(), value.max()]).all():
         bad = value.size - np.count_nonzero(np.isfinite(value))
         raise ValueError(
@@ -136,13 +136,13 @@ def take(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
 
 
 def stack(tensors: Mapping[str, np.ndarray], count: int, path: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Return `model.layers.<i>.<path>.weight` of all layers, each transposed, on a leading axis.
+    """Stack `model.layers.<i>.<path>.weight` of all layers, each transposed, along a leading axis.
 
     Args:
-        tensors: Tensors by name, which `check_tensors` found to fit.
+        tensors: Tensors by name, checked by `check_tensors`.
         count: Number of layers.
-        path: Where a layer keeps the tensor.
-        shape: Its shape before it is transposed.
+        path: Path of the tensor in a layer.
+        shape: Its shape before the transposition.
 
     Returns:
         All layers, in float32.
@@ -150,7 +150,7 @@ def stack(tensors: Mapping[str, np.ndarray], count: int, path: str, shape: tuple
     Raises:
         ValueError: If a number is NaN or infinite.
     """
-    # Filled in place: the list that `np.stack` wants would hold every layer twice.
+    # Fill in place: `np.stack` would need all layers in memory twice.
     stacked = np.empty((count, *shape[::-1]), np.float32)
     for layer in range(count):
         stacked[layer] = take(tensors, f"model.layers.{layer}.{path}.weight").T

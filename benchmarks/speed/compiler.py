@@ -12,7 +12,7 @@ import optax
 
 import bnlora as bl
 from benchmarks.report import Report
-from benchmarks.steps import LEVELS, Step, svi_step
+from benchmarks.steps import LEVELS, Started, svi_step
 from benchmarks.timing import clock, in_turn, spread
 from bnlora.base import random_base
 from bnlora.models.llama import LlamaConfig
@@ -22,7 +22,7 @@ WIDE = {"d_model": 576, "d_ff": 1536, "num_layers": 4, "num_heads": 9, "num_kv_h
 HEADER = ("step", "level", "CPU s to compile", "s a step", "over the default level, in CPU s")
 
 
-def step_of(base: bl.Base, *, length: int, rank: int) -> Step:
+def step_of(base: bl.Base, *, length: int, rank: int) -> Started:
     """The step of a Bayesian fit with 16 rows."""
     rows = tiny_rows(jax.random.key(0), 16, length=length, vocabulary=base.config.vocab_size)
     sites = bl.select(base, ["q_proj", "k_proj", "lm_head"], rank=rank)

@@ -92,8 +92,8 @@ def calls(given: argparse.Namespace) -> dict[str, Callable[[Any], Any]]:
     return {
         "fit": lambda _: fitted(given, base, train),
         "predict": lambda fit: bl.predict(predict, fit, others, num_draws=given.draws, console=QUIET),
-        "to_arviz": lambda fit: bl.to_arviz(svi(fit), others),
-        "diagnose": lambda fit: bl.diagnose(svi(fit), others, console=QUIET),
+        "to_arviz": lambda fit: bl.to_arviz(jax.random.key(9), svi(fit), others),
+        "diagnose": lambda fit: bl.diagnose(jax.random.key(9), svi(fit), others, console=QUIET),
         "compare": lambda fit: bl.compare(
             compare, svi(fit), svi(fit), others, against="anything", console=QUIET
         ),

@@ -19,7 +19,7 @@ import optax
 
 import bnlora as bl
 from benchmarks.report import Report
-from benchmarks.steps import Step, svi_step
+from benchmarks.steps import Started, svi_step
 from benchmarks.timing import in_turn, show
 from bnlora.app.demo import RECIPE
 from bnlora.app.recipe import PriorName
@@ -39,13 +39,14 @@ def step_of(
     top_layers: int | None,
     batch_size: int,
     particles: int = 1,
-) -> Step:
+    init_params: dict[str, jax.Array] | None = None,
+) -> Started:
     """The step of plain LoRA ("none") or of the Bayesian fit; the prefix is cached."""
     label_ids = LABEL_IDS % base.config.vocab_size
     model, guide = replace(RECIPE, prior=prior, top_layers=top_layers).build(base, label_ids)
     train, adam = bl.cache_prefix(model, train), optax.adam(RATE)
     size = {"batch_size": batch_size, "num_particles": particles}
-    return svi_step(jax.random.key(0), model, guide, train, adam, **size)
+    return svi_step(jax.random.key(0), model, guide, train, adam, init_params=init_params, **size)
 
 
 def layers_text(top_layers: int | None) -> str:

@@ -263,7 +263,9 @@ def diagnose(
     with _told() as progress:
         rows = read_table(table, columns=[text, label], encoding=encoding)
         made, _, batch = _restored(folder, rows, table, text, label, encoding, labels_are)
-        diagnosis = bnlora.diagnose(made, batch, num_draws=draws, families=families, console=progress)
+        diagnosis = bnlora.diagnose(
+            made.draw_key, made, batch, num_draws=draws, families=families, console=progress
+        )
         _say(diagnosis_result(diagnosis), diagnosis, json=json)
 
 

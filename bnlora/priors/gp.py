@@ -64,6 +64,11 @@ def frame_side(free: Float[Array, "... d k"], reliability: Float[Array, "... k"]
     d, k = free.shape[-2:]
     if k > d:
         raise ValueError(f"a frame needs at most as many vectors as dimensions; got {k} vectors for {d}")
+    return _frame_side(free, reliability)
+
+
+@jax.jit  # sides of one shape share its text, and that of its derivative
+def _frame_side(free: Array, reliability: Array) -> Side:
     frame, _ = _orthonormal(free)
     return Side(frame * jnp.sqrt(reliability)[..., None, :], reliability)
 
@@ -152,23 +157,41 @@ def conditional_mean(V: Float[Array, "... k_r k_c"], rows: Side, cols: Side) -> 
     return rows.factor @ V @ jnp.swapaxes(cols.factor, -1, -2)
 
 
+@jax.jit  # factors of one shape share its text, and that of its derivative
+def conditional_weights(
+    V: Float[Array, "... k_r k_c"],
+    E: Float[Array, "... d_o d_i"],
+    rows: Side,
+    cols: Side,
+    lam: Float[Array, "..."] | float,
+) -> Float[Array, "... d_o d_i"]:
+    """`W / sigma`: the mean plus `lam` times the noise, with one product by each factor for both."""
+    inner = V - lam * _shrunk(E, rows, cols)
+    return lam * E + rows.factor @ inner @ jnp.swapaxes(cols.factor, -1, -2)
+
+
 def conditional_noise(E: Float[Array, "... d_o d_i"], rows: Side, cols: Side) -> Float[Array, "... d_o d_i"]:
     """`Sigma^{1/2} E` with the symmetric root of `Sigma = I - P_r (x) P_c`.
 
     No array of size `(d_o d_i)^2` is formed. The cost is that of multiplying `E` by the two factors.
     """
+    return E - rows.factor @ _shrunk(E, rows, cols) @ jnp.swapaxes(cols.factor, -1, -2)
+
+
+def _shrunk(E: Array, rows: Side, cols: Side) -> Array:
+    """`H(F_r^T E F_c)`, what the root of `Sigma` takes from `E` between the factors."""
     inner = jnp.swapaxes(rows.factor, -1, -2) @ E @ cols.factor
     # Diagonal Gram matrices (orthonormal frames) are already in their eigenbases.
     if rows.gram.ndim < rows.factor.ndim:
-        shrunk = _gain(rows.gram[..., :, None], cols.gram[..., None, :]) * inner
-    else:
-        shrunk = _shrink(rows.gram, cols.gram, inner)
-    return E - rows.factor @ shrunk @ jnp.swapaxes(cols.factor, -1, -2)
+        return _gain(rows.gram[..., :, None], cols.gram[..., None, :]) * inner
+    return _shrink(rows.gram, cols.gram, inner)
 
 
 def conditional_gap(p: Float[Array, "..."], q: Float[Array, "..."]) -> Float[Array, "..."]:
     """Eigenvalues `1 - p q` of `Sigma`, with a floor because rounding can push `p q` above 1 by an ulp."""
-    return jnp.maximum(1.0 - p * q, jnp.finfo(p.dtype).eps)
+    gap = 1.0 - p * q
+    floor = jnp.full_like(gap, jnp.finfo(gap.dtype).eps)
+    return jax.lax.select(gap > floor, gap, floor)  # the derivative of a maximum has more operations
 
 
 def conditional_kl(size: int, lam: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -214,7 +214,7 @@ def _matrices(
         if options.form == "weights":
             law = MatrixConditional(V, rows, cols, sigma, jnp.broadcast_to(lam, (depth,)))
             return numpyro.sample(f"{name}.W", law, infer={"init": init_strategy, NOISE: True, WEIGHT: True})
-    return sigma * (gp.conditional_mean(V, rows, cols) + _noise(name, shape, plate, rows, cols, options, lam))
+    return sigma * _conditional(name, shape, plate, V, rows, cols, options, lam)
 
 
 def _from_unwhitened(
@@ -239,23 +239,25 @@ def _from_unwhitened(
         law = dist.TransformedDistribution(dist.Normal(zero, 1.0).to_event(2), MatrixAffine(zero, L_r, L_c))
         U = numpyro.sample(f"{name}.U", law, infer={"init": init_strategy, WEIGHT: True})
     V = gp.whiten(U, L_r, L_c)
-    return sigma * (gp.conditional_mean(V, rows, cols) + _noise(name, shape, plate, rows, cols, options, lam))
+    return sigma * _conditional(name, shape, plate, V, rows, cols, options, lam)
 
 
-def _noise(
+def _conditional(
     name: str,
     shape: tuple[int, int, int],
     plate: str,
+    V: Array,
     rows: gp.Side,
     cols: gp.Side,
     options: Options,
     lam: Array,
-) -> Array | float:
+) -> Array:
+    """`W / sigma` given the whitened inducing matrix, with a site for the noise unless `lam` is zero."""
     if _is_zero(options.lam):
-        return 0.0
+        return gp.conditional_mean(V, rows, cols)
     with numpyro.plate(plate, shape[0]):
         E = standard_normal(f"{name}.E", shape, init="zero", **{NOISE: True})
-    return lam * gp.conditional_noise(E, rows, cols)
+    return gp.conditional_weights(V, E, rows, cols, lam)
 
 
 def standard_normal(name: str, shape: tuple[int, ...], **infer) -> Array:

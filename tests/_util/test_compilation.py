@@ -67,10 +67,10 @@ def test_one_program_for_every_call_and_every_number_of_draws(fit):
         fit.draws(KEY, 70)
     assert not again, again
     with counting() as tree:
-        bl.to_arviz(fit, ROWS, num_draws=40)
+        bl.to_arviz(fit.draw_key, fit, ROWS, num_draws=40)
     assert tree.total() <= 2, tree  # the keys of so many draws
     with counting() as page:
-        bl.diagnose(fit, ROWS, num_draws=40, console=QUIET)
+        bl.diagnose(fit.draw_key, fit, ROWS, num_draws=40, console=QUIET)
     # Draws of the prior, divergences, margins of the probe rows, and what makes keys.
     assert page.total() <= 10, page
     with counting() as compared:
@@ -109,7 +109,7 @@ def test_density_and_adapters_at_given_sites(fit):
 
 
 def test_draws_of_the_prior_are_those_of_the_prior_program(fit):
-    drawn = bl.diagnostics.sample(fit, num_draws=25)
+    drawn = bl.diagnostics.sample(fit.draw_key, fit, num_draws=25)
     expected = draw_prior(drawn.part(1), fit.model, fit.params, 25)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), drawn.prior_adapters, dict(expected))
 

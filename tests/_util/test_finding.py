@@ -2,6 +2,7 @@
 
 from html import unescape
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -27,7 +28,7 @@ def certificate(*, shift=0.0):
 
 def comparison(*, shift=0.0):
     one, two = (Draws(("f", "g"), RANDOM.normal(size=(1, 400, 2)) + x, "independent") for x in (0.0, shift))
-    return compare_draws(np.random.default_rng(1), one, two)
+    return compare_draws(jax.random.key(1), one, two)
 
 
 def calibration(*, shift=0.0):

@@ -44,7 +44,7 @@ def reference():
 
 def held(reference, values, prediction=None):
     pair = None if prediction is None else (prediction, predictions(RANDOM(1)))
-    return compare_draws(RANDOM(2), independent(values), reference, predictions=pair)
+    return compare_draws(jax.random.key(2), independent(values), reference, predictions=pair)
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +95,10 @@ def test_false_alarms_come_as_rarely_as_promised():
     """Right approximations, 100 times: the share with any difference, up to 3.5 standard errors."""
     random = RANDOM(9)
     made = [
-        compare_draws(random, *(independent(random.normal(size=(60, 3))) for _ in range(2)), level=0.2)
-        for _ in range(100)
+        compare_draws(
+            jax.random.key(seed), *(independent(random.normal(size=(60, 3))) for _ in range(2)), level=0.2
+        )
+        for seed in range(100)
     ]
     assert np.mean([bool(m.differences) for m in made]) <= 0.2 + 3.5 * (0.2 * 0.8 / 100) ** 0.5
 
@@ -127,10 +129,13 @@ def test_khat_is_said_but_decides_nothing(reference):
         khat(np.zeros(1000), np.zeros(1000)),
     )
     values = RANDOM(3).normal(size=(1000, 3))
-    found = compare_draws(RANDOM(2), independent(values), reference, khat=bad)
+    found = compare_draws(jax.random.key(2), independent(values), reference, khat=bad)
     assert "exceeds 0.67" in found.verdict
     assert found.differences == ()
-    assert "is at most 0.67" in compare_draws(RANDOM(2), independent(values), reference, khat=good).verdict
+    assert (
+        "is at most 0.67"
+        in compare_draws(jax.random.key(2), independent(values), reference, khat=good).verdict
+    )
 
 
 def test_a_point_is_compared_too(reference):
@@ -145,20 +150,20 @@ def test_constant_functions_are_left_out_and_said():
         return Draws((*NAMES, "fixed"), np.concatenate([draws.values, fixed], axis=2), draws.kind)
 
     reference, posterior = chains(RANDOM(0)), independent(RANDOM(3).normal(size=(1000, 3)))
-    found = compare_draws(RANDOM(2), with_fixed(posterior), with_fixed(reference))
-    plain = compare_draws(RANDOM(2), posterior, reference)
+    found = compare_draws(jax.random.key(2), with_fixed(posterior), with_fixed(reference))
+    plain = compare_draws(jax.random.key(2), posterior, reference)
     assert found.names == NAMES
     assert found.constant == ("fixed",)
     assert "left out, constant under the reference: fixed" in repr(found)
     np.testing.assert_array_equal(found.to_dataframe(), plain.to_dataframe())
     only = Draws(("fixed",), np.full((4, 100, 1), 0.1), "chains")
     with pytest.raises(ValueError, match="a function that varies .*: fixed"):
-        compare_draws(RANDOM(2), only, only)
+        compare_draws(jax.random.key(2), only, only)
 
 
 def test_a_level_beyond_one_is_refused(reference):
     with pytest.raises(ValueError, match=r"level must lie in \(0, 1\); got 5"):
-        compare_draws(RANDOM(0), reference, reference, level=5)
+        compare_draws(jax.random.key(0), reference, reference, level=5)
 
 
 # From here on: a tiny model. Its head alone is adapted, so that resampled prior draws are exact.

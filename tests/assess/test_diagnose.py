@@ -25,7 +25,7 @@ def good():
 @pytest.fixture(scope="module")
 def page(good):
     given, fit = good
-    return bl.diagnose(fit, given.others)
+    return bl.diagnose(fit.draw_key, fit, given.others)
 
 
 def test_a_good_fit_raises_no_alarm(page):
@@ -56,15 +56,15 @@ def test_it_survives_copy_and_pickle(page):
 
 def test_the_same_call_gives_the_same_page(good, page):
     given, fit = good
-    assert bl.diagnose(fit, given.others).findings == page.findings
-    other = bl.diagnose(fit, given.others, key=jax.random.key(5), num_draws=100)
+    assert bl.diagnose(fit.draw_key, fit, given.others).findings == page.findings
+    other = bl.diagnose(jax.random.key(5), fit, given.others, num_draws=100)
     assert other["k-hat"].number != page["k-hat"].number
 
 
 def test_restarts_are_held_against_it(good):
     given, fit = good
     again = given.fit(bl.guides.full(**FULL), num_steps=600, rate=0.05, seed=1)
-    page = bl.diagnose(fit, given.others, restarts=[again])
+    page = bl.diagnose(fit.draw_key, fit, given.others, restarts=[again])
     assert page["restarts"].status == "fine"
 
 
@@ -74,7 +74,7 @@ def test_restarts_are_held_against_it(good):
 def test_a_fit_that_has_not_converged(num_steps, decays):
     given = problem(scale=1.0, rows=400, truth=3.0)  # further away than so many steps can go
     fit = given.fit(bl.guides.full(**FULL), num_steps=num_steps, rate=0.01, decays=decays)
-    page = bl.diagnose(fit, given.others)
+    page = bl.diagnose(fit.draw_key, fit, given.others)
     assert page["convergence"].status == "problem", page
     assert "convergence" in page["k-hat"].remedy
 
@@ -86,7 +86,7 @@ def test_a_fit_whose_last_steps_jumped(good):
     """
     given, fit = good
     jumped = {n: x + 1.0 if n.endswith("loc") else x for n, x in fit.params.items()}  # seven sd
-    page = bl.diagnose(replace(fit, params=jumped), given.others)
+    page = bl.diagnose(fit.draw_key, replace(fit, params=jumped), given.others)
     found = {finding.name for finding in page.problems}
     assert {"last step", "k-hat"} <= found, page
     assert page["last step"].number > 20
@@ -98,13 +98,15 @@ def test_a_scale_that_has_collapsed(good):
     """Draws that do not differ in float32, of a guide that has a density."""
     given, fit = good
     params = {n: jnp.full_like(x, 1e-30) if n.endswith("tril") else x for n, x in fit.params.items()}
-    found = bl.diagnose(replace(fit, params=params), given.others, num_draws=25)["k-hat"]
+    found = bl.diagnose(fit.draw_key, replace(fit, params=params), given.others, num_draws=25)["k-hat"]
     assert (found.status, "collapsed" in found.sentence) == ("problem", True)
 
 
 def test_a_prior_that_is_far_too_narrow(good):
     given = problem(scale=1e-3)
-    page = bl.diagnose(given.fit(bl.guides.full(init_scale=1e-3), num_steps=300, rate=1e-3), given.others)
+    page = bl.diagnose(
+        jax.random.key(0), given.fit(bl.guides.full(init_scale=1e-3), num_steps=300, rate=1e-3), given.others
+    )
     assert page["prior predictive"].status == "problem", page
     assert "raise the prior's scale" in page["prior predictive"].remedy
 
@@ -112,21 +114,27 @@ def test_a_prior_that_is_far_too_narrow(good):
 def test_a_posterior_that_is_the_prior():
     """Two rows cannot move a prior that is a hundredth of what they ask for."""
     given = problem(scale=0.01, rows=4)
-    page = bl.diagnose(given.fit(bl.guides.full(init_scale=0.01), num_steps=300, rate=1e-3), given.others)
+    page = bl.diagnose(
+        jax.random.key(0), given.fit(bl.guides.full(init_scale=0.01), num_steps=300, rate=1e-3), given.others
+    )
     assert page["learned"].status == "problem", page
     assert page["learned"].number > 0.9
 
 
 def test_a_posterior_that_fights_a_narrow_prior():
     given = problem(scale=0.02, rows=600, truth=3.0)
-    page = bl.diagnose(given.fit(bl.guides.full(init_scale=0.02), num_steps=400, rate=0.01), given.others)
+    page = bl.diagnose(
+        jax.random.key(0), given.fit(bl.guides.full(init_scale=0.02), num_steps=400, rate=0.01), given.others
+    )
     assert page["prior and posterior"].status == "problem", page
     assert "raise" in page["prior and posterior"].remedy
 
 
 def test_a_prior_that_is_far_too_wide():
     given = problem(scale=100.0)
-    page = bl.diagnose(given.fit(bl.guides.full(init_scale=1.0), num_steps=400, rate=0.3), given.others)
+    page = bl.diagnose(
+        jax.random.key(0), given.fit(bl.guides.full(init_scale=1.0), num_steps=400, rate=0.3), given.others
+    )
     assert page["prior predictive"].status == "caution", page
     assert "confident nonsense" in page["prior predictive"].sentence
     assert "lower the prior's scale" in page["prior predictive"].remedy
@@ -135,9 +143,9 @@ def test_a_prior_that_is_far_too_wide():
 def test_a_guide_that_is_too_narrow_for_a_correlated_posterior():
     given = problem(scale=1.0, angle=0.2, rows=400)
     narrow = given.fit(bl.guides.mean_field(**FULL), num_steps=600, rate=0.05)
-    page = bl.diagnose(narrow, given.others)
+    page = bl.diagnose(narrow.draw_key, narrow, given.others)
     assert page["convergence"].status == "fine", page
     assert page["k-hat"].status in ("caution", "problem")
     assert "richer family" in page["k-hat"].remedy
     wide = given.fit(bl.guides.full(**FULL), num_steps=600, rate=0.05)
-    assert bl.diagnose(wide, given.others)["k-hat"].status == "fine"
+    assert bl.diagnose(wide.draw_key, wide, given.others)["k-hat"].status == "fine"

@@ -57,25 +57,25 @@ def test_a_page_shares_its_passes(fit, passes):
     One set of 400 draws for everything and k-hat of each family took 64 * 400 * 4 + 32 * 400 + 3 * 8 * 400 +
     32 * 401 = 137,632 passes for this page.
     """
-    page = bl.diagnose(fit, given(), console=QUIET)
+    page = bl.diagnose(fit.draw_key, fit, given(), console=QUIET)
     assert page["k-hat"].status == "problem"
     assert (page.num_draws, page.num_used) == (400, pages.FIRST_LOOK)
-    assert passes[0] == pages.FIRST_LOOK * (TRAIN + GIVEN + PRIOR) == 4096
+    assert passes[0] == pages.FIRST_LOOK * (TRAIN + GIVEN + PRIOR) + 2 * 8 * 400 == 10_496
 
 
 def test_a_given_number_of_draws_is_used_for_all_rows(fit, passes):
-    page = bl.diagnose(fit, given(), num_draws=40, console=QUIET)
+    page = bl.diagnose(fit.draw_key, fit, given(), num_draws=40, console=QUIET)
     assert (page.num_draws, page.num_used) == (40, 40)
-    assert passes[0] == 40 * (TRAIN + GIVEN) + 41 * PRIOR
+    assert passes[0] == 40 * (TRAIN + GIVEN) + 41 * PRIOR + 2 * 8 * 40
 
 
 def test_what_is_costly_runs_on_request_only(fit, passes):
-    page = bl.diagnose(fit, given(), num_draws=40, console=QUIET)
+    page = bl.diagnose(fit.draw_key, fit, given(), num_draws=40, console=QUIET)
     finding, before = page["k-hat by family"], passes[0]
     assert (finding.status, "families=True" in finding.remedy) == ("not asked", True)
     assert page.khat.families == {}
     assert (page["restarts"].status, page.restarts) == ("not asked", None)
-    full = bl.diagnose(fit, given(), num_draws=40, families=True, console=QUIET)
+    full = bl.diagnose(fit.draw_key, fit, given(), num_draws=40, families=True, console=QUIET)
     assert full["k-hat by family"].number is not None
     assert set(full.khat.families) == {"q_proj", "v_proj", "lm_head"}
     assert passes[0] - before == before + 3 * 40 * TRAIN
@@ -97,7 +97,7 @@ def test_one_bar_counts_every_pass(fit, monkeypatch, options):
     labels: list[str] = []
     monkeypatch.setattr(pages, "OneBar", Kept)
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    bl.diagnose(fit, given(), console=console, **options)
+    bl.diagnose(fit.draw_key, fit, given(), console=console, **options)
     (task,) = bars[0].bar.tasks
     assert task.completed == pytest.approx(task.total)
     assert labels[0] == "training rows"
@@ -125,7 +125,7 @@ def test_a_diagnostic_is_one_line_of_the_list(fit, monkeypatch):
         judge=lambda n, exam: Finding("rows", "caution", f"{n} rows of {exam.fit.model.kind}", n, 100),
     )
     monkeypatch.setattr(pages, "DIAGNOSTICS", (*pages.DIAGNOSTICS, many))
-    page = bl.diagnose(fit, given(), num_draws=40, console=QUIET)
+    page = bl.diagnose(fit.draw_key, fit, given(), num_draws=40, console=QUIET)
     assert page.num_rows == page["rows"].number == TRAIN
     assert "num_rows" in dir(page)
     assert "64 rows of network" in page._repr_html_()

@@ -42,7 +42,7 @@ def fit():
 
 @pytest.fixture(scope="module")
 def tree(fit):
-    return bl.to_arviz(fit, ROWS[:7], num_draws=120)
+    return bl.to_arviz(fit.draw_key, fit, ROWS[:7], num_draws=120)
 
 
 def test_groups_dimensions_and_coordinates(tree):
@@ -81,7 +81,7 @@ def test_families_that_form_no_grid_get_variables_of_their_own():
     model = bl.Classifier(BASE, sites, bl.priors.point(), label_ids=(3, 5))
     guide = bl.guides.SiteFlow(model.prior)
     made = bl.fit(KEY, model, guide, ROWS, optax.adam(0.02), num_steps=1, batch_size=6)
-    posterior = bl.to_arviz(made, ROWS[:2], num_draws=4)["posterior"]
+    posterior = bl.to_arviz(made.draw_key, made, ROWS[:2], num_draws=4)["posterior"]
     assert posterior["update_norm_q_proj"].dims == ("chain", "draw", "module_q_proj", "layer_q_proj")
     assert list(posterior["layer_k_proj"].values) == [0, 1, 2, 3]
     assert posterior["singular_value_q_proj"].shape == (4, 1, 1, 2, 1)
@@ -119,7 +119,7 @@ def test_record_of_the_optimisation(fit, tree):
 
 
 def test_predictive_classes_follow_the_probabilities(fit):
-    tree = bl.to_arviz(fit, ROWS[:2], num_draws=800)
+    tree = bl.to_arviz(fit.draw_key, fit, ROWS[:2], num_draws=800)
     share = tree["posterior_predictive"]["y"].mean(("chain", "draw")).values
     probs = bl.predict(jax.random.key(5), fit, ROWS[:2], num_draws=800).probs[:, 1]
     # Both are means over 800 draws with variance of at most 1/4 each.
@@ -142,9 +142,9 @@ def test_arviz_summarises_plots_and_stores_it(tree, tmp_path):
 
 
 def test_same_call_same_tree(fit, tree):
-    again = bl.to_arviz(fit, ROWS[:7], num_draws=120)
+    again = bl.to_arviz(fit.draw_key, fit, ROWS[:7], num_draws=120)
     xarray.testing.assert_equal(again["posterior"].to_dataset(), tree["posterior"].to_dataset())
-    other = bl.to_arviz(fit, ROWS[:7], num_draws=120, key=jax.random.key(4))
+    other = bl.to_arviz(jax.random.key(4), fit, ROWS[:7], num_draws=120)
     assert (other["posterior"]["tau"].values != tree["posterior"]["tau"].values).any()
 
 
@@ -163,7 +163,7 @@ def test_singular_values_are_those_of_the_product(rank, d_in, d_out):
 @pytest.mark.parametrize("size", [0, 6])
 def test_number_of_draws_must_fill_the_chains(fit, size):
     with pytest.raises(ValueError, match=f"positive multiple of 4; got {size}"):
-        bl.to_arviz(fit, ROWS, num_draws=size)
+        bl.to_arviz(fit.draw_key, fit, ROWS, num_draws=size)
 
 
 @pytest.mark.parametrize(
@@ -179,4 +179,4 @@ def test_number_of_draws_must_fill_the_chains(fit, size):
 )
 def test_rows_need_labels_that_the_model_knows(fit, labels, message):
     with pytest.raises(ValueError, match=message):
-        bl.to_arviz(fit, replace(ROWS, labels=labels), num_draws=4)
+        bl.to_arviz(fit.draw_key, fit, replace(ROWS, labels=labels), num_draws=4)

@@ -85,7 +85,7 @@ def test_points_have_no_divergence_and_others_do(deep_fit):
 
 
 def test_map_of_shrinkage(deep_fit):
-    found = diagnostics.shrinkage(diagnostics.sample(deep_fit, num_draws=300))
+    found = diagnostics.shrinkage(diagnostics.sample(deep_fit.draw_key, deep_fit, num_draws=300))
     table = found.table.set_index(["family", "layer", "factor"])
     assert list(found.grid().index) == ["q_proj", "lm_head"]
     assert list(found.grid().columns) == [1, 3, 4]
@@ -104,7 +104,7 @@ def test_map_of_shrinkage(deep_fit):
 
 
 def test_spectrum_is_that_of_the_products(deep_fit):
-    drawn = diagnostics.sample(deep_fit, num_draws=25)
+    drawn = diagnostics.sample(deep_fit.draw_key, deep_fit, num_draws=25)
     found = {(one.family, one.layer): one for one in diagnostics.spectrum(drawn).layers}
     pair = {f: np.asarray(x, np.float64) for f, x in drawn.drawn[1]["q_proj"].items()}
     product = 0.5 * np.einsum("sor,sri->soi", pair["b"][:, 1], pair["a"][:, 1])
@@ -116,7 +116,7 @@ def test_spectrum_is_that_of_the_products(deep_fit):
 
 
 def test_densities_with_the_other_families_held(deep_fit):
-    drawn = diagnostics.sample(deep_fit, num_draws=25)
+    drawn = diagnostics.sample(deep_fit.draw_key, deep_fit, num_draws=25)
     got = held_log_joint(drawn, ("q_proj.a", "q_proj.b"))
     sites = drawn.drawn[0].sites
     for index in (0, 13):
@@ -130,7 +130,7 @@ def test_densities_with_the_other_families_held(deep_fit):
 
 
 def test_k_hat_by_family_needs_a_guide_that_parts_them(deep_fit):
-    drawn = diagnostics.sample(deep_fit, num_draws=50)
+    drawn = diagnostics.sample(deep_fit.draw_key, deep_fit, num_draws=50)
     found = diagnostics.khat(drawn)
     assert set(found.families) == {"q_proj", "lm_head"}
     assert None not in found.families.values()
@@ -139,14 +139,14 @@ def test_k_hat_by_family_needs_a_guide_that_parts_them(deep_fit):
     assert found.families["q_proj"] == again
     guide = bl.guides.Guide(deep_fit.model.prior, bl.guides.low_rank(rank=1, over="all"))
     tied = bl.fit(KEY, deep_fit.model, guide, deep_fit.train, optax.adam(0.02), num_steps=1, batch_size=6)
-    found = diagnostics.khat(diagnostics.sample(tied, num_draws=25))
+    found = diagnostics.khat(diagnostics.sample(tied.draw_key, tied, num_draws=25))
     assert found.families == {"q_proj": None, "lm_head": None}
 
 
 def test_leave_one_out_is_that_of_quadrature(head, head_fit):
     expected = exact(head, scale=SCALE).log_loo
     keys = jax.random.split(jax.random.key(3), 6)
-    drawn = [diagnostics.sample(head_fit, num_draws=400, key=k) for k in keys]
+    drawn = [diagnostics.sample(k, head_fit, num_draws=400) for k in keys]
     found = [diagnostics.loo(one) for one in drawn]
     elpd = np.array([one.elpd for one in found])
     # Six runs say how large the Monte Carlo error is; t of five degrees of freedom, 1 in 1000.
@@ -161,7 +161,7 @@ def test_leave_one_out_is_that_of_quadrature(head, head_fit):
 
 
 def test_leave_one_out_of_some_rows(head_fit):
-    drawn = diagnostics.sample(head_fit)
+    drawn = diagnostics.sample(head_fit.draw_key, head_fit)
     whole, part = diagnostics.loo(drawn), diagnostics.loo(drawn, observations=30)
     assert len(part.rows) == len(set(part.rows)) == 30
     np.testing.assert_allclose(part.elpd_of, whole.elpd_of[part.rows])
@@ -174,7 +174,10 @@ def test_leave_one_out_of_some_rows(head_fit):
 def test_comparison_of_fits(head, head_fit, observations):
     narrow = problem(scale=0.01, rank=1, rows=60, truth=1.0)
     other = narrow.fit(bl.guides.full(init_scale=0.01), num_steps=100, rate=0.01)
-    fits = {"narrow": diagnostics.sample(other), "wide": diagnostics.sample(head_fit)}
+    fits = {
+        "narrow": diagnostics.sample(other.draw_key, other),
+        "wide": diagnostics.sample(head_fit.draw_key, head_fit),
+    }
     table = diagnostics.compare_fits(fits, observations=observations)
     assert list(table.index) == ["wide", "narrow"]
     if observations is None:
@@ -187,9 +190,9 @@ def test_comparison_of_fits(head, head_fit, observations):
 
 
 def test_power_scaling_is_that_of_the_tree(head_fit):
-    drawn = diagnostics.sample(head_fit, num_draws=400)
+    drawn = diagnostics.sample(head_fit.draw_key, head_fit, num_draws=400)
     found = diagnostics.sensitivity(drawn, head_fit.train[:3])
-    tree = bl.to_arviz(head_fit, head_fit.train, num_draws=400)
+    tree = bl.to_arviz(head_fit.draw_key, head_fit, head_fit.train, num_draws=400)
     norm = found.names.index("norm[lm_head]")
     for group, values in (("prior", found.prior), ("likelihood", found.likelihood)):
         expected = arviz_stats.psense(tree, var_names=["update_norm_lm_head"], group=group)
@@ -203,7 +206,7 @@ def test_overlap_of_a_posterior_that_is_the_prior(head):
     guide = bl.guides.Guide(head.model.prior, bl.guides.mean_field(init_scale=SCALE))
     made = bl.fit(KEY, head.model, guide, head.train, optax.adam(1e-9), num_steps=1, batch_size=60)
     made = replace(made, params={n: x * 0 if n.endswith("loc") else x for n, x in made.params.items()})
-    found = diagnostics.overlap(diagnostics.sample(made, num_draws=1000), head.train)
+    found = diagnostics.overlap(diagnostics.sample(made.draw_key, made, num_draws=1000), head.train)
     assert (found.value > 0.9).all()
     assert (np.abs(found.position - 0.5) < 4 * 0.5 / 250**0.5).all()
     assert {"margin[7]", "norm[lm_head]"} <= set(found.table.index)
@@ -238,7 +241,7 @@ def test_bound_by_windows(head_fit):
 
 def test_final_bound_is_below_the_evidence_by_the_divergence(head, head_fit):
     """Bound = log p(y) - KL(q || posterior); the evidence by quadrature."""
-    found = final_bound(diagnostics.sample(head_fit))
+    found = final_bound(diagnostics.sample(head_fit.draw_key, head_fit))
     grid = exact(head, scale=SCALE)
     weights = np.exp(grid.log_prior - np.logaddexp.reduce(grid.log_prior))
     evidence = np.log((weights * np.exp(grid.log_likelihood.sum(1))).sum())
@@ -256,7 +259,7 @@ def test_restarts_agree_or_not(head, head_fit):
     assert not diagnostics.restarts([head_fit, moved], head.others).passed
     with pytest.raises(ValueError, match="number of fits must be at least 2; got 1"):
         diagnostics.restarts([head_fit], head.others)
-    drawn = [diagnostics.sample(head_fit, num_draws=n) for n in (40, 60)]
+    drawn = [diagnostics.sample(head_fit.draw_key, head_fit, num_draws=n) for n in (40, 60)]
     with pytest.raises(ValueError, match="fit 2 has 60"):
         diagnostics.restarts(drawn, head.others)
 
@@ -266,7 +269,7 @@ def test_only_fits_are_diagnosed(head_fit):
     with pytest.raises(ValueError, match="diagnostics need a Fit.*got Ensemble"):
         diagnostics.khat(ensemble)
     with pytest.raises(ValueError, match="num_draws must be at least 25; got 24"):
-        diagnostics.sample(head_fit, num_draws=24)
+        diagnostics.sample(head_fit.draw_key, head_fit, num_draws=24)
 
 
 def test_plain_lora_has_no_prior_to_ask():
@@ -279,6 +282,6 @@ def test_plain_lora_has_no_prior_to_ask():
     for of_fit in (diagnostics.shrinkage, lambda f: diagnostics.overlap(f, rows)):
         with pytest.raises(ValueError, match="needs a prior with sample sites"):
             of_fit(made)
-    page = bl.diagnose(made, rows, num_draws=25)
+    page = bl.diagnose(made.draw_key, made, rows, num_draws=25)
     assert page["k-hat"].status == page["leave-one-out"].status == "not asked"
     assert page["convergence"].status == "problem"

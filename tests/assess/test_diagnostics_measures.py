@@ -108,7 +108,7 @@ def some_probs(seed: int, rows: int = 300) -> np.ndarray:
 
 def test_transforms_lie_where_the_class_has_its_mass():
     probs, labels = np.array([[0.2, 0.5, 0.3], [0.2, 0.5, 0.3], [1.0, 0.0, 0.0]]), np.array([1, 2, 0])
-    found = randomised_pit(random(), probs, labels)
+    found = randomised_pit(jax.random.key(0), probs, labels)
     assert 0.2 <= found.values[0] <= 0.7 <= found.values[1] <= 1.0
     np.testing.assert_allclose(found.ecdf[-1], (found.values <= found.grid[-1]).mean())
 
@@ -119,8 +119,8 @@ def test_bands_of_transforms_and_counts_hold_as_often_as_they_say():
     left = np.zeros(2)
     for seed in range(100):
         labels = labels_from(probs, seed)
-        pit = randomised_pit(random(seed + 1000), probs, labels, level=0.9)
-        counts = class_counts(random(seed + 2000), probs, labels, bins=3, level=0.9)
+        pit = randomised_pit(jax.random.key(seed + 1000), probs, labels, level=0.9)
+        counts = class_counts(jax.random.key(seed + 2000), probs, labels, bins=3, level=0.9)
         outside = (counts.observed < counts.low - 1e-9) | (counts.observed > counts.high + 1e-9)
         left += [not pit.inside, outside.any()]
     assert (np.abs(left - 10) < 4 * (100 * 0.1 * 0.9) ** 0.5).all()
@@ -130,22 +130,22 @@ def test_wrong_probabilities_are_found():
     probs = some_probs(1, rows=1000)  # enough to find them with any seed
     flattened = 0.5 * probs + 0.5 / 3
     labels = labels_from(probs, 3)
-    assert class_counts(random(), probs, labels).p_value > 1e-3
-    assert randomised_pit(random(), probs, labels).p_value > 1e-3
-    assert class_counts(random(), flattened, labels).p_value < 0.01
-    assert randomised_pit(random(), probs[:, ::-1], labels).p_value < 0.01
+    assert class_counts(jax.random.key(0), probs, labels).p_value > 1e-3
+    assert randomised_pit(jax.random.key(0), probs, labels).p_value > 1e-3
+    assert class_counts(jax.random.key(0), flattened, labels).p_value < 0.01
+    assert randomised_pit(jax.random.key(0), probs[:, ::-1], labels).p_value < 0.01
 
 
 def test_counts_are_those_of_the_rows():
     probs, labels = some_probs(2, rows=100), labels_from(some_probs(2, rows=100), 5)
-    found = class_counts(random(), probs, labels)
+    found = class_counts(jax.random.key(0), probs, labels)
     np.testing.assert_array_equal(found.observed.sum(1), np.bincount(labels, minlength=3))
     np.testing.assert_allclose(found.expected.sum(1), probs.sum(0))
     top = np.argsort(probs[:, 1], kind="stable")[-20:]
     assert found.observed[1, -1] == (labels[top] == 1).sum()
     assert len(found.table) == 3 * 5
     with pytest.raises(ValueError, match="number of rows must be at least 200"):
-        class_counts(random(), probs, labels, bins=200)
+        class_counts(jax.random.key(0), probs, labels, bins=200)
 
 
 @pytest.mark.parametrize("level", [0.0, 1.0])
@@ -158,7 +158,7 @@ def test_levels_lie_between_zero_and_one(level):
 
 def test_the_same_random_numbers_give_the_same_checks():
     probs, labels = some_probs(0), np.zeros(300, int)
-    first, second = (randomised_pit(random(7), probs, labels) for _ in range(2))
+    first, second = (randomised_pit(jax.random.key(7), probs, labels) for _ in range(2))
     assert jax.tree.map(np.array_equal, first.values, second.values)
     assert first.p_value == second.p_value
 

@@ -220,6 +220,6 @@ def test_transforms_say_how_predictions_are_wrong(stated, true, said):
     if true is None:
         probs[::2], truth[::2] = probs[::2, ::-1], truth[::2, ::-1]
     labels = (random.random(2000) > truth[:, 0]).astype(int)
-    found = transforms(randomised_pit(random, probs, labels, level=0.99), reliable=True)
+    found = transforms(randomised_pit(jax.random.key(0), probs, labels, level=0.99), reliable=True)
     assert found.status == "caution"
     assert said in found.remedy

@@ -66,8 +66,8 @@ def fits():
     finite(bl.load_fit(FOLDER / "fit", sparse, guides.SiteFlow(sparse.prior, hidden=4, blocks=1)))
     prediction = bl.predict(KEY, fit, ROWS, num_draws=4)
     bl.metrics.summary(jax.random.key(0), prediction, ROWS.labels)
-    bl.to_arviz(fit, ROWS, num_draws=20)
-    bl.diagnose(fit, ROWS)
+    bl.to_arviz(fit.draw_key, fit, ROWS, num_draws=20)
+    bl.diagnose(fit.draw_key, fit, ROWS)
 
 
 def families():

@@ -213,7 +213,7 @@ def test_a_tokenizer_that_puts_tokens_into_a_text_is_refused(tokenizer):
     [
         ("Review: {text}\nSentiment: ", "good", r"merges with the text before it: \['Ġ'\] becomes "
          r"\['Ġgood'\]; end the template without the space, and try ' good'"),
-        ("Review: {text}\nSentiment:", " marvellous", r"it becomes \d+ tokens, \['Ġ.*; try a more common word"),
+        ("Review: {text}\nSentiment:", " marvellous", r"it becomes \d+ tokens, \['Ġ.*; try a more common "),
         ("{text} i", "s", r"it merges with the text before it: \['Ġ', 'i'\] becomes \['Ġis'\]"),
         ("{text} is", "good", r"it becomes \d tokens, .*; try ' good'"),
     ],

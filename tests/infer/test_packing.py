@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import biject_to
 
 import bnlora as bl
 from bnlora.infer.svi import packing
-from bnlora.infer.svi.elbo import initial_parameters
+from bnlora.infer.svi.elbo import Constrain, initial_parameters
 from bnlora.infer.svi.entrywise import is_entrywise
 from bnlora.infer.svi.packing import Loose, Packed
 from bnlora.testing import tiny_base, tiny_rows
@@ -150,6 +152,21 @@ def test_constrained_parameters_and_their_derivatives_are_those_by_name(kind):
     packed = jax.jit(jax.grad(lambda x: total(layout.constrain(x))))(vectors)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), layout.unpack(packed), by_name)
     assert isinstance(layout_of(values, constrain, optax.lars(0.1)), Loose)
+
+
+def test_an_optimiser_has_as_many_operations_for_many_arrays_as_for_few():
+    """Three constraints of two optimisers make three vectors, however many arrays there are."""
+    positive, real = biject_to(constraints.softplus_positive), biject_to(constraints.real)
+
+    def operations(number):
+        values = {f"{i}.{kind}": jnp.ones(i + 1) for i in range(number) for kind in ("loc", "scale", "gain")}
+        maps = {n: real if n.endswith("loc") else positive for n in values}
+        vectors = layout_of(values, Constrain(maps)).pack(values)
+        assert len(vectors) == 3
+        rule = optax.adam(1e-2)
+        return len(jax.make_jaxpr(rule.update)(vectors, jax.eval_shape(rule.init, vectors)).eqns)
+
+    assert operations(3) == operations(20)
 
 
 @pytest.mark.slow

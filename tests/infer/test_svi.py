@@ -18,8 +18,8 @@ from rich.console import Console
 
 import bnlora as bl
 from bnlora.infer.svi.elbo import TERMS, elbo_terms
-from bnlora.infer.svi.fit import _prepare
 from bnlora.infer.svi.result import divergence_remedy
+from bnlora.infer.svi.step import prepared_step
 from bnlora.testing import tiny_base, tiny_rows
 
 KEY = jax.random.key(0)
@@ -163,8 +163,8 @@ def test_the_program_of_a_step_does_not_grow_with_depth():
         model = bl.Classifier(base, sites, bl.priors.sparse_gp(rows=2, cols=2), label_ids=(3, 5))
         guide = bl.guides.SiteFlow(model.prior, hidden=4, blocks=1)
         adam = optax.adam(1e-2)
-        loop, state = _prepare(KEY, model, guide, TRAIN, adam, scale_optimizer=adam)
-        program = jax.make_jaxpr(loop._traced_step)(state, KEY, base.weights, TRAIN, jnp.arange(4)).jaxpr
+        loop, state = prepared_step(KEY, model, guide, TRAIN, adam, scale_optimizer=adam)
+        program = jax.make_jaxpr(loop.traced)(state, KEY, base.weights, TRAIN, jnp.arange(4)).jaxpr
         return sum(1 for _ in walk(program))
 
     assert equations(2) == equations(5) > 0

@@ -281,8 +281,8 @@ def test_from_frames_to_a_comparison(tmp_path):
     prediction = bl.predict(KEY, fit, test, num_draws=20)
     summary = bl.metrics.summary(jax.random.key(0), prediction, test.labels)
     assert 0 < summary["nll"].value < 5
-    assert "convergence" in repr(bl.diagnose(fit, test, num_draws=40))
-    tree = bl.to_arviz(fit, test, num_draws=8)
+    assert "convergence" in repr(bl.diagnose(fit.draw_key, fit, test, num_draws=40))
+    tree = bl.to_arviz(fit.draw_key, fit, test, num_draws=8)
     assert {"v_proj.scale", "slope.scale"} <= set(tree["posterior"].data_vars)
     tree.to_netcdf(tmp_path / "fit.nc", engine="h5netcdf")
     assert set(xarray.open_datatree(tmp_path / "fit.nc", engine="h5netcdf").children) == set(tree.children)

@@ -101,7 +101,9 @@ def test_parts_of_a_split_gguf_that_do_not_belong_together(tmp_path):
     for number in range(3):
         stated = {"split.count": 3, "split.no": number, "split.tensors.count": 91}
         write_gguf(tmp_path / f"same-{number + 1:05}-of-00003.gguf", stated=stated)
-    with pytest.raises(ValueError, match="must have 91 tensors of different names; got 90 of 30 names"):
+    with pytest.raises(
+        ValueError, match="must have 91 tensors with different names; got 90 tensors with 30 names"
+    ):
         load(tmp_path / "same-00001-of-00003.gguf")
     assert whole.is_file()
 
@@ -197,8 +199,8 @@ def test_a_file_that_is_not_a_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("absent", "message"),
     [
-        ("config.json", r"lacks 'config\.json'; it holds \['chat_template\.jinja', 'model\.safetensors'"),
-        ("model.safetensors", r"lacks \['model\.safetensors'\]; it holds"),
+        ("config.json", r"lacks 'config\.json'; it has \['chat_template\.jinja', 'model\.safetensors'"),
+        ("model.safetensors", r"lacks \['model\.safetensors'\]; it has"),
     ],
 )
 def test_folder_that_lacks_a_file(tmp_path, absent, message):

@@ -1,5 +1,6 @@
 """Pictures of comparisons show the numbers they were given."""
 
+import jax
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
@@ -31,7 +32,7 @@ def found():
     values[:, 3] = 0.8 * values[:, 2] + 0.6 * values[:, 3]
     reference = independent(random.normal(size=(400, 4)))
     return compare_draws(
-        random,
+        jax.random.key(0),
         independent(values),
         reference,
         predictions=(prediction(random, 0.3), prediction(random, 1.0)),
@@ -95,6 +96,6 @@ def test_axes_may_be_given(found, draw, count):
 
 
 def test_pictures_of_predictions_need_predictions(found):
-    bare = compare_draws(np.random.default_rng(0), found.posterior, found.reference)
+    bare = compare_draws(jax.random.key(0), found.posterior, found.reference)
     with pytest.raises(ValueError, match="expected a comparison with predictions"):
         plots.predictive_scatter(bare)

@@ -161,7 +161,7 @@ def fit():
 
 @pytest.fixture(scope="module")
 def tree(fit):
-    return bl.to_arviz(fit, ROWS, num_draws=8)
+    return bl.to_arviz(fit.draw_key, fit, ROWS, num_draws=8)
 
 
 def test_names_that_a_file_cannot_hold_are_replaced_and_said(fit, tree):
@@ -200,7 +200,7 @@ def test_log_priors_have_the_same_names_and_add_up(fit, tree):
     expected = [draw_sites(k, fit.model, fit.guide, fit.params).log_prior for k in keys]
     total = sum(groups[name].values.ravel() for name in groups)
     np.testing.assert_allclose(total, expected, rtol=1e-5)
-    page = bl.diagnostics.sensitivity(bl.diagnostics.sample(fit, num_draws=40), ROWS)
+    page = bl.diagnostics.sensitivity(bl.diagnostics.sample(fit.draw_key, fit, num_draws=40), ROWS)
     assert np.isfinite(page.prior).all()
 
 

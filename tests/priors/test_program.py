@@ -126,14 +126,14 @@ def test_draws_and_diagnostics_of_a_fit_count_it(made, plain):
         batch_size=40,
         init_params=plain.params,
     )
-    tree, expected = (bl.to_arviz(f, TRAIN, num_draws=100, key=KEY) for f in (other, plain))
+    tree, expected = (bl.to_arviz(KEY, f, TRAIN, num_draws=100) for f in (other, plain))
     log_p = [x["sample_stats"]["log_p"] for x in (tree, expected)]
     np.testing.assert_allclose(log_p[0] - log_p[1], CONSTANT, rtol=1e-3)
     by_site = tree["log_prior"].to_dataset()
     assert set(by_site) == {"lm_head", *density(made.model, {}).observed}
     total = sum(by_site[name] for name in by_site)
     np.testing.assert_allclose(total - expected["log_prior"]["lm_head"], CONSTANT, rtol=1e-3)
-    value, wanted = (khat(bl.diagnostics.sample(f, key=KEY)).overall.value for f in (other, plain))
+    value, wanted = (khat(bl.diagnostics.sample(KEY, f)).overall.value for f in (other, plain))
     np.testing.assert_allclose(value, wanted, atol=1e-3)
     parts = divergence(other)
     error = np.linalg.norm([part.error for part in parts])
@@ -180,7 +180,7 @@ def test_an_improper_law_works_where_a_density_is_enough():
     made = one_step(model, guide)
     loc, scale = (float(made.params[f"tau.q.{name}"]) for name in ("loc", "scale"))
     np.testing.assert_allclose(loc, np.log(0.7), rtol=1e-5)
-    drawn = bl.diagnostics.sample(made, num_draws=40)
+    drawn = bl.diagnostics.sample(made.draw_key, made, num_draws=40)
     log_tau = np.log(np.asarray(drawn.drawn[0].sites["tau"], np.float64))
     expected = norm.logpdf(np.asarray(drawn.drawn[0].sites["lm_head.b"])).ravel()
     np.testing.assert_allclose(drawn.drawn[0].log_prior, expected, rtol=1e-4)
@@ -188,7 +188,7 @@ def test_an_improper_law_works_where_a_density_is_enough():
     np.testing.assert_allclose(drawn.drawn[0].log_q_of["tau"], log_q, rtol=1e-3)
     with pytest.raises(ValueError, match="'tau' has an improper law, ImproperUniform; use a proper law"):
         assert drawn.prior_adapters
-    page = bl.diagnose(made, TRAIN, num_draws=40)
+    page = bl.diagnose(made.draw_key, made, TRAIN, num_draws=40)
     assert page["prior predictive"].status == "not asked"
     assert "'tau' has an improper law" in page["prior predictive"].sentence
     assert (page.shrinkage, page.overlap, page.prior_predictive) == (None, None, None)

@@ -65,7 +65,7 @@ def of_prior_predictive() -> dict:
 
 
 def of_diagnosis() -> dict:
-    page = bl.diagnose(fit_of_head(), NEW, num_draws=100)
+    page = bl.diagnose(fit_of_head().draw_key, fit_of_head(), NEW, num_draws=100)
     return {
         "khat": page.khat.overall.value,
         "log_bound": page.final_bound.value,

@@ -145,7 +145,7 @@ def test_from_a_table_to_a_fit_on_disk(name, base, data, tmp_path):
     summary = bl.metrics.summary(jax.random.key(0), prediction, data.test.labels)
     assert 0 <= summary["accuracy"].value <= 1
 
-    tree = bl.to_arviz(fit, data.test, num_draws=8)
+    tree = bl.to_arviz(fit.draw_key, fit, data.test, num_draws=8)
     _every_hyper_parameter_is_there(tree, model)
     tree.to_netcdf(tmp_path / "fit.nc", engine="h5netcdf")
     back = xarray.open_datatree(tmp_path / "fit.nc", engine="h5netcdf")
@@ -188,7 +188,7 @@ def test_from_a_fit_to_a_comparison(name, base, data, tmp_path):
     model, guide = built(WAYS[name], base, data)
     adam = optax.adam(3e-2)
     fit = bl.fit(key, model, guide, data.train, adam, num_steps=12, batch_size=8)
-    page = bl.diagnose(fit, data.test, num_draws=40)
+    page = bl.diagnose(fit.draw_key, fit, data.test, num_draws=40)
     assert "convergence" in repr(page)
 
     short = {"num_warmup": 30, "num_draws": 60, "num_chains": 2}

@@ -73,7 +73,7 @@ def objects():
         "summary": bl.metrics.summary(
             jax.random.key(0), prediction, np.asarray(rows.labels), num_resamples=5
         ),
-        "comparison": compare_draws(random, *pair),
+        "comparison": compare_draws(jax.random.key(0), *pair),
         "certificate": certify(evidence, bl.Thresholds()),
         "chains": chains(),
         "prior predictive": PriorPredictive(logits, logits.mean(0)),

@@ -104,9 +104,8 @@ def compare(
     theirs = side.evaluate(other_key, model, functions, data, num_draws, predicted)
     mine = draws_of(model, functions, own, data).only(theirs.draws.names)
     size = _size(mine, theirs.draws, min(num_draws, theirs.most))
-    random = np.random.default_rng(np.asarray(jax.random.bits(measure_key, (4,))))
     return compare_draws(
-        random,
+        measure_key,
         mine,
         theirs.draws,
         predictions=(predicted(thinned(own, size)), theirs.predict(size)),

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from jax import Array
 
-from bnlora._util.checks import check_level
+from bnlora._util.checks import check_level, numpy_generator
 from bnlora._util.display import Showable, Shown, Table
 from bnlora._util.finding import Finding, Findings, Judged, count_words
 from bnlora.assess.comparison import verdict as say
@@ -245,7 +246,7 @@ class Comparison(Shown, Judged):
 
 
 def compare_draws(
-    random: np.random.Generator,
+    key: Array,
     posterior: Draws,
     reference: Draws,
     *,
@@ -258,7 +259,7 @@ def compare_draws(
     """Every measure between draws of two posteriors; `bnlora.compare` makes the draws.
 
     Args:
-        random: Source of slices, folds and permutations.
+        key: Random key of slices, folds and permutations.
         posterior: Draws of the approximation.
         reference: Draws of the reference.
         predictions: Predictions of both for the same rows, as `predictive_agreement` takes them.
@@ -274,6 +275,7 @@ def compare_draws(
     Raises:
         ValueError: When the level lies outside (0, 1), and what the measures refuse.
     """
+    random = numpy_generator(key)
     check_level(level)
     constant = reference.constant
     posterior, reference = varying(posterior, reference)

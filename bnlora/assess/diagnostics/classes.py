@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jax import Array
 from jaxtyping import Float, Int
 
-from bnlora._util.checks import check_at_least, check_level, class_numbers
+from bnlora._util.checks import check_at_least, check_level, class_numbers, numpy_generator
 from bnlora._util.finding import Finding
 from bnlora.assess.diagnostics.examination import Diagnostic, Examination
 
@@ -82,7 +83,7 @@ class ClassCounts:
 
 
 def class_counts(
-    random: np.random.Generator,
+    key: Array,
     probs: Float[np.ndarray, "n c"],
     labels: Int[np.ndarray, " n"],
     *,
@@ -92,7 +93,7 @@ def class_counts(
     """Counts of each class against predictive probabilities, with simultaneous bands.
 
     Args:
-        random: Source of the simulated labels.
+        key: Random key.
         probs: Probabilities of the classes of each row.
         labels: The class of each row.
         bins: Bins of equal size for each class; one for every 20 rows and at most five when omitted.
@@ -101,6 +102,7 @@ def class_counts(
     Raises:
         ValueError: When `level` is not in (0, 1), there are fewer rows than bins, or labels are no classes.
     """
+    random = numpy_generator(key)
     check_level(level)
     count, classes = probs.shape
     bins = int(np.clip(count // ROWS_PER_BIN, 1, MOST_BINS)) if bins is None else bins
@@ -162,7 +164,7 @@ def counted(counts: ClassCounts, *, of_training: bool) -> Finding:
 
 def _measure(exam: Examination) -> ClassCounts:
     labels = np.asarray(exam.data.labels)
-    return class_counts(exam.drawn.random(5), exam.prediction.probs, labels, level=1 - LEAST_P)
+    return class_counts(exam.drawn.part(5), exam.prediction.probs, labels, level=1 - LEAST_P)
 
 
 def _judge(counts: ClassCounts, exam: Examination) -> Finding:

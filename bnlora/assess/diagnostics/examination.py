@@ -4,9 +4,10 @@ A diagnostic is one file: it opens with its mathematics, measures, and judges wh
 rule. `page.DIAGNOSTICS` lists all of them. They share
 
     S draws of guide and prior                     for norms, spreads and singular values
+    8 given rows under S draws of both             for margins
     training rows under T draws of the guide       for k-hat, leave-one-out, its PIT and power-scaling
-    given rows under some draws of the guide       for counts of the classes and margins
-    32 given rows under some draws of the prior    for the prior predictive and margins
+    given rows under some draws of the guide       for counts of the classes
+    32 given rows under some draws of the prior    for the prior predictive
 
 and every forward pass is made once. T is chosen by `Sample.train_prediction`. The given rows are predicted
 by as many draws as make the Monte Carlo error of the number of rows of each class at most a third of its
@@ -26,6 +27,7 @@ from jaxtyping import Float
 
 from bnlora._util.finding import Finding
 from bnlora._util.progress import OneBar
+from bnlora._util.typing import Adapters
 from bnlora.assess.diagnostics.sample import Sample
 from bnlora.assess.diagnostics.subject import Subject, subject
 from bnlora.assess.prior_predictive import HARDLY, MOST, NEARLY_ALL
@@ -179,15 +181,17 @@ class Examination:
 
     @cached_property
     def posterior(self) -> dict[str, Float[np.ndarray, " s"]]:
-        """Draws of the functions under the posterior, fewer of the margins than of the norms."""
-        margins = self.functions.margins(self.prediction.draw_log_probs)
-        return margins | self.functions.norms(self.drawn.drawn[1])
+        """Draws of the functions under the posterior."""
+        return self._values(self.drawn.drawn[1])
 
     @cached_property
     def prior(self) -> dict[str, Float[np.ndarray, " s"]]:
-        """Draws of the functions under the prior, likewise."""
-        margins = self.functions.margins(self.prior_prediction.draw_log_probs[1:])
-        return margins | self.functions.norms(self.drawn.prior_adapters)
+        """Draws of the functions under the prior."""
+        return self._values(self.drawn.prior_adapters)
+
+    def _values(self, adapters: Adapters) -> dict[str, Float[np.ndarray, " s"]]:
+        prediction = self.drawn.predict(adapters, self.rows[:PROBES], "margins")
+        return self.functions.margins(prediction.draw_log_probs) | self.functions.norms(adapters)
 
 
 def _counts_are_sharp(prediction: Prediction) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from jax import Array
 from rich.console import Console
 
+from bnlora._util.checks import check_key
 from bnlora._util.display import Shown
 from bnlora._util.finding import Finding, Findings, Judged, count_words
 from bnlora._util.progress import OneBar
@@ -105,6 +106,7 @@ class Diagnosis(Shown, Judged):
 
 
 def diagnose(
+    key: Array,
     fit: Fit,
     data: Batch,
     *,
@@ -114,12 +116,12 @@ def diagnose(
     families: bool = False,
     leave_out: int | None = None,
     restarts: Sequence[Fit] = (),
-    key: Array | None = None,
     console: Console | None = None,
 ) -> Diagnosis:
     """Run every diagnostic on a fit and say what is fine, what is not, and what to do about it.
 
     Args:
+        key: Random key; the same key gives the same page.
         fit: A fit.
         data: Rows with labels, best ones that were not fitted: for counts of the classes, the first eight for
             margins and the first 32 for the prior predictive.
@@ -132,7 +134,6 @@ def diagnose(
             once more for each family.
         leave_out: Training rows for leave-one-out, chosen at random; all, and at most 500, when omitted.
         restarts: Other fits of this model, from other keys, to compare with this one.
-        key: Random key; the fit's own when omitted, so that two calls agree.
         console: Where to draw a progress bar; the terminal or notebook when omitted.
 
     Returns:
@@ -142,16 +143,17 @@ def diagnose(
         ValueError: When it is no `Fit`, rows are without labels, or an option is out of range.
 
     Example:
-        >>> page = bl.diagnose(fit, rows, num_draws=40)
+        >>> page = bl.diagnose(key, fit, rows, num_draws=40)
         >>> page["convergence"].status  # after four steps
         'problem'
     """
+    key = check_key(key)
     bar = OneBar(console, 0)
     draws, first_look = (DRAWS, FIRST_LOOK) if num_draws is None else (num_draws, None)
     of = partial(sample, num_draws=draws, batch_size=batch_size, console=bar, first_look=first_look)
-    drawn = of(fit, key=key)
+    drawn = of(key, fit)
     check_labels("data", data, len(fit.model.label_ids))
-    others = tuple(map(of, restarts))
+    others = tuple(of(other.draw_key, other) for other in restarts)
     exam = Examination(drawn, data, others, Request(tolerance, families, leave_out))
     with bar.bar:
         bar.more(planned(exam))
@@ -167,7 +169,10 @@ def planned(exam: Examination) -> int:
     families = len(fit.model.sites) if exam.request.families else 0
     fits = 1 + len(exam.others) if exam.others else 0
     work = few * (len(fit.train) * (1 + families) + len(exam.data) + fits * min(PROBES, len(exam.data)))
+    margins = exam.drawn.num_draws * min(PROBES, len(exam.data))
+    if exam.drawn.has_prior:
+        work += margins
     if exam.drawn.has_prior and not exam.drawn.prior_refusal:
         draws = few if exam.drawn.first_look else few + 1  # the first one is without adapters
-        work += draws * min(PRIOR_ROWS, len(exam.data))
+        work += margins + draws * min(PRIOR_ROWS, len(exam.data))
     return work + (passes(len(exam.data)) if fit.model.kind == "tangent" else 0)

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from jax import Array
 from jaxtyping import Float, Int
 from scipy.stats import binom
 
-from bnlora._util.checks import check_level, class_numbers
+from bnlora._util.checks import check_level, class_numbers, numpy_generator
 from bnlora._util.finding import Finding
 from bnlora.assess.diagnostics.examination import Diagnostic, Examination
 from bnlora.assess.diagnostics.loo import loo_probs
@@ -84,11 +85,11 @@ def loo_pit(fit: Fit | Sample, *, level: float = 0.95) -> Pit:
     """
     drawn = sample_of(fit)
     labels = np.asarray(drawn.fit.train.labels)
-    return randomised_pit(drawn.random(4), loo_probs(drawn), labels, level=level)
+    return randomised_pit(drawn.part(4), loo_probs(drawn), labels, level=level)
 
 
 def randomised_pit(
-    random: np.random.Generator,
+    key: Array,
     probs: Float[np.ndarray, "n c"],
     labels: Int[np.ndarray, " n"],
     *,
@@ -97,7 +98,7 @@ def randomised_pit(
     """Randomised transforms of labels under predictive probabilities.
 
     Args:
-        random: Source of the uniform numbers and of the simulation.
+        key: Random key.
         probs: Probabilities of the classes of each row.
         labels: The class of each row.
         level: Probability of the simultaneous band.
@@ -105,6 +106,7 @@ def randomised_pit(
     Raises:
         ValueError: When `level` is not in (0, 1), or labels are no classes.
     """
+    random = numpy_generator(key)
     check_level(level)
     labels = class_numbers("the rows", labels, *probs.shape)
     below = np.concatenate([np.zeros((len(probs), 1)), np.cumsum(probs, axis=1)], axis=1)
@@ -165,7 +167,7 @@ def _shape(values: Float[np.ndarray, " n"]) -> str:
 
 def _measure(exam: Examination) -> Pit:
     drawn, labels = exam.drawn, np.asarray(exam.fit.train.labels)
-    return randomised_pit(drawn.random(4), loo_probs(drawn), labels, level=1 - LEAST_P)
+    return randomised_pit(drawn.part(4), loo_probs(drawn), labels, level=1 - LEAST_P)
 
 
 def _judge(pit: Pit, exam: Examination) -> Finding:

@@ -129,7 +129,7 @@ class Sample:
         work = len(rows) * len(jax.tree.leaves(adapters)[0])
         bar = self.console.part(label, work) if isinstance(self.console, OneBar) else nullcontext()
         with bar:
-            classifier, size = model or self.fit.model, self.batch_size
+            classifier, size = model or self.fit.model, min(self.batch_size, len(rows))
             return predict_with_draws(classifier, adapters, rows, batch_size=size, console=self.console)
 
     def predict_until(
@@ -192,21 +192,21 @@ class Sample:
 
 
 def sample(
+    key: Array,
     fit: Fit,
     *,
     num_draws: int = 400,
     batch_size: int = 32,
-    key: Array | None = None,
     console: Console | None = None,
     first_look: int | None = None,
 ) -> Sample:
     """Prepare draws of a fit for several diagnostics.
 
     Args:
+        key: Random key; `fit.draw_key` gives the draws that diagnostics use when they get the fit itself.
         fit: A fit.
         num_draws: Number of draws of the guide, and of the prior.
         batch_size: Rows to run at a time.
-        key: Random key; the fit's own when omitted, so that two calls agree.
         console: Where to draw progress bars; the terminal or notebook when omitted.
         first_look: Number of draws that rows are predicted with at first. It is doubled, up to
             `num_draws`, while standard errors ask for more. Omitted, all draws are used at once.
@@ -214,6 +214,7 @@ def sample(
     Raises:
         ValueError: When it is no fit by `bnlora.fit`, there are fewer than 25 draws, or no row at a time.
     """
+    key = check_key(key)
     if not isinstance(fit, Fit):
         raise ValueError(
             f"diagnostics need a Fit, whose bound and densities they read; got {type(fit).__name__}: for "
@@ -224,9 +225,7 @@ def sample(
     check_at_least({"batch_size": batch_size}, 1)
     if first_look is not None:
         check_at_least({"first_look": first_look}, LEAST_DRAWS)
-    return Sample(
-        fit, fit.draw_key if key is None else check_key(key), num_draws, batch_size, console, first_look
-    )
+    return Sample(fit, key, num_draws, batch_size, console, first_look)
 
 
 def first_draws(stacked: Any, count: int) -> Any:
@@ -250,4 +249,4 @@ def _from_prior(fit: Fit, params: Any, key: Array) -> dict[str, Array]:
 
 def sample_of(fit: Fit | Sample) -> Sample:
     """The sample itself, or one of a fit with the defaults of `sample`."""
-    return fit if isinstance(fit, Sample) else sample(fit)
+    return fit if isinstance(fit, Sample) else sample(fit.draw_key, fit)

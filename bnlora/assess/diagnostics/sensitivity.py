@@ -173,8 +173,7 @@ def power_scaling(measured: Sensitivity) -> Finding:
 
 
 def _measure(exam: Examination) -> Sensitivity:
-    count = min(exam.drawn.num_used, len(exam.prediction.draw_log_probs))
-    return sensitivity_of(exam.drawn, *stacked(first_draws(exam.posterior, count)))
+    return sensitivity_of(exam.drawn, *stacked(first_draws(exam.posterior, exam.drawn.num_used)))
 
 
 SCALING = Diagnostic(

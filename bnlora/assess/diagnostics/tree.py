@@ -27,17 +27,15 @@ from bnlora.prediction.predict import predict_with_draws
 CHAINS = 4  # ArviZ splits draws over chains; four equal parts of independent draws are as good as any
 
 
-def to_arviz(
-    fit: Any, data: Batch, *, num_draws: int = 200, batch_size: int = 32, key: Array | None = None
-) -> Any:
+def to_arviz(key: Array, fit: Any, data: Batch, *, num_draws: int = 200, batch_size: int = 32) -> Any:
     """Draws of a fit and their predictions for some rows, as an ArviZ DataTree.
 
     Args:
+        key: Random key of the draws.
         fit: A fit.
         data: Rows with labels for the groups over rows.
         num_draws: Number of draws, a multiple of 4.
         batch_size: Rows to run at a time.
-        key: Random key of the draws; the fit's own when omitted, so that two calls agree.
 
     Returns:
         A DataTree with the groups
@@ -56,15 +54,15 @@ def to_arviz(
         ValueError: When `num_draws` is not a positive multiple of 4, or the rows have no labels.
 
     Example:
-        >>> tree = bl.to_arviz(fit, rows, num_draws=4)
+        >>> tree = bl.to_arviz(key, fit, rows, num_draws=4)
         >>> "posterior" in tree.children, "log_likelihood" in tree.children
         (True, True)
     """
-    key = None if key is None else check_key(key)
+    key = check_key(key)
     if num_draws < CHAINS or num_draws % CHAINS:
         raise ValueError(f"num_draws must be a positive multiple of {CHAINS}; got {num_draws}")
     check_labels("data", data, len(fit.model.label_ids))
-    draws, adapters = fit.draws(fit.draw_key if key is None else key, num_draws)
+    draws, adapters = fit.draws(key, num_draws)
     predicted = partial(predict_with_draws, fit.model, adapters, batch_size=batch_size)
     in_training = predicted(fit.train).log_probs_of(fit.train.labels)
     prediction = predicted(data)

@@ -76,11 +76,7 @@ def conditioner_masks(features: int, hidden: int) -> tuple[np.ndarray, np.ndarra
     others, but an output in between may ignore its nearest predecessors: fewer than the spacing
     (features-2)/(hidden-1), rounded up. A single unit depends on the first entry only.
     """
-    inputs = np.arange(1, features + 1)
-    degrees = np.arange(hidden) % max(features - 1, 1) + 1
-    if hidden < features - 1:
-        degrees = np.linspace(1, features - 1, hidden).round().astype(int)
-    outputs = np.concatenate([inputs, inputs])
+    inputs, degrees, outputs = _degrees(features, hidden)
     return (
         (degrees[None, :] >= inputs[:, None]).astype(np.float32),
         (degrees[None, :] >= degrees[:, None]).astype(np.float32),
@@ -88,23 +84,45 @@ def conditioner_masks(features: int, hidden: int) -> tuple[np.ndarray, np.ndarra
     )
 
 
+def _degrees(features: int, hidden: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Degrees of the inputs, the hidden units and the outputs."""
+    inputs = np.arange(1, features + 1)
+    degrees = np.arange(hidden) % max(features - 1, 1) + 1
+    if hidden < features - 1:
+        degrees = np.linspace(1, features - 1, hidden).round().astype(int)
+    return inputs, degrees, np.concatenate([inputs, inputs])
+
+
+@jax.jit  # sites of one shape share its text, and that of its derivative
 def shift_and_log_scale(x: Float[Array, "... rows f"], net: Conditioner) -> tuple[Array, Array]:
     """Shifts and bounded log-scales of all entries of all rows; each depends on the entries before it."""
     features, hidden = net.first[0].shape[-2:]
-    mask_in, mask_hidden, mask_out = conditioner_masks(features, hidden)
+    # Compared in the program: written out, three masks are half of its text.
+    inputs, degrees, outputs = (jnp.asarray(x, jnp.int32) for x in _degrees(features, hidden))
 
-    def dense(h, weight, bias, mask):
-        return h @ (weight * mask) + bias[..., None, :]
+    def dense(h: Array, weight: Array, bias: Array) -> Array:
+        return h @ weight + bias
 
-    def block(h, layers):
-        weight, bias = (jnp.moveaxis(x, axis, 0) for x, axis in zip(layers, (-3, -2), strict=True))
-        inner = dense(jax.nn.relu(h), weight[0], bias[0], mask_hidden)
-        return h + dense(jax.nn.relu(inner), weight[1], bias[1], mask_hidden), None
-
-    blocks = tuple(jnp.moveaxis(x, axis, 0) for x, axis in zip(net.hidden, (-4, -3), strict=True))
-    h, _ = jax.lax.scan(block, dense(x, *net.first, mask_in), blocks, unroll=True)
-    shift, raw = jnp.split(dense(h, *net.last, mask_out), 2, axis=-1)
+    (first, begin), hidden_layers, (last, end) = ((w, b[..., None, :]) for w, b in net)
+    h = dense(x, first * (degrees >= inputs[:, None]), begin)
+    weights, biases = _layers(hidden_layers[0] * (degrees >= degrees[:, None])), _layers(hidden_layers[1])
+    for step in range(0, len(weights), 2):
+        inner = dense(jax.nn.relu(h), weights[step], biases[step])
+        h = h + dense(jax.nn.relu(inner), weights[step + 1], biases[step + 1])
+    both = dense(h, last * (outputs > degrees[:, None]), end)
+    shift, raw = jax.lax.split(both, (features, features), axis=x.ndim - 1)
     return shift, LOG_SCALE_BOUND * jnp.tanh(raw / LOG_SCALE_BOUND)
+
+
+def _layers(stack: Float[Array, "... block 2 r h"]) -> list[Array]:
+    """The layers of all blocks in turn, from axes -4 and -3.
+
+    One split, whose derivative is one concatenation; indexing would add up an array of zeros for each layer.
+    """
+    batch, rest = stack.shape[:-4], stack.shape[-2:]
+    joined = stack.reshape(*batch, -1, *rest)
+    parts = jax.lax.split(joined, (1,) * joined.shape[-3], axis=joined.ndim - 3)
+    return [part.reshape(*batch, *rest) for part in parts]
 
 
 class RowSharedAffine(Flow):

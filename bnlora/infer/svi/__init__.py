@@ -2,7 +2,8 @@
 
 | module       | what it has                                                          |
 |--------------|----------------------------------------------------------------------|
-| `fit`        | `fit`: the compiled step and its loop                                |
+| `fit`        | `fit`: minibatches through the step, with a record                   |
+| `step`       | `svi_step`: the compiled step                                        |
 | `elbo`       | the bound and its terms                                              |
 | `parts`      | a minibatch run in equal parts                                       |
 | `watch`      | what looks at a fit after each step                                  |

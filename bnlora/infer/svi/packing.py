@@ -92,8 +92,10 @@ class Packed:
 
     def constrain(self, vectors: Mapping[str, Array]) -> dict[str, Any]:
         """The constrained parameters by name."""
-        transforms = {name: vector.transform for name, vector in self.vectors.items()}
-        moved = {n: x if (transform := transforms[n]) is None else transform(x) for n, x in vectors.items()}
+        moved: dict[str, Array] = {}
+        for name, x in vectors.items():
+            transform = self.vectors[name].transform
+            moved[name] = x if transform is None else transform(x)
         tree = self._unpack(moved)
         return {n: jax.tree.map(self.others[n], x) if n in self.others else x for n, x in tree.items()}
 

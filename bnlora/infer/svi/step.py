@@ -1,0 +1,236 @@
+r"""The compiled step of a fit, to be driven by a loop of one's own, timed, or read.
+
+    g = grad of -bound / N at the parameters,      g <- clip(g) by group,      params <- params + optimiser(g)
+
+The frozen weights are an argument of the compiled step, so that they are no constants of the program. A step
+whose bound or gradient is not finite leaves the state as it was, and counts as skipped.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from bnlora._util.checks import check_batch_size, check_key, check_parts
+from bnlora._util.compilation import options
+from bnlora._util.typing import Parameters
+from bnlora.data.batch import Batch
+from bnlora.infer.svi.elbo import elbo_terms, initial_parameters
+from bnlora.infer.svi.packing import packing
+from bnlora.infer.svi.parts import InParts
+from bnlora.models.execution import Activations, Remat
+
+GROUPS = {"lam": (".lam",), "scale": (".scale", "_scale", "_tril")}
+"""Endings of the names of parameters with an optimiser of their own; all others are locations."""
+
+
+FEW_STEPS = 1000
+"""Steps of a small model up to which a slower step costs less than compiling a faster one."""
+
+
+class State(NamedTuple):
+    """What a step carries over: unconstrained parameters (see `packing`), optimiser state, skipped steps."""
+
+    params: dict[str, Array]
+    optimizer: Any
+    skipped: Array
+
+
+def svi_step(
+    key: Array,
+    model: Any,
+    guide: Callable,
+    train: Batch,
+    optimizer: optax.GradientTransformation,
+    *,
+    batch_size: int,
+    scale_optimizer: optax.GradientTransformation | None = None,
+    clip_norm: float = 10.0,
+    num_particles: int = 1,
+    init_params: Parameters | None = None,
+    accumulate: int = 1,
+    activations: Activations | None = None,
+    remat: Remat | None = None,
+) -> "tuple[Step, State]":
+    """The step of `bl.fit`, and the state that it starts from.
+
+    Args:
+        key: Random key of the start values.
+        model: A `Classifier`.
+        guide: A NumPyro guide of `model.prior`.
+        train: Rows to fit.
+        optimizer: optax optimiser of the locations.
+        batch_size: Rows of a step.
+        scale_optimizer: Optimiser of every `lam` and every scale; `optimizer` when omitted.
+        clip_norm: As in `bl.fit`, like the arguments below.
+        num_particles: Guide draws averaged in a step.
+        init_params: Parameters to start from.
+        accumulate: Equal parts in which a step runs its minibatch.
+        activations: Type of the activations.
+        remat: What the backward pass runs again.
+
+    Returns:
+        The step and its first state. Nothing is compiled yet.
+
+    Raises:
+        ValueError: If there are fewer rows than `batch_size`, or parts that do not divide it.
+
+    Example:
+        >>> step, state = bl.svi_step(key, model, guide, rows, optax.adam(0.01), batch_size=4)
+        >>> state = step.run(state, key, np.arange(4))
+        >>> len(step.bound), step.num_traces
+        (1, 1)
+    """
+    key = check_key(key)
+    check_batch_size(batch_size, len(train))
+    check_parts("accumulate", accumulate, batch_size)
+    program = running(model, accumulate=accumulate, activations=activations, remat=remat)
+    return prepared_step(
+        key,
+        program,
+        guide,
+        train,
+        optimizer,
+        scale_optimizer=scale_optimizer or optimizer,
+        clip_norm=clip_norm,
+        num_particles=num_particles,
+        init_params=init_params,
+    )
+
+
+def running(model: Any, *, accumulate: int, **execution: Any) -> Any:
+    """The model as a step runs it: in parts, and with other settings of `models.execution`."""
+    changes = {name: value for name, value in execution.items() if value is not None}
+    model = model.over(model.base.running(**changes)) if changes else model
+    return model if accumulate == 1 else InParts(model, accumulate)
+
+
+def prepared_step(
+    key: Array,
+    program: Any,
+    guide: Callable,
+    train: Batch,
+    optimizer: optax.GradientTransformation,
+    *,
+    scale_optimizer: optax.GradientTransformation,
+    clip_norm: float = 10.0,
+    num_particles: int = 1,
+    num_steps: int | None = None,
+    init_params: Parameters | None = None,
+) -> "tuple[Step, State]":
+    """The step of a fit, to be compiled when it first runs, and the state that it starts from."""
+    arguments = (program.base.weights, train[:1], len(train))
+    values, constrain = initial_parameters(key, program, guide, *arguments, init_params=init_params)
+    rules = {"location": optimizer, **dict.fromkeys(GROUPS, scale_optimizer)}
+    layout = packing(values, constrain, _group, rules)
+    # Every group clips its own gradient. The conditional KL drives `lam` with a gradient of the order of the
+    # number of weights: clipped together with anything else, it would leave nothing of the other's gradient.
+    clip = optax.clip_by_global_norm(clip_norm)
+    grouped = optax.multi_transform({g: optax.chain(clip, rule) for g, rule in rules.items()}, layout.labels)
+
+    def begin(values: dict[str, Array]) -> tuple[dict[str, Array], Any]:
+        params = layout.pack(values)
+        return params, grouped.init(params)
+
+    step = Step(program, guide, train, layout.constrain, grouped, num_particles, num_steps)
+    # In one program: by itself, every array of another shape would be one.
+    params, optimizer_state = jax.jit(begin, compiler_options=options(0))(values)
+    return step, State(params, optimizer_state, jax.device_put(np.zeros((), np.int32)))
+
+
+def _group(name: str) -> str:
+    """The optimiser of a parameter: of locations, of scales, or of `lam`."""
+    return next((g for g, endings in GROUPS.items() if name.endswith(endings)), "location")
+
+
+@dataclass
+class Step:
+    """The compiled step of a fit and the record of the steps that it ran.
+
+    Attributes:
+        model: The model as the step runs it.
+        guide: The guide.
+        train: Rows to fit.
+        constrain: From the parameters of a `State` to constrained ones by name.
+        optimizer: The optimiser of all groups.
+        num_particles: Guide draws averaged in a step.
+        num_steps: Steps that are planned, which decides how well the step is optimised; None for many.
+        num_traces: How often the step was traced.
+        steps: The terms of the bound, in nats over all rows, and the seconds of each step.
+    """
+
+    model: Any
+    guide: Callable
+    train: Batch
+    constrain: Callable[[dict], dict]
+    optimizer: optax.GradientTransformation
+    num_particles: int
+    num_steps: int | None = None
+    num_traces: int = 0
+    steps: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self):
+        self._compiled: Any = None
+        self.constrained: Callable[[dict], dict] = jax.jit(
+            self.constrain, compiler_options=options(self.model.numbers(()))
+        )
+
+    def compiled(self, batch_size: int) -> Any:
+        """The jitted `traced` for minibatches of this size, with the compiler options of a fit."""
+        if self._compiled is None:
+            often = self.num_steps is None or self.num_steps > FEW_STEPS
+            numbers = None if often else self.model.numbers((batch_size, self.train.tokens.shape[1]))
+            self._compiled = jax.jit(self.traced, compiler_options=options(numbers))
+        return self._compiled
+
+    def run(self, state: State, key: Array, rows: np.ndarray) -> State:
+        """One step, recorded."""
+        began = time.perf_counter()
+        step = self.compiled(len(rows))
+        state, terms = step(state, key, self.model.base.weights, self.train, jnp.asarray(rows))
+        record = {name: float(value) for name, value in terms.items()}
+        self.steps.append(record | {"seconds": time.perf_counter() - began})
+        return state
+
+    def traced(
+        self, state: State, key: Array, weights: Any, train: Batch, rows: Array
+    ) -> tuple[State, dict[str, Array]]:
+        """The step as a pure function: the next state, and the terms of the bound."""
+        self.num_traces += 1  # runs when the step is traced, not when it is executed
+        batch, n_total = train[rows], len(train)
+
+        def loss(params):
+            arguments = (weights, batch, n_total)
+            terms = elbo_terms(
+                key,
+                self.constrain(params),
+                self.model,
+                self.guide,
+                *arguments,
+                num_particles=self.num_particles,
+            )
+            return -terms["elbo"] / n_total, terms
+
+        (value, terms), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+        updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
+        moved = State(optax.apply_updates(state.params, updates), optimizer, state.skipped)
+        stayed = state._replace(skipped=state.skipped + 1)
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        return jax.tree.map(partial(jax.lax.select, finite), moved, stayed), terms
+
+    @property
+    def bound(self) -> np.ndarray:
+        """The bound of every step so far."""
+        return self.column("elbo")
+
+    def column(self, name: str) -> np.ndarray:
+        """One entry of the record, over the steps so far."""
+        return np.array([step[name] for step in self.steps])
