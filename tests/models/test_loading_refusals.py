@@ -117,7 +117,7 @@ def test_layers_that_the_files_have_not_cost_nothing(tmp_path, layers):
         return
     for path in (folder, write_gguf(tmp_path / "tiny.gguf", stated={"llama.block_count": layers})):
         assert refused(path) == (
-            f"the configuration states {layers:,} layers, but the checkpoint has only 3  (30 tensors in all)"
+            f"the configuration states {layers:,} layers, but the checkpoint has only 3 (30 tensors in all)"
         )
 
 
