@@ -89,7 +89,7 @@ def test_a_table_that_is_read_stays(tmp_path, monkeypatch):
     for path in (source, link, tmp_path / "deep" / ".." / "a.csv"):
         for read in (source, source.relative_to(tmp_path)):
             with (
-                pytest.raises(ValueError, match="is the table that is read, and would be overwritten"),
+                pytest.raises(ValueError, match="is the input table and would be overwritten"),
                 room_for(path, source=read),
             ):
                 pytest.fail("the work began")
