@@ -231,7 +231,7 @@ def test_configuration_that_is_not_json(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json' is not valid JSON"):
         read_checkpoint(folder)
     (folder / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="must hold a JSON object; got list"):
+    with pytest.raises(ValueError, match="must contain a JSON object; got list"):
         read_checkpoint(folder)
 
 

@@ -104,7 +104,7 @@ def test_the_configuration_of_a_model_of_ones_own_is_checked_as_well():
 @pytest.mark.parametrize("stated", [[], "LlamaForCausalLM", {}])
 def test_architectures_are_a_list(tmp_path, stated):
     said = refused(write_folder(tmp_path / "tiny", config=CONFIG | {"architectures": stated}))
-    assert said.startswith("architectures in the model configuration must be a list of at least one; got")
+    assert said.startswith("architectures in the model configuration must be a non-empty list; got")
 
 
 @pytest.mark.usefixtures("little_memory")
@@ -225,7 +225,7 @@ def test_files_of_absurd_size(tmp_path, monkeypatch):
     assert "tokenizer.json' has" in refused(folder)
     assert "bytes; files of a tokenizer may have at most 1,000" in refused(folder)
     monkeypatch.setattr(files, "LARGEST_JSON", 100)
-    assert "bytes; JSON files of up to 100 are read" in refused(folder)
+    assert "bytes; JSON files may have at most 100" in refused(folder)
     (folder / "config.json").write_text('{"vocab_size": ' + "9" * 5000 + "}")
     monkeypatch.setattr(files, "LARGEST_JSON", 10_000)
     assert "is not valid JSON (Exceeds the limit" in refused(folder)
