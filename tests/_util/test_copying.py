@@ -40,9 +40,9 @@ TANGENT = bl.Tangent(bl.Classifier(BASE, FRAMES.sites, bl.priors.core(FRAMES), l
 
 
 def tracers():
-    """Values of a program under compilation that something still holds."""
+    """Tracers of a finished compilation that an object still refers to."""
     gc.collect()
-    # By its type: an object may answer for its class itself, such as a proxy whose owner is gone.
+    # Use `type`: `isinstance` can ask the object, such as a proxy whose owner is gone.
     return [found for found in gc.get_objects() if issubclass(type(found), jax.core.Tracer)]
 
 
@@ -60,7 +60,7 @@ def weights():
 
 
 def posteriors():
-    """One of every class of posteriors that hold a program, with numbers that nobody fitted."""
+    """One of every class of posteriors with a program, with arbitrary numbers."""
     view = density(MODEL, {})
     vectors = np.random.default_rng(1).normal(size=(2, 6, view.size)).astype(np.float32)
     size = sum(x.size for x in jax.tree.leaves(weights()))

@@ -1,4 +1,4 @@
-"""The adapted product as an operation of JAX: transformations, the choice of implementation, and refusals."""
+"""The adapted product as an operation of JAX: transformations, the choice of implementation, and errors."""
 
 from functools import partial
 

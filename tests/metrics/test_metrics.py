@@ -218,7 +218,7 @@ def test_paired_difference_of_infinite_values():
     every = exact_bootstrap(lambda rows: by_row[rows].mean(), 5)
     assert holds_quantile(every, ours.low, 0.025, 1000)
     assert str(ours).endswith("inf]")
-    # Both give the row no probability: which of them is worse cannot be said, by no sample of rows.
+    # Both give the row probability zero, so no sample of rows can order them.
     with np.errstate(divide="ignore"):
         other = np.log(IMPOSSIBLE**2 / (IMPOSSIBLE**2).sum(1, keepdims=True))
     neither = metrics.paired_difference(

@@ -1,4 +1,4 @@
-"""Checkpoints with something wrong in them: every one is refused in one sentence, before it costs memory."""
+"""Defective checkpoints: every one raises an error of one sentence, before it costs memory."""
 
 import json
 import struct
@@ -29,7 +29,7 @@ SIZES = (
 
 
 def refused(source, kind=ValueError) -> str:
-    """What is said of a checkpoint: one sentence of a reasonable length."""
+    """The error message for a checkpoint: one sentence of a reasonable length."""
     with pytest.raises(kind) as error:
         load(source)
     assert len(str(error.value)) < 1200
@@ -319,6 +319,6 @@ METADATA = {
 
 @pytest.mark.parametrize("key", METADATA)
 def test_metadata_of_a_gguf_has_its_types(tmp_path, key):
-    """That a trace is no ValueError, and a model with this value not accepted."""
+    """Neither another exception nor acceptance of a model with this value."""
     for i, value in enumerate(METADATA[key]):
         refused(write_gguf(tmp_path / f"tiny{i}.gguf", stated={key: value}))
