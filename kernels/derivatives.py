@@ -4,8 +4,8 @@ The derivative is explicit (`reference`). So no gradient of W is formed, and x A
 stored. Requesting the gradient of W raises an error. The rule is for reverse mode only: forward mode
 (`jax.jvp`, `jax.linearize`) needs the implementation "xla", which has JAX's own derivatives.
 
-`vmap` adds its axis to the groups of the product. Different adapters over common inputs share x W, whatever
-the order of several `vmap`s. Different inputs under one adapter become more rows.
+`vmap` adds its axis to the groups of the product. Different adapters over common inputs share x W, in every
+order of several `vmap`s. Different inputs under one adapter become more rows.
 """
 
 from collections.abc import Callable

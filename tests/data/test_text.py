@@ -141,7 +141,7 @@ def test_bad_input(tokenizer, rows, changes, message):
     "letter", ["\N{SLIGHTLY SMILING FACE}", "e\u0301", "\U0001f469\u200d\U0001f4bb", "\u20ac"]
 )
 def test_truncation_cuts_between_letters_and_never_the_template(tokenizer, side, letter):
-    """At every length, for letters of several tokens: the kept part has the largest number of whole letters."""
+    """At every length, for letters of several tokens: the kept part has the most whole letters possible."""
     text, pair = letter * 5, {"sentence": [letter * 5, "bad"], "label": [0, 1]}
     before, after = "Review: ", "\nSentiment:"
 
