@@ -1,7 +1,7 @@
 """The frozen language model: a Flax module split into its graph and its weights.
 
-The weights are a pytree that is passed to jitted functions as an argument. A closure over them would bake
-them into the compiled program.
+The weights are a pytree. Pass them to jitted functions as an argument; a closure would make them constants of
+the compiled program.
 """
 
 import re
@@ -23,7 +23,7 @@ from bnlora.models import llama
 from bnlora.models.execution import DEFAULT, Execution
 from bnlora.models.loading import read_checkpoint
 
-# One module per family; each offers `ARCHITECTURE`, `build(checkpoint)` and `modules(config)`.
+# One module per family; each has `ARCHITECTURE`, `build(checkpoint)` and `modules(config)`.
 FAMILIES = MappingProxyType({"llama": llama})
 
 
@@ -32,12 +32,12 @@ class Base(Shown):
     """A pretrained model with frozen weights.
 
     Attributes:
-        name: Where it came from, for reports.
+        name: Name of the model, for reports.
         family: Key of `FAMILIES`.
         config: Sizes and constants.
         graph: Structure of the Flax module.
         weights: Frozen weights; always pass them as an argument of jitted functions.
-        tokenizer: A transformers tokenizer, or None for a model made without one.
+        tokenizer: A transformers tokenizer, or None.
 
     Example:
         >>> base.num_layers, list(base.modules)[:2]
@@ -69,14 +69,14 @@ class Base(Shown):
             tokenizer: A transformers tokenizer, or None.
 
         Returns:
-            A base whose activations have a scale of order one at any width.
+            A base whose activations have a scale of order one for every width.
         """
         key = check_key(key)
         module = llama.Llama(config, **_random_weights(key, config))
         return cls.from_module(module, name="random", tokenizer=tokenizer)
 
     def __deepcopy__(self, memo: dict) -> Self:
-        return self  # it is frozen, and a copy of a fit must not double the memory of its weights
+        return self  # frozen: a copy of a fit must not double the memory of the weights
 
     @property
     def module(self) -> llama.Llama:
@@ -85,7 +85,7 @@ class Base(Shown):
 
     def bind(self, weights: nnx.State) -> llama.Llama:
         """Return the Flax module with these weights, for use inside a jitted function."""
-        # Fresh variables around the same arrays: whoever writes into the module leaves the base as it was.
+        # New variables around the same arrays: changes of the module do not affect the base.
         return nnx.merge(self.graph, weights, copy=True)
 
     @property
@@ -94,16 +94,16 @@ class Base(Shown):
         return self.module.execution
 
     def running(self, **changes: Any) -> Self:
-        """The same model, over the same arrays, that runs in another way.
+        """The same model with the same arrays and other execution options.
 
         Args:
             **changes: Fields of `bnlora.models.execution.Execution`: `implementation` (of the adapted
-                product, None for the default), `activations` ("float32" or "bfloat16") and `remat` (what
-                the backward pass runs again: "none", "elementwise", "attention" or "layers"). The others stay
-                as they are.
+                product, None for the default), `activations` ("float32" or "bfloat16") and `remat` (what the
+                backward pass recomputes: "none", "elementwise", "attention" or "layers"). Other fields are
+                unchanged.
 
         Returns:
-            The base that runs so.
+            The base with these options.
 
         Raises:
             ValueError: If a choice is unknown.
@@ -114,7 +114,7 @@ class Base(Shown):
 
     @property
     def modules(self) -> Mapping[str, tuple[int, int]]:
-        """(d_in, d_out) of every module that can be adapted, "lm_head" included."""
+        """(d_in, d_out) of every adaptable module, including "lm_head"."""
         return MappingProxyType(FAMILIES[self.family].modules(self.config))
 
     @property
@@ -124,7 +124,7 @@ class Base(Shown):
 
     @property
     def overview(self) -> tuple[Showable, ...]:
-        """Sizes, how it runs, and what can be adapted."""
+        """Sizes, execution options, and adaptable modules."""
         leaves = jax.tree.leaves(self.weights)
         running = ", ".join(f"{name}={value!r}" for name, value in sorted(self._changes.items()))
         tokenizer = "none" if self.tokenizer is None else f"{len(self.tokenizer):,} tokens"
@@ -136,7 +136,7 @@ class Base(Shown):
             "tokenizer": tokenizer,
             "parameters": f"{sum(leaf.size for leaf in leaves):,}",
             "memory": f"{sum(leaf.nbytes for leaf in leaves) / 2**20:,.1f} MiB",
-            "runs": running or "as by default",
+            "execution": running or "default",
         }
         rows = tuple((name, str(i), str(o)) for name, (i, o) in self.modules.items())
         return (
@@ -146,11 +146,11 @@ class Base(Shown):
 
     @property
     def _changes(self) -> dict[str, Any]:
-        """How it runs, where that is not the default."""
+        """Execution options that differ from the default."""
         return dict(asdict(self.execution).items() - asdict(DEFAULT).items())
 
     def __repr__(self) -> str:
-        """One line: name, family, sizes, and how it runs where that is not the default."""
+        """One line: name, family, sizes, and execution options that differ from the default."""
         count = sum(leaf.size for leaf in jax.tree.leaves(self.weights))
         running = self._changes
         return (
@@ -187,16 +187,16 @@ def load(source: str | Path) -> Base:
     """Load a pretrained language model with its tokenizer.
 
     Args:
-        source: A `.gguf` file (of a split one, any part), a Hugging Face folder (config.json and
+        source: A `.gguf` file (any part, if it was split), a Hugging Face folder (config.json and
             safetensors), or a hub name "owner/name".
 
     Returns:
         The frozen base, in float32.
 
     Raises:
-        FileNotFoundError: If there is nothing at `source`, or a file of the model is missing.
+        FileNotFoundError: If `source` does not exist, or a file of the model is missing.
         ValueError: If the architecture is not supported, the files are corrupt or inconsistent, or the
-            tokenizer has tokens that the embedding has no row for.
+            embedding has no row for a token of the tokenizer.
         OSError: If the hub cannot be reached.
 
     Example:
@@ -208,22 +208,22 @@ def load(source: str | Path) -> Base:
     module = FAMILIES[family].build(checkpoint)
     local = Path(source).expanduser()
     name = (local.stem if local.is_file() else local.resolve().name) if local.exists() else str(source)
-    name = re.sub(r"-\d{5}-of-\d{5}$", "", name)  # of a split file, the name of the whole
+    name = re.sub(r"-\d{5}-of-\d{5}$", "", name)  # for a split file, the name without the part number
     tokenizer = checkpoint.tokenizer
     _check_vocabulary(tokenizer, module.config.vocab_size)
     check_positive({"model_max_length of the tokenizer": tokenizer.model_max_length})
-    # Many tokenizers state no limit of their own; what the model was trained for is one.
+    # Many tokenizers have no limit; use the length for which the model was trained.
     tokenizer.model_max_length = min(tokenizer.model_max_length, module.config.max_length)
     return Base.from_module(module, name=name, family=family, tokenizer=tokenizer)
 
 
 def _family(config: Mapping[str, Any]) -> str:
-    # Fine-tuned classifiers keep the model type of their language model, so the class name comes first.
+    # Fine-tuned classifiers keep the model type of their language model, so use the class name first.
     stated = config.get("architectures")
     stated = [config.get("model_type")] if stated is None else stated
     if not isinstance(stated, list) or not stated:
         raise ValueError(
-            f"architectures in the model configuration must be a list of at least one; got {brief(stated)}"
+            f"architectures in the model configuration must be a non-empty list; got {brief(stated)}"
         )
     for name, family in FAMILIES.items():
         if family.ARCHITECTURE in stated or stated == [name]:
@@ -233,9 +233,10 @@ def _family(config: Mapping[str, Any]) -> str:
 
 
 def _check_vocabulary(tokenizer: Any, size: int) -> None:
-    """Raise a ValueError where the tokenizer has tokens that the embedding has no row for.
+    """Raise `ValueError` if the embedding has no row for a token of the tokenizer.
 
-    Padding is never read: many fine-tuned models have a token for it that was added to the tokenizer only.
+    The padding token is exempt, because its row is never used: many fine-tuned models add it only to the
+    tokenizer.
     """
     ids = set(tokenizer.get_vocab().values()) - {tokenizer.pad_token_id}
     beyond = [index for index in ids if index >= size]

@@ -1,14 +1,14 @@
-r"""Small exact problems to hold priors and guides against.
+r"""Small problems with exact solutions, to test priors and guides.
 
-`LinearGaussian`: Y = X W^T + noise with W of shape (d_o, d_i). Where the prior makes the entries of W
-independent N(0, sigma^2), the evidence and the posterior are known in closed form, and no valid bound
-may exceed the evidence.
+`LinearGaussian`: Y = X W^T + noise with W of shape (d_o, d_i). If the entries of W are independent
+N(0, sigma^2) under the prior, evidence and posterior are known in closed form, and a valid bound cannot
+exceed the evidence.
 
 `maximise_bound`: a fit of such a problem to convergence, in one compiled loop.
 
-`tiny_base` and `tiny_rows`: a language model and a task so small that a fit takes seconds.
+`tiny_base` and `tiny_rows`: a small language model and task, on which a fit takes seconds.
 
-`frozen_scale`: a guide that is wrong on purpose, which every check of a posterior must find out.
+`frozen_scale`: a deliberately wrong guide, which every check of a posterior must detect.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class LinearGaussian:
         X: Inputs, shape (n, d_i).
         Y: Responses, shape (n, d_o).
         noise: Standard deviation of the responses around `X W^T`.
-        program: NumPyro program that samples `W`, shape (1, d_o, d_i), with a layer axis of one.
+        program: NumPyro program that samples `W`, shape (1, d_o, d_i), with a layer axis of length one.
     """
 
     X: Float[Array, "n d_i"]
@@ -63,8 +63,9 @@ class LinearGaussian:
         numpyro.sample("Y", dist.Normal(mean, self.noise).to_event(2), obs=self.Y)
 
     def log_evidence(self, sigma: float) -> float:
-        """Exact `log p(Y)` when the entries of `W` are independent N(0, sigma^2)."""
+        """Exact `log p(Y)` in nats, if the entries of `W` are independent N(0, sigma^2)."""
         X, Y = np.asarray(self.X, np.float64), np.asarray(self.Y, np.float64)
+        # Columns of Y are independent, each with this covariance over the rows.
         covariance = sigma**2 * X @ X.T + self.noise**2 * np.eye(len(X))
         _, logdet = np.linalg.slogdet(2 * np.pi * covariance)
         quadratic = np.einsum("nd,nm,md->", Y, np.linalg.inv(covariance), Y)
@@ -85,7 +86,7 @@ def linear_gaussian(
     rows: int = 12,
     noise: float = 0.5,
 ) -> LinearGaussian:
-    """A `LinearGaussian` with data from a standard normal `W` of the given shape (d_o, d_i)."""
+    """A `LinearGaussian` with data from a standard normal `W` of shape (d_o, d_i)."""
     key = check_key(key)
     k_x, k_w, k_y = jax.random.split(key, 3)
     X = jax.random.normal(k_x, (rows, shape[1]))
@@ -103,7 +104,7 @@ def maximise_bound(
     num_particles: int = 4,
     learn: Callable[[str], bool] = lambda name: True,
 ) -> Parameters:
-    """Parameters of prior and guide after Adam with a decaying rate, compiled as one loop.
+    """Fit prior and guide by Adam with a decaying rate, compiled as one loop; return their parameters.
 
     Args:
         key: Random key.
@@ -111,8 +112,8 @@ def maximise_bound(
         guide: NumPyro guide.
         num_steps: Number of steps.
         learning_rate: Rate at the start; it decays to zero along a cosine.
-        num_particles: Guide draws averaged in a step.
-        learn: Which parameters move, by name.
+        num_particles: Number of guide draws that each step averages over.
+        learn: Whether to train a parameter, by its name.
     """
     key = check_key(key)
     start_key, step_key = jax.random.split(key)
@@ -125,7 +126,7 @@ def maximise_bound(
 
 
 def tiny_base(key: Array, *, num_layers: int = 4) -> Base:
-    """A Llama of a few thousand random weights, with grouped heads, for trying a prior or a guide."""
+    """A Llama with a few thousand random weights and grouped heads, to try a prior or a guide."""
     key = check_key(key)
     config = LlamaConfig(
         vocab_size=40,
@@ -144,7 +145,7 @@ def tiny_base(key: Array, *, num_layers: int = 4) -> Base:
 
 
 def tiny_rows(key: Array, num_rows: int, *, length: int = 8, vocabulary: int = 40) -> Batch:
-    """Random rows of two to `length` tokens, padded on the right; the class is the first token's parity."""
+    """Random rows of two to `length` tokens, padded right; the class is the parity of the first token."""
     key = check_key(key)
     k_tokens, k_length = jax.random.split(key)
     tokens = jax.random.randint(k_tokens, (num_rows, length), 0, vocabulary)
@@ -153,12 +154,12 @@ def tiny_rows(key: Array, num_rows: int, *, length: int = 8, vocabulary: int = 4
 
 
 def frozen_scale(prior: Callable[..., Any], scale: float) -> Callable[..., None]:
-    """A guide of independent normals whose locations are fitted and whose scale never moves.
+    """A guide of independent normals with fitted locations and a fixed scale.
 
     Args:
         prior: The prior program; its latent sites must be real.
-        scale: Standard deviation of every entry. Much below that of the posterior it makes draws too
-            narrow, whatever the optimiser does.
+        scale: Standard deviation of every entry. If it is much smaller than that of the posterior, the draws
+            are too narrow for every choice of locations.
     """
     trace = handlers.trace(handlers.seed(prior, jax.random.key(0))).get_trace()
     latent = {n: s for n, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}

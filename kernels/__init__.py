@@ -1,4 +1,4 @@
-"""Numerical kernels: small pure functions on arrays that depend on JAX and nothing else here.
+"""Numerical kernels: small pure functions on arrays. Apart from checks, they depend only on JAX.
 
-`reference` states the mathematics in plain JAX; `api` is what the models call and picks an implementation.
+`reference` defines the mathematics in plain JAX. The models call `api`, which chooses an implementation.
 """

@@ -1,7 +1,8 @@
-"""Compiling for a TPU on a host without one: the real compiler, no execution.
+"""Compiling for a TPU on a host without one: the real compiler, without execution.
 
-It finds what lowering alone does not (blocks too large for VMEM, layouts that Mosaic cannot make) and counts
-the bytes and operations of the program. It needs the package `libtpu` (`pip install "jax[tpu]"`).
+This detects errors that lowering does not (blocks too large for VMEM, layouts that Mosaic does not support),
+and it counts the bytes and operations of the program. It needs the package `libtpu`
+(`pip install "jax[tpu]"`).
 """
 
 import os
@@ -13,16 +14,16 @@ import jax
 from jax.experimental import topologies
 
 SMALLEST = "v5e:2x2"
-"""The smallest topology that is sold; its cores have 16 MiB of VMEM."""
+"""The smallest topology on the market; its cores have 16 MiB of VMEM."""
 
 
 class Cost(NamedTuple):
-    """What the compiler counts.
+    """Costs of a program, as counted by the compiler.
 
     Attributes:
-        bytes_accessed: Bytes that the operations of the program read and write, layouts' padding included.
+        bytes_accessed: Bytes that the operations of the program read and write, including layout padding.
         flops: Floating-point operations.
-        temporary: Bytes of memory beside arguments and results.
+        temporary: Bytes of memory in addition to arguments and results.
     """
 
     bytes_accessed: int
@@ -36,30 +37,30 @@ def compile_for_tpu(
     """Compile a function for one core of a TPU topology.
 
     Args:
-        function: What to compile; `lora_matmul` in it must be told `implementation="pallas"`.
-        *shapes: Its arguments as pytrees of `jax.ShapeDtypeStruct`.
+        function: The function to compile. It must call `lora_matmul` with `implementation="pallas"`.
+        *shapes: Its arguments, as pytrees of `jax.ShapeDtypeStruct`.
         topology: Name of the topology.
 
     Raises:
-        RuntimeError: If `libtpu` is not installed, or the compiler refuses the program.
+        RuntimeError: If `libtpu` is not installed, or the compiler rejects the program.
     """
-    # Without it the runtime asks the cloud which machine this is, and waits for an answer.
+    # Otherwise the runtime queries the cloud's metadata server for the machine, and waits for an answer.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # A device belongs to one process; there is none here to fight for.
+    # The lock of libtpu protects a device, and there is none here.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     place = jax.sharding.SingleDeviceSharding(device)
     placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
     lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=("tpu",))
     with warnings.catch_warnings():
-        # A cache on disk takes such a program, cannot give it back without a TPU, and then compiles it anew.
+        # The disk cache stores such a program but cannot load it without a TPU; it is then compiled again.
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
         return lowered.compile()
 
 
 def cost(compiled: jax.stages.Compiled) -> Cost:
-    """What the compiler counted of a program."""
-    counted, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    if counted is None or memory is None:
-        raise RuntimeError("this compiler counts neither operations nor memory")
-    return Cost(int(counted["bytes accessed"]), int(counted["flops"]), int(memory.temp_size_in_bytes))
+    """The costs of a compiled program."""
+    operations, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    if operations is None or memory is None:
+        raise RuntimeError("this compiler reports neither operations nor memory")
+    return Cost(int(operations["bytes accessed"]), int(operations["flops"]), int(memory.temp_size_in_bytes))

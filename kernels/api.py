@@ -1,16 +1,16 @@
-"""The adapted matrix product that every model calls, with a choice of implementation.
+"""The adapted matrix product of all models, with a choice of implementation.
 
     y = x W + scale * (x A^T) B^T
 
-All implementations compute this same function; `reference` defines it. Products of float32 have the precision
-that a device gives them by default, on accelerators less than float32 (`jax_default_matmul_precision`).
+All implementations compute this function; `reference` defines it. Float32 products have the default precision
+of the device, which on accelerators is lower than float32 (`jax_default_matmul_precision`).
 
-| implementation | what it is | where it runs |
+| implementation | meaning | runs on |
 |---|---|---|
 | "xla" | the reference, with JAX's own derivatives | anywhere |
 | "pallas" | the kernels of `pallas_tpu` or `pallas_gpu`, with the derivative of `derivatives` | TPU, GPU |
-| "interpret" | those of `pallas_tpu`, step by step and slowly | anywhere; for tests |
-| None | "pallas" where the default device is a TPU or GPU and its kernels can, else "xla" | anywhere |
+| "interpret" | the kernels of `pallas_tpu`, interpreted step by step (slow) | anywhere; for tests |
+| None | "pallas" if the default device is a TPU or GPU and supports the arrays, else "xla" | anywhere |
 """
 
 import difflib
@@ -29,11 +29,11 @@ from bnlora.kernels.quantised import Weights
 
 IMPLEMENTATIONS = ("xla", "pallas", "interpret")
 PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cuda": "cuda"}
-"""From JAX's backends to the platforms that programs are lowered for."""
+"""Maps JAX's backends to platforms for lowering."""
 
 
 def _tpu_refusal(*arrays: Any) -> str | None:
-    from bnlora.kernels import pallas_tpu  # here and below: a fifth of the time to import the library
+    from bnlora.kernels import pallas_tpu  # imported late: it is a fifth of the library's import time
 
     return pallas_tpu.refusal(*arrays)
 
@@ -52,22 +52,23 @@ def lora_matmul(
 ) -> Float[Array, "*batch d_out"]:
     """Multiply by a frozen kernel plus a low-rank update: x @ w + scale * (x @ a.T) @ b.T.
 
-    Under `vmap` over adapters the kernels compute x @ w once for all of them where x is one for all.
+    Under `vmap` over adapters with a common x, the kernels compute x @ w once for all adapters.
 
     Args:
         x: Inputs, (..., d_in).
-        w: Frozen kernel, (d_in, d_out), or the same in eight bits (`quantised.quantise`).
+        w: Frozen kernel, (d_in, d_out), or its eight-bit form (`quantised.quantise`).
         a: Down projection, (rank, d_in).
         b: Up projection, (d_out, rank).
-        scale: Factor of the low-rank term, a number known before the program runs.
-        implementation: One of `IMPLEMENTATIONS`, or None for the first of "pallas" and "xla" that can.
+        scale: Factor of the low-rank term, a Python number that is known at compile time.
+        implementation: One of `IMPLEMENTATIONS`, or None for the first of "pallas" and "xla" that supports
+            the arrays.
 
     Returns:
         Outputs, (..., d_out).
 
     Raises:
-        ValueError: If the implementation is unknown or cannot multiply such arrays, the shapes do not fit
-            together, or (kernels only) the gradient of w is asked for.
+        ValueError: If the implementation is unknown or does not support the arrays, the shapes do not fit
+            together, or (kernels only) the gradient of w is requested.
     """
     _check_implementation(implementation)
     _check_shapes(x, w, a, b)
@@ -76,13 +77,16 @@ def lora_matmul(
         return reference.lora_matmul(x, w, a, b, scale)
     rows = x.reshape(-1, x.shape[-1])
     if refused := _refusals(chosen, rows, w, a, b):
-        raise ValueError(f"implementation {chosen!r} of lora_matmul cannot: {refused}; use 'xla' or None")
+        raise ValueError(
+            f"implementation {chosen!r} of lora_matmul does not support these arrays: {refused}; "
+            "use 'xla' or None"
+        )
     apply = operation(_interpreted() if chosen == "interpret" else _compiled(), float(scale))
     return apply(rows, w, a, b).reshape(*x.shape[:-1], w.shape[1])
 
 
 def choose(x: Array, w: Weights, a: Array, b: Array) -> str:
-    """The implementation that None stands for, with such arrays on the default device."""
+    """The implementation chosen for None, for these arrays on the default device."""
     if not _on_accelerator():
         return "xla"
     rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
@@ -90,7 +94,7 @@ def choose(x: Array, w: Weights, a: Array, b: Array) -> str:
 
 
 def _check_implementation(name: str | None) -> None:
-    """Raise `ValueError`, with the nearest name, unless there is such an implementation."""
+    """Raise `ValueError`, with the nearest name, unless the implementation exists."""
     if name is not None and name not in IMPLEMENTATIONS:
         near = difflib.get_close_matches(name, IMPLEMENTATIONS, n=1, cutoff=0.0)[0]
         raise ValueError(
@@ -106,12 +110,12 @@ def _on_accelerator() -> bool:
 def _refusals(
     chosen: str, rows: Array | jax.ShapeDtypeStruct, w: Weights, a: Array, b: Array
 ) -> dict[str, str]:
-    """Why kernels that a program may need cannot multiply such arrays, by platform; empty where all can."""
+    """Reasons by platform why the needed kernels do not support these arrays; empty if all do."""
     return {name: why for name in _platforms(chosen) if (why := REFUSALS[name](rows, w, a, b))}
 
 
 def _platforms(chosen: str) -> tuple[str, ...]:
-    """Platforms whose kernels a program may need: the default device's, or both where there is none."""
+    """Platforms whose kernels a program may need: that of the default accelerator, or all without one."""
     if chosen == "interpret":
         return ("tpu",)
     return (PLATFORMS[jax.default_backend()],) if _on_accelerator() else tuple(REFUSALS)
@@ -125,7 +129,7 @@ def _interpreted() -> Implementation:
 
 
 def _compiled() -> Implementation:
-    """The kernels of whatever platform the program is lowered for; on a CPU, Pallas itself refuses."""
+    """The kernels of the platform for which the program is lowered; on a CPU, Pallas raises an error."""
     from bnlora.kernels import pallas_gpu, pallas_tpu
 
     def product(x: Array, w: Weights, a: Array, b: Array, **options: Any) -> Array:
@@ -137,7 +141,7 @@ def _compiled() -> Implementation:
 
     def factor_gradients(x: Array, cotangent: Array, a: Array, b: Array, **options: Any) -> Any:
         kernels = {"tpu": partial(pallas_tpu.factor_gradients, **options)}
-        # Two thin products are left: on a GPU they are XLA's.
+        # These are two thin products; on a GPU, XLA computes them.
         return _dispatch(kernels, partial(reference.factor_gradients, **options), x, cotangent, a, b)
 
     return Implementation(product, factor_gradients)
@@ -150,7 +154,7 @@ def _dispatch(kernels: Mapping[str, Callable[..., Any]], other: Callable[..., An
 
 
 def _check_shapes(x: Array, w: Weights, a: Array, b: Array) -> None:
-    """Raise one ValueError that shows all four shapes unless they fit together."""
+    """Raise `ValueError`, with all four shapes, unless they fit together."""
     fits = w.ndim == a.ndim == b.ndim == 2 and x.ndim >= 1
     if fits:
         (d_in, d_out), rank = w.shape, a.shape[0]

@@ -1,11 +1,11 @@
-"""What makes a product of arrays an operation of JAX: its derivative and its rule under `vmap`.
+"""The derivative of the adapted product, and its rule under `vmap`.
 
-The derivative is written out (`reference`) so that no gradient of W is ever formed and x A^T is computed
-again instead of being kept; asking for the gradient of W raises. It is a reverse-mode rule, so that
-forward mode (`jax.jvp`, `jax.linearize`) needs the implementation "xla", whose derivatives are JAX's own.
+The derivative is explicit (`reference`). So no gradient of W is formed, and x A^T is recomputed instead of
+stored. Requesting the gradient of W raises an error. The rule is for reverse mode only: forward mode
+(`jax.jvp`, `jax.linearize`) needs the implementation "xla", which has JAX's own derivatives.
 
-`vmap` joins what it maps over to the groups of the product: adapters that differ over inputs that do not have
-x W in common, in whichever order they were mapped; inputs that differ under one adapter become more rows.
+`vmap` adds its axis to the groups of the product. Different adapters over common inputs share x W, in every
+order of several `vmap`s. Different inputs under one adapter become more rows.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,11 @@ from bnlora.kernels.quantised import Weights
 
 
 class Implementation(NamedTuple):
-    """The two computations that forward and backward pass are made of.
+    """The two computations of the forward and the backward pass.
 
     Attributes:
-        product: As `reference.product`.
-        factor_gradients: As `reference.factor_gradients`.
+        product: A function like `reference.product`.
+        factor_gradients: A function like `reference.factor_gradients`.
     """
 
     product: Callable[..., Array]
@@ -34,7 +34,7 @@ class Implementation(NamedTuple):
 def operation(
     implementation: Implementation, scale: float
 ) -> Callable[[Array, Weights, Array, Array], Array]:
-    """The adapted product of x (m, d_in), w, a (rank, d_in) and b (d_out, rank), with its rules."""
+    """The adapted product of x (m, d_in), w, a (rank, d_in) and b (d_out, rank), with both rules."""
     forward = _grouped(implementation, scale, summed=0)
     backward = _grouped(implementation, scale, summed=1)
 
@@ -51,8 +51,9 @@ def operation(
         values = jax.tree.map(lambda primal: primal.value, (x, w, a, b), is_leaf=_is_primal)
         return apply(*values), values
 
-    def pull(kept: Any, cotangent: Array) -> tuple[Array, None, Array, Array]:
-        x, w, a, b = kept
+    def pull(values: Any, cotangent: Array) -> tuple[Array, None, Array, Array]:
+        x, w, a, b = values
+        # dx = y' W^T + scale (y' B) A: the same product with W transposed and the factors swapped.
         gradient_x = backward(cotangent[None], w, b.T[None], a.T[None])[0]
         return gradient_x, None, *implementation.factor_gradients(x, cotangent, a, b, scale=scale)
 
@@ -61,12 +62,12 @@ def operation(
 
 
 def _is_primal(value: Any) -> bool:
-    """Whether this is an argument of the forward rule: a value and whether its gradient is wanted."""
+    """Whether this is an argument of the forward rule: a value with a mark whether it needs a gradient."""
     return hasattr(value, "perturbed")
 
 
 def _grouped(implementation: Implementation, scale: float, *, summed: int) -> Callable[..., Array]:
-    """`Implementation.product` whose `vmap` makes more groups of it."""
+    """`Implementation.product` with a `vmap` rule that adds groups."""
 
     def plain(x: Array, w: Weights, a: Array, b: Array) -> Array:
         return implementation.product(x, w, a, b, scale=scale, summed=summed)
@@ -76,7 +77,7 @@ def _grouped(implementation: Implementation, scale: float, *, summed: int) -> Ca
     @product.def_vmap
     def rule(size: int, mapped: tuple, x: Array, w: Weights, a: Array, b: Array) -> tuple[Array, bool]:
         x_mapped, w_mapped, a_mapped, b_mapped = mapped
-        if any(jax.tree.leaves(w_mapped)):  # as over layers: nothing is shared
+        if any(jax.tree.leaves(w_mapped)):  # for example over layers: nothing is shared
             axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, mapped)
             return jax.vmap(plain, in_axes=axes)(x, w, a, b), True
         if not (a_mapped or b_mapped):
@@ -94,7 +95,7 @@ def _as_rows(
     a: Float[Array, "groups rank k"],
     b: Float[Array, "groups n rank"],
 ) -> Float[Array, "size groups m n"]:
-    """Mapped inputs under adapters that are not: more rows of each group."""
+    """The `vmap` rule if only the inputs are mapped: more rows for each group."""
     groups, (m, k) = x.shape[1], x.shape[2:]
     rows = jnp.moveaxis(x, 0, 1).reshape(groups, size * m, k)
     out = product(rows, w, a, b)
@@ -104,12 +105,12 @@ def _as_rows(
 def _as_groups(
     product: Callable[..., Array], size: int, mapped: tuple, x: Array, w: Weights, a: Array, b: Array
 ) -> Float[Array, "size groups m n"]:
-    """Mapped adapters: more groups, over the same inputs where these are neither mapped nor grouped."""
+    """The `vmap` rule for mapped adapters: more groups; inputs are shared if neither mapped nor grouped."""
     x_mapped, _, a_mapped, b_mapped = mapped
     groups = a.shape[1 if a_mapped else 0]
 
     def spread(value: Array, *, is_mapped: bool) -> Array:
-        """(size * groups, ...) out of (size, groups or 1, ...) or (groups or 1, ...)."""
+        """From (size, groups or 1, ...) or (groups or 1, ...) to (size * groups, ...)."""
         whole = value if is_mapped else value[None]
         return jnp.broadcast_to(whole, (size, groups, *whole.shape[2:])).reshape(-1, *whole.shape[2:])
 

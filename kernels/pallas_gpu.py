@@ -1,13 +1,13 @@
 """The adapted matrix product as Pallas kernels for a GPU (Triton).
 
-A program of the grid makes one block of outputs, with its sums in registers:
+Each program of the grid computes one block of outputs, with its sums in registers:
 
     base = sum_t x_t W_t,    low = sum_t x_t A_t^T,    y = base + scale low B^T.
 
-Where all groups have the same inputs, a program sums base once and writes the block of every group. Triton's
-blocks have sides that are powers of two, so every load is masked; zeros beyond an axis change no sum.
+If all groups have the same inputs, a program computes base once and writes the block of every group. Sides of
+Triton blocks are powers of two, so every load is masked; zeros beyond an axis do not change the sums.
 
-Nothing here has run on a device: see CONTRIBUTING.md.
+These kernels have not run on a device: see CONTRIBUTING.md.
 """
 
 from functools import partial
@@ -23,11 +23,11 @@ from bnlora.kernels.limits import LARGEST_RANK
 from bnlora.kernels.quantised import QuantisedMatrix, Weights
 
 SMALLEST = 16
-"""Least side of a block that tensor cores multiply."""
+"""Smallest side of a block that tensor cores multiply."""
 
 
 class _Product(NamedTuple):
-    """What is known of a product before it runs: sizes of the problem and of its blocks."""
+    """Static sizes of a product and of its blocks."""
 
     m: int
     k: int
@@ -52,12 +52,12 @@ def product(
     summed: int = 0,
     interpret: Any = False,
 ) -> Float[Array, "groups m n"]:
-    """The product of `reference.product`; `interpret` runs it step by step on any backend."""
+    """The same product as `reference.product`; `interpret` runs it step by step on any backend."""
     case = _case(x, w, a, b, scale, summed)
     weights = (w.values, w.scales) if isinstance(w, QuantisedMatrix) else (w,)
     tiles = (pl.cdiv(case.m, case.rows), pl.cdiv(case.n, case.columns))
     shared = x.shape[0] < a.shape[0]
-    # The groups' x A^T together are one thin product; a program then reads its rows of it.
+    # x A^T of all groups is one thin product, computed first; each program reads its rows of it.
     inputs = (x[0], jnp.einsum("mk,grk->gmr", x[0], a)) if shared else (x, a)
     return pl.pallas_call(
         partial(_shared_kernel if shared else _own_kernel, case=case),
@@ -87,7 +87,7 @@ def _case(x: Array, w: Weights, a: Array, b: Array, scale: float, summed: int) -
 
 
 def _side(size: int, largest: int) -> int:
-    """A power of two between the smallest that is multiplied and the largest."""
+    """The side of a block: a power of two from `SMALLEST` to `largest`."""
     return min(max(pl.next_power_of_2(size), SMALLEST), largest)
 
 
@@ -133,7 +133,7 @@ def _shared_kernel(x_ref, low_ref, b_ref, w_ref, *rest, case: _Product) -> None:
 
 
 def _positions(case: _Product, *, axis: int = 0) -> tuple[Array, int]:
-    """Positions of this program's block along an axis of the output, and where the axis ends."""
+    """Positions of this program's block along an axis of the output, and the length of the axis."""
     side, end = ((case.rows, case.m), (case.columns, case.n))[axis]
     return pl.program_id(axis) * side + jnp.arange(side), end
 
@@ -143,6 +143,7 @@ def _base(
 ) -> Array:
     """One block's part of the sum over the contraction."""
     w = _load(w_ref, None, inner, columns) if case.summed == 0 else _load(w_ref, None, columns, inner).T
+    # For x W^T the scales vary along the contraction, so they multiply x here instead of the sum later.
     if scales and case.summed == 1:
         x = x * _load_vector(scales[0], inner)[None, :].astype(x.dtype)
     return _dot(x, w.astype(x.dtype))
@@ -151,14 +152,14 @@ def _base(
 def _sum(
     base: Array, low: Array, b: Array, scales: list, columns: tuple[Array, int], case: _Product
 ) -> Array:
-    """The output from both sums, in float32."""
+    """The output block from both sums, in float32."""
     if scales and case.summed == 0:
         base = base * _load_vector(scales[0], columns)[None, :].astype(jnp.float32)
     return base + case.scale * _dot(low, b.T)
 
 
 def _load(ref: Any, group: Any, rows: tuple[Array, int], columns: tuple[Array, int]) -> Array:
-    """A block with zeros beyond the ends of its axes; `group` picks the leading index where there is one."""
+    """A block with zeros beyond the ends of its axes; `group` is the leading index, or None without one."""
     inside = (rows[0] < rows[1])[:, None] & (columns[0] < columns[1])[None, :]
     index = (rows[0][:, None], columns[0][None, :])
     at = ref.at[index] if group is None else ref.at[(group, *index)]

@@ -1,16 +1,16 @@
 """The adapted matrix product as Pallas kernels for a TPU (Mosaic).
 
-Blocks run over columns j, groups g, rows i and, innermost, the contraction t. Two float32 sums stay in VMEM,
+The grid runs over columns j, groups g, rows i and, innermost, the contraction t. VMEM keeps two float32 sums,
 
     base_ij += x_it W_tj,    low_i += x_it A_t^T,    and after the last t  y_ij = base_ij + scale low_i B_j^T,
 
-so x A^T costs no traffic of its own and nothing is written but y. Where all groups have the same inputs,
-base_ij is summed once, and G more steps add each group's low-rank term: W is read once for all draws.
+so x A^T needs no additional memory traffic, and only y is written. If all groups have the same inputs,
+base_ij is computed once, and G more steps add the low-rank term of each group: W is read once for all draws.
 
-Ragged sides: what lies beyond the end of an axis is undefined, so it is masked along the contraction; beyond
-rows and columns it only reaches outputs that are not kept.
+Values beyond the end of an axis are undefined. Along the contraction they are masked; beyond rows and columns
+they only affect outputs that are discarded.
 
-Nothing here has run on a device: see CONTRIBUTING.md.
+These kernels have not run on a device: see CONTRIBUTING.md.
 """
 
 from functools import partial
@@ -28,7 +28,7 @@ from bnlora.kernels.tiles import Tiles, gradient_rows, product_tiles
 
 
 class _Product(NamedTuple):
-    """What is known of a product before it runs."""
+    """Static sizes and options of a product."""
 
     k: int
     scale: float
@@ -37,7 +37,7 @@ class _Product(NamedTuple):
 
 
 def refusal(x: Array | jax.ShapeDtypeStruct, w: Weights, a: Array, b: Array) -> str | None:
-    """Why these kernels cannot multiply such arrays, forwards or backwards, or None where they can.
+    """The reason why these kernels do not support the arrays, forwards or backwards, or None if they do.
 
     Args:
         x: Inputs, (m, d_in); arrays or shapes with types.
@@ -67,7 +67,7 @@ def product(
     summed: int = 0,
     interpret: Any = False,
 ) -> Float[Array, "groups m n"]:
-    """The product of `reference.product`; `interpret` runs it step by step on any backend."""
+    """The same product as `reference.product`; `interpret` runs it step by step on any backend."""
     a, b = _two_ranks(a, b)
     m, k, n, rank = *x.shape[1:], b.shape[1], a.shape[1]
     sizes = {"itemsize": x.dtype.itemsize, "weight_itemsize": _values(w).dtype.itemsize}
@@ -76,7 +76,7 @@ def product(
         raise NotImplementedError(f"no block of a product of {(m, k)} by {(k, n)} fits into VMEM")
     case = _Product(k, scale, summed, tiles)
     run = _shared if x.shape[0] < a.shape[0] else _own
-    # A rank that lies along the lanes is padded to 128 of them, in memory too; so it never does.
+    # A rank along the lanes (last axis) would be padded to 128, in memory too: keep it off the last axis.
     return run(x, w, a, jnp.swapaxes(b, 1, 2), case, interpret)
 
 
@@ -85,7 +85,7 @@ def _values(w: Weights) -> Array:
 
 
 def _two_ranks(a: Array, b: Array) -> tuple[Array, Array]:
-    """Rank 1 with a rank of zeros beside it: Mosaic cannot multiply a matrix by one row of bfloat16."""
+    """Pad rank 1 to rank 2 with zeros: Mosaic cannot multiply a matrix by one row of bfloat16."""
     if a.shape[-2] > 1:
         return a, b
     sides = [(0, 0)] * (a.ndim - 2)
@@ -93,7 +93,7 @@ def _two_ranks(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def _own(x: Array, w: Weights, a: Array, b: Array, case: _Product, interpret: Any) -> Array:
-    """Every group with inputs of its own."""
+    """The product if every group has its own inputs."""
     (groups, m, k), (rank, n), tiles = x.shape, b.shape[1:], case.tiles
     weights, weight_specs = _weight_blocks(w, case, lambda j, g, i, t: t)
     return pl.pallas_call(
@@ -138,10 +138,10 @@ def _own_kernel(x_ref, a_ref, b_ref, w_ref, *rest, case: _Product) -> None:
 
 
 def _shared(x: Array, w: Weights, a: Array, b: Array, case: _Product, interpret: Any) -> Array:
-    """The same inputs for all groups: steps over the contraction, then one step for each group."""
+    """The product if all groups have the same inputs: steps over the contraction, then one for each group."""
     (_, m, k), (groups, rank, n), tiles = x.shape, b.shape, case.tiles
     steps = pl.cdiv(k, tiles.depth)
-    # The groups' x A^T together are one thin product, read by every block of columns.
+    # x A^T of all groups is one thin product, computed first; every block of columns reads it.
     low = jnp.einsum("mk,grk->grm", x[0], a, preferred_element_type=jnp.float32).astype(x.dtype)
     weights, weight_specs = _weight_blocks(w, case, lambda j, i, t: jnp.minimum(t, steps - 1))
 
@@ -186,7 +186,7 @@ def _shared_kernel(x_ref, low_ref, b_ref, w_ref, *rest, case: _Product, steps: i
 
 
 def _weight_blocks(w: Weights, case: _Product, depth: Any) -> tuple[tuple[Array, ...], list[pl.BlockSpec]]:
-    """The weights, with their scales where they have some, and how they are cut; `depth` finds the block."""
+    """The weights, with scales if quantised, and their block specs; `depth` is the block index along t."""
     tiles = case.tiles
     sides = (tiles.depth, tiles.columns) if case.summed == 0 else (tiles.columns, tiles.depth)
 
@@ -203,20 +203,21 @@ def _weight_blocks(w: Weights, case: _Product, depth: Any) -> tuple[tuple[Array,
 def _base(x: Array, w_ref: Any, scales: list, t: Array, case: _Product) -> Array:
     """One block's part of the sum over the contraction."""
     w = w_ref[...].astype(x.dtype)
+    # For x W^T the scales vary along the contraction, so they multiply x here instead of the sum later.
     if scales and case.summed == 1:
         x = _within(x * scales[0][...].astype(x.dtype), 1, t, case)
     return _dot(x, _within(w, case.summed, t, case), (1, case.summed))
 
 
 def _sum(base: Array, low: Array, scales: list, case: _Product) -> Array:
-    """The output from both terms, in float32."""
+    """The output block from both terms, in float32."""
     if scales and case.summed == 0:
         base = base * scales[0][...].astype(jnp.float32)
     return base + case.scale * low
 
 
 def _within(block: Array, axis: int, t: Array, case: _Product) -> Array:
-    """The block with zeros beyond the end of the contraction, where undefined values would be summed."""
+    """The block with zeros beyond the end of the contraction, where values are undefined."""
     if case.k % case.tiles.depth == 0:
         return block
     position = t * case.tiles.depth + jax.lax.broadcasted_iota(jnp.int32, block.shape, axis)
@@ -232,7 +233,7 @@ def factor_gradients(
     scale: float,
     interpret: Any = False,
 ) -> tuple[Float[Array, "rank k"], Float[Array, "n rank"]]:
-    """`reference.factor_gradients` with one read of x and of the cotangent."""
+    """The same as `reference.factor_gradients`; it reads x and the cotangent once."""
     kept = a.shape[0]
     a, b = _two_ranks(a, b)
     (m, k), (n, rank) = x.shape, b.shape
@@ -263,7 +264,7 @@ def factor_gradients(
 
 
 def _gradient_kernel(x_ref, y_ref, a_ref, b_ref, da_ref, db_ref, *, m: int, rows: int, scale: float) -> None:
-    """Add one block of rows to both gradients; b and its gradient lie with the rank in front."""
+    """Add one block of rows to both gradients; b and its gradient are transposed, with the rank first."""
     i = pl.program_id(0)
 
     @pl.when(i == 0)
@@ -293,7 +294,7 @@ def _parameters(*semantics: Literal["parallel", "arbitrary"]) -> pltpu.CompilerP
 
 
 def _cost(flops: int, *arrays: Any) -> pl.CostEstimate:
-    """For the compiler's scheduler: every array moves once; the last argument is the shape written."""
+    """Cost estimate for the compiler's scheduler: every array moves once; the last argument is y's shape."""
     *read, written = arrays
     size = sum(value.size * value.dtype.itemsize for value in read)
     count = 1

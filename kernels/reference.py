@@ -3,14 +3,14 @@
     y = x W + scale * (x A^T) B^T,    W: (d_in, d_out),  A: (rank, d_in),  B: (d_out, rank).
 
 The low-rank term is contracted through the rank, so B A (d_out x d_in) is never formed. With B = 0 it is
-exactly zero and y equals x W bit for bit, whatever A holds (as long as A is finite).
+exactly zero and y equals x W bit for bit, for every finite A.
 
-The same for groups of rows, each with its own adapter, is what the kernels implement: G posterior draws of an
-adapter over inputs that are one for all (x has one group) or each draw's own. The cotangent y' of y gives
+The kernels implement this product for groups of rows with one adapter each: G posterior draws of an adapter,
+over common inputs (x has one group) or over separate inputs for each draw. The cotangent y' of y gives
 
     dx = y' W^T + scale (y' B) A,    dA = scale (y' B)^T x,    dB = scale y'^T (x A^T),
 
-so dx is the same product with W transposed, B^T in the place of A and A^T in the place of B.
+so dx is the same product with W transposed, B^T instead of A and A^T instead of B.
 """
 
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def lora_matmul(
 
     Args:
         x: Inputs, (..., d_in).
-        w: Frozen kernel, (d_in, d_out), or the same in eight bits.
+        w: Frozen kernel, (d_in, d_out), or its eight-bit form.
         a: Down projection, (rank, d_in).
         b: Up projection, (d_out, rank).
         scale: Factor of the low-rank term.
@@ -51,11 +51,11 @@ def product(
     scale: float,
     summed: int = 0,
 ) -> Float[Array, "groups m n"]:
-    """The adapted product of groups of rows, each with an adapter of its own.
+    """The adapted product of groups of rows; each group has its own adapter.
 
     Args:
-        x: Inputs; one group stands for the same inputs in all.
-        w: Frozen kernel, one for all groups: (k, n), or (n, k) where axis 1 is summed over.
+        x: Inputs; a single group is used for all adapters.
+        w: Frozen kernel, common to all groups: (k, n), or (n, k) if axis 1 is summed over.
         a: Down projections.
         b: Up projections.
         scale: Factor of the low-rank term.
@@ -87,6 +87,6 @@ def factor_gradients(
         scale: Factor of the low-rank term.
 
     Returns:
-        The gradients of a and b; x A^T is computed here, not kept from the forward pass.
+        The gradients of a and b; x A^T is recomputed here, not stored by the forward pass.
     """
     return scale * (cotangent @ b).T @ x, scale * cotangent.T @ (x @ a.T)

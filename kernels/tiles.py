@@ -1,8 +1,8 @@
-"""Sizes of the blocks that a TPU core works on at a time.
+"""Sizes of the blocks that a TPU core processes at a time.
 
-Blocks of inputs and outputs are held twice in the vector memory (VMEM), one being filled while the other is
-used. Their last two sides are whole axes or multiples of (8, 128). Depth comes first: where a block spans the
-whole contraction, W is read once however many rows and draws there are.
+Blocks of inputs and outputs are double-buffered in the vector memory (VMEM): one is filled while the other is
+used. Their last two sides are whole axes or multiples of (8, 128). The search maximises depth first: if a
+block spans the whole contraction, W is read once for any number of rows and draws.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ LANES = 128
 LONGEST = 512
 """Longest side of a block of outputs."""
 BUDGET = 12 * 2**20
-"""Bytes of VMEM that a kernel's blocks may take; a core of the smallest TPU at issue offers 16 MiB."""
+"""Bytes of VMEM for the blocks of a kernel; a core of the smallest supported TPU has 16 MiB."""
 
 
 class Tiles(NamedTuple):
@@ -23,7 +23,7 @@ class Tiles(NamedTuple):
 
 
 def product_tiles(m: int, k: int, n: int, rank: int, *, itemsize: int, weight_itemsize: int) -> Tiles | None:
-    """The largest blocks that fit, or None where not even the smallest do.
+    """The largest blocks that fit into VMEM, or None if not even the smallest fit.
 
     Args:
         m: Rows of a group.
@@ -37,6 +37,7 @@ def product_tiles(m: int, k: int, n: int, rank: int, *, itemsize: int, weight_it
         for columns in _sides(n):
             for rows in _sides(m):
                 factors = _padded(rank, depth) + _padded(rank, columns) + _padded(rank, rows)
+                # Twice for double buffering; the float32 scratch exists once.
                 held = 2 * itemsize * (_padded(rows, depth) + _padded(rows, columns) + factors)
                 weights = 2 * weight_itemsize * _padded(depth, columns)
                 scratch = 4 * (_padded(rows, columns) + _padded(rows, rank))
@@ -46,8 +47,8 @@ def product_tiles(m: int, k: int, n: int, rank: int, *, itemsize: int, weight_it
 
 
 def gradient_rows(m: int, k: int, n: int, rank: int, *, itemsize: int) -> int | None:
-    """Rows that the gradients of both factors are summed over at a time, or None where none fit."""
-    for rows in _sides(m, smallest=32 // itemsize):  # the rows of one tile of registers
+    """Number of rows that one step of the factor gradients sums over, or None if no block fits."""
+    for rows in _sides(m, smallest=32 // itemsize):  # smallest: the rows of one tile of registers
         held = 2 * itemsize * (_padded(rows, k) + _padded(rows, n) + _padded(rank, k) + _padded(rank, n))
         sums = 2 * 4 * (_padded(rank, k) + _padded(rank, n))
         if held + sums <= BUDGET:
@@ -56,7 +57,7 @@ def gradient_rows(m: int, k: int, n: int, rank: int, *, itemsize: int) -> int | 
 
 
 def _sides(size: int, *, smallest: int = LANES) -> list[int]:
-    """Sides of a block along an axis, the largest first: the whole axis where it is short."""
+    """Possible sides of a block along an axis, largest first; the whole axis if it is short."""
     return [*([size] if size <= LONGEST else []), *_powers(size, LONGEST, smallest)]
 
 
@@ -67,5 +68,5 @@ def _powers(size: int, largest: int, smallest: int) -> list[int]:
 
 
 def _padded(rows: int, columns: int) -> int:
-    """Elements of a block as it lies in VMEM."""
+    """Elements of a block in VMEM, padded to tiles of (8, 128)."""
     return -(-rows // 8) * 8 * -(-columns // LANES) * LANES

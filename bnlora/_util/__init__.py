@@ -1,1 +1,1 @@
-"""What every room may use: checks of arguments, files, progress, tables for the screen, compiled programs."""
+"""Helpers for all packages: argument checks, files, progress bars, tables for display, compiled programs."""

@@ -1,4 +1,4 @@
-"""One sentence for a wrong option or number, in the words that the whole library shares."""
+"""Argument checks whose error messages have the same form in the whole library."""
 
 import difflib
 import reprlib
@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Int
 
-_LISTED, _LONGEST = 5, 120  # names in a message, and letters of each
+_LISTED, _LONGEST = 5, 120  # largest number of names in a message, and of letters in a name
 _LARGEST = 2**31 - 1
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = _LONGEST
@@ -26,7 +26,7 @@ def check_option(name: str, got: object, options: Sequence[str]) -> None:
 
 
 def check_at_least(values: Mapping[str, int], least: int) -> None:
-    """Raise `ValueError` unless every value, given by its name, is an integer of at least `least`."""
+    """Raise `ValueError` unless every value is an integer of at least `least`; keys are the names."""
     for name, value in values.items():
         if not is_integer(value):
             raise ValueError(f"{name} must be an integer of at least {least}; got {brief(value)}")
@@ -35,7 +35,7 @@ def check_at_least(values: Mapping[str, int], least: int) -> None:
 
 
 def check_batch_size(batch_size: int, num_rows: int) -> None:
-    """Raise `ValueError` unless a minibatch is of one row to all `num_rows` of them."""
+    """Raise `ValueError` unless a minibatch has between one and `num_rows` rows."""
     check_at_least({"batch_size": batch_size, "number of rows": num_rows}, 1)
     if batch_size > num_rows:
         raise ValueError(
@@ -45,7 +45,7 @@ def check_batch_size(batch_size: int, num_rows: int) -> None:
 
 
 def check_positive(values: Mapping[str, Any]) -> None:
-    """Raise `ValueError` unless every value, given by the name of its argument, is positive and finite."""
+    """Raise `ValueError` unless every value is positive and finite; keys are the names."""
     for name, value in values.items():
         if not is_positive(value):
             raise ValueError(f"{name} must be a positive number; got {brief(value)}")
@@ -53,16 +53,16 @@ def check_positive(values: Mapping[str, Any]) -> None:
 
 def is_positive(value: Any) -> bool:
     """Whether a value is a positive finite number."""
-    try:  # an integer too large for a float overflows here rather than later
+    try:  # an integer too large for a float overflows here
         return not isinstance(value, bool | str) and 0 < float(value) < float("inf")
     except (TypeError, ValueError, OverflowError):
         return False
 
 
 def check_size(values: Mapping[str, Any], least: int = 1) -> None:
-    """Raise `ValueError` unless every value, given by its name, is an integer that may be a size.
+    """Raise `ValueError` unless every value is an integer that can be a size; keys are the names.
 
-    For values that come from a file, where 3.0, "3" and true are mistakes as well.
+    It is for values from a file, where 3.0, "3" and true are errors too.
     """
     for name, value in values.items():
         if not is_integer(value) or not least <= value <= _LARGEST:
@@ -70,23 +70,23 @@ def check_size(values: Mapping[str, Any], least: int = 1) -> None:
 
 
 def is_integer(value: object) -> bool:
-    """Whether a value is an integer; true and false are none."""
+    """Whether a value is an integer; True and False do not count."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def check_indices(name: str, indices: Any, size: int, *, least: int = 0) -> None:
     """Raise `ValueError` unless every index is an integer from `least` to `size` - 1.
 
-    JAX reads the last entry for an index beyond the end, and says nothing. Traced indices are not known.
+    JAX clamps an index beyond the end without an error. Traced indices cannot be checked.
     """
     if isinstance(indices, jax.core.Tracer):
         return
-    found = np.asarray(indices)
-    if not found.size:
+    values = np.asarray(indices)
+    if not values.size:
         return
-    if not np.issubdtype(found.dtype, np.integer):
+    if not np.issubdtype(values.dtype, np.integer):
         raise ValueError(f"{name} must be integers; got {brief(indices)}")
-    outside = found[(found < least) | (found >= size)]
+    outside = values[(values < least) | (values >= size)]
     if outside.size:
         raise ValueError(f"{name} must be from {least} to {size - 1}; got {outside[0]}")
 
@@ -97,28 +97,28 @@ def brief(value: object) -> str:
 
 
 def listed(names: Collection[str]) -> str:
-    """The first five names, and how many more there are."""
+    """The first five names, and the number of further names."""
     first = [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in islice(names, _LISTED)]
     rest = len(names) - len(first)
     return ", ".join(first) + (f" and {rest:,} more" if rest else "")
 
 
 def check_level(level: float) -> None:
-    """Raise `ValueError` unless a level lies in (0, 1)."""
+    """Raise `ValueError` unless a level is in (0, 1)."""
     if not 0 < level < 1:
         raise ValueError(f"level must lie in (0, 1); got {level}")
 
 
 def divisors(total: int) -> list[int]:
-    """Numbers of equal parts that a total falls into, from one up."""
+    """The divisors of a total, increasing."""
     return [n for n in range(1, total + 1) if total % n == 0]
 
 
 def check_parts(name: str, parts: int, batch_size: int) -> None:
-    """Raise `ValueError` unless a minibatch falls into that many equal parts; `name` is the argument's."""
+    """Raise `ValueError` unless `parts` divides the batch size; `name` is the name of the argument."""
     check_at_least({name: parts}, 1)
     if batch_size % parts:
-        # The larger of two that are equally near: who asks for parts is short of memory.
+        # Of two equally near divisors, suggest the larger: more parts need less memory.
         near = min(divisors(batch_size), key=lambda n: (abs(n - parts), -n))
         raise ValueError(f"{name} must divide batch_size={batch_size}; got {parts}, nearest is {near}")
 
@@ -129,39 +129,41 @@ def class_numbers(
     """Labels as integers, one for each row; `ValueError` for another shape or labels that are not classes.
 
     Args:
-        name: Whose labels they are.
-        labels: Class of each row; truth values count as 0 and 1.
-        num_rows: How many there must be.
-        num_classes: Number of classes; not looked at when omitted.
+        name: Name of the rows, for messages.
+        labels: Class of each row; booleans count as 0 and 1.
+        num_rows: Number of rows.
+        num_classes: Number of classes; not checked if omitted.
     """
-    found = np.asarray(labels)
-    if found.shape != (num_rows,):  # a shape that broadcasts would give a wrong number in silence
-        remedy = "; pass labels[:, 0]" if found.shape == (num_rows, 1) else ""
-        raise ValueError(f"{name} need one label each, shape ({num_rows},); got shape {found.shape}{remedy}")
-    if found.dtype.kind not in "biu" and num_rows:
-        raise ValueError(f"the labels of {name} must be class numbers, integers; got {_no_integer(found)}")
-    found = found.astype(np.int64)
-    if num_rows and num_classes is not None and not (found.min() >= 0 and found.max() < num_classes):
-        unlabelled = " (-1 marks rows without a label)" if found.min() == -1 else ""
+    classes = np.asarray(labels)
+    if classes.shape != (num_rows,):  # another shape could broadcast and silently give a wrong result
+        remedy = "; pass labels[:, 0]" if classes.shape == (num_rows, 1) else ""
         raise ValueError(
-            f"the labels of {name} must lie in 0..{num_classes - 1}; got {found.min()}..{found.max()}"
+            f"{name} need one label each, shape ({num_rows},); got shape {classes.shape}{remedy}"
+        )
+    if classes.dtype.kind not in "biu" and num_rows:
+        raise ValueError(f"the labels of {name} must be class numbers, integers; got {_no_integer(classes)}")
+    classes = classes.astype(np.int64)
+    if num_rows and num_classes is not None and not (classes.min() >= 0 and classes.max() < num_classes):
+        unlabelled = " (-1 marks rows without a label)" if classes.min() == -1 else ""
+        raise ValueError(
+            f"the labels of {name} must be in 0..{num_classes - 1}; got {classes.min()}..{classes.max()}"
             f"{unlabelled}"
         )
-    return found
+    return classes
 
 
 def _no_integer(labels: np.ndarray) -> str:
-    """The first of labels that are not integers, and what to pass instead."""
+    """The first label, which is not an integer, and what to pass instead."""
     first = labels.tolist()[0]
     if isinstance(first, str):
-        remedy = "give the place of each among the label words, [words.index(label) for label in labels]"
+        remedy = "pass the index of each label word, [words.index(label) for label in labels]"
     else:
-        remedy = "where all are whole numbers, labels.astype(int) makes them so"
+        remedy = "if all are whole numbers, pass labels.astype(int)"
     return f"{first!r} of type {labels.dtype}: {remedy}"
 
 
 def broken_weights(params: Any) -> str:
-    """What is wrong with a tree of frozen weights that are not finite, and what to do; "" where all are."""
+    """A message about frozen weights that are not finite, and what to do; "" if all are finite."""
     names = [
         jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -169,11 +171,11 @@ def broken_weights(params: Any) -> str:
     ]
     if not names:
         return ""
-    return f"the base's own weights are not finite, in {listed(names)}; load it again from sound files"
+    return f"weights of the base are not finite, in {listed(names)}; load it again from intact files"
 
 
 def numpy_generator(key: Array) -> np.random.Generator:
-    """NumPy's source of random numbers from a random key, for what runs outside compiled programs."""
+    """A NumPy generator seeded by a random key, for code outside of compiled programs."""
     return np.random.default_rng(np.asarray(jax.random.bits(check_key(key), (4,))))
 
 
@@ -181,7 +183,7 @@ def check_key(key: Any) -> Array:
     """The key as a typed JAX key; an old-style key (`jax.random.PRNGKey`) is converted.
 
     Raises:
-        ValueError: When it is anything else, such as a number or several keys.
+        ValueError: If it is not a single key, for example a number or several keys.
     """
     plain = isinstance(key, int | float | str | np.generic | None)
     got = repr(key) if plain else f"an object of type {type(key).__name__}"
@@ -196,5 +198,5 @@ def check_key(key: Any) -> Array:
             try:
                 return jax.random.wrap_key_data(key)
             except TypeError:
-                pass  # not as many numbers as a key has
+                pass  # the array does not have the length of a key
     raise ValueError(f"key must be a random key, such as jax.random.key(0); got {got}")

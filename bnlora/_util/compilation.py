@@ -1,10 +1,10 @@
-"""Few compiled programs: each lives with its owner and is optimised only if that pays.
+"""Few compiled programs: each is stored with its owner, and is optimised only if that is worth the time.
 
-A new process spends its first minutes in the compiler. Three functions keep that time short:
+A new process spends its first minutes in the compiler. Three functions reduce that time:
 
     `program`      compiles a function once for an owner; the program lives as long as the owner
     `by_pieces`    runs any number of draws through one program, `PIECE` at a time
-    `options`      chooses how far the compiler optimises
+    `options`      chooses the optimisation level of the compiler
 """
 
 from collections.abc import Callable, Iterator
@@ -19,17 +19,17 @@ from jax import Array
 from bnlora._util.caching import keep_programs
 
 PIECE = 32
-"""Draws that a program takes at a time, or all of them if there are fewer."""
+"""Number of draws that a program processes at a time, or all of them if there are fewer."""
 
 SMALL = 2**14
-"""Size of a program's largest array up to which it is compiled without optimisation.
+"""A program whose largest array has at most this size is compiled without optimisation.
 
-At this size it then compiles in a quarter of the time and runs at most twice as long: some milliseconds.
+At this size it compiles in a quarter of the time and runs at most twice as long: some milliseconds.
 """
 
 
 class _Kept(dict):
-    """The programs of one owner. A copy or a pickle of the owner starts without any."""
+    """The programs of one owner. A copy or a pickle of the owner starts without programs."""
 
     def __deepcopy__(self, memo: Any) -> "_Kept":
         return _Kept()
@@ -39,18 +39,18 @@ class _Kept(dict):
 
 
 def options(numbers: int | None = None) -> dict[str, Any] | None:
-    """Compiler options for a program; None, JAX's own, on an accelerator.
+    """Compiler options for a program; None (JAX's defaults) on an accelerator.
 
     Args:
-        numbers: For a program that runs seldom, about how many numbers its largest arrays hold; up to
-            `SMALL`, optimisation does not pay. None for a program that runs often.
+        numbers: For a program that runs rarely, the approximate size of its largest arrays. Up to `SMALL`,
+            optimisation is not worth its time. None for a program that runs often.
 
     Returns:
-        Options for no optimisation or for its lowest level. Higher levels take longer to compile and do not
-        make the step of a model of real size faster (`python -m benchmarks compiler`). JAX's own setting
+        Options for no optimisation or for the lowest level. Higher levels take longer to compile and do not
+        speed up the step of a model of real size (`python -m benchmarks compiler`). JAX's own setting
         `jax_disable_most_optimizations` means no optimisation, whatever the size.
 
-    Every compilation of this library asks for options first, so this is where JAX learns of the cache folder.
+    Every compilation of this library asks for options first, so JAX is told of the cache folder here.
     """
     keep_programs()
     if jax.default_backend() != "cpu":
@@ -70,10 +70,10 @@ def program(
     numbers: int | None = None,
     static: tuple[int, ...] = (),
 ) -> Any:
-    """`function(owner, ...)`, compiled once for an owner.
+    """Compile `function(owner, ...)` once for an owner.
 
     Args:
-        owner: An object with a `__dict__`, which keeps the program.
+        owner: An object with a `__dict__`, which stores the program.
         function: A module-level function; a closure would be a new function each time.
         numbers: As in `options`.
         static: Positions, after the owner, of arguments that are not arrays.
@@ -91,7 +91,7 @@ def program(
 
 
 def kept(owner: Any, function: Callable[[Any], Any]) -> Any:
-    """`function(owner)`, computed once for an owner."""
+    """The value of `function(owner)`, computed once for an owner."""
     return _once(owner, ("value", function), function)
 
 
@@ -103,17 +103,17 @@ def _once(owner: Any, name: tuple[str, Callable], make: Callable[[Any], Any]) ->
 
 
 def by_pieces(run: Callable[[Any, int], Any], stacks: Any, *, multiple: int = 1) -> Any:
-    """Run a program on all entries of stacked arrays, at most about `PIECE` at a time.
+    """Run a program on all entries of stacked arrays, about `PIECE` at a time.
 
     Args:
         run: Takes a piece (arrays whose first axis has the same length in every call) and the number of its
-            entries that count. Returns arrays with that axis, as `first_entries` does; the other entries are
+            valid entries. Returns arrays with that axis, as `first_entries` does; the other entries are
             dropped.
         stacks: Arrays with the same first axis.
         multiple: The length of a piece is a multiple of this.
 
     Returns:
-        The results with the first axis of `stacks`, NumPy arrays.
+        The results with the first axis of `stacks`, as NumPy arrays.
     """
     found = [(run(piece, count), count) for piece, count in pieces(stacks, multiple=multiple)]
     counts = [count for _, count in found]
@@ -125,7 +125,7 @@ def by_pieces(run: Callable[[Any, int], Any], stacks: Any, *, multiple: int = 1)
 
 
 def pieces(stacks: Any, *, multiple: int = 1) -> Iterator[tuple[Any, int]]:
-    """Pieces of stacked arrays, of one length (the last is padded), each with how many entries count."""
+    """Pieces of stacked arrays of one length (the last is padded), each with its number of valid entries."""
     stacks = jax.tree.map(np.asarray, stacks)
     total = len(jax.tree.leaves(stacks)[0])
     size = min(multiple * max(PIECE // multiple, 1), -(-total // multiple) * multiple)
@@ -139,16 +139,16 @@ def pieces(stacks: Any, *, multiple: int = 1) -> Iterator[tuple[Any, int]]:
 
 
 def first_entries(one: Callable[..., Any], stacks: Any, count: Any, *shared: Any, together: int = 1) -> Any:
-    """`one(entry, *shared)` for the first `count` entries of stacked arrays; later entries have no meaning.
+    """Apply `one(entry, *shared)` to the first `count` entries of stacked arrays; later results are invalid.
 
-    The loop stops after `count` entries, so a piece that is not full costs no more than its entries.
+    The loop stops after `count` entries, so a piece that is not full only costs its valid entries.
 
     Args:
         one: A function of one entry.
         stacks: Arrays with the same first axis.
-        count: Number of entries; may be traced.
+        count: Number of entries; can be traced.
         *shared: Arguments that all entries share.
-        together: Entries in one turn of the loop; must divide the first axis.
+        together: Number of entries in one turn of the loop; must divide the first axis.
     """
     if together > 1:
         stacks = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), stacks)
@@ -172,9 +172,9 @@ def first_entries(one: Callable[..., Any], stacks: Any, count: Any, *shared: Any
 
 
 def split_keys(key: Array, count: int) -> tuple[np.ndarray, str]:
-    """The data of the keys into which one is split, and their kind: `key_of` makes keys of them again.
+    """Split a key; return the data of the new keys and their kind, from which `key_of` rebuilds keys.
 
-    NumPy can cut data into pieces. Cutting JAX's keys would compile a program for each length.
+    NumPy can slice the data. Slicing JAX keys would compile a program for each length.
     """
     kind = str(jax.random.key_impl(key))
     split = _split(kind, count, tuple((options(0) or {}).items()))
@@ -183,7 +183,7 @@ def split_keys(key: Array, count: int) -> tuple[np.ndarray, str]:
 
 @lru_cache(maxsize=64)
 def _split(kind: str, count: int, chosen: tuple) -> Callable[[Array], Array]:
-    """The program that splits; it holds no array."""
+    """The program that splits a key; it stores no array."""
 
     def split(data: Array) -> Array:
         return jax.random.key_data(jax.random.split(key_of(data, kind), count))
@@ -192,7 +192,7 @@ def _split(kind: str, count: int, chosen: tuple) -> Callable[[Array], Array]:
 
 
 def keys_from(key: Array, count: int) -> list[Array]:
-    """The keys into which a key is split, without compiling a program to take each of them."""
+    """Split a key into a list of keys, without compiling a program for each element."""
     data, kind = split_keys(key, count)
     return [key_of(jax.device_put(one), kind) for one in data]
 

@@ -1,8 +1,8 @@
-"""How `copy` and `pickle` handle objects that hold programs.
+"""Support of `copy` and `pickle` for objects with programs (functions).
 
 Priors, families of guides and parts of NumPyro's autoguides are functions inside functions, which `pickle`
-cannot find by name. cloudpickle stores their code, so only the same versions of Python and bnlora can read
-it. Use a pickle for another process and `bnlora.save_fit` to keep a fit.
+cannot find by name. cloudpickle stores their code, which only the same versions of Python and bnlora can
+read. Use a pickle for another process, and `bnlora.save_fit` to store a fit permanently.
 """
 
 import copy
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class ByValue:
-    """Wraps a program for `pickle` and `copy`; both give the program back without the wrapper."""
+    """Wraps a program for `pickle` and `copy`; both return the program without the wrapper."""
 
     def __init__(self, program: Any):
         self.program = program
@@ -28,13 +28,13 @@ class ByValue:
 
 
 def state(holder: Any, *programs: str) -> dict[str, Any]:
-    """What `__getstate__` returns: all attributes; those named in `programs` are stored by value."""
-    kept = vars(holder)
-    return kept | {name: ByValue(kept[name]) for name in programs}
+    """State for `__getstate__`: all attributes, with those named in `programs` stored by value."""
+    attributes = vars(holder)
+    return attributes | {name: ByValue(attributes[name]) for name in programs}
 
 
 def error_parts(error: Exception) -> tuple[Any, ...]:
-    """What `__reduce__` returns for an error whose arguments are not those of its `__init__`."""
+    """Value of `__reduce__` for an error whose arguments differ from those of its `__init__`."""
     return copyreg.__newobj__, (type(error), *error.args), vars(error)  # type: ignore[attr-defined]
 
 
@@ -47,7 +47,7 @@ def _program(code: bytes, versions: str) -> Any:
 
     if versions != _versions():
         raise ValueError(
-            f"this pickle holds programs of {versions}, which {_versions()} cannot run; a fit that "
-            "bnlora.save_fit wrote is read by later versions too"
+            f"this pickle has programs of {versions}, which {_versions()} cannot run; use bnlora.save_fit, "
+            "whose files later versions can read"
         )
     return cloudpickle.loads(code)

@@ -1,8 +1,8 @@
-"""How results show themselves: tables and shaded text, on a terminal, in a notebook and in a report.
+"""Display of results: tables and shaded text, on a terminal, in a notebook and in a report.
 
-Whatever is `Shown` says in `overview` what there is to see, and is drawn from it everywhere: by rich on a
-terminal, as HTML in a notebook. The HTML takes its colours from the page around it, so that it can be read on
-light and on dark ones. An overview says what is known already: it runs no model.
+A `Shown` object defines its content in `overview`. rich prints it on a terminal; a notebook shows it as HTML.
+The HTML inherits the colours of the page, so it is readable on light and dark pages. An overview only shows
+what is already known: it does not run a model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ SHADE = (213, 94, 0)
 """Red, green and blue of a full shade: the vermilion of Okabe and Ito (2008)."""
 
 FULL = 0.7
-"""Opacity of a full shade, through which black and white letters alike can be read."""
+"""Opacity of a full shade; both black and white letters are readable on it."""
 
 _GREY = "rgba(128, 128, 128, .5)"
 
@@ -55,10 +55,10 @@ class Table:
     Attributes:
         title: What the table shows.
         header: Name of each column; empty for a table without a header.
-        rows: Cells, one tuple a row; a cell may have several lines. The first column is set to the left, the
-            others to the right.
-        groups: Indices of the rows before which a line is drawn.
-        texts: Indices of further columns that are set to the left.
+        rows: Cells, one tuple for each row; a cell can have several lines. The first column is aligned to the
+            left, the others to the right.
+        groups: Indices of the rows with a line above them.
+        texts: Indices of further columns that are aligned to the left.
     """
 
     title: str
@@ -68,7 +68,7 @@ class Table:
     texts: frozenset[int] = frozenset()
 
     def html(self) -> str:
-        """The table alone, which takes its looks from the page around it."""
+        """The table without a style sheet; the page defines its style."""
         head = f"<thead><tr>{self._cells('th', self.header)}</tr></thead>" if self.header else ""
         body = "".join(
             f"<tr{' class=group' if index in self.groups else ''}>{self._cells('td', row)}</tr>"
@@ -85,7 +85,9 @@ class Table:
             table.add_column(Text(name), justify="right" if index and index not in self.texts else "left")
         for index, row in enumerate(self.rows):
             table.add_row(*map(Text, row), end_section=index + 1 in self.groups)
-        return Group(Text(self.title, "bold"), table)  # beside the table: its own title is no wider than it
+        return Group(
+            Text(self.title, "bold"), table
+        )  # outside of the table, whose own title cannot be wider than it
 
     def __repr__(self) -> str:
         return as_text([self])
@@ -101,7 +103,7 @@ class Table:
 
 
 def facts(title: str, values: Mapping[str, str]) -> Table:
-    """A table of names and what they are, without a header."""
+    """A table of names and values, without a header."""
     return Table(title, (), tuple(values.items()), texts=frozenset({1}))
 
 
@@ -110,12 +112,12 @@ class Shades:
     """A text in pieces, each shaded by a number.
 
     Attributes:
-        label: What the shade says, with its unit.
-        pieces: Pieces of the text, which joined are the text.
+        label: Meaning of the shade, with its unit.
+        pieces: Pieces of the text; joined, they are the whole text.
         values: Number of each piece, at least zero.
-        top: The number from which on the shade is full.
-        below: What stands below each piece, in a few letters; HTML alone has it.
-        notes: What is said of each piece where the pointer rests on it; HTML alone has it.
+        top: Smallest number with a full shade.
+        below: A few letters below each piece; only in HTML.
+        notes: Tooltip of each piece; only in HTML.
     """
 
     label: str
@@ -127,11 +129,11 @@ class Shades:
 
     @property
     def depths(self) -> tuple[float, ...]:
-        """How deep each shade is, from 0 to 1."""
+        """Depth of each shade, from 0 to 1."""
         return tuple(min(value / self.top, 1.0) if self.top > 0 else 0.0 for value in self.values)
 
     def html(self) -> str:
-        """The text with its legend, on the background of the page around it."""
+        """The text with its legend, on the background of the page."""
         columns = zip(self.pieces, self.depths, self.below, self.notes, strict=True)
         text = "".join(
             f"{'<br>' * piece.count(chr(10))}"
@@ -154,15 +156,15 @@ class Shades:
 
 
 Showable = Table | Shades | Findings | str | tuple[str, ...]
-"""What an overview is made of; several sentences in a tuple become a list."""
+"""A part of an overview; a tuple of sentences becomes a list."""
 
 
 class Shown:
-    """What shows itself by its `overview`: HTML in a notebook, rich on a terminal, text elsewhere."""
+    """An object displayed by its `overview`: HTML in a notebook, rich on a terminal, text elsewhere."""
 
     @property
     def overview(self) -> tuple[Showable, ...]:
-        """What there is to see, without any computation of a model."""
+        """The content to display; it must not run a model."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -176,12 +178,12 @@ class Shown:
 
 
 def as_html(parts: Sequence[Showable]) -> str:
-    """Parts for a notebook, with the one style sheet of this library."""
+    """Parts as HTML for a notebook, with the style sheet of this library."""
     return f"{_STYLE}<div class=bnlora>{''.join(map(_html, parts))}</div>"
 
 
 def as_text(parts: Sequence[Showable], *, width: int = 100) -> str:
-    """Parts as plain text, `width` letters wide."""
+    """Parts as plain text, at most `width` letters wide."""
     console = Console(width=width, file=StringIO(), force_jupyter=False)
     with console.capture() as text:
         console.print(Group(*_renderables(parts)))
@@ -189,20 +191,20 @@ def as_text(parts: Sequence[Showable], *, width: int = 100) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as a whole number of percent, never 0 or 100 unless it is."""
+    """A share as a whole percentage; 0 and 100 only if exact, otherwise "<1" and ">99"."""
     if 0 < share < 0.01:
         return "<1"
     return ">99" if 0.99 < share < 1 else f"{100 * share:.0f}"
 
 
 def _renderables(parts: Sequence[Showable]) -> list[Any]:
-    found: list[Any] = []
+    renderables: list[Any] = []
     for part in parts:
         if isinstance(part, tuple):
-            found.extend(Text(f"- {sentence}") for sentence in part)
+            renderables.extend(Text(f"- {sentence}") for sentence in part)
         else:
-            found.append(Text(part) if isinstance(part, str) else part)
-    return found
+            renderables.append(Text(part) if isinstance(part, str) else part)
+    return renderables
 
 
 def _html(part: Showable) -> str:
@@ -216,7 +218,7 @@ def _lines(text: str) -> str:
 
 
 def _visible(piece: str) -> str:
-    """A piece of text whose line breaks show as a sign; the caller breaks the line."""
+    """A piece of text with a visible sign for each line break; the caller breaks the line."""
     return escape(piece.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"))
 
 
@@ -225,7 +227,7 @@ def _rgba(depth: float) -> str:
 
 
 def _on_white(depth: float) -> str:
-    """Black letters on the shade over white, so that the background of the terminal does not matter."""
+    """Black letters on the shade over white, which is independent of the terminal's background."""
     mixed = [round(255 + (part - 255) * FULL * depth) for part in SHADE]
     return "#000000 on #" + "".join(f"{part:02x}" for part in mixed)
 

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, with checksums; space is checked first, and JSON read safely."""
+"""Files: atomic writes, checksums, a check for free space before long work, and safe reading of JSON."""
 
 import hashlib
 import json
@@ -9,18 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-LARGEST_JSON = 2**26  # bytes; the index of a model of hundreds of gigabytes has a few million
+LARGEST_JSON = 2**26  # bytes; the index of a model of hundreds of gigabytes has a few million bytes
 _BLOCK = 2**20
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write` make a file under another name in the same folder, and then give it its own."""
+    """Let `write` create the file under a temporary name in the same folder, then rename it."""
     scratch = path.with_name(f".{path.name}")
     try:
         write(scratch)
         os.replace(scratch, path)
     finally:
-        scratch.unlink(missing_ok=True)  # what was written in part would keep its room on a full disk
+        scratch.unlink(missing_ok=True)  # a partial file would occupy space on a full disk
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -39,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if path.stat().st_size > LARGEST_JSON:
         raise ValueError(
-            f"{str(path)!r} has {path.stat().st_size:,} bytes; JSON files of up to {LARGEST_JSON:,} are read"
+            f"{str(path)!r} has {path.stat().st_size:,} bytes; JSON files may have at most {LARGEST_JSON:,}"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -48,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} must hold a JSON object; got {type(content).__name__}")
+        raise ValueError(f"{str(path)!r} must contain a JSON object; got {type(content).__name__}")
     return content
 
 
@@ -60,7 +60,7 @@ def file_checksum(path: Path) -> str:
 
 @contextmanager
 def room(folder: Path) -> Iterator[Callable[[int], None]]:
-    """Make a folder to write into later and check that it is writable; remove it if it stays empty.
+    """Create a folder for later output and check that it is writable; remove it if it stays empty.
 
     Args:
         folder: The folder.
@@ -69,7 +69,7 @@ def room(folder: Path) -> Iterator[Callable[[int], None]]:
         A function that raises `OSError` if a number of bytes does not fit into the folder.
 
     Raises:
-        OSError: When the folder cannot be made or written into.
+        OSError: If the folder cannot be created or written to.
     """
     new = [path for path in (folder, *folder.parents) if not path.exists()]  # the deepest first
     try:
@@ -79,33 +79,31 @@ def room(folder: Path) -> Iterator[Callable[[int], None]]:
         for path in new:
             try:
                 path.rmdir()
-            except OSError:  # it was never made, or is in use
+            except OSError:  # it was never created, or is not empty
                 continue
 
 
 @contextmanager
 def room_for(file: Path | None, *, source: Path | None = None) -> Iterator[None]:
-    """Make the folder of a file to write later (None: no file) and check that it is writable.
+    """Create the folder of a file for later output (None: no file) and check that it is writable.
 
     Args:
         file: The file to write.
-        source: A file that is read and must stay.
+        source: An input file that must not be overwritten.
 
     Raises:
-        ValueError: When the file is the source, under whatever name.
-        OSError: When the file is a folder or may not be written, or nothing can be written beside it.
+        ValueError: If the file is the source, also under another name.
+        OSError: If the file is a folder or is not writable, or its folder is not writable.
     """
     if file is None:
         yield
         return
     if source is not None and file.exists() and source.exists() and file.samefile(source):
-        raise ValueError(
-            f"{str(file)!r} is the table that is read, and would be overwritten; name another file"
-        )
+        raise ValueError(f"{str(file)!r} is the input table and would be overwritten; name another file")
     if file.is_dir():
         raise IsADirectoryError(f"{str(file)!r} is a folder; give the name of a file")
     if file.exists() and not os.access(file, os.W_OK):
-        raise PermissionError(f"{str(file)!r} may not be written; give another name")
+        raise PermissionError(f"{str(file)!r} is not writable; give another name")
     with room(file.parent):
         yield
 
@@ -114,12 +112,12 @@ def written(path: Path, write: Callable[[Path], Any], spare: Sequence[Path]) -> 
     """Call `write` on a path or, if that fails, on a path in the first spare folder where it succeeds.
 
     Args:
-        path: Where to write.
-        write: Writes to a path whose folder is there; it may raise `OSError`.
-        spare: Folders to write into instead.
+        path: Path to write to.
+        write: Writes to a path whose folder exists; it can raise `OSError`.
+        spare: Folders to use instead, in order.
 
     Returns:
-        The path that was written, and what was wrong with `path` ("" if nothing was).
+        The path that was written, and the problem with `path` ("" without a problem).
 
     Raises:
         OSError: If writing failed everywhere.
@@ -142,10 +140,10 @@ def written(path: Path, write: Callable[[Path], Any], spare: Sequence[Path]) -> 
 
 
 def _try(folder: Path, size: int) -> None:
-    """Make a folder, write that many bytes into it, and remove them."""
+    """Create a folder, write `size` bytes into it, and remove them."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        block = os.urandom(min(size, _BLOCK))  # zeros would take no room on some disks
+        block = os.urandom(min(size, _BLOCK))  # some file systems store zeros without using space
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".room-") as file:
             for start in range(0, size, _BLOCK):
                 file.write(block[: size - start])

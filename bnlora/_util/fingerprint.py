@@ -1,4 +1,4 @@
-"""A few numbers of every array: they tell one set of frozen weights from another of the same shapes."""
+"""A fingerprint of frozen weights: a few numbers of every array, to distinguish models of equal shapes."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def fingerprint(tree: Any) -> Float[np.ndarray, " k"]:
 
 
 def is_same(first: Float[np.ndarray, " k"], second: Float[np.ndarray, " k"]) -> bool:
-    """Whether two fingerprints agree; a base made anew from a random key may differ in the last digits."""
+    """Whether two fingerprints agree up to rounding: a base made again can differ in the last digits."""
     return first.shape == second.shape and np.allclose(first, second, rtol=1e-4, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Progress bars, shown on a terminal or in a notebook and silent elsewhere, and seconds of parts of a job."""
+"""Progress bars, which appear only on a terminal or in a notebook, and timing of the parts of a job."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 
 
 def speaker(console: Console | None) -> Console:
-    """The console to speak on: the given one, else rich's own where somebody watches it, else a mute one."""
+    """The console for output: `console`, else rich's own on a terminal or in a notebook, else a quiet one."""
     if console is not None:
         return console
     own = get_console()
@@ -24,7 +24,7 @@ def progress_bar(console: Console | None, *fields: str) -> Progress:
     """A bar with a description, a count, the named text fields and the time left.
 
     Args:
-        console: Where to draw (see `speaker`); nothing is drawn where it is no terminal or notebook.
+        console: Console for the bar (see `speaker`); without a terminal or notebook there is no bar.
         *fields: Names of task fields to show as text.
     """
     columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn()]
@@ -86,7 +86,7 @@ def track(items: Iterable[Item], total: int, label: str, console: Console | None
 
 @contextmanager
 def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
-    """Write down how long a part of a job takes."""
+    """Record the seconds that a part of a job takes."""
     began = time.perf_counter()
     yield
     seconds[part] = time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""The shapes and names that the floors above agree on.
+"""Shapes and names that all packages share.
 
 An *adapter* of a family of layers is a pair of stacked factors, `a` of shape
 `(layer, rank, d_in)` and `b` of shape `(layer, d_out, rank)`; the update of layer `l` is
@@ -12,16 +12,16 @@ import numpy as np
 from jax import Array
 
 AnyArray = Array | np.ndarray
-"""An array of JAX or of NumPy, which keeps double precision."""
+"""A JAX array, or a NumPy array if double precision must be kept."""
 
 FACTORS = ("a", "b")
-"""The two factors of an adapter, in the order in which the input passes through them."""
+"""The two factors of an adapter, in the order in which they act on the input."""
 
 NOISE = "conditional_noise"
-"""Mark in the `infer` of a site that only completes a conditional W | U: a standard normal given one."""
+"""Mark in the `infer` of a site that only completes the conditional W | U: standard normal noise."""
 
 WEIGHT = "weight"
-"""Mark in the `infer` of a site that is a factor's own: weights, an inducing matrix, or their noise."""
+"""Mark in the `infer` of a site that belongs to a factor: weights, an inducing matrix, or their noise."""
 
 Adapters = Mapping[str, Mapping[str, Array]]
 """`{family: {"a": (layer, rank, d_in), "b": (layer, d_out, rank)}}`."""

@@ -10,8 +10,8 @@ lam. Then
     log det Sigma = sum_ij log(1 - p_i q_j),
 
 so neither the density nor the sampler forms an array of size (d_o d_i)^2. Two such laws that differ only in
-`lam` have KL(lam_q || lam_p) = d_o d_i (rho^2 / 2 - log rho - 1 / 2), rho = lam_q / lam_p, whatever `V` and
-the sides are.
+`lam` have KL(lam_q || lam_p) = d_o d_i (rho^2 / 2 - log rho - 1 / 2), rho = lam_q / lam_p, for all `V` and
+sides.
 
 Reference: Lin et al. (2026), Bayesian-LoRA, arXiv 2601.21003; Ritter et al. (2021) for the joint Gaussian.
 

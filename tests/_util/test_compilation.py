@@ -1,4 +1,4 @@
-"""Compiled programs: how many there are, that they are shared, and that pieces change nothing."""
+"""Compiled programs: their number, sharing, and that pieces do not change results."""
 
 import copy
 import pickle
@@ -32,7 +32,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 @contextmanager
 def counting():
-    """Names of the programs that are compiled inside, with how often."""
+    """Names of the programs that are compiled inside, with counts."""
     found: Counter[str] = Counter()
     inside = True
 
@@ -115,7 +115,7 @@ def test_draws_of_the_prior_are_those_of_the_prior_program(fit):
 
 
 def test_small_models_have_one_width_and_others_those_of_their_rows(fit, monkeypatch):
-    """Short rows get a forward pass of their own, beside the one that all rows had."""
+    """Short rows get their own forward pass, in addition to that of all rows."""
     rows, options = tiny_rows(jax.random.key(3), 16, length=16), {"num_draws": 2, "batch_size": 8}
     with counting() as one:
         wide = bl.predict(KEY, fit, rows, console=QUIET, **options)
@@ -183,7 +183,7 @@ def test_a_program_lives_with_its_owner():
 
 
 def test_what_runs_often_or_on_much_is_optimised():
-    """A fit of few steps of a small model is compiled in haste; draws of many numbers are not."""
+    """A short fit of a small model is compiled without optimisation; large draws are optimised."""
     if jax.default_backend() != "cpu":
         assert compilation.options(0) is compilation.options() is None
         return
@@ -201,7 +201,7 @@ def test_what_runs_often_or_on_much_is_optimised():
 
 
 def test_a_fit_compiles_few_programs_beside_its_step():
-    """Start values, optimiser and result come from one program each, however many parameters there are."""
+    """Start values, optimiser and result need one program each, for any number of parameters."""
     sites = bl.select(BASE, ["q_proj", "lm_head"], rank=2)
     model = bl.Classifier(BASE, sites, bl.priors.normal(), label_ids=(3, 5))
     guide = bl.guides.Guide(model.prior, bl.guides.mean_field())

@@ -76,7 +76,7 @@ def test_programs_of_a_user_travel_too():
 def test_a_pickle_of_another_version_names_the_way(monkeypatch):
     written = pickle.dumps(MODEL)
     monkeypatch.setattr(copying, "version", lambda name: "99.0")
-    with pytest.raises(ValueError, match=r"holds programs of bnlora .*bnlora 99.0 on .*bnlora.save_fit"):
+    with pytest.raises(ValueError, match=r"has programs of bnlora .*bnlora 99.0 on .*bnlora.save_fit"):
         pickle.loads(written)
 
 

@@ -1,4 +1,4 @@
-"""Room on the disk before the work, whole files after it, and another place where none is left."""
+"""The check for free space before the work, whole files after it, and another folder if it fails."""
 
 import errno
 import os
@@ -80,7 +80,7 @@ def test_a_file_needs_a_name_of_its_own(tmp_path):
 
 
 def test_a_table_that_is_read_stays(tmp_path, monkeypatch):
-    """Whatever its name: itself, a link, or a path with detours."""
+    """For every name of the file: itself, a link, or a path with detours."""
     source, link = tmp_path / "a.csv", tmp_path / "b.csv"
     source.write_text("text\nx\n")
     link.symlink_to(source)
@@ -89,7 +89,7 @@ def test_a_table_that_is_read_stays(tmp_path, monkeypatch):
     for path in (source, link, tmp_path / "deep" / ".." / "a.csv"):
         for read in (source, source.relative_to(tmp_path)):
             with (
-                pytest.raises(ValueError, match="is the table that is read, and would be overwritten"),
+                pytest.raises(ValueError, match="is the input table and would be overwritten"),
                 room_for(path, source=read),
             ):
                 pytest.fail("the work began")

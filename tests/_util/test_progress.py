@@ -1,4 +1,4 @@
-"""What a fit says while it runs: bars on a terminal, silence elsewhere."""
+"""Output of a fit while it runs: bars on a terminal, nothing elsewhere."""
 
 from io import StringIO
 
@@ -47,7 +47,7 @@ def test_a_pipe_sees_no_bar(make, capfd):
 
 @pytest.mark.parametrize("where", ["force_terminal", "force_jupyter"])
 def test_a_quiet_console_gets_no_bar(where):
-    """Also in a notebook, where rich would make a widget for one that nobody can see."""
+    """Also in a notebook, where rich would create a widget for an invisible bar."""
     assert progress_bar(Console(quiet=True, **{where: True})).disable
 
 

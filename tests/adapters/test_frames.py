@@ -1,4 +1,4 @@
-"""Frames against whole Jacobians, singular vectors and Monte Carlo, and what they refuse."""
+"""Frames compared with full Jacobians, singular vectors and Monte Carlo, and their errors."""
 
 import functools
 from dataclasses import replace
@@ -22,7 +22,7 @@ ROWS = tiny_rows(jax.random.key(2), 20)  # more than are differentiated at a tim
 TARGETS = ("o_proj", "down_proj", HEAD)
 TWO, THREE = (3, 5), (3, 5, 9)
 PAIR = {HEAD: (np.array([[[1.0], [-1.0]]]), np.eye(16)[None, :, :3])}
-# Eigenvalues are squares of derivatives in float32, whose path has twice two layers of 24 products.
+# Eigenvalues are squares of float32 derivatives, whose path has twice two layers of 24 products.
 EPS = 2 * 2 * 2 * 24 * float(np.finfo(np.float32).eps)
 
 
@@ -53,7 +53,7 @@ def sines(frame: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.linalg.norm(rest, 2, axis=(1, 2))
 
 
-# -- what they are made of
+# -- sources
 
 
 def test_labels_are_not_read():
@@ -208,7 +208,7 @@ def test_a_scale_is_the_prior_deviation_of_a_contrast_between_two_classes(label_
     rows = bl.cache_prefix(tangent, ROWS)
 
     def squares(key: jax.Array) -> dict[str, jax.Array]:
-        """Mean over rows and pairs of the squared change of a contrast, by each family alone."""
+        """Mean over rows and pairs of the squared change of a contrast, for each family separately."""
         adapters, found = numpyro.handlers.seed(tangent.prior, key)(), {}
         for name in frames:
             alone = {
@@ -260,7 +260,7 @@ def test_the_slope_of_three_classes_has_the_multiples_of_the_base_among_its_upda
 
 
 def head_inputs(rows) -> np.ndarray:
-    """What enters the head at the last token of each row, from the layers themselves."""
+    """Inputs of the head at the last token of each row, from the layers themselves."""
     module = BASE.module
     final = module.blocks(module.embed(rows.tokens), rows.mask, start=0, stop=2, at=rows.last[:, None])[:, 0]
     gain = np.asarray(module.final_norm[...], np.float64)
@@ -295,7 +295,7 @@ def test_the_bias_of_rows_that_are_all_alike_is_a_constant():
     np.testing.assert_allclose(np.abs(phi), 1.0, rtol=1e-4)  # the unit is their root mean square
 
 
-# -- refusals
+# -- errors
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Adapters of the peft library: its logits, round trips, and what is refused.
+"""Adapters of the peft library: its logits, round trips, and errors.
 
 Logits are compared as in `test_parity`: within ten times torch's own float32 rounding.
 """
@@ -93,7 +93,7 @@ VARIANTS = {
 @pytest.mark.filterwarnings("ignore")  # torch's and peft's own
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_a_loaded_adapter_gives_the_logits_of_torch_and_peft(tmp_path, options):
-    """Whatever alpha the sites have."""
+    """For every alpha of the sites."""
     config = reference.CONFIGS["grouped"]
     options = {"target_modules": TARGETS} | options
     tokens, expected, rounding = torch_with_adapter(tmp_path, config, **options)

@@ -87,7 +87,7 @@ def test_placing_fills_gaps_with_zero_folds_the_scale_and_joins_ranks():
     assert q["a"].shape == (3, 3, 16)
     assert q["b"].shape == (3, 16, 3)
     update = np.einsum("lor,lri->loi", q["b"], q["a"])
-    # alpha / rank * rank * 1 * 1 in each adapted layer, whatever the rank.
+    # alpha / rank * rank * 1 * 1 in each adapted layer, for every rank.
     np.testing.assert_allclose(update, 4.0)
     assert placed["lm_head"]["b"].shape == (100, 2)
 

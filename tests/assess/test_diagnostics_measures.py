@@ -166,5 +166,5 @@ def test_the_same_random_numbers_give_the_same_checks():
 @pytest.mark.parametrize("labels", [[0, 1, -1], [0, 1, 2], [0.0, 1.0, 0.0], [[0], [1], [0]]])
 def test_labels_are_class_numbers(labels):
     for check in (randomised_pit, class_counts):
-        with pytest.raises(ValueError, match="must lie in 0..1|class numbers, integers|one label each"):
+        with pytest.raises(ValueError, match="must be in 0..1|class numbers, integers|one label each"):
             check(np.random.default_rng(0), np.full((3, 2), 0.5), labels)

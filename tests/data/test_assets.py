@@ -43,7 +43,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def serve(monkeypatch, content: bytes, *, code: int = 0, message: str = ""):
-    """Stand in for pip: write one file to the folder that it was told."""
+    """A replacement of pip: write one file to the requested folder."""
     commands = []
 
     def run(command, **_):

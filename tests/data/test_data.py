@@ -24,7 +24,7 @@ from bnlora.testing import tiny_base, tiny_rows
 
 
 def test_rows_that_do_not_exist_are_refused():
-    """JAX would give the last one."""
+    """JAX would return the last one."""
     rows = tiny_rows(jax.random.key(0), 6)
     np.testing.assert_array_equal(rows[[0, -4]].tokens, rows.tokens[jnp.array([0, 2])])
     np.testing.assert_array_equal(rows[np.arange(6) == 2].tokens, rows.tokens[2:3])

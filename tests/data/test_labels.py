@@ -1,4 +1,4 @@
-"""Which class a label means: the same for every way to store it, and a refusal where two could be meant."""
+"""The class of a label: the same for every way to store it, and an error if it is ambiguous."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_labels_that_could_be_words_or_integers_are_refused_until_one_says_which
 
 @given(st.integers(2, 6), st.data())
 def test_the_rule_against_its_definition(classes, data):
-    """Every word an integer or a letter; every label judged from both readings, written out."""
+    """Every word is an integer or a letter; the expected class of every label follows from both readings."""
     pool = [*(str(i) for i in range(classes + 2)), *"abcdefgh"]
     words = data.draw(st.lists(st.sampled_from(pool), min_size=classes, max_size=classes, unique=True))
     label = data.draw(st.sampled_from(pool))
@@ -113,7 +113,7 @@ def test_a_mapping_says_what_each_label_means():
 
 
 def test_names_of_classes_decide_where_they_are_the_words(tokenizer):
-    """A data set whose class 0 is named good, and words in another order, are one task and not two."""
+    """A data set whose class 0 is named good, with words in another order, is the same task."""
 
     def labels(names, words=(" bad", " good"), form=None, **options):
         features = Features({"text": Value("string"), "label": ClassLabel(names=names)})

@@ -1,4 +1,4 @@
-"""Reading and writing tables: one rule for every kind of file, and one sentence for what cannot be read."""
+"""Reading and writing tables: one rule for every format, and one sentence for every error."""
 
 import csv
 import datetime
@@ -42,7 +42,7 @@ def test_a_csv_file_holds_strings(tmp_path):
 
 
 def save(path, rows):
-    """Write rows without the library, each kind of file by the writer of others."""
+    """Write rows without this library, each format by another library."""
     if path.suffix == ".csv":
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))

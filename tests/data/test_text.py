@@ -1,4 +1,4 @@
-"""From texts to batches with a byte-level tokenizer, and one clear sentence for what cannot be read."""
+"""From texts to batches with a byte-level tokenizer, and one clear sentence for every error."""
 
 import ast
 import copy
@@ -40,7 +40,7 @@ def test_rows_are_templates_filled_and_padded_on_the_right(tokenizer):
 
 
 def test_a_base_refuses_tokens_that_it_has_no_row_for(tokenizer):
-    """Two words were added to the tokenizer, and the embedding stayed as it was."""
+    """Two words were added to the tokenizer without resizing the embedding."""
     before = len(tokenizer)
     base = SimpleNamespace(tokenizer=copy.deepcopy(tokenizer), modules={"lm_head": (16, before)})
     np.testing.assert_array_equal(read(base).train.tokens, read(tokenizer).train.tokens)
@@ -141,7 +141,7 @@ def test_bad_input(tokenizer, rows, changes, message):
     "letter", ["\N{SLIGHTLY SMILING FACE}", "e\u0301", "\U0001f469\u200d\U0001f4bb", "\u20ac"]
 )
 def test_truncation_cuts_between_letters_and_never_the_template(tokenizer, side, letter):
-    """At every length, for letters of several tokens: what is kept is as long as may be, and whole."""
+    """At every length, for letters of several tokens: the kept part has the most whole letters possible."""
     text, pair = letter * 5, {"sentence": [letter * 5, "bad"], "label": [0, 1]}
     before, after = "Review: ", "\nSentiment:"
 
@@ -159,7 +159,7 @@ def test_truncation_cuts_between_letters_and_never_the_template(tokenizer, side,
 
 
 def with_special_tokens(tokenizer, form):
-    """The same tokenizer, which puts tokens of its own around every row."""
+    """The same tokenizer, with special tokens around every row."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.add_special_tokens(["<s>", "</s>"])
     named = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]

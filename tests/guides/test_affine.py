@@ -24,7 +24,7 @@ def example(at: tuple[int, ...] = AT, seed: int = 0) -> Affine:
 
 
 def matrix(affine: Affine) -> np.ndarray:
-    """The linear part written out from the formula."""
+    """The linear part, computed directly from the formula."""
     inner = affine.vectors @ np.diag(affine.gains - 1) @ affine.vectors.T
     placed = np.zeros((P, P))
     placed[:, affine.at] = affine.block

@@ -1,4 +1,4 @@
-"""The splines of the coupling flow on their own."""
+"""The splines of the coupling flow, without the flow."""
 
 from functools import partial
 
@@ -39,7 +39,7 @@ def test_extreme_splines_stay_finite_in_single_precision():
     slopes = jax.jit(jax.grad(lambda *args: sum(out.sum() for out in there_and_back(*args)), (0, 1)))(raw, y)
     for part in (x, log_derivative, *slopes):
         assert jnp.all(jnp.isfinite(part))
-    # A rounding of x moves y by the slope of the steepest bin, up to 1 / MIN_SHARE times a knot's ratio.
+    # A rounding of x changes y by the slope of the steepest bin, up to 1 / MIN_SHARE times a knot's ratio.
     error = jnp.abs(again - y) / (1 + jnp.exp(log_derivative))
     assert error.max() < 1e-5
 

@@ -1,4 +1,4 @@
-"""The contract of every flow, and what is particular to each. One line of `FLOWS` adds a member."""
+"""The contract of every flow, and the properties of each one. One line of `FLOWS` adds a member."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -22,7 +22,7 @@ LAYERS, DRAWS = 2, 3
 
 
 class Member(NamedTuple):
-    """A flow, how near the identity it starts, its event in front of the features, its structure."""
+    """A flow, its distance from the identity at the start, its event before the features, its structure."""
 
     make: Callable[..., flows.Flow]
     start: float
@@ -55,7 +55,7 @@ every_member = pytest.mark.parametrize("name", FLOWS)
 
 
 def scattered(name: str, features: int, size: float = 0.7, batch: tuple[int, ...] = (LAYERS,)) -> flows.Flow:
-    """A member far from the identity. NumPy's numbers, because each draw of JAX would be compiled."""
+    """A member far from the identity. NumPy draws the numbers, because each JAX draw would be compiled."""
     make = partial(FLOWS[name].make, batch=batch, features=features)
     rng = np.random.default_rng(features)
     return jax.tree.map(
@@ -64,7 +64,7 @@ def scattered(name: str, features: int, size: float = 0.7, batch: tuple[int, ...
 
 
 def draws(name: str, features: int) -> jax.Array:
-    """Points for every layer; for one feature a grid, so that the whole line is seen."""
+    """Points for every layer; for one feature a grid that covers the line."""
     shape = (DRAWS, LAYERS, *FLOWS[name].rows, features)
     if features == 1:
         return jnp.asarray(np.moveaxis(np.broadcast_to(np.linspace(-9, 9, 601), (*shape[1:], 601)), -1, 0))
@@ -90,7 +90,7 @@ def program(flow: flows.Flow, x: jax.Array) -> dict[str, jax.Array]:
 
 @cache
 def facts(name: str, features: int) -> dict[str, np.ndarray]:
-    """Everything that one compiled program says of a member, in double precision."""
+    """All results of one compiled program for a member, in double precision."""
     with jax.enable_x64(True):
         x = draws(name, features)
         found = program(scattered(name, features), x)

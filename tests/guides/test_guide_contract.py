@@ -1,4 +1,4 @@
-"""What every family of guides must keep; one line of `guide_members` adds one.
+"""The contract of every family of guides; one line of `guide_members` adds a family.
 
 The exact problem is a regression with a 3 x 4 matrix of weights under iid normals: evidence and posterior are
 known, and so is the best bound of an independent Gaussian. With Lambda the posterior's precision, it falls
@@ -42,7 +42,7 @@ def mixed():
 
 
 def independent():
-    """The same sites without the dependence, whose density ratio to a wide guide has light tails."""
+    """The same sites without the dependence; the density ratio to a wide guide has light tails."""
     numpyro.sample("tau", dist.LogNormal(0.0, 0.5), infer={"init": "median"})
     with numpyro.plate("layer", 2):
         numpyro.sample("w", dist.Normal(jnp.zeros((2, 2, 2)), 1.0).to_event(2), infer={"init": "zero"})
@@ -99,7 +99,7 @@ def fitted(make):
 @pytest.mark.slow
 @EACH
 def test_bound_on_the_exact_problem(member):
-    """Never above the evidence, and equal to the best that the family can reach where that is known."""
+    """The bound never exceeds the evidence, and equals the family's optimum if that is known."""
     best, (bound, error) = exact()[1], mean_and_error(fitted(member.make)[0])
     assert bound - 4 * error < best["evidence"]
     # 0.03 nats are left to the optimiser: a decaying rate ends near, not at, the optimum.
@@ -114,7 +114,7 @@ def test_posterior_moments_on_the_exact_problem(member):
     _, _, mean, row_covariance = exact()
     draws = fitted(member.make)[1]
     error = draws.std(0) / len(draws) ** 0.5
-    # Every family here holds the posterior mean; its own error after the fit is below a tenth of the spread.
+    # Every family here can represent the posterior mean; the error of a fit is below a tenth of the spread.
     np.testing.assert_array_less(np.abs(draws.mean(0) - mean), 5 * error + 0.1 * draws.std(0))
     spread = draws.std(0)
     expected = {
@@ -129,7 +129,7 @@ def test_posterior_moments_on_the_exact_problem(member):
 @pytest.mark.slow
 @EACH
 def test_density_agrees_with_the_sampler(member):
-    """E_q[p / q] = 1 for any q as wide as p: neither draws nor density can be off alone."""
+    """E_q[p / q] = 1 for any q as wide as p: an error only in the draws or only in the density shows."""
     model = PriorAlone(independent)
     guide, start, constrain = started(model, member.make(1.6))
     params = constrain(shaken(start, 0.05))
@@ -176,7 +176,7 @@ def drawn_on_mixed(make):
 @pytest.mark.slow
 @EACH
 def test_kl_of_the_bound_is_that_of_the_densities(member):
-    """The closed forms that the bound takes where they exist, against log-ratios of draws."""
+    """The closed forms that the bound uses if they exist, compared with log-ratios of draws."""
     closed, sampled, _ = drawn_on_mixed(member.make)
     (one, one_error), (other, other_error) = mean_and_error(closed), mean_and_error(sampled)
     assert abs(one - other) < 4 * np.hypot(one_error, other_error)

@@ -58,7 +58,7 @@ LAMS = {
 
 @pytest.mark.parametrize("lam", LAMS.values(), ids=LAMS)
 def test_the_lam_of_a_guide_is_relative_to_that_of_the_prior_in_every_form(lam):
-    """KL(q(W|U) || p(W|U)) is the closed form in the guide's own lam, whatever that of the prior is."""
+    """KL(q(W|U) || p(W|U)) is the closed form in the guide's lam, for every lam of the prior."""
     expected = 2 * gp.conditional_kl(3 * 4, jnp.array(0.3))
     for form in FORMS:
         kl = conditional_kl(gp_prior(form, lam), guides.noise(lam_init=0.3))

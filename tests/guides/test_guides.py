@@ -160,7 +160,7 @@ def starting_at_the_base(name, **options):
     return partial(getattr(autoguide, name), init_loc_fn=guides.init_to_base, **options)
 
 
-# The table of `docs/guides/guide.md`: those whose fit is a bound, and of those that are refused the reason.
+# The table of `docs/guides/guide.md`: guides whose fit is a bound, and refused guides with the reason.
 AUTO = {
     "AutoNormal": starting_at_the_base("AutoNormal"),
     "AutoDiagonalNormal": starting_at_the_base("AutoDiagonalNormal"),
@@ -215,7 +215,7 @@ def test_an_automatic_guide_that_would_mislead_is_refused_by_name(name):
         numpyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
 
     class Own(autoguide.AutoNormal):
-        """What a later version, or a user, may add: it is taken as any guide is."""
+        """A guide that a later version, or a user, may add: it is accepted like any other guide."""
 
     model = SimpleNamespace(prior=prior)
     with pytest.raises(ValueError, match=message):
@@ -244,7 +244,7 @@ def test_a_delta_ends_at_the_mode():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sample_of(AUTO, IN_SHORT))
 def test_any_numpyro_autoguide_fits_the_prior(name):
-    """A fitted bound lies between that of the best independent Gaussian, which each holds, and the evidence.
+    """A fitted bound is between that of the best independent Gaussian, part of every guide, and the evidence.
 
     With Lambda the precision of the sites' Gaussian posterior at the frames of the fit, the former falls
     short of the evidence by (sum_i log Lambda_ii - log det Lambda) / 2.
@@ -288,7 +288,7 @@ def test_building_a_guide_never_runs_the_language_model():
 
 
 def test_building_a_guide_computes_nothing():
-    """Shapes are all that it needs; drawing would compile a program for every shape of a site."""
+    """It needs only shapes; drawing would compile a program for every shape of a site."""
     seen = []
 
     def prior(*_):

@@ -300,7 +300,7 @@ def test_a_base_that_is_not_finite_is_no_matter_of_the_rate():
     """Nor do validation rows, whose predictions are not finite either, lose what there is."""
     model, guide = make(base=with_weights(BASE, "down_proj", jnp.nan), targets=("lm_head",))
     rule = bl.EarlyStopping(every=1, num_draws=1)
-    with pytest.raises(bl.FitDiverged, match=r"own weights are not finite, in layers.down_proj; load") as e:
+    with pytest.raises(bl.FitDiverged, match=r"base are not finite, in layers.down_proj; load") as e:
         run(
             model,
             guide,

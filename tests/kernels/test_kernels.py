@@ -30,7 +30,7 @@ IMPLEMENTATIONS = {
     ),
     "gpu": Implementation(partial(pallas_gpu.product, interpret=True), reference.factor_gradients),
 }
-# The second budget makes blocks so small that every axis beyond 128 is cut, mostly into ragged parts.
+# With the second budget the blocks are so small that every axis beyond 128 is split, mostly unevenly.
 BUDGETS = (tiles.BUDGET, 2**20)
 SIDES = st.sampled_from([1, 2, 7, 8, 100, 127, 128, 129, 200, 257, 300])
 RANKS = st.sampled_from([1, 2, 3, 8, 9, 16, 33, 64])
@@ -42,7 +42,7 @@ def drawn(seed: int, *shapes: tuple[int, ...], dtype=jnp.float32) -> list[jax.Ar
 
 
 def exact(x, w, a, b, cotangent) -> list[np.ndarray]:
-    """Value and gradients of x, a and b in float64, groups in front."""
+    """Value and gradients of x, a and b in float64, with groups as the first axis."""
     x, w, a, b, y = (np.asarray(value, np.float64) for value in (x, w, a, b, cotangent))
     up = y @ b
     return [
@@ -115,7 +115,7 @@ def test_eight_bit_weights_stay_within_half_a_level(name, summed, groups):
     magnitude = size @ np.abs(matrix) + SCALE * np.einsum("xmk,grk,gnr->gmn", size, *map(np.abs, low))
     error = np.abs(np.asarray(got, np.float64) - expected)
     assert (error <= size @ level + rounding * (magnitude + size @ level)).all()
-    # The bound is not idle: a tenth of it would be exceeded, so the weights really are in eight bits.
+    # The bound is not loose: a tenth of it is exceeded, so the weights really are in eight bits.
     assert (error > 0.1 * (size @ level)).any()
 
 

@@ -1,4 +1,4 @@
-"""Programs for devices that are not here: lowered for TPU and CUDA, with the kernel really in them.
+"""Programs for absent devices: lowered for TPU and CUDA, and the kernel really is in them.
 
 Lowering runs Pallas' own checks of blocks, types and loads; it compiles nothing and computes nothing.
 """
@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 
 from bnlora.kernels import api
 
-# Newer versions of JAX announce the end of this route to a GPU; CONTRIBUTING.md says so too.
+# Newer versions of JAX announce the removal of this route to a GPU; see CONTRIBUTING.md.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
 CALLS = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton"}
@@ -61,7 +61,7 @@ def test_the_gradient_lowers_to_the_kernels(platform, dtype, sides):
     def gradient(x, w, a, b):
         return jax.grad(lambda x, a, b: jnp.sin(apply(x, w, a, b)).sum(), argnums=(0, 1, 2))(x, a, b)
 
-    # Forward pass and dx; on a TPU the factors' gradients are a kernel too, on a GPU they are XLA's.
+    # Forward pass and dx; on a TPU the factors' gradients are a kernel too, on a GPU XLA computes them.
     assert exported(platform, gradient, x, w, a, b).count(CALLS[platform]) == {"tpu": 3, "cuda": 2}[platform]
 
 

@@ -1,4 +1,4 @@
-"""The kernels through the TPU's own compiler, on a host that has its package and no TPU (`make tpu`)."""
+"""The kernels in the TPU compiler, on a host with its package but without a TPU (`make tpu`)."""
 
 from functools import partial
 
@@ -39,7 +39,7 @@ def test_draws_compile_and_move_less_than_the_program_of_xla(dtype, draws):
     plain = partial(api.lora_matmul, scale=0.5, implementation="xla")
     unfused = ahead.cost(ahead.compile_for_tpu(jax.vmap(plain, in_axes=axes), *arguments))
     assert fused.bytes_accessed < unfused.bytes_accessed
-    # Every array once, and what relaying out the thin factors costs; W a second time would be beyond it.
+    # Every array once, plus new layouts of the thin factors; reading W twice would exceed the bound.
     moved = sum(value.size * value.dtype.itemsize for value in arguments)
     moved += draws * 512 * 2048 * arguments[0].dtype.itemsize
     assert fused.bytes_accessed >= moved

@@ -218,7 +218,7 @@ def test_paired_difference_of_infinite_values():
     every = exact_bootstrap(lambda rows: by_row[rows].mean(), 5)
     assert holds_quantile(every, ours.low, 0.025, 1000)
     assert str(ours).endswith("inf]")
-    # Both give the row no probability: which of them is worse cannot be said, by no sample of rows.
+    # Both give the row probability zero, so no sample of rows can order them.
     with np.errstate(divide="ignore"):
         other = np.log(IMPOSSIBLE**2 / (IMPOSSIBLE**2).sum(1, keepdims=True))
     neither = metrics.paired_difference(
@@ -289,10 +289,10 @@ def test_reliability_bins_and_wilson_intervals():
         (np.log([[0.5, 0.5]]), np.array(["bad"], object), r"got 'bad' of type object: .*words.index"),
         (np.log([[0.5, 0.5]]), [1.0], r"got 1.0 of type float64: .* labels.astype\(int\)"),
         (np.log([[0.5, 0.5]]), [None], "got None of type object"),
-        (np.log([[0.5, 0.5]]), [-1], r"must lie in 0..1; got -1..-1 \(-1 marks rows without a label\)"),
+        (np.log([[0.5, 0.5]]), [-1], r"must be in 0..1; got -1..-1 \(-1 marks rows without a label\)"),
         (np.array([[0.5, 0.5]]), [0], "row 0 is not a distribution: its probabilities sum to 3.2"),
         (np.array([[np.nan, 0.0]]), [0], "row 0 is not a distribution"),
-        (np.log([[0.5, 0.5]]), [2], "labels of the predicted rows must lie in 0..1; got 2..2"),
+        (np.log([[0.5, 0.5]]), [2], "labels of the predicted rows must be in 0..1; got 2..2"),
     ],
 )
 def test_bad_input(log_probs, labels, message):

@@ -1,4 +1,4 @@
-"""The tests of uniform ranks against enumeration of their null distributions, and against scipy."""
+"""The tests of uniform ranks, compared with enumerated null distributions and with SciPy."""
 
 import itertools
 
@@ -14,7 +14,7 @@ RANDOM = np.random.default_rng
 
 
 def least_tail(sample, num_draws):
-    """The statistic of `uniformity` as its definition says it."""
+    """The statistic of `uniformity` by its definition."""
     tails = []
     for j in range(1, num_draws + 1):
         count, z = sum(r < j for r in sample), j / (num_draws + 1)
@@ -75,7 +75,7 @@ def null_p_values(null_ranks):
 
 @pytest.mark.parametrize("test", ["uniformity", "symmetry"])
 def test_p_values_are_uniform_under_the_null(null_p_values, test):
-    """At most `level` of them are below `level`, and discreteness costs little."""
+    """At most a share `level` of p-values is below `level`, and not much less despite discreteness."""
     p_values = null_p_values[test]
     for level in (0.01, 0.05, 0.2, 0.5, 0.8):
         error = (level * (1 - level) / len(p_values)) ** 0.5

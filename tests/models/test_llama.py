@@ -110,7 +110,7 @@ def test_an_adapter_equals_the_merged_kernel_of_its_module(tokens, name, tied):
         adapted = module(tokens, adapters=adapter)
         if name == "lm_head":
             table = (module.embedding if module.lm_head is None else module.lm_head)[...]
-            # The output layer alone changes: with tied weights the embedding of the inputs stays as it is.
+            # Only the output layer changes: with tied weights the embedding of the inputs is unchanged.
             normal = layers.rms_norm(
                 module.blocks(module.embed(tokens), jnp.ones(tokens.shape, bool), start=0, stop=4),
                 module.final_norm[...],

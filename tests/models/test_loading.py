@@ -70,7 +70,7 @@ def test_gguf_equals_the_folder(tmp_path):
 
 @pytest.mark.parametrize("part", [1, 2, 4])
 def test_a_split_gguf_is_read_whole_from_any_of_its_parts(tmp_path, part):
-    """The first part has the metadata alone, the others ten tensors each."""
+    """The first part has only the metadata, the others ten tensors each."""
     write_gguf(tmp_path / "tiny.gguf", parts_of=10)
     names = [f"tiny-{i + 1:05}-of-00004.gguf" for i in range(4)]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -231,7 +231,7 @@ def test_configuration_that_is_not_json(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json' is not valid JSON"):
         read_checkpoint(folder)
     (folder / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="must hold a JSON object; got list"):
+    with pytest.raises(ValueError, match="must contain a JSON object; got list"):
         read_checkpoint(folder)
 
 

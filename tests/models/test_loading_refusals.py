@@ -1,4 +1,4 @@
-"""Checkpoints with something wrong in them: every one is refused in one sentence, before it costs memory."""
+"""Defective checkpoints: every one raises an error of one sentence, before it costs memory."""
 
 import json
 import struct
@@ -29,7 +29,7 @@ SIZES = (
 
 
 def refused(source, kind=ValueError) -> str:
-    """What is said of a checkpoint: one sentence of a reasonable length."""
+    """The error message for a checkpoint: one sentence of a reasonable length."""
     with pytest.raises(kind) as error:
         load(source)
     assert len(str(error.value)) < 1200
@@ -104,7 +104,7 @@ def test_the_configuration_of_a_model_of_ones_own_is_checked_as_well():
 @pytest.mark.parametrize("stated", [[], "LlamaForCausalLM", {}])
 def test_architectures_are_a_list(tmp_path, stated):
     said = refused(write_folder(tmp_path / "tiny", config=CONFIG | {"architectures": stated}))
-    assert said.startswith("architectures in the model configuration must be a list of at least one; got")
+    assert said.startswith("architectures in the model configuration must be a non-empty list; got")
 
 
 @pytest.mark.usefixtures("little_memory")
@@ -117,7 +117,7 @@ def test_layers_that_the_files_have_not_cost_nothing(tmp_path, layers):
         return
     for path in (folder, write_gguf(tmp_path / "tiny.gguf", stated={"llama.block_count": layers})):
         assert refused(path) == (
-            f"the configuration states {layers:,} layers, but the checkpoint has only 3  (30 tensors in all)"
+            f"the configuration states {layers:,} layers, but the checkpoint has only 3 (30 tensors in all)"
         )
 
 
@@ -225,7 +225,7 @@ def test_files_of_absurd_size(tmp_path, monkeypatch):
     assert "tokenizer.json' has" in refused(folder)
     assert "bytes; files of a tokenizer may have at most 1,000" in refused(folder)
     monkeypatch.setattr(files, "LARGEST_JSON", 100)
-    assert "bytes; JSON files of up to 100 are read" in refused(folder)
+    assert "bytes; JSON files may have at most 100" in refused(folder)
     (folder / "config.json").write_text('{"vocab_size": ' + "9" * 5000 + "}")
     monkeypatch.setattr(files, "LARGEST_JSON", 10_000)
     assert "is not valid JSON (Exceeds the limit" in refused(folder)
@@ -319,6 +319,6 @@ METADATA = {
 
 @pytest.mark.parametrize("key", METADATA)
 def test_metadata_of_a_gguf_has_its_types(tmp_path, key):
-    """That a trace is no ValueError, and a model with this value not accepted."""
+    """Neither another exception nor acceptance of a model with this value."""
     for i, value in enumerate(METADATA[key]):
         refused(write_gguf(tmp_path / f"tiny{i}.gguf", stated={key: value}))

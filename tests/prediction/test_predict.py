@@ -160,7 +160,7 @@ def test_certain_probabilities_have_no_entropy():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([0, -1], r"the labels of the predicted rows must lie in 0..1; got -1..0 \(-1 marks rows without"),
+        ([0, -1], r"the labels of the predicted rows must be in 0..1; got -1..0 \(-1 marks rows without"),
         ([[0], [1]], r"need one label each, shape \(2,\); got shape \(2, 1\); pass labels\[:, 0\]"),
         ([" good", " bad"], "must be class numbers, integers; got ' good'"),
     ],

@@ -45,7 +45,7 @@ def conditional(*, lam=0.7, sigma=0.6):
 
 
 def explicit(law, layer):
-    """Mean and covariance of one layer's row-major vector of weights, written out from the formula."""
+    """Mean and covariance of one layer's row-major vector of weights, computed directly from the formula."""
     F_r, F_c = np.asarray(law.rows.factor[layer]), np.asarray(law.cols.factor[layer])
     sigma = np.broadcast_to(law.sigma, (LAYERS, D_O, D_I))[layer]
     lam = np.broadcast_to(law.lam, (LAYERS,))[layer]
@@ -202,7 +202,7 @@ def every_layer_its_own():
 
 @pytest.mark.parametrize("make", [every_layer_its_own, low_rank], ids=["conditional", "low rank"])
 def test_laws_pass_through_jit_and_map_over_layers(make):
-    """Each layer alone, in a mapped law, has the density that it has in the stack."""
+    """In a law mapped by vmap, each layer has the same density as in the stack."""
     law = make()
     value = law.sample(jax.random.key(13))
     expected = law.log_prob(value)

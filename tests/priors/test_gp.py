@@ -42,7 +42,7 @@ SIDES = {
 
 
 def matrix_of(linear, shape):
-    """The matrix of a linear map of matrices, on row-major vectors, by applying it to a basis."""
+    """The matrix of a linear map of matrices, for row-major vectors, by applying the map to a basis."""
     basis = jnp.eye(shape[0] * shape[1]).reshape(-1, *shape)
     return jax.vmap(lambda x: linear(x).reshape(-1))(basis).T
 
@@ -72,7 +72,7 @@ def test_prior_weights_are_independent_standard_normals_for_any_sides(make, floa
 
 
 def test_bases_reproduce_the_papers_conditional(float64):
-    """T_r U T_c with U = L_r V L_c^T and K = Z Z^T + D^2, written out as in the paper."""
+    """T_r U T_c with U = L_r V L_c^T and K = Z Z^T + D^2, computed as in the paper."""
     key = jax.random.key(3)
     Z_r, Z_c = jax.random.normal(key, (K_R, D_O)), jax.random.normal(key, (K_C, D_I))
     D_r, D_c = jnp.array([0.5, 0.7, 0.2]), jnp.array([0.4, 0.9])
@@ -91,7 +91,7 @@ def test_frames_are_orthonormal_and_carry_their_eigenvalues(float64):
 
 
 def test_the_two_forms_agree_on_one_projection(float64):
-    """The same P gives the same noise, whether its eigenvalues are given or found."""
+    """The same P gives the same noise, with known eigenvalues and with computed ones."""
     rows, cols = frames(jax.random.key(6))
     dense = [gp.Side(s.factor, jnp.diag(s.gram)) for s in (rows, cols)]
     E = jax.random.normal(jax.random.key(7), (D_O, D_I))
@@ -103,7 +103,7 @@ def test_the_two_forms_agree_on_one_projection(float64):
 @pytest.mark.slow
 @pytest.mark.parametrize("spread", [1.0, 0.0], ids=["distinct eigenvalues", "equal eigenvalues"])
 def test_gradient_of_the_root_against_finite_differences(spread, float64):
-    """Equal eigenvalues make the derivative of an eigenvector infinite; that of the root is finite."""
+    """With equal eigenvalues the derivative of an eigenvector is infinite; that of the root is finite."""
     E = jax.random.normal(jax.random.key(8), (D_O, D_I))
     target = jax.random.normal(jax.random.key(9), (D_O, D_I))
     Z_c = jax.random.normal(jax.random.key(10), (K_C, D_I))
@@ -170,7 +170,7 @@ def test_a_frame_larger_than_its_side_is_refused():
 
 @pytest.mark.parametrize("make", [gp.frame_side, gp.inducing_side])
 def test_factorisations_take_one_matrix_at_a_time(make):
-    """Batched LAPACK calls can hang a machine with two cores (jaxlib 0.10.2); none may be in a program."""
+    """Batched LAPACK calls can hang a machine with two cores (jaxlib 0.10.2); no program may contain one."""
     shape = (2, 5, 3) if make is gp.frame_side else (2, 3, 5)
 
     def total(free, diagonal, E):
@@ -184,7 +184,7 @@ def test_factorisations_take_one_matrix_at_a_time(make):
 
 @pytest.mark.parametrize("shape", [(2, 40, 9), (3, 6, 6)])
 def test_frames_and_their_derivatives_are_those_of_lapack(shape):
-    """Value, gradient and second derivative of a function of Q, R with a positive diagonal."""
+    """Value, gradient and second derivative of a function of Q, where R has a positive diagonal."""
 
     def lapack(free):
         frame, triangle = jnp.linalg.qr(free)

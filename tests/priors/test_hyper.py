@@ -1,4 +1,4 @@
-"""Hyper-parameters of a prior by name: which sites they are, their axes, their names in ArviZ and on disk."""
+"""Hyper-parameters of a prior: their sites, their axes, and their names in ArviZ and on disk."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def classifier(prior, sites=SITES):
 
 
 def dims_of(prior, sites=SITES):
-    """Dimensions of every hyper-parameter; its draws are checked to be there, in their order."""
+    """Dimensions of every hyper-parameter; checks that its draws exist and are in order."""
     model = classifier(prior, sites)
     shapes = {name: site.shape for name, site in declared(model.prior).latent.items()}
     draws = {name: np.random.default_rng(0).normal(size=(3, *shape)) for name, shape in shapes.items()}
@@ -98,7 +98,7 @@ def test_families_of_other_shapes_have_dimensions_of_their_own():
 
 
 def by_hand(sites):
-    """Weights called as the notation calls them, an axis without a name, and plates with dimensions."""
+    """Weights named as in the notation, an axis without a name, and plates with dimensions."""
     layer, rank = numpyro.plate("layer", 2, dim=-2), numpyro.plate("rank", 2, dim=-1)
     with layer:
         numpyro.sample("by_layer", dist.Normal(0.0, 1.0))
@@ -143,7 +143,7 @@ ODD = (
 
 
 def odd(sites):
-    """Names that a file cannot hold or that the tree has already, and a prior within a scope."""
+    """Names that a file cannot store or that the tree already has, and a prior within a scope."""
     for name in ODD:
         numpyro.sample(name, dist.HalfNormal(1.0), infer={"init": "median"})
     with numpyro.plate("over/there", 2):

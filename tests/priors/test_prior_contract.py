@@ -1,4 +1,4 @@
-"""What every prior promises, checked for each member of one table.
+"""The contract of every prior, tested for each member of one table.
 
 Densities are compared in float64, within rounding. Draws are compared at a level of 1e-3 for each factor of
 each member, shared by Bonferroni among its weights or pairs: Kolmogorov-Smirnov for the margins, and for
@@ -42,7 +42,7 @@ def run(member, program):
 
 @cache
 def exact(name):
-    """In float64, compiled: a run of the prior, and the run that a guide starts from."""
+    """A run of the prior, and the run that a guide starts from; compiled, in float64."""
     member = MEMBERS[name]
 
     @jax.jit
@@ -82,7 +82,7 @@ def each(member, values):
 
 
 def named(member, values):
-    """The same for what names of sites say: factors, or what makes both of them."""
+    """The same for the sites' names: factors, or the matrix that defines both."""
     for site in member.sites.values():
         for part in member.parts(site):
             yield f"{site.name}.{part}", At(values, site, part)
@@ -139,14 +139,14 @@ def test_names_carry_family_and_factor(name):
     member, (got, _) = MEMBERS[name], exact(name)
     for site in got["values"]:
         family, factor, *_ = site.split(".")
-        # The scale of a family may be a parameter of its own, which has no density.
+        # The scale of a family can be a parameter, which has no density.
         assert factor in (*member.parts(member.sites[family]), "scale")
 
 
 @pytest.mark.slow
 @every_member
 def test_guides_start_at_the_base_model_inside_every_support(name):
-    """`b @ a` is zero, or that of the adapters which the prior is centred on."""
+    """`b @ a` is zero, or that of the adapters at the centre of the prior."""
     _, start = exact(name)
     assert all(start["inside"].values()), start["inside"]
     assert all(np.isfinite(x) for x in start["densities"].values()), start["densities"]
@@ -197,7 +197,7 @@ def test_draws_have_the_stated_correlations(name):
 @pytest.mark.slow
 @first_members
 def test_one_run_without_jit_has_the_values_of_the_compiled_draws(name):
-    """Float32 both; the tolerance is a few dozen roundings of the largest weight."""
+    """Both are in float32; the tolerance is a few dozen roundings of the largest weight."""
     member, (start, adapters) = MEMBERS[name], drawn(name)
     got = handlers.seed(handlers.substitute(member.prior, data=start), KEYS[0])(member.sites)
     for one, many in zip(jax.tree.leaves(got), jax.tree.leaves(adapters), strict=True):

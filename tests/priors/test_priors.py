@@ -1,4 +1,4 @@
-"""Priors one by one: forms of the sparse GP, frames, composition, and what is refused."""
+"""Single priors: forms of the sparse GP, frames, composition, and errors."""
 
 from functools import partial
 
@@ -57,7 +57,7 @@ def covariance(prior, params):
         jacobian = {"w.V": through, "w.W": jacobian["w.W"]}
     for name, site in sites.items():
         J = jacobian[name].reshape(np.prod(SHAPE), -1)
-        # The Hessian of a Gaussian log-density is minus the inverse of its covariance, wherever it is taken.
+        # The Hessian of a Gaussian log-density is minus the inverse of its covariance, at every point.
         law = site["fn"]
         hessian = jax.hessian(lambda x, law=law: law.log_prob(x).sum())(site["value"])
         total = total - J @ jnp.linalg.solve(hessian.reshape(J.shape[1], -1), J.T)
@@ -68,7 +68,7 @@ def covariance(prior, params):
 @pytest.mark.parametrize("lam", [1.0, 0.4])
 @pytest.mark.parametrize("form", FORMS)
 def test_all_forms_have_the_law_of_the_formula_for_any_sides(form, lam):
-    """sigma^2 (lam^2 I + (1 - lam^2) P_r (x) P_c): iid N(0, sigma^2) at lam = 1, wherever the sides are."""
+    """sigma^2 (lam^2 I + (1 - lam^2) P_r (x) P_c): iid N(0, sigma^2) at lam = 1 for all sides."""
     prior = program(form, lam)
     with jax.enable_x64(True):
         params = jax.jit(partial(somewhere, prior))(jax.random.key(7))
@@ -122,7 +122,7 @@ def test_inducing_sizes_are_clipped_to_each_side_or_kept():
 
 
 def test_random_scales_enter_sparse_gp_matrices():
-    """A prior of one's own: a scale shared over layers, drawn, around the library's matrices."""
+    """A custom prior: a random scale, shared by layers, times the library's matrices."""
 
     def prior(sites):
         tau = numpyro.sample("tau", dist.HalfNormal(1.0))

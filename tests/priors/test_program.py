@@ -37,7 +37,7 @@ def by_factor(w):
 
 
 def by_two_factors(w):
-    """The same in two halves: one of them scaled, as that of a power prior."""
+    """The same in two halves, one of them scaled as in a power prior."""
     with numpyro.handlers.scale(scale=0.5):
         for name in ("one", "two"):
             numpyro.factor(name, dist.Normal(w, S).log_prob(M).sum())
@@ -104,7 +104,7 @@ def test_what_the_prior_weighs_is_in_the_priors_part_of_the_bound(made, plain):
     terms = elbo_terms(KEY, plain.params, made.model, made.guide, BASE.weights, TRAIN)
     expected = elbo_terms(KEY, plain.params, plain.model, plain.guide, BASE.weights, TRAIN)
     np.testing.assert_allclose(terms["data"], expected["data"], rtol=1e-6)
-    # One draw of the factor stands for its mean, the rest is in closed form.
+    # One draw of the factor estimates its mean; the rest is in closed form.
     placed = numpyro.handlers.substitute(made.guide, data=plain.params)
     draw = numpyro.handlers.seed(placed, jax.random.split(KEY)[1])()["lm_head.b"]
     q = fitted_law(plain)
@@ -113,7 +113,7 @@ def test_what_the_prior_weighs_is_in_the_priors_part_of_the_bound(made, plain):
 
 
 def test_draws_and_diagnostics_of_a_fit_count_it(made, plain):
-    """At the same draws the log prior is that of the plain prior and the constant, and so is all the rest."""
+    """At the same draws, the log prior is that of the plain prior plus the constant; the rest is equal."""
     still = optax.adam(0.0)
     other = bl.fit(
         KEY,
@@ -248,7 +248,7 @@ def test_a_start_value_may_be_the_guides():
 
 
 def test_what_is_observed_and_weighs_nothing_leaves_the_prior_to_be_drawn():
-    """As in a classifier with sites held: their density is a constant."""
+    """As in a classifier with sites held at values: their density is a constant."""
     model = bl.condition(model_of_two(), {"first": jnp.ones(())})
     assert weighed(model.prior) == {}
     assert declared(model.prior).observed["first"].law == "Normal"

@@ -1,4 +1,4 @@
-"""The tangent model against the network that it expands, against NumPy, and against what it cannot be."""
+"""The tangent model compared with its network and with NumPy, and its errors."""
 
 import pickle
 from dataclasses import replace
@@ -128,7 +128,7 @@ def test_features_of_other_frames_are_not_taken():
     again = tangent.prepare(theirs)
     np.testing.assert_array_equal(again.features.phi, mine.features.phi)
     assert again.frames == mine.frames == tangent.checksum
-    # The same rows of tokens under features that are none: the right checksum is believed, another is not.
+    # The same tokens with wrong features: they are used if the checksum fits, and recomputed if not.
     false = replace(mine, features=jax.tree.map(jnp.zeros_like, mine.features))
     adapters = adapters_at(tangent, normal(HEAD.num_coordinates))
     assert not np.any(tangent.logits(BASE.weights, adapters, false))
@@ -155,7 +155,7 @@ def test_the_joint_density_is_that_of_the_classifier_where_both_are_linear(n_tot
 
 
 def within(made: bl.Frames):
-    """A prior of one's own that stays in frames and says nothing of cores."""
+    """A custom prior whose updates are inside the frames, without sites for the cores."""
 
     def prior(sites):
         adapters = {}
@@ -229,7 +229,7 @@ def test_held_sites_are_those_of_a_tangent_model():
     mine, theirs = (bl.laplace(model, rows) for model in (part, fixed))
     np.testing.assert_allclose(mine.loc, theirs.loc, atol=1e-6)
     np.testing.assert_allclose(mine.covariance(), theirs.covariance(), atol=1e-6)
-    # Held twice, and pickled, it is the same.
+    # It is the same after conditioning twice, and after pickling.
     twice = tangent
     for name, value in held.items():
         twice = bl.condition(twice, {name: value})

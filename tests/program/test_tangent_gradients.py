@@ -22,7 +22,7 @@ TIED = tiny_base(jax.random.key(0), num_layers=2)
 BASE = bl.Base.random(jax.random.key(1), exact_llama.CONFIG)
 ROWS = tiny_rows(jax.random.key(2), 5)
 MODULES = list(BASE.modules)
-# A derivative in float32 takes the longest path twice, two layers of 24 products at the widest.
+# A float32 derivative passes the longest path twice: two layers of at most 24 products.
 EPS = 2 * 2 * 24 * float(np.finfo(np.float32).eps)
 
 

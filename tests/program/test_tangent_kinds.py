@@ -1,4 +1,4 @@
-"""A posterior of the network and one of its tangent model are two things, and nothing mixes them up."""
+"""A posterior of the network and one of its tangent model are different, and no function confuses them."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def test_tangent_models_of_other_frames_are_not_compared():
 
 
 def test_the_scale_of_a_wanted_spread_is_that_of_the_tangent_model():
-    """There the spread is the scale itself over the rows of the frames, but for the draws."""
+    """On the rows of the frames the spread is the scale itself, up to Monte Carlo error."""
     made = frames("lm_head")
     tangent = tangent_of(made)
 
@@ -56,7 +56,7 @@ def test_the_scale_of_a_wanted_spread_is_that_of_the_tangent_model():
 
 
 def test_a_model_that_holds_sites_has_the_scale_of_the_whole_one():
-    """The prior in the question is another one, which holds nothing."""
+    """The other prior of the comparison holds no site."""
     made = frames("v_proj", "lm_head", layers=2)
     options = {"spread": 1.0, "num_draws": 50}
     for model in (network_of(made), tangent_of(made)):

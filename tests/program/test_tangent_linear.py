@@ -1,4 +1,4 @@
-"""Laplace's approximation of a linear model against SciPy, dense Hessians and quadrature."""
+"""Laplace's approximation of a linear model, compared with SciPy, dense Hessians and quadrature."""
 
 import functools
 
@@ -187,7 +187,7 @@ def repeated(model: Linear, times: int) -> Linear:
 
 @pytest.mark.parametrize(("classes", "sizes"), [(2, (1,)), (3, (1, 1))])
 def test_the_error_vanishes_with_the_fourth_power_of_small_scales(classes, sizes):
-    """Where the prior is narrow the posterior is nearly Gaussian: both sides are exact to order s^2."""
+    """With a narrow prior the posterior is nearly Gaussian: both sides are exact to order s^2."""
     model = problem(10, classes, sizes, seed=3)
     errors = [error(model, np.full(len(sizes), np.log(s))) for s in (0.1, 0.05, 0.025)]
     base = float(log_likelihood(model.offset, jnp.asarray(model.labels)))

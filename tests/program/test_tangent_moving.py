@@ -1,4 +1,4 @@
-"""Coordinates that follow random scales: against Jacobians, quadrature, and chains in plain coordinates."""
+"""Coordinates that follow random scales, compared with Jacobians, quadrature and plain chains."""
 
 from dataclasses import replace
 
@@ -46,9 +46,9 @@ def somewhere(made: WithScales, count: int) -> np.ndarray:
 
 
 def test_the_density_is_that_of_the_vector_and_the_jacobian(many, monkeypatch):
-    """Where the rows inform every core, a position is a vector in other coordinates and nothing else."""
+    """If the rows inform every core, a position is only a vector in other coordinates."""
     assert many.moving.pull.size == len(many.where.cores)
-    # The tiny change of the prior by the nugget is not the question here.
+    # Ignore the tiny change of the prior by the nugget.
     monkeypatch.setattr("bnlora.program.tangent.moving.NUGGET", 1e-8)
 
     def vector(position):

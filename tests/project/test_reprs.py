@@ -154,7 +154,7 @@ def test_numbers_are_those_of_the_objects(objects):
     base, fit, rows = objects["base"], objects["fit"], objects["batch"]
     count = sum(x.size for x in jax.tree.leaves(base.weights))
     assert shown_facts(base)["parameters"] == f"{count:,}"
-    assert shown_facts(base.running(activations="bfloat16"))["runs"] == "activations='bfloat16'"
+    assert shown_facts(base.running(activations="bfloat16"))["execution"] == "activations='bfloat16'"
     assert shown_facts(objects["model"])["prior"] == "normal"
     assert shown_facts(fit)["elbo"] == f"{fit.history['elbo'].mean():,.1f}"
     assert shown_facts(fit)["ended"] == "all steps done"
