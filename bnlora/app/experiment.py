@@ -1,12 +1,12 @@
-"""Base, plain LoRA and Bayesian-LoRA on the same labelled rows, at one placement.
+"""Comparison of base, plain LoRA and Bayesian-LoRA on the same labelled rows and modules.
 
-| method              | what it does with the labelled rows                                                 |
-|---------------------|-------------------------------------------------------------------------------------|
-| base                | nothing: the untouched base                                                         |
-| LoRA                | maximum likelihood on the first part of them, a published recipe, the last step     |
-| LoRA, careful       | the same; the other part chooses the best step and a temperature                    |
-| Bayesian-LoRA       | fits all of them: core prior on the tangent model (`bnlora.infer.core.fit`)         |
-| Bayesian-LoRA, NUTS | the same posterior by its gold standard                                             |
+| method              | use of the labelled rows                                                             |
+|---------------------|--------------------------------------------------------------------------------------|
+| base                | none: the unchanged base                                                             |
+| LoRA                | maximum likelihood on the first part of the rows, a published recipe, the last step  |
+| LoRA, careful       | the same fit; the second part of the rows chooses the best step and a temperature    |
+| Bayesian-LoRA       | all rows: core prior on the tangent model (`bnlora.infer.core.fit`)                  |
+| Bayesian-LoRA, NUTS | all rows: the same posterior, sampled by NUTS                                        |
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from bnlora import metrics
 from bnlora._util.progress import timed
 from bnlora.adapters.sites import select
 from bnlora.assess.comparison import Comparison as Agreement
-from bnlora.assess.comparison import compare as hold_against
+from bnlora.assess.comparison import compare as compare_posteriors
 from bnlora.assess.comparison import store_reference
 from bnlora.base import Base
 from bnlora.data.batch import Batch
@@ -45,16 +45,16 @@ from bnlora.program.model import Classifier
 BASE, LORA, CAREFUL = "base", "LoRA", "LoRA, careful"
 BAYES, NUTS = "Bayesian-LoRA", "Bayesian-LoRA, NUTS"
 TARGETS = (*SIZES, "lm_head")
-"""Modules of plain LoRA: those of the core prior, whose slope is an update of the head."""
+"""Modules of plain LoRA: the modules of the core prior. Its slope corresponds to an update of the head."""
 
 RANK, RATE, BATCH, EPOCHS, WARM_UP = 8, 5e-4, 16, 20, 0.06
 """LoRA's published recipe for sentiment: rank and alpha 8, AdamW at 5e-4 with a linear decay after a warm-up
-of 6 %, 16 rows a step (Hu et al., 2022, LoRA, table 9, SST-2 with RoBERTa-base)."""
+of 6 %, 16 rows per step (Hu et al., 2022, LoRA, table 9, SST-2 with RoBERTa-base)."""
 
 
 @dataclass
 class Comparison:
-    """The fits, what they predict, and what they cost.
+    """The fits, their predictions, and their cost.
 
     Attributes:
         key: Random key of the bootstrap intervals.
@@ -63,8 +63,8 @@ class Comparison:
         lora: The maximum-likelihood fit.
         core: The Bayesian fit.
         chains: Draws of its posterior.
-        agreements: Approximations of that posterior held against the draws, by name, or why that one could
-            not be compared, as with too few independent draws.
+        agreements: Comparison of each approximation of that posterior with the draws, by name, or the error
+            that prevented it, for example too few independent draws.
         seconds: Wall time by part.
     """
 
@@ -89,7 +89,7 @@ def fit_lora(
     validation: Batch | None = None,
     console: Console | None = None,
 ) -> Fit:
-    """Plain LoRA by maximum likelihood along the published recipe.
+    """Fit plain LoRA by maximum likelihood with the published recipe.
 
     Args:
         key: Random key of start values and the order of rows.
@@ -97,8 +97,8 @@ def fit_lora(
         train: Rows to fit.
         label_ids: Token id of each class.
         epochs: Passes over the rows.
-        layers: How many of the uppermost layers are adapted.
-        validation: Rows that pick the best step, looked at ten times.
+        layers: Number of uppermost layers to adapt.
+        validation: Rows that choose the best step; evaluated ten times during the fit.
         console: Where to report progress.
     """
     sites = select(base, TARGETS, rank=RANK, layers=slice(-layers, None))
@@ -109,7 +109,7 @@ def fit_lora(
         [optax.linear_schedule(0.0, RATE, warm_up), optax.linear_schedule(RATE, 0.0, steps - warm_up)],
         [warm_up],
     )
-    looks = EarlyStopping(every=max(steps // 10, 1), patience=steps, num_draws=1)
+    early_stopping = EarlyStopping(every=max(steps // 10, 1), patience=steps, num_draws=1)
     return fit(
         key,
         model,
@@ -119,7 +119,7 @@ def fit_lora(
         num_steps=steps,
         batch_size=BATCH,
         validation=validation,
-        early_stopping=None if validation is None else looks,
+        early_stopping=None if validation is None else early_stopping,
         console=console,
     )
 
@@ -144,9 +144,9 @@ def compare(
         train: All labelled rows.
         tests: Rows to predict, by name.
         label_ids: Token id of each class.
-        held_out: How many of the labelled rows, the last, plain LoRA keeps for step and temperature.
+        held_out: Number of labelled rows, at the end, that plain LoRA uses to choose step and temperature.
         epochs: Epochs of plain LoRA.
-        num_draws: Posterior draws of a prediction.
+        num_draws: Posterior draws per prediction.
         console: Where to report progress.
     """
     lora_key, core_key, nuts_key, draw_key, flow_key, agree_key = jax.random.split(key, 6)
@@ -192,7 +192,7 @@ def compare(
 
 
 def fit_flow(key: Array, core: CoreFit, *, console: Console | None) -> Fit:
-    """The paper's guide on the same posterior, from Laplace's Gaussian, for as many steps."""
+    """Fit the paper's guide to the same posterior, from Laplace's Gaussian, with the same number of steps."""
     start_key, fit_key = jax.random.split(key)
     guide = SiteFlow(core.model.prior)
     start, steps = start_at(start_key, guide, core.gaussian), len(core.fit.step_seconds)
@@ -204,30 +204,32 @@ def fit_flow(key: Array, core: CoreFit, *, console: Console | None) -> Fit:
 def against_nuts(
     key: Array, posteriors: Mapping[str, Posterior], chains: Chains, rows: Batch, *, console: Console | None
 ) -> dict[str, Agreement | ValueError]:
-    """Each posterior held against the draws of NUTS; a refusal stands in the place of a result.
+    """Compare each posterior with the draws of NUTS; if a comparison raises, return its error instead.
 
     Args:
-        key: Random key, the same for all.
+        key: Random key, the same for all comparisons.
         posteriors: Approximations by name.
         chains: The draws; without a passed certificate they are not called a reference.
-        rows: Rows with labels, at which they are compared.
+        rows: Labelled rows for the comparison.
         console: Where to report progress.
     """
     passed = chains.certificate.passed
     against: Literal["reference", "anything"] = "reference" if passed else "anything"
-    # What is read of the draws is computed once for all.
+    # Compute the functions of the reference once for all comparisons.
     reference = store_reference(chains, rows, console=console) if passed else chains
-    found: dict[str, Agreement | ValueError] = {}
+    agreements: dict[str, Agreement | ValueError] = {}
     for name, posterior in posteriors.items():
         try:
-            found[name] = hold_against(key, posterior, reference, rows, against=against, console=console)
-        except ValueError as error:  # the other results must not be lost
-            found[name] = error
-    return found
+            agreements[name] = compare_posteriors(
+                key, posterior, reference, rows, against=against, console=console
+            )
+        except ValueError as error:  # keep the other results
+            agreements[name] = error
+    return agreements
 
 
 NUTS_OPTIONS: Mapping[str, Any] = {"num_warmup": 300, "num_draws": 500, "target_acceptance": 0.8}
-"""Enough in the coordinates of Laplace's Gaussian; the certificate judges it."""
+"""Enough draws in the coordinates of Laplace's Gaussian; the certificate checks this."""
 
 
 def _predictions(
@@ -243,37 +245,37 @@ def _predictions(
     """Prediction by method and set of rows."""
     temperature = temperature_of(key, best, validation, console=console)
     last = _last(best)
-    found: dict[str, dict[str, Prediction]] = {m: {} for m in (BASE, LORA, CAREFUL, BAYES, NUTS)}
+    predictions: dict[str, dict[str, Prediction]] = {m: {} for m in (BASE, LORA, CAREFUL, BAYES, NUTS)}
     for name, rows in tests.items():
-        found[BASE][name] = untouched(rows)
-        found[LORA][name] = predict(key, last, rows, num_draws=1, console=console)
+        predictions[BASE][name] = untouched(rows)
+        predictions[LORA][name] = predict(key, last, rows, num_draws=1, console=console)
         careful = predict(key, best, rows, num_draws=1, console=console)
-        found[CAREFUL][name] = tempered(careful, temperature)
-        found[BAYES][name] = predict(key, core, rows, num_draws=num_draws, console=console)
-        found[NUTS][name] = predict(key, chains, rows, num_draws=num_draws, console=console)
-    return found
+        predictions[CAREFUL][name] = tempered(careful, temperature)
+        predictions[BAYES][name] = predict(key, core, rows, num_draws=num_draws, console=console)
+        predictions[NUTS][name] = predict(key, chains, rows, num_draws=num_draws, console=console)
+    return predictions
 
 
 def untouched(rows: Batch) -> Prediction:
-    """What the base itself predicts, read off the features of a tangent model."""
+    """Prediction of the unchanged base, from the logits in the features of a tangent model."""
     if rows.features is None:
-        raise ValueError("these rows have no features; give them to cache_prefix with a tangent model first")
+        raise ValueError("the rows have no features; call cache_prefix on them with a tangent model first")
     logits = np.asarray(rows.features.offset, np.float64)
     return Prediction((logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))[None])
 
 
 def temperature_of(key: Array, fitted: Fit, validation: Batch, *, console: Console | None) -> float:
-    """The temperature of least negative log-likelihood on validation rows, from a tenth to ten."""
+    """The temperature, between 0.1 and 10, with the lowest negative log-likelihood on validation rows."""
     prediction = predict(key, fitted, validation, num_draws=1, console=console)
     labels = np.asarray(validation.labels)
 
-    def loss(t: float) -> float:
-        return metrics.nll(tempered(prediction, float(np.exp(t))).log_probs, labels)
+    def loss(log_temperature: float) -> float:
+        return metrics.nll(tempered(prediction, float(np.exp(log_temperature))).log_probs, labels)
 
-    found = scipy.optimize.minimize_scalar(loss, bounds=(-np.log(10), np.log(10)), method="bounded")
-    return float(np.exp(found.x))
+    optimum = scipy.optimize.minimize_scalar(loss, bounds=(-np.log(10), np.log(10)), method="bounded")
+    return float(np.exp(optimum.x))
 
 
 def _last(best: Fit) -> Fit:
-    """The same fit after its last step."""
+    """The same fit with the parameters of its last step."""
     return replace(best, params=best.last_params, best_step=len(best.step_seconds))

@@ -1,7 +1,7 @@
-"""What a command writes to disk: a fit with its recipe, tables, pages.
+"""Files that a command writes: a fit with its recipe, tables, pages.
 
-A fit takes long, so no result is lost because a disk filled up meanwhile. If a result cannot be written where
-the user asked, it goes into the cache folder or the folder of temporary files, and standard error says where.
+A fit takes long, so a full disk must not lose its result. If a result cannot be written to the requested
+path, it goes to the cache folder or the folder of temporary files, and standard error reports the path.
 """
 
 import tempfile
@@ -53,7 +53,7 @@ def fit_and_keep(
         recipe: How model and guide are built.
         schedule: How they are fitted.
         base: The base model of the recipe.
-        data: Rows to fit, and a split `validation` where there is one.
+        data: Rows to fit, and optionally a split `validation`.
         out: Folder for the fit.
         require: Raises if a number of bytes does not fit into the folder; called before the fit.
         console: Where to report progress and problems.
@@ -62,29 +62,29 @@ def fit_and_keep(
     require(fit_size(model, guide, data.train, schedule.num_steps))
     diverged = None
     try:
-        made = schedule.fit(
+        fit = schedule.fit(
             model, guide, data.train, validation=data.splits.get("validation"), console=console
         )
     except FitDiverged as error:
-        made, diverged = error.fit, error
+        fit, diverged = error.fit, error
 
     def write(folder: Path) -> None:
-        save_fit(made, folder, notes=asdict(recipe))
+        save_fit(fit, folder, notes=asdict(recipe))
         recipe.save(folder)
 
-    return KeptFit(made, keep(out, write, console), diverged)
+    return KeptFit(fit, keep(out, write, console), diverged)
 
 
 def keep(path: Path, write: Callable[[Path], Any], console: Console) -> Path:
     """Write a result and return its path; if that is not `path`, report where it is."""
     place, problem = written(path, write, [cache_folder() / "kept", Path(tempfile.gettempdir())])
     if problem:
-        text = escape(f"{problem}; it is in {str(place)!r} instead")
+        text = escape(f"{problem}; the result is in {str(place)!r} instead")
         console.print(f"[bold red]error:[/] {text}", highlight=False, soft_wrap=True)
     return place
 
 
-def end_if_elsewhere(asked: Path, place: Path) -> None:
-    """Exit with the code of bad input if a result is not where the user asked for it."""
-    if place != asked:
+def exit_if_elsewhere(requested: Path, place: Path) -> None:
+    """Exit with the code of bad input if a result is not at the requested path."""
+    if place != requested:
         raise typer.Exit(ExitCode.BAD_INPUT)

@@ -1,4 +1,4 @@
-"""The options of the command line: what each is for, and what a shell completes it to."""
+"""The options of the command line: help texts and shell completion."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,14 +9,14 @@ from bnlora.app.recipe import LEARNING_RATE, LEARNING_RATE_OF_LORA, PriorName, R
 from bnlora.data.labels import LabelKind
 from bnlora.data.text import Truncate
 
-TEMPLATE = Recipe.template.replace("\n", r"\n")  # as one types it in a shell
+TEMPLATE = Recipe.template.replace("\n", r"\n")  # as typed in a shell
 TARGETS = list(Recipe.targets)
-MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head".split()  # of every family yet
-RATES = f"{LEARNING_RATE:g}; without a prior {LEARNING_RATE_OF_LORA:g}"
+MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head".split()  # of all model families
+RATES = f"{LEARNING_RATE:g}; {LEARNING_RATE_OF_LORA:g} without a prior"
 
 
 def _module_names(incomplete: str) -> list[str]:
-    """Names of modules that begin so, for the completion of a shell."""
+    """Module names that start with the typed text, for shell completion."""
     return [name for name in MODULES if name.startswith(incomplete)]
 
 
@@ -24,38 +24,42 @@ Folder = Annotated[Path, typer.Argument(help="Folder that `bnlora fit` wrote.", 
 Table = Annotated[
     Path, typer.Argument(help="A .csv, .jsonl or .parquet file with a column of texts.", show_default=False)
 ]
-TextColumn = Annotated[str, typer.Option(help="Column of the texts.")]
-LabelColumn = Annotated[str, typer.Option(help="Column of the labels: the words themselves, or 0, 1, ...")]
+TextColumn = Annotated[str, typer.Option(help="Column with the texts.")]
+LabelColumn = Annotated[str, typer.Option(help="Column with the labels: the words themselves, or 0, 1, ...")]
 LabelsAre = Annotated[
     LabelKind | None,
-    typer.Option(help="What the labels are, where a word is itself an integer.", show_default=False),
+    typer.Option(help="Meaning of the labels if a word is an integer.", show_default=False),
 ]
 Encoding = Annotated[str, typer.Option(help="Encoding of a .csv or .jsonl table, e.g. cp1252 or utf-16.")]
-Draws = Annotated[int, typer.Option(help="Posterior draws.", min=1)]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Draws = Annotated[int, typer.Option(help="Number of posterior draws.", min=1)]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 Words = Annotated[
     list[str],
     typer.Option(
-        help="Word of each class in the order of the labels, once for each: --word ' negative' --word "
-        "' positive'. Each must be a single token right after the template.",
+        help="Word of each class, in the order of the labels; repeat the option: --word ' negative' --word "
+        "' positive'. Each word must be a single token directly after the template.",
         show_default=False,
     ),
 ]
-Validation = Annotated[Path | None, typer.Option(help="Rows that pick the best step.", show_default=False)]
-BaseName = Annotated[str, typer.Option(help="smollm2, a .gguf file, a Hugging Face folder, or a hub name.")]
-Template = Annotated[str, typer.Option(help="Text around each row; \\n is a new line.")]
+Validation = Annotated[
+    Path | None, typer.Option(help="Table of rows that choose the best step.", show_default=False)
+]
+BaseName = Annotated[
+    str, typer.Option(help="smollm2, a .gguf file, a Hugging Face folder, or a name on the hub.")
+]
+Template = Annotated[str, typer.Option(help="Text around each row, with {text} in it; \\n is a new line.")]
 Targets = Annotated[list[str], typer.Option(help="Modules to adapt.", autocompletion=_module_names)]
-TopLayers = Annotated[int | None, typer.Option(help="Adapt so many of the uppermost layers.", min=1)]
-Prior = Annotated[PriorName, typer.Option(help="Prior of the adapters; none is plain LoRA.")]
-Scale = Annotated[float, typer.Option(help="Prior scale of an update for unit-variance input.")]
-LearningRate = Annotated[float | None, typer.Option(help="Adam's rate.", min=0, show_default=RATES)]
+TopLayers = Annotated[int | None, typer.Option(help="Number of uppermost layers to adapt.", min=1)]
+Prior = Annotated[PriorName, typer.Option(help="Prior of the adapters; 'none' is plain LoRA.")]
+Scale = Annotated[float, typer.Option(help="Prior scale of an update for an input of unit variance.")]
+LearningRate = Annotated[float | None, typer.Option(help="Learning rate of Adam.", min=0, show_default=RATES)]
 MaxLength = Annotated[int | None, typer.Option(help="Longest row in tokens.", show_default="the base's")]
-Cut = Annotated[Truncate, typer.Option(help="Cut longer texts on this side, or refuse them.")]
+Cut = Annotated[Truncate, typer.Option(help="Truncate longer texts on this side, or stop with an error.")]
 
 Predictions = Annotated[Path, typer.Option(help="Table to write: .csv, .jsonl or .parquet.")]
-Prefix = Annotated[str, typer.Option(help="Put this before the names of the new columns.")]
+Prefix = Annotated[str, typer.Option(help="Prefix of the names of the new columns.")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace columns of the table that have such a name.")
+    bool, typer.Option("--overwrite", help="Replace columns of the table that have the same names.")
 ]

@@ -1,14 +1,14 @@
-"""What a command hands to the shell: its exit code, and its result as one JSON object for machines.
+"""The exit code of a command, and its result as one JSON object.
 
-| exit code | means |
+| exit code | meaning |
 |---|---|
-| 0 | done |
-| 1 | bad input, or a result that could not be written where it was asked for: one sentence says which |
-| 2 | usage: an unknown command or option, or a value that no option takes |
-| 3 | the fit diverged; what it had reached is kept |
-| 130 | interrupted (Ctrl-C); a fit is kept as far as it came |
+| 0 | success |
+| 1 | bad input, or a result that could not be written to the requested path; one sentence states which |
+| 2 | usage: an unknown command or option, or an invalid value of an option |
+| 3 | the fit diverged; its last finite state is saved |
+| 130 | interrupted (Ctrl-C); a fit is saved as far as it got |
 
-Numbers that JSON has no word for (not a number, infinities) are null.
+Numbers that JSON cannot represent (not a number, infinities) are null.
 """
 
 import json
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class ExitCode(IntEnum):
-    """Exit codes of every command; the module's table says what each means."""
+    """Exit codes of all commands; the table of the module gives their meanings."""
 
     DONE = 0
     BAD_INPUT = 1
@@ -43,23 +43,23 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
-def fit_result(made: Fit, folder: Path) -> dict[str, Any]:
-    """Sizes of a fit, how it ended, and the means of the bound's terms over the last 50 steps, in nats."""
+def fit_result(fit: Fit, folder: Path) -> dict[str, Any]:
+    """Sizes of a fit, why it stopped, and the mean terms of the bound over the last 50 steps, in nats."""
     return {
         "folder": str(folder),
-        "rows": len(made.train),
-        "parameters": made.num_parameters,
-        "stopped": made.stopped,
-        "steps": len(made.step_seconds),
-        "skipped_steps": made.skipped_steps,
-        "best_step": made.best_step,
-        "seconds": float(made.step_seconds.sum()),
-        "terms": {name: float(np.mean(made.history[name][-50:])) for name in TERMS},
+        "rows": len(fit.train),
+        "parameters": fit.num_parameters,
+        "stopped": fit.stopped,
+        "steps": len(fit.step_seconds),
+        "skipped_steps": fit.skipped_steps,
+        "best_step": fit.best_step,
+        "seconds": float(fit.step_seconds.sum()),
+        "terms": {name: float(np.mean(fit.history[name][-50:])) for name in TERMS},
     }
 
 
 def prediction_result(prediction: Prediction, words: tuple[str, ...], table: Path) -> dict[str, Any]:
-    """How often each class is the most probable one, and the mean doubt of a row, in nats."""
+    """Number of rows predicted for each class, and mean entropy and mutual information of a row, in nats."""
     counts = np.bincount(prediction.log_probs.argmax(1), minlength=len(words))
     return {
         "table": str(table),
@@ -72,13 +72,13 @@ def prediction_result(prediction: Prediction, words: tuple[str, ...], table: Pat
 
 
 def summary_result(summary: metrics.Summary) -> dict[str, Any]:
-    """Every metric with its interval."""
+    """All metrics with their intervals."""
     values = {name: {"value": e.value, "low": e.low, "high": e.high} for name, e in summary.items()}
     return {"rows": summary.num_rows, "level": summary.level, "metrics": values}
 
 
 def comparison_result(comparison: "Comparison", report: Path) -> dict[str, Any]:
-    """Metrics by set of rows and method, scales, evidence, and seconds of every part."""
+    """Metrics by set of rows and method, scales, evidence, bound, and seconds of each part."""
     scores = {
         domain: {
             method: summary_result(metrics.summary(comparison.key, predictions[domain], labels))
@@ -99,8 +99,8 @@ def comparison_result(comparison: "Comparison", report: Path) -> dict[str, Any]:
 
 
 def diagnosis_result(diagnosis: Diagnosis) -> dict[str, Any]:
-    """What each diagnostic says, and whether none of them found a problem."""
-    return {"passed": diagnosis.passed, "findings": [asdict(found) for found in diagnosis.findings]}
+    """All findings, and whether none of them is a problem."""
+    return {"passed": diagnosis.passed, "findings": [asdict(finding) for finding in diagnosis.findings]}
 
 
 def as_json(result: Mapping[str, Any]) -> str:
@@ -122,11 +122,11 @@ def evaluation_page(
     predictions: Mapping[str, Mapping[str, Prediction]],
     labels: np.ndarray,
 ) -> str:
-    """The metrics and a reliability diagram of predictions, given by method and table."""
+    """HTML page with the metrics and a reliability diagram; `predictions` are by method and table."""
     from bnlora import plots
     from bnlora.app.report import page
 
-    truth = {table: labels for made in predictions.values() for table in made}
+    truth = {table: labels for by_table in predictions.values() for table in by_table}
     figure = plots.reliability(predictions, truth)
     return page(title, [summary.table, (figure, plots.RELIABILITY_CAPTION)])
 
@@ -138,19 +138,19 @@ def prediction_names(words: Sequence[str], prefix: str = "") -> list[str]:
 
 
 def require_free(columns: Sequence[str], words: Sequence[str], prefix: str) -> None:
-    """Raise `ValueError` where a table has columns that a prediction would replace."""
+    """Raise `ValueError` if a table has columns that a prediction would replace."""
     taken = [name for name in prediction_names(words, prefix) if name in columns]
     if taken:
         raise ValueError(
-            f"the table has columns {taken}, which the predictions would replace; give the new ones other "
-            f"names with --prefix {f'new {prefix}'!r}, or replace the old ones with --overwrite"
+            f"the table already has columns {taken}; use --prefix {f'new {prefix}'!r} to rename the new "
+            "columns, or --overwrite to replace the old ones"
         )
 
 
 def with_prediction(
     rows: "pa.Table", prediction: Prediction, words: Sequence[str], *, prefix: str = ""
 ) -> "pa.Table":
-    """The rows with columns of what was predicted for them; columns of the same names are replaced."""
+    """The rows with the columns of their prediction; columns with the same names are replaced."""
     import pyarrow as pa
 
     names = prediction_names(words, prefix)

@@ -1,4 +1,4 @@
-"""A model, a guide and a fit by names and numbers: what the command line keeps, to build the same again."""
+"""Settings of a model, a guide and a fit as names and numbers, saved to rebuild the same model later."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -28,24 +28,24 @@ if TYPE_CHECKING:
 
 PriorName = Literal["sparse-gp", "normal", "none"]
 FILE = "recipe.json"
-_FREE = ("base", "max_length", "truncate", "labels_are")  # what may change after the fit
+_FREE = ("base", "max_length", "truncate", "labels_are")  # entries that may change after the fit
 LEARNING_RATE, LEARNING_RATE_OF_LORA = 3e-2, 1e-3
 """Adam's rate with a prior and without one, chosen on validation sentences."""
 
 SMOLLM2 = "smollm2"
-"""The one base that is named rather than found: SmolLM2-135M-Instruct out of the package index."""
+"""Name of SmolLM2-135M-Instruct from the package index; every other base is a path or a hub name."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a model is fitted: Adam, its rate decaying to zero along a cosine.
+    """Settings of the optimisation: Adam with a cosine decay of its rate to zero.
 
     Attributes:
         num_steps: Number of steps.
-        batch_size: Rows of a step.
-        learning_rate: Rate of the locations.
-        scale_learning_rate: Rate of the scales and of `lam`, which does not decay.
-        seed: Seed of start values, order of rows and guide draws.
+        batch_size: Rows per step.
+        learning_rate: Initial learning rate of the locations.
+        scale_learning_rate: Learning rate of the scales and of `lam`; it does not decay.
+        seed: Seed of the start values, the order of rows and the draws of the guide.
     """
 
     num_steps: int = 400
@@ -55,7 +55,7 @@ class Schedule:
     seed: int = 0
 
     def fit(self, model: Classifier, guide: Callable, train: Batch, **options: Any) -> Fit:
-        """`bnlora.fit` along this schedule; `options` are more of its arguments."""
+        """Call `bnlora.fit` with these settings; `options` are further arguments of `fit`."""
         return fit(
             jax.random.key(self.seed),
             model,
@@ -71,27 +71,27 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Names and numbers that make a model and a guide.
+    """Settings that define a model and a guide.
 
     Attributes:
         words: Word of each class, in the order of the labels.
         base: `"smollm2"`, a `.gguf` file, a Hugging Face folder, or a hub name.
         template: Text around each row, with `{text}` in it.
-        targets: Modules that get adapters.
-        top_layers: How many of the uppermost layers are adapted; all when None.
-        rank: Rank of every update.
-        alpha: LoRA's alpha; the rank when None.
+        targets: Modules to adapt.
+        top_layers: Number of uppermost layers to adapt; all layers if None.
+        rank: Rank of each update.
+        alpha: LoRA's alpha; equal to the rank if None.
         prior: `"sparse-gp"`, `"normal"`, or `"none"` for plain LoRA by maximum likelihood.
-        scale_a: Prior scale of factor A: spread of its output for a unit-variance input.
+        scale_a: Prior scale of factor A: standard deviation of its output for an input of unit variance.
         scale_b: Prior scale of factor B.
-        inducing: Inducing rows and columns of the sparse GP.
-        lam_max: Cap on the guide's `lam`; below 1 the family is a restricted one.
-        max_length: Longest row in tokens; the base's own limit when None.
-        truncate: What to do with longer rows.
-        labels_are: "words" or "integers" where a word is itself an integer, as in `text_classification`.
+        inducing: Number of inducing rows and of inducing columns of the sparse GP.
+        lam_max: Upper limit of the guide's `lam`; below 1 the family of the guide is restricted.
+        max_length: Longest row in tokens; the limit of the base if None.
+        truncate: Treatment of longer rows: truncate on this side, or raise an error.
+        labels_are: "words" or "integers" if a word is an integer, as in `text_classification`.
 
     Raises:
-        ValueError: On an unknown prior.
+        ValueError: If the prior is unknown.
     """
 
     words: tuple[str, ...]
@@ -111,18 +111,18 @@ class Recipe:
     labels_are: LabelKind | None = None
 
     def __post_init__(self):
-        for name in ("words", "targets"):  # JSON knows lists alone
+        for name in ("words", "targets"):  # JSON has lists but no tuples
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_option("prior", self.prior, get_args(PriorName))
 
     def load_base(self) -> Base:
-        """The frozen base model."""
+        """Load the frozen base model."""
         return load(fetch_smollm2() if self.base == SMOLLM2 else self.base)
 
     def read(
         self, rows: "Dataset | Mapping[str, Dataset]", base: Base, *, text: str, label: str | None
     ) -> TextData:
-        """Tokenised rows, from the columns `text` and `label` (None: rows without labels)."""
+        """Tokenise rows from the columns `text` and `label`; if `label` is None, the rows have no labels."""
         return text_classification(
             rows,
             base,
@@ -136,9 +136,9 @@ class Recipe:
         )
 
     def build(self, base: Base, label_ids: Int[Any, " c"]) -> tuple[Classifier, Callable]:
-        """The model over a base and its guide."""
+        """Build the model for a base, and its guide."""
         if self.top_layers is not None:
-            check_at_least({"top_layers": self.top_layers}, 1)  # a slice from -0 on would be all layers
+            check_at_least({"top_layers": self.top_layers}, 1)  # slice(-0, None) would select all layers
         layers = None if self.top_layers is None else slice(-self.top_layers, None)
         sites = select(base, self.targets, rank=self.rank, alpha=self.alpha, layers=layers)
         scale = {"a": self.scale_a, "b": self.scale_b}
@@ -152,31 +152,31 @@ class Recipe:
         return model, guides.SiteFlow(model.prior, lam_init=lam_init, lam_max=self.lam_max)
 
     def save(self, folder: Path) -> None:
-        """Write the recipe into a folder that exists."""
+        """Write the recipe to an existing folder."""
         write_json(folder / FILE, asdict(self))
 
     def require_fitted(self, notes: Mapping[str, Any]) -> None:
-        """Raise `ValueError` unless this is the recipe of a fit, given the notes of the fit.
+        """Raise `ValueError` if this recipe differs from the recipe in the notes of a fit.
 
-        Entries about the place of the base and the reading of rows may differ. Older fits have no notes.
+        The path of the base and the entries for reading rows may differ. Older fits have no notes.
         """
         for name, value in asdict(self).items():
             now = list(value) if isinstance(value, tuple) else value  # as JSON has it
             then = notes.get(name, now)
             if name not in _FREE and then != now:
-                raise ValueError(f"{FILE} has {name}={now!r}; the fit was made with {then!r}, put that back")
+                raise ValueError(f"{FILE} must have {name}={then!r}, the value of the fit; got {now!r}")
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
-        """Read a recipe back.
+        """Read a recipe from a folder.
 
         Raises:
-            FileNotFoundError: When the folder holds none.
-            ValueError: When the file is not a recipe.
+            FileNotFoundError: If the folder contains no recipe.
+            ValueError: If the file is not a recipe of this version.
         """
         path = folder / FILE
         if not path.is_file():
-            raise FileNotFoundError(f"{str(folder)!r} holds no {FILE}; it is not a folder of `bnlora fit`")
+            raise FileNotFoundError(f"{str(folder)!r} contains no {FILE}; expected a folder of `bnlora fit`")
         try:
             return cls(**read_json(path))
         except (ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""A page of HTML that holds text, tables and figures: one file, nothing to fetch."""
+"""An HTML page with text, tables and figures, in one file without external resources."""
 
 from base64 import b64encode
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ figure { margin: 1rem 0 } img { max-width: 100% } figcaption { color: #444; font
 
 
 def page(title: str, parts: Sequence[str | Table | tuple[Figure, str]]) -> str:
-    """A page of HTML that stands alone.
+    """A self-contained HTML page.
 
     Args:
-        title: Its heading.
-        parts: Text (a line that begins with `# ` is a heading), tables, and figures with their captions.
+        title: Title and main heading.
+        parts: Text (text that starts with `# ` is a heading), tables, and figures with their captions.
     """
     body = "\n".join(map(_html, parts))
     return (

@@ -1,4 +1,4 @@
-"""Tables of a comparison of methods, and the sentence that says who won where."""
+"""Tables of a comparison of methods, and a sentence that summarises which method has the lower NLL."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from bnlora._util.display import Table
 from bnlora.app.experiment import BASE, BAYES, CAREFUL, LORA, Comparison
 
 SHOWN = {"ACC": "accuracy", "NLL": "nll", "ECE": "ece", "Brier": "brier"}
-"""Metrics of the tables: short name, and name in `bnlora.metrics.METRICS`."""
+"""Metrics in the tables: short name, and name in `bnlora.metrics.METRICS`."""
 
 RIVALS = (BASE, LORA, CAREFUL)
 
@@ -21,12 +21,12 @@ def scores(comparison: Comparison) -> Table:
 
 
 def _scores(comparison: Comparison) -> Table:
-    rows, chosen = [], {name: metrics.METRICS[metric] for name, metric in SHOWN.items()}
+    rows, shown = [], {name: metrics.METRICS[metric] for name, metric in SHOWN.items()}
     methods = list(comparison.predictions)
     for domain, labels in comparison.labels.items():
         for method in methods:
             summary = metrics.summary(
-                comparison.key, comparison.predictions[method][domain], labels, metrics=chosen
+                comparison.key, comparison.predictions[method][domain], labels, metrics=shown
             )
             cells = (f"{e.value:.3f}\n{e.low:.3f}-{e.high:.3f}" for e in summary.values())
             null = metrics.null_ece(comparison.predictions[method][domain].log_probs)
@@ -34,13 +34,14 @@ def _scores(comparison: Comparison) -> Table:
     groups = frozenset(range(len(methods), len(rows), len(methods)))
     sizes = ", ".join(f"{len(labels)} {domain}" for domain, labels in comparison.labels.items())
     title = (
-        f"Test rows: {sizes}. Below each value its 95 % bootstrap interval. Null: ECE of a right prediction."
+        f"Test rows: {sizes}. Below each value: 95 % bootstrap interval. Null: expected ECE if the predicted "
+        "probabilities are correct."
     )
     return Table(title, ("rows", "method", *SHOWN, "null"), tuple(rows), groups)
 
 
 def differences(comparison: Comparison) -> Table:
-    """Bayesian-LoRA minus each rival, on the same rows, with paired intervals; computed once."""
+    """Bayesian-LoRA minus each other method, on the same rows, with paired intervals; computed once."""
     return kept(comparison, _differences)
 
 
@@ -56,78 +57,80 @@ def _differences(comparison: Comparison) -> Table:
             cells = (f"{d.value:+.3f}\n{d.low:+.3f} to {d.high:+.3f}" for d in pairs)
             rows.append((domain if method == RIVALS[0] else "", method, *cells))
     groups = frozenset(range(len(RIVALS), len(rows), len(RIVALS)))
-    title = "Bayesian-LoRA minus each rival: below zero is better, except for ACC."
+    title = "Bayesian-LoRA minus each other method: below zero is better, except for ACC."
     return Table(title, ("rows", "minus", *SHOWN), tuple(rows), groups)
 
 
 def headline(comparison: Comparison) -> str:
-    """Who has the lower negative log-likelihood where, and where an interval says so."""
+    """Sets of rows on which the NLL of Bayesian-LoRA is lower, higher or not distinguishable, by method."""
     parts = []
     for rival in RIVALS:
-        found = {}
+        differences = {}
         for domain, labels in comparison.labels.items():
             ours, theirs = (comparison.predictions[m][domain] for m in (BAYES, rival))
-            found[domain] = metrics.paired_difference(comparison.key, metrics.nll, ours, theirs, labels)
-        won = [domain for domain, d in found.items() if d.high < 0]
-        lost = [domain for domain, d in found.items() if d.low > 0]
-        open_ = [domain for domain in found if domain not in (*won, *lost)]
-        said = {"lower than": won, "higher than": lost, "not told apart from": open_}
-        pieces = [f"{what} that of {rival} on {' and '.join(names)}" for what, names in said.items() if names]
+            differences[domain] = metrics.paired_difference(comparison.key, metrics.nll, ours, theirs, labels)
+        lower = [domain for domain, d in differences.items() if d.high < 0]
+        higher = [domain for domain, d in differences.items() if d.low > 0]
+        undecided = [domain for domain in differences if domain not in (*lower, *higher)]
+        verdicts = {"lower than": lower, "higher than": higher, "not distinguishable from": undecided}
+        pieces = [
+            f"{verdict} that of {rival} on {' and '.join(on)}" for verdict, on in verdicts.items() if on
+        ]
         parts.append("; ".join(pieces))
     return f"NLL of Bayesian-LoRA (95 % intervals over test rows): {'. It is '.join(parts)}."
 
 
 def uncertainty(comparison: Comparison) -> Table:
-    """Mean entropy of Bayesian-LoRA's predictions, and the part of it that more labels could remove."""
+    """Mean entropy of Bayesian-LoRA's predictions, and its epistemic part, which more labels could reduce."""
     rows = []
     for domain in comparison.labels:
         prediction = comparison.predictions[BAYES][domain]
         total, epistemic = prediction.entropy.mean(), prediction.mutual_information.mean()
         rows.append((domain, f"{total:.3f}", f"{epistemic:.3f}", f"{epistemic / total:.0%}"))
     header = ("rows", "entropy (nats)", "mutual information", "epistemic share")
-    return Table("Where Bayesian-LoRA is uncertain, mean over test rows", header, tuple(rows))
+    return Table("Uncertainty of Bayesian-LoRA, mean over test rows", header, tuple(rows))
 
 
 def agreements(comparison: Comparison) -> Table:
-    """How far each approximation of the posterior is from NUTS."""
+    """Distance of each approximation of the posterior from NUTS."""
     rows = []
-    for name, found in comparison.agreements.items():
-        if isinstance(found, ValueError):
-            rows.append((name, "", "", "", "", f"not compared: {found}"))
+    for name, agreement in comparison.agreements.items():
+        if isinstance(agreement, ValueError):
+            rows.append((name, "", "", "", "", f"not compared: {agreement}"))
             continue
-        measures = {m.name: m for m in found.measures}
+        measures = {m.name: m for m in agreement.measures}
         shift, ratio = measures["largest |difference of means| / sd"], measures["ratio of sd, worst"]
-        khat = f"{found.khat.value:.2f}" if found.khat else ""
-        differs = ", ".join(found.differences) or "nothing"
+        khat = f"{agreement.khat.value:.2f}" if agreement.khat else ""
+        differs = ", ".join(agreement.differences) or "nothing"
         rows.append((name, f"{shift.value:.2f}", f"{shift.null:.2f}", f"{ratio.value:.2f}", khat, differs))
-    header = ("posterior", "largest shift / sd", "of halves of NUTS", "worst sd ratio", "k-hat", "differs in")
-    title = "Approximations against NUTS, on the tangent posterior, in margins, norms and log-likelihood"
+    header = ("posterior", "largest shift / sd", "halves of NUTS", "worst sd ratio", "k-hat", "differs in")
+    title = "Approximations compared with NUTS: margins, norms and log-likelihood, tangent posterior"
     return Table(title, header, tuple(rows), texts=frozenset({5}))
 
 
 def costs(comparison: Comparison) -> Table:
-    """Seconds of every part."""
+    """Seconds of each part."""
     total, lora = sum(comparison.seconds.values()), comparison.seconds[LORA]
     rows = [(part, f"{seconds:.1f}", f"{seconds / lora:.2f}") for part, seconds in comparison.seconds.items()]
     inner: Mapping[str, float] = comparison.core.seconds
     at = 1 + list(comparison.seconds).index(BAYES)
     rows[at:at] = [
-        (f"  of it {part}", f"{seconds:.1f}", f"{seconds / lora:.2f}") for part, seconds in inner.items()
+        (f"  of which {part}", f"{seconds:.1f}", f"{seconds / lora:.2f}") for part, seconds in inner.items()
     ]
-    title = f"{total:.0f} s in all, compiling included; the trunk runs once for all methods"
-    return Table(title, ("part", "seconds", "over LoRA's fit"), tuple(rows))
+    title = f"{total:.0f} s in total, including compilation; the trunk runs once for all methods"
+    return Table(title, ("part", "seconds", "relative to LoRA's fit"), tuple(rows))
 
 
 def posterior_summary(comparison: Comparison) -> str:
-    """Evidence, bound and certificate in words."""
+    """Evidence, bound and certificate in a short text."""
     core, chains = comparison.core, comparison.chains
     bound = core.fit.history["elbo"][-20:]
     verdict = "is certified" if chains.certificate.passed else "is not certified"
     divergences = int(np.sum(chains.stats["divergent"]))
     return (
-        f"Log evidence by Laplace {core.gaussian.log_evidence:,.1f} nats, bound of the variational fit "
-        f"{bound.mean():,.1f} (standard error {bound.std() / len(bound) ** 0.5:.1f}), untouched base "
-        f"{core.scales.base:,.1f}. The NUTS run of {chains.num_chains} chains of {chains.num_draws} draws "
-        f"{verdict} ({divergences} divergences). It certifies the posterior of the tangent model, not that "
-        "of the network."
+        f"Log evidence by Laplace {core.gaussian.log_evidence:,.1f} nats; bound of the variational fit "
+        f"{bound.mean():,.1f} (standard error {bound.std() / len(bound) ** 0.5:.1f}); log-likelihood of the "
+        f"unchanged base {core.scales.base:,.1f}. The NUTS run with {chains.num_chains} chains of "
+        f"{chains.num_draws} draws {verdict} ({divergences} divergences). The certificate is for the "
+        "posterior of the tangent model, not that of the network."
     )

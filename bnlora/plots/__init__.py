@@ -1,8 +1,8 @@
-"""Every picture of this library, and the one package that imports matplotlib.
+"""All figures of the library; the only package that imports matplotlib.
 
-Each function takes results, draws on given axes or on a figure of its own, and returns the figure. A figure
-of its own carries a caption that stands alone, but for `reliability` and `elbo`, whose captions (constants
-here) a page prints below them.
+Each function takes results, draws on the axes `ax` or on a new figure, and returns the figure. A new figure
+has a self-contained caption. Exceptions are `reliability`, `elbo` and `frame_energies`: their captions are
+constants of this package, to print below the figure.
 """
 
 from matplotlib.figure import Figure as Figure

@@ -1,6 +1,6 @@
-"""Colours, axes and captions that all pictures share.
+"""Colours, axes and captions shared by all figures.
 
-The colours are those of Okabe and Ito (2008), which people with any common colour vision tell apart.
+The colours are those of Okabe and Ito (2008), which are distinguishable with any common colour vision.
 """
 
 from textwrap import fill
@@ -13,7 +13,7 @@ from matplotlib.legend import Legend
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#000000")
-"""Colours of several methods, in the order in which they are given out."""
+"""Colours of several methods, in the order of their use."""
 
 
 def make_axes(
@@ -25,12 +25,12 @@ def make_axes(
     columns: int = 3,
     share: Literal["all", "none"] = "none",
 ) -> tuple[list[Axes], Figure, bool]:
-    """`count` axes, the figure they are on, and whether it was made here."""
+    """`count` axes, their figure, and whether this function created it."""
     if ax is not None:
-        given = list(np.ravel(np.asarray(ax, object)))
-        if len(given) != count:
-            raise ValueError(f"`ax` must hold {count} axes, one for each panel; got {len(given)}")
-        return given, given[0].figure, False
+        panels = list(np.ravel(np.asarray(ax, object)))
+        if len(panels) != count:
+            raise ValueError(f"`ax` must contain {count} axes, one for each panel; got {len(panels)}")
+        return panels, panels[0].figure, False
     columns = min(columns, count)
     lines = -(-count // columns)
     figure = Figure(figsize=(max(width * columns, 5.0), height * lines + 0.9), layout="constrained")
@@ -41,12 +41,12 @@ def make_axes(
 
 
 def caption(figure: Figure, text: str) -> None:
-    """Write what stands below the figure."""
-    letters = int(figure.get_figwidth() * 16)  # at this size an inch holds about so many
-    figure.supxlabel(fill(text, letters), x=0.01, ha="left", fontsize=8, color="#444444")
+    """Write a caption below the figure."""
+    width = int(figure.get_figwidth() * 16)  # about 16 letters per inch at this font size
+    figure.supxlabel(fill(text, width), x=0.01, ha="left", fontsize=8, color="#444444")
 
 
 def legend_above(axes: Axes, **options: Any) -> Legend:
-    """A legend in one line above the axes, with further options of matplotlib's."""
+    """Add a legend in one line above the axes; `options` are those of matplotlib's `legend`."""
     options = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3, **options}
     return axes.legend(fontsize=8, frameon=False, **options)

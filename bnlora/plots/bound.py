@@ -1,4 +1,4 @@
-"""The bound of a fit and its terms over the steps."""
+"""The evidence lower bound of a fit and its terms over the steps."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,46 +11,48 @@ from bnlora.infer.svi.fit import Fit
 from bnlora.plots.base import BLUE, GREEN, ORANGE, make_axes
 
 ELBO_CAPTION = (
-    "Terms of the objective in nats over all training rows; pale: each step (one minibatch, one draw), full: "
-    "mean of the last 15 steps, without those that were not finite."
+    "Terms of the objective in nats, summed over all training rows. Pale: value of each step (one minibatch, "
+    "one draw). Dark: mean of the finite values of the last 15 steps."
 )
 
 
 def elbo(fits: Mapping[str, Fit], *, ax: Sequence[Axes] | None = None) -> Figure:
-    """The bound of each fit and its terms over the steps, in nats over all training rows.
+    """Plot the bound of each fit and its terms over the steps, in nats summed over all training rows.
 
     Args:
-        fits: Fit by name. Where a fit has no random variable, its bound is the log-likelihood alone.
-        ax: Axes to draw on, three for each fit; a figure of its own when omitted.
+        fits: Fit by name. The bound of a fit without random variables is the log-likelihood.
+        ax: Axes to draw on, three for each fit; a new figure by default.
 
     Returns:
         The figure.
     """
     if ax is not None:
         panels, figure, _ = make_axes(ax, 3 * len(fits))
-        for index, made in enumerate(fits.values()):
-            _terms(panels[3 * index : 3 * index + 3], made)
+        for index, fit in enumerate(fits.values()):
+            _terms(panels[3 * index : 3 * index + 3], fit)
         return figure
     figure = Figure(figsize=(10.5, 2.9 * len(fits)), layout="constrained")
     rows = figure.subfigures(len(fits), 1, squeeze=False)[:, 0]
-    for row, (name, made) in zip(rows, fits.items(), strict=True):
+    for row, (name, fit) in zip(rows, fits.items(), strict=True):
         row.suptitle(name, fontsize=10)
-        _terms(row.subplots(1, 3), made)
+        _terms(row.subplots(1, 3), fit)
     return figure
 
 
-def _terms(panels: Sequence[Axes], made: Fit) -> None:
+def _terms(panels: Sequence[Axes], fit: Fit) -> None:
+    """Draw bound, data term and KL divergences of a fit on three axes."""
     bound, data, divergences = panels
-    _trace(bound, made.history["elbo"], BLUE, "ELBO")
-    _trace(data, made.history["data"], BLUE, "training rows")
-    looks = made.validation["step"]
-    if len(looks):
-        scaled = -len(made.train) * made.validation["nll"]  # as if there were as many rows
-        data.plot(looks, scaled, "o-", color=ORANGE, markersize=3, label="validation rows")
+    _trace(bound, fit.history["elbo"], BLUE, "ELBO")
+    _trace(data, fit.history["data"], BLUE, "training rows")
+    steps = fit.validation["step"]
+    if len(steps):
+        # Scale from the mean over validation rows to the sum over as many rows as in training.
+        log_likelihood = -len(fit.train) * fit.validation["nll"]
+        data.plot(steps, log_likelihood, "o-", color=ORANGE, markersize=3, label="validation rows")
         data.legend(fontsize=8)
     for term, colour in (("inducing_kl", ORANGE), ("conditional_kl", GREEN)):
-        if np.any(made.history[term]):
-            _trace(divergences, made.history[term], colour, term.replace("_kl", " KL"))
+        if np.any(fit.history[term]):
+            _trace(divergences, fit.history[term], colour, term.replace("_kl", " KL"))
             divergences.set_yscale("log")
     if divergences.lines:
         divergences.legend(fontsize=8)
@@ -68,7 +70,8 @@ def _trace(axes: Axes, values: np.ndarray, colour: str, label: str) -> None:
 
 
 def _smooth(values: np.ndarray, window: int = 15) -> np.ndarray:
-    """Mean of the finite ones of the last steps, fewer at the beginning; NaN where none is finite."""
+    """Mean of the finite values of the last `window` steps, fewer at the start; NaN if none is finite."""
+    # (step, window): NaN before the first step gives every step a full window.
     recent = sliding_window_view(np.concatenate([np.full(window, np.nan), values]), window)[1:]
     finite = np.isfinite(recent)
     count = finite.sum(1)

@@ -1,4 +1,4 @@
-"""What a prior says before any fit."""
+"""Figure of the prior predictive distribution."""
 
 from collections.abc import Sequence
 from textwrap import fill
@@ -14,38 +14,39 @@ from bnlora.plots.base import BLUE, GREY, ORANGE, caption, legend_above, make_ax
 def prior_predictive(
     found: PriorPredictive, *, ax: Sequence[Axes] | None = None, max_rows: int = 40
 ) -> Figure:
-    """What a prior says before any fit: "confident nonsense" and "no change" at a glance.
+    """Plot the prior predictive probabilities, to detect "confident nonsense" and "no change".
 
-    Left, a histogram of a probability over all draws and rows, beside that of the base model; right, its
-    range over draws in each row, around the base model's. With two classes it is the probability of class 1,
-    with more that of the class the base model prefers in the row.
+    Left: histogram of a probability over all draws and rows, with the histogram of the base model. Right:
+    intervals of the probability over draws for each row, with the probability of the base model. With two
+    classes it is the probability of class 1; with more classes, of the base model's top class in the row.
 
     Args:
         found: From `bnlora.assess.prior_predictive`.
-        ax: Two axes to draw on; a figure of its own when omitted.
-        max_rows: Rows shown on the right, evenly taken in the order of the base model's probability.
+        ax: Two axes to draw on; a new figure by default.
+        max_rows: Largest number of rows on the right, evenly spaced in the order of the base model's
+            probability.
 
     Returns:
         The figure.
     """
-    axes, figure, own = make_axes(ax, 2, width=5.0, height=3.4, columns=2)
-    chosen = np.ones(len(found.base_logits), int)
+    axes, figure, is_new = make_axes(ax, 2, width=5.0, height=3.4, columns=2)
+    classes = np.ones(len(found.base_logits), int)  # the class shown, shape (row,)
     if found.base_logits.shape[1] > 2:
-        chosen = found.base_logits.argmax(1)
-    rows = np.arange(len(chosen))
-    draws, base = found.probs[:, rows, chosen], found.base_probs[rows, chosen]
+        classes = found.base_logits.argmax(1)
+    rows = np.arange(len(classes))
+    draws, base = found.probs[:, rows, classes], found.base_probs[rows, classes]  # (draw, row) and (row,)
     what = "class 1" if found.base_logits.shape[1] == 2 else "the base model's class"
     _histogram(axes[0], draws, base, what)
     _ranges(axes[1], draws, base, what, max_rows)
-    if own:
+    if is_new:
         figure.suptitle(fill(found.verdict, 100), fontsize=10)
         caption(
             figure,
             f"Prior predictive: probability of {what} under {len(draws)} draws of the prior for "
-            f"{len(chosen)} rows; no label has been seen. Left, all draws and rows together: mass in the "
-            f"grey edges (more than {NEARLY_ALL:g} on one side) is certainty that nothing has earned. "
-            "Right, the middle 50 % and 90 % of the draws in each row: bars from edge to edge are nonsense, "
-            "bars no longer than the base model's marks change nothing.",
+            f"{len(classes)} rows; no labels are used. Left: all draws and rows; mass in the grey edges "
+            f"(more than {NEARLY_ALL:g} on one side) is unjustified certainty. Right: central 50 % and 90 % "
+            "intervals over draws for each row; intervals from edge to edge are confident nonsense, and "
+            "intervals no longer than the marks of the base model mean no change.",
         )
     return figure
 
@@ -71,7 +72,9 @@ def _ranges(axes: Axes, draws: np.ndarray, base: np.ndarray, what: str, max_rows
         axes.vlines(place, low, high, color=BLUE, linewidth=width, label=f"{inner:.0%} of the draws")
     axes.plot(place, base[order], "o", color=ORANGE, markersize=4, label="base model")
     axes.set(
-        ylim=(-0.02, 1.02), xlabel="rows, by the base model's probability", ylabel=f"probability of {what}"
+        ylim=(-0.02, 1.02),
+        xlabel="rows, ordered by probability of the base model",
+        ylabel=f"probability of {what}",
     )
     axes.set_xticks([])
     legend_above(axes)

@@ -1,4 +1,4 @@
-"""Reliability diagrams: how often predictions of a given confidence are right."""
+"""Reliability diagrams: accuracy of predictions at each level of confidence."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,9 +12,9 @@ from bnlora.plots.base import BLUE, GREY, make_axes
 from bnlora.prediction.predict import Prediction
 
 RELIABILITY_CAPTION = (
-    "Reliability: accuracy against mean confidence in 15 bins of equal width, with 95 % Wilson intervals; "
-    "grey bars: share of the rows in each bin; dashed: perfect calibration. Points below the dashed line are "
-    "too confident."
+    "Reliability: accuracy against mean confidence in 15 bins of equal width, with 95 % Wilson intervals. "
+    "Grey bars: share of the rows in each bin. Dashed: perfect calibration. Points below the dashed line are "
+    "overconfident."
 )
 
 
@@ -24,12 +24,12 @@ def reliability(
     *,
     ax: Sequence[Axes] | None = None,
 ) -> Figure:
-    """Reliability diagrams: a row of panels for each method, a column for each set of rows.
+    """Plot reliability diagrams: one row of panels for each method, one column for each set of rows.
 
     Args:
         predictions: Prediction by method and set of rows.
         labels: True classes by set of rows.
-        ax: Axes to draw on, (method, set of rows); a figure of its own when omitted.
+        ax: Axes to draw on, shape (method, set of rows); a new figure by default.
 
     Returns:
         The figure.
@@ -41,8 +41,8 @@ def reliability(
         figure.supxlabel("confidence")
         figure.supylabel("accuracy")
     else:
-        given, figure, _ = make_axes(ax, height * width)
-        grid = np.reshape(np.array(given, object), (height, width))
+        panels, figure, _ = make_axes(ax, height * width)
+        grid = np.reshape(np.array(panels, object), (height, width))
     for row, (method, by_rows) in enumerate(predictions.items()):
         for column, (name, truth) in enumerate(labels.items()):
             axes = grid[row, column]
@@ -56,13 +56,13 @@ def reliability(
 
 def _reliability(axes: Axes, prediction: Prediction, labels: np.ndarray) -> None:
     curve = metrics.reliability(prediction, labels)
-    lowest = 1 / prediction.log_probs.shape[1]
+    lowest = 1 / prediction.log_probs.shape[1]  # lowest possible confidence
     axes.plot([lowest, 1], [lowest, 1], color=GREY, linewidth=1, linestyle="--")
     axes.bar(
         curve.confidence, curve.count / curve.count.sum(), width=0.02, color=GREY, alpha=0.35, align="center"
     )
-    spread = np.abs(np.stack([curve.low, curve.high]) - curve.accuracy)
+    errors = np.abs(np.stack([curve.low, curve.high]) - curve.accuracy)  # (lower and upper, bin)
     axes.errorbar(
-        curve.confidence, curve.accuracy, yerr=spread, fmt="o", markersize=3.5, linewidth=1, color=BLUE
+        curve.confidence, curve.accuracy, yerr=errors, fmt="o", markersize=3.5, linewidth=1, color=BLUE
     )
     axes.set(xlim=(lowest - 0.02, 1.02), ylim=(0, 1.08))

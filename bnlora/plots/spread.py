@@ -1,4 +1,4 @@
-"""Where a posterior moved away from its prior: one cell for each module and layer."""
+"""Spread of the posterior relative to the prior: one cell for each module and layer."""
 
 from collections.abc import Mapping
 from itertools import compress
@@ -18,30 +18,30 @@ Spread = Literal["ratio", "posterior_sd", "kl"]
 _MEANING = {
     "ratio": (
         "posterior sd / prior sd",
-        "1 where the data said nothing, near 0 where they decided",
+        "1: the data are not informative; near 0: the data determine the update",
     ),
-    "posterior_sd": ("posterior sd", "in the units of the adapters' entries"),
-    "kl": ("KL(posterior || prior) in nats", "0 where the data said nothing"),
+    "posterior_sd": ("posterior sd", "in units of the entries of the adapters"),
+    "kl": ("KL(posterior || prior) in nats", "0: the data are not informative"),
 }
 
 
 def posterior_spread(
     table: Mapping[str, Any], *, value: Spread = "ratio", factor: str = "update", ax: Axes | None = None
 ) -> Figure:
-    """Heat map of the posterior's spread, a row for each module and a column for each layer.
+    """Heat map of the posterior spread, one row for each module and one column for each layer.
 
     Args:
-        table: Columns `module`, `layer` and the value, as the table of `diagnostics.shrinkage` or any data
-            frame or mapping has them; the head stands in a column of its own.
-        value: Which column is shown.
-        factor: Which rows are shown of a table with a column `factor`: "update", "a" or "b".
-        ax: Axes to draw on, without colour bar; a figure of its own when omitted.
+        table: Data frame or mapping with the columns `module`, `layer` and the value, for example the table
+            of `diagnostics.shrinkage`. The head has a separate column of the heat map.
+        value: Column to show.
+        factor: If the table has a column `factor`: the rows to show, "update", "a" or "b".
+        ax: Axes to draw on, without colour bar; a new figure by default.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: When the table lacks a column, has two rows for one cell, or no finite value.
+        ValueError: If the table lacks a column, has two rows for one cell, or has no finite value.
 
     Example:
         >>> table = {"module": ["q_proj", "q_proj"], "layer": [0, 1], "ratio": [0.9, 0.2]}
@@ -52,16 +52,16 @@ def posterior_spread(
     missing = [name for name in ("module", "layer", value) if name not in table]
     if missing:
         raise ValueError(f"the table needs the columns module, layer and {value}; it lacks {missing}")
-    shown = [part == factor for part in table["factor"]] if "factor" in table else None
-    named = (list(table[name]) for name in ("module", "layer", value))
-    modules, columns, grid = _grid(*(x if shown is None else list(compress(x, shown)) for x in named))
+    mask = [part == factor for part in table["factor"]] if "factor" in table else None
+    cells = (list(table[name]) for name in ("module", "layer", value))
+    modules, columns, grid = _grid(*(x if mask is None else list(compress(x, mask)) for x in cells))
     if not np.isfinite(grid).any():
         raise ValueError(f"expected a finite {value} in some row of the table; got none")
     width, height = max(1.6 + 0.42 * len(columns), 5.0), 0.34 * len(modules) + 0.9
-    axes, figure, own = make_axes(ax, 1, width=width, height=height, columns=1)
+    axes, figure, is_new = make_axes(ax, 1, width=width, height=height, columns=1)
     panel = axes[0]
     norm = Normalize(0, max(1.0, np.nanmax(grid)) if value == "ratio" else np.nanmax(grid) or 1.0)
-    picture = panel.imshow(np.ma.masked_invalid(grid), cmap="cividis", norm=norm, aspect="auto")
+    image = panel.imshow(np.ma.masked_invalid(grid), cmap="cividis", norm=norm, aspect="auto")
     panel.set_facecolor("#e8e8e8")
     panel.set_xticks(range(len(columns)), columns)
     panel.set_yticks(range(len(modules)), modules)
@@ -70,17 +70,17 @@ def posterior_spread(
     _rule(panel, grid)
     for (row, column), number in np.ndenumerate(grid):
         if np.isfinite(number):
-            letters = "white" if norm(number) < 0.55 else "black"
+            letters = "white" if norm(number) < 0.55 else "black"  # contrast with the cell
             panel.text(column, row, _short(number), ha="center", va="center", fontsize=7, color=letters)
-    if own:
+    if is_new:
         name, meaning = _MEANING[value]
-        figure.colorbar(picture, ax=panel, pad=0.02).set_label(name, fontsize=9)
+        figure.colorbar(image, ax=panel, pad=0.02).set_label(name, fontsize=9)
         caption(figure, f"{name}, by module and layer: {meaning}. Grey: no adapter.")
     return figure
 
 
 def _rule(panel: Axes, grid: np.ndarray) -> None:
-    """White lines between the cells in place of a frame."""
+    """Draw white lines between the cells and no frame."""
     panel.set_xticks(np.arange(1, grid.shape[1]) - 0.5, minor=True)
     panel.set_yticks(np.arange(1, grid.shape[0]) - 0.5, minor=True)
     panel.grid(which="minor", color="white", linewidth=1.5)
@@ -89,7 +89,7 @@ def _rule(panel: Axes, grid: np.ndarray) -> None:
 
 
 def _grid(modules: list, layers: list, values: list) -> tuple[list[str], list[str], np.ndarray]:
-    """Names of rows and of columns, the head last, and the cells; NaN where there is none."""
+    """Names of rows, names of columns with the head last, and the cells; NaN in empty cells."""
     rows = list(dict.fromkeys(map(str, modules)))
     places = ["head" if module == HEAD else int(layer) for module, layer in zip(modules, layers, strict=True)]
     numbers = sorted({place for place in places if place != "head"})
@@ -104,7 +104,7 @@ def _grid(modules: list, layers: list, values: list) -> tuple[list[str], list[st
 
 
 def _short(number: float) -> str:
-    """At most four letters."""
+    """The number in at most four characters."""
     if number >= 100:
         return f"{number:.0f}"
     return f"{number:.1f}" if number >= 10 else f"{number:.2f}".removeprefix("0")

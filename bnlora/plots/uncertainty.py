@@ -1,4 +1,4 @@
-"""What uncertainty is good for: refusing to answer, and noticing another domain."""
+"""Figures of uncertainty: selective prediction, and detection of other domains."""
 
 from collections.abc import Mapping, Sequence
 from typing import get_args
@@ -30,53 +30,55 @@ def risk_coverage(
     by: Doubt = "confidence",
     ax: Sequence[Axes] | None = None,
 ) -> Figure:
-    """Error rate among the rows that are answered, against their share: a panel for each set of rows.
+    """Plot risk against coverage (error rate among answered rows, share answered), a panel per set of rows.
 
     Args:
         key: Random key of the bootstrap intervals of the areas.
-        predictions: Prediction by method and set of rows, as `reliability` takes them; five methods at most.
+        predictions: Prediction by method and set of rows, as in `reliability`; at most five methods.
         labels: True classes by set of rows.
-        by: What orders the rows.
-        ax: One axes for each set of rows; a figure of its own when omitted.
+        by: Measure that orders the rows.
+        ax: One axes for each set of rows; a new figure by default.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: When there are more methods than colours, the order is unknown, or labels do not fit.
+        ValueError: If there are more methods than colours, the measure is unknown, or the labels do not match
+            the predictions.
 
     Example:
-        >>> sure, right = np.array([0.9, 0.6, 0.8]), np.array([1, 0, 1])
-        >>> found = Prediction(np.log([np.stack([1 - sure, sure], 1)]))
-        >>> figure = risk_coverage(key, {"fit": {"films": found}}, {"films": right})
+        >>> probs, labels = np.array([0.9, 0.6, 0.8]), np.array([1, 0, 1])
+        >>> prediction = Prediction(np.log([np.stack([1 - probs, probs], 1)]))
+        >>> figure = risk_coverage(key, {"fit": {"films": prediction}}, {"films": labels})
         >>> figure.axes[0].get_legend().get_title().get_text()
         'films'
     """
     key = check_key(key)
     check_option("by", by, get_args(Doubt))
     if len(predictions) > len(COLOURS):
-        raise ValueError(f"at most {len(COLOURS)} methods have a colour; got {len(predictions)}")
-    axes, figure, own = make_axes(ax, len(labels), width=3.9, height=3.4)
+        raise ValueError(f"`predictions` must have at most {len(COLOURS)} methods; got {len(predictions)}")
+    axes, figure, is_new = make_axes(ax, len(labels), width=3.9, height=3.4)
     for panel, (rows, truth) in zip(axes, labels.items(), strict=True):
         top = 0.0
         for (method, by_rows), colour in zip(predictions.items(), COLOURS, strict=False):
-            found = curve(key, by_rows[rows], truth, by=by)
-            panel.fill_between(found.coverage, found.low, found.high, color=colour, alpha=0.15, linewidth=0)
-            label = f"{method}: AURC {found.aurc}"
-            panel.plot(found.coverage, found.risk, color=colour, linewidth=1.6, label=label)
-            panel.plot([0, 1], [found.risk[-1]] * 2, color=colour, linewidth=1, linestyle=":")
-            # A handful of rows has an interval of nearly everything, which would flatten the rest.
-            top = max(top, found.high[found.coverage >= 0.1].max())
+            risk = curve(key, by_rows[rows], truth, by=by)
+            panel.fill_between(risk.coverage, risk.low, risk.high, color=colour, alpha=0.15, linewidth=0)
+            label = f"{method}: AURC {risk.aurc}"
+            panel.plot(risk.coverage, risk.risk, color=colour, linewidth=1.6, label=label)
+            panel.plot([0, 1], [risk.risk[-1]] * 2, color=colour, linewidth=1, linestyle=":")
+            # At low coverage few rows have very wide intervals: ignore these for the y axis.
+            top = max(top, risk.high[risk.coverage >= 0.1].max())
         panel.set(xlim=(0, 1), ylim=(0, min(1.1 * top, 1.0)))
         panel.set(xlabel="share of rows answered", ylabel="error rate among them")
         legend_above(panel, title=rows, ncols=1)
-    if own:
+    if is_new:
         sizes = ", ".join(f"{len(truth)} of {rows}" for rows, truth in labels.items())
         caption(
             figure,
-            f"Selective prediction: rows ordered by {_ORDER[by]} ({sizes}). Bands: pointwise 95 % Wilson "
-            "intervals at a fixed threshold. Dotted: error rate without refusal, which an order at random "
-            "would keep. AURC: area under the curve with its 95 % bootstrap interval; lower is better.",
+            f"Risk against coverage: rows ordered by {_ORDER[by]} ({sizes}). Bands: pointwise 95 % Wilson "
+            "intervals at a fixed threshold. Dotted: error rate if all rows are answered, the expected "
+            "curve of a random order. AURC: area under the curve with its 95 % bootstrap interval; lower is "
+            "better.",
         )
     return figure
 
@@ -84,55 +86,56 @@ def risk_coverage(
 def domains(
     predictions: Mapping[str, Prediction], *, inside: str | None = None, ax: Sequence[Axes] | None = None
 ) -> Figure:
-    """Total entropy and mutual information of the rows of each domain.
+    """Plot total entropy and mutual information of the rows of each domain.
 
     Args:
-        predictions: Prediction by domain, all of one fit.
-        inside: The domain that was trained on; the first when omitted.
-        ax: Two axes to draw on; a figure of its own when omitted.
+        predictions: Prediction by domain, all from the same fit.
+        inside: The training domain; the first domain by default.
+        ax: Two axes to draw on; a new figure by default.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: When `inside` is no domain.
+        ValueError: If `inside` is not one of the domains.
 
     Example:
         >>> random = np.random.default_rng(0)
         >>> margin = {"films": 3 + random.normal(size=(8, 20)), "tweets": random.normal(size=(8, 20))}
-        >>> found = {d: Prediction(-np.logaddexp(0, np.stack([m, -m], -1))) for d, m in margin.items()}
-        >>> [axes.get_xlabel() for axes in domains(found).axes]
+        >>> rows = {d: Prediction(-np.logaddexp(0, np.stack([m, -m], -1))) for d, m in margin.items()}
+        >>> [axes.get_xlabel() for axes in domains(rows).axes]
         ['entropy (nats)', 'mutual information (nats)']
     """
     names = list(predictions)
     inside = names[0] if inside is None else inside
     check_option("inside", inside, names)
-    axes, figure, own = make_axes(ax, 2, width=5.0, height=0.75 * len(names) + 0.5, columns=2)
+    axes, figure, is_new = make_axes(ax, 2, width=5.0, height=0.75 * len(names) + 0.5, columns=2)
     values = (
-        {name: found.entropy for name, found in predictions.items()},
-        {name: found.mutual_information for name, found in predictions.items()},
+        {name: prediction.entropy for name, prediction in predictions.items()},
+        {name: prediction.mutual_information for name, prediction in predictions.items()},
     )
-    for panel, by_domain, what in zip(axes, values, ("entropy", "mutual information"), strict=True):
+    for panel, by_domain, measure in zip(axes, values, ("entropy", "mutual information"), strict=True):
         _ridges(panel, by_domain, inside)
-        panel.set_xlabel(f"{what} (nats)")
-    most = np.log(next(iter(predictions.values())).log_probs.shape[1])
-    axes[0].axvline(most, color=GREY, linewidth=1, linestyle="--")
-    axes[0].set_xlim(0, 1.02 * most)
-    if own:
+        panel.set_xlabel(f"{measure} (nats)")
+    highest = np.log(next(iter(predictions.values())).log_probs.shape[1])  # entropy of equal probabilities
+    axes[0].axvline(highest, color=GREY, linewidth=1, linestyle="--")
+    axes[0].set_xlim(0, 1.02 * highest)
+    if is_new:
         axes[1].set_yticklabels([])
         draws = len(predictions[inside].draw_log_probs)
         caption(
             figure,
             f"Uncertainty of each row by domain, {draws} posterior draws; blue: {inside}, in domain; orange: "
-            "out of domain. Histograms, all of one height, with median, middle 50 % (thick), 90 % (thin). "
-            "Left, all uncertainty, at most log(classes) (dashed); right, what more data would remove. "
-            f"AUC: probability that a row of the domain is more uncertain than one of {inside}.",
+            "out of domain. Histograms scaled to equal height, with median and central 50 % (thick) and 90 % "
+            "(thin) intervals. Left: total uncertainty, at most log(classes) (dashed). Right: the part that "
+            "more data can reduce. AUC: probability that a row of the domain is more uncertain than one of "
+            f"{inside}.",
         )
     return figure
 
 
 def _ridges(panel: Axes, by_domain: Mapping[str, np.ndarray], inside: str) -> None:
-    """A histogram for each domain, the first on top, over its median and intervals."""
+    """Draw a histogram for each domain, the first on top, above its median and intervals."""
     top = max(values.max() for values in by_domain.values()) or 1.0
     edges = list(np.linspace(0, top, 31))
     places = np.arange(len(by_domain))[::-1]
@@ -151,5 +154,5 @@ def _ridges(panel: Axes, by_domain: Mapping[str, np.ndarray], inside: str) -> No
             panel.text(1.02, place, area, transform=beside, va="bottom", fontsize=8)
     panel.set_yticks(places, [f"{name}\n{len(values)} rows" for name, values in by_domain.items()])
     panel.tick_params(axis="y", labelsize=9)
-    panel.locator_params(axis="x", nbins=5)  # small numbers have long names, which would run into each other
+    panel.locator_params(axis="x", nbins=5)  # labels of small numbers are long and would overlap
     panel.set(ylim=(-0.35, len(by_domain) - 0.2), xlim=(0, 1.02 * top))

@@ -1,4 +1,4 @@
-"""The commands on a tiny model: what they print, write and refuse, and how they end."""
+"""The commands on a tiny model: output, files, error messages and exit codes."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ SMALL = ["--steps", "3", "--batch-size", "4", "--rank", "2", "--top-layers", "1"
 
 
 def reviews(size: int, seed: int = 0) -> Dataset:
-    """Sentences whose label is whether the word good stands in them."""
+    """Sentences with label 1 if they contain the word good, and 0 if they contain the word bad."""
     stream = random.Random(seed)
     labels = [i % 2 for i in range(size)]
     texts = [
@@ -57,14 +57,14 @@ def call(*words):
     return RUN.invoke(cli.app, [str(word) for word in words])
 
 
-def test_fit_keeps_what_it_was_made_with(place, tiny_folder):
-    made = Recipe.from_folder(place / "fit")
-    assert made.words == (" bad", " good")
-    assert made.base == str(tiny_folder)
-    assert made.template == "Review: {text}\nSentiment:"
-    base = made.load_base()
-    data = made.read(reviews(4), base, text="text", label="label")
-    assert len(load_fit(place / "fit", *made.build(base, data.label_ids)).step_seconds) == 3
+def test_fit_writes_its_recipe(place, tiny_folder):
+    saved = Recipe.from_folder(place / "fit")
+    assert saved.words == (" bad", " good")
+    assert saved.base == str(tiny_folder)
+    assert saved.template == "Review: {text}\nSentiment:"
+    base = saved.load_base()
+    data = saved.read(reviews(4), base, text="text", label="label")
+    assert len(load_fit(place / "fit", *saved.build(base, data.label_ids)).step_seconds) == 3
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
@@ -88,7 +88,7 @@ def test_predict_needs_no_labels(place):
 
 
 def test_predict_keeps_the_columns_of_a_table_in_another_encoding(place):
-    """A CSV file as a spreadsheet writes it, whose columns have the names of ours and hold anything."""
+    """A CSV file as written by a spreadsheet, with a column named like a new one and arbitrary values."""
     rows = [["Id", "text", "prediction", "note"], ["007", "the film was good", "NA", 'null, "é"'],
             ["a1", "None", "", "1.50"]]  # fmt: skip
     with (place / "old.CSV").open("w", newline="", encoding="cp1252") as file:
@@ -104,32 +104,34 @@ def test_predict_keeps_the_columns_of_a_table_in_another_encoding(place):
     assert written[1][8] in ("bad", "good")
 
 
-def test_new_columns_replace_old_ones_where_one_says_so():
+def test_overwrite_replaces_columns_and_prefix_keeps_them():
     table = pa.table({"entropy": ["mine", "mine"], "text": ["a", "b"]})
     prediction = Prediction(np.log([[[0.25, 0.75], [0.9, 0.1]]]))
-    with pytest.raises(ValueError, match=r"has columns \['entropy'\], which .* --prefix 'new '.*--overwrite"):
+    with pytest.raises(
+        ValueError, match=r"already has columns \['entropy'\]; .*--prefix 'new '.*--overwrite"
+    ):
         require_free(table.column_names, [" bad", " good"], "")
     require_free(table.column_names, [" bad", " good"], "new ")
-    found = with_prediction(table, prediction, [" bad", " good"])
+    predicted = with_prediction(table, prediction, [" bad", " good"])
     names = ["text", "probability bad", "probability good", "entropy", "mutual information", "prediction"]
-    assert found.column_names == names
-    assert found["prediction"].to_pylist() == ["good", "bad"]
-    np.testing.assert_allclose(found["entropy"], prediction.entropy)
+    assert predicted.column_names == names
+    assert predicted["prediction"].to_pylist() == ["good", "bad"]
+    np.testing.assert_allclose(predicted["entropy"], prediction.entropy)
 
 
-def test_rows_are_named_by_the_line_of_the_file(place):
+def test_errors_name_the_line_of_the_file(place):
     (place / "odd.csv").write_text('text,label\n"two\nlines",bad\n\ngood,ugly\n')
     done = call("evaluate", place / "fit", place / "odd.csv")
     assert done.exit_code == 1
     assert f"error: label 'ugly' in line 5 of {str(place / 'odd.csv')!r} is neither" in done.output
 
 
-def test_labels_that_could_mean_two_classes_are_read_as_one_says(place, tiny_folder, monkeypatch):
-    """Words 1 and 0 with labels 0 and 1; the recipe of a fit keeps what was said."""
-    read, seen = Recipe.read, []
+def test_ambiguous_labels_need_the_option_labels_are(place, tiny_folder, monkeypatch):
+    """Words 1 and 0 with labels 0 and 1; the recipe of the fit contains the option."""
+    read, calls = Recipe.read, []
 
     def read_and_stop(self, *args, **options):
-        seen.append((self, read(self, *args, **options)))
+        calls.append((self, read(self, *args, **options)))
         raise ValueError("enough")
 
     monkeypatch.setattr(Recipe, "read", read_and_stop)
@@ -140,14 +142,14 @@ def test_labels_that_could_mean_two_classes_are_read_as_one_says(place, tiny_fol
     assert "--labels-are" in refused
     for kind, labels in (("words", [1, 0]), ("integers", [0, 1])):
         assert "enough" in call(*command, "--labels-are", kind).output
-        made, data = seen.pop()
+        saved, data = calls.pop()
         np.testing.assert_array_equal(data.train.labels, labels * 6)
-        made.save(place)
+        saved.save(place)
         assert Recipe.from_folder(place).labels_are == kind
     assert (
         "enough" in call("evaluate", place / "fit", place / "test.jsonl", "--labels-are", "integers").output
     )
-    assert seen.pop()[0].labels_are == "integers"
+    assert calls.pop()[0].labels_are == "integers"
 
 
 def test_evaluate_prints_the_metrics_and_writes_a_page(place):
@@ -162,14 +164,14 @@ def test_evaluate_prints_the_metrics_and_writes_a_page(place):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["predict", "nowhere", "test.jsonl"], "'nowhere' holds no recipe.json"),
+        (["predict", "nowhere", "test.jsonl"], "'nowhere' contains no recipe.json"),
         (["predict", "fit", "tset.jsonl"], "there is no file 'tset.jsonl'; the nearest is 'test.jsonl'"),
         (["predict", "fit", "test.jsonl", "--out", "out.txt"], "must end in one of"),
         (["predict", "fit", "test.jsonl", "--out", "./test.jsonl"], "is the input table"),
         (["evaluate", "fit", "test.jsonl", "--report", "test.jsonl"], "is the input table"),
         (["evaluate", "fit", "test.jsonl", "--report", "."], "'.' is a folder; give the name of a file"),
         (["demo", "--report", "train.csv/page.html"], "cannot be written"),
-        (["predict", "fit", "taken.csv"], "has columns ['prediction'], which the predictions would replace"),
+        (["predict", "fit", "taken.csv"], "already has columns ['prediction']; use --prefix"),
         (
             ["predict", "fit", "cafe.csv"],
             "byte 0xe9 on line 2 is not valid in it; set the encoding of the file with",
@@ -180,7 +182,7 @@ def test_evaluate_prints_the_metrics_and_writes_a_page(place):
             ["evaluate", "fit", "test.jsonl", "--label", "text"],
             "is neither an integer from 0 to 1 nor one of",
         ),
-        (["fit", "train.csv", "--out", "fit", *WORDS], "'fit' holds a fit already"),
+        (["fit", "train.csv", "--out", "fit", *WORDS], "'fit' already contains a fit"),
         (
             ["fit", "train.csv", "--out", "new", "--word", " bad", "--word", " superb"],
             "must be a single token",
@@ -199,7 +201,7 @@ def test_evaluate_prints_the_metrics_and_writes_a_page(place):
         ),
     ],
 )
-def test_what_goes_wrong_is_one_sentence(place, tiny_folder, monkeypatch, words, message):
+def test_an_error_is_reported_in_one_sentence(place, tiny_folder, monkeypatch, words, message):
     monkeypatch.chdir(place)
     (place / "taken.csv").write_text("text,prediction\ngood,bad\n")
     (place / "cafe.csv").write_bytes(b"text\ncaf\xe9\n")
@@ -213,10 +215,10 @@ def test_what_goes_wrong_is_one_sentence(place, tiny_folder, monkeypatch, words,
     assert read_table(place / "test.jsonl")["text"][:] == reviews(8, seed=1)["text"][:]
 
 
-def test_a_fit_that_diverges_is_kept_as_far_as_it_came(place, tiny_folder):
+def test_a_diverged_fit_is_saved(place, tiny_folder):
     options = ["--prior", "none", "--learning-rate", "1e30", *SMALL, "--steps", "30"]
-    named = ["--out", place / "wild", "--base", tiny_folder, "--json"]
-    done = call("fit", place / "train.csv", *named, *WORDS, *options)
+    paths = ["--out", place / "wild", "--base", tiny_folder, "--json"]
+    done = call("fit", place / "train.csv", *paths, *WORDS, *options)
     assert done.exit_code == ExitCode.DIVERGED == 3
     assert "lower the learning rate" in done.stderr.replace("\n", " ")
     assert json.loads(done.stdout)["stopped"] == "diverged"
@@ -224,7 +226,7 @@ def test_a_fit_that_diverges_is_kept_as_far_as_it_came(place, tiny_folder):
     assert call("predict", place / "wild", place / "test.jsonl", "--out", place / "w.csv").exit_code == 0
 
 
-def test_a_fit_that_is_interrupted_is_kept_and_the_exit_code_says_so(place, tiny_folder, monkeypatch):
+def test_an_interrupted_fit_is_saved_and_has_its_exit_code(place, tiny_folder, monkeypatch):
     def interrupt(step, params):
         if step == 2:
             raise KeyboardInterrupt
@@ -238,7 +240,7 @@ def test_a_fit_that_is_interrupted_is_kept_and_the_exit_code_says_so(place, tiny
 
 
 class InterruptedSchedule(Schedule):
-    """A schedule during which somebody presses Ctrl-C."""
+    """A schedule with a callback that simulates Ctrl-C."""
 
     def __init__(self, on_step, *args, **options):
         super().__init__(*args, **options)
@@ -248,7 +250,7 @@ class InterruptedSchedule(Schedule):
         return super().fit(*args, **options, on_step=self.on_step)
 
 
-def test_an_interrupt_elsewhere_ends_without_a_result(place, monkeypatch):
+def test_an_interrupt_outside_a_fit_prints_no_result(place, monkeypatch):
     def predict(*args, **options):
         raise KeyboardInterrupt
 
@@ -257,30 +259,30 @@ def test_an_interrupt_elsewhere_ends_without_a_result(place, monkeypatch):
     assert (done.exit_code, done.stdout) == (ExitCode.INTERRUPTED, "")
 
 
-def test_json_is_the_whole_of_standard_output(place):
+def test_standard_output_is_only_json(place):
     out = place / "machine.csv"
     done = call("predict", place / "fit", place / "test.jsonl", "--out", out, "--draws", 4, "--json")
-    found = json.loads(done.stdout)
-    assert (found["table"], found["rows"], found["draws"]) == (str(out), 8, 4)
+    result = json.loads(done.stdout)
+    assert (result["table"], result["rows"], result["draws"]) == (str(out), 8, 4)
     predicted = read_table(out)["prediction"][:]
-    assert found["predicted"] == {word: predicted.count(word) for word in ("bad", "good")}
+    assert result["predicted"] == {word: predicted.count(word) for word in ("bad", "good")}
     done = call("evaluate", place / "fit", place / "test.jsonl", "--draws", 4, "--json")
-    found = json.loads(done.stdout)["metrics"]
-    right = [row["prediction"] == ["bad", "good"][int(row["label"])] for row in read_table(out)]
-    assert found["accuracy"]["value"] == sum(right) / 8
-    assert found["accuracy"]["low"] <= found["accuracy"]["value"] <= found["accuracy"]["high"]
+    accuracy = json.loads(done.stdout)["metrics"]["accuracy"]
+    correct = [row["prediction"] == ["bad", "good"][int(row["label"])] for row in read_table(out)]
+    assert accuracy["value"] == sum(correct) / 8
+    assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
 
 
-def test_diagnose_names_what_is_wrong_with_three_steps(place):
+def test_diagnose_reports_that_three_steps_have_not_converged(place):
     done = call("diagnose", place / "fit", place / "test.jsonl", "--draws", 40, "--json")
     assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    statuses = {one["name"]: one["status"] for one in found["findings"]}
+    result = json.loads(done.stdout)
+    statuses = {finding["name"]: finding["status"] for finding in result["findings"]}
     assert statuses["convergence"] == "problem"
-    assert found["passed"] == ("problem" not in statuses.values())
+    assert result["passed"] == ("problem" not in statuses.values())
 
 
-def test_json_has_null_for_what_is_not_finite():
+def test_json_has_null_for_numbers_that_are_not_finite():
     assert json.loads(as_json({"a": {"b": float("nan")}, "c": 1.5})) == {"a": {"b": None}, "c": 1.5}
 
 
@@ -300,21 +302,21 @@ def test_wrong_usage_and_the_version_have_their_exit_codes():
     ],
 )
 def test_a_shell_completes_commands_and_values(words, offered):
-    asked = {
+    request = {
         "_BNLORA_COMPLETE": "complete_bash",
         "COMP_WORDS": words,
         "COMP_CWORD": str(len(words.split(" ")) - 1),
     }
-    done = RUN.invoke(cli.app, [], env=asked, prog_name="bnlora")
+    done = RUN.invoke(cli.app, [], env=request, prog_name="bnlora")
     assert set(done.stdout.split()) == offered
 
 
-def test_the_completed_modules_are_those_of_the_models():
+def test_completion_offers_the_modules_of_the_models():
     assert set(options.MODULES) == set(tiny_base(jax.random.key(0)).modules)
 
 
-def test_a_pipe_gets_plain_lines_and_json_alone(place):
-    """In a process of its own, whose output is no terminal."""
+def test_a_pipe_gets_plain_lines_and_only_json(place):
+    """In a separate process whose output is not a terminal."""
     words = ["evaluate", place / "fit", place / "test.jsonl", "--draws", "2", "--json"]
     run = [sys.executable, "-m", "bnlora", *words]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -326,13 +328,13 @@ def test_a_pipe_gets_plain_lines_and_json_alone(place):
 
 
 def test_help_names_every_command_and_option():
-    shown = call("--help").output
-    assert all(command in shown for command in ("demo", "fit", "predict", "evaluate", "diagnose"))
+    text = call("--help").output
+    assert all(command in text for command in ("demo", "fit", "predict", "evaluate", "diagnose"))
     for command in ("demo", "fit", "predict", "evaluate", "diagnose"):
         assert call(command, "--help").exit_code == 0
 
 
-def test_recipes_of_another_version_and_unknown_priors_are_refused(tmp_path):
+def test_recipes_of_another_version_and_unknown_priors_raise(tmp_path):
     (tmp_path / recipe.FILE).write_text('{"words": [" bad", " good"], "colour": "red"}')
     with pytest.raises(ValueError, match="is not a recipe of this version .*colour"):
         Recipe.from_folder(tmp_path)

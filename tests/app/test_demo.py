@@ -1,4 +1,4 @@
-"""The demonstration on the real model and sentences, with few of everything."""
+"""The demonstration on the real model and sentences, with small sizes."""
 
 import os
 import subprocess

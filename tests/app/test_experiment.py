@@ -44,7 +44,7 @@ def test_every_method_predicts_every_test_set(comparison):
     assert draws == {m: dict.fromkeys(("near", "far"), 4 if m in (BAYES, NUTS) else 1) for m in METHODS}
 
 
-def test_the_base_is_predicted_as_a_model_without_adapters_does(comparison):
+def test_the_base_predicts_like_a_model_with_zero_adapters(comparison):
     model = comparison.core.model.network
     rows = tiny_rows(jax.random.key(1), 16)
     zero = {
@@ -62,17 +62,17 @@ def test_methods_share_their_labelled_rows(comparison):
 
 
 def test_careful_lora_is_the_best_step_of_the_same_fit_with_a_temperature(comparison):
-    made = comparison.lora
-    assert made.best_step == made.validation["step"][np.argmin(made.validation["nll"])]
+    fit = comparison.lora
+    assert fit.best_step == fit.validation["step"][np.argmin(fit.validation["nll"])]
     plain, careful = (comparison.predictions[m]["far"] for m in (LORA, CAREFUL))
     assert plain.draw_log_probs.shape == careful.draw_log_probs.shape
 
 
-def test_chains_and_fit_are_of_one_posterior(comparison):
+def test_chains_and_fit_have_the_same_posterior(comparison):
     assert comparison.chains.model is comparison.core.model
     assert comparison.core.model.kind == "tangent"
     assert comparison.core.scales.values.keys() == {"q_proj", "k_proj", "v_proj", "slope"}
-    # The sizes of the default, 8, 8 and 32, or all that a side of this base has: 8 outputs of k and v.
+    # The default sizes 8, 8 and 32, limited by the sides of this base: 8 outputs of k and v.
     inputs = {name: frame.size[2] for name, frame in comparison.core.frames.items()}
     assert inputs == {"q_proj": 8, "k_proj": 8, "v_proj": 8, "slope": 1}
 
@@ -82,29 +82,29 @@ def test_tables_show_the_metrics_of_the_predictions(comparison):
     assert len(scores.rows) == 2 * len(METHODS)
     labels = comparison.labels["far"]
     nll = {m: bl.metrics.nll(comparison.predictions[m]["far"].log_probs, labels) for m in METHODS}
-    shown = {row[1]: row for row in scores.rows[len(METHODS) :]}
+    rows = {row[1]: row for row in scores.rows[len(METHODS) :]}
     for method in METHODS:
-        assert shown[method][3].startswith(f"{nll[method]:.3f}\n")
+        assert rows[method][3].startswith(f"{nll[method]:.3f}\n")
     difference = results.differences(comparison).rows[4]
     assert difference[1] == LORA
     assert difference[3].startswith(f"{nll[BAYES] - nll[LORA]:+.3f}\n")
     costs = {row[0].strip(): row for row in results.costs(comparison).rows}
     assert costs[LORA][2] == "1.00"
-    assert float(costs["of it frames"][1]) == pytest.approx(comparison.core.seconds["frames"], abs=0.06)
+    assert float(costs["of which frames"][1]) == pytest.approx(comparison.core.seconds["frames"], abs=0.06)
 
 
-def test_approximations_are_held_against_the_draws_of_nuts(comparison):
+def test_approximations_are_compared_with_the_draws_of_nuts(comparison):
     table = results.agreements(comparison)
     assert [row[0] for row in table.rows] == ["Laplace", "Gaussian by SVI", "SiteFlow by SVI"]
     passed = comparison.chains.certificate.passed
-    for row, found in zip(table.rows, comparison.agreements.values(), strict=True):
-        assert found.other == ("reference" if passed else "other posterior")
-        assert float(row[1]) == pytest.approx(np.abs(found.moments.shift).max(), abs=0.006)
-        assert row[5] == (", ".join(found.differences) or "nothing")
+    for row, agreement in zip(table.rows, comparison.agreements.values(), strict=True):
+        assert agreement.other == ("reference" if passed else "other posterior")
+        assert float(row[1]) == pytest.approx(np.abs(agreement.moments.shift).max(), abs=0.006)
+        assert row[5] == (", ".join(agreement.differences) or "nothing")
 
 
-def test_the_headline_says_what_the_intervals_say(comparison):
-    said = results.headline(comparison)
+def test_the_headline_agrees_with_the_intervals(comparison):
+    headline = results.headline(comparison)
     for rival in (BASE, LORA, CAREFUL):
         difference = bl.metrics.paired_difference(
             jax.random.key(0),
@@ -117,12 +117,12 @@ def test_the_headline_says_what_the_intervals_say(comparison):
             if difference.high < 0
             else "higher than"
             if difference.low > 0
-            else "not told apart from"
+            else "not distinguishable from"
         )
-        assert re.search(rf"{word} that of {re.escape(rival)} on [^.;]*near", said)
+        assert re.search(rf"{word} that of {re.escape(rival)} on [^.;]*near", headline)
 
 
-def test_report_stands_alone(comparison):
+def test_report_is_self_contained(comparison):
     html = demo_page(comparison, "bnlora demo --seed 0")
     assert html.count("data:image/png;base64,") == 3
     assert not re.findall(r'(?:src|href)="(?!data:)', html)
@@ -132,13 +132,13 @@ def test_report_stands_alone(comparison):
 
 
 def test_the_result_as_json_has_scores_scales_and_bound(comparison, tmp_path):
-    found = comparison_result(comparison, tmp_path / "report.html")
-    assert set(found["scores"]["near"]) == set(METHODS)
-    assert set(found["scales"]) == {"q_proj", "k_proj", "v_proj", "slope"}
-    assert found["bound"] == pytest.approx(comparison.core.fit.history["elbo"][-20:].mean())
+    result = comparison_result(comparison, tmp_path / "report.html")
+    assert set(result["scores"]["near"]) == set(METHODS)
+    assert set(result["scales"]) == {"q_proj", "k_proj", "v_proj", "slope"}
+    assert result["bound"] == pytest.approx(comparison.core.fit.history["elbo"][-20:].mean())
 
 
-def test_reliability_panels_show_the_error_that_the_metric_has():
+def test_reliability_panels_show_the_value_of_the_metric():
     random = np.random.default_rng(0)
     probs = random.dirichlet([1, 1], 300)
     labels = (random.random(300) > probs[:, 0]).astype(int)
@@ -151,16 +151,16 @@ def test_reliability_panels_show_the_error_that_the_metric_has():
 
 
 def test_curves_of_the_objective_are_the_history(comparison):
-    made = comparison.core.fit
-    bound, data, divergences = plots.elbo({BAYES: made}).axes
-    np.testing.assert_array_equal(bound.lines[0].get_ydata(), made.history["elbo"])
-    np.testing.assert_array_equal(data.lines[0].get_ydata(), made.history["data"])
+    fit = comparison.core.fit
+    bound, data, divergences = plots.elbo({BAYES: fit}).axes
+    np.testing.assert_array_equal(bound.lines[0].get_ydata(), fit.history["elbo"])
+    np.testing.assert_array_equal(data.lines[0].get_ydata(), fit.history["data"])
     smooth = bound.lines[1].get_ydata()
-    np.testing.assert_allclose(smooth[-1], made.history["elbo"][-15:].mean())
+    np.testing.assert_allclose(smooth[-1], fit.history["elbo"][-15:].mean())
     assert divergences.lines
 
 
-def test_the_picture_of_frames_shows_what_they_leave_out(comparison):
+def test_the_figure_of_frames_shows_the_energy_left_out(comparison):
     frames = comparison.core.frames
     figure = plots.frame_energies(frames)
     panel = figure.axes[list(frames).index("v_proj")]
@@ -170,7 +170,7 @@ def test_the_picture_of_frames_shows_what_they_leave_out(comparison):
     assert panel.lines[1].get_ydata()[0] == pytest.approx(max(left_out, 1e-6), rel=1e-6)
 
 
-def test_null_ece_is_the_error_of_right_predictions():
+def test_null_ece_is_the_ece_of_correct_probabilities():
     random = np.random.default_rng(1)
     p = random.beta(2, 2, 4000)
     log_probs = np.log(np.stack([1 - p, p], 1))
@@ -178,9 +178,9 @@ def test_null_ece_is_the_error_of_right_predictions():
     stderr = np.std(errors) / 40**0.5
     assert abs(bl.metrics.null_ece(log_probs) - np.mean(errors)) < 5 * stderr
     wrong = random.integers(0, 2, 4000)
-    found = bl.metrics.debiased_ece(log_probs, wrong)
-    assert found == pytest.approx(bl.metrics.ece(log_probs, wrong) - bl.metrics.null_ece(log_probs))
-    assert found > 0.1
+    debiased = bl.metrics.debiased_ece(log_probs, wrong)
+    assert debiased == pytest.approx(bl.metrics.ece(log_probs, wrong) - bl.metrics.null_ece(log_probs))
+    assert debiased > 0.1
 
 
 def test_pages_escape_their_text():

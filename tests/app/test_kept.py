@@ -1,4 +1,4 @@
-"""What the commands leave on disk: room before the work, another place after it, changed folders."""
+"""Files of the commands: disk space is checked first, a second folder is used on failure, changed recipes."""
 
 import errno
 import json
@@ -47,12 +47,12 @@ def cache(tmp_path, monkeypatch):
 
 
 def refusing(write, *places):
-    """A function that writes, on a disk that is full at these places."""
+    """Wrap a function that writes: at these places the disk is full."""
 
-    def wrapped(*given, **options):
-        if any(isinstance(place, Path) and place in places for place in given):
+    def wrapped(*arguments, **options):
+        if any(isinstance(place, Path) and place in places for place in arguments):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(*given, **options)
+        return write(*arguments, **options)
 
     return wrapped
 
@@ -67,7 +67,7 @@ def refusing(write, *places):
         (["demo", "--report", "fit"], "'fit' is a folder; give the name of a file"),
     ],
 )
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(place, monkeypatch, words, message):
+def test_a_path_that_cannot_be_written_raises_before_the_work(place, monkeypatch, words, message):
     monkeypatch.chdir(place)
     monkeypatch.setattr(Recipe, "load_base", lambda self: pytest.fail("the work began"))
     monkeypatch.setattr(cli, "run_demo", lambda **_: pytest.fail("the work began"))
@@ -77,7 +77,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(place, monkey
     assert (place / "rows.csv").is_file()
 
 
-def test_a_disk_with_too_little_room_is_found_before_the_fit(place, tiny_folder, monkeypatch):
+def test_too_little_disk_space_raises_before_the_fit(place, tiny_folder, monkeypatch):
     def fsync(number):
         if os.fstat(number).st_size > 10_000:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -90,15 +90,17 @@ def test_a_disk_with_too_little_room_is_found_before_the_fit(place, tiny_folder,
     assert not (place / "new").exists()
 
 
-def test_results_that_cannot_be_written_are_elsewhere(place, tiny_folder, cache, monkeypatch):
+def test_results_that_cannot_be_written_go_to_the_cache_folder(place, tiny_folder, cache, monkeypatch):
     out, table, page = place / "new", place / "out.csv", place / "page.html"
     monkeypatch.setattr(kept, "save_fit", refusing(kept.save_fit, out))
     done = call("fit", place / "rows.csv", "--out", out, "--base", tiny_folder, *OPTIONS)
     assert done.exit_code == ExitCode.BAD_INPUT
     elsewhere = Path(json.loads(done.stdout)["folder"])
     assert cache in elsewhere.parents
-    said = f"error: '{out}' cannot be written (No space left on device); it is in '{elsewhere}' instead"
-    assert said in plain(done.stderr)
+    message = (
+        f"error: '{out}' cannot be written (No space left on device); the result is in '{elsewhere}' instead"
+    )
+    assert message in plain(done.stderr)
     monkeypatch.setattr(cli, "write_table", refusing(cli.write_table, table))
     done = call("predict", elsewhere, place / "rows.csv", "--out", table, "--draws", 2, "--json")
     assert done.exit_code == ExitCode.BAD_INPUT
@@ -109,17 +111,17 @@ def test_results_that_cannot_be_written_are_elsewhere(place, tiny_folder, cache,
     assert Path(json.loads(done.stdout)["report"]).read_text().startswith("<!")
 
 
-def test_a_recipe_that_was_changed_is_refused(place, tiny_folder, tmp_path):
+def test_a_changed_recipe_raises(place, tiny_folder, tmp_path):
     shutil.copytree(place / "fit", tmp_path / "fit")
     path = tmp_path / "fit" / recipe.FILE
     written = json.loads(path.read_text())
     moved = shutil.copytree(tiny_folder, tmp_path / "moved")
-    path.write_text(json.dumps(written | {"base": str(moved), "truncate": "left"}))  # which may change
+    path.write_text(json.dumps(written | {"base": str(moved), "truncate": "left"}))  # entries that may change
     table = ["--out", tmp_path / "out.csv", "--draws", 2]
     assert call("predict", tmp_path / "fit", place / "rows.csv", *table).exit_code == 0
     for name, value in {"words": [" good", " bad"], "template": "{text}", "scale_b": 1.0}.items():
         path.write_text(json.dumps(written | {name: value}))
         done = call("predict", tmp_path / "fit", place / "rows.csv", *table)
         assert done.exit_code == ExitCode.BAD_INPUT
-        said = f"recipe.json has {name}={value!r}; the fit was made with {written[name]!r}, put that back"
-        assert plain(said) in plain(done.output)
+        message = f"recipe.json must have {name}={written[name]!r}, the value of the fit; got {value!r}"
+        assert plain(message) in plain(done.output)

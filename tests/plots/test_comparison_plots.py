@@ -1,4 +1,4 @@
-"""Pictures of comparisons show the numbers they were given."""
+"""Figures of comparisons show the numbers of their arguments."""
 
 import jax
 import numpy as np
@@ -87,11 +87,11 @@ def test_ranks_lie_outside_the_band_where_smirnov_rejects(found):
     ("draw", "count"),
     [(plots.forest, 1), (plots.worst_pairs, 3), (plots.predictive_scatter, 2), (plots.rank_difference, 4)],
 )
-def test_axes_may_be_given(found, draw, count):
+def test_axes_may_be_passed(found, draw, count):
     figure = Figure()
     assert draw(found, ax=figure.subplots(1, count)) is figure
     assert figure.get_supxlabel() == ""
-    with pytest.raises(ValueError, match=f"`ax` must hold {count} axes"):
+    with pytest.raises(ValueError, match=f"`ax` must contain {count} axes"):
         draw(found, ax=figure.subplots(1, count + 1))
 
 

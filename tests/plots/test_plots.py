@@ -1,4 +1,4 @@
-"""Pictures show the numbers they were given, and their captions stand alone."""
+"""Figures show the numbers of their arguments, and their captions are self-contained."""
 
 from types import SimpleNamespace
 
@@ -35,19 +35,19 @@ def test_prior_predictive_shows_draws_beside_the_base(predictive):
     figure = plots.prior_predictive(predictive, max_rows=20)
     left, right = figure.axes
     draws = left.patches[2:27]  # after the two grey edges
-    chosen = np.ones(50, int) if predictive.logits.shape[2] == 2 else predictive.base_logits.argmax(1)
-    values = predictive.probs[:, np.arange(50), chosen]
+    classes = np.ones(50, int) if predictive.logits.shape[2] == 2 else predictive.base_logits.argmax(1)
+    values = predictive.probs[:, np.arange(50), classes]
     expected = np.histogram(values, np.linspace(0, 1, 26))[0] / values.size
     np.testing.assert_allclose([bar.get_height() for bar in draws], expected)
-    base = np.sort(predictive.base_probs[np.arange(50), chosen])
+    base = np.sort(predictive.base_probs[np.arange(50), classes])
     np.testing.assert_allclose(right.lines[0].get_ydata(), base[np.linspace(0, 49, 20).round().astype(int)])
     assert figure.get_suptitle().replace("\n", " ") == predictive.verdict
-    for piece in ("40 draws", "50 rows", "no label has been seen"):
+    for piece in ("40 draws", "50 rows", "no labels are used"):
         assert piece in caption(figure)
     assert all(axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)
 
 
-def test_sbc_shows_the_distribution_of_the_ranks_and_marks_what_is_rejected(calibration):
+def test_sbc_shows_the_distribution_of_the_ranks_and_marks_rejections(calibration):
     figure = plots.sbc(calibration)
     fine, narrow = (axes.lines[1] for axes in figure.axes)
     z, difference = fine.get_xdata(), fine.get_ydata()
@@ -69,8 +69,8 @@ def test_vsbc_shows_probabilities_and_their_mirror_image(calibration):
 
 
 @pytest.mark.parametrize(("num_draws", "bins"), [(1, 2), (7, 8), (30, 15), (31, 16), (33, 15), (99, 10)])
-def test_bins_of_the_histogram_hold_uniform_ranks_as_the_dashed_line_says(num_draws, bins):
-    """Every rank three times; an own count of the ranks in each bin, in integers."""
+def test_the_dashed_line_is_the_histogram_of_uniform_ranks(num_draws, bins):
+    """Every rank three times; the test counts the ranks in each bin with integers."""
     ranks = np.repeat(np.arange(num_draws + 1), 3)
     result = Calibration(("f",), ranks[:, None], num_draws, np.zeros(len(ranks), bool))
     panel = plots.vsbc(result).axes[0]
@@ -86,14 +86,14 @@ def test_bins_of_the_histogram_hold_uniform_ranks_as_the_dashed_line_says(num_dr
 
 
 def smoothed(values):
-    """The full line of the bound of a fit with this record."""
+    """The smoothed line of the bound for a fit with this history."""
     history = dict.fromkeys(("elbo", "data", "inducing_kl", "conditional_kl"), values)
-    made = SimpleNamespace(history=history, validation={"step": np.zeros(0)})
-    return plots.elbo({"fit": made}).subfigs[0].axes[0].lines[1].get_ydata()
+    fit = SimpleNamespace(history=history, validation={"step": np.zeros(0)})
+    return plots.elbo({"fit": fit}).subfigs[0].axes[0].lines[1].get_ydata()
 
 
-def test_a_step_that_is_not_finite_leaves_the_smoothed_ones_around_it():
-    """The mean of 15 steps before, at and after it, by hand."""
+def test_smoothing_ignores_steps_that_are_not_finite():
+    """Compare with the mean of the finite values of the last 15 steps, computed with a loop."""
     values = np.arange(1.0, 41.0)
     values[[5, 20]] = np.nan, np.inf
     expected = [np.mean([x for x in values[max(t - 14, 0) : t + 1] if np.isfinite(x)]) for t in range(40)]
@@ -103,15 +103,15 @@ def test_a_step_that_is_not_finite_leaves_the_smoothed_ones_around_it():
 
 
 @pytest.mark.parametrize("draw", [plots.sbc, plots.vsbc])
-def test_axes_may_be_given(calibration, draw):
+def test_axes_may_be_passed(calibration, draw):
     figure = Figure()
     assert draw(calibration, ax=figure.subplots(1, 2)) is figure
     assert figure.get_supxlabel() == ""
-    with pytest.raises(ValueError, match="`ax` must hold 2 axes, one for each panel; got 3"):
+    with pytest.raises(ValueError, match="`ax` must contain 2 axes, one for each panel; got 3"):
         draw(calibration, ax=figure.subplots(1, 3))
 
 
-def test_axes_may_be_given_to_the_prior_predictive(predictive):
+def test_axes_may_be_passed_to_the_prior_predictive(predictive):
     figure = Figure()
     axes = figure.subplots(1, 2)
     assert plots.prior_predictive(predictive, ax=axes) is figure

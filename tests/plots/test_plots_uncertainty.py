@@ -1,4 +1,4 @@
-"""Pictures of what uncertainty is good for show the numbers they were given."""
+"""Figures of uncertainty show the numbers of their arguments."""
 
 import jax
 import numpy as np
@@ -37,32 +37,32 @@ def caption(figure):
 def test_risk_coverage_shows_the_curve_of_each_method():
     figure = plots.risk_coverage(jax.random.key(0), BOTH, {"films": LABELS}, by="entropy")
     (panel,) = figure.axes
-    curves = {line.get_label(): line for line in panel.lines if ": AURC" in line.get_label()}
+    lines = {line.get_label(): line for line in panel.lines if ": AURC" in line.get_label()}
     for method, colour in (("plain", plots.BLUE), ("ours", plots.ORANGE)):
-        found = risk_coverage(jax.random.key(0), BOTH[method]["films"], LABELS, by="entropy")
-        line = curves[f"{method}: AURC {found.aurc}"]
-        np.testing.assert_allclose(line.get_xydata(), np.stack([found.coverage, found.risk], 1))
+        curve = risk_coverage(jax.random.key(0), BOTH[method]["films"], LABELS, by="entropy")
+        line = lines[f"{method}: AURC {curve.aurc}"]
+        np.testing.assert_allclose(line.get_xydata(), np.stack([curve.coverage, curve.risk], 1))
         assert to_hex(line.get_color()).upper() == colour
     assert panel.get_legend().get_title().get_text() == "films"
     assert "ordered by entropy, lowest first (60 of films)" in caption(figure)
     assert panel.get_xlabel()
     assert panel.get_ylabel()
-    with pytest.raises(ValueError, match="at most 5 methods have a colour; got 6"):
+    with pytest.raises(ValueError, match="must have at most 5 methods; got 6"):
         plots.risk_coverage(jax.random.key(0), dict.fromkeys("abcdef", BOTH["ours"]), {"films": LABELS})
 
 
 def test_domains_show_histograms_intervals_and_how_well_they_separate():
     figure = plots.domains(DOMAINS, inside="films")
-    for panel, what in zip(figure.axes, ("entropy", "mutual_information"), strict=True):
-        values = {name: getattr(found, what) for name, found in DOMAINS.items()}
+    for panel, measure in zip(figure.axes, ("entropy", "mutual_information"), strict=True):
+        values = {name: getattr(prediction, measure) for name, prediction in DOMAINS.items()}
         medians = [line.get_xdata()[0] for line in panel.lines if line.get_marker() == "o"]
         np.testing.assert_allclose(medians, [np.median(x) for x in values.values()])
         outside = [values["tweets"], values["news"]]
-        shown = [text.get_text() for text in panel.texts]
-        assert shown == [f"AUC\n{separation(values['films'], x):.2f}" for x in outside]
+        texts = [text.get_text() for text in panel.texts]
+        assert texts == [f"AUC\n{separation(values['films'], x):.2f}" for x in outside]
         bars = panel.patches[1].get_data()
         count = np.histogram(values["tweets"], bars.edges)[0]
-        assert count.sum() == 60  # nothing lies outside the bins
+        assert count.sum() == 60  # no value is outside the bins
         np.testing.assert_allclose(bars.values - bars.baseline, 0.7 * count / count.max())
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()][0] == "films\n60 rows"
     assert "12 posterior draws; blue: films" in caption(figure)
@@ -70,14 +70,14 @@ def test_domains_show_histograms_intervals_and_how_well_they_separate():
         plots.domains(DOMAINS, inside="film")
 
 
-def test_equal_rows_make_a_picture_too():
-    """Without spread over draws the mutual information is zero everywhere."""
+def test_domains_with_zero_mutual_information_can_be_drawn():
+    """Without spread over draws the mutual information of every row is zero."""
     flat = Prediction(np.log(np.full((2, 5, 2), 0.5)))
     assert len(plots.domains({"films": flat, "news": flat}).axes) == 2
 
 
 @pytest.mark.parametrize(("value", "letters"), [("ratio", ".91"), ("kl", "300"), ("posterior_sd", ".30")])
-def test_cells_of_the_spread_stand_at_their_module_and_layer(value, letters):
+def test_cells_of_the_spread_are_at_their_module_and_layer(value, letters):
     figure = plots.posterior_spread(TABLE, value=value)
     panel = figure.axes[0]
     grid = panel.images[0].get_array()
@@ -98,8 +98,8 @@ def test_a_data_frame_is_a_table():
     assert grid.count() == 4
 
 
-def test_of_a_table_by_factor_one_factor_is_shown():
-    """As `diagnostics.shrinkage` makes it: a row for each factor, and for their product."""
+def test_a_table_by_factor_shows_one_factor():
+    """A table like that of `diagnostics.shrinkage`: one row for each factor and for their product."""
     both = {name: [*column, *column] for name, column in TABLE.items()}
     both |= {"factor": ["a"] * 4 + ["update"] * 4, "ratio": [0.0] * 4 + TABLE["ratio"]}
     update, a = (plots.posterior_spread(both, **one).axes[0].images[0] for one in ({}, {"factor": "a"}))
@@ -109,7 +109,7 @@ def test_of_a_table_by_factor_one_factor_is_shown():
         plots.posterior_spread(both, factor="c")
 
 
-def test_a_table_that_does_not_fit_gets_one_sentence():
+def test_an_invalid_table_raises():
     with pytest.raises(ValueError, match=r"it lacks \['kl'\]"):
         plots.posterior_spread({k: v for k, v in TABLE.items() if k != "kl"}, value="kl")
     with pytest.raises(ValueError, match="got two of 'q_proj', 3"):
@@ -124,9 +124,9 @@ def test_a_table_that_does_not_fit_gets_one_sentence():
         (lambda ax: plots.posterior_spread(TABLE, ax=ax), 1),
     ],
 )
-def test_axes_may_be_given(draw, count):
+def test_axes_may_be_passed(draw, count):
     figure = Figure()
     assert draw(figure.subplots(1, count)) is figure
     assert figure.get_supxlabel() == ""
-    with pytest.raises(ValueError, match=f"`ax` must hold {count} axes"):
+    with pytest.raises(ValueError, match=f"`ax` must contain {count} axes"):
         draw(figure.subplots(1, count + 1))
