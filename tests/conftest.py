@@ -42,10 +42,7 @@ if jax.__version_info__ < (0, 11):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 mpl.use("agg")
-# What has been imported stays. Without this the collector walks through all of it again and again, in a tenth
-# of the time.
-gc.collect()
-gc.freeze()
+# Python's collector takes a tenth of the time if it runs as often as it does by itself.
 gc.set_threshold(50_000, 20, 100)
 # No verdict depends on how busy the machine is.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -85,6 +82,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: -known.get(item.nodeid.partition("::")[0], 0))
 
 
+def pytest_collection_finish() -> None:
+    """What has been imported stays: the collector need not walk through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the slowest files, and keep the seconds of all where `BNLORA_SECONDS` says so."""
     seconds: collections.Counter[str] = collections.Counter()
@@ -107,9 +110,15 @@ def forget_compiled_programs():
     What is kept serves the next file: small operations are the same in all of them.
     """
     yield
-    maps = Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > MOST_MAPS:
+    if too_many_maps():
+        gc.collect()  # models of the file, which keep programs of their own
+    if too_many_maps():
         jax.clear_caches()
+
+
+def too_many_maps() -> bool:
+    maps = Path("/proc/self/maps")
+    return not maps.exists() or maps.read_bytes().count(b"\n") > MOST_MAPS
 
 
 @pytest.fixture(scope="session")

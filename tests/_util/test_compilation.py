@@ -119,7 +119,7 @@ def test_small_models_have_one_width_and_others_those_of_their_rows(fit, monkeyp
     rows, options = tiny_rows(jax.random.key(3), 16, length=16), {"num_draws": 2, "batch_size": 8}
     with counting() as one:
         wide = bl.predict(KEY, fit, rows, console=QUIET, **options)
-    monkeypatch.setattr(import_module("bnlora.predict"), "SMALL", 0)
+    monkeypatch.setattr(import_module("bnlora.prediction.predict"), "SMALL", 0)
     with counting() as more:
         narrow = bl.predict(KEY, fit, rows, console=QUIET, **options)
     assert one["jit(_log_probs_of_piece)"] == more["jit(_log_probs_of_piece)"] == 1

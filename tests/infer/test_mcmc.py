@@ -195,9 +195,12 @@ from bnlora.testing import tiny_base, tiny_rows
 base = tiny_base(jax.random.key(1), num_layers=2)
 sites = bl.select(base, ["lm_head"], rank=1)
 model = bl.Classifier(base, sites, bl.priors.normal(scale=1.0), label_ids=(3, 5))
-options = {"num_warmup": 50, "num_draws": 1200, "piece": 20, "folder": sys.argv[1]}
-chains = mcmc.sample_nuts(jax.random.key(0), model, tiny_rows(jax.random.key(2), 12), **options)
-np.save(sys.argv[2], chains.vectors)
+options = {"num_warmup": 50, "num_draws": 1200, "piece": 20}
+for folder in sys.argv[1:]:
+    chains = mcmc.sample_nuts(
+        jax.random.key(0), model, tiny_rows(jax.random.key(2), 12), folder=folder, **options
+    )
+    np.save(f"{folder}.npy", chains.vectors)
 """
 
 
@@ -206,10 +209,7 @@ def test_a_killed_process_loses_no_piece_and_changes_no_draw(tmp_path):
     """SIGKILL in the middle of a run, then again from the start: the draws of an unbroken run."""
     broken, whole = tmp_path / "broken", tmp_path / "whole"
 
-    def command(folder):
-        return [sys.executable, "-c", SCRIPT, str(folder), f"{folder}.npy"]
-
-    killed = subprocess.Popen(command(broken))
+    killed = subprocess.Popen([sys.executable, "-c", SCRIPT, broken])
     try:
         deadline = time.monotonic() + 300
         while len(list(broken.glob("draws-*.npz"))) < 3:
@@ -222,8 +222,7 @@ def test_a_killed_process_loses_no_piece_and_changes_no_draw(tmp_path):
         killed.wait()
     before = {p.name: p.read_bytes() for p in broken.glob("draws-*.npz")}
     assert 3 <= len(before) < 60
-    for folder in (broken, whole):
-        subprocess.run(command(folder), check=True)
+    subprocess.run([sys.executable, "-c", SCRIPT, broken, whole], check=True)
     assert all((broken / name).read_bytes() == data for name, data in before.items())
     np.testing.assert_array_equal(np.load(f"{broken}.npy"), np.load(f"{whole}.npy"))
 
