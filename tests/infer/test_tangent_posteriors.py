@@ -124,7 +124,7 @@ def test_hmc_takes_a_gaussian_and_starts_may_be_others(few):
             num_integration_steps=4,
             num_draws=20,
             num_warmup=20,
-            start=start,
+            init_strategy=start,
         )
         assert np.isfinite(chains.vectors).all()
 
