@@ -80,8 +80,8 @@ class _Traced:
         memory: list[_Value] = []
         for part, own in enumerate(self.is_own):
             memory += symbols(f"state {part}") if own else [(self._number(f"state {part}"), None)]
-        given = [*symbols("gradient"), *memory, *symbols("value")]
-        update = self._run(jax.make_jaxpr(self.rule.update)(values, state, values), given)
+        arguments = [*symbols("gradient"), *memory, *symbols("value")]
+        update = self._run(jax.make_jaxpr(self.rule.update)(values, state, values), arguments)
         after = jax.eval_shape(self.rule.update, values, state, values)[1]
         return [
             *self._by_part(state, values, begin),
