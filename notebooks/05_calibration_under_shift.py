@@ -47,7 +47,7 @@ from bnlora._util.display import Table
 from bnlora.data.assets import fetch_smollm2, vader_splits
 from bnlora.infer.approximate import fit_temperature, tempered
 from bnlora.plots.base import BLUE, COLOURS, ORANGE, caption, make_axes
-from bnlora.prediction.selective import separation
+from bnlora.prediction.selective import risk_coverage, separation
 
 fast = bool(os.environ.get("BNLORA_FAST"))
 num_steps, num_draws = (300, 100) if fast else (2000, 400)
@@ -332,12 +332,12 @@ bl.plots.risk_coverage(jax.random.key(0), compared, test_labels)
 
 # %%
 curves = {
-    (method, name): bl.selective.risk_coverage(jax.random.key(0), predictions[method][name], labels[name])
+    (method, name): risk_coverage(jax.random.key(0), predictions[method][name], labels[name])
     for method in predictions
     for name in domains
 }
 by_information = {
-    name: bl.selective.risk_coverage(
+    name: risk_coverage(
         jax.random.key(0), predictions["posterior"][name], labels[name], by="mutual_information"
     )
     for name in domains
