@@ -335,8 +335,8 @@ assert share < 1
 #   uncertainty, and its update is too small.
 # - Predictions are an insensitive test: the probabilities of a poor approximation can be as close to those of NUTS as those of a better
 #   one, because they depend on few functions of $u$. Bounds and functions of the update are stricter tests.
-# - Without null levels a reader would judge small numbers good and large numbers bad. With null levels, every number has the value
-#   that the exact posterior would have beside it.
+# - Without null levels a reader would judge small numbers good and large numbers bad. With null levels, each number appears next to the
+#   value expected for the exact posterior.
 #
 # **Not** to conclude:
 #
