@@ -73,6 +73,7 @@ if _TYPE_CHECKING:  # what type checkers and editors see of the names in `_LATER
     from bnlora.base import load as load
     from bnlora.infer import approximate as approximate
     from bnlora.infer import mcmc as mcmc
+    from bnlora.prediction import selective as selective
     from bnlora.infer.core.fit import CoreFit as CoreFit
     from bnlora.infer.core.fit import fit_core as fit_core
     from bnlora.infer.core.gaussian import Gaussian as Gaussian
@@ -130,8 +131,9 @@ _PACKAGES = {
     "mcmc": "bnlora.infer.mcmc",
     "plots": "bnlora.plots",
     "sbc": "bnlora.assess.sbc",
+    "selective": "bnlora.prediction.selective",
 }
-"""Packages that are an attribute of this one, imported in the same way."""
+"""Packages and modules that are an attribute of this one, imported in the same way."""
 
 
 def __getattr__(name: str) -> object:
