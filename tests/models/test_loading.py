@@ -86,7 +86,7 @@ def test_parts_of_a_split_gguf_that_do_not_belong_together(tmp_path):
     alone = tmp_path / "other.gguf"
     alone.write_bytes(third.read_bytes())
     with pytest.raises(
-        ValueError, match=r"other\.gguf' is part 3 of 4 of a model, whose parts must be called"
+        ValueError, match=r"other\.gguf' is part 3 of 4 of a model; its parts must keep their names"
     ):
         load(alone)
     third.write_bytes(second.read_bytes())
