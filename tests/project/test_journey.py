@@ -243,7 +243,7 @@ def test_a_mistake_on_the_way_gets_one_sentence(base, data, tiny_folder, tmp_pat
             "nearest are lm_head",
         ),
         (lambda: bl.load_fit(tmp_path / "fit", model, bl.guides.SiteFlow(model.prior)), "holds no fit"),
-        (lambda: bl.load_reference(tmp_path), "holds no reference"),
+        (lambda: bl.load_reference(tmp_path), "contains no reference"),
     ]
     for mistake, sentence in mistakes:
         with pytest.raises((ValueError, OSError), match=sentence) as error:
