@@ -91,7 +91,7 @@ def test_parts_of_a_split_gguf_that_do_not_belong_together(tmp_path):
         load(alone)
     third.write_bytes(second.read_bytes())
     with pytest.raises(
-        ValueError, match=r"00003-of-00004\.gguf' must be part 3 of 4 by its .* says part 2 of 4"
+        ValueError, match=r"00003-of-00004\.gguf' must be part 3 of 4 by its .* has part 2 of 4"
     ):
         load(first)
     third.unlink()
