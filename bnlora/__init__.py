@@ -73,7 +73,6 @@ if _TYPE_CHECKING:  # what type checkers and editors see of the names in `_LATER
     from bnlora.base import load as load
     from bnlora.infer import approximate as approximate
     from bnlora.infer import mcmc as mcmc
-    from bnlora.prediction import selective as selective
     from bnlora.infer.core.fit import CoreFit as CoreFit
     from bnlora.infer.core.fit import fit_core as fit_core
     from bnlora.infer.core.gaussian import Gaussian as Gaussian
@@ -99,6 +98,7 @@ if _TYPE_CHECKING:  # what type checkers and editors see of the names in `_LATER
     from bnlora.infer.svi.options import Memory as Memory
     from bnlora.infer.svi.options import Optimisation as Optimisation
     from bnlora.infer.svi.step import svi_step as svi_step
+    from bnlora.prediction import selective as selective
     from bnlora.program.tangent.frames import frames as frames
     from bnlora.program.tangent.model import Tangent as Tangent
 
