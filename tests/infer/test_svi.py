@@ -386,7 +386,7 @@ def test_start_of_other_parameters_is_refused():
         (renamed, "nearest is 'lm_head"),
     ]:
         with pytest.raises(ValueError, match=message):
-            run(model, guide, num_steps=1, start=start)
+            run(model, guide, num_steps=1, init_params=start)
 
 
 def test_every_step_is_shown_with_its_parameters():

@@ -217,7 +217,7 @@ def test_from_a_fit_to_a_comparison(name, base, data, tmp_path):
     kept = bl.load_reference(tmp_path / "reference")
     bl.compare(key, part, kept, data.test, num_draws=60, against="anything")
 
-    options = {"num_runs": 2, "num_particles": 40, "num_integration_steps": 2}
+    options = {"num_runs": 2, "num_draws": 40, "num_integration_steps": 2}
     particles = bl.sample_smc(key, model, data.train, sites=["lm_head"], given=fit, **options)
     assert np.isfinite(particles.record["log_evidence"]).all()
 
