@@ -9,7 +9,7 @@ the log-likelihood of the data.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ QUIET = Console(quiet=True)
 """No progress bar: the caller shows its own."""
 
 
+@runtime_checkable
 class Functions(Protocol):
     """Scalar functions of one draw of the adapters and of the data."""
 

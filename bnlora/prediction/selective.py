@@ -15,7 +15,7 @@ References: El-Yaniv and Wiener (2010), JMLR 11; Geifman, Uziel and El-Yaniv (20
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from jax import Array
@@ -23,7 +23,7 @@ from jaxtyping import Float
 
 from bnlora import metrics
 from bnlora._util.checks import check_key, check_option
-from bnlora.metrics.scores import checked
+from bnlora.metrics.scores import Labelled, Labels, checked
 from bnlora.prediction.predict import Prediction
 
 Doubt = Literal["confidence", "entropy", "mutual_information"]
@@ -65,7 +65,7 @@ def doubt(prediction: Prediction, by: Doubt = "confidence") -> Float[np.ndarray,
 def risk_coverage(
     key: Array,
     prediction: Prediction,
-    labels: Any,
+    labels: Labels | Labelled,
     *,
     by: Doubt = "confidence",
     num_resamples: int = 1000,

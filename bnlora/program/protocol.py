@@ -1,7 +1,7 @@
 """The members that base models and classifiers must have, for type checkers."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from jax import Array
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from bnlora.priors import Prior
 from bnlora.program.trunk import Trunk
 
 
+@runtime_checkable
 class LanguageModel(Protocol):
     """A base model: frozen weights and a module to bind them to."""
 
@@ -36,6 +37,7 @@ class LanguageModel(Protocol):
         ...
 
 
+@runtime_checkable
 class Program(Protocol):
     """A NumPyro model whose prior is a separate program."""
 
@@ -49,6 +51,7 @@ class Program(Protocol):
         ...
 
 
+@runtime_checkable
 class BoundPrior(Protocol):
     """A prior program with its sites."""
 
@@ -62,6 +65,7 @@ class BoundPrior(Protocol):
         ...
 
 
+@runtime_checkable
 class Model(Program, Protocol):
     """A classifier: `bl.Classifier`, `bl.Tangent`, or your own class with the same members."""
 

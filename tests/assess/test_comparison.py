@@ -62,7 +62,7 @@ def test_a_right_approximation_is_told_from_nothing(right):
         "predictions: no difference detected at level 0.01, this aspect's share (mean total",
         "epistemic uncertainty: no difference detected at level 0.01, this aspect's share (mean",
         "k-hat: none, no density",
-        "nothing told the two apart at level 0.05, in these functions and rows",
+        "no difference detected at level 0.05 for these functions, rows and number of draws",
     ):
         assert piece in right.verdict
 

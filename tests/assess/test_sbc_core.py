@@ -312,7 +312,7 @@ INFERENCES = {
     "nuts": lambda model, **options: nuts_inference(model, **{"num_draws": 3} | options),
     "gaussian": lambda model, **options: gaussian_inference(KEY, model, **{"num_draws": 3} | options),
 }
-SITES = "sites of priors.core at fixed scales, o_proj.U, lm_head.U; it has"
+SITES = "sites of priors.core at fixed scales, o_proj.U, lm_head.U; got"
 MISTAKES = {
     "a network": (lambda: SMALL.network, {}, r"a tangent model, bl.Tangent\(classifier\); got a Classifier"),
     "a random scale": (
@@ -365,7 +365,9 @@ def test_bad_input_of_posterior_calibration_gets_one_sentence(truths):
     refused("at least two simulations, one row and a level.*got 1 truths, 8 rows, level=0.05", given=one)
     refused("got 100 truths, 8 rows, level=2", level=2)
     uneven = {"lm_head": truths["lm_head"] | {"a": truths["lm_head"]["a"][:7]}}
-    refused("a leading axis for the simulations, of one length in all factors; got 7, 100", given=uneven)
+    refused(
+        "a leading axis of simulations with the same length in all factors; got lengths 7, 100", given=uneven
+    )
     refused("layer axis first", given=jax.tree.map(lambda x: x[:, 0], truths))
     refused(
         "the functions must be finite at the truths; not so: bad", functions=lambda *_: {"bad": jnp.log(-1.0)}

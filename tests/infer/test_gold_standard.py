@@ -91,7 +91,7 @@ def test_a_stored_reference_holds_what_its_chains_held(said, fit, tmp_path):
     assert alike.model is chains.model
     assert alike.holds == ()
     elsewhere = condition(MODEL, {name: 1.5 * value for name, value in chains.model.fixed.items()})
-    with pytest.raises(ValueError, match="same values of the sites that they hold"):
+    with pytest.raises(ValueError, match="same values of the sites that both posteriors fix"):
         common_problem(ones(elsewhere), side_of(stored), "reference")
     unknown = common_problem(fit, side_of(replace(stored, fixed={}, params={})), "reference")
     assert "only the reference holds sites (" in unknown.notes[0]
@@ -129,7 +129,7 @@ def test_what_is_held_on_which_side_is_said(said, fit):
     )
     elsewhere = condition(MODEL, {name: 1.5 * value for name, value in fixed.items()})
     with pytest.raises(
-        ValueError, match=r"same values of the sites that they hold; those of k_proj.a, .* differ"
+        ValueError, match=r"same values of the sites that both posteriors fix; those of k_proj.a, .* differ"
     ):
         common_problem(ones(elsewhere), side_of(chains), "reference")
 

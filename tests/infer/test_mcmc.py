@@ -342,7 +342,7 @@ def test_inducing_variables_are_auxiliary():
 @pytest.mark.slow
 def test_numpyros_own_sampler_agrees():
     model = classifier()
-    sampler = MCMC(NUTS(model), num_warmup=300, num_draws=1500, num_chains=1, progress_bar=False)
+    sampler = MCMC(NUTS(model), num_warmup=300, num_samples=1500, num_chains=1, progress_bar=False)
     sampler.run(jax.random.key(3), BASE.weights, ROWS)
     drawn = {n: jnp.asarray(x) for n, x in sampler.get_samples().items()}
     adapters = jax.lax.map(lambda x: adapters_at(model, {}, x), drawn)

@@ -17,6 +17,7 @@ from scipy import optimize, stats
 import bnlora as bl
 from bnlora.infer.mcmc.whitened import InRows
 from bnlora.metrics.monte_carlo import chain_mcse
+from bnlora.prediction.functions import identifiable
 from bnlora.priors import learned
 from bnlora.testing import tiny_base, tiny_rows
 
@@ -89,7 +90,7 @@ def test_adapters_and_predictions_of_chains_are_of_whole_vectors(few):
     linear = exact(tangent, NEW, {"lm_head": SCALE})
     eta = linear.offset[:, 0] + chains.vectors.reshape(-1, 5).astype(float) @ linear.design[:, 0].T
     expected = np.stack([-np.logaddexp(0, eta), -np.logaddexp(0, -eta)], -1)
-    names, values = chains.values(bl.functions.identifiable(tangent, NEW[:2]))
+    names, values = chains.values(identifiable(tangent, NEW[:2]))
     margins = [names.index(f"margin[{i}]") for i in range(2)]
     np.testing.assert_allclose(values.reshape(-1, len(names))[:, margins], eta[:, :2], atol=1e-3)
     prediction = bl.predict(KEY, chains, NEW, num_draws=len(expected))

@@ -217,7 +217,7 @@ def test_from_a_fit_to_a_comparison(name, base, data, tmp_path):
     kept = bl.load_reference(tmp_path / "reference")
     bl.compare(key, part, kept, data.test, num_draws=60, against="anything")
 
-    options = {"num_runs": 2, "num_particles": 40, "num_integration_steps": 2}
+    options = {"num_runs": 2, "num_draws": 40, "num_integration_steps": 2}
     particles = bl.sample_smc(key, model, data.train, sites=["lm_head"], given=fit, **options)
     assert np.isfinite(particles.record["log_evidence"]).all()
 
@@ -243,7 +243,7 @@ def test_a_mistake_on_the_way_gets_one_sentence(base, data, tiny_folder, tmp_pat
             "nearest are lm_head",
         ),
         (lambda: bl.load_fit(tmp_path / "fit", model, bl.guides.SiteFlow(model.prior)), "holds no fit"),
-        (lambda: bl.load_reference(tmp_path), "holds no reference"),
+        (lambda: bl.load_reference(tmp_path), "contains no reference"),
     ]
     for mistake, sentence in mistakes:
         with pytest.raises((ValueError, OSError), match=sentence) as error:

@@ -1,4 +1,6 @@
-"""How far is an approximate posterior from a reference, read against what the reference's own draws allow?
+"""How far is an approximate posterior from a reference?
+
+Every measure is reported with its null level: the same measure between halves of the reference's draws.
 
 | module       | measure                                                                           |
 |--------------|-----------------------------------------------------------------------------------|
@@ -10,8 +12,8 @@
 | `khat`       | Pareto k-hat of the importance weights                                            |
 | `predictive` | total variation, KL divergence and epistemic uncertainty, row by row              |
 
-`compare` takes posteriors of a classifier, `compare_draws` arrays of draws from anywhere.
-`store_reference`, `save_reference` and `load_reference` keep what a comparison reads of a run.
+`compare` takes posteriors of a classifier. `compare_draws` takes arrays of draws from any source.
+`store_reference`, `save_reference` and `load_reference` store the part of a run that a comparison needs.
 """
 
 from bnlora.assess.comparison.compare import UncertifiedReference as UncertifiedReference

@@ -1,10 +1,11 @@
-r"""Draws of scalar functions from one posterior, and how much can be read off them.
+r"""Draws of scalar functions from one posterior, with Monte Carlo errors and effective sample sizes.
 
-    n = S for independent draws,    n = ESS / 2 for those of chains
+    n = S for S independent draws,    n = ESS / 2 for draws of chains
 
-is how many of them are taken for independent (`independent_size`): chains are thinned to draws about twice
-the integrated autocorrelation time apart. In an autoregression of order one, whose time is
-(1 + r) / (1 - r), neighbours after that have the correlation r^(2 (1 + r) / (1 - r)), at most e^-4 = 0.02.
+n is the number of draws that are treated as independent (`independent_size`). Chains are thinned to draws
+about two integrated autocorrelation times apart. In an autoregression of order one with coefficient r, this
+time is (1 + r) / (1 - r); the thinned neighbours have the correlation r^(2 (1 + r) / (1 - r)), at most
+e^-4 = 0.02.
 
 References: Geyer (1992), Practical Markov chain Monte Carlo; Vehtari et al. (2021), arXiv 1903.08008.
 """
@@ -21,7 +22,7 @@ from bnlora.metrics.monte_carlo import bulk_ess, chain_mcse, independent_mcse
 
 Kind = Literal["chains", "independent"]
 LEAST_DRAWS = 8
-"""Fewest draws, of each chain or in all, from which a standard error is computed."""
+"""Smallest number of draws (per chain) for a standard error."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,11 +32,12 @@ class Draws:
     Args:
         names: Name of each function.
         values: Values, shape (chain, draw, function).
-        kind: "chains" where draws of a chain depend on each other (one chain may do), "independent" for
-            draws that do not, in one row of `values`.
+        kind: "chains" if the draws of a chain depend on each other; one chain is allowed. "independent" for
+            independent draws, which have shape (1, draw, function).
 
     Raises:
-        ValueError: When names and values do not fit, a value is not finite, or draws are too few.
+        ValueError: If the shapes of names and values do not match, names repeat, a value is not finite, or
+            there are fewer than 8 draws in a chain.
     """
 
     names: tuple[str, ...]
@@ -57,7 +59,7 @@ class Draws:
         if values.shape[1] < LEAST_DRAWS or not len(values):
             raise ValueError(f"expected at least {LEAST_DRAWS} draws of each chain; got shape {values.shape}")
         if self.kind == "independent" and len(values) > 1:
-            raise ValueError(f"independent draws come as one row, shape (1, draw, k); got {values.shape}")
+            raise ValueError(f"independent draws must have one row, shape (1, draw, k); got {values.shape}")
         broken = [n for n, x in zip(self.names, values.T, strict=True) if not np.isfinite(x).all()]
         if broken:
             raise ValueError(f"expected finite values in every draw; not so: {', '.join(broken)}")
@@ -67,7 +69,7 @@ class Draws:
 
     @property
     def describe(self) -> str:
-        """How many draws of what kind there are, in words."""
+        """Number and kind of the draws, in words."""
         chains, draws, _ = self.values.shape
         if self.kind == "independent":
             return f"{draws} independent draws"
@@ -81,8 +83,8 @@ class Draws:
 
     @property
     def constant(self) -> tuple[str, ...]:
-        """Names of the functions that have one value in every draw."""
-        # By the range: the standard deviation of equal numbers may differ from zero by rounding.
+        """Names of the functions with the same value in every draw."""
+        # Use the range: the standard deviation of equal numbers may differ from zero by rounding.
         return tuple(n for n, x in zip(self.names, np.ptp(self.pooled, axis=0), strict=True) if x == 0)
 
     def only(self, names: Sequence[str]) -> "Draws":
@@ -119,17 +121,17 @@ class Draws:
 
     @property
     def least_ess(self) -> float:
-        """The least `ess` of the functions that vary; the number of draws where none does."""
-        known = self.ess[np.isfinite(self.ess)]
-        return float(known.min()) if len(known) else float(len(self.pooled))
+        """The smallest `ess` of the functions that vary; the number of draws if none varies."""
+        finite = self.ess[np.isfinite(self.ess)]  # constant functions have no effective number
+        return float(finite.min()) if len(finite) else float(len(self.pooled))
 
     @property
     def independent_size(self) -> int:
-        """How many of the draws, evenly spaced, are taken for independent."""
+        """Number of evenly spaced draws that are treated as independent."""
         return len(self.pooled) if self.kind == "independent" else int(self.least_ess / 2)
 
     def halves(self) -> tuple["Draws", "Draws"]:
-        """Equal halves: of the chains (an odd one is left out), or of the draws of a single chain."""
+        """Equal halves: of the chains (with an odd number the last is left out), or of a single chain."""
         chains, draws, _ = self.values.shape
         half = chains // 2 if chains > 1 else draws // 2
         first, second = (
@@ -139,7 +141,7 @@ class Draws:
         return replace(self, values=first), replace(self, values=second)
 
     def thinned(self, size: int) -> Float[np.ndarray, "size k"]:
-        """`size` of the pooled draws, evenly spaced."""
+        """`size` evenly spaced draws of the pooled ones."""
         return self.pooled[evenly(len(self.pooled), size)]
 
     @cached_property
@@ -150,10 +152,10 @@ class Draws:
 
 
 def evenly(count: int, size: int) -> np.ndarray:
-    """Indices of `size` out of `count` things in the middles of equal parts.
+    """Indices of `size` out of `count` items: the centres of `size` equal parts.
 
     Raises:
-        ValueError: When there are fewer than `size`.
+        ValueError: If `size` is not between 1 and `count`.
     """
     if not 0 < size <= count:
         raise ValueError(f"expected to keep between 1 and {count} draws; got {size}")

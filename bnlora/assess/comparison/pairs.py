@@ -1,12 +1,12 @@
-r"""Samples of equal size for measures between two samples, and for the null levels beside them.
+r"""Samples of equal size for two-sample measures and their null levels.
 
     value = (d(A_1, R_1) + d(A_2, R_2)) / 2,    null level = d(R_1, R_2)
 
 A_1, A_2 are halves of the approximation's draws and R_1, R_2 those of the reference, all thinned to the same
-number n of draws that are taken for independent. A distance between samples is above zero even where
-their laws are equal, by an amount that depends on n (of the order n^-1/2); with equal sizes it is the same
-amount in value and null level, so that they can be held against each other. Every function is in units of the
-reference: minus its mean, over its standard deviation.
+number n of approximately independent draws. A distance between samples is positive even if their laws are
+equal; the bias depends on n (of order n^-1/2). With equal sizes, value and null level have the same bias and
+can be compared. Every function is standardised by the reference: its mean is subtracted, and the result is
+divided by its standard deviation.
 """
 
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ def varying(posterior: Draws, reference: Draws) -> tuple[Draws, Draws]:
     """Both sides without the functions that are constant under the reference.
 
     Raises:
-        ValueError: When the functions differ, or none varies.
+        ValueError: If the functions differ, or none varies under the reference.
     """
     _check_names(posterior, reference)
     constant = reference.constant
     if len(constant) == len(reference.names):
         raise ValueError(
-            "expected a function that varies under the second posterior; these have one value in all of its "
-            f"draws: {listed(constant)}"
+            "expected a function that varies under the second posterior; these have the same value in all "
+            f"of its draws: {listed(constant)}"
         )
     names = [name for name in reference.names if name not in constant]
     return posterior.only(names), reference.only(names)
@@ -64,7 +64,7 @@ class Pairs:
 
 
 def check_same_functions(posterior: Draws, reference: Draws) -> None:
-    """Raise `ValueError` unless both sides have the same functions, which vary under the reference."""
+    """Raise `ValueError` unless both sides have the same functions and all vary under the reference."""
     _check_names(posterior, reference)
     if reference.constant:
         fixed = ", ".join(reference.constant)
@@ -77,23 +77,23 @@ def pairs(posterior: Draws, reference: Draws, *, max_size: int = MAX_SIZE) -> Pa
     Args:
         posterior: Draws of the approximation.
         reference: Draws of the reference.
-        max_size: Most draws in each half; times of the measures grow with its square.
+        max_size: Largest number of draws in each half; the run time of the measures grows with its square.
 
     Raises:
-        ValueError: When the functions differ, one is constant under the reference, or either side has
-            too few independent draws.
+        ValueError: If the functions differ, one is constant under the reference, or a side has fewer than
+            20 approximately independent draws.
     """
     check_same_functions(posterior, reference)
     size = min(posterior.independent_size // 2, reference.independent_size // 2, max_size)
     if size < LEAST_SIZE:
         raise ValueError(
-            f"expected at least {2 * LEAST_SIZE} draws on each side that may be taken for independent; got "
+            f"expected at least {2 * LEAST_SIZE} draws on each side that are nearly independent; got "
             f"{posterior.independent_size} ({posterior.describe}) and {reference.independent_size} "
             f"({reference.describe}); draw more"
         )
 
     def standardised(side: Draws) -> np.ndarray:
-        taken = np.stack([half.thinned(size) for half in side.halves()])
-        return (taken - reference.mean) / reference.sd
+        halves = np.stack([half.thinned(size) for half in side.halves()])  # (2, n, k)
+        return (halves - reference.mean) / reference.sd
 
     return Pairs(standardised(posterior), standardised(reference))

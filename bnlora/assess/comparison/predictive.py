@@ -1,16 +1,17 @@
-r"""How far two posteriors are apart in what they predict, row by row.
+r"""Distances between the predictions of two posteriors, row by row.
 
     TV_i = 1/2 sum_c |p_a(c | x_i) - p_r(c | x_i)|,    KL_i = sum_c p_r(c | x_i) log(p_r / p_a)(c | x_i)
 
 p_a and p_r are the mixtures over draws of the approximation and of the reference. The mutual information of
-class and adapters says how uncertain each is for want of knowledge; it is held against that of the reference
-by the mean absolute difference and the correlation over the rows.
+class and adapters measures epistemic uncertainty. It is compared with that of the reference by the mean
+absolute difference and by the correlation over the rows.
 
-Mixtures over finitely many draws differ even where the posteriors do not. So every measure is taken at m
-draws a side, the mean over two disjoint pairs of halves, and stands beside the same measure between the
-halves of the reference (`bnlora.assess.comparison.pairs`). The p-values are those of permutation: draws are
-dealt anew to the two sides, and the mean over rows of TV (of the difference of mutual information) between
-all 2m draws of each is compared. They are exact for independent draws.
+Mixtures over finitely many draws differ even if the posteriors are equal. Every measure is therefore computed
+with m draws a side, as the mean over two disjoint pairs of halves, and reported with its null level, the same
+measure between the halves of the reference (`bnlora.assess.comparison.pairs`). The p-values come from
+permutation tests: all 4m draws are reassigned at random to the two sides, and the statistic is the mean over
+rows of TV (or of the difference of mutual information) between the 2m draws of each side. They are exact for
+independent draws.
 
 Reference: Phipson and Smyth (2010), Permutation p-values should never be zero.
 """
@@ -33,8 +34,8 @@ class PredictiveAgreement:
 
     Attributes:
         posterior: Prediction by the approximation, 2m draws.
-        reference: Prediction by the reference, as many.
-        total_variation: TV of each row at m draws.
+        reference: Prediction by the reference, 2m draws.
+        total_variation: TV of each row with m draws.
         total_variation_null: The same between halves of the reference.
         total_variation_p: Permutation p-value of equal predictions.
         divergence: KL(reference || approximation) of each row in nats.
@@ -42,7 +43,8 @@ class PredictiveAgreement:
         mutual_information_gap: Absolute difference of the mutual information of each row in nats.
         mutual_information_gap_null: The same between halves of the reference.
         mutual_information_p: Permutation p-value of equal mutual information.
-        correlation: Correlation over the rows of the mutual information; NaN where it does not vary.
+        correlation: Correlation over the rows of the mutual information; NaN if it does not vary, or with
+            fewer than three rows.
         correlation_null: The same between halves of the reference.
     """
 
@@ -63,33 +65,34 @@ class PredictiveAgreement:
 def predictive_agreement(
     random: np.random.Generator, posterior: Prediction, reference: Prediction, *, num_permutations: int = 999
 ) -> PredictiveAgreement:
-    """Hold two predictions for the same rows against each other.
+    """Compare two predictions for the same rows.
 
     Args:
-        random: Source of the permutations.
+        random: Generator of the permutations.
         posterior: Prediction by independent draws of the approximation.
-        reference: Prediction by as many draws of the reference, thinned until nearly independent, in the
-            order of its chains.
+        reference: Prediction by the same number of draws of the reference, thinned until nearly
+            independent, in the order of its chains.
         num_permutations: Number of permutations.
 
     Returns:
-        How far the predictions of both differ, row by row.
+        Distances between the predictions by row, null levels and p-values.
 
     Raises:
-        ValueError: When rows, classes or numbers of draws differ, draws are fewer than four, or there
-            are no permutations.
+        ValueError: If rows, classes or numbers of draws differ, there are fewer than four draws, or
+            `num_permutations` is below one.
     """
     shapes = posterior.draw_log_probs.shape, reference.draw_log_probs.shape
     if shapes[0] != shapes[1] or shapes[0][0] < LEAST_DRAWS or num_permutations < 1:
         raise ValueError(
-            f"expected predictions of one shape (draw, row, class) with at least {LEAST_DRAWS} draws, and at "
-            f"least one permutation; got shapes {shapes[0]} and {shapes[1]}, {num_permutations} permutations"
+            f"expected two predictions of one shape (draw, row, class) with at least {LEAST_DRAWS} draws, "
+            f"and at least one permutation; got shapes {shapes[0]} and {shapes[1]}, {num_permutations} "
+            "permutations"
         )
     matched = list(zip(_halves(posterior), _halves(reference), strict=True))
-    among = _halves(reference)
+    reference_halves = _halves(reference)
 
     def both(measure: Callable[[Prediction, Prediction], Any]) -> tuple[Any, Any]:
-        return np.mean([measure(a, r) for a, r in matched], axis=0), measure(*among)
+        return np.mean([measure(a, r) for a, r in matched], axis=0), measure(*reference_halves)
 
     variation, divergence, gap = both(total_variation), both(divergence_from), both(_gap)
     correlation = both(_correlation)
@@ -117,7 +120,8 @@ def total_variation(posterior: Prediction, reference: Prediction) -> Float[np.nd
 
 def divergence_from(posterior: Prediction, reference: Prediction) -> Float[np.ndarray, " n"]:
     """KL(reference || approximation) between the mixtures in nats, by row."""
-    # 0 log 0 = 0: a class that the reference excludes adds nothing.
+    # Clip log 0 to a finite value, because 0 * inf is NaN. A class of probability zero under the reference
+    # contributes nothing (0 log 0 = 0); rounding can make the sum slightly negative.
     log_r = np.maximum(reference.log_probs, np.finfo(np.float64).min)
     log_a = np.maximum(posterior.log_probs, np.finfo(np.float64).min)
     terms = np.where(reference.probs > 0, reference.probs * (log_r - log_a), 0.0)
@@ -148,23 +152,26 @@ def _permuted(
     draws, rows, classes = posterior.draw_log_probs.shape
     log_probs = np.concatenate([posterior.draw_log_probs, reference.draw_log_probs])
     probs = np.exp(log_probs).reshape(2 * draws, -1)
+    # Entropy of the prediction of each draw, in nats, shape (draw, row); 0 log 0 = 0.
     terms = np.where(log_probs > -np.inf, np.exp(log_probs) * np.maximum(log_probs, -1e300), 0.0)
-    noise = -terms.sum(-1)  # entropy of each draw's prediction
+    entropies = -terms.sum(-1)
+    # The second group is the total minus the first, so each permutation needs one product per array.
+    total, total_entropy = probs.sum(0) / draws, entropies.sum(0) / draws
 
-    whole, whole_noise = probs.sum(0) / draws, noise.sum(0) / draws
-
-    def statistics(own: np.ndarray) -> tuple[float, float]:
-        weights = own / draws
-        mixed, spent = weights @ probs, weights @ noise
-        p, q = (x.reshape(rows, classes) for x in (mixed, np.maximum(whole - mixed, 0.0)))
-        information, other = _entropy(p) - spent, _entropy(q) - (whole_noise - spent)
+    def statistics(first: np.ndarray) -> tuple[float, float]:
+        weights = first / draws
+        mixture, expected_entropy = weights @ probs, weights @ entropies
+        p, q = (x.reshape(rows, classes) for x in (mixture, np.maximum(total - mixture, 0.0)))
+        # Mutual information: entropy of the mixture minus mean entropy of the draws.
+        information = _entropy(p) - expected_entropy
+        other = _entropy(q) - (total_entropy - expected_entropy)
         return 0.5 * np.abs(p - q).sum(-1).mean(), np.abs(information - other).mean()
 
-    own = np.arange(2 * draws) < draws
-    observed = np.array(statistics(own))
-    # Equal labellings may differ by rounding, and must count as equal.
+    first = np.arange(2 * draws) < draws
+    observed = np.array(statistics(first))
+    # Equivalent relabellings may differ by rounding; the tolerance counts them as equal.
     as_large = sum(
-        np.array(statistics(random.permutation(own))) >= observed - 1e-12 for _ in range(num_permutations)
+        np.array(statistics(random.permutation(first))) >= observed - 1e-12 for _ in range(num_permutations)
     )
     variation_p, information_p = (1 + np.asarray(as_large)) / (1 + num_permutations)
     return float(variation_p), float(information_p)

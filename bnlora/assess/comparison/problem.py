@@ -1,12 +1,12 @@
-r"""The model under which both sides of a comparison are evaluated: that of the second posterior.
+r"""The model that evaluates both sides of a comparison: that of the second posterior.
 
-Chains may sample some sites and hold the others. The comparison is then of
+Chains may sample some sites and fix the others. The comparison is then between
 
-    p(free | y, fixed)      against      q(free)      of the approximation, with the same values fixed
+    p(free | y, fixed)      and      q(free)      of the approximation, with the same fixed values
 
 For a fit, q(free) is the marginal law of the free sites. It equals the conditional law if the guide makes the
-sites independent; otherwise it is wider. A posterior with draws of adapters but no sites is fixed wherever
-the free sites change no adapter. For an exact comparison, fit to the conditional model, `chains.model`.
+sites independent; otherwise it is wider. A posterior with draws of adapters but no sites is fixed at all
+adapters that the free sites do not change. For an exact comparison, fit the conditional model `chains.model`.
 """
 
 from collections.abc import Mapping
@@ -27,12 +27,12 @@ from bnlora.program.protocol import Model
 
 @dataclass(frozen=True)
 class Problem:
-    """The model of a comparison, and how the approximation comes to it.
+    """The model of a comparison, and the sites that the approximation takes from the reference.
 
     Attributes:
         model: The classifier that evaluates draws of both sides.
         holds: Sites that the approximation takes from the reference.
-        notes: Sentences that say what is held on which side.
+        notes: Sentences that state which side fixes which sites.
     """
 
     model: Model
@@ -40,13 +40,13 @@ class Problem:
     notes: tuple[str, ...] = ()
 
     def draw_adapters(self, key: Array, posterior: Posterior, num_draws: int) -> Adapters:
-        """Adapters of the approximation, with the reference's values where those are held."""
+        """Adapters of the approximation, with the reference's values of the sites in `holds`."""
         if not self.holds:
             return posterior.draw_adapters(key, num_draws)
         if not isinstance(posterior, SitePosterior):
             return self.model.trunk.held(posterior.draw_adapters(key, num_draws))
-        drawn = posterior.draws(key, num_draws)[0].sites
-        free = {name: values for name, values in drawn.items() if name not in self.model.fixed}
+        sites = posterior.draws(key, num_draws)[0].sites
+        free = {name: values for name, values in sites.items() if name not in self.model.fixed}
         return jax.jit(partial(_adapters, self.model))(posterior.params, free)
 
 
@@ -60,17 +60,17 @@ def common_problem(posterior: Posterior, side: Side, other: str) -> Problem:
     Args:
         posterior: The approximation.
         side: The second posterior, or a stored reference.
-        other: What the second posterior is called.
+        other: Name of the second posterior in sentences.
 
     Raises:
-        ValueError: When both hold a site, at different values.
+        ValueError: If both fix a site, at different values.
     """
     own, fixed = posterior.model.fixed, side.fixed
     unequal = [n for n in fixed if n in own and not np.array_equal(own[n], fixed[n])]
     if unequal:
         raise ValueError(
-            f"expected both posteriors with the same values of the sites that they hold; those of "
-            f"{listed(unequal)} differ: fit to the reference's own model, `chains.model`"
+            "expected the same values of the sites that both posteriors fix; those of "
+            f"{listed(unequal)} differ: fit the reference's model, `chains.model`"
         )
     holds = tuple(n for n in fixed if n not in own)
     notes = []

@@ -1,6 +1,6 @@
-"""A comparison of two posteriors: every measure beside its null level, and a verdict by rules.
+"""A comparison of two posteriors: every measure with its null level, and a verdict by rules.
 
-The rules are those of `bnlora.assess.comparison.verdict`; what each measure is stands in its own module.
+The rules are in `bnlora.assess.comparison.verdict`; each measure is defined in its module.
 """
 
 from dataclasses import dataclass
@@ -32,11 +32,11 @@ class Measure:
     """One number of a comparison.
 
     Attributes:
-        name: What it measures.
+        name: Name of the measure.
         value: Between approximation and reference.
-        null: Between halves of the reference; NaN where it has none.
-        p_value: P-value of no difference, adjusted where it is that of several functions; NaN without a test.
-        note: Where it was found, its standard error, or its threshold.
+        null: Between halves of the reference; NaN if there is no null level.
+        p_value: P-value of no difference, adjusted if several functions are tested; NaN without a test.
+        note: Function or row of the value, its standard error, or its threshold.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Measure:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison(Shown, Judged):
-    """An approximate posterior held against another one.
+    """Comparison of an approximate posterior with a second one.
 
     Attributes:
         posterior: Draws of the functions under the approximation.
@@ -59,17 +59,17 @@ class Comparison(Shown, Judged):
         kernel: Maximum mean discrepancy.
         classifier: Classifier two-sample test.
         coverage: Coverage of credible intervals.
-        predictive: Agreement of predictions; None where none were compared.
-        khat: Pareto k-hat of the approximation; None where it has no density.
-        size: Draws in each half of each side, for the measures between samples.
-        level: Chance of a false alarm, over all aspects together.
-        other: What the second posterior is called: "reference" only where it is a certified one.
-        constant: Functions that were left out because they are constant under the second posterior.
-        notes: What else must be known about the two sides, in sentences.
+        predictive: Agreement of predictions; None if none were compared.
+        khat: Pareto k-hat of the approximation; None if it has no density.
+        size: Draws in each half of each side, for the two-sample measures.
+        level: Probability of a false alarm over all aspects together.
+        other: Name of the second posterior: "reference" only if it is certified.
+        constant: Functions left out because they are constant under the second posterior.
+        notes: Further sentences about the two sides, such as which sites are fixed.
 
     Example:
-        >>> found = bl.compare(key, fit, chains, rows, num_draws=100, against="anything")
-        >>> found.other
+        >>> comparison = bl.compare(key, fit, chains, rows, num_draws=100, against="anything")
+        >>> comparison.other
         'other posterior'
     """
 
@@ -96,36 +96,36 @@ class Comparison(Shown, Judged):
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What each aspect says, at its share of the level."""
+        """One finding for each aspect, at its share of the level."""
         level = self.level / num_aspects(self.predictive)
-        found = [
+        results = [
             say.means(self.names, self.moments, level, self.other),
             say.spread(self.names, self.moments, level, self.other),
             say.joint_law(self.kernel, self.classifier, level),
         ]
         if self.predictive is not None:
-            found.append(say.predictions(self.predictive, level, self.other))
-            found.append(say.epistemic(self.predictive, level, self.other))
-        return tuple(found)
+            results.append(say.predictions(self.predictive, level, self.other))
+            results.append(say.epistemic(self.predictive, level, self.other))
+        return tuple(results)
 
     @property
     def differences(self) -> tuple[str, ...]:
-        """The aspects in which a difference was found."""
+        """The aspects in which a difference was detected."""
         return tuple(finding.name for finding in self.cautions)
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """The findings in words, what k-hat says, how far an agreement reaches, and what was compared."""
+        """The sentences of the findings, of k-hat and of the notes."""
         return (*(finding.sentence for finding in self.findings), *self._notes)
 
     @property
     def _notes(self) -> tuple[str, ...]:
-        """What k-hat says, how far an agreement reaches, and what was compared."""
+        """Sentences about k-hat, the scope of an agreement, functions left out and fixed sites."""
         texts = [say.weights(self.khat)]
         if not self.differences:
             texts.append(
-                f"nothing told the two apart at level {self.level:g}, in these functions and rows and with "
-                "this many draws"
+                f"no difference detected at level {self.level:g} for these functions, rows and number of "
+                "draws"
             )
         if self.constant:
             texts.append(f"left out, constant under the {self.other}: {', '.join(self.constant)}")
@@ -133,25 +133,26 @@ class Comparison(Shown, Judged):
 
     @property
     def verdict(self) -> str:
-        """The sentences in one, by the rules of `bnlora.assess.comparison.verdict`."""
+        """All sentences, joined; the rules are in `bnlora.assess.comparison.verdict`."""
         return "; ".join(self.sentences)
 
     @property
     def measures(self) -> tuple[Measure, ...]:
-        """Every measure as one number, those by function or row summed up."""
-        found, null = self.moments, self.moments_null
-        k = int(np.abs(found.shift).argmax())
-        j = say.furthest(found.ratio, np.ones(len(self.names), bool))
+        """Every measure as one number; those by function or row are summarised."""
+        moments, null = self.moments, self.moments_null
+        k = int(np.abs(moments.shift).argmax())
+        j = say.furthest(moments.ratio, np.ones(len(self.names), bool))
         far = int(self.transport.marginal.argmax())
         null_ratio = null.ratio[say.furthest(null.ratio, np.ones(len(self.names), bool))]
-        error = f"± {found.shift_mcse[k]:.2g}, {self.names[k]}"
-        ratio_error = f"± {found.ratio[j] * found.ratio_mcse[j]:.2g}, {self.names[j]}"
+        error = f"± {moments.shift_mcse[k]:.2g}, {self.names[k]}"
+        ratio_error = f"± {moments.ratio[j] * moments.ratio_mcse[j]:.2g}, {self.names[j]}"
         tested = self.classifier
         rows = [
-            Measure("largest |difference of means| / sd", abs(found.shift[k]), np.abs(null.shift).max(),
-                    found.shift_adjusted[k], error),
-            Measure("ratio of sd, median", np.median(found.ratio), np.median(null.ratio)),
-            Measure("ratio of sd, worst", found.ratio[j], null_ratio, found.ratio_adjusted[j], ratio_error),
+            Measure("largest |difference of means| / sd", abs(moments.shift[k]), np.abs(null.shift).max(),
+                    moments.shift_adjusted[k], error),
+            Measure("ratio of sd, median", np.median(moments.ratio), np.median(null.ratio)),
+            Measure("ratio of sd, worst", moments.ratio[j], null_ratio, moments.ratio_adjusted[j],
+                    ratio_error),
             Measure("Wasserstein-1 / sd, mean", self.transport.marginal.mean(),
                     self.transport.marginal_null.mean(), note=f"largest in {self.names[far]}"),
             Measure("sliced Wasserstein-2 / sd", self.transport.sliced, self.transport.sliced_null),
@@ -159,8 +160,8 @@ class Comparison(Shown, Judged):
             Measure("classifier accuracy", tested.accuracy, tested.null, tested.p_value,
                     f"± {tested.standard_error:.2g}, area {tested.area:.3f}"),
         ]  # fmt: skip
-        held = zip(self.coverage.levels, self.coverage.share, self.coverage.null, strict=True)
-        rows += [Measure(f"in {c:.0%} intervals, mean", x.mean(), y.mean()) for c, x, y in held]
+        coverages = zip(self.coverage.levels, self.coverage.share, self.coverage.null, strict=True)
+        rows += [Measure(f"in {c:.0%} intervals, mean", x.mean(), y.mean()) for c, x, y in coverages]
         if self.khat is not None:
             rows.append(Measure("Pareto k-hat", self.khat.value, note=f"at most {self.khat.threshold:.2f}"))
         return (*rows, *_of_predictions(self.predictive))
@@ -174,7 +175,7 @@ class Comparison(Shown, Judged):
         title = (
             f"Comparison with the {self.other} in {len(self.names)} functions\n"
             f"approximation: {self.posterior.describe}\n{self.other}: {self.reference.describe}\n"
-            f"null: between halves of the {self.other}; measures between samples: {self.size} against "
+            f"null: between halves of the {self.other}; two-sample measures: {self.size} against "
             f"{self.size} draws"
         )
         return Table(title, ("measure", "value", "null", "p", "note"), rows, texts=frozenset({4}))
@@ -182,37 +183,37 @@ class Comparison(Shown, Judged):
     @property
     def functions_table(self) -> Table:
         """One row for each function."""
-        found, share = self.moments, self.coverage
+        moments, share = self.moments, self.coverage
         ninety = int(np.abs(np.array(share.levels) - 0.9).argmin())
         rows = tuple(
             (
                 name,
-                f"{found.shift[k]:+.2f} ± {found.shift_mcse[k]:.2f}",
-                say.p_text(found.shift_adjusted[k]),
-                f"{found.ratio[k]:.2f} ± {found.ratio[k] * found.ratio_mcse[k]:.2f}",
-                say.p_text(found.ratio_adjusted[k]),
+                f"{moments.shift[k]:+.2f} ± {moments.shift_mcse[k]:.2f}",
+                say.p_text(moments.shift_adjusted[k]),
+                f"{moments.ratio[k]:.2f} ± {moments.ratio[k] * moments.ratio_mcse[k]:.2f}",
+                say.p_text(moments.ratio_adjusted[k]),
                 f"{self.transport.marginal[k]:.2f}",
                 f"{self.transport.marginal_null[k]:.2f}",
                 f"{share.share[ninety, k]:.2f} ± {share.mcse[ninety, k]:.2f}",
             )
             for k, name in enumerate(self.names)
         )
-        held = f"in {share.levels[ninety]:.0%}"
-        header = ("function", "mean", "p", "sd ratio", "p", "W1", "null", held)
+        inside = f"in {share.levels[ninety]:.0%}"
+        header = ("function", "mean", "p", "sd ratio", "p", "W1", "null", inside)
         title = f"Functions: differences in sd of the {self.other}, p-values adjusted (Holm)"
         return Table(title, header, rows)
 
     @property
     def overview(self) -> tuple[Showable, ...]:
-        """What each aspect concludes, and the numbers behind it."""
+        """The findings, the notes and both tables."""
         title = f"Comparison with the {self.other}: {count_words(self.findings)}"
         return (Findings(title, self.findings), self._notes, self.table, self.functions_table)
 
     def to_dataframe(self, of: Literal["functions", "measures"] = "functions") -> Any:
-        """Every number by function, or those of `table` by measure, as a pandas DataFrame.
+        """All numbers by function, or those of `table` by measure, as a pandas DataFrame.
 
         Raises:
-            ValueError: When asked for anything else.
+            ValueError: If `of` is neither "functions" nor "measures".
         """
         import pandas
 
@@ -226,22 +227,22 @@ class Comparison(Shown, Judged):
         return "\n".join([repr(self.table), *self.sentences])
 
     def _by_function(self) -> dict[str, np.ndarray]:
-        found, share = self.moments, self.coverage
-        held = {f"in_{c:.0%}": x for c, x in zip(share.levels, share.share, strict=True)}
+        moments, share = self.moments, self.coverage
+        inside = {f"in_{c:.0%}": x for c, x in zip(share.levels, share.share, strict=True)}
         return {
             "mean": self.posterior.mean,
             "other_mean": self.reference.mean,
             "sd": self.posterior.sd,
             "other_sd": self.reference.sd,
-            "difference": found.shift,
-            "difference_mcse": found.shift_mcse,
-            "difference_p": found.shift_adjusted,
-            "sd_ratio": found.ratio,
-            "sd_ratio_mcse": found.ratio * found.ratio_mcse,
-            "sd_ratio_p": found.ratio_adjusted,
+            "difference": moments.shift,
+            "difference_mcse": moments.shift_mcse,
+            "difference_p": moments.shift_adjusted,
+            "sd_ratio": moments.ratio,
+            "sd_ratio_mcse": moments.ratio * moments.ratio_mcse,
+            "sd_ratio_p": moments.ratio_adjusted,
             "W1": self.transport.marginal,
             "W1_null": self.transport.marginal_null,
-            **held,
+            **inside,
         }
 
 
@@ -256,31 +257,31 @@ def compare_draws(
     other: Other = "reference",
     notes: tuple[str, ...] = (),
 ) -> Comparison:
-    """Every measure between draws of two posteriors; `bnlora.compare` makes the draws.
+    """Compute every measure between draws of two posteriors; `bnlora.compare` draws them for you.
 
     Args:
         key: Random key of slices, folds and permutations.
         posterior: Draws of the approximation.
         reference: Draws of the reference.
-        predictions: Predictions of both for the same rows, as `predictive_agreement` takes them.
+        predictions: Predictions of both for the same rows, as in `predictive_agreement`.
         khat: Pareto k-hat of the approximation.
-        level: Chance of a false alarm, over all aspects together.
-        other: What the second posterior is called.
-        notes: What else must be known about the two sides, in sentences.
+        level: Probability of a false alarm over all aspects together.
+        other: Name of the second posterior in tables and sentences.
+        notes: Further sentences about the two sides.
 
     Returns:
-        Every measure beside its null level, but for those that need predictions. Functions that are
-        constant under `reference` are left out, and named.
+        Every measure with its null level; without `predictions`, those of predictions are missing.
+        Functions that are constant under `reference` are left out and listed in `constant`.
 
     Raises:
-        ValueError: When the level lies outside (0, 1), and what the measures refuse.
+        ValueError: If the level is not in (0, 1), or a measure rejects its arguments.
     """
     random = numpy_generator(key)
     check_level(level)
     constant = reference.constant
     posterior, reference = varying(posterior, reference)
     samples = pairs(posterior, reference)
-    # So many that the least p-value is well below an aspect's share of the level.
+    # Enough that the smallest possible p-value, 1 / (count + 1), is well below the share of an aspect.
     count = max(999, int(np.ceil(40 / level)))
     agreement = None
     if predictions is not None:
@@ -305,28 +306,28 @@ def compare_draws(
 
 
 def num_aspects(predictive: PredictiveAgreement | None) -> int:
-    """Among how many aspects the level is shared."""
+    """Number of aspects that share the level."""
     return 3 if predictive is None else 5
 
 
-def _of_predictions(found: PredictiveAgreement | None) -> list[Measure]:
-    if found is None:
+def _of_predictions(agreement: PredictiveAgreement | None) -> list[Measure]:
+    if agreement is None:
         return []
     variation, divergence, gap = (
         (value.mean(), null.mean())
         for value, null in (
-            (found.total_variation, found.total_variation_null),
-            (found.divergence, found.divergence_null),
-            (found.mutual_information_gap, found.mutual_information_gap_null),
+            (agreement.total_variation, agreement.total_variation_null),
+            (agreement.divergence, agreement.divergence_null),
+            (agreement.mutual_information_gap, agreement.mutual_information_gap_null),
         )
     )
-    row = int(found.total_variation.argmax())
-    largest = f"largest {found.total_variation[row]:.3g}, row {row}"
+    row = int(agreement.total_variation.argmax())
+    largest = f"largest {agreement.total_variation[row]:.3g}, row {row}"
     return [
-        Measure("total variation, mean of rows", *variation, found.total_variation_p, largest),
+        Measure("total variation, mean of rows", *variation, agreement.total_variation_p, largest),
         Measure("KL divergence, mean of rows", *divergence),
-        Measure("|difference| of mutual information", *gap, found.mutual_information_p),
-        Measure("correlation of mutual information", found.correlation, found.correlation_null),
+        Measure("|difference| of mutual information", *gap, agreement.mutual_information_p),
+        Measure("correlation of mutual information", agreement.correlation, agreement.correlation_null),
     ]
 
 

@@ -1,6 +1,6 @@
-"""The second side of a comparison: a posterior to evaluate now, or a reference that was evaluated before.
+"""The second side of a comparison: a posterior to evaluate now, or a stored reference.
 
-`compare` reads of either what `Side` states, so it does not depend on which of them it has.
+`compare` uses both through the protocol `Side`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,12 +24,12 @@ from bnlora.program.conditional import condition
 from bnlora.program.protocol import Model
 
 Predict = Callable[[Adapters], Prediction]
-"""Predicts the rows of a comparison with draws of adapters."""
+"""Function that predicts the rows of a comparison with draws of adapters."""
 
 
 @runtime_checkable
 class Reference(Protocol):
-    """A run of MCMC with the verdict of its own checks."""
+    """A run of MCMC with a certificate."""
 
     @property
     def model(self) -> Model:
@@ -38,26 +38,26 @@ class Reference(Protocol):
 
     @property
     def num_chains(self) -> int:
-        """Number of chains, all of one length."""
+        """Number of chains; all have the same length."""
         ...
 
     @property
     def certificate(self) -> Certificate | None:
-        """What its checks concluded; None where they were not run."""
+        """Results of its convergence checks; None if they were not run."""
         ...
 
     def stored_adapters(self) -> Adapters:
-        """Adapters of every stored draw with one leading axis, chain after chain."""
+        """Adapters of every stored draw, with one leading draw axis, chain after chain."""
         ...
 
 
 class Evaluated(NamedTuple):
-    """The second side at the functions and rows of a comparison.
+    """The second side, evaluated at the functions and rows of a comparison.
 
     Attributes:
         draws: Values of the functions.
-        most: Most draws that predictions can be made of.
-        predict: Gives the prediction of so many of its draws, evenly spaced.
+        most: Largest number of draws available for predictions.
+        predict: Function from a number of draws to their prediction; the draws are evenly spaced.
     """
 
     draws: Draws
@@ -65,40 +65,41 @@ class Evaluated(NamedTuple):
     predict: Callable[[int], Prediction]
 
 
+@runtime_checkable
 class Side(Protocol):
-    """What a comparison needs of its second side."""
+    """Interface of the second side of a comparison."""
 
     @property
     def fixed(self) -> Mapping[str, Array]:
-        """Value of every site that it holds, by name."""
+        """Value of every fixed site, by name."""
         ...
 
     @property
     def unknown(self) -> str:
-        """What it holds at values that are not known, in words; "" for nothing."""
+        """Description of the fixed sites whose values are unknown; "" if there are none."""
         ...
 
     def check(self, model: Model, data: Batch, functions: Functions | None) -> None:
-        """Raise `ValueError` unless it is of the same sites, label words and rows."""
+        """Raise `ValueError` if sites, label words or rows differ."""
         ...
 
     def model_for(self, posterior: Posterior, holds: Sequence[str]) -> Model:
-        """The model under which both sides are evaluated, with the sites that only this side holds."""
+        """The model that evaluates both sides; `holds` are the sites that only this side fixes."""
         ...
 
     def functions(self, model: Model, data: Batch, given: Functions | None) -> Functions:
-        """The functions of the comparison: those that are given, or the default ones."""
+        """The functions of the comparison: `given`, or the default ones if None."""
         ...
 
     def evaluate(
         self, key: Array, model: Model, functions: Functions, data: Batch, num_draws: int, predict: Predict
     ) -> Evaluated:
-        """Its values of the functions, and its predictions."""
+        """Evaluate the functions and the predictions."""
         ...
 
 
 def side_of(reference: Any) -> Side:
-    """A stored reference, or a posterior that is evaluated now, as the second side of a comparison."""
+    """The `Side` of a stored reference or of a posterior."""
     return Before(reference) if isinstance(reference, StoredReference) else Now(reference)
 
 
@@ -110,75 +111,75 @@ class Before:
 
     @property
     def fixed(self) -> Mapping[str, Array]:
-        """As in `Side`, like what follows."""
+        """See `Side`."""
         return {name: jnp.asarray(value) for name, value in self.stored.fixed.items()}
 
     @property
     def unknown(self) -> str:
-        """What it holds, if folders of earlier versions did not store the values."""
+        """See `Side`; folders of earlier versions do not contain the values of fixed sites."""
         return self.stored.record["held"] if self.stored.holds_unknown else ""
 
     def check(self, model: Model, data: Batch, functions: Functions | None) -> None:
-        """The rows must be those that it was stored with."""
+        """See `Side`; the rows must be those of the stored reference."""
         if functions is not None:
-            raise ValueError("a stored reference has the default functions alone; leave `functions` out")
+            raise ValueError("a stored reference has only the default functions; leave `functions` out")
         require_same_problem(self.stored, model, data)
 
     def model_for(self, posterior: Posterior, holds: Sequence[str]) -> Model:
-        """The approximation's model, conditioned on what the reference holds in addition."""
+        """The approximation's model, conditioned on the sites that only the reference fixes."""
         learned = {name: jnp.asarray(value) for name, value in self.stored.params.items()}
         params = dict(getattr(posterior, "params", {})) | learned
         return condition(posterior.model, {name: self.fixed[name] for name in holds}, params)
 
     def functions(self, model: Model, data: Batch, given: Functions | None) -> Functions:
-        """Those that were stored."""
+        """The default functions of the stored families."""
         return identifiable(model, data[:PROBES], families=self.stored.families)
 
     def evaluate(
         self, key: Array, model: Model, functions: Functions, data: Batch, num_draws: int, predict: Predict
     ) -> Evaluated:
-        """What was stored."""
-        kept = len(self.stored.prediction.draw_log_probs)
-        return Evaluated(self.stored.draws, kept, self.stored.thinned_prediction)
+        """The stored values and predictions."""
+        most = len(self.stored.prediction.draw_log_probs)
+        return Evaluated(self.stored.draws, most, self.stored.thinned_prediction)
 
 
 @dataclass(frozen=True)
 class Now:
-    """The side of a posterior: a run of MCMC with all its draws, or anything else with new ones."""
+    """The side of a posterior: all stored draws of a run of MCMC, new draws of any other posterior."""
 
     posterior: Any
 
     @property
     def fixed(self) -> Mapping[str, Array]:
-        """As in `Side`, like what follows."""
+        """See `Side`."""
         return self.posterior.model.fixed
 
     @property
     def unknown(self) -> str:
-        """A model knows the values of its sites."""
+        """Always empty: a model contains the values of its fixed sites."""
         return ""
 
     def check(self, model: Model, data: Batch, functions: Functions | None) -> None:
-        """The models must be of the same sites, label words and kind."""
-        own, other = describe(model), describe(self.posterior.model)
-        if own != other:
+        """See `Side`; the models must have the same sites, label words and kind."""
+        expected, other = describe(model), describe(self.posterior.model)
+        if expected != other:
             raise ValueError(
-                "expected both posteriors over the same sites and label words, and both of the network or "
-                f"both of the tangent model in the same frames; got\n{own}\nand\n{other}"
+                "expected two posteriors over the same sites and label words, both of the network, or both "
+                f"of the tangent model in the same frames; got\n{expected}\nand\n{other}"
             )
 
     def model_for(self, posterior: Posterior, holds: Sequence[str]) -> Model:
-        """Its own model, which holds them."""
+        """The model of this side; it contains the values of `holds`."""
         return self.posterior.model
 
     def functions(self, model: Model, data: Batch, given: Functions | None) -> Functions:
-        """Those that are given, or the default ones."""
+        """See `Side`."""
         return identifiable(model, data[:PROBES]) if given is None else given
 
     def evaluate(
         self, key: Array, model: Model, functions: Functions, data: Batch, num_draws: int, predict: Predict
     ) -> Evaluated:
-        """Its values and predictions, computed here."""
+        """Evaluate the functions; predictions are computed when requested."""
         run = self.posterior
         if isinstance(run, Reference):
             adapters = run.stored_adapters()
@@ -192,7 +193,7 @@ class Now:
 def draws_of(
     model: Model, functions: Functions, adapters: Adapters, data: Batch, *, chains: int | None = None
 ) -> Draws:
-    """The functions at adapters with a leading draw axis.
+    """Evaluate functions at adapters with a leading draw axis.
 
     Args:
         model: The classifier.
@@ -200,6 +201,9 @@ def draws_of(
         adapters: Draws, chain after chain.
         data: Rows that the functions read.
         chains: Number of chains; None for independent draws.
+
+    Raises:
+        ValueError: If the number of draws is not a multiple of `chains`.
     """
     total = len(jax.tree.leaves(adapters)[0])
     if total % (chains or 1):
@@ -210,6 +214,6 @@ def draws_of(
 
 
 def thinned(adapters: Adapters, size: int) -> Adapters:
-    """`size` of the draws, evenly spaced."""
-    chosen = evenly(len(jax.tree.leaves(adapters)[0]), size)
-    return jax.device_put(jax.tree.map(lambda x: np.asarray(x)[chosen], adapters))
+    """`size` evenly spaced draws."""
+    indices = evenly(len(jax.tree.leaves(adapters)[0]), size)
+    return jax.device_put(jax.tree.map(lambda x: np.asarray(x)[indices], adapters))

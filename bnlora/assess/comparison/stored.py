@@ -1,14 +1,16 @@
 r"""A certified reference on disk: function values and predictions, without adapters or the language model.
 
-The factors of a head are many and not identifiable; what a comparison reads of them is little. A folder holds
-`certificate.json` (the verdict, the numbers behind it, what was sampled and how, and checksums of the other
-files), `draws.nc` (values of the functions by chain and draw, and log-probabilities of the classes by draw
-and row), and, where sites were held, `held.safetensors` (their values, and the parameters of the prior), so
-that another posterior can be held at the same values. The rows are not stored: a checksum of their tokens and
-labels is, so that a comparison on others is refused. Folders of before the checksums are read without them.
+A comparison does not need the adapters, which are large and not identifiable. A folder contains
 
-The idea of draws that travel with their certificate is that of posteriordb (Magnusson et al. 2024, arXiv
-2407.04967).
+- `certificate.json`: the verdict, its numbers, what was sampled and how, and checksums of the other files;
+- `draws.nc`: values of the functions by chain and draw, and log-probabilities of the classes by draw and row;
+- `held.safetensors`, if sites were fixed: their values and the parameters of the prior, so that another
+  posterior can be fixed at the same values.
+
+The rows are not stored. A checksum of their tokens and labels is, so that a comparison on other rows is
+refused. Older folders without checksums can be read; their checksums are not tested.
+
+Draws that travel with their certificate are an idea of posteriordb (Magnusson et al. 2024, arXiv 2407.04967).
 """
 
 import hashlib
@@ -37,17 +39,17 @@ RECORD, DRAWS, HELD = "certificate.json", "draws.nc", "held.safetensors"
 
 @dataclass(frozen=True, repr=False)
 class StoredReference:
-    """What a comparison reads of a run of MCMC.
+    """The part of a run of MCMC that a comparison needs.
 
     Attributes:
         draws: Values of the default functions at every draw, by chain.
         prediction: Log-probabilities of the rows' classes under some of the draws.
-        certificate: What the checks of the run concluded.
-        record: How it was made: sampler, options, seed, sizes, seconds, command, versions.
+        certificate: Results of the checks of the run.
+        record: How the run was computed: sampler, options, seed, sizes, seconds, command, versions.
         rows: Checksum of the rows of functions and predictions.
         sites: The adapted sites and label words, in words.
-        fixed: Value of every site that was held, by name.
-        params: Values of the prior's parameters, where sites were held.
+        fixed: Value of every fixed site, by name.
+        params: Values of the prior's parameters, if sites were fixed.
     """
 
     draws: Draws
@@ -66,19 +68,19 @@ class StoredReference:
 
     @property
     def holds_unknown(self) -> bool:
-        """Whether sites were held whose values were not stored, as in folders of earlier versions."""
+        """Whether there are fixed sites without stored values, as in folders of earlier versions."""
         return bool(self.record.get("held")) and not self.fixed
 
     def thinned_prediction(self, size: int) -> Prediction:
-        """The prediction from `size` evenly spaced ones of the kept draws."""
-        kept = self.prediction.draw_log_probs
-        return Prediction(kept[evenly(len(kept), size)])
+        """The prediction from `size` evenly spaced draws of those stored."""
+        log_probs = self.prediction.draw_log_probs
+        return Prediction(log_probs[evenly(len(log_probs), size)])
 
     def __repr__(self) -> str:
         chains, count, functions = self.draws.values.shape
-        made = self.record.get("sampler", "a sampler")
+        sampler = self.record.get("sampler", "a sampler")
         sizes = f"{chains} chains of {count} draws, {functions} functions"
-        return f"StoredReference({made}, {sizes})\n  {self.certificate.verdict}"
+        return f"StoredReference({sampler}, {sizes})\n  {self.certificate.verdict}"
 
 
 def store_reference(
@@ -89,20 +91,20 @@ def store_reference(
     batch_size: int = 32,
     console: Console | None = None,
 ) -> StoredReference:
-    """Keep of a run what comparisons need.
+    """Evaluate the functions and predictions of a run that comparisons need.
 
     Args:
         chains: A run of MCMC with `model`, `num_chains`, `stored_adapters`, `certificate` and `record`.
-        data: Rows with labels: those of the functions (margins at the first eight) and of the predictions.
-        num_draws: Most draws whose predictions are kept.
+        data: Rows with labels, for the functions (margins at the first eight) and the predictions.
+        num_draws: Largest number of draws whose predictions are stored.
         batch_size: Rows to run at a time.
-        console: Where to draw the progress bar; the terminal or notebook when omitted.
+        console: Where to draw the progress bar; the terminal or notebook by default.
 
     Returns:
-        What a comparison reads of the run.
+        The stored reference.
 
     Raises:
-        ValueError: When a row has a label or a token that the model has not.
+        ValueError: If the model does not have a label or a token of the rows.
 
     Example:
         >>> stored = bl.store_reference(chains, rows, num_draws=20)
@@ -130,7 +132,7 @@ def _arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def describe(model: Any) -> str:
-    """Sites and label words of a classifier, and what its draws go through, in words."""
+    """Sites, label words and kind of a classifier, in words."""
     text = f"{model.sites!r}\nlabel ids {model.label_ids}"
     if kind_of(model) == "network":
         return text
@@ -138,7 +140,7 @@ def describe(model: Any) -> str:
 
 
 def checksum(data: Batch) -> str:
-    """Checksum of the real tokens and the labels of some rows, whatever their padding."""
+    """Checksum of tokens and labels of rows; padding does not change it."""
     digest = hashlib.sha256()
     for tokens, mask, label in zip(*map(np.asarray, (data.tokens, data.mask, data.labels)), strict=True):
         digest.update(np.asarray([label, *tokens[mask]], np.int64).tobytes())
@@ -146,11 +148,11 @@ def checksum(data: Batch) -> str:
 
 
 def save_reference(stored: StoredReference, folder: str | Path) -> None:
-    """Write a reference into a folder, which is made if it is not there.
+    """Write a reference into a folder.
 
     Args:
-        stored: What `store_reference` gave.
-        folder: Folder to write; made where there is none.
+        stored: A reference from `store_reference`.
+        folder: Folder to write; created if it does not exist.
 
     Example:
         >>> bl.save_reference(bl.store_reference(chains, rows, num_draws=20), folder / "reference")
@@ -161,15 +163,17 @@ def save_reference(stored: StoredReference, folder: str | Path) -> None:
 
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    kept = xarray.Dataset(
+    dataset = xarray.Dataset(
         {
             "values": (("chain", "draw", "function"), stored.draws.values.astype(np.float32)),
             "log_probs": (("sample", "row", "class"), stored.prediction.draw_log_probs.astype(np.float32)),
         },
         coords={"function": list(stored.draws.names)},
     )
-    packed = {name: {"zlib": True, "complevel": 9} for name in kept.data_vars}
-    write_whole(folder / DRAWS, lambda scratch: kept.to_netcdf(scratch, engine="h5netcdf", encoding=packed))
+    packed = {name: {"zlib": True, "complevel": 9} for name in dataset.data_vars}
+    write_whole(
+        folder / DRAWS, lambda scratch: dataset.to_netcdf(scratch, engine="h5netcdf", encoding=packed)
+    )
     about = {
         "certificate": stored.certificate.to_json(),
         "record": dict(stored.record),
@@ -198,8 +202,8 @@ def load_reference(folder: str | Path) -> StoredReference:
         The reference, for `bnlora.compare`.
 
     Raises:
-        FileNotFoundError: When the folder holds none.
-        ValueError: When a file is corrupt, the two files are not of one reference, a value is not finite, or
+        FileNotFoundError: If the folder does not contain a reference.
+        ValueError: If a file is corrupt, the files do not belong to one reference, a value is not finite, or
             the probabilities of the classes do not sum to one.
 
     Example:
@@ -212,13 +216,13 @@ def load_reference(folder: str | Path) -> StoredReference:
     folder = Path(folder).expanduser()
     absent = [name for name in (RECORD, DRAWS) if not (folder / name).is_file()]
     if absent:
-        raise FileNotFoundError(f"{str(folder)!r} holds no reference: it lacks {' and '.join(absent)}")
+        raise FileNotFoundError(f"{str(folder)!r} contains no reference: it lacks {' and '.join(absent)}")
     try:
         about = read_json(folder / RECORD)
-        with xarray.open_dataset(folder / DRAWS, engine="h5netcdf") as kept:
-            names = tuple(str(name) for name in kept["function"].values)
-            values = np.asarray(kept["values"].values, np.float64)
-            log_probs = np.asarray(kept["log_probs"].values)
+        with xarray.open_dataset(folder / DRAWS, engine="h5netcdf") as dataset:
+            names = tuple(str(name) for name in dataset["function"].values)
+            values = np.asarray(dataset["values"].values, np.float64)
+            log_probs = np.asarray(dataset["log_probs"].values)
         certificate = Certificate.from_json(about["certificate"])
         parts = {name: about[name] for name in ("record", "rows", "sites")}
         held = load_file(folder / HELD) if (folder / HELD).is_file() else {}
@@ -233,11 +237,11 @@ def load_reference(folder: str | Path) -> StoredReference:
 
 
 def _check(about: Mapping[str, Any], folder: Path, values: np.ndarray, log_probs: np.ndarray) -> None:
-    """Raise `ValueError` unless the files are of one reference and their numbers can be."""
+    """Raise `ValueError` unless the files belong to one reference and their numbers are valid."""
     for name, expected in about.get("checksums", {}).items():  # older folders have none
         if file_checksum(folder / name) != expected:
             raise ValueError(
-                f"{name} is not the file that {RECORD} describes: another reference's, or changed"
+                f"{name} is not the file that {RECORD} describes: it was changed, or is of another reference"
             )
     if not np.isfinite(values).all():
         raise ValueError(f"{DRAWS} has values that are not finite")
@@ -246,8 +250,10 @@ def _check(about: Mapping[str, Any], folder: Path, values: np.ndarray, log_probs
 
 
 def require_same_problem(stored: StoredReference, model: Model, data: Batch) -> None:
-    """Raise `ValueError` unless a reference is of these sites, label words and rows."""
+    """Raise `ValueError` unless a reference has these sites, label words and rows."""
     if stored.sites != describe(model):
-        raise ValueError(f"expected a posterior over the reference's\n{stored.sites}\ngot\n{describe(model)}")
+        raise ValueError(
+            f"expected a posterior over the sites of the reference,\n{stored.sites}\ngot\n{describe(model)}"
+        )
     if stored.rows != checksum(data):
-        raise ValueError("the reference was stored for other rows; give the rows that it was stored with")
+        raise ValueError("the reference was stored for other rows; give the rows used in `store_reference`")

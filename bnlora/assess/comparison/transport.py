@@ -1,11 +1,12 @@
-r"""How far mass must move from one posterior to the other.
+r"""Wasserstein distances between two posteriors.
 
-    W_1(a, r)   = int |F_a(x) - F_r(x)| dx                        of each function by itself
+    W_1(a, r)   = int |F_a(x) - F_r(x)| dx                        of each function separately
     SW_2(a, r)^2 = mean over directions t of W_2(t . a, t . r)^2    of all functions together
 
-in standard deviations of the reference, directions uniform on the sphere. Unit shifts of a function give
-W_1 = 1; a shift m of all functions gives SW_2 = |m| / sqrt(k) in k dimensions. Values and null levels come
-from samples of equal size (`bnlora.assess.comparison.pairs`). Computed by scipy and POT.
+The unit is the standard deviation of the reference. The directions t are uniform on the sphere. A shift of a
+function by one unit gives W_1 = 1; a shift of all k functions by the vector m gives SW_2 = |m| / sqrt(k).
+Values and null levels are computed from samples of equal size (`bnlora.assess.comparison.pairs`), by scipy
+and POT.
 
 References: Bonneel, Rabin, Peyre and Pfister (2015), Sliced and Radon Wasserstein barycenters of measures;
 Flamary et al. (2021), POT: Python optimal transport.
@@ -22,7 +23,7 @@ from bnlora.assess.comparison.pairs import Pairs
 
 @dataclass(frozen=True, eq=False)
 class Transport:
-    """Distances of transport with their null levels.
+    """Wasserstein distances with their null levels.
 
     Attributes:
         marginal: W_1 of each function.
@@ -43,12 +44,12 @@ def transport(random: np.random.Generator, samples: Pairs, *, num_slices: int = 
     """W_1 by function and sliced W_2, with null levels.
 
     Args:
-        random: Source of the directions, the same for value and null level.
+        random: Generator of the directions; value and null level use the same directions.
         samples: Halves of both sides.
         num_slices: Number of directions.
 
     Raises:
-        ValueError: When there is no direction.
+        ValueError: If `num_slices` is below one.
     """
     import ot
 
@@ -60,11 +61,12 @@ def transport(random: np.random.Generator, samples: Pairs, *, num_slices: int = 
     def sliced(x: np.ndarray, y: np.ndarray) -> float:
         return float(ot.sliced_wasserstein_distance(x, y, projections=directions))
 
-    both = list(zip(samples.posterior, samples.reference, strict=True))
+    # Two disjoint pairs (A_1, R_1), (A_2, R_2) of samples of shape (n, k); the null level is d(R_1, R_2).
+    matched = list(zip(samples.posterior, samples.reference, strict=True))
     return Transport(
-        np.mean([_marginal(x, y) for x, y in both], axis=0),
+        np.mean([_marginal(x, y) for x, y in matched], axis=0),
         _marginal(*samples.reference),
-        float(np.mean([sliced(x, y) for x, y in both])),
+        float(np.mean([sliced(x, y) for x, y in matched])),
         sliced(*samples.reference),
         num_slices,
     )

@@ -1,11 +1,11 @@
 """Simulation-based calibration.
 
-| module        | what it has                                                         |
+| module        | contents                                                            |
 |---------------|---------------------------------------------------------------------|
 | `simulation`  | `run`: data from the prior, inferences, ranks                       |
 | `ranking`     | ranks of the truth among posterior draws                            |
-| `calibration` | what the ranks say, with simultaneous bands                         |
-| `core`        | inferences of the core prior, ready to be calibrated                |
+| `calibration` | tests of the ranks and a verdict                                    |
+| `core`        | inferences of a tangent model under the core prior                  |
 """
 
 from bnlora.assess.sbc.calibration import Calibration as Calibration

@@ -1,9 +1,10 @@
-"""What the ranks of a simulation-based calibration say: two tests for each function, and one verdict.
+"""Tests of the ranks of a simulation-based calibration: two for each function, and one verdict.
 
     SBC   R ~ uniform on {0, ..., L}                       the draws are right on average over data
-    VSBC  p = R / L has the same law as 1 - p              they are unbiased on average over data
+    VSBC  p = R / L has the same law as 1 - p              the draws are unbiased on average over data
 
-Each test has its own Holm correction over the functions. Tests and references: `bnlora.metrics.ranks`.
+Each test is corrected for the number of functions by Holm's rule. Tests and references:
+`bnlora.metrics.ranks`.
 """
 
 from dataclasses import dataclass, replace
@@ -19,15 +20,15 @@ from bnlora.metrics.ranks import dispersion, holm, symmetry, uniformity
 
 @dataclass(frozen=True, repr=False)
 class Calibration(Shown, Judged):
-    """Ranks of the truth among the draws of an inference, over simulations, and what they say.
+    """Ranks of the truth among the draws of an inference, over simulations, with tests.
 
     Attributes:
         names: Names of the functions.
-        ranks: Number of draws below the truth, shape (simulation, function), of the simulations whose draws
-            were all finite.
+        ranks: Number of draws below the truth, shape (simulation, function), for the simulations whose draws
+            are all finite.
         num_draws: Number of draws L; ranks run from 0 to L.
-        failed: Which of all simulations gave a draw that is not finite, shape (simulation,).
-        level: Level of every verdict, over all functions together.
+        failed: Whether a simulation gave a draw that is not finite, shape (simulation,), all simulations.
+        level: Level of each test, over all functions together.
     """
 
     names: tuple[str, ...]
@@ -43,7 +44,7 @@ class Calibration(Shown, Judged):
 
     @cached_property
     def symmetry_p_values(self) -> Float[np.ndarray, " k"]:
-        """Exact p-values of p symmetric about one half (VSBC), by function."""
+        """Exact p-values of symmetry of p about one half (VSBC), by function."""
         return np.array([symmetry(r, self.num_draws)[1] for r in self.ranks.T])
 
     @property
@@ -58,25 +59,29 @@ class Calibration(Shown, Judged):
 
     @property
     def probabilities(self) -> Float[np.ndarray, "m k"]:
-        """Pr_q(f < f(truth)) in each simulation, in the middle of its step of 1 / (L + 1)."""
+        """Estimates of Pr_q(f < f(truth)) in each simulation: (rank + 1/2) / (L + 1)."""
         return (self.ranks + 0.5) / (self.num_draws + 1)
 
     @property
     def passed(self) -> bool:
-        """Whether no function rejects uniform ranks at `level` and no simulation failed."""
+        """Whether uniform ranks are rejected for no function at `level` and no simulation failed."""
         return bool((self.adjusted >= self.level).all()) and not self.failed.any()
 
     @property
     def unbiased(self) -> bool:
-        """Whether no function rejects symmetry at `level` and no simulation failed: less than `passed`."""
+        """Whether symmetry is rejected for no function at `level` and no simulation failed.
+
+        This is a weaker property than `passed`.
+        """
         return bool((self.symmetry_adjusted >= self.level).all()) and not self.failed.any()
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """What is wrong with each function's draws, "" where neither test rejects.
+        """Error of the draws of each function in words, "" if neither test rejects.
 
-        Bias is named where symmetry is rejected. Width is named only elsewhere, where `dispersion` is two
-        standard errors off: bias raises that too, whatever the width.
+        Bias is reported if symmetry is rejected. Otherwise the width is reported if `dispersion` is two
+        standard errors from its value for uniform ranks. Bias also increases the dispersion, so the width
+        is not reported together with a bias.
         """
         return tuple(self._direction(k) for k in range(len(self.names)))
 
@@ -84,7 +89,7 @@ class Calibration(Shown, Judged):
         uneven, biased = self.adjusted[k] < self.level, self.symmetry_adjusted[k] < self.level
         if not (uneven or biased):
             return ""
-        if biased:
+        if biased:  # mean p above one half: most draws are below the truth
             return "too low" if self.probabilities[:, k].mean() > 0.5 else "too high"
         _, score = dispersion(self.ranks[:, k], self.num_draws)
         if abs(score) > 2:
@@ -93,20 +98,20 @@ class Calibration(Shown, Judged):
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """One finding for each test, and one for the simulations that failed.
+        """One finding for each test, and one for the failed simulations.
 
-        Ranks that are not uniform are a problem. Asymmetry is a caution: it is a part of what SBC tests.
+        Ranks that are not uniform are a problem. Asymmetry is a caution, because it is part of the SBC test.
         """
         lost, total = int(self.failed.sum()), len(self.failed)
         sentence = f"{lost} of {total} simulations were not finite"
         if lost:
             sentence += " and have no rank, so neither test passes"
-        remedy = "find out at which of them the inference fails; `failed` names them"
-        lowest = Finding("simulations", "fine", sentence, lost, 0)
+        remedy = "find out why the inference fails in these simulations; `failed` marks them"
+        fine = Finding("simulations", "fine", sentence, lost, 0)
         return (
             self._tested("SBC", "uniform ranks", self.adjusted),
             self._tested("VSBC", "symmetry", self.symmetry_adjusted),
-            replace(lowest, status="problem", remedy=remedy) if lost else lowest,
+            replace(fine, status="problem", remedy=remedy) if lost else fine,
         )
 
     def _tested(self, name: str, claim: str, adjusted: np.ndarray) -> Finding:
@@ -127,7 +132,7 @@ class Calibration(Shown, Judged):
 
     @property
     def verdict(self) -> str:
-        """What both tests conclude, and how many simulations failed."""
+        """Conclusions of both tests, and the number of failed simulations if there are any."""
         *tests, simulations = self.findings
         texts = [f"{test.name}: {test.sentence}" for test in tests]
         if simulations.status == "problem":
@@ -138,8 +143,8 @@ class Calibration(Shown, Judged):
     def table(self) -> Table:
         """One row for each function.
 
-        "spread" is the second moment of the ranks about L / 2 over that of uniform ones: narrow draws raise
-        it, wide ones lower it, and bias raises it, whatever the width.
+        "spread" is the second moment of the ranks about L / 2, divided by that of uniform ranks. Draws that
+        are too narrow increase it, draws that are too wide decrease it, and bias increases it.
         """
         tests = (self.p_values, self.adjusted, self.symmetry_p_values, self.symmetry_adjusted)
         rows = []
@@ -156,7 +161,7 @@ class Calibration(Shown, Judged):
 
     @property
     def overview(self) -> tuple[Showable, ...]:
-        """What each test concludes, and the table."""
+        """The findings and the table."""
         return (Findings(f"Calibration: {count_words(self.findings)}", self.findings), self.table)
 
     def __repr__(self) -> str:

@@ -1,21 +1,22 @@
-r"""Inferences of a tangent model for simulation-based calibration, at fixed scales.
+r"""Inferences for simulation-based calibration of a tangent model at fixed scales.
 
     eta_i = z_i + Phi_i u,      u ~ N(0, I),      u = V c + (I - V V^T) n,      n ~ N(0, I)
 
-eta_i are the contrasts of row i, u the vector of all cores, V an orthonormal basis of the rows of Phi, the
-directions that the data inform. The likelihood reads c alone, so an inference draws c, and n from the prior.
+eta_i are the contrasts of row i, u is the vector of all cores, and V is an orthonormal basis of the row space
+of Phi, the directions informed by the data. The likelihood depends only on c, so an inference draws c from
+the posterior and n from the prior.
 
-| inference             | how c is drawn                                                             |
-|-----------------------|----------------------------------------------------------------------------|
-| `laplace_inference`   | from Laplace's Gaussian                                                    |
-| `nuts_inference`      | by NUTS in units of that Gaussian, with a fixed step: exact                |
-| `gaussian_inference`  | with n, from a Gaussian with a full covariance that SVI fits from there on |
+| inference             | draws of c                                                                   |
+|-----------------------|------------------------------------------------------------------------------|
+| `laplace_inference`   | from Laplace's Gaussian                                                      |
+| `nuts_inference`      | by NUTS in units of that Gaussian, with a fixed step; exact                  |
+| `gaussian_inference`  | jointly with n, from a full-covariance Gaussian; SVI starts at Laplace's     |
 
-They are pure functions, in JAX's default precision. Tests hold mean and covariance in float32 against those
-of `bnlora.laplace`, which runs in float64.
+They are pure functions in JAX's default precision. Tests compare mean and covariance in float32 with those of
+`bnlora.laplace`, which uses float64.
 
 References: Talts et al. (2018), arXiv 1804.06788; Neal (2011), MCMC using Hamiltonian dynamics, section 4.2
-for a step that shrinks as d^(-1/4).
+for the scaling of the step as d^(-1/4).
 """
 
 from typing import Any, NamedTuple
@@ -40,20 +41,20 @@ from bnlora.program.tangent.model import Tangent
 from bnlora.program.tangent.where import is_standard_normal
 
 STEP = 0.8
-"""Step of NUTS in one dimension, in standard deviations of Laplace's Gaussian; it shrinks as r^(-1/4)."""
+"""Step of NUTS in one dimension, in standard deviations of Laplace's Gaussian; times r^(-1/4) in r."""
 
 LEAST = 0.6
-"""Mean acceptance probability of a chain below which its draws depend too much on each other."""
+"""Smallest mean acceptance probability of a valid chain; below it, the draws are too dependent."""
 
 
 class Around(NamedTuple):
-    """Laplace's Gaussian in the directions that the data inform.
+    """Laplace's Gaussian in the directions informed by the data.
 
     Attributes:
-        vectors: V, turned to the principal axes of the Gaussian, shape (p, r).
+        vectors: V, rotated to the principal axes of the Gaussian, shape (p, r).
         centre: The mode of c, shape (r,).
         gains: Standard deviations of c along the columns of V, shape (r,).
-        informed: The likelihood in c, with contrasts at the mode.
+        informed: The likelihood as a function of c, with contrasts at the mode.
     """
 
     vectors: Float[Array, "p r"]
@@ -66,26 +67,27 @@ class Around(NamedTuple):
         return self.informed.log_posterior(z, self.centre, self.gains)
 
     def vector(self, key: Array, z: Float[Array, " r"]) -> Float[Array, " p"]:
-        """The whole vector at some z; what the data do not inform is drawn from the prior."""
+        """The vector u at z; the directions not informed by the data are drawn from the prior."""
         n = jax.random.normal(key, self.vectors.shape[:1], self.vectors.dtype)
+        # V c + (I - V V^T) n without the p x p projection.
         return n + self.vectors @ (self.centre + self.gains * z - n @ self.vectors)
 
 
 def laplace_inference(tangent: Tangent, *, num_draws: int, spread: float = 1.0) -> Inference:
-    """Draws of Laplace's Gaussian, that of `bnlora.laplace`.
+    """Inference by draws of Laplace's Gaussian, the same as that of `bnlora.laplace`.
 
     Args:
         tangent: A tangent model under `priors.core` at fixed scales.
         num_draws: Number of draws.
-        spread: What the standard deviations along informed directions are multiplied by. One is Laplace's
-            Gaussian; any other is wrong on purpose, to see whether a calibration finds it out.
+        spread: Factor on the standard deviations along informed directions. One is Laplace's Gaussian; other
+            values are wrong on purpose, to test whether a calibration detects it.
 
     Returns:
         An inference for `bnlora.assess.sbc.simulation.run`.
 
     Raises:
-        ValueError: When the model is no tangent model, its prior has other sites than standard normal cores,
-            there is no draw, or `spread` is not positive.
+        ValueError: If the model is not a tangent model, its prior has other sites than standard normal
+            cores, `num_draws` is below one, or `spread` is not positive.
 
     Example:
         >>> from bnlora.assess.sbc.core import laplace_inference
@@ -109,33 +111,33 @@ def laplace_inference(tangent: Tangent, *, num_draws: int, spread: float = 1.0) 
 def nuts_inference(
     tangent: Tangent, *, num_draws: int, num_warmup: int = 50, thinning: int = 4, step_size: float = STEP
 ) -> Inference:
-    """Draws of NUTS in coordinates in which Laplace's Gaussian is standard normal: exact, but for the start.
+    """Inference by NUTS in coordinates in which Laplace's Gaussian is standard normal; exact up to the start.
 
-    A chain starts at a draw of Laplace's Gaussian. Its step is fixed, so that nothing is tuned. Ranks of
-    draws that depend on each other are not uniform, so most of the chain is left out. Where the step is too
-    long, as at scales of 10 nats and more, a chain hardly moves: its draws are then not finite, so that the
-    calibration counts the simulation as failed.
+    A chain starts at a draw of Laplace's Gaussian. Its step is fixed; nothing is tuned. Ranks among dependent
+    draws are not uniform, so the chain is thinned. If the step is too long, as at scales of 10 nats and more,
+    the chain hardly moves; its draws are then set to NaN, so that the calibration counts the simulation as
+    failed.
 
     Args:
         tangent: A tangent model under `priors.core` at fixed scales.
         num_draws: Number of draws.
-        num_warmup: Transitions before the first of them.
+        num_warmup: Transitions before the first draw.
         thinning: Transitions from one draw to the next.
-        step_size: Step of the integrator in one dimension; in r dimensions it is r^(-1/4) of that.
+        step_size: Step of the integrator in one dimension; it is multiplied by r^(-1/4) in r dimensions.
 
     Returns:
         An inference for `bnlora.assess.sbc.simulation.run`.
 
     Raises:
-        ValueError: When the model is no tangent model, its prior has other sites than standard normal cores,
-            a number is below one (`num_warmup` below zero), or the step is not positive.
+        ValueError: If the model is not a tangent model, its prior has other sites than standard normal
+            cores, a number is below one (`num_warmup` below zero), or the step is not positive.
 
     Example:
         >>> from bnlora.assess.sbc.core import nuts_inference
-        >>> judged = bl.sbc.run(
+        >>> calibration = bl.sbc.run(
         ...     key, tangent, nuts_inference(tangent, num_draws=7), rows, num_simulations=20
         ... )
-        >>> judged.ranks.shape
+        >>> calibration.ranks.shape
         (20, 5)
     """
     view = _fixed(tangent)
@@ -162,24 +164,25 @@ def gaussian_inference(
     learning_rate: float = 1e-3,
     num_particles: int = 8,
 ) -> Inference:
-    """Draws of a Gaussian with a full covariance over all cores, fitted by SVI from Laplace's Gaussian on.
+    """Inference by a Gaussian with a full covariance over all cores, fitted by SVI.
 
-    The noise of the steps keeps the fit somewhat below the highest bound of such a Gaussian.
+    The fit starts at Laplace's Gaussian. The noise of the steps keeps its bound slightly below the highest
+    bound of such a Gaussian.
 
     Args:
         key: Random key, for `bnlora.assess.sbc.simulation.svi_inference`.
         tangent: A tangent model under `priors.core` at fixed scales.
         num_draws: Number of draws.
         num_steps: Steps of Adam on all rows.
-        learning_rate: Its rate at the first step; it decays to zero along a cosine.
+        learning_rate: Rate of Adam at the first step; it decays to zero along a cosine.
         num_particles: Draws averaged in a step.
 
     Returns:
         An inference for `bnlora.assess.sbc.simulation.run`.
 
     Raises:
-        ValueError: When the model is no tangent model, its prior has other sites than standard normal cores,
-            a number is below one, or the rate is not positive.
+        ValueError: If the model is not a tangent model, its prior has other sites than standard normal
+            cores, a number is below one, or the rate is not positive.
 
     Example:
         >>> from bnlora.assess.sbc.core import gaussian_inference
@@ -196,6 +199,7 @@ def gaussian_inference(
 
     def start(key: Array, weights: Any, batch: Batch) -> Parameters:
         V, centre, gains, _ = around_mode(view, weights, batch)
+        # Covariance of u: V diag(gains^2) V^T on the informed directions, the identity on the others.
         covariance = jnp.eye(len(V), dtype=V.dtype) + (V * (gains**2 - 1)) @ V.T
         return {f"{first}.q.loc": V @ centre, f"{first}.q.scale_tril": jnp.linalg.cholesky(covariance)}
 
@@ -212,7 +216,7 @@ def gaussian_inference(
 
 
 def around_mode(view: Density, weights: Any, batch: Batch) -> Around:
-    """Laplace's Gaussian of some rows in the directions that they inform; pure.
+    """Laplace's Gaussian in the directions informed by the rows; pure.
 
     Args:
         view: The unconstrained view of a tangent model at fixed scales.
@@ -224,6 +228,7 @@ def around_mode(view: Density, weights: Any, batch: Batch) -> Around:
     mode = laplace_mode(model, flat, in_rows=False)
     mean, axes, values = posterior(flat, mode, in_rows=False)
     offset, (design,), labels = model
+    # Recentre at the mode and rotate to the principal axes; `values` are precisions beyond the prior's.
     informed = Informed(design @ axes, offset + design @ mean, labels)
     return Around(basis @ axes, mean @ axes, (1 + values) ** -0.5, informed)
 
@@ -231,7 +236,7 @@ def around_mode(view: Density, weights: Any, batch: Batch) -> Around:
 def chain(
     key: Array, around: Around, num_draws: int, num_warmup: int, thinning: int, step_size: float
 ) -> tuple[Float[Array, "s r"], Report]:
-    """Positions z of a chain of NUTS, and what it says of every transition after the warm-up."""
+    """Positions z of a chain of NUTS, and the report of every transition after the warm-up."""
     start_key, warm_key, move_key = jax.random.split(key, 3)
     size, dtype = len(around.gains), around.gains.dtype
     position = jax.random.normal(start_key, (size,), dtype)
@@ -252,14 +257,14 @@ def chain(
 
 
 def _fixed(tangent: Any) -> Density:
-    """The view of a tangent model; `ValueError` unless its sites are standard normal cores and no others."""
+    """The unconstrained view; raises `ValueError` unless the only sites are standard normal cores."""
     if not isinstance(tangent, Tangent):
         raise ValueError(f"expected a tangent model, bl.Tangent(classifier); got a {type(tangent).__name__}")
     program, cores = declared(tangent.prior), [f"{family}.U" for family in tangent.sites]
     names = [*program.latent, *program.observed, *program.params]
     if set(names) != set(cores):
         raise ValueError(
-            f"the prior must have the sites of priors.core at fixed scales, {listed(cores)}; it has "
+            f"the prior must have the sites of priors.core at fixed scales, {listed(cores)}; got "
             f"{listed(names)}"
         )
     view = density(tangent, {})
@@ -269,15 +274,16 @@ def _fixed(tangent: Any) -> Density:
 
 
 def _reduced(view: Density, weights: Any, batch: Batch) -> tuple[Linear, Float[Array, "p r"]]:
-    """The linear model of c, with one group of columns, and a basis V of the directions that it is of."""
+    """The linear model of c, with one group of columns, and the basis V of its directions."""
     tangent: Tangent = view.model
     offset, phi = tangent.features(weights, batch)
-    # The prior itself says how the cores' numbers reach the update: its scales, its units and its order.
+    # The map from cores to coordinates of the update is linear, so one vjp at zero gives it exactly,
+    # with the prior's scales, units and order of entries.
     zero = jnp.zeros(view.size)
     update, pull = jax.vjp(lambda u: tangent.coordinates(view.adapters(u)), zero)
     design = jax.vmap(lambda row: pull(row)[0])(phi.reshape(-1, len(update)).astype(update.dtype))
     basis = jnp.eye(view.size, dtype=design.dtype)
-    if len(design) < view.size:
+    if len(design) < view.size:  # fewer rows than cores: QR gives an orthonormal basis of the row space
         basis, _ = jnp.linalg.qr(design.T)
     inner = (design @ basis).reshape(*phi.shape[:2], -1)
     contrasts = (offset[:, 1:] - offset[:, :1]).astype(inner.dtype)

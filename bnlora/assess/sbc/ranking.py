@@ -1,4 +1,4 @@
-"""Simulate, infer and rank, all simulations in one compiled program: what the calibrations of `sbc` share."""
+"""Simulate, infer and rank, all simulations in one compiled program; shared by the calibrations of `sbc`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,13 +17,12 @@ from bnlora.prediction.functions import Functions, identifiable, scalars
 from bnlora.program.model import Classifier
 
 Make = Callable[..., tuple[Adapters, Batch]]
-"""`make(key, own, frozen, rows, shared)`: one simulation's true adapters, and rows with labels made by them.
+"""`make(key, own, frozen, rows, shared)`: true adapters of one simulation, and rows with labels drawn from
+them. `own` contains the arrays of this simulation, `shared` those of all simulations."""
 
-`own` is what the simulation alone has, `shared` what all of them have."""
 
-
-class _Found(NamedTuple):
-    """What one simulation gives; mappings by name of the function."""
+class _Result(NamedTuple):
+    """Result of one simulation; mappings by name of the function."""
 
     ranks: dict[str, Array]
     draws_finite: dict[str, Array]
@@ -51,58 +50,62 @@ def ranked(
     Args:
         key: Random key.
         model: A `Classifier`.
-        inference: What is to be judged.
-        functions: What is ranked; `identifiable(model, rows[:3])` when None.
-        make: Makes the truth and the rows of one simulation.
-        own: Arrays with a leading simulation axis, the third argument of `make` by slices; None for none.
+        inference: The inference to test.
+        functions: Functions to rank; `identifiable(model, rows[:3])` if None.
+        make: Function that draws the truth and the labels of one simulation.
+        own: Arrays with a leading simulation axis; `make` gets one slice. None if there are none.
         rows: Rows.
-        shared: What else `make` reads.
+        shared: Further argument of `make`, the same in all simulations.
         num_simulations: Number of simulations.
-        level: Level of the verdicts.
-        origin: Where the truths come from, for messages.
-        remedy: What to do where functions of them are not finite.
+        level: Level of the tests.
+        origin: Origin of the truths, for messages.
+        remedy: Advice if functions of the truths are not finite, for messages.
 
     Raises:
-        ValueError: When a function is no scalar or not finite at a truth, draws have other shapes than the
+        ValueError: If a function is not a scalar or not finite at a truth, draws have other shapes than the
             adapters, or every simulation failed.
     """
     key = check_key(key)
     functions = identifiable(model, rows[:3]) if functions is None else functions
     one = _simulation(model, inference, functions, make)
+    # `lax.map` runs one simulation at a time: memory does not grow with their number.
     program = jax.jit(lambda each, *together: jax.lax.map(lambda e: one(*e, *together), each))
     keys = jax.random.split(key, num_simulations)
-    found = jax.tree.map(np.asarray, program((keys, own), model.base.weights, model.prepare(rows), shared))
-    broken = [name for name, ok in found.truth_finite.items() if not ok.all()]
+    results = jax.tree.map(np.asarray, program((keys, own), model.base.weights, model.prepare(rows), shared))
+    broken = [name for name, ok in results.truth_finite.items() if not ok.all()]
     if broken:
         remedy = broken_weights(model.base.weights) or remedy
         raise ValueError(f"the functions must be finite at {origin}; not so: {', '.join(broken)}; {remedy}")
-    finite = np.all(list(found.draws_finite.values()), axis=0)
+    finite = np.all(list(results.draws_finite.values()), axis=0)
     if not finite.any():
         raise ValueError(
-            f"all {num_simulations} simulations gave draws that are not finite, so nothing can be ranked; "
-            "run the inference by itself on rows of `simulate`, and lower its learning rate or its step"
+            f"all {num_simulations} simulations gave draws that are not finite, so there are no ranks; "
+            "run the inference on rows of `simulate` to find the cause, or lower its learning rate or step"
         )
-    ranks = np.stack(list(found.ranks.values()), axis=1)[finite]
-    return Calibration(tuple(found.ranks), ranks, int(found.num_draws[0]), ~finite, level)
+    ranks = np.stack(list(results.ranks.values()), axis=1)[finite]
+    return Calibration(tuple(results.ranks), ranks, int(results.num_draws[0]), ~finite, level)
 
 
 def _simulation(
     model: Classifier, inference: Callable, functions: Functions, make: Make
-) -> Callable[..., _Found]:
-    def one(key: Array, own: Any, weights: Any, rows: Batch, shared: Any) -> _Found:
+) -> Callable[..., _Result]:
+    """A pure function that runs one simulation."""
+
+    def one(key: Array, own: Any, weights: Any, rows: Batch, shared: Any) -> _Result:
         truth_key, fit_key, rank_key = jax.random.split(key, 3)
         adapters, batch = make(truth_key, own, weights, rows, shared)
         draws = inference(fit_key, weights, batch)
         model.sites.check(jax.tree.map(lambda x: x[0], draws))
         truth = scalars(functions(weights, adapters, batch))
-        values = jax.lax.map(lambda drawn: dict(functions(weights, drawn, batch)), draws)
+        values = jax.lax.map(lambda adapter: dict(functions(weights, adapter, batch)), draws)
         names = sorted(truth)
+        # Values at the draws, shape (draw, function), and at the truth, shape (function,).
         inner, outer = jnp.stack([values[n] for n in names], 1), jnp.stack([truth[n] for n in names])
 
         def by_name(x: Array) -> dict[str, Array]:
             return dict(zip(names, x, strict=True))
 
-        return _Found(
+        return _Result(
             by_name(rank(rank_key, inner, outer)),
             by_name(jnp.isfinite(inner).all(0)),
             by_name(jnp.isfinite(outer)),

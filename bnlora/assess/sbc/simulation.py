@@ -1,4 +1,4 @@
-r"""Simulation-based calibration: is the posterior right on average over data that the prior itself made?
+r"""Simulation-based calibration: is the posterior right on average over data drawn from the prior?
 
     adapters_0 ~ prior,    y ~ likelihood(adapters_0),    adapters_1, ..., adapters_L ~ inference(y)
 
@@ -6,20 +6,20 @@ If the inference is exact, adapters_0 and the L draws are exchangeable given y, 
 adapters and data the rank of f(adapters_0) among the f(adapters_l) is uniform on {0, ..., L} (Talts et al.
 2018). The factors `a` and `b` of an adapter are not identifiable ((a, b) and (R a, R^-1 b) are one
 update), so the functions are: margins of the logits at probe rows, the Frobenius norm of each family's
-update, and the log-likelihood of the data, which notices what functions of the parameters alone cannot
+update, and the log-likelihood of the data, which detects errors that functions of the parameters cannot
 (Modrak et al. 2023).
 
-A variational posterior is hardly ever exact. Yao et al. (2018) ask less of it: that the probability
-p = Pr_q(f < f(adapters_0)) is symmetric about one half, that is, unbiased on average. Both questions are put
-to the same simulations.
-Uniform ranks are necessary, not sufficient: draws of the prior pass where a function reads no data.
+A variational posterior is rarely exact. Yao et al. (2018) test a weaker property: the probability
+p = Pr_q(f < f(adapters_0)) is symmetric about one half, that is, unbiased on average. The same simulations
+serve both tests. Uniform ranks are necessary, not sufficient: draws of the prior pass for every function that
+reads no data.
 
-An average over the prior may say little about the one data set at hand. `run_posterior` asks near that one:
+An average over the prior may be uninformative about one observed data set. `run_posterior` tests near it:
 
     adapters_0 ~ posterior(y),   y' ~ likelihood(adapters_0),   adapters_1, ..., adapters_L ~ inference(y, y')
 
-Given y and y', adapters_0 is a draw of the posterior of both, so that its ranks are uniform once more
-(Saeilynoja et al. 2025).
+Given y and y', adapters_0 is a draw of the posterior given both, so its ranks are again uniform (Saeilynoja
+et al. 2025).
 
 References: Talts, Betancourt, Simpson, Vehtari and Gelman (2018), arXiv 1804.06788; Yao, Vehtari, Simpson
 and Gelman (2018), arXiv 1802.02538; Modrak et al. (2023), arXiv 2211.02383; Saeilynoja, Schmitt, Buerkner and
@@ -28,7 +28,7 @@ Vehtari (2025), Posterior SBC, arXiv 2502.03279; `bnlora.metrics.ranks` for the 
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -52,10 +52,11 @@ from bnlora.program.draws import draw_adapters
 from bnlora.program.model import Classifier
 
 
+@runtime_checkable
 class Inference(Protocol):
-    """Posterior draws for a batch with labels; pure, so that it can be compiled.
+    """Function that returns posterior draws for a batch with labels; pure, so that it can be compiled.
 
-    The frozen weights are an argument, as in every compiled program here, and never a closure.
+    The frozen weights are an argument; a closure would copy them into the compiled program as constants.
     """
 
     def __call__(self, key: Array, weights: Any, batch: Batch) -> Adapters:
@@ -64,11 +65,11 @@ class Inference(Protocol):
 
 
 Start = Callable[[Array, Any, Batch], Parameters]
-"""From key, frozen weights and rows to constrained values of all parameters; pure, like an `Inference`."""
+"""Function from key, frozen weights and rows to constrained values of all parameters; pure."""
 
 
 class Simulation(NamedTuple):
-    """Adapters from the prior and rows whose labels they made."""
+    """Adapters from the prior, and rows with labels drawn under them."""
 
     adapters: Adapters
     batch: Batch
@@ -81,14 +82,14 @@ def simulate(key: Array, model: Classifier, weights: Any, data: Batch, params: P
         key: Random key.
         model: A `Classifier`.
         weights: The frozen weights, `model.base.weights`.
-        data: Rows; their own labels are replaced.
+        data: Rows; their labels are replaced.
         params: Parameters of the prior, all of them.
 
     Returns:
         Adapters of the prior, and the rows with labels drawn under them.
 
     Raises:
-        ValueError: When a parameter of the prior is missing.
+        ValueError: If a parameter of the prior is missing.
     """
     key = check_key(key)
     prior_key, label_key = jax.random.split(key)
@@ -112,29 +113,29 @@ def svi_inference(
     num_particles: int = 1,
     init_params: Start | None = None,
 ) -> Inference:
-    """Fit a guide to all rows at once for a fixed number of steps, then draw from it.
+    """Inference that fits a guide to all rows for a fixed number of steps and draws from it.
 
-    Whatever parameters the prior has (such as frames) are fitted with those of the guide. A fit that
-    leaves the finite numbers is not rescued; `run` counts it.
+    Parameters of the prior (such as frames) are fitted with those of the guide. A fit with values that are
+    not finite is not repeated; `run` counts it as failed.
 
     Args:
-        key: Random key of what a NumPyro autoguide draws once, at its first call: its start.
+        key: Random key for the start of a NumPyro autoguide, which is drawn once, at its first call.
         model: A `Classifier`.
         guide: A guide of `model.prior`.
-        optimizer: optax optimiser of all parameters; it sees the gradient of the negative bound per row.
+        optimizer: optax optimiser of all parameters; it gets the gradient of the negative bound per row.
         num_steps: Number of steps.
         num_draws: Draws of the fitted guide, L.
         num_particles: Guide draws averaged in a step.
-        init_params: From key, frozen weights and rows to the values at which the parameters start, as `start`
-            of `bnlora.fit`; those of guide and prior when omitted.
+        init_params: Function from key, frozen weights and rows to the start values of the parameters, as
+            `start` of `bnlora.fit`; the start values of guide and prior by default.
 
     Returns:
         An inference for `run`.
 
     Raises:
-        ValueError: When a number is below one, the prior has a discrete latent site or a name that is not
-            free, or the guide cannot be fitted. The inference raises it where `init_params` lacks a parameter
-            or gives one another shape.
+        ValueError: If a number is below one, the prior has a discrete latent site or a reserved name, or the
+            guide cannot be fitted. The inference raises it if `init_params` lacks a parameter or returns one
+            of another shape.
     """
     key = check_key(key)
     check_at_least({"num_steps": num_steps, "num_draws": num_draws, "num_particles": num_particles}, 1)
@@ -144,10 +145,10 @@ def svi_inference(
     def infer(key: Array, weights: Any, batch: Batch) -> Adapters:
         start_key, step_key, draw_key = jax.random.split(key, 3)
         arguments = (weights, batch, len(batch))
-        begin = None if init_params is None else init_params(start_key, weights, batch)
+        start = None if init_params is None else init_params(start_key, weights, batch)
         params = maximise(
             step_key,
-            *initial_parameters(start_key, model, guide, *arguments, init_params=begin),
+            *initial_parameters(start_key, model, guide, *arguments, init_params=start),
             model,
             guide,
             *arguments,
@@ -169,25 +170,25 @@ def importance_inference(
     num_together: int = 1,
     params: Parameters | None = None,
 ) -> Inference:
-    """Draw from the prior, weigh by the likelihood, resample: exact as the number of particles grows.
+    """Inference by importance resampling from the prior; exact as the number of particles grows.
 
-    For problems so small that many of the particles fit the data; resampling repeats particles when their
-    effective number is not well above `num_draws`, and the ranks then show it.
+    It suits small problems, in which many particles fit the data. Resampling repeats particles if their
+    effective number is not well above `num_draws`, and the ranks are then not uniform.
 
     Args:
         model: A `Classifier`.
         num_particles: Prior draws for each data set.
         num_draws: Draws with replacement from them, L.
-        num_together: Particles computed at a time; more than one only for priors that factorise no matrix
-            of random numbers.
-        params: Parameters of the prior, the same as those of `run` where they are given; a start drawn from
-            the key when omitted.
+        num_together: Particles computed at a time. Use more than one only for priors that factorise no
+            matrix of random numbers.
+        params: Parameters of the prior; use the same as in `run`. By default, start values drawn from the
+            key.
 
     Returns:
-        An inference for `run`, exact but for its finite number of particles.
+        An inference for `run`, exact up to its finite number of particles.
 
     Raises:
-        ValueError: When a number is below one, a parameter of the prior is missing, or there are fewer
+        ValueError: If a number is below one, a parameter of the prior is missing, or there are fewer
             particles than draws.
     """
     sizes = {"num_particles": num_particles, "num_draws": num_draws, "num_together": num_together}
@@ -200,15 +201,16 @@ def importance_inference(
 
     def infer(key: Array, weights: Any, batch: Batch) -> Adapters:
         params_key, prior_key, pick_key = jax.random.split(key, 3)
-        held = prior_parameters(params_key, model) if params is None else params
-        pool = draw_prior(prior_key, model, held, num_particles, num_together=num_together)
+        values = prior_parameters(params_key, model) if params is None else params
+        pool = draw_prior(prior_key, model, values, num_particles, num_together=num_together)
 
-        def weigh(adapters: Adapters) -> Array:
+        def log_weight(adapters: Adapters) -> Array:
             return log_likelihood(model, weights, adapters, batch)
 
-        weights = jax.lax.map(weigh, pool, batch_size=num_together)
-        picked = jax.random.categorical(pick_key, weights, shape=(num_draws,))
-        return jax.tree.map(lambda x: x[picked], pool)
+        log_weights = jax.lax.map(log_weight, pool, batch_size=num_together)
+        # `categorical` takes unnormalised log-probabilities and draws with replacement.
+        indices = jax.random.categorical(pick_key, log_weights, shape=(num_draws,))
+        return jax.tree.map(lambda x: x[indices], pool)
 
     return infer
 
@@ -228,23 +230,22 @@ def run(
 
     Args:
         key: Random key.
-        model: A `Classifier` whose prior makes the truths.
-        inference: What is to be judged, from `svi_inference` or your own.
+        model: A `Classifier`; the truths are drawn from its prior.
+        inference: The inference to test, from `svi_inference` or your own.
         data: Rows of each simulated data set; labels are not read.
         num_simulations: Number of simulations.
-        functions: What is ranked; `identifiable(model, rows[:3])` when omitted.
-        params: Parameters of the prior that makes the truths, all of them; one start drawn from the key when
-            omitted. Where the prior's law depends on them, an inference that learns them answers another
-            question.
-        level: Level of the verdicts.
+        functions: Functions to rank; `identifiable(model, rows[:3])` by default.
+        params: All parameters of the prior of the truths; start values drawn from the key by default. If the
+            prior's law depends on them, an inference that learns them uses another prior than the truths.
+        level: Level of the tests.
 
     Returns:
         Ranks of the truth among the draws, with their tests.
 
     Raises:
-        ValueError: On fewer than two simulations, no rows, a level outside (0, 1), a parameter of the prior
-            without a value, draws of other shapes than the adapters', a function that is no scalar, a truth
-            that is not finite, or when every simulation failed.
+        ValueError: If there are fewer than two simulations or no rows, the level is not in (0, 1), a
+            parameter of the prior has no value, draws have other shapes than the adapters, a function is not
+            a scalar, a truth is not finite, or every simulation failed.
     """
     key = check_key(key)
     _check_sizes(f"num_simulations={num_simulations}", num_simulations, data, level)
@@ -282,26 +283,26 @@ def run_posterior(
 ) -> Calibration:
     """Simulate from the posterior of observed rows, infer from both data sets together, and rank.
 
-    Each truth draws new labels of the same rows. The inference then gets the rows twice: with the labels that
-    were observed, and with those that were drawn. Functions that read the data get both, too.
+    New labels of the same rows are drawn under each truth. The inference gets every row twice: with the
+    observed label and with the drawn one. Functions that read the data also get both.
 
     Args:
         key: Random key.
         model: A `Classifier`.
-        inference: What is to be judged.
+        inference: The inference to test.
         observed: Rows with labels.
-        truths: Draws of the posterior given `observed`, one for each simulation. They should come from
-            another inference, one that is exact, or from the same one: then ranks tell whether it agrees
-            with itself. They must be independent of each other, so thin the draws of chains.
-        functions: What is ranked; `identifiable(model, observed[:3])` when omitted.
-        level: Level of the verdicts.
+        truths: Draws of the posterior given `observed`, one for each simulation. They should come from an
+            exact inference. They may come from the tested one; the ranks then test its self-consistency.
+            They must be independent of each other, so thin the draws of chains.
+        functions: Functions to rank; `identifiable(model, observed[:3])` by default.
+        level: Level of the tests.
 
     Returns:
         Ranks of the truths among the draws, with their tests.
 
     Raises:
-        ValueError: On rows without labels, fewer than two truths, truths that are no adapters of the model, a
-            level outside (0, 1), and where `run` would raise it because of draws or functions.
+        ValueError: If rows have no labels, there are fewer than two truths, the truths are not adapters of
+            the model, the level is not in (0, 1), or draws or functions are invalid as in `run`.
     """
     key = check_key(key)
     check_labels("observed", observed, len(model.label_ids))
@@ -309,8 +310,8 @@ def run_posterior(
     _check_sizes(f"{count} truths", count, observed, level)
 
     def make(key: Array, truth: Adapters, weights: Any, rows: Batch, shared: None) -> Simulation:
-        twice, drawn = rows[np.tile(np.arange(len(rows)), 2)], _labels(key, model, weights, truth, rows)
-        return Simulation(truth, replace(twice, labels=jnp.concatenate([rows.labels, drawn])))
+        twice, labels = rows[np.tile(np.arange(len(rows)), 2)], _labels(key, model, weights, truth, rows)
+        return Simulation(truth, replace(twice, labels=jnp.concatenate([rows.labels, labels])))
 
     return ranked(
         key,
@@ -329,7 +330,7 @@ def run_posterior(
 
 
 def _check_sizes(simulations: str, count: int, rows: Batch, level: float) -> None:
-    """Raise `ValueError` unless there are simulations and rows, and the level is one."""
+    """Raise `ValueError` unless there are two simulations and a row, and the level is in (0, 1)."""
     if count < 2 or len(rows) < 1 or not 0 < level < 1:
         raise ValueError(
             "calibration needs at least two simulations, one row and a level in (0, 1); got "
@@ -343,7 +344,7 @@ def _count(model: Classifier, truths: Adapters) -> int:
     if len(counts) != 1 or counts == {()}:
         lengths = [str(shape[0]) if shape else "none" for shape in sorted(counts)]
         raise ValueError(
-            "truths need a leading axis for the simulations, of one length in all factors; got "
+            "truths need a leading axis of simulations with the same length in all factors; got lengths "
             f"{listed(lengths)}"
         )
     model.sites.check(jax.tree.map(lambda x: x[0], truths))
