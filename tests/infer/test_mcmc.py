@@ -116,7 +116,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path):
     np.testing.assert_array_equal(again.vectors, whole.vectors)
     for name, value in whole.stats.items():
         np.testing.assert_array_equal(again.stats[name], value)
-    with pytest.raises(ValueError, match="pieces of another run .*num_warmup.*give the same arguments"):
+    with pytest.raises(ValueError, match="pieces of another run .*num_warmup.*pass the same arguments"):
         mcmc.sample_nuts(KEY, model, ROWS, folder=tmp_path, **{**options, "num_warmup": 31})
     with pytest.raises(ValueError, match="pieces of another run .*target"):
         mcmc.sample_nuts(KEY, model, ROWS[:9], folder=tmp_path, **options)

@@ -142,7 +142,7 @@ def test_the_gaussian_of_another_posterior_is_refused(few):
     tangent, gaussian, _ = few
     other = bl.laplace(tangent_of(frames("lm_head", size=5), scale=dist.LogNormal(0.0, 1.0)), FEW)
     for rows, mass in ((replace(FEW, labels=1 - FEW.labels), gaussian), (ROWS[2:4], gaussian)):
-        with pytest.raises(ValueError, match="another model or of other rows; make it by bl.laplace"):
+        with pytest.raises(ValueError, match="another model or of other rows; compute it with bl.laplace"):
             bl.sample_nuts(KEY, tangent, rows, mass=mass, num_warmup=20, num_draws=4)
     # Another law of the scale is another density in coordinates that serve as well.
     assert np.isfinite(
