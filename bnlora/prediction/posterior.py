@@ -94,7 +94,7 @@ class PointPosterior(Shown):
 
     Example:
         >>> adapters = {"lm_head": {"a": jnp.ones((1, 1, 16)), "b": jnp.zeros((1, 40, 1))}}
-        >>> bl.save_peft(sites, adapters, folder / "point", base=base)
+        >>> bl.save_peft(adapters, folder / "point", sites=sites, base=base)
         >>> imported = bl.load_peft(folder / "point", model.sites, head_rows=model.label_ids)
         >>> point = bl.PointPosterior(model, imported)
         >>> point
