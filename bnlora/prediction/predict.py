@@ -165,7 +165,7 @@ def predict_with_draws(
     draws_together: int | None = None,
     console: Console | None = None,
 ) -> Prediction:
-    """Predict with given adapters, whose factors carry a leading draw axis; otherwise like `predict`."""
+    """Like `predict`, with draws of the adapters instead of a posterior; factors have a leading draw axis."""
     model.check_tokens(data)
     sizes = len(jax.tree.leaves(draws)[0]), len(data), len(model.label_ids)
     log_probs, together = np.empty(sizes, np.float64), _together(draws_together)
@@ -189,5 +189,5 @@ def _together(draws_together: int | None) -> int:
 
 
 def _entropy(log_probs: np.ndarray) -> np.ndarray:
-    # 0 log 0 = 0: the finite minimum in place of log 0 = -inf makes the product 0 instead of NaN.
+    # 0 log 0 = 0: with the smallest float instead of log 0 = -inf, the product is 0 and not NaN.
     return -(np.exp(log_probs) * np.maximum(log_probs, np.finfo(np.float64).min)).sum(-1)

@@ -1,11 +1,11 @@
-r"""A classifier with some of its latent sites held at given values.
+r"""A classifier with some of its latent sites fixed at values.
 
     p(free | y, fixed)  is proportional to  p(y | free, fixed) p(free, fixed)
 
-as a classifier of its own, which every fit and sampler of this library takes. The prior program runs whole,
-with the fixed sites conditioned on, so that their densities still inform hyper-parameters that are free.
-Layers whose adapters no free site moves belong to the frozen trunk: their activations are cached with
-those below, and a gradient costs what is above alone.
+as a new classifier, which every fit and sampler of this library accepts. The whole prior program runs,
+conditional on the fixed sites, so that their densities still inform free hyper-parameters. Layers whose
+adapters do not depend on a free site belong to the frozen trunk: their activations are cached with those
+below, and a gradient costs only the layers above.
 """
 
 import difflib
@@ -30,23 +30,23 @@ M = TypeVar("M", bound=Model)
 
 
 def condition(model: M, values: Mapping[str, Array], params: Parameters | None = None) -> M:
-    """The classifier with latent sites held at given values.
+    """The classifier with some latent sites fixed at values.
 
     Args:
         model: A `Classifier`.
-        values: Constrained value of each site to fix, by name; the model itself is returned for none.
-        params: Values of the prior's NumPyro parameters, where it has any.
+        values: Constrained value of each site to fix, by name; if empty, the model itself is returned.
+        params: Values of the prior's NumPyro parameters, if it has any.
 
     Returns:
-        A classifier of its own, whose prior has the other sites alone.
+        A new classifier, in whose prior only the other sites are latent.
 
     Raises:
-        ValueError: When a name is no latent site, a shape does not fit, no site is left free, or the prior
+        ValueError: If a name is not a latent site, a shape does not fit, no site is left free, or the prior
             has a parameter without a value.
 
     Example:
-        >>> held = bl.condition(model, {"lm_head.a": jnp.zeros((1, 1, 16))})
-        >>> bl.guides.Guide(held.prior, bl.guides.mean_field())
+        >>> conditional = bl.condition(model, {"lm_head.a": jnp.zeros((1, 1, 16))})
+        >>> bl.guides.Guide(conditional.prior, bl.guides.mean_field())
         Guide(4 parameters)
           lm_head.b (1, 2, 1): mean-field Gaussian, 4
     """
@@ -61,19 +61,20 @@ def condition(model: M, values: Mapping[str, Array], params: Parameters | None =
 
     plain = model.with_prior(conditioned)
     view = density(plain, params or {})
+    # By family and factor, which layers a free site changes: factors have the shape (layer, row, column).
     first, second = _two_places(view)
     moves = {
         name: {f: np.any(np.asarray(first[name][f] != second[name][f]), axis=(1, 2)) for f in first[name]}
         for name in view.model.sites
     }
     lowest = min([model.base.num_layers, *_moving_layers(model.sites, moves)])
-    if model.kind == "tangent":  # its features are of all adapters, whatever is held
+    if model.kind == "tangent":  # its features include all adapters, also fixed ones
         lowest = model.sites.start
     return plain.above(Trunk(plain.sites, lowest, {**model.fixed, **values}, first, moves))
 
 
 def matching(latent: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
-    r"""The latent sites that patterns choose, in the order of `latent`.
+    r"""The latent sites that match patterns, in the order of `latent`.
 
     Args:
         latent: Names of all latent sites.
@@ -81,15 +82,15 @@ def matching(latent: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
             factors before a dot: `"lm_head"`, `"lm_head.a"`, `"tau"`, `r".*\.V"`.
 
     Raises:
-        ValueError: When a pattern matches nothing; the message names the nearest sites.
+        ValueError: If a pattern matches nothing; the message names the nearest sites.
     """
     chosen = set()
     for pattern in wanted:
-        found = {n for n in latent if re.fullmatch(rf"(?:{pattern})(?:\..*)?", n)}
-        if not found:
+        matches = {n for n in latent if re.fullmatch(rf"(?:{pattern})(?:\..*)?", n)}
+        if not matches:
             near = difflib.get_close_matches(pattern, latent, n=3, cutoff=0.3) or list(latent)
             raise ValueError(f"{pattern!r} matches no latent site; nearest are {', '.join(near)}")
-        chosen |= found
+        chosen |= matches
     return tuple(name for name in latent if name in chosen)
 
 
@@ -105,18 +106,18 @@ def _check(view: Density, values: Mapping[str, Array]) -> None:
 
 
 def _two_places(view: Density) -> tuple[Adapters, Adapters]:
-    """Adapters at two vectors that share no coordinate.
+    """Adapters at two random vectors, which differ in every coordinate.
 
-    Prior programs are smooth, so an entry that the free sites move is equal at both with probability zero.
+    Prior programs are smooth, so an entry that depends on a free site is equal at both with probability zero.
     """
     places = np.random.default_rng(0).normal(size=(2, view.size)).astype(np.float32)
     both = jax.jit(lambda u: jax.lax.map(view.adapters, u), compiler_options=options(0))(places)
-    both = jax.tree.map(np.asarray, both)  # JAX would compile a program for each entry that is taken
+    both = jax.tree.map(np.asarray, both)  # as NumPy, because JAX would compile a program for each index
     return jax.tree.map(lambda x: jnp.asarray(x[0]), both), jax.tree.map(lambda x: jnp.asarray(x[1]), both)
 
 
 def _moving_layers(sites: Sites, moves: Mapping[str, Mapping[str, np.ndarray]]) -> set[int]:
-    """The layers that have a factor that moves."""
+    """The layers with a factor that depends on a free site."""
     return {
         layer
         for name, site in sites.items()

@@ -1,12 +1,12 @@
-r"""The prior's latent sites as one vector without constraints, and the densities that go with it.
+r"""The prior's latent sites as one unconstrained vector, and its densities.
 
-Every latent site x lives on a support; u = T^{-1}(x) with NumPyro's bijection T of that support has none.
-The vector holds the u of all sites, in the order of the trace, and
+Every latent site x has a support. With NumPyro's bijection T to this support, u = T^{-1}(x) is unconstrained.
+The vector contains the u of all sites, in the order of the trace, and
 
     log p(u) = log p(T(u)) + log |det dT/du|,      log p(u, y) = log p(y | T(u)) + log p(u)
 
-with the minibatch's likelihood scaled by N / B through the plate of the model. Parameters of the prior are
-held at given values. Samplers and optimisers over vectors (`bnlora.infer.approximate`) build on this alone.
+with the minibatch's likelihood scaled by N / B by the plate of the model. Parameters of the prior are fixed.
+Samplers and optimisers over vectors (`bnlora.infer.mcmc`, `bnlora.infer.approximate`) use this view.
 
 Reference: Kucukelbir et al. (2017), Automatic differentiation variational inference, section 2.3.
 """
@@ -37,7 +37,7 @@ class Density:
     """The joint density of a model over the unconstrained vector of its prior's latent sites.
 
     Attributes:
-        model: The NumPyro model, with `prior` as an attribute. Its type is known to whoever made the view.
+        model: The NumPyro model, with `prior` as an attribute.
         params: Values of the prior's NumPyro parameters.
         shapes: Unconstrained shape of each latent site by name, in the order of the vector.
         observed: Names of the factors and observed sites of the prior.
@@ -59,14 +59,14 @@ class Density:
         return _cut(np.arange(self.size), self.shapes)
 
     def log_prior(self, vector: Float[Array, " p"]) -> Float[Array, ""]:
-        """Log-density of the vector under the prior, in nats, Jacobians included.
+        """Log-density of the vector under the prior, in nats, with the log-determinants of T.
 
-        It includes factors and observed sites of the prior, so it need not integrate to one.
+        It includes factors and observed sites of the prior, so it may not be normalised.
         """
         return self._log_density(self.model.prior, vector, ())
 
     def log_observed(self, vector: Float[Array, " p"]) -> Float[Array, ""]:
-        """The part of `log_prior` that `draw` leaves out: factors and observed sites of the prior."""
+        """The part of `log_prior` that `draw` leaves out, in nats: the prior's factors and observed sites."""
         if not self.observed:
             return jnp.zeros(())
         trace, _ = self._at(self.model.prior, vector, ())
@@ -86,33 +86,33 @@ class Density:
         return adapters_at(self.model, self.params, self.sites(vector))
 
     def vector(self, sites: Mapping[str, Array]) -> Float[Array, " p"]:
-        """The vector of given constrained sites: the inverse of `sites`.
+        """The vector of constrained sites: the inverse of `sites`.
 
         Raises:
-            ValueError: When the names are not those of the latent sites, or a value is outside its support.
+            ValueError: If the names are not those of the latent sites, or a value is outside its support.
         """
         if set(sites) != set(self.shapes):
             raise ValueError(f"the latent sites are {sorted(self.shapes)}; got {sorted(sites)}")
         return require_inside(self.vector_of(sites))
 
     def vector_of(self, sites: Mapping[str, Array]) -> Float[Array, " p"]:
-        """`vector` without its checks, so that it can be compiled; see `require_inside`."""
+        """`vector` without checks, so that it can be compiled; see `require_inside`."""
         return self._joined(_trace(self.model.prior, jax.random.key(0), data={**self.params, **sites}))
 
     def start(self, key: Array) -> Float[Array, " p"]:
-        """Where fits of this library start: at zero where the prior says so, else at a draw of it.
+        """The start of fits: zero for sites whose prior requests this, a draw of the prior for others.
 
-        Pure, so that it can be compiled; see `require_inside`.
+        It is a pure function, so that it can be compiled; see `require_inside`.
         """
         placed = handlers.substitute(self.model.prior, data=dict(self.params))
         trace = _trace(placed, key, substitute_fn=init_to_base)
         return self._joined(trace)
 
     def draw(self, key: Array) -> Float[Array, " p"]:
-        """A draw of the prior's latent sites, run forwards; pure, so that it can be compiled.
+        """A draw of the prior's latent sites; a pure function, so that it can be compiled.
 
         Raises:
-            ValueError: When a law is improper.
+            ValueError: If a distribution of the prior is improper.
         """
         require_proper(self.model.prior)
         return self._joined(_trace(handlers.substitute(self.model.prior, data=dict(self.params)), key))
@@ -133,7 +133,7 @@ class Density:
         return total
 
     def _at(self, program: Callable, vector: Array, args: tuple) -> tuple[dict, Array]:
-        """Run a program at the vector; its trace, and the sum of the log-determinants."""
+        """The trace of a program at the vector, and the sum of the log-determinants of T, in nats."""
         free = _split(vector, self.shapes)
         log_dets = []
 
@@ -145,16 +145,17 @@ class Density:
             log_dets.append(jnp.sum(transform.log_abs_det_jacobian(u, x)))
             return x
 
-        # A support may depend on the sites before it, so values are made while the program runs.
+        # A support may depend on earlier sites, so values are computed while the program runs.
         placed = handlers.substitute(program, data=dict(self.params))
         trace = _trace(placed, jax.random.key(0), *args, substitute_fn=value)
         return trace, sum(log_dets, start=jnp.zeros(()))
 
 
 def require_inside(vectors: Float[Array, "... p"]) -> Float[Array, "... p"]:
-    """The same vectors; `ValueError` if a site of one lies on the edge of its support or beyond."""
+    """The same vectors; raises `ValueError` if a site is on the edge of its support or outside."""
+    # The inverse of a bijection is not finite on the edge of its support or outside.
     if not jnp.isfinite(vectors).all():
-        raise ValueError("every site must lie inside its support; a given value is on its edge or beyond")
+        raise ValueError("every site must lie inside its support; a value is on its edge or outside")
     return vectors
 
 
@@ -163,29 +164,29 @@ def density(model: Program, params: Parameters) -> Density:
 
     Args:
         model: A NumPyro model with `prior` as an attribute.
-        params: Values of the prior's NumPyro parameters by name; others in it are ignored, so the `params`
-            of a fit will do, and `{}` where the prior has none.
+        params: Values of the prior's NumPyro parameters by name, `{}` if it has none. Other names are
+            ignored, so you can pass the `params` of a fit.
 
     Raises:
-        ValueError: When the prior has no latent site, a discrete one, a name that the model owns, or a
+        ValueError: If the prior has no latent site, a discrete one, a name that the model owns, or a
             parameter without a value.
     """
-    found = declared(model.prior)
-    found.check()
-    _require_values(found.params, params)
-    if not found.latent:
+    prior = declared(model.prior)
+    prior.check()
+    _require_values(prior.params, params)
+    if not prior.latent:
         raise ValueError(
             "a density needs a prior with latent sites, such as priors.normal(); this one has none"
         )
-    held = {name: params[name] for name in found.params}
-    shapes = {name: site.free for name, site in found.latent.items() if site.free is not None}
-    return Density(model, held, shapes, tuple(found.observed))
+    fixed = {name: params[name] for name in prior.params}
+    shapes = {name: site.free for name, site in prior.latent.items() if site.free is not None}
+    return Density(model, fixed, shapes, tuple(prior.observed))
 
 
 def check_parameters(prior: Callable, params: Parameters) -> None:
     """Raise `ValueError` unless `params` has a value for every NumPyro parameter that the prior declares.
 
-    Others in it are allowed: the `params` of a fit hold those of the guide too.
+    Other names are allowed, because the `params` of a fit include those of the guide.
     """
     _require_values(declared(prior).params, params)
 
@@ -201,7 +202,7 @@ def _require_values(names: Sequence[str], params: Parameters) -> None:
 
 
 def _trace(program: Callable, key: Array, *args: Any, **values: Any) -> dict[str, dict]:
-    # The key comes inside, for start strategies draw with the key that the site has got by then.
+    # `seed` is the inner handler, because start strategies draw with the key that it has given to the site.
     seeded = handlers.seed(runnable(program), key)
     placed = handlers.substitute(seeded, **values) if values else seeded
     return handlers.trace(placed).get_trace(*args)
@@ -212,6 +213,6 @@ def _split(vector: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Ar
 
 
 def _cut(vector: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The numbers of each site, out of a vector of all of them."""
+    """The part of a vector that belongs to each site."""
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()]).tolist()
     return {name: vector[a:b] for name, (a, b) in zip(shapes, pairwise([0, *ends]), strict=True)}

@@ -1,4 +1,7 @@
-"""Draws from a fitted guide: latent sites, adapters, and their log-densities under prior and guide."""
+"""Draws from a fitted guide: latent sites, adapters, and their log-densities under prior and guide.
+
+Log-densities are over the constrained sites x, in nats: log p(x) of the prior and log q(x) of the guide.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,10 +22,10 @@ class Draw(NamedTuple):
         sites: Value of every latent site of the prior, by name.
         log_prior: Log-density of the draw under the prior, in nats, including the prior's factors and
             observed sites.
-        log_q: Log-density of the draw under the guide, in nats. The auxiliary sites of a NumPyro
-            autoguide count with the densities of its deltas: it is the density over the sites.
-        log_prior_of: The part of `log_prior` that each site has, observed ones under their own names.
-        log_q_of: The part of `log_q` that each site has, auxiliary ones under their own names.
+        log_q: Log-density of the sites under the guide, in nats. For a NumPyro autoguide it is the sum over
+            its auxiliary sites and the deltas that map them to the sites.
+        log_prior_of: Contribution of each site to `log_prior`, also of observed sites, by name.
+        log_q_of: Contribution of each site to `log_q`, also of auxiliary sites, by name.
     """
 
     sites: dict[str, Array]
@@ -42,12 +45,13 @@ def draw_sites(key: Array, model: Program, guide: Callable, params: Parameters) 
 def draw_from_guide(
     key: Array, model: Program, guide: Callable, params: Parameters
 ) -> tuple[dict[str, Array], Array, dict[str, Array]]:
-    """The guide's half of a draw: the sites, their log-density, and the part of each site."""
+    """The guide's half of a draw: the sites, their log-density, and the contribution of each site."""
     known = getattr(guide, "latent", None)
     if known is None:
         guide_trace, prior_trace = traces(key, model, guide, params)
         sites = _latent(prior_trace)
-    else:  # a `Guide` has every latent site of the prior, in its order: the prior need not run
+    else:  # a `Guide` has every latent site of the prior, in its order, so the prior does not have to run
+        # The same key as in `traces`.
         guide_trace = handlers.trace(_seeded(guide, jax.random.split(key)[1], params)).get_trace()
         sites = {name: guide_trace[name]["value"] for name in known}
     log_q = _log_densities(guide_trace)
@@ -62,7 +66,7 @@ def draw_from_prior(key: Array, model: Program, params: Parameters) -> dict[str,
 def prior_at(
     sites: dict[str, Array], model: Program, params: Parameters
 ) -> tuple[Array, dict[str, Array], Adapters]:
-    """The prior's half of a draw: the log-density of the sites, its parts, and the adapters."""
+    """The prior's half of a draw: the sites' log-density, the contribution of each, and the adapters."""
     program = handlers.trace(_seeded(model.prior, jax.random.key(0), {**params, **sites}))
     adapters = program()
     log_prior = _log_densities(program.trace)
@@ -70,7 +74,7 @@ def prior_at(
 
 
 def adapters_at(model: Program, params: Parameters, sites: dict[str, Array]) -> Adapters:
-    """The adapters that the prior program makes of given latent sites."""
+    """The adapters that the prior program makes of latent sites."""
     substituted = handlers.substitute(model.prior, data={**params, **sites})
     with handlers.block():
         return handlers.seed(substituted, jax.random.key(0))()
@@ -98,7 +102,7 @@ def draw_adapters(
 def traces(
     key: Array, model: Program, guide: Callable, params: Parameters
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One run of the guide, and the run of `model.prior` at its draws."""
+    """The traces of one run of the guide, and of a run of `model.prior` at its draws."""
     prior_key, guide_key = jax.random.split(key)
     guide_trace = handlers.trace(_seeded(guide, guide_key, params)).get_trace()
     prior = handlers.replay(_seeded(model.prior, prior_key, params), guide_trace)
@@ -106,18 +110,15 @@ def traces(
 
 
 def log_density_of(site: dict[str, Any]) -> Array:
-    """Log-density of a site of a trace at its value, over the axes of its plates, times its scale if any."""
+    """Log-density of a site at its value, times its scale if any; one number for each entry of its plates."""
+    # Flows reuse the intermediates of the draw, so that they are not inverted.
     extra = (site["intermediates"],) if site["intermediates"] else ()
     log_density = site["fn"].log_prob(site["value"], *extra)
     return log_density if site["scale"] is None else site["scale"] * log_density
 
 
 def _log_densities(trace: dict) -> dict[str, Array]:
-    found = {}
-    for name, site in trace.items():
-        if site["type"] == "sample":
-            found[name] = jnp.sum(log_density_of(site))
-    return found
+    return {n: jnp.sum(log_density_of(site)) for n, site in trace.items() if site["type"] == "sample"}
 
 
 def _latent(trace: dict) -> dict[str, Array]:

@@ -1,4 +1,4 @@
-"""What the library asks of base models and of classifiers, so that type checkers know what they may use."""
+"""The members that base models and classifiers must have, for type checkers."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, Self, runtime_checkable
@@ -15,7 +15,7 @@ from bnlora.program.trunk import Trunk
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """What a classifier needs of a base model: frozen weights and a module to bind them to."""
+    """A base model: frozen weights and a module to bind them to."""
 
     @property
     def weights(self) -> Any:
@@ -29,7 +29,7 @@ class LanguageModel(Protocol):
 
     @property
     def modules(self) -> Mapping[str, tuple[int, int]]:
-        """`{module: (d_in, d_out)}`, the modules of one layer and the head."""
+        """`{module: (d_in, d_out)}` of the modules of one layer and the head."""
         ...
 
     def bind(self, weights: Any) -> Any:
@@ -39,7 +39,7 @@ class LanguageModel(Protocol):
 
 @runtime_checkable
 class Program(Protocol):
-    """A NumPyro model that has its prior as a program of its own."""
+    """A NumPyro model whose prior is a separate program."""
 
     @property
     def prior(self) -> Callable[..., Any]:
@@ -67,7 +67,7 @@ class BoundPrior(Protocol):
 
 @runtime_checkable
 class Model(Program, Protocol):
-    """A classifier: `bl.Classifier`, `bl.Tangent`, or one of your own with the same members."""
+    """A classifier: `bl.Classifier`, `bl.Tangent`, or your own class with the same members."""
 
     @property
     def prior(self) -> BoundPrior:
@@ -81,22 +81,22 @@ class Model(Program, Protocol):
 
     @property
     def sites(self) -> Sites:
-        """Where the adapters are."""
+        """The sites of the adapters."""
         ...
 
     @property
     def label_ids(self) -> tuple[int, ...]:
-        """Token id of the word of each class."""
+        """Token id of each class's label word."""
         ...
 
     @property
     def kind(self) -> Literal["network", "tangent"]:
-        """What a draw of the adapters goes through."""
+        """Whether draws of the adapters run through the network or its tangent."""
         ...
 
     @property
     def trunk(self) -> Trunk:
-        """What no draw changes."""
+        """The part of the model that no draw changes."""
         ...
 
     @property
@@ -111,23 +111,23 @@ class Model(Program, Protocol):
 
     @property
     def fixed(self) -> Mapping[str, Array]:
-        """Value of every site that is held, by name."""
+        """Value of every fixed site, by name."""
         ...
 
     def check_tokens(self, batch: Batch) -> None:
-        """Raise `ValueError` where the rows have a token that the base has no row for."""
+        """Raise `ValueError` if a token of the rows is outside the base's vocabulary."""
         ...
 
     def is_prepared(self, batch: Batch) -> bool:
-        """Whether the batch has what no draw changes."""
+        """Whether the batch has the activations that no draw changes."""
         ...
 
     def cache_bytes(self, batch: Batch) -> int:
-        """Memory that `prepare` adds to a batch."""
+        """Bytes that `prepare` adds to a batch."""
         ...
 
     def with_prior(self, prior: Prior) -> Self:
-        """The same classifier under another prior."""
+        """The same classifier with another prior."""
         ...
 
     def above(self, trunk: Trunk) -> Self:
@@ -135,15 +135,15 @@ class Model(Program, Protocol):
         ...
 
     def prepared(self, weights: Any, batch: Batch) -> Batch:
-        """`prepare` with given weights, for compiled programs."""
+        """`prepare` with the weights as an argument, for compiled programs."""
         ...
 
     def prepare(self, batch: Batch) -> Batch:
-        """The batch with what no draw changes."""
+        """The batch with the activations that no draw changes."""
         ...
 
     def numbers(self, shape: tuple[int, ...]) -> int:
-        """Approximate size of the largest array of a program for so many rows and positions."""
+        """Approximate size of the largest array in a program for `shape` = (rows, positions)."""
         ...
 
     def logits(self, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n c"]:
@@ -157,5 +157,5 @@ class Model(Program, Protocol):
         ...
 
     def compiled_log_probs(self, adapters: Any, count: int, batch: Batch, together: int = 1) -> Array:
-        """`log_probs_by_draw` of the first `count` of some draws, in a program for all callers."""
+        """`log_probs_by_draw` of the first `count` draws, by a compiled program that all callers share."""
         ...

@@ -101,7 +101,7 @@ def tangent():
     gaussian = finite(bl.laplace(linear, ROWS))
     guide = guides.Guide(linear.prior, guides.full(over="all"))
     start, plateau = bl.start_at(KEY, guide, gaussian), bl.Plateau(window=2)
-    finite(fitted(linear, guide, num_steps=8, start=start, plateau=plateau))
+    finite(fitted(linear, guide, num_steps=8, init_params=start, plateau=plateau))
     scales = bl.choose_scales(linear, ROWS, by="layer", prior=scale).values
     fixed = linear.with_prior(priors.core(frames, scale=scales))
     finite(bl.sample_nuts(KEY, fixed, ROWS, mass=bl.laplace(fixed, ROWS), **CHAINS))

@@ -185,7 +185,7 @@ def test_the_arrays_of_another_fit_are_refused(fit, folder, tmp_path):
     content = bytearray((folder / ARRAYS).read_bytes())
     content[-1] ^= 1
     (folder / ARRAYS).write_bytes(content)
-    with pytest.raises(ValueError, match="another fit's, or was changed"):
+    with pytest.raises(ValueError, match="belongs to another fit, or was changed"):
         bl.load_fit(folder, *build())
 
 
@@ -200,7 +200,7 @@ def test_a_model_of_the_same_shapes_is_refused(folder):
         "has label ids, site 'lm_head'; the model has label ids, site 'q_proj', site 'lm_head'": {
             "sites": bl.select(BASE, ["q_proj", "lm_head"], rank=2)
         },
-        "over another base than Base": {"base": tiny_base(jax.random.key(7), num_layers=2)},
+        "with a base other than Base": {"base": tiny_base(jax.random.key(7), num_layers=2)},
     }
     for message, change in others.items():
         new = parts | change
@@ -215,7 +215,7 @@ def test_a_fit_given_other_values_of_the_held_sites_is_refused(tmp_path):
     guide = bl.guides.Guide(one.prior, bl.guides.mean_field())
     bl.save_fit(bl.fit(KEY, one, guide, ROWS, optax.adam(0.1), num_steps=1, batch_size=6), tmp_path)
     bl.load_fit(tmp_path, one, guide)
-    with pytest.raises(ValueError, match="or with other values of the sites that are held"):
+    with pytest.raises(ValueError, match="values of the fixed sites; its frozen weights differ"):
         bl.load_fit(tmp_path, two, guide)
 
 

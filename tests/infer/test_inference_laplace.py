@@ -263,7 +263,7 @@ def test_linear_logits_make_the_curvature_the_hessian_and_both_predictions_one()
     [
         ({"structure": "kron"}, "structure must be one of .*; got 'kron', nearest is 'kronecker'"),
         ({"rank": 3}, "structure='low-rank' and a `rank` go together; got 'full' and rank=3"),
-        ({"structure": "low-rank", "rank": 99}, "rank must be from 1 to 38, the most .*; got 99"),
+        ({"structure": "low-rank", "rank": 99}, "rank must be from 1 to 38, the largest .*; got 99"),
         ({"precision": "evidense"}, "precision must be one of .*nearest is 'evidence'"),
         ({"precision": -1.0}, "precision must be a positive number; got -1.0"),
         ({"precision": {"a": 1.0}}, "one each for 'a' and 'b'; got {'a': 1.0}"),

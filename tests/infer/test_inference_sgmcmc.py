@@ -106,7 +106,7 @@ def test_a_diverged_chain_hands_over_its_finite_draws():
     assert 0 < chain.num_draws < 200
     np.testing.assert_allclose(chain.vectors, run(sgld, num_draws=chain.num_draws, **options).vectors)
     assert chain.sites()["w"].shape == chain.vectors.shape
-    assert "diverged: 200 draws of each chain were asked for" in repr(chain)
+    assert "diverged: 200 draws of each chain were requested" in repr(chain)
 
 
 def test_sghmc_is_stable_up_to_friction_over_the_largest_curvature():

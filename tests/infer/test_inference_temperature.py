@@ -68,10 +68,10 @@ def test_where_the_least_loss_is_at_an_end_the_reason_is_said():
         (
             logits,
             right,
-            "least at the lowest, as where every row is classified rightly; take more validation",
+            "smallest at the lowest, as if every row were classified correctly; use more validation",
         ),
-        (logits, 1 - right, "least at the highest, so equal probabilities would do as well"),
-        (0 * logits, right, "the same at all of them, as where every class is equally probable"),
+        (logits, 1 - right, "smallest at the highest, so equal probabilities would do as well"),
+        (0 * logits, right, "the same at all of them, as if every class were equally probable"),
     ):
         with pytest.raises(ValueError, match=reason):
             fit_temperature(Prediction(log_softmax(given, axis=-1)), labels)

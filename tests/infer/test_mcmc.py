@@ -172,7 +172,7 @@ def test_an_interrupt_hands_over_what_was_drawn(monkeypatch):
     monkeypatch.setattr(Pieces, "draws", interrupted)
     part = run(KEY, target, method, plan, starts, None)
     np.testing.assert_array_equal(part.vectors, whole.vectors[:, :10])
-    assert "interrupted: 20 draws of each chain were asked for" in repr(part)
+    assert "interrupted: 20 draws of each chain were requested" in repr(part)
     assert "interrupted" not in repr(whole)
 
 
@@ -402,7 +402,7 @@ def test_starts_and_options_are_checked():
         "mass must be one of": {"mass": "full"},
         r"target_acceptance must lie in \(0, 1\); got 1.5": {"target_acceptance": 1.5},
         "num_warmup must be at least 20": {"num_warmup": 3},
-        "divide num_draws=10; got 3, nearest is 2": {"num_draws": 10, "piece": 3},
+        r"`piece` must divide num_draws=10; got 3 .nearest valid: 2": {"num_draws": 10, "piece": 3},
         "nearest is 'num_chains'": {"num_chain": 2},
         "sites must be a list": {"sites": "lm_head"},
         "'lm_hed' matches no latent site; nearest are lm_head": {"sites": ["lm_hed"]},

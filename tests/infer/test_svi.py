@@ -380,7 +380,10 @@ def test_start_of_other_parameters_is_refused():
     renamed = {n.replace("lm_head.a.q.scale", "lm_head.a.scale"): x for n, x in params.items()}
     for start, message in [
         ({n: x for n, x in params.items() if n != name}, "the start lacks 'lm_head.a.q.scale'; nearest is"),
-        ({**params, "lm_head.c": 0.0}, "beside the parameters of this guide and prior, 'lm_head.c'; nearest"),
+        (
+            {**params, "lm_head.c": 0.0},
+            "besides the parameters of this guide and prior, 'lm_head.c'; nearest",
+        ),
         ({**params, name: params[name][:, :1, :3]}, r"'lm_head.a.q.scale' must have shape \(1, 2, 16\); got"),
         ({**params, name: -params[name]}, "'lm_head.a.q.scale' must lie inside its constraint"),
         (renamed, "nearest is 'lm_head"),

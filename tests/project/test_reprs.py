@@ -189,8 +189,8 @@ def test_what_is_missing_is_said(objects):
 
 def test_chains_are_judged_only_where_they_were(objects):
     drawn = chains()
-    assert "not been judged yet" in drawn._repr_html_()
-    assert shown_facts(drawn)["draws of each"] == "50, every 1, 80 were asked for"
+    assert "not been checked yet" in drawn._repr_html_()
+    assert shown_facts(drawn)["draws of each"] == "50, every 1, 80 requested"
     drawn.__dict__["certificate"] = objects["certificate"]  # as the cached property keeps it
     page = Page.of(drawn._repr_html_())
     assert "Not certified" in page.text

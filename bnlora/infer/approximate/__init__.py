@@ -1,16 +1,16 @@
-"""Other inference under the protocol of a fit: same likelihood, same order of rows, same metrics.
+"""Approximate inference other than SVI: the same likelihood, the same order of rows, the same metrics.
 
-Every member gives a `Posterior`, so `bl.predict` and `bl.metrics` measure it as they do a fit by SVI.
+Every member gives a `Posterior`, so `bl.predict` and `bl.metrics` work as for a fit by SVI.
 
 | member         | what it does                                                      | starts from        |
 |----------------|-------------------------------------------------------------------|--------------------|
 | `laplace`      | a Gaussian from the curvature at a mode, with a log-evidence      | a fit of a point   |
-| `swag`         | a Gaussian from the iterates of descent at a constant rate        | a fit of a point   |
-| `training_free`| noise on the update, as much as a criterion allows                | a fit of a point   |
+| `swag`         | a Gaussian from iterates of descent at a constant rate            | a fit of a point   |
+| `training_free`| the most noise on the update that a criterion allows              | a fit of a point   |
 | `fit_ensemble` | an equal mixture of fits                                          | a model            |
 | `sgld`, `sghmc`| Markov chains over the latent sites, by minibatches               | a model            |
 
-`fit_temperature` and `tempered` change the prediction of any of them, not the posterior.
+`fit_temperature` and `tempered` change predictions, not the posterior.
 """
 
 from bnlora.infer.approximate.ensemble import Ensemble as Ensemble

@@ -5,8 +5,8 @@ prior N(0, 1/tau) on every coordinate,
 
     G = sum_i J_i^T L_i J_i = R^T R,    R = stack_i(L_i^{1/2} J_i),    posterior covariance (G + tau I)^{-1}.
 
-A structure replaces G and offers two things: log det(G + tau I), and x -> (G + tau I)^{-1/2} x, which turns
-standard normals into draws.
+A structure replaces G and computes log det(G + tau I), and x -> (G + tau I)^{-1/2} x, which turns standard
+normals into draws.
 
 | structure    | G is replaced by                                                              |
 |--------------|-------------------------------------------------------------------------------|
@@ -14,9 +14,9 @@ standard normals into draws.
 | `LowRank`    | its leading eigenpairs; all of them (at most rows x classes) are G itself     |
 | `Kronecker`  | for each weight matrix, the Kronecker product nearest to its block (Frobenius)|
 
-A prior with another precision for each coordinate, tau w, is the same problem in u = w^{1/2} theta: divide
-the columns of J by w^{1/2} first. Leading eigenpairs are then those that the data inform most beyond the
-prior.
+A prior with a different precision for each coordinate, tau w, is the same problem in u = w^{1/2} theta:
+divide the columns of J by w^{1/2} first. The leading eigenpairs are then the directions in which the data are
+most informative relative to the prior.
 
 References: Schraudolph (2002) for G; Van Loan and Pitsianis (1993), Approximation with Kronecker products;
 Spantini et al. (2015), Optimal low-rank approximations of Bayesian linear inverse problems.
@@ -32,7 +32,7 @@ from jaxtyping import Float
 
 @runtime_checkable
 class Curvature(Protocol):
-    """A positive semidefinite matrix G over the weights, held in some structure."""
+    """A positive semidefinite matrix G over the weights, stored in some structure."""
 
     @property
     def size(self) -> int:
@@ -74,7 +74,7 @@ class Diagonal:
 
 @dataclass(frozen=True)
 class LowRank:
-    """G = V diag(values) V^T with orthonormal columns V; exact when no eigenpair was left out.
+    """G = V diag(values) V^T with orthonormal columns V; exact if no eigenpair was left out.
 
     Attributes:
         vectors: V, shape (p, r).
@@ -91,17 +91,19 @@ class LowRank:
 
     def log_det(self, precision: float) -> float:
         """`log det(G + precision I)`."""
+        # The p - r directions without an eigenpair have the precision of the prior.
         return float(self.size * np.log(precision) + np.log1p(self.values / precision).sum())
 
     def spread(self, normals: Float[np.ndarray, "s p"], precision: float) -> Float[np.ndarray, "s p"]:
         """Each row times the symmetric root of `(G + precision I)^{-1}`."""
+        # The prior's root in all directions, plus a correction along V: no p x p matrix is formed.
         shrink = (self.values + precision) ** -0.5 - precision**-0.5
         return normals * precision**-0.5 + (normals @ self.vectors * shrink) @ self.vectors.T
 
 
 @dataclass(frozen=True)
 class Kronecker:
-    """Blocks `B (x) A` along the diagonal, one for each weight matrix, held by their eigenvectors.
+    """Blocks `B (x) A` along the diagonal, one for each weight matrix, stored by their eigenvectors.
 
     Attributes:
         left: Eigenvectors of each B, shape (d_o, d_o).
@@ -125,17 +127,18 @@ class Kronecker:
     def spread(self, normals: Float[np.ndarray, "s p"], precision: float) -> Float[np.ndarray, "s p"]:
         """Each row times the symmetric root of `(G + precision I)^{-1}`."""
         ends = np.cumsum([block.size for block in self.values])[:-1]
-        found = []
+        roots = []
         for part, U, V, block in zip(
             np.split(normals, ends, axis=1), self.left, self.right, self.values, strict=True
         ):
+            # (U (x) V) vec(X) = vec(U X V^T), so the Kronecker product is never formed.
             inside = U.T @ part.reshape(-1, *block.shape) @ V / np.sqrt(block + precision)
-            found.append((U @ inside @ V.T).reshape(len(normals), -1))
-        return np.concatenate(found, axis=1)
+            roots.append((U @ inside @ V.T).reshape(len(normals), -1))
+        return np.concatenate(roots, axis=1)
 
 
 def softmax_hessians(probs: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "n c c"]:
-    """`diag(p) - p p^T` of each row: the Hessian of `-log softmax` in the logits, whatever the class."""
+    """`diag(p) - p p^T` of each row: the Hessian of `-log softmax` in the logits, for any class."""
     return probs[:, :, None] * (np.eye(probs.shape[1]) - probs[:, None, :])
 
 
@@ -144,7 +147,7 @@ def rooted_jacobian(
 ) -> Float[np.ndarray, "nc p"]:
     """R with `R^T R = sum_i J_i^T L_i J_i`, through the symmetric root of each `L_i`."""
     values, vectors = np.linalg.eigh(hessians)
-    # Rounding may leave an eigenvalue of a semidefinite matrix a little below zero.
+    # Rounding may make an eigenvalue of a semidefinite matrix slightly negative.
     root = vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :] @ vectors.swapaxes(1, 2)
     return (root @ jacobian).reshape(-1, jacobian.shape[-1])
 
@@ -158,11 +161,11 @@ def low_rank(R: Float[np.ndarray, "m p"], rank: int | None = None) -> LowRank:
     """The leading `rank` eigenpairs of `R^T R` (all when omitted), from the thin SVD of R.
 
     Raises:
-        ValueError: When the rank is below one or above that of R.
+        ValueError: If the rank is below one or above that of R.
     """
     _, singular, rows = np.linalg.svd(np.asarray(R, np.float64), full_matrices=False)
     if rank is not None and not 1 <= rank <= len(singular):
-        raise ValueError(f"rank must be from 1 to {len(singular)}, the most that these rows give; got {rank}")
+        raise ValueError(f"rank must be from 1 to {len(singular)}, the largest for these rows; got {rank}")
     return LowRank(rows[:rank].T, singular[:rank] ** 2)
 
 
@@ -174,15 +177,15 @@ def kronecker(
     Args:
         R: Rows whose outer products sum to G, shape (m, p).
         shapes: Shape (d_o, d_i) of each weight matrix, in the order of the columns of R.
-        iterations: Steps of the power iteration.
+        iterations: Number of steps of the power iteration.
 
     Raises:
-        ValueError: When the shapes do not fill the columns.
+        ValueError: If the sizes of the shapes do not sum to the number of columns.
     """
     R = np.asarray(R, np.float64)
     sizes = [rows * cols for rows, cols in shapes]
     if sum(sizes) != R.shape[1]:
-        raise ValueError(f"the shapes {list(shapes)} hold {sum(sizes)} weights, but there are {R.shape[1]}")
+        raise ValueError(f"the shapes {list(shapes)} have {sum(sizes)} weights; expected {R.shape[1]}")
     left, right, values = [], [], []
     for part, shape in zip(np.split(R, np.cumsum(sizes)[:-1], axis=1), shapes, strict=True):
         B, A = nearest_kronecker(part.reshape(-1, *shape), iterations=iterations)
@@ -198,9 +201,10 @@ def nearest_kronecker(
 ) -> tuple[Float[np.ndarray, "d_o d_o"], Float[np.ndarray, "d_i d_i"]]:
     """B and A that minimise `|| sum_m vec(g_m) vec(g_m)^T - B (x) A ||` in Frobenius norm.
 
-    Rearranged, the block has B (x) A as a rank-one matrix, so the best pair is its leading singular pair,
-    found by power iteration: `B <- sum_m g_m A g_m^T` and `A <- sum_m g_m^T B g_m`, each divided by the
-    other's squared norm. From A = I both stay positive semidefinite. The block itself is never formed.
+    With the entries of the block rearranged, B (x) A is a rank-one matrix. The best pair is therefore the
+    leading singular pair. Power iteration computes it: `B <- sum_m g_m A g_m^T` and `A <- sum_m g_m^T B g_m`,
+    each divided by the other's squared norm. From A = I both stay positive semidefinite. The block itself is
+    never formed.
 
     Reference: Van Loan and Pitsianis (1993), Approximation with Kronecker products.
     """
@@ -222,8 +226,9 @@ def log_evidence(
 
         log p(y | mode) - tau/2 |mode|^2 + p/2 log tau - 1/2 log det(G + tau I)
 
-    Exact when the log-likelihood is quadratic with Hessian -G and `mode` maximises the joint density at this
-    precision. At another precision it leaves out the gradient that the joint density then has at the mode.
+    It is exact if the log-likelihood is quadratic with Hessian -G and `mode` maximises the joint density at
+    this precision. At another precision the joint density has a gradient at the mode, which the formula
+    leaves out.
 
     Args:
         curvature: G, in its structure.

@@ -1,8 +1,8 @@
-r"""Deep ensembles: the equal mixture of several fits that differ by their random key.
+r"""Deep ensembles: the equal mixture of several fits with different random keys.
 
     q(adapters) = 1/M sum_m q_m(adapters)
 
-Members may be points, as in the paper, or posteriors of any kind. Members differ in start and order of rows;
+Members may be points, as in the paper, or posteriors of any kind. They differ in start and order of rows;
 their spread is not derived from a posterior.
 
 Reference: Lakshminarayanan et al. (2017), Simple and scalable predictive uncertainty estimation using deep
@@ -35,10 +35,10 @@ class Ensemble:
     Attributes:
         members: The posteriors. Priors and guides may differ; base, sites and label ids may not.
         stopped: Why there are no more members: "size" (all fitted) or "interrupted".
-        unfinished: The fit that an interrupt ended, as far as it came; no part of the mixture.
+        unfinished: The fit that an interrupt ended, with its parameters so far; not part of the mixture.
 
     Raises:
-        ValueError: Without members, or when their base, sites or label ids differ.
+        ValueError: If there are no members, or their base, sites or label ids differ.
     """
 
     members: tuple[Posterior, ...]
@@ -68,10 +68,10 @@ class Ensemble:
         return self.members[0].model
 
     def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
-        """Equally many draws of every member, one member after the other, with a leading draw axis.
+        """The same number of draws of every member, one member after the other, with a leading draw axis.
 
         Raises:
-            ValueError: When the number of members does not divide `num_draws`.
+            ValueError: If the number of members does not divide `num_draws`.
         """
         key = check_key(key)
         check_at_least({"num_draws": num_draws}, 1)
@@ -91,7 +91,7 @@ class Ensemble:
 
 
 class NoMemberFinished(ValueError):
-    """An interrupt came before the first member was finished. `fit` is that member as far as it came."""
+    """An interrupt came before the first member was finished. `fit` is this member, unfinished."""
 
     def __init__(self, fit: Fit):
         super().__init__(
@@ -105,7 +105,7 @@ class NoMemberFinished(ValueError):
 
 
 class EnsembleDiverged(FitDiverged):
-    """A member diverged. `fit` is that member as far as it came, `members` are those finished before it."""
+    """A member diverged. `fit` is this member, unfinished; `members` are those finished before it."""
 
     def __init__(self, diverged: FitDiverged, members: tuple[Posterior, ...], size: int):
         ValueError.__init__(
@@ -125,26 +125,26 @@ def fit_ensemble(
     size: int,
     **options: Any,
 ) -> Ensemble:
-    """Fit the same model several times, each time from another key.
+    """Fit the same model several times, each time with another key.
 
     Args:
         key: Random key, split over the members.
         model: A `Classifier`.
-        guide: What makes a guide of a prior, such as `guides.SiteFlow` itself; called once for each member,
-            since NumPyro's autoguides keep the start of their first fit.
+        guide: A function from a prior to a guide, such as the class `guides.SiteFlow`. It is called once for
+            each member, because NumPyro's autoguides keep the start of their first fit.
         train: Rows to fit.
         optimizer: optax optimiser.
         size: Number of members.
-        **options: Those of `fit`: `num_steps`, `batch_size` and so on.
+        **options: Options of `fit`: `num_steps`, `batch_size` and so on.
 
     Returns:
-        The ensemble. An interrupt (Ctrl-C, or the stop button of a notebook) ends it with the members that
-        were finished; the repr says so, and `unfinished` is the one that was not.
+        The ensemble. An interrupt (Ctrl-C, or the stop button of a notebook) ends it with the finished
+        members; the repr reports this, and `unfinished` is the member that was not finished.
 
     Raises:
-        ValueError: When `size` is below one, and as `fit` does.
-        NoMemberFinished: When an interrupt comes before the first member is finished.
-        EnsembleDiverged: When a member diverges, a `FitDiverged` with the finished ones.
+        ValueError: If `size` is below one, and as `fit`.
+        NoMemberFinished: If an interrupt comes before the first member is finished.
+        EnsembleDiverged: If a member diverges; a `FitDiverged` with the finished members.
     """
     key = check_key(key)
     check_at_least({"size": size}, 1)

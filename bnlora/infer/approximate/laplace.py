@@ -1,15 +1,14 @@
-r"""Laplace's approximation around a fitted point, after the fit.
+r"""Laplace's approximation around a fitted point.
 
     q(W) = N(W; mode, (G + Lambda)^{-1}),      G = sum_i J_i^T (diag(p_i) - p_i p_i^T) J_i
 
 with J_i the Jacobian of row i's logits in the adapter weights at the mode, p_i its class probabilities and
 Lambda the prior's precision. G is the generalised Gauss-Newton matrix: the Hessian of the negative
-log-likelihood without the curvature of the logits, hence semidefinite. It may be kept whole or in a
-structure (`bnlora.infer.approximate.curvature`).
+log-likelihood without the curvature of the logits, so it is positive semidefinite. It can be kept exactly or
+in a structure (`bnlora.infer.approximate.curvature`).
 
-Draws go through the network like those of any posterior (`predict`), or through its linearisation at the
-mode, `logits(mode) + J (W - mode)`, which is the model whose posterior this is when G is whole
-(`linearised`).
+`predict` runs the draws through the network, like those of any posterior. `linearised` runs them through its
+linearisation at the mode, `logits(mode) + J (W - mode)`, whose Laplace approximation this is if G is exact.
 
 References: MacKay (1992); Immer et al. (2021), Improving predictions of Bayesian neural nets via local
 linearization, arXiv 2008.08400; Daxberger et al. (2021), Laplace redux, arXiv 2106.14806; Yang et al. (2024),
@@ -25,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-import scipy  # whose parts are imported when they are first used
+import scipy  # imports its submodules when they are first used
 from jax import Array
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
@@ -46,7 +45,7 @@ from bnlora.program.protocol import Model
 Structure = Literal["diagonal", "kronecker", "low-rank", "full"]
 Precision = float | Mapping[str, float] | Literal["model", "evidence"]
 
-_LOG_PRECISIONS = (-12.0, 24.0)  # where the marginal likelihood is searched: 6e-6 to 3e10
+_LOG_PRECISIONS = (-12.0, 24.0)  # range of the search for the largest evidence: 6e-6 to 3e10
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Laplace:
 
     Attributes:
         model: The classifier.
-        mode: The adapters that it is centred at.
+        mode: The adapters at its centre.
         structure: Structure of the curvature.
         curvature: The data's curvature in the coordinates `profile^{1/2} W`.
         profile: Relative prior precision of each weight, shape (p,).
@@ -105,25 +104,25 @@ def laplace(
     """Put a Gaussian around a fitted point.
 
     Args:
-        posterior: A fit of a point: of the prior `priors.point()`, or of a guide of deltas.
-        train: The rows that were fitted, `fit.train`.
-        structure: `"full"` keeps the curvature whole, through its at most rows x classes eigenpairs;
-            `"low-rank"` the `rank` leading ones; `"kronecker"` the nearest Kronecker product of each weight
-            matrix's block; `"diagonal"` the diagonal, and nothing of the Jacobian beside it.
-        precision: Prior precision of a weight: `"model"` is that of the model's own prior, under which the
-            mode of a guide of deltas was found; a number; one each for the factors `"a"` and `"b"`; or
-            `"evidence"`, the number that maximises Laplace's log-evidence with the mode held where it is.
-        rank: Number of eigenpairs, with `"low-rank"` alone.
+        posterior: A fit of a point: with the prior `priors.point()`, or with a guide of deltas.
+        train: The training rows, `fit.train`.
+        structure: `"full"` keeps the exact curvature by its eigenpairs, at most rows x classes of them;
+            `"low-rank"` keeps the `rank` leading ones; `"kronecker"` the nearest Kronecker product of each
+            weight matrix's block; `"diagonal"` only the diagonal, and does not keep the Jacobian.
+        precision: Prior precision of a weight. `"model"` is that of the model's prior, with which the mode of
+            a guide of deltas was fitted. Otherwise a number, one number each for the factors `"a"` and `"b"`,
+            or `"evidence"`, the number that maximises Laplace's log-evidence with the mode fixed.
+        rank: Number of eigenpairs, only with `"low-rank"`.
         batch_size: Rows to differentiate at a time.
-        memory_limit: Largest size in bytes of the Jacobian, which all but `"diagonal"` keep.
+        memory_limit: Largest size in bytes of the Jacobian, which all structures except `"diagonal"` keep.
         console: Where to draw the progress bar; the terminal or notebook when omitted.
 
     Returns:
         The posterior, with its log-evidence.
 
     Raises:
-        ValueError: When the fit is not of a point, rows lack labels, an option is unknown or does not go with
-            the others, the Jacobian exceeds `memory_limit`, the model's prior is not of independent centred
+        ValueError: If the fit is not of a point, rows have no labels, an option is unknown or contradicts
+            another, the Jacobian exceeds `memory_limit`, the model's prior is not one of independent centred
             normals, or the log-evidence has no maximum.
     """
     check_option("structure", structure, get_args(Structure))
@@ -133,20 +132,20 @@ def laplace(
     model = posterior.model
     check_rows("training", train, model)
     mode = mode_of(posterior, "Laplace's approximation")
-    profile, known = _profile(model, mode, precision)
+    profile, factor = _profile(model, mode, precision)
     local = _Local(model, mode, train, np.sqrt(profile), batch_size, console)
     if structure != "diagonal":
         local.check_memory(memory_limit)
-    found, log_likelihood = _curvature(local, structure, rank)
+    curvature, log_likelihood = _curvature(local, structure, rank)
     centre = flattened(jax.tree.map(lambda x: x[None], mode))[0]
     evidence = partial(
         algebra.log_evidence,
-        found,
+        curvature,
         log_likelihood=log_likelihood,
         squared_norm=float(np.sum(profile * centre**2)),
     )
-    tau = _maximiser(evidence) if known is None else known
-    return Laplace(model, mode, structure, found, profile, tau, evidence(tau))
+    tau = _maximiser(evidence) if factor is None else factor
+    return Laplace(model, mode, structure, curvature, profile, tau, evidence(tau))
 
 
 def linearised(
@@ -161,7 +160,7 @@ def linearised(
     """Predict with the network linearised at the mode: `softmax(logits(mode) + J (W - mode))` by draw.
 
     Args:
-        key: Random key of the draws, those of `laplace.draw_adapters` with the same key.
+        key: Random key of the draws; the draws equal those of `laplace.draw_adapters` with this key.
         laplace: The approximation.
         data: Rows to predict; labels are not read.
         num_draws: Number of draws.
@@ -172,7 +171,7 @@ def linearised(
         Log-probabilities of the rows under each draw.
 
     Raises:
-        ValueError: When there are no rows, or fewer than one draw or row at a time is asked for.
+        ValueError: If there are no rows, or `num_draws` or `batch_size` is below 1.
 
     Reference: Immer et al. (2021), arXiv 2008.08400.
     """
@@ -186,15 +185,15 @@ def linearised(
         centre, push = jax.linearize(lambda one: laplace.model.logits(weights, one, batch), laplace.mode)
         return jax.lax.map(lambda one: jax.nn.log_softmax(centre + push(one)), deviations)
 
-    found = np.empty((num_draws, len(data), len(laplace.model.label_ids)), np.float64)
+    by_draw = np.empty((num_draws, len(data), len(laplace.model.label_ids)), np.float64)
     for part in tracked_parts(data, batch_size, "predict", console):
         computed = np.asarray(log_probs(laplace.model.base.weights, part.batch))
-        found[:, part.rows] = computed[:, : len(part.rows)]
-    return Prediction(found)
+        by_draw[:, part.rows] = computed[:, : len(part.rows)]
+    return Prediction(by_draw)
 
 
 class _Piece(NamedTuple):
-    """Some rows' logits, and their Jacobians in the coordinates in which the prior is isotropic."""
+    """Logits of some rows, and their Jacobians in the coordinates in which the prior is isotropic."""
 
     rows: np.ndarray
     logits: Float[np.ndarray, "n c"]
@@ -222,10 +221,10 @@ class _Local:
         @jax.jit
         def of_rows(weights: Any, batch: Batch) -> tuple[Array, Array]:
             def of_row(row: Batch) -> tuple[Array, Array]:
-                alone = jax.tree.map(lambda x: x[None], row)
+                single = jax.tree.map(lambda x: x[None], row)
 
                 def logits(v: Array) -> tuple[Array, Array]:
-                    value = self.model.logits(weights, unravel(v), alone)[0]
+                    value = self.model.logits(weights, unravel(v), single)[0]
                     return value, value
 
                 jacobian, value = jax.jacrev(logits, has_aux=True)(vector)
@@ -235,7 +234,7 @@ class _Local:
 
         for part in tracked_parts(self.train, self.batch_size, "curvature", self.console):
             logits, jacobian = of_rows(self.model.base.weights, part.batch)
-            kept = slice(len(part.rows))  # the rest only fills the last part up
+            kept = slice(len(part.rows))  # the others only pad the last part
             whitened = np.asarray(jacobian[kept], np.float64) / self.root
             yield _Piece(part.rows, np.asarray(logits[kept], np.float64), whitened)
 
@@ -273,7 +272,7 @@ def _curvature(local: _Local, structure: Structure, rank: int | None) -> tuple[a
 
 
 def _profile(model: Model, mode: Adapters, precision: Precision) -> tuple[np.ndarray, float | None]:
-    """Relative prior precision of every weight, and its factor where it is known."""
+    """Relative prior precision of every weight, and its factor; None if the evidence chooses the factor."""
     if isinstance(precision, str):
         check_option("precision", precision, ("model", "evidence"))
         if precision == "model":
@@ -292,18 +291,18 @@ def _profile(model: Model, mode: Adapters, precision: Precision) -> tuple[np.nda
 
 
 def _prior_precision(model: Model) -> Adapters:
-    """Precision of every adapter weight under the model's prior, which must make them independent normals."""
+    """Precision of every adapter weight under the model's prior of independent centred normals."""
     program = handlers.trace(handlers.seed(model.prior, jax.random.key(0)))
     adapters, sites = program(), program.trace
-    wanted = {f"{name}.{factor}": x for name, pair in adapters.items() for factor, x in pair.items()}
+    weights = {f"{name}.{factor}": x for name, pair in adapters.items() for factor, x in pair.items()}
     random = {n for n, s in sites.items() if s["type"] in ("sample", "param")}
-    plain = random == set(wanted) and all(
-        _is_centred_normal(sites[n]) and np.array_equal(sites[n]["value"], x) for n, x in wanted.items()
+    plain = random == set(weights) and all(
+        _is_centred_normal(sites[n]) and np.array_equal(sites[n]["value"], x) for n, x in weights.items()
     )
     if not plain:
         raise ValueError(
             "precision='model' needs a prior of independent centred normals on the adapter weights, such as "
-            "priors.normal(); give a number, one each for 'a' and 'b', or 'evidence'"
+            "priors.normal(); pass a number, one each for 'a' and 'b', or 'evidence'"
         )
     return {
         name: {f: 1 / sites[f"{name}.{f}"]["fn"].variance for f in pair} for name, pair in adapters.items()
@@ -324,12 +323,12 @@ def _flat(adapters: Adapters) -> Float[np.ndarray, " p"]:
 def _maximiser(evidence: Callable[[float], float]) -> float:
     """The precision of the highest log-evidence."""
     low, high = _LOG_PRECISIONS
-    found = scipy.optimize.minimize_scalar(
+    log_precision = scipy.optimize.minimize_scalar(
         lambda t: -evidence(np.exp(t)), bounds=(low, high), method="bounded"
     ).x
-    if min(found - low, high - found) < 1e-2:
+    if min(log_precision - low, high - log_precision) < 1e-2:  # the search ended at an edge
         raise ValueError(
             f"the log-evidence has no maximum between the precisions {np.exp(low):.0e} and "
-            f"{np.exp(high):.0e}; give `precision` as a number"
+            f"{np.exp(high):.0e}; pass `precision` as a number"
         )
-    return float(np.exp(found))
+    return float(np.exp(log_precision))

@@ -1,7 +1,7 @@
-"""A point of the adapters' space, as a posterior and as a vector.
+"""The point of a fitted posterior, as adapters and as a vector.
 
-The members that build a posterior around one fitted point (Laplace, SWAG, training-free Bayesianization)
-ask for a fit that has one: a guide of deltas, or the prior `priors.point()`.
+Laplace's approximation, SWAG and training-free Bayesianization build a posterior around one fitted point.
+They need a fit with a guide of deltas, or with the prior `priors.point()`.
 """
 
 import jax
@@ -15,19 +15,19 @@ from bnlora.prediction.posterior import Posterior
 
 
 def mode_of(posterior: Posterior, purpose: str) -> Adapters:
-    """The one point that every draw of a posterior is.
+    """The point of a posterior whose draws are all equal.
 
     Args:
         posterior: A fit of a point.
-        purpose: What it is asked for, to be named in the error.
+        purpose: Name of the method that needs the point, for the error.
 
     Returns:
         The adapters, without a draw axis.
 
     Raises:
-        ValueError: When two draws differ.
+        ValueError: If two draws differ.
     """
-    # Which keys they are does not matter: draws of a point are equal, and others are refused.
+    # Any two keys will do: draws of a point are equal for all keys, and other posteriors are refused.
     first, second = (posterior.draw_adapters(jax.random.key(seed), 1) for seed in (0, 1))
     if not all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (first, second)), strict=True)):
         raise ValueError(
@@ -38,7 +38,7 @@ def mode_of(posterior: Posterior, purpose: str) -> Adapters:
 
 
 def flattened(draws: Adapters) -> Float[np.ndarray, "s p"]:
-    """Adapters with a leading draw axis as one row a draw, in float64."""
+    """Adapters with a leading draw axis as a matrix with one row for each draw, in float64."""
     leaves = jax.tree.leaves(draws)
     return np.concatenate([np.asarray(x, np.float64).reshape(len(x), -1) for x in leaves], axis=1)
 

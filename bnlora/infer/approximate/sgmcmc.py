@@ -7,13 +7,13 @@ p(u, y) from a minibatch (its likelihood scaled by N / B), eps the step and xi s
     SGHMC    v ~ N(0, I), then L times
              (u, v) <- (u + eps v, (1 - alpha eps) v + eps g + sqrt(2 alpha eps) xi)
 
-Neither has an accept step, so the step biases what they converge to. Where the posterior is normal with
-precision h along an axis and every row is in the batch, SGLD's variance is 1 / (h (1 - eps h / 2)) and not
-1 / h; it is stable for eps h < 2. SGHMC's step takes the gradient before the move, as BlackJAX has it. Its
-linear map has the determinant 1 - alpha eps + eps^2 h: it is stable for eps h < alpha, and inflates the
+Neither has an accept step, so the draws have a bias that depends on the step. If the posterior is normal with
+precision h along an axis and every row is in the batch, SGLD's variance is 1 / (h (1 - eps h / 2)) instead of
+1 / h; it is stable for eps h < 2. SGHMC's step computes the gradient before the move, as in BlackJAX. Its
+linear map has the determinant 1 - alpha eps + eps^2 h: it is stable for eps h < alpha, and increases the
 variance by an amount of order eps. The noise of a minibatch's gradient adds a variance of order eps.
 
-Rows come in the order of `fit`: shuffled epochs joined end to end.
+Minibatches are in the order of `fit`: shuffled epochs joined end to end.
 
 References: Welling and Teh (2011), Bayesian learning via stochastic gradient Langevin dynamics; Chen et al.
 (2014), Stochastic gradient Hamiltonian Monte Carlo, arXiv 1402.4102. The kernels are BlackJAX's.
@@ -55,7 +55,7 @@ from bnlora.program.protocol import Model
 
 
 class ChainDiverged(ValueError):
-    """The chain left the finite numbers. `chains` has the draws that it stored before."""
+    """Numbers of the chain were not finite any more. `chains` has the draws before that."""
 
     def __init__(self, chains: Chains, num_draws: int, remedy: str):
         super().__init__(
@@ -73,8 +73,8 @@ class Schedule:
     """How long a chain runs: `num_warmup + num_draws * thinning` steps.
 
     Attributes:
-        num_draws: Draws to store.
-        num_warmup: Steps before the first one counts.
+        num_draws: Number of draws to store.
+        num_warmup: Steps before the first draw.
         thinning: Steps from one stored draw to the next.
         batch_size: Rows in a minibatch.
     """
@@ -91,7 +91,7 @@ class Schedule:
 
     @property
     def num_steps(self) -> int:
-        """Steps in all."""
+        """Total number of steps."""
         return self.num_warmup + self.num_draws * self.thinning
 
 
@@ -104,7 +104,7 @@ class _Setup(NamedTuple):
 
 
 class _Method(NamedTuple):
-    """A sampler: its name and options for the record, its kernel, and what to do when it diverges."""
+    """A sampler: its name and options for the record, its kernel, and the remedy if it diverges."""
 
     name: str
     options: dict[str, Any]
@@ -131,20 +131,20 @@ def sgld(
         key: Random key of start, minibatches and noise.
         model: A `Classifier` whose prior has latent sites.
         train: Rows to fit.
-        schedule: How long to run and what to store.
-        step_size: `eps`, for the gradient summed over the data set; below 2 over the largest curvature.
-        params: Values of the prior's NumPyro parameters, where it has any.
-        init_values: Constrained value of every latent site to start from; where fits start when omitted.
+        schedule: Number of steps and of draws to store.
+        step_size: `eps`, for the gradient summed over all rows; must be below 2 over the largest curvature.
+        params: Values of the prior's NumPyro parameters, if it has any.
+        init_values: Constrained start value of every latent site; the start of fits when omitted.
         prefix_cache: Where activations below the adapters are kept, or `"off"`.
         console: Where to draw the progress bar of that cache.
 
     Returns:
-        The draws: one chain. Without an accept step it cannot be certified.
+        The draws: one chain. It cannot be certified, because there is no accept step.
 
     Raises:
-        ValueError: When a number is out of its range, a minibatch has more rows than there are, rows lack
+        ValueError: If a number is out of its range, a minibatch has more rows than there are, rows have no
             labels, or the prior has no latent site or a parameter without a value.
-        ChainDiverged: When the chain leaves the finite numbers.
+        ChainDiverged: If numbers of the chain are not finite.
     """
     key = check_key(key)
     check_positive({"step_size": step_size})
@@ -175,22 +175,22 @@ def sghmc(
         key: Random key of start, minibatches and noise.
         model: A `Classifier` whose prior has latent sites.
         train: Rows to fit.
-        schedule: How long to run and what to store; a step is `num_integration_steps` updates with one
+        schedule: Number of steps and of draws to store; a step is `num_integration_steps` updates with one
             minibatch.
-        step_size: `eps`, below `friction` over the largest curvature; its square plays the part of SGLD's
-            step.
-        friction: `alpha`, so that `alpha * step_size` of the velocity is lost in an update; at most 1.
+        step_size: `eps`, must be below `friction` over the largest curvature; its square corresponds to
+            SGLD's step.
+        friction: `alpha`: each update reduces the velocity by the share `alpha * step_size`, at most 1.
         num_integration_steps: Updates `L` from one fresh velocity to the next.
         params: As in `sgld`, like the arguments after it.
-        init_values: Where to start.
+        init_values: Start values.
         prefix_cache: Where activations below the adapters are kept, or `"off"`.
         console: Where to draw the progress bar of that cache.
 
     Returns:
-        The draws: one chain. Without an accept step it cannot be certified.
+        The draws: one chain. It cannot be certified, because there is no accept step.
 
     Raises:
-        ValueError: As `sgld`, and when `friction * step_size` exceeds 1.
+        ValueError: As `sgld`, and if `friction * step_size` exceeds 1.
         ChainDiverged: As `sgld`.
     """
     key = check_key(key)
@@ -228,18 +228,18 @@ def _prepared(
     prefix_cache: str,
     console: Console | None,
 ) -> _Setup:
-    """Checked input, cached activations and the vector to start from."""
+    """Checked input, cached activations and the start vector."""
     check_option("prefix_cache", prefix_cache, ("memory", "off"))
     check_rows("training", train, model)
     check_batch_size(schedule.batch_size, len(train))
     view = density(model, params or {})
     start_key, chain_key = jax.random.split(key)
-    if init_values is None:  # in one program: run as it is, a prior compiles each of its operations
+    if init_values is None:  # in one program; otherwise JAX compiles each operation by itself
         vector = require_inside(jax.jit(view.start, compiler_options=options(0))(start_key))
     else:
         vector = view.vector(init_values)
     cached = cache_prefix(model, train, console=console) if prefix_cache == "memory" else train
-    # The result keeps the rows as they were given, so that the cache can be freed.
+    # The result keeps the rows without the cache, so that the cache can be freed.
     return _Setup(chain_key, Target(view, train, train), cached, vector, schedule)
 
 
@@ -263,7 +263,7 @@ def _run(key: Array, setup: _Setup, method: _Method) -> Chains:
         def step(t: Array, u: Array) -> Array:
             return advance(jax.random.fold_in(noise_key, t), u, train[rows[t]])
 
-        # The burn-in is part of the first span, so that the step is compiled once.
+        # The warm-up is part of the first span, so that the step is compiled once.
         def draw(u: Array, span: tuple) -> tuple[Array, Array]:
             begin, end = span
             u = jax.lax.fori_loop(begin, end, step, u)
@@ -271,22 +271,23 @@ def _run(key: Array, setup: _Setup, method: _Method) -> Chains:
 
         return jax.lax.scan(draw, vector, spans)[1]
 
+    # Draw i runs the steps first[i] <= t < last[i], each with the key `fold_in(noise_key, t)`.
     spans = jnp.asarray(first), jnp.asarray(last)
     vectors = np.asarray(chain(view.model.base.weights, setup.cached, rows, setup.vector, spans))
     finite = np.isfinite(vectors).all(1)
     kept = len(vectors) if finite.all() else int(finite.argmin())
     about = record(key, method.name, "step", method.options, asdict(schedule) | {"num_chains": 1})
     about |= {"seconds": time.perf_counter() - began, "stopped": "done" if finite.all() else "diverged"}
-    made = _chains(setup, method, vectors[:kept], about)
+    chains = _chains(setup, method, vectors[:kept], about)
     if not finite.all():
-        raise ChainDiverged(made, len(vectors), broken_weights(view.model.base.weights) or method.remedy)
-    return made
+        raise ChainDiverged(chains, len(vectors), broken_weights(view.model.base.weights) or method.remedy)
+    return chains
 
 
 def _chains(
     setup: _Setup, method: _Method, vectors: Float[np.ndarray, "s p"], about: Mapping[str, Any]
 ) -> Chains:
-    """The draws of one chain, with reports of a kernel that has no energy and refuses nothing."""
+    """The draws of one chain; its kernel has no energy and accepts every move."""
     schedule = setup.schedule
     shape = 1, len(vectors) * schedule.thinning
     stats = {

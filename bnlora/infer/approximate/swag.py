@@ -1,11 +1,12 @@
 r"""SWAG: a Gaussian fitted to the iterates of stochastic gradient descent at a constant rate.
 
-From a fitted point, descent goes on at a rate that keeps it moving; of the iterates theta_1, ..., theta_T
+Descent continues from a fitted point at a constant rate, so that it keeps moving. From the iterates
+theta_1, ..., theta_T it computes
 
     mean = 1/T sum_t theta_t,   Sigma = diag(1/T sum_t (theta_t - mean)^2),   D = last K of (theta_t - mean_t)
     q(theta) = N(mean, (Sigma + D D^T / (K - 1)) / 2),     mean_t the mean of the first t
 
-over the adapter weights. The width comes from the rate and the minibatches: it is a heuristic, not a bound.
+over the adapter weights. The width depends on the rate and the minibatches: it is a heuristic, not a bound.
 
 Reference: Maddox et al. (2019), A simple baseline for Bayesian uncertainty in deep learning, arXiv
 1902.02476.
@@ -33,13 +34,13 @@ from bnlora.program.protocol import Model
 
 @dataclass(frozen=True)
 class Moments:
-    """What is kept of a stream of iterates.
+    """Statistics of a stream of iterates.
 
     Attributes:
-        count: Iterates seen.
+        count: Number of iterates.
         mean: Their mean, shape (p,).
         squares: Sum of squared distances to the mean, shape (p,).
-        deviations: The last iterates minus the mean so far at their time, shape (k, p).
+        deviations: The last iterates, each minus the mean of the iterates up to it, shape (k, p).
     """
 
     count: int
@@ -64,6 +65,7 @@ def updated(moments: Moments, iterate: Float[np.ndarray, " p"], rank: int) -> Mo
     before = iterate - moments.mean
     mean = moments.mean + before / count
     deviations = np.concatenate([moments.deviations, (iterate - mean)[None]])[-rank:]
+    # Old times new deviation: adds up squared distances to the final mean without cancellation.
     return Moments(count, mean, moments.squares + before * (iterate - mean), deviations)
 
 
@@ -91,6 +93,7 @@ class Swag:
         D = self.moments.deviations
         wide = np.asarray(jax.random.normal(k_diagonal, (num_draws, D.shape[1])), np.float64)
         low = np.asarray(jax.random.normal(k_low, (num_draws, len(D))), np.float64)
+        # Covariance Sigma + D D^T / (k - 1); the division by sqrt(2) below halves it.
         spread = wide * np.sqrt(self.moments.variance) + low @ D / np.sqrt(len(D) - 1)
         return unflattened(self.moments.mean + spread / np.sqrt(2), self.mode)
 
@@ -116,7 +119,7 @@ def swag(
     prefix_cache: Literal["memory", "off"] = "memory",
     console: Console | None = None,
 ) -> Swag:
-    """Go on from a fitted point by descent at a constant rate and fit a Gaussian to the iterates.
+    """Continue descent from a fitted point at a constant rate, and fit a Gaussian to the iterates.
 
     Args:
         key: Random key of the minibatches.
@@ -132,13 +135,13 @@ def swag(
         console: As in `fit`.
 
     Returns:
-        The Gaussian. An interrupt (Ctrl-C, or the stop button of a notebook) ends descent early; what was
-        collected is returned if it is enough, and the repr says so.
+        The Gaussian. An interrupt (Ctrl-C, or the stop button of a notebook) ends descent early. If there are
+        enough iterates, the Gaussian of these is returned, and the repr reports the interrupt.
 
     Raises:
-        ValueError: When the fit is not of a point, a size is below one, or fewer than `rank` iterates (and at
-            least two) would be collected, or were before an interrupt.
-        FitDiverged: When descent leaves the finite numbers.
+        ValueError: If the fit is not of a point, a size is out of its range, or there are fewer than `rank`
+            iterates, also after an interrupt. `rank` must be at least two.
+        FitDiverged: If numbers of the descent are not finite.
     """
     key = check_key(key)
     check_positive({"learning_rate": learning_rate})

@@ -1,16 +1,17 @@
-r"""Training-free Bayesianization: as much isotropic noise on a fitted update as accuracy allows.
+r"""Training-free Bayesianization: the most isotropic noise on a fitted update that a criterion allows.
 
 For every layer, with the thin SVD b = U diag(d) V^T of its second factor,
 
     b' = U diag(d),   a' = V^T a,   q(a'_ij) = N(a'_ij, (sigma / d_i)^2)
 
-so b' a' = b a, and the update's noise b' (a' - E a') = sigma U Z has Z standard normal: the same size in
-every direction that the update can take. One sigma serves all layers: the largest at which a criterion on
-anchor rows drops by no more than a tolerance.
+so b' a' = b a. The noise of the update is b' (a' - E a') = sigma U Z with Z standard normal: the same size in
+every direction of the update. All layers have the same sigma: the largest at which a criterion on anchor rows
+gets worse by at most a tolerance.
 
-Where b is rank deficient, sigma / d_i has no limit while the noise of the update does, sigma u_i z_i, with
-a u_i that is arbitrary. Such directions (d_i below the rounding error of d_1) are no part of the fitted
-update: they get no noise, and their column of b' is zero. A layer with b = 0 stays as the base has it.
+If b is rank deficient, sigma / d_i is unbounded as d_i goes to zero. The noise of the update, sigma u_i z_i,
+then has a limit, but u_i is arbitrary. Such directions (d_i below the rounding error of d_1) are not part of
+the fitted update: they get no noise, and their column of b' is zero. A layer with b = 0 keeps the base's
+weights.
 
 Reference: Shi et al. (2024), Training-free Bayesianization for low-rank adapters of large language models,
 arXiv 2412.05723.
@@ -41,12 +42,12 @@ _MOST_DOUBLINGS = 40
 
 
 class Rotated(NamedTuple):
-    """An adapter of equal update whose `b` has orthogonal columns.
+    """An adapter with the same update whose `b` has orthogonal columns.
 
     Attributes:
         a: `V^T a`, shape (layer, rank, d_in).
         b: `U diag(d)`, shape (layer, d_out, rank).
-        widths: `1 / d`, shape (layer, rank); zero where `d` is zero up to rounding.
+        widths: `1 / d`, shape (layer, rank); zero if `d` is zero up to rounding.
     """
 
     a: Float[np.ndarray, "layer rank d_in"]
@@ -55,10 +56,10 @@ class Rotated(NamedTuple):
 
 
 def rotated(a: Float[np.ndarray, "layer rank d_in"], b: Float[np.ndarray, "layer d_out rank"]) -> Rotated:
-    """Turn an adapter so that the columns of `b` are orthogonal, leaving `b a` as it is."""
+    """Rotate an adapter so that the columns of `b` are orthogonal; `b a` does not change."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     d_out, rank = b.shape[1:]
-    # With rows of zeros below, a `b` that is wider than high has all of V in its thin SVD too.
+    # The thin SVD of a `b` that is wider than high lacks columns of V; rows of zeros below it add them.
     high = np.pad(b, ((0, 0), (0, max(rank - d_out, 0)), (0, 0)))
     U, d, Vt = np.linalg.svd(high, full_matrices=False)
     smallest = max(high.shape[1:]) * np.finfo(np.float32).eps * d[:, :1]
@@ -69,12 +70,12 @@ def rotated(a: Float[np.ndarray, "layer rank d_in"], b: Float[np.ndarray, "layer
 
 @dataclass(frozen=True)
 class TrainingFree:
-    """Independent normals on the first factors of turned adapters; a posterior for `predict`.
+    """Independent normals on the first factors of rotated adapters; a posterior for `predict`.
 
     Attributes:
         model: The classifier.
-        families: The turned adapter of each family.
-        sigma: Size of the noise of the update.
+        families: The rotated adapter of each family.
+        sigma: Standard deviation of the noise of the update.
     """
 
     model: Model
@@ -117,17 +118,18 @@ def training_free(
     batch_size: int = 32,
     console: Console | None = None,
 ) -> TrainingFree:
-    """Give a fitted point the most noise that leaves the criterion within a tolerance.
+    """Add to a fitted point the most noise that keeps a criterion within a tolerance.
 
     Args:
-        key: Random key of the draws, the same at every sigma that is tried.
-        posterior: A fit of a point: of the prior `priors.point()`, or of a guide of deltas.
-        data: Rows with labels on which the criterion is measured; not rows that are reported.
-        tolerance: How much worse than the point it may become: nats of the mean negative log-likelihood, or
-            the fraction of rows that are rightly classified.
+        key: Random key of the draws; the same at every sigma.
+        posterior: A fit of a point: with the prior `priors.point()`, or with a guide of deltas.
+        data: Rows with labels on which the criterion is measured. Do not report results on these rows.
+        tolerance: How much worse than the point the criterion may be: nats of the mean negative
+            log-likelihood, or share of the rows classified correctly.
         criterion: `"nll"` or `"accuracy"`.
-        num_draws: Draws of a prediction.
-        num_bisections: Halvings of the ratio between a sigma that passes and one that fails, at first 2.
+        num_draws: Number of draws in a prediction.
+        num_bisections: Number of bisections of the ratio, at first 2, between a sigma that fails and one
+            that passes.
         batch_size: Rows to run at a time.
         console: Where to draw progress bars; the terminal or notebook when omitted.
 
@@ -135,8 +137,8 @@ def training_free(
         The posterior around the fit, as wide as the criterion allows.
 
     Raises:
-        ValueError: When the fit is not of a point or its update is zero, rows lack labels, a number is out
-            of its range, or no sigma passes or fails.
+        ValueError: If the fit is not of a point or its update is zero, rows have no labels, a number is out
+            of its range, or all sigmas pass or all fail.
     """
     key = check_key(key)
     check_option("criterion", criterion, get_args(Criterion))
@@ -170,11 +172,12 @@ def training_free(
 def largest(passes: Callable[[float], bool], *, num_bisections: int, start: float = 0.01) -> float:
     """The largest number that passes, up to a factor of `2 ** 2 ** -num_bisections`.
 
-    From `start` by doubling or halving to a pair of which the lower passes and the upper fails, then by
-    bisection of the ratio. Where passing is not monotone, it is the lower end of some such pair.
+    Doubling or halving from `start` gives a pair of which the lower number passes and the upper fails.
+    Bisection then reduces their ratio. If passing is not monotone, the result is the lower end of one such
+    pair.
 
     Raises:
-        ValueError: When none of the numbers tried passes, or all do.
+        ValueError: If no number passes, or all do.
     """
     sigma, rising = start, passes(start)
     for _ in range(_MOST_DOUBLINGS):
@@ -185,7 +188,7 @@ def largest(passes: Callable[[float], bool], *, num_bisections: int, start: floa
     else:
         what = "every sigma up to" if rising else "no sigma down to"
         raise ValueError(
-            f"{what} {sigma:.1e} passes the criterion; change its tolerance or take other anchor rows"
+            f"{what} {sigma:.1e} passes the criterion; change its tolerance or use other anchor rows"
         )
     low = sigma if rising else following
     ratio = 2.0

@@ -1,4 +1,4 @@
-r"""Is a set of chains good enough to be a reference? Five checks of identifiable functions.
+r"""The certificate of a reference: five checks of chains, on identifiable functions.
 
     R-hat, rank-normalised and split        below 1.01
     effective sample size, bulk and tail    above 400, all chains together
@@ -7,11 +7,11 @@ r"""Is a set of chains good enough to be a reference? Five checks of identifiabl
     for SMC: correlation with ancestors     below 0.7, after the last moves
 
 Draws of a chain are autocorrelated. The library accounts for this by the effective sample size; for example,
-`bnlora.compare` thins to half of it. So autocorrelation alone fails no run, and the certificate says which
-draws to keep if you want nearly independent ones. `Thresholds(autocorrelation=0.05)` requires such draws, as
-posteriordb does; the lag-1 autocorrelation, averaged over chains, has a standard error of about
-1 / sqrt(draws). Kernels without an energy have no E-BFMI, and the certificate says so. Kernels without an
-accept step are always refused, because no diagnostic of the draws shows their bias.
+`bnlora.compare` thins to half of it. So autocorrelation by itself fails no run, and the certificate states
+which draws to keep if you want nearly independent ones. `Thresholds(autocorrelation=0.05)` requires such
+draws, as posteriordb does; the lag-1 autocorrelation, averaged over chains, has a standard error of about
+1 / sqrt(draws). Kernels without an energy have no E-BFMI, which the certificate reports as not checked.
+Kernels without an accept step are always refused, because no diagnostic of the draws shows their bias.
 
 References: Vehtari et al. (2021), arXiv 1903.08008 (R-hat, effective sample sizes); Betancourt (2016), arXiv
 1604.00695 (E-BFMI); Magnusson et al. (2024), posteriordb, arXiv 2407.04967 (criteria of a reference).
@@ -34,18 +34,18 @@ _NEARLY = 0.05
 """Autocorrelation up to which draws are called nearly independent."""
 
 Bias = Literal["none", "step"]
-"""What a kernel's draws converge to: the target, or a law that its step size decides."""
+"""The bias of a kernel's draws: "none", or "step" if its step size decides what they converge to."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What draws must reach; stricter or laxer values are the caller's to defend.
+    """The limits that draws must satisfy. If you set laxer ones, report them with the result.
 
     Attributes:
         rhat: Largest R-hat.
-        ess: Least effective sample size of bulk and of tail.
-        divergences: Most divergent transitions.
-        bfmi: Least E-BFMI of a chain.
+        ess: Smallest effective sample size of bulk and of tail.
+        divergences: Largest number of divergent transitions.
+        bfmi: Smallest E-BFMI of a chain.
         autocorrelation: Largest lag-1 autocorrelation of the kept draws; not checked when None.
         ancestry: Largest correlation of SMC particles with their ancestors after the last moves.
 
@@ -64,17 +64,17 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a certificate looks at.
+    """The data that a certificate is computed from.
 
     Attributes:
         names: Names of the functions.
         values: Their values, shape (chain, draw, function).
         divergent: Which transitions diverged, shape (chain, transition).
-        energy: Energy of every transition, NaN where the kernel has none.
-        bias: "step" where the kernel has no accept step, so that its draws follow another law.
-        constant: Functions that were left out because nothing that was sampled changes them.
+        energy: Energy of every transition, NaN if the kernel has none.
+        bias: "step" if the kernel has no accept step, so that its draws do not follow the target.
+        constant: Functions that were left out because no sampled site changes them.
         ancestry: For SMC, the correlation of particles with their ancestors after the last moves of each run.
-        moves: How many moves those were.
+        moves: Number of these moves.
     """
 
     names: tuple[str, ...]
@@ -89,29 +89,29 @@ class Evidence:
 
 @dataclass(frozen=True, repr=False)
 class Certificate(Shown, Judged):
-    """What was found, and whether it suffices.
+    """The diagnostics of some chains, and whether they pass.
 
     Attributes:
         names: Names of the functions.
         rhat: R-hat of each function.
         ess_bulk: Effective sample size of the bulk of each function.
-        ess_tail: That of its 5 % and 95 % quantiles, the smaller one.
+        ess_tail: Smaller one of the effective sample sizes of its 5 % and 95 % quantiles.
         autocorrelation: Lag-1 autocorrelation of each function.
         divergences: Divergent transitions after the warm-up.
-        bfmi: E-BFMI of each chain; empty where the kernel has no energy.
-        thresholds: What had to be reached.
-        bias: "step" where the kernel has no accept step; such draws are never certified.
-        constant: Functions that were left out because nothing that was sampled changes them.
+        bfmi: E-BFMI of each chain; empty if the kernel has no energy.
+        thresholds: The limits.
+        bias: "step" if the kernel has no accept step; such draws are never certified.
+        constant: Functions that were left out because no sampled site changes them.
         keep_every: Step between draws whose autocorrelation is at most 0.05 (or the threshold) in every
-            function; 0 where the chains are too short to have one.
-        num_draws: Draws of each chain; 0 where it was not recorded.
+            function; 0 if the chains are too short to have one.
+        num_draws: Draws of each chain; 0 if it was not recorded.
         ancestry: For SMC, the correlation of particles with their ancestors after the last moves of each run.
-        moves: How many moves those were.
+        moves: Number of these moves.
 
     Example:
-        >>> found = {"rhat": (1.001,), "ess_bulk": (900.0,), "ess_tail": (750.0,), "autocorrelation": (0.01,)}
+        >>> about = {"rhat": (1.001,), "ess_bulk": (900.0,), "ess_tail": (750.0,), "autocorrelation": (0.01,)}
         >>> limits = bl.Thresholds()
-        >>> bl.Certificate(("norm",), **found, divergences=0, bfmi=(0.9, 1.1), thresholds=limits).passed
+        >>> bl.Certificate(("norm",), **about, divergences=0, bfmi=(0.9, 1.1), thresholds=limits).passed
         True
     """
 
@@ -137,7 +137,7 @@ class Certificate(Shown, Judged):
 
     @cached_property
     def findings(self) -> tuple[Finding, ...]:  # type: ignore[override]
-        """One finding for each check. A check that failed is a problem: the draws are no reference."""
+        """One finding for each check. A failed check is a problem: the draws cannot serve as a reference."""
         t, names = self.thresholds, self.names
         return (
             worst("R-hat", names, self.rhat, max, t.rhat, "run longer chains, or a longer warm-up"),
@@ -197,8 +197,8 @@ class Certificate(Shown, Judged):
 
     @property
     def verdict(self) -> str:
-        """Certified or not, in a sentence."""
-        energy = f"least E-BFMI {min(self.bfmi):.2f}" if self.bfmi else "no energy, so E-BFMI was not asked"
+        """Certified or not, in one sentence."""
+        energy = f"least E-BFMI {min(self.bfmi):.2f}" if self.bfmi else "no energy, so E-BFMI was not checked"
         if not self.passed:
             return "Not certified: " + "; ".join((*self.failures, *self._notes))
         counted = f"{len(self.names)} functions, {self.divergences} divergences, {energy}"
@@ -211,12 +211,12 @@ class Certificate(Shown, Judged):
         if self.passed and self.keep_every > 1:
             notes.append(f"every {ordinal(self.keep_every)} draw is nearly independent of the one before")
         if self.constant:
-            notes.append(f"left out, not changed by anything that was sampled: {', '.join(self.constant)}")
+            notes.append(f"left out, because no sampled site changes them: {', '.join(self.constant)}")
         return tuple(notes)
 
     @property
     def overview(self) -> tuple[Showable, ...]:
-        """What each check concludes, and the table."""
+        """The result of each check, and the table."""
         title = f"{'Certified' if self.passed else 'Not certified'}: {count_words(self.findings)}"
         return (Findings(title, self.findings), replace(self.table, title="Functions"), self._notes)
 
@@ -229,12 +229,12 @@ class Certificate(Shown, Judged):
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "Certificate":
-        """The inverse of `to_json`; whether it passed is found anew."""
+        """The inverse of `to_json`; whether it passed is computed again."""
         names = ("names", "rhat", "ess_bulk", "ess_tail", "autocorrelation", "bfmi")
         parts = {name: tuple(stored[name]) for name in names}
         thresholds = Thresholds(**stored["thresholds"])
         divergences, bias = int(stored["divergences"]), stored["bias"]
-        # Certificates of earlier versions lack these.
+        # Certificates of earlier versions lack the entries that have a default here.
         return cls(
             **parts,
             divergences=divergences,
@@ -252,13 +252,13 @@ def certify(evidence: Evidence, thresholds: Thresholds) -> Certificate:
     """Compute the numbers of a certificate.
 
     Raises:
-        ValueError: On fewer than two chains or four draws, or a value that is not finite.
+        ValueError: If there are fewer than two chains or four draws, or a value is not finite.
     """
     values = np.asarray(evidence.values, np.float64)
     if values.shape[0] < 2 or values.shape[1] < 4:
         raise ValueError(
-            "a certificate needs at least two chains of four draws, so that they can be held against each "
-            f"other; got {values.shape[0]} of {values.shape[1]}"
+            "a certificate compares chains and needs at least two chains of four draws; got "
+            f"{values.shape[0]} of {values.shape[1]}"
         )
     if not np.isfinite(values).all():
         bad = [
@@ -266,14 +266,14 @@ def certify(evidence: Evidence, thresholds: Thresholds) -> Certificate:
             for n, v in zip(evidence.names, np.moveaxis(values, 2, 0), strict=True)
             if not np.isfinite(v).all()
         ]
-        raise ValueError(f"the functions must be finite at every draw; not so: {', '.join(bad)}")
+        raise ValueError(f"the functions must be finite at every draw; these are not: {', '.join(bad)}")
     varies = np.ptp(values, axis=(0, 1)) > 0
 
     def each(measure: Callable[[np.ndarray], np.ndarray]) -> tuple[float, ...]:
-        found = np.full(values.shape[2], np.nan)  # nothing is defined for draws that are all equal
+        by_function = np.full(values.shape[2], np.nan)  # no diagnostic is defined if all draws are equal
         if varies.any():
-            found[varies] = measure(values[:, :, varies])
-        return tuple(map(float, found))
+            by_function[varies] = measure(values[:, :, varies])
+        return tuple(map(float, by_function))
 
     bound = thresholds.autocorrelation
     has_energy = np.isfinite(evidence.energy).all()
@@ -304,9 +304,9 @@ def ordinal(number: int) -> str:
 
 
 def independent_step(values: Float[np.ndarray, "c s k"], bound: float) -> int:
-    """The least step between draws at which no function has an autocorrelation above the bound; 0 for none.
+    """The smallest step between draws at which no function's autocorrelation exceeds the bound; 0 if none.
 
-    At most a quarter of a chain, so that four draws of it are left.
+    It is at most a quarter of a chain, so that four draws of it are left.
     """
     for step in range(1, values.shape[1] // 4 + 1):
         if (autocorrelation(values, lag=step) <= bound).all():
@@ -315,7 +315,7 @@ def independent_step(values: Float[np.ndarray, "c s k"], bound: float) -> int:
 
 
 def autocorrelation(values: Float[np.ndarray, "c s k"], *, lag: int = 1) -> Float[np.ndarray, " k"]:
-    """Autocorrelation: covariances and variances averaged over chains, each about its own mean."""
+    """Autocorrelation, from covariances and variances about each chain's mean, averaged over chains."""
     centred = values - values.mean(1, keepdims=True)
     return (centred[:, lag:] * centred[:, :-lag]).mean((0, 1)) / (centred**2).mean((0, 1))
 

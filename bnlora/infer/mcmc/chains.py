@@ -27,10 +27,11 @@ class Chains(Shown):
     """Draws of several chains of one sampler, or of one chain by stochastic gradients.
 
     Attributes:
-        target: What was sampled, and where the other sites were held.
+        target: What was sampled, and the values of the fixed sites.
         vectors: Unconstrained draws, shape (chain, draw, p).
-        stats: `divergent`, `energy`, `acceptance`, `num_gradients` of each, (chain, transition).
-        tuning: What the warm-up of each chain found; leaves have a leading chain axis.
+        stats: `divergent`, `energy`, `acceptance`, `num_gradients` of each transition, shape (chain,
+            transition).
+        tuning: Results of the warm-up of each chain; leaves have a leading chain axis.
         record: Sampler, options, seed, seconds, command and versions.
         thinning: Transitions from one kept draw to the next.
 
@@ -48,12 +49,12 @@ class Chains(Shown):
 
     @property
     def model(self) -> Any:
-        """The classifier, conditional where sites were held."""
+        """The classifier, conditional on the fixed sites."""
         return self.target.model
 
     @property
     def kind(self) -> str:
-        """What the draws are of: a "network", or its "tangent" at the base."""
+        """The kind of model: a "network", or its "tangent" at the base."""
         return kind_of(self.model)
 
     @property
@@ -92,7 +93,7 @@ class Chains(Shown):
         """Adapters of different kept draws, chosen at random, with a leading draw axis.
 
         Raises:
-            ValueError: When fewer draws are kept.
+            ValueError: If `num_draws` is below 1, or above the number of kept draws.
         """
         key = check_key(key)
         check_at_least({"num_draws": num_draws}, 1)
@@ -106,9 +107,9 @@ class Chains(Shown):
 
     def sites(self) -> dict[str, np.ndarray]:
         """Every kept draw of every sampled site, constrained, with leading axes (chain, draw)."""
-        found = program(self, _sites_at)(self._rows)
+        values = program(self, _sites_at)(self._rows)
         lead = self.vectors.shape[:2]
-        return {name: np.asarray(x).reshape(*lead, *x.shape[1:]) for name, x in found.items()}
+        return {name: np.asarray(x).reshape(*lead, *x.shape[1:]) for name, x in values.items()}
 
     def values(
         self, functions: Functions | None = None
@@ -116,7 +117,7 @@ class Chains(Shown):
         """Names and values of identifiable functions at every kept draw."""
         if functions is None:
             return self._default_values
-        # Functions of a caller may be those of another model, which reads more than the rows' last position.
+        # A caller's functions may read another model, which needs more than the last position of each row.
         return self._evaluated(functions, self.target.rows)
 
     @cached_property
@@ -138,18 +139,18 @@ class Chains(Shown):
     def certify(
         self, *, functions: Functions | None = None, thresholds: Thresholds | None = None
     ) -> Certificate:
-        """Judge the draws.
+        """Check the draws.
 
         Args:
-            functions: What is looked at; `bnlora.prediction.functions.identifiable` at eight rows when
+            functions: Functions to check; `bnlora.prediction.functions.identifiable` at eight rows when
                 omitted.
-            thresholds: What they must reach; the defaults of `Thresholds` when omitted.
+            thresholds: Their limits; the defaults of `Thresholds` when omitted.
 
         Returns:
-            The certificate. Functions that the sampled sites cannot change are left out, and named.
+            The certificate. It leaves out functions that the sampled sites cannot change, and names them.
 
         Raises:
-            ValueError: When no function is left, on fewer than two chains or four draws, or a value that is
+            ValueError: If no function is left, there are fewer than two chains or four draws, or a value is
                 not finite; always for a chain of `sgld` or `sghmc`.
         """
         self._require_comparable()
@@ -158,8 +159,8 @@ class Chains(Shown):
         kept = [k for k, name in enumerate(names) if name not in constant]
         if not kept:
             raise ValueError(
-                "expected a function that the sampled sites change; these have one value wherever the sites "
-                f"are: {listed(constant)}"
+                "expected a function that the sampled sites change; these do not depend on them: "
+                f"{listed(constant)}"
             )
         evidence = Evidence(
             tuple(names[k] for k in kept),
@@ -174,47 +175,47 @@ class Chains(Shown):
         return certify(evidence, Thresholds() if thresholds is None else thresholds)
 
     def _require_comparable(self) -> None:
-        """Raise `ValueError` for a single chain without an accept step: no number of draws helps it."""
+        """Raise `ValueError` for a single chain without an accept step; more draws would not help."""
         if self.num_chains == 1 and self.record["bias"] == "step":
             raise ValueError(
                 f"a single chain of {self.record['sampler']} cannot be certified: the sampler has no accept "
-                "step, so its draws are off by an amount that its step decides, and there is no second chain "
+                "step, so its draws have a bias that depends on its step size, and there is no second chain "
                 "to compare with; use bl.sample_nuts or bl.sample_hmc"
             )
 
     def _unmoved(
         self, functions: Functions | None, names: tuple[str, ...], values: Float[np.ndarray, "c s k"]
     ) -> tuple[str, ...]:
-        """Names of the functions that the sampled sites do not change, wherever the chains were."""
+        """Names of the functions that the sampled sites do not change anywhere."""
         still = np.ptp(values, axis=(0, 1)) == 0
         if functions is None or not still.any():
             return ()
-        # A chain that is stuck has equal draws too: what it could have moved differs at other places.
+        # A stuck chain also gives equal values. Functions that it could have changed differ at other vectors.
         places = np.random.default_rng(0).normal(size=(2, self.vectors.shape[-1])).astype(self.vectors.dtype)
         elsewhere = evaluate(functions, self.model, self._adapters(places), self.target.rows)[1]
         equal = np.isclose(elsewhere, values[0, 0], rtol=1e-5, atol=0.0).all(0)
         return tuple(name for name, s, e in zip(names, still, equal, strict=True) if s and e)
 
     def thin(self, step: int) -> "Chains":
-        """Every `step`-th draw of each chain; the last draw is kept.
+        """Every `step`-th draw of each chain; the last draw is always kept.
 
         Raises:
-            ValueError: When fewer than four draws of a chain would be left.
+            ValueError: If `step` is below 1, or fewer than four draws of a chain would be left.
         """
         if step < 1 or self.num_draws // step < 4:
             raise ValueError(
                 f"the step must be at least 1 and leave four of {self.num_draws} draws; got {step}"
             )
         kept = slice(self.num_draws - 1 - step * (self.num_draws // step - 1), None, step)
-        # The reports stay: a divergence counts wherever it happened, also between kept draws.
+        # The reports are not thinned, because divergences between kept draws count too.
         return replace(self, vectors=self.vectors[:, kept], thinning=self.thinning * step)
 
     @property
     def overview(self) -> tuple[Showable, ...]:
-        """How the draws were made; the certificate where it was asked for already."""
+        """How the draws were made, and the certificate if it was computed before."""
         gradients, plan = self.num_gradients, self.record.get("plan", {})
         acceptance = np.asarray(self.stats["acceptance"])
-        cut = f", {plan.get('num_draws')} were asked for" if self.record["stopped"] != "done" else ""
+        cut = f", {plan.get('num_draws')} requested" if self.record["stopped"] != "done" else ""
         about = {
             "model": self.kind,
             "sampler": str(self.record["sampler"]),
@@ -227,9 +228,9 @@ class Chains(Shown):
             "divergences": f"{int(self.stats['divergent'].sum()):,}",
             "time": f"{self.record['seconds']:,.0f} s",
         }
-        # Judging the draws runs the model at all of them: a look must not.
+        # The certificate runs the model at all draws, so displaying the chains must not compute it.
         judged = self.__dict__.get("certificate")
-        unknown = ("The draws have not been judged yet: `.certificate` does.",)
+        unknown = ("The draws have not been checked yet; `.certificate` does this.",)
         return (facts("Chains", about), *(unknown if judged is None else judged.overview))
 
     def __repr__(self) -> str:
@@ -243,8 +244,8 @@ class Chains(Shown):
             f"{int(self.stats['divergent'].sum())} divergences; {self.record['seconds']:.0f} s",
         ]
         if self.record["stopped"] != "done":
-            asked = self.record["plan"]["num_draws"]
-            lines.append(f"  {self.record['stopped']}: {asked} draws of each chain were asked for")
+            requested = self.record["plan"]["num_draws"]
+            lines.append(f"  {self.record['stopped']}: {requested} draws of each chain were requested")
         if self.target.held:
             lines.append(f"  {self.target.held}")
         return "\n".join(lines)

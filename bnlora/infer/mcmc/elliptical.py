@@ -1,8 +1,8 @@
-r"""Elliptical slice sampling, for priors that are normal: no gradient, no step size, nothing to tune.
+r"""Elliptical slice sampling, for normal priors: no gradient, no step size, no tuning.
 
-A move turns the vector towards a fresh draw of the prior, u' = m + (u - m) cos t + (v - m) sin t, and shrinks
-the range of t until the likelihood passes a threshold drawn beforehand. It leaves the posterior invariant,
-and slows down as the data outweigh the prior.
+A move draws v from the prior, rotates towards it, u' = m + (u - m) cos t + (v - m) sin t, and shrinks the
+range of t until the likelihood exceeds a threshold drawn beforehand. It leaves the posterior invariant. It
+becomes slow if the data are much more informative than the prior.
 
 Reference: Murray, Adams and MacKay (2010), Elliptical slice sampling.
 """
@@ -56,7 +56,7 @@ def sample_elliptical(
         The chains, with their certificate.
 
     Raises:
-        ValueError: As `sample_nuts`, and when the prior is not normal.
+        ValueError: As `sample_nuts`, and if the prior is not normal.
 
     Example:
         >>> chains = bl.sample_elliptical(key, model, rows, num_warmup=20, num_draws=8, num_chains=2)
@@ -75,8 +75,8 @@ def sample_elliptical(
         return Sampler(lambda key, start: warm.step(key, warm.init(key, start))[0], sampler.step)
 
     def tune(key: Array, log_density: LogDensity, position: Array) -> Tuning:
-        nothing = jnp.zeros(())
-        return Tuning(position, nothing, nothing, nothing, jnp.asarray(0))
+        unused = jnp.zeros(())  # there is no step, mass or length to tune
+        return Tuning(position, unused, unused, unused, jnp.asarray(0))
 
     method = Method(
         "elliptical slice", {"num_warmup": num_warmup, "steps_per_draw": steps_per_draw}, tune, build
@@ -87,22 +87,23 @@ def sample_elliptical(
 def normal_moments(view: Density) -> tuple[Float[np.ndarray, " p"], Float[np.ndarray, " p"]]:
     """Mean and variance of every coordinate under the prior, which must be normal with independent entries.
 
-    They are read off the gradient of the log-density, which is linear with a constant diagonal for such a
-    prior and no other; that is checked at three places.
+    They follow from the gradient of the log-density, g(u) = (mean - u) / variance. Only such a prior has a
+    gradient that is linear with a constant diagonal; this is checked at three random vectors.
 
     Raises:
-        ValueError: When the prior is not normal, or its entries are not independent.
+        ValueError: If the prior is not normal, or its entries are not independent.
     """
     score = jax.jit(jax.vmap(jax.grad(view.log_prior)))
     places = np.random.default_rng(0).normal(size=(4, view.size)).astype(np.float32)
     places[0] = 0
     with jax.ensure_compile_time_eval():
-        found = np.asarray(score(places), np.float64)
-    precision = (found[0] - found[1]) / places[1]
-    expected = found[0] - precision * places
-    if not (np.allclose(found, expected, rtol=1e-3, atol=1e-3) and (precision > 0).all()):
+        gradients = np.asarray(score(places), np.float64)
+    # places[0] = 0, so gradients[0] = precision * mean; the first other place gives the slope.
+    precision = (gradients[0] - gradients[1]) / places[1]
+    expected = gradients[0] - precision * places
+    if not (np.allclose(gradients, expected, rtol=1e-3, atol=1e-3) and (precision > 0).all()):
         raise ValueError(
             "elliptical slice sampling needs sites whose prior is normal with independent entries, such as "
             "priors.normal() with constant scales; use sample_nuts for this prior"
         )
-    return found[0] / precision, 1 / precision
+    return gradients[0] / precision, 1 / precision

@@ -1,7 +1,7 @@
 r"""Hamiltonian Monte Carlo and the No-U-Turn sampler on the adapters: the reference of this library.
 
-The target is the exact posterior of the sampled sites, all rows in every gradient, and both samplers leave it
-invariant whatever the step. Each chain adapts its own step and mass matrix in Stan's windows.
+The target is the exact posterior of the sampled sites, with all rows in every gradient. Both samplers leave
+it invariant for any step size. Each chain adapts its own step and mass matrix in Stan's windows.
 
 References: Neal (2011), MCMC using Hamiltonian dynamics; Hoffman and Gelman (2014), The No-U-Turn sampler.
 """
@@ -44,22 +44,22 @@ def sample_nuts(
         train: Rows with labels; every gradient reads all of them.
         sites: The sites to sample, as names, families or patterns (`["lm_head"]`, `["tau", r".*\.V"]`); all
             when omitted.
-        given: A fit of the same model: it gives the prior's parameters, the values of the sites that are not
+        given: A fit of the same model, for the parameters of the prior, the values of the sites that are not
             sampled, and the starts.
-        num_warmup: Transitions that adapt step and mass matrix; none of them is kept.
-        target_acceptance: Mean acceptance probability that the step is adapted to.
-        mass: Whether the mass matrix is diagonal or dense, or a Gaussian over the sampled sites
+        num_warmup: Transitions that adapt step and mass matrix; they are not kept.
+        target_acceptance: Mean acceptance probability that the adaptation of the step aims at.
+        mass: `"diagonal"` or `"dense"` mass matrix; or a Gaussian over the sampled sites
             (`bl.laplace(tangent, train)`), in whose coordinates the sampler then moves.
-        initial_step_size: Step that the adaptation starts from.
-        max_doublings: Most doublings of a trajectory; 10 allow 1,023 gradients for one transition.
+        initial_step_size: Step at the start of the adaptation.
+        max_doublings: Largest number of doublings of a trajectory; 10 allow 1,023 gradients in a transition.
         **options: How many chains and draws, where they start, and where they are kept: `Options`.
 
     Returns:
         The chains, a posterior for `predict`, with a `certificate`.
 
     Raises:
-        ValueError: On an option out of its range, a pattern that matches nothing, sites to fix without a fit,
-            a start where the log-density is not finite, or a folder with the pieces of another run.
+        ValueError: If an option is out of its range, a pattern matches nothing, sites must be fixed and there
+            is no fit, the log-density is not finite at a start, or the folder has the pieces of another run.
 
     Example:
         >>> chains = bl.sample_nuts(key, model, rows, num_warmup=20, num_draws=8, num_chains=2)
@@ -87,7 +87,7 @@ def sample_hmc(
     num_integration_steps: int = 32,
     **options: Unpack[Options],
 ) -> Chains:
-    """Sample latent sites by Hamiltonian Monte Carlo with trajectories of one length.
+    """Sample latent sites by Hamiltonian Monte Carlo with trajectories of a fixed number of steps.
 
     Args:
         key: Random key; the same key gives the same draws.
@@ -95,10 +95,10 @@ def sample_hmc(
         train: Rows with labels.
         sites: The sites to sample.
         given: A fit of the same model.
-        num_warmup: Transitions that adapt.
-        target_acceptance: Acceptance to adapt to.
-        mass: Shape of the mass matrix.
-        initial_step_size: Step that the adaptation starts from.
+        num_warmup: Transitions of the adaptation.
+        target_acceptance: Acceptance probability that the adaptation aims at.
+        mass: Shape of the mass matrix, or a Gaussian.
+        initial_step_size: Step at the start of the adaptation.
         num_integration_steps: Leapfrog steps of a trajectory.
         **options: As in `sample_nuts`.
 
@@ -121,7 +121,7 @@ def sample_hmc(
 
 
 def _geometry(mass: Mass | Geometry) -> tuple[Mass, Geometry | None]:
-    """Shape of the mass matrix, and the Gaussian in whose coordinates it is diagonal, if one was given."""
+    """Shape of the mass matrix, and the Gaussian in whose coordinates it is diagonal, if there is one."""
     return ("diagonal", mass) if isinstance(mass, Geometry) else (mass, None)
 
 

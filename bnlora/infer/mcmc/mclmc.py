@@ -1,9 +1,9 @@
-r"""Microcanonical Langevin dynamics: many cheap moves, and a bias that the step size decides.
+r"""Microcanonical Langevin dynamics: many cheap moves, with a bias that depends on the step size.
 
-The momentum has length one and is partly refreshed at every step; there is no accept step, so the draws
-converge to a law that differs from the posterior by an amount that grows with the step. The tuning picks
-the step by the variance of the energy error per dimension (5e-4). For a reference use `sample_nuts`;
-this is for targets where NUTS is too slow, and to be held against it where both run.
+The momentum has length one and is partly refreshed at every step. There is no accept step, so the draws
+converge to a distribution that differs from the posterior; the difference grows with the step. The tuning
+chooses the step by the variance of the energy error per dimension (5e-4). For a reference use `sample_nuts`.
+This sampler is for targets on which NUTS is too slow; compare it with NUTS on a smaller one.
 
 Reference: Robnik, De Luca, Silverstein and Seljak (2023), Microcanonical Hamiltonian Monte Carlo, arXiv
 2212.08549.
@@ -43,7 +43,7 @@ def sample_mclmc(
         train: Rows with labels.
         sites: The sites to sample.
         given: A fit of the same model.
-        num_warmup: Scale of the tuning of each chain, which takes about three tenths as many steps.
+        num_warmup: Length of the tuning; each chain takes about 0.3 times as many steps.
         steps_per_draw: Steps from one draw to the next.
         **options: As in `sample_nuts`.
 
@@ -51,7 +51,7 @@ def sample_mclmc(
         The chains; without an accept step they are never certified.
 
     Raises:
-        ValueError: As `sample_nuts`, and on a target of one dimension.
+        ValueError: As `sample_nuts`, and if the target has only one dimension.
 
     Example:
         >>> chains = bl.sample_mclmc(key, model, rows, num_warmup=100, num_draws=8, num_chains=2)

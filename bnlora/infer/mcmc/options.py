@@ -1,4 +1,4 @@
-"""Options that every sampler of chains takes, and the way from them to chains."""
+"""Options that all samplers of chains share, and the function that runs chains with them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,17 +22,17 @@ class Options(TypedDict, total=False):
     """How many chains and draws, where they start, and where they are kept.
 
     Attributes:
-        num_chains: Chains, run together; 4 when omitted.
-        num_draws: Kept draws of each; 1,000 when omitted.
+        num_chains: Number of chains, run together; 4 when omitted.
+        num_draws: Kept draws of each chain; 1,000 when omitted.
         thinning: Transitions from one kept draw to the next; 1 when omitted.
-        init_strategy: `"fit"` for draws of `given` (the default where there is one), `"prior"` for draws of
-            the prior, `"pathfinder"` for draws of a normal approximation along a climb of the log-density,
-            `"zero"` (the default without a fit) for where fits of this library start, moved a little; with a
-            Gaussian as `mass`, for draws of it.
-        fix_at: Where sites that are not sampled are held: at the `"mean"` (the default) of draws of `given`,
-            or at one `"draw"`.
-        folder: Where the draws are kept while they are made; a run that was killed goes on from there.
-        piece: Kept draws from one write to the next; at most 100 when omitted.
+        init_strategy: `"fit"` (the default with `given`) starts at draws of `given`. `"prior"` starts at
+            draws of the prior. `"pathfinder"` starts at draws of a normal approximation along an ascent of
+            the log-density. `"zero"` (the default without `given`) starts where fits start, with small
+            noise, or at draws of the Gaussian if `mass` is one.
+        fix_at: Value of the sites that are not sampled: the `"mean"` (the default) of draws of `given`, or
+            one `"draw"`.
+        folder: Where draws are stored during the run; a killed run resumes from there.
+        piece: Kept draws between two writes; must divide `num_draws`. At most 100 when omitted.
         console: Where to draw progress bars; the terminal or notebook when omitted.
     """
 
@@ -56,7 +56,7 @@ def sampled(
     options: Options,
     geometry: Geometry | None = None,
 ) -> Chains:
-    """Fix what is not sampled, find the starts, and run the chains."""
+    """Fix the sites that are not sampled, compute the starts, and run the chains."""
     unknown = sorted(set(options) - set(Options.__annotations__))
     if unknown:
         check_option("an option", unknown[0], tuple(Options.__annotations__))
@@ -72,8 +72,8 @@ def sampled(
         None if folder is None else Path(folder),
     )
     fix_key, start_key, run_key = jax.random.split(key, 3)
-    made = target(fix_key, model, train, sites=sites, given=given, fix_at=fix_at, console=console)
+    density = target(fix_key, model, train, sites=sites, given=given, fix_at=fix_at, console=console)
     if geometry is not None:
-        made = whitened(made, geometry)
-    first = starts(start_key, made, given, init_strategy, plan.num_chains)
-    return run(run_key, made, method, plan, first, console)
+        density = whitened(density, geometry)
+    first = starts(start_key, density, given, init_strategy, plan.num_chains)
+    return run(run_key, density, method, plan, first, console)

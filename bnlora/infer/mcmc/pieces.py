@@ -1,8 +1,9 @@
-r"""A run of chains on disk: the warm-up, then piece after piece of draws, each with the state at its end.
+r"""A run of chains on disk: the warm-up, then the draws in pieces, each with the state at its end.
 
-A folder holds `run.json` (what is being run), `warm.npz` and `draws-00000.npz`, `draws-00001.npz`, ... Every
-file appears whole or not at all, and carries the mark of its run. A run that finds its own pieces goes on
-behind the last of them; one that finds those of another run refuses, and names what differs.
+A folder contains `run.json` (what is run), `warm.npz` and `draws-00000.npz`, `draws-00001.npz`, ... Every
+file is written completely or not at all, and contains the mark of its run. A run that finds its own pieces
+continues after the last of them. A run that finds the pieces of another run raises an error that names the
+differences.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ _COMPARED = ("sampler", "options", "key", "plan", "versions", "target")
 
 @dataclass(frozen=True)
 class Pieces:
-    """Where a run keeps its pieces; nowhere without a folder."""
+    """Where a run stores its pieces; without a folder nothing is stored."""
 
     folder: Path | None
     mark: str = ""
@@ -38,7 +39,7 @@ class Pieces:
         """Prepare the folder.
 
         Raises:
-            ValueError: When it holds the pieces of another run.
+            ValueError: If it has the pieces of another run.
         """
         if folder is None:
             return cls(None)
@@ -49,7 +50,8 @@ class Pieces:
         if path.is_file():
             before = _run_before(path)
             differing = [n for n in _COMPARED if before.get(n) != json.loads(json.dumps(now[n]))]
-            # It tells another base, prior scale or order of label ids; older folders have none.
+            # The log-density at the starts reveals another base, prior scale or order of label ids. Older
+            # folders lack it.
             if not differing and not np.allclose(
                 before.get(_DENSITY, now[_DENSITY]), now[_DENSITY], rtol=1e-3
             ):
@@ -57,8 +59,8 @@ class Pieces:
             if differing:
                 shown = "; ".join(f"{n}: {before.get(n)} then, {now[n]} now" for n in differing)
                 raise ValueError(
-                    f"{str(folder)!r} holds the pieces of another run ({shown}); give the same arguments to "
-                    "go on with it, or another folder"
+                    f"{str(folder)!r} holds the pieces of another run ({shown}); pass the same arguments to "
+                    "continue it, or another folder"
                 )
         else:
             write_json(path, now)
@@ -66,11 +68,11 @@ class Pieces:
         return cls(folder, hashlib.sha256(compared.encode()).hexdigest())
 
     def warm(self, compute: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-        """Tuning and state after the warm-up: read where it is stored, else computed and stored."""
+        """Tuning and state after the warm-up: read if they are stored, else computed and stored."""
         return self._kept(WARM, compute)
 
     def draws(self, index: int, compute: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-        """State and draws of a piece: read where it is stored, else computed and stored."""
+        """State and draws of a piece: read if they are stored, else computed and stored."""
         return self._kept(f"draws-{index:05d}.npz", compute)
 
     def _kept(self, name: str, compute: Callable[[], Any]) -> Any:
@@ -79,8 +81,8 @@ class Pieces:
         path = self.folder / name
         if path.is_file():
             return self._read(path, jax.eval_shape(compute))
-        made = compute()
-        arrays = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(made))}
+        computed = compute()
+        arrays = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(computed))}
         arrays[_MARK] = np.array(f"{name} {self.mark}")
 
         def write(scratch: Path) -> None:
@@ -88,21 +90,21 @@ class Pieces:
                 np.savez(file, allow_pickle=False, **arrays)
 
         write_whole(path, write)
-        return made
+        return computed
 
     def _read(self, path: Path, like: Any) -> Any:
-        """What a file holds, if it is that piece of this run; older files have no mark, but shapes."""
+        """The contents of a file, if it is this piece of this run; older files have shapes but no mark."""
         try:
-            # Given the path, numpy would leave a broken file open.
+            # Pass an open file, because with a path numpy leaves a broken file open.
             with path.open("rb") as file, np.load(file) as stored:
                 kept = {name: stored[name] for name in stored.files}
         except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{str(path)!r} is corrupt ({error}); remove it to draw it anew") from error
+            raise ValueError(f"{str(path)!r} is corrupt ({error}); remove it to draw it again") from error
         mark = str(kept.pop(_MARK, f"{path.name} {self.mark}"))
         wanted = {f"leaf{i}": leaf for i, leaf in enumerate(jax.tree.leaves(like))}
-        shapes = [{name: (x.shape, x.dtype) for name, x in found.items()} for found in (kept, wanted)]
+        shapes = [{name: (x.shape, x.dtype) for name, x in side.items()} for side in (kept, wanted)]
         if mark != f"{path.name} {self.mark}" or shapes[0] != shapes[1]:
-            raise ValueError(f"{str(path)!r} is another piece, or of another run; remove it to draw it anew")
+            raise ValueError(f"{str(path)!r} is another piece, or of another run; remove it to draw it again")
         return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(kept[name]) for name in wanted])
 
 
@@ -110,11 +112,11 @@ def _run_before(path: Path) -> dict[str, Any]:
     try:
         return read_json(path)
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is corrupt ({error}); give another folder") from error
+        raise ValueError(f"{str(path)!r} is corrupt ({error}); pass another folder") from error
 
 
 def fingerprint(target: Target, starts: Array) -> str:
-    """Checksum of what is sampled: names and shapes of the sites, parameters, rows and starts."""
+    """Checksum of the target: names and shapes of the sites, parameters, rows and starts."""
     digest = hashlib.sha256(json.dumps({n: list(s) for n, s in target.view.shapes.items()}).encode())
     digest.update(target.held.encode())
     parts = [target.view.params, target.rows.tokens, target.rows.mask, target.rows.labels, starts]

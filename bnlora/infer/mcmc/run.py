@@ -1,8 +1,8 @@
-r"""The loop that every sampler shares: warm up, then draw in pieces that can be kept on disk.
+r"""The loop that all samplers share: warm up, then draw in pieces that can be stored on disk.
 
 Transition t of chain c has the key `fold_in(key_c, t)`, and a piece starts from the whole state of the kernel
-at the end of the one before. So the draws do not depend on when a run was stopped: a run that was
-killed and started again with the same arguments gives the draws of an unbroken one.
+at the end of the one before. So the draws do not depend on interruptions: a run that was killed and started
+again with the same arguments gives the same draws as an uninterrupted run.
 """
 
 import sys
@@ -30,7 +30,7 @@ from bnlora.infer.mcmc.samplers import LogDensity, Report, Sampler, Tuning
 from bnlora.infer.mcmc.target import Target
 
 Tune = Callable[[Array, LogDensity, Array], Tuning]
-"""From a key, a log-density and a start to a tuned kernel's numbers."""
+"""From a key, a log-density and a start to the tuned numbers of a kernel."""
 
 Build = Callable[[Tuning, Target, Any], Sampler]
 """From tuned numbers, the target and its inputs to a kernel."""
@@ -38,15 +38,15 @@ Build = Callable[[Tuning, Target, Any], Sampler]
 
 @dataclass(frozen=True)
 class Plan:
-    """How many chains run for how long.
+    """Number and length of the chains.
 
     Attributes:
-        num_chains: Chains, run together.
-        num_draws: Kept draws of each.
+        num_chains: Number of chains, run together.
+        num_draws: Kept draws of each chain.
         thinning: Transitions from one kept draw to the next.
-        piece: Kept draws between two looks at disk and progress bar; divides `num_draws`. The largest
-            divisor up to 100 when omitted.
-        folder: Where pieces are kept; nowhere when omitted.
+        piece: Kept draws between two writes and updates of the progress bar; must divide `num_draws`. The
+            largest divisor up to 100 when omitted.
+        folder: Where pieces are stored; nowhere when omitted.
     """
 
     num_chains: int
@@ -61,8 +61,7 @@ class Plan:
         if piece < 1 or self.num_draws % piece:
             near = min(divisors(self.num_draws), key=lambda n: abs(n - piece))
             raise ValueError(
-                f"a checkpoint comes every so many draws as divide num_draws={self.num_draws}; got "
-                f"{piece}, nearest is {near}"
+                f"`piece` must divide num_draws={self.num_draws}; got {piece} (nearest valid: {near})"
             )
 
     @property
@@ -80,14 +79,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Method:
-    """A sampler by name, with what tunes it and builds it.
+    """A sampler: its name, and the functions that tune and build it.
 
     Attributes:
-        name: Name for people.
-        options: Options for the record; a checkpoint made with others is refused.
+        name: Name in displays and records.
+        options: Options for the record; pieces made with other options are refused.
         tune: Warms up one chain.
         build: Makes the kernel of one chain.
-        bias: Whether its draws converge to the target.
+        bias: "step" if the draws do not converge to the target.
     """
 
     name: str
@@ -110,10 +109,10 @@ def run(
     starts: Float[Array, "c p"],
     console: Console | None,
 ) -> Chains:
-    """Warm up and draw; an interrupt after the first piece hands over what has been drawn.
+    """Warm up and draw; an interrupt after the first piece returns the draws so far.
 
     Raises:
-        ValueError: When the log-density is not finite where a chain starts, or the folder holds pieces of
+        ValueError: If the log-density is not finite where a chain starts, or the folder has the pieces of
             another run.
     """
     began, starts = time.perf_counter(), target.positions(starts)
@@ -128,18 +127,18 @@ def run(
         tuning, state = pieces.warm(lambda: _warm(warm_key, target, method, plan, starts))
         bar.update(task, description=f"{method.name}: {plan.num_draws} draws of {plan.num_chains} chains")
         program = partial(_program(target, method, plan), tuning)
-        made: list[_Piece] = []
+        done: list[_Piece] = []
         try:
             for index in range(plan.num_pieces):
                 first = jnp.asarray(index * plan.size * plan.thinning)
                 state, piece = pieces.draws(index, partial(program, state, keys, first, target.inputs))
-                made.append(_Piece(*jax.tree.map(np.asarray, tuple(piece))))
+                done.append(_Piece(*jax.tree.map(np.asarray, tuple(piece))))
                 bar.advance(task)
         except KeyboardInterrupt:
-            if not made:
+            if not done:
                 raise
-    joined = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *made)
-    stopped = "done" if len(made) == plan.num_pieces else "interrupted"
+    joined = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *done)
+    stopped = "done" if len(done) == plan.num_pieces else "interrupted"
     about |= {"seconds": time.perf_counter() - began, "stopped": stopped}
     tuned = jax.tree.map(np.asarray, tuning)
     vectors = target.vectors(joined.position)
@@ -147,7 +146,7 @@ def run(
 
 
 def _check_starts(target: Target, starts: Array) -> list[float]:
-    """The log-density where each chain starts, which must be finite."""
+    """The log-density at the start of each chain, which must be finite."""
     values = jax.jit(lambda u, inputs: jax.lax.map(lambda x: target.log_density(x, inputs), u))(
         starts, target.inputs
     )
@@ -175,7 +174,7 @@ def _warm(key: Array, target: Target, method: Method, plan: Plan, starts: Array)
 
 
 def _program(target: Target, method: Method, plan: Plan) -> Callable[..., tuple[Any, _Piece]]:
-    """One piece of every chain, compiled once."""
+    """The program of one piece of every chain, compiled once for all pieces."""
 
     def chain(tuning: Tuning, state: Any, key: Array, first: Array, inputs: Any) -> tuple[Any, _Piece]:
         sampler = method.build(tuning, target, inputs)
@@ -187,9 +186,10 @@ def _program(target: Target, method: Method, plan: Plan) -> Callable[..., tuple[
             state, reports = jax.lax.scan(move, state, t + jnp.arange(plan.thinning))
             return state, _Piece(state.position, reports)
 
-        state, made = jax.lax.scan(draw, state, first + plan.thinning * jnp.arange(plan.size))
-        flat = jax.tree.map(lambda x: x.reshape(plan.size * plan.thinning, *x.shape[2:]), made.report)
-        return state, _Piece(made.position, flat)
+        state, piece = jax.lax.scan(draw, state, first + plan.thinning * jnp.arange(plan.size))
+        # Reports have the axes (draw, transition since the draw before); join them into one.
+        flat = jax.tree.map(lambda x: x.reshape(plan.size * plan.thinning, *x.shape[2:]), piece.report)
+        return state, _Piece(piece.position, flat)
 
     return jax.jit(jax.vmap(chain, in_axes=(0, 0, 0, None, None)))
 
@@ -197,7 +197,7 @@ def _program(target: Target, method: Method, plan: Plan) -> Callable[..., tuple[
 def record(
     key: Array, sampler: str, bias: Bias, options: dict[str, Any], plan: dict[str, Any]
 ) -> dict[str, Any]:
-    """What made some draws: sampler, options, seed, sizes, command and versions."""
+    """How draws were made: sampler, options, seed, sizes, command and versions."""
     return {
         "sampler": sampler,
         "bias": bias,

@@ -1,11 +1,11 @@
-r"""BlackJAX's kernels as pairs of pure functions: the one file that imports it.
+r"""BlackJAX's kernels as pairs of pure functions; no other file imports BlackJAX.
 
-A `Sampler` starts from an unconstrained vector and moves it:
+A `Sampler` starts from an unconstrained vector u and moves it:
 
     state = init(key, position),      state, report = step(key, state)
 
-and every report has the same four numbers, whatever the kernel. The kernels of stochastic gradients have no
-state but the vector, and no report.
+and every report has the same four numbers for all kernels. The state of stochastic-gradient kernels is only
+the vector, and they have no report.
 
 References: Hoffman and Gelman (2014), The No-U-Turn sampler; Neal (2011), MCMC using Hamiltonian dynamics;
 Murray, Adams and MacKay (2010), Elliptical slice sampling; Robnik et al. (2023), Microcanonical Hamiltonian
@@ -32,14 +32,13 @@ Mass = Literal["diagonal", "dense"]
 
 
 class Report(NamedTuple):
-    """What one transition says of itself; scalars.
+    """Diagnostics of one transition; scalars.
 
     Attributes:
-        divergent: Whether the energy error of the trajectory was beyond hope.
-        energy: Hamiltonian at the start of the transition, after the momentum was drawn; NaN where there is
-            none.
-        acceptance: Mean acceptance probability; 1 for kernels that never refuse.
-        num_gradients: Gradients of the log-density that it took; evaluations for slice sampling.
+        divergent: Whether the transition diverged (energy error above the threshold).
+        energy: Hamiltonian at the start of the transition, after the momentum was drawn; NaN without one.
+        acceptance: Mean acceptance probability; 1 for kernels that never reject.
+        num_gradients: Number of gradients of the log-density; of evaluations for slice sampling.
     """
 
     divergent: Array
@@ -49,21 +48,21 @@ class Report(NamedTuple):
 
 
 class Sampler(NamedTuple):
-    """A Markov kernel as two pure functions; a state has an attribute `position`."""
+    """A Markov kernel as two pure functions; its state has an attribute `position`."""
 
     init: Callable[[Array, Array], Any]
     step: Callable[[Array, Any], tuple[Any, Report]]
 
 
 class Tuning(NamedTuple):
-    """What a warm-up found.
+    """Results of a warm-up.
 
     Attributes:
-        position: Where it ended, shape (p,).
+        position: Last vector, shape (p,).
         step_size: Step of the integrator.
-        inverse_mass: Inverse mass matrix, (p,) where diagonal and (p, p) where dense.
+        inverse_mass: Inverse mass matrix, shape (p,) if diagonal and (p, p) if dense.
         length: Distance between refreshments of the momentum for MCLMC; 0 elsewhere.
-        num_gradients: Gradients that the warm-up took.
+        num_gradients: Number of gradients in the warm-up.
     """
 
     position: Float[Array, " p"]
@@ -78,7 +77,7 @@ class Nuts:
     """The No-U-Turn sampler.
 
     Attributes:
-        max_doublings: Most doublings of a trajectory; 10 allow 1,023 gradients.
+        max_doublings: Largest number of doublings of a trajectory; 10 allow 1,023 gradients.
     """
 
     max_doublings: int = 10
@@ -90,7 +89,7 @@ class Nuts:
 
 @dataclass(frozen=True)
 class Hmc:
-    """Hamiltonian Monte Carlo with trajectories of one length.
+    """Hamiltonian Monte Carlo with trajectories of a fixed number of steps.
 
     Attributes:
         num_integration_steps: Leapfrog steps of a trajectory.
@@ -118,7 +117,7 @@ def warm_up(
     blackjax = _blackjax()
 
     def kept(state: Any, info: Any, adaptation: Any) -> Any:
-        # The rest would hold every trajectory of the warm-up in memory.
+        # Keeping all of `info` would keep every trajectory of the warm-up in memory.
         return info.num_integration_steps
 
     warming = blackjax.window_adaptation(
@@ -130,14 +129,9 @@ def warm_up(
         adaptation_info_fn=kept,
         **method.options(),
     )
-    (state, found), steps = warming.run(key, position, num_steps)
-    return Tuning(
-        state.position,
-        jnp.asarray(found["step_size"]),
-        found["inverse_mass_matrix"],
-        jnp.zeros(()),
-        jnp.sum(steps),
-    )
+    (state, tuned), steps = warming.run(key, position, num_steps)
+    step_size, inverse_mass = jnp.asarray(tuned["step_size"]), tuned["inverse_mass_matrix"]
+    return Tuning(state.position, step_size, inverse_mass, jnp.zeros(()), jnp.sum(steps))
 
 
 def hamiltonian(method: Nuts | Hmc, log_density: LogDensity, tuning: Tuning) -> Sampler:
@@ -156,7 +150,7 @@ def _algorithm(method: Nuts | Hmc) -> Any:
 
 
 def _blackjax() -> Any:
-    # Importing it starts a device, so the library does not; and what it computes then must not be traced.
+    # Imported late because the import starts a device; outside any trace because the import computes arrays.
     with jax.ensure_compile_time_eval():
         import blackjax
 
@@ -170,14 +164,15 @@ def tune_mclmc(
     blackjax = _blackjax()
     start_key, tune_key = jax.random.split(key)
     state = blackjax.mcmc.mclmc.init(position, log_density, start_key)
-    state, found, used = blackjax.mclmc_find_L_and_step_size(
+    state, tuned, used = blackjax.mclmc_find_L_and_step_size(
         blackjax.mcmc.mclmc.build_kernel(), num_steps, state, tune_key, logdensity_fn=log_density
     )
-    return Tuning(state.position, found.step_size, found.inverse_mass_matrix, found.L, jnp.asarray(2 * used))
+    # Two gradients a step, as in `mclmc`.
+    return Tuning(state.position, tuned.step_size, tuned.inverse_mass_matrix, tuned.L, jnp.asarray(2 * used))
 
 
 def mclmc(log_density: LogDensity, tuning: Tuning, steps_per_draw: int) -> Sampler:
-    """Microcanonical Langevin dynamics without an accept step: its step size biases what it converges to."""
+    """Microcanonical Langevin dynamics without an accept step, so the draws have a bias of the step size."""
     blackjax = _blackjax()
     algorithm = blackjax.mclmc(
         log_density, tuning.length, tuning.step_size, inverse_mass_matrix=tuning.inverse_mass
@@ -185,8 +180,9 @@ def mclmc(log_density: LogDensity, tuning: Tuning, steps_per_draw: int) -> Sampl
 
     def step(key: Array, state: Any) -> tuple[Any, Report]:
         state, info = _steps(algorithm, key, state, steps_per_draw)
-        # Two gradients a step: the integrator of McLachlan has two stages.
+        # Two gradients a step, because McLachlan's integrator has two stages.
         gradients = jnp.asarray(2 * steps_per_draw)
+        # NaN times the log-density has its type, which `lax.scan` requires in 64-bit mode too.
         return state, Report(~info.nonans.all(), jnp.nan * state.logdensity, jnp.ones(()), gradients)
 
     return Sampler(lambda key, position: algorithm.init(position, key), step)
@@ -213,7 +209,7 @@ def elliptical(
 
 
 def pathfinder(key: Array, log_density: LogDensity, position: Float[Array, " p"]) -> Float[Array, " p"]:
-    """A draw of Pathfinder's normal approximation, found while climbing from a position."""
+    """A draw of Pathfinder's normal approximation along an ascent from a position."""
     blackjax = _blackjax()
     climb_key, draw_key = jax.random.split(key)
     state, _ = blackjax.pathfinder.approximate(climb_key, log_density, position)
@@ -226,9 +222,9 @@ class Particles(NamedTuple):
 
     Attributes:
         positions: Vectors, shape (particle, p).
-        weights: Their weights, which sum to one.
-        temperature: Power of the likelihood that the weighted particles have reached, from 0 to 1.
-        log_evidence: Log of the estimated normalising constant up to this power.
+        weights: Weights, which sum to one.
+        temperature: Power of the likelihood, from 0 to 1, that the weights target.
+        log_evidence: Log of the estimated normalising constant at this power, in nats.
     """
 
     positions: Float[Array, "n p"]
@@ -249,30 +245,31 @@ def temper(
     num_moves: Array,
     summaries: Callable[[Array], Array],
 ) -> tuple[Particles, Array, Array]:
-    """Resample, move by HMC under the power reached so far, and weigh for the next power.
+    """Resample, move by HMC at the current power of the likelihood, and weight for the next power.
 
-    The next power is as high as the effective number allows. At power 1 the weights come out equal, so that
-    one more stage after it is reached gives draws. The mass matrix is that of the weighted variances.
+    The next power is the highest that keeps the effective number above `target_ess`. After a stage at power 1
+    the weights are equal and the particles are draws. The mass matrix is that of the weighted variances.
 
     Args:
         key: Random key.
         particles: Weighted particles.
         log_prior: Log-density of the prior.
         log_likelihood: Log-likelihood.
-        target_ess: Share of the particles that the effective number may fall to.
+        target_ess: Smallest effective number, as a share of the particles.
         step_size: Step in units of the particles' spread.
         num_integration_steps: Leapfrog steps of a transition.
-        num_moves: Transitions of each particle, a number that may change without compiling again.
-        summaries: Numbers of a particle, shape (k,), that show how far it was moved.
+        num_moves: Transitions of each particle; traced, so that it may change without compiling again.
+        summaries: From a particle to numbers, shape (k,), that show how far it moved.
 
     Returns:
-        The particles, the mean acceptance probability of the moves, and the largest correlation over the
-        particles of a summary before and after them.
+        The particles, the mean acceptance probability of the moves, and the largest correlation, over
+        summaries, between their values before and after the moves.
     """
     blackjax = _blackjax()
     # BlackJAX's solver needs one dtype, but a 32-bit model may run in 64-bit mode.
     prior, likelihood = (_of_type(f, particles.weights.dtype) for f in (log_prior, log_likelihood))
     mean = particles.weights @ particles.positions
+    # The small number keeps the mass matrix finite if all particles share an ancestor.
     variance = particles.weights @ (particles.positions - mean) ** 2 + 1e-10
     hmc = blackjax.hmc
     algorithm = blackjax.adaptive_tempered_smc(
@@ -302,7 +299,7 @@ def temper(
 
 
 SHORTEST = 1 / 16
-"""Ratio of the shortest to the longest step of SMC; the logarithm of the step is uniform in between."""
+"""Ratio of the shortest to the longest step of SMC; log step is uniform between them."""
 
 
 def _of_type(function: LogDensity, dtype: Any) -> LogDensity:
@@ -317,7 +314,7 @@ def _repeated(kernel: Callable) -> Callable:
     ) -> tuple:
         def once(i: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
             step_key, move_key = jax.random.split(jax.random.fold_in(key, i))
-            # A step that suits most particles is rejected where the target is narrow, so some are shorter.
+            # Steps that suit most particles are rejected where the target is narrow, so some are shorter.
             step = step_size * SHORTEST ** jax.random.uniform(step_key, dtype=step_size.dtype)
             state, info = kernel(move_key, carry[0], log_density, step_size=step, **options)
             return state, carry[1] + info.acceptance_rate
@@ -330,7 +327,7 @@ def _repeated(kernel: Callable) -> Callable:
 
 
 def _correlation(x: Float[Array, "n k"], y: Float[Array, "n k"]) -> Float[Array, " k"]:
-    """Correlation of each column; zero where one does not vary."""
+    """Correlation of each column; zero if a column does not vary."""
     x, y = x - x.mean(0), y - y.mean(0)
     scale = jnp.sqrt((x**2).sum(0) * (y**2).sum(0))
     return jnp.where(scale > 0, (x * y).sum(0) / jnp.where(scale > 0, scale, 1.0), 0.0)

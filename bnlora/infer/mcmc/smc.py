@@ -3,21 +3,21 @@ r"""Sequential Monte Carlo through powers of the likelihood, for posteriors with
     p_t(u)  is proportional to  p(u) p(y | u)^t,      t from 0 (the prior) to 1 (the posterior)
 
 Factors and observed sites of the prior (`numpyro.factor`, `obs=`) cannot be sampled, so they are tempered
-with the likelihood: p(u) is the law of the sampled sites, and the evidence includes these factors.
+with the likelihood: p(u) is the distribution of the sampled sites, and the evidence includes these factors.
 
-Each stage raises t until the effective number of particles falls to about a share of all, resamples, and
-moves every particle by HMC under p_t. The product of the mean weights estimates the evidence p(y) without
-bias (its logarithm with some). Separate runs give the R-hat of the certificate something to compare: the
+Each stage raises t until the effective number of particles falls to about a given share of all, resamples,
+and moves every particle by HMC under p_t. The product of the mean weights is an unbiased estimate of the
+evidence p(y); its logarithm is biased. The R-hat of the certificate compares separate runs, because the
 particles of one run share ancestors.
 
-If the moves leave particles near their ancestors, resampling alone decides where the particles are. All
+If the moves leave particles near their ancestors, only resampling decides where the particles are. All
 runs are then wrong in the same direction, which R-hat cannot show. With y = tau (b_1 - b_0) H a + e,
 tau ~ HalfNormal(5), 200 rows and 16 inputs, E tau is 3.43 by quadrature and 3.45 by NUTS (with divergences).
 Five moves of one step size gave 2.0 in every run, and 400 gave 2.7: a step that suits most particles is
-rejected where tau is large and b small. With steps between that and a sixteenth of it 30 moves gave 3.3 and
-100 gave 3.5. So the step size varies. Each stage measures the correlation, before and after its moves, of the
-size of each site, of the prior and of the likelihood. The next stage makes as many moves as this correlation
-needs, and the certificate refuses runs whose last moves left too much of it.
+rejected where tau is large and b small. With steps between this one and a sixteenth of it, 30 moves gave
+3.3 and 100 gave 3.5. So the step size varies. Each stage measures the correlation, between before and after
+its moves, of the size of each site, of the prior and of the likelihood. The next stage makes as many moves as
+this correlation needs, and the certificate refuses runs whose last moves left too much of it.
 
 References: Del Moral, Doucet and Jasra (2006), Sequential Monte Carlo samplers; Chopin and Papaspiliopoulos
 (2020), An introduction to sequential Monte Carlo, chapter 17.
@@ -47,7 +47,7 @@ from bnlora.program.model import Classifier
 
 MAX_STAGES = 500
 LEFT = 0.5
-"""Target for the correlation of a particle with its start after the moves of a stage."""
+"""Correlation of a particle with its start that the moves of a stage aim at."""
 
 
 def sample_smc(
@@ -74,26 +74,28 @@ def sample_smc(
         model: As in `sample_nuts`, like the arguments up to `given`.
         train: Rows with labels.
         sites: The sites to sample.
-        given: A fit of the same model; particles start at the prior all the same.
-        fix_at: Where sites that are not sampled are held.
+        given: A fit of the same model; the particles still start at the prior.
+        fix_at: Value of the sites that are not sampled.
         num_runs: Independent runs, one after the other; the chains of the result.
         num_draws: Particles of each run; the draws of the result.
-        target_ess: Share of the particles that the effective number may fall to in a stage.
-        num_moves: Fewest HMC transitions of each particle in a stage.
-        max_moves: Most; in between as many as the correlation with the start of a stage needs to fall to 0.5.
+        target_ess: Smallest effective number of particles in a stage, as a share of all.
+        num_moves: Smallest number of HMC transitions of each particle in a stage.
+        max_moves: Largest number. Between both, each stage makes as many moves as needed for a correlation of
+            0.5 with the start of the stage.
         num_integration_steps: Leapfrog steps of a transition.
-        step_size: Longest step of the first stage in units of the particles' own spread, and sixteen times
-            its shortest; each stage then aims at an acceptance between 0.65 and 0.9.
+        step_size: Longest step of the first stage, in units of the particles' spread; the shortest is a
+            sixteenth of it. Later stages adapt it to an acceptance between 0.65 and 0.9.
         console: Where to draw the progress bar.
 
     Returns:
-        Chains whose record has `log_evidence`, one number a run: the log of the integral of prior times
-        likelihood, where the prior has what it weighs itself and the density of sites that are held; and
-        `correlation`, which the moves of the last stage left. The reports are those of the stages.
+        Chains whose record has `log_evidence` and `correlation`, one number for each run. `log_evidence` is
+        the log of the integral of prior times likelihood, in nats; the prior includes its own factors and the
+        density of fixed sites. `correlation` is that between particles and their ancestors after the moves of
+        the last stage.
 
     Raises:
-        ValueError: On an option out of its range, an improper law in the prior, or when the posterior is not
-            reached in 500 stages.
+        ValueError: If an option is out of its range, the prior has an improper distribution, or the posterior
+            is not reached in 500 stages.
 
     Example:
         >>> runs = bl.sample_smc(key, model, rows, num_runs=2, num_draws=20, num_integration_steps=2)
@@ -111,22 +113,22 @@ def sample_smc(
         raise ValueError(f"target_ess must lie in (0, 1); got {target_ess}")
     began = time.perf_counter()
     fix_key, run_key = jax.random.split(key)
-    made = target(fix_key, model, train, sites=sites, given=given, fix_at=fix_at, console=console)
+    density = target(fix_key, model, train, sites=sites, given=given, fix_at=fix_at, console=console)
     options = {"num_integration_steps": num_integration_steps, "target_ess": target_ess}
-    stage = jax.jit(_stage(made, options))
+    stage = jax.jit(_stage(density, options))
     limits = (num_moves, max_moves)
     runs = []
     with progress_bar(console) as bar:
         for index, k in enumerate(jax.random.split(run_key, num_runs)):
             task = bar.add_task(f"SMC run {index + 1} of {num_runs}", total=100)
-            told = partial(_advance, bar, task)
-            runs.append(_run(k, made, stage, num_draws, step_size, limits, told))
+            report = partial(_advance, bar, task)
+            runs.append(_run(k, density, stage, num_draws, step_size, limits, report))
     vectors = np.stack([np.asarray(run.particles.positions) for run in runs])
     moves = [list(run.moves) for run in runs]
     plan = {"num_runs": num_runs, "num_draws": num_draws, "stages": [len(m) for m in moves]}
-    asked = {**options, "num_moves": num_moves, "max_moves": max_moves, "step_size": step_size}
-    kept = record(key, "SMC", "none", asked, plan)
-    kept |= {
+    settings = {**options, "num_moves": num_moves, "max_moves": max_moves, "step_size": step_size}
+    about = record(key, "SMC", "none", settings, plan)
+    about |= {
         "log_evidence": [float(run.particles.log_evidence) for run in runs],
         "correlation": [run.correlation for run in runs],
         "moves": moves,
@@ -134,27 +136,28 @@ def sample_smc(
         "stopped": "done",
     }
     cost = [sum(m) * num_integration_steps for m in moves]
-    return Chains(made, vectors, _stats(vectors, cost), _tuning(num_runs), kept)
+    return Chains(density, vectors, _stats(vectors, cost), _tuning(num_runs), about)
 
 
 def _advance(bar: Progress, task: TaskID, power: float) -> None:
     bar.update(task, completed=int(100 * power))
 
 
-def _stage(made: Target, options: dict[str, Any]) -> Any:
+def _stage(density: Target, options: dict[str, Any]) -> Any:
     def stage(
         key: Array, particles: Particles, step_size: Array, num_moves: Array, inputs: Any
     ) -> tuple[Particles, Array, Array]:
-        # Particles start at draws of the sampled sites only, so the prior's own factors are tempered too.
+        # Particles start at draws of the sampled sites, without the prior's factors, so these are tempered.
         def prior(u: Array) -> Array:
-            return made.view.log_prior(u) - made.view.log_observed(u)
+            return density.view.log_prior(u) - density.view.log_observed(u)
 
         def likelihood(u: Array) -> Array:
-            return made.log_likelihood(u, inputs) + made.view.log_observed(u)
+            return density.log_likelihood(u, inputs) + density.view.log_observed(u)
 
         def summaries(u: Array) -> Array:
-            # Sizes do not change under the symmetries of adapters, so a sign that never flips is not slow.
-            sizes = [jnp.sqrt(jnp.mean(x**2)) for x in made.view.split(u).values()]
+            # Sizes are invariant under sign flips of adapters, so a particle that never flips is not seen as
+            # slow.
+            sizes = [jnp.sqrt(jnp.mean(x**2)) for x in density.view.split(u).values()]
             return jnp.stack([*sizes, prior(u), likelihood(u)])
 
         return temper(
@@ -172,7 +175,7 @@ def _stage(made: Target, options: dict[str, Any]) -> Any:
 
 
 class _Run(NamedTuple):
-    """Particles at the posterior, the moves of every stage, and the correlation that the last ones left."""
+    """Particles at the posterior, the moves of every stage, and the correlation after the last ones."""
 
     particles: Particles
     moves: tuple[int, ...]
@@ -181,26 +184,26 @@ class _Run(NamedTuple):
 
 def _run(
     key: Array,
-    made: Target,
+    density: Target,
     stage: Any,
     num_draws: int,
     step_size: float,
     limits: tuple[int, int],
-    told: Callable[[float], None],
+    report: Callable[[float], None],
 ) -> _Run:
     """One run from the prior to the posterior."""
     start_key, key = jax.random.split(key)
-    first = jax.jit(jax.vmap(made.view.draw))(jax.random.split(start_key, num_draws))
+    first = jax.jit(jax.vmap(density.view.draw))(jax.random.split(start_key, num_draws))
     weights = jnp.full(num_draws, 1 / num_draws)
     particles = Particles(first, weights, jnp.zeros(()), jnp.zeros(()))
     step, moves = jnp.asarray(step_size), [limits[0]]
     for count in range(1, MAX_STAGES + 1):
-        last = float(particles.temperature) >= 1  # what is weighted for power 1 is yet to be moved there
-        made_moves = jnp.asarray(moves[-1])
+        last = float(particles.temperature) >= 1  # weighted for power 1, but not moved at this power yet
+        num_moves = jnp.asarray(moves[-1])
         particles, acceptance, left = stage(
-            jax.random.fold_in(key, count), particles, step, made_moves, made.inputs
+            jax.random.fold_in(key, count), particles, step, num_moves, density.inputs
         )
-        told(float(particles.temperature))
+        report(float(particles.temperature))
         if last:
             return _Run(particles, tuple(moves), float(left))
         moves.append(_needed(moves[-1], float(left), limits))
@@ -212,15 +215,15 @@ def _run(
 
 
 def _needed(moves: int, left: float, limits: tuple[int, int]) -> int:
-    """Moves that bring the correlation to `LEFT`; it decays geometrically, and `moves` left it at `left`."""
+    """Moves that reduce the correlation to `LEFT`: it decays geometrically, to `left` after `moves` moves."""
     if not left > 0:
         return limits[0]
-    wanted = moves * np.log(LEFT) / np.log(min(left, 0.9999))
-    return int(np.clip(np.ceil(wanted), *limits))
+    needed = moves * np.log(LEFT) / np.log(min(left, 0.9999))  # below 1, so that its logarithm is not zero
+    return int(np.clip(np.ceil(needed), *limits))
 
 
 def _stats(vectors: np.ndarray, cost: list[int]) -> dict[str, np.ndarray]:
-    """Reports of particles: no divergence is defined, no energy is kept."""
+    """Reports of particles, which have no divergences, energies or acceptance probabilities."""
     shape = vectors.shape[:2]
     return {
         "divergent": np.zeros(shape, bool),
@@ -231,5 +234,5 @@ def _stats(vectors: np.ndarray, cost: list[int]) -> dict[str, np.ndarray]:
 
 
 def _tuning(num_runs: int) -> Tuning:
-    nothing = jnp.zeros(num_runs)
-    return Tuning(nothing[:, None], nothing, nothing, nothing, nothing)
+    unused = jnp.zeros(num_runs)
+    return Tuning(unused[:, None], unused, unused, unused, unused)

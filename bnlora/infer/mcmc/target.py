@@ -1,9 +1,9 @@
-r"""What a chain samples: the unconstrained density of some latent sites, with the others held fixed.
+r"""The target of a chain: the unconstrained density of some latent sites, with the others fixed.
 
     log p(u) + log p(y | u)        over all rows at once, no minibatch
 
 with u the vector of `bnlora.program.density`. The activations below the lowest free adapter are computed
-once; where the head alone is free, those of the last token are all that is kept, and a gradient costs the
+once. If only the head is free, only those of the last token are kept, and a gradient costs one pass of the
 head.
 """
 
@@ -33,10 +33,10 @@ from bnlora.program.model import Classifier
 from bnlora.program.protocol import Model
 
 FixAt = Literal["mean", "draw"]
-"""Where sites that are not sampled are held: the mean of 256 draws of a fit, or one draw."""
+"""Value of the sites that are not sampled: the mean of 256 draws of a fit, or one draw."""
 
 Start = Literal["fit", "prior", "pathfinder", "zero"]
-"""Where chains start: draws of the fit, of the prior, of Pathfinder, or where fits start, moved a little."""
+"""Where chains start: draws of the fit, the prior or Pathfinder, or where fits start, with small noise."""
 
 MEAN_DRAWS = 256
 
@@ -48,10 +48,9 @@ class Target:
     Attributes:
         view: The unconstrained view of the (conditional) model.
         train: The rows, with activations up to the lowest free adapter.
-        rows: The rows as they were given.
-        held: How the sites that are not sampled were fixed, in words; "" where all are sampled.
-        affine: The map from the coordinates that the sampler moves in to the vector; None where it moves the
-            vector itself.
+        rows: The rows as they were passed, without these activations.
+        held: How the sites that are not sampled were fixed, in words; "" if all are sampled.
+        affine: The map from the sampler's coordinates to the vector; None if the sampler moves the vector.
     """
 
     view: Density
@@ -62,23 +61,23 @@ class Target:
 
     @property
     def model(self) -> Model:
-        """The classifier, conditional where sites are fixed."""
+        """The classifier, conditional on the fixed sites."""
         return self.view.model
 
     @property
     def inputs(self) -> tuple[Any, Batch, Affine | None]:
-        """What the density reads beside its position; to be passed into compiled programs as an argument."""
+        """What the density reads besides the position; compiled programs take it as an argument."""
         return self.model.base.weights, self.train, self.affine
 
     def log_density(self, position: Float[Array, " p"], inputs: tuple) -> Float[Array, ""]:
-        """Log prior plus log-likelihood of all rows, in nats, where the sampler stands."""
+        """Log prior plus log-likelihood of all rows, in nats, at a position of the sampler."""
         weights, batch, affine = inputs
         vector = position if affine is None else jnp.asarray(affine.apply(position))
         return self.view.log_joint(vector, weights, batch)
 
     @property
     def log_constant(self) -> float:
-        """What `log_density` lacks to be the density of position and labels, in nats: the Jacobian."""
+        """The constant log p(position, y) - `log_density`, in nats: the log-determinant of the map."""
         return 0.0 if self.affine is None else self.affine.log_determinant
 
     def log_likelihood(self, vector: Float[Array, " p"], inputs: tuple) -> Float[Array, ""]:
@@ -87,13 +86,13 @@ class Target:
         return log_likelihood(self.model, weights, self.view.adapters(vector), batch)
 
     def vectors(self, positions: Float[np.ndarray, "... p"]) -> Float[np.ndarray, "... p"]:
-        """The unconstrained vectors of positions of the sampler."""
+        """The unconstrained vectors at positions of the sampler."""
         if self.affine is None:
             return positions
         return np.asarray(self.affine.apply(positions))
 
     def positions(self, vectors: Float[Array, "c p"]) -> Float[Array, "c p"]:
-        """Where the sampler stands at given vectors: the inverse of `vectors`."""
+        """The positions of the sampler at vectors: the inverse of `vectors`."""
         if self.affine is None:
             return vectors
         return jnp.asarray(self.affine.invert(np.asarray(vectors)), vectors.dtype)
@@ -109,19 +108,19 @@ def target(
     fix_at: FixAt,
     console: Console | None = None,
 ) -> Target:
-    """Fix what is not sampled and cache what does not change.
+    """Fix the sites that are not sampled and cache the activations that do not change.
 
     Args:
-        key: Random key of the draws that fixed sites are held at.
+        key: Random key of the draws that give the values of fixed sites.
         model: The classifier.
         train: Rows with labels.
         sites: Patterns of the sites to sample (`bnlora.program.conditional.matching`); all when omitted.
-        given: A fit of the same model, whose parameters of the prior hold here too.
-        fix_at: Where the other sites are held.
+        given: A fit of the same model, which gives the parameters of the prior.
+        fix_at: Value of the other sites.
         console: Where to draw the progress bar of the cache.
 
     Raises:
-        ValueError: When a pattern matches nothing, sites are to be fixed without a fit, labels are missing,
+        ValueError: If a pattern matches nothing, sites must be fixed and there is no fit, labels are missing,
             or the prior has parameters and there is no fit to give their values.
     """
     if isinstance(sites, str):
@@ -137,7 +136,7 @@ def target(
     if others and given is None:
         raise ValueError(
             f"{len(others)} sites are not sampled ({', '.join(others)}); pass `given`, a fit whose posterior "
-            "says where to hold them, or sample all"
+            "gives their values, or sample all sites"
         )
     values, held = _fixed(key, given, others, fix_at)
     conditional = condition(model, values, params)
@@ -148,12 +147,12 @@ def target(
 
 
 def starts(
-    key: Array, made: Target, given: Fit | None, init_strategy: Start, num_chains: int
+    key: Array, chain_target: Target, given: Fit | None, init_strategy: Start, num_chains: int
 ) -> Float[Array, "c p"]:
     """Where the chains start, from different keys.
 
     Raises:
-        ValueError: When they are to start from a fit and there is none.
+        ValueError: If they must start from a fit and there is none.
     """
     keys = jax.random.split(key, num_chains)
     if init_strategy == "fit":
@@ -161,35 +160,37 @@ def starts(
             raise ValueError(
                 "init_strategy='fit' needs `given`, a fit to start from; got none, use init_strategy='prior'"
             )
-        names = tuple(made.view.shapes)
-        return _each(lambda k: made.view.vector_of(_draw(k, given, names)), keys)
+        names = tuple(chain_target.view.shapes)
+        return _each(lambda k: chain_target.view.vector_of(_draw(k, given, names)), keys)
     if init_strategy == "prior":
-        return _each(made.view.draw, keys)
-    if made.affine is not None and init_strategy == "zero":  # draws of the Gaussian
-        normals = jnp.stack([jax.random.normal(k, (made.view.size,)) for k in keys])
-        return jnp.asarray(made.affine.apply(normals))
-    # At zero the density of a bilinear adapter has a saddle, so every chain is moved off it a little.
-    first = _each(made.view.start, keys)
+        return _each(chain_target.view.draw, keys)
+    if (
+        chain_target.affine is not None and init_strategy == "zero"
+    ):  # standard normals become draws of the Gaussian
+        normals = jnp.stack([jax.random.normal(k, (chain_target.view.size,)) for k in keys])
+        return jnp.asarray(chain_target.affine.apply(normals))
+    # The density of a bilinear adapter has a saddle at zero, so every chain gets a little noise.
+    first = _each(chain_target.view.start, keys)
     first = first + 0.01 * jax.random.normal(jax.random.fold_in(key, 1), first.shape)
     if init_strategy == "zero":
         return first
 
     def climb(k: Array, u: Array, inputs: Any) -> Array:
-        return pathfinder(k, lambda v: made.view.log_joint(v, *inputs), u)
+        return pathfinder(k, lambda v: chain_target.view.log_joint(v, *inputs), u)
 
-    return jax.jit(jax.vmap(climb, in_axes=(0, 0, None)))(keys, first, made.inputs[:2])
+    return jax.jit(jax.vmap(climb, in_axes=(0, 0, None)))(keys, first, chain_target.inputs[:2])
 
 
 def _each(function: Callable[[Array], Array], keys: Array) -> Float[Array, "c p"]:
-    """A function of every key, in one program: run as it is, a prior compiles each of its operations."""
+    """A function of every key, in one program; without it, JAX compiles each operation by itself."""
     run = jax.jit(lambda k: jax.lax.map(function, k), compiler_options=options(0))
     return require_inside(run(keys))
 
 
 def _draw(key: Array, given: Fit, names: Sequence[str] | None = None) -> dict[str, Array]:
     """A draw of the fit's sites: the named ones, or all."""
-    drawn = draw_sites(key, given.model, given.guide, given.params).sites
-    return drawn if names is None else {name: drawn[name] for name in names}
+    sites = draw_sites(key, given.model, given.guide, given.params).sites
+    return sites if names is None else {name: sites[name] for name in names}
 
 
 def _fixed(
@@ -205,7 +206,7 @@ def _fixed(
 
 
 def _check_sites(given: Fit, latent: Sequence[str]) -> None:
-    """Raise `ValueError` unless the fit has a law for every latent site of the model."""
+    """Raise `ValueError` unless the fit has every latent site of the model."""
     known = jax.eval_shape(lambda key: _draw(key, given), jax.random.key(0))
     absent = [name for name in latent if name not in known]
     if absent:

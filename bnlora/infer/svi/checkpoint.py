@@ -1,12 +1,12 @@
-"""Fits on disk: everything that was learned and recorded, without the base weights.
+"""Fits on disk: parameters and record, without the base weights.
 
-A folder with `fit.safetensors` (parameters, history, the rows that were fitted, as tokens) and `fit.json`
-(counts, versions, the checksum of the other file, and what identifies the model: sites, label ids, and some
-of the base's weights). A prior and a guide are programs and are not stored. To load a fit, build the same
-model and guide first; every name, shape and range is checked against them.
+A folder contains `fit.safetensors` (parameters, history, the training rows as tokens, and some of the base's
+weights) and `fit.json` (counts, versions, the checksum of the other file, sites and label ids). Prior and
+guide are programs and are not stored. To load a fit, build the same model and guide first; every name, shape
+and range is compared with theirs.
 
-Format 1 has no checksum, sites, label ids or weights, and stores scalars as vectors of length one. It is
-still read; only names, shapes and ranges are checked.
+Format 1 lacks checksum, sites, label ids and weights, and stores scalars as vectors of length one. It can
+still be read; only names, shapes and ranges are checked.
 """
 
 import json
@@ -42,19 +42,19 @@ _ROWS = ("tokens", "mask", "labels")
 
 
 def save_fit(fit: Fit, folder: str | Path, *, notes: Mapping[str, Any] | None = None) -> None:
-    """Write a fit into a folder, which is made if it is not there; a fit that it holds is replaced.
+    """Write a fit into a folder, which is created if needed; a fit in it is replaced.
 
-    The record is written last and both files appear at once, so that an interrupted write leaves no fit
-    that looks whole.
+    Both files are written under other names and then moved, the record last, so that an interrupted write
+    leaves no incomplete fit that looks complete.
 
     Args:
         fit: The fit.
-        folder: Folder to write; made where there is none.
-        notes: What else to keep in the record, such as how model and guide were made: whatever JSON can say.
-            `bnlora.infer.svi.checkpoint.read_notes` gives it back.
+        folder: Folder to write; created if it does not exist.
+        notes: Further entries of the record, such as how model and guide were built, as JSON values.
+            `bnlora.infer.svi.checkpoint.read_notes` returns them.
 
     Raises:
-        OSError: When the folder cannot be written; a fit that it held is still there.
+        OSError: If the folder cannot be written; a fit that was in it is still there.
 
     Example:
         >>> bl.save_fit(fit, folder / "fit")
@@ -65,7 +65,7 @@ def save_fit(fit: Fit, folder: str | Path, *, notes: Mapping[str, Any] | None = 
 
 
 def write_fit(fit: Fit, folder: str | Path, notes: Mapping[str, Any], more: Mapping[str, np.ndarray]) -> None:
-    """`save_fit` with further arrays in the same file, under names of their own."""
+    """`save_fit` with further named arrays in the same file."""
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     trees = {name: getattr(fit, name) for name in ("params", "last_params", "history", "validation")}
@@ -74,16 +74,16 @@ def write_fit(fit: Fit, folder: str | Path, notes: Mapping[str, Any], more: Mapp
     arrays |= {"weights": _some_weights(fit.model), **_frame_arrays(fit.model)}
     arrays |= {"guide": fingerprint(_constants(fit.guide)), **more}
     record = {name: getattr(fit, name) for name in (*_COUNTS, "stopped")} | {"format": FORMAT}
-    record |= {"key": str(jax.random.key_impl(fit.draw_key)), "model": _told(fit.model)}
+    record |= {"key": str(jax.random.key_impl(fit.draw_key)), "model": _identity(fit.model)}
     record |= {"kind": kind_of(fit.model)}
     record |= {"notes": dict(notes)}
     record |= {"versions": {name: version(name) for name in ("bnlora", "jax", "numpyro", "flax")}}
-    # safetensors needs one block of memory; `np.ascontiguousarray` would make a vector of a scalar.
+    # safetensors needs contiguous arrays; `np.ascontiguousarray` would turn a scalar into a vector.
     _write(folder, {name: np.asarray(value, order="C") for name, value in arrays.items()}, record)
 
 
 def load_fit(folder: str | Path, model: Model, guide: Callable) -> Fit:
-    """Read a fit back onto the model and guide that it was made with.
+    """Read a fit for the model and guide that it was fitted with.
 
     Args:
         folder: A folder that `save_fit` wrote.
@@ -94,8 +94,8 @@ def load_fit(folder: str | Path, model: Model, guide: Callable) -> Fit:
         The fit, with the same draws as before.
 
     Raises:
-        FileNotFoundError: When the folder holds no fit.
-        ValueError: When a file is corrupt or belongs to another fit, base, sites, label ids or parameters are
+        FileNotFoundError: If there is no fit in the folder.
+        ValueError: If a file is corrupt or belongs to another fit, base, sites, label ids or parameters are
             not those of this model and guide, or a number is outside its range.
 
     Example:
@@ -132,7 +132,7 @@ def fit_from(
 
 
 def read_notes(folder: str | Path) -> dict[str, Any]:
-    """The `notes` that `save_fit` was given, by name; none where it was given none.
+    """The `notes` that `save_fit` wrote, by name; empty if there were none.
 
     Args:
         folder: A folder that `save_fit` wrote.
@@ -141,14 +141,14 @@ def read_notes(folder: str | Path) -> dict[str, Any]:
         The notes.
 
     Raises:
-        FileNotFoundError: When the folder holds no fit.
-        ValueError: When a file is corrupt or belongs to another fit.
+        FileNotFoundError: If there is no fit in the folder.
+        ValueError: If a file is corrupt or belongs to another fit.
     """
     return read_stored(Path(folder).expanduser())[0].get("notes", {})
 
 
 def fit_size(model: Model, guide: Callable, train: Batch, num_steps: int) -> int:
-    """Bytes that a fit of so many steps takes on disk, rounded up."""
+    """Size in bytes of a fit of `num_steps` steps on disk, an upper bound."""
     like, _ = parameter_shapes(model, guide, model.base.weights, train[:1], len(train))
     leaves = [*jax.tree.leaves(like)] * 2 + [getattr(train, name) for name in _ROWS]
     numbers = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
@@ -156,34 +156,35 @@ def fit_size(model: Model, guide: Callable, train: Batch, num_steps: int) -> int
 
 
 def _write(folder: Path, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
-    """Replace both files, once both are written whole."""
-    scratch, told = folder / f".{ARRAYS}", folder / f".new-{RECORD}"
+    """Replace both files after both are written completely."""
+    scratch, new_record = folder / f".{ARRAYS}", folder / f".new-{RECORD}"
     try:
         save_file(dict(arrays), scratch)
-        write_json(told, {**record, "checksum": file_checksum(scratch)})
+        write_json(new_record, {**record, "checksum": file_checksum(scratch)})
+        # No record while the arrays are replaced: an interrupt between the two leaves no mixed fit.
         (folder / RECORD).unlink(missing_ok=True)
         os.replace(scratch, folder / ARRAYS)
-        os.replace(told, folder / RECORD)
+        os.replace(new_record, folder / RECORD)
     except SafetensorError as error:  # as on a full disk
         raise OSError(f"{str(folder / ARRAYS)!r} cannot be written ({error})") from error
     finally:
-        for path in (scratch, told):
+        for path in (scratch, new_record):
             path.unlink(missing_ok=True)
 
 
-def _told(model: Model) -> dict[str, Any]:
-    """What distinguishes a model from others of the same shapes."""
+def _identity(model: Model) -> dict[str, Any]:
+    """Label ids and sites, which distinguish a model from others of the same shapes."""
     sites = {f"site {name!r}": asdict(site) for name, site in model.sites.items()}
     return json.loads(json.dumps({"label ids": {"ids": model.label_ids}, **sites}))
 
 
 def _some_weights(model: Model) -> Float[np.ndarray, " k"]:
-    """A few numbers of every frozen array: the base's weights and the sites that are held."""
+    """A few numbers of every frozen array: the base's weights and the fixed sites."""
     return fingerprint((model.base.weights, getattr(model, "fixed", {})))
 
 
 def _frame_arrays(model: Model) -> dict[str, np.ndarray]:
-    """The frames that the model's prior keeps its updates in, if it has any."""
+    """The frames of the model's prior, if it has any."""
     frames = frames_of(getattr(model.prior, "program", model.prior))
     return {} if frames is None else stored_frames(frames)
 
@@ -191,14 +192,14 @@ def _frame_arrays(model: Model) -> dict[str, np.ndarray]:
 def _require_same_model(
     record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], model: Model, folder: Path
 ) -> None:
-    """Raise unless the fit was made with the kind, label ids, sites and frozen weights of this model."""
-    kind = record.get("kind", "network")  # older ones have none
+    """Raise `ValueError` unless kind, label ids, sites and frozen weights are those of this model."""
+    kind = record.get("kind", "network")  # older records have none
     if kind != kind_of(model):
         raise ValueError(
-            f"the fit in {str(folder)!r} is one of a {kind} model; got a {kind_of(model)} model, under which "
-            "the same adapters mean something else"
+            f"the fit in {str(folder)!r} is one of a {kind} model; got a {kind_of(model)} model, in which "
+            "the same adapters give other predictions"
         )
-    then, now = record["model"], _told(model)
+    then, now = record["model"], _identity(model)
     for name in {**then, **now}:
         if name not in then or name not in now:
             raise ValueError(
@@ -206,8 +207,8 @@ def _require_same_model(
             )
         for part, value in then[name].items():
             if now[name].get(part, value) != value:
-                told = f"{part} {value} of {name}; got {now[name][part]}"
-                raise ValueError(f"the fit in {str(folder)!r} was made with {told}")
+                difference = f"{part} {value} of {name}; got {now[name][part]}"
+                raise ValueError(f"the fit in {str(folder)!r} was made with {difference}")
     for name, value in _frame_arrays(model).items():
         then = arrays.get(name, value)
         if then.shape != value.shape or not np.allclose(then, value, atol=1e-4):
@@ -218,28 +219,28 @@ def _require_same_model(
     stored, weights = arrays["weights"], _some_weights(model)
     if not is_same(stored, weights):
         raise ValueError(
-            f"the fit in {str(folder)!r} was made over another base than {model.base!r}, or with other "
-            "values of the sites that are held; its weights are others"
+            f"the fit in {str(folder)!r} was made with a base other than {model.base!r}, or with other "
+            "values of the fixed sites; its frozen weights differ"
         )
 
 
 def _constants(guide: Callable) -> Any:
-    """The arrays that a guide holds fixed, such as the coordinates of `around`."""
+    """The fixed arrays of a guide, such as the coordinates of `around`."""
     return getattr(guide, "constants", {})
 
 
 def _require_same_guide(arrays: Mapping[str, np.ndarray], guide: Callable, folder: Path) -> None:
-    """Raise unless the guide's fixed arrays are those of the fit; eigenvectors can turn between machines."""
+    """Raise `ValueError` unless the guide has the fit's fixed arrays; machines may turn eigenvectors."""
     now = fingerprint(_constants(guide))
-    if not is_same(arrays.get("guide", now), now):  # older ones have none
+    if not is_same(arrays.get("guide", now), now):  # older records have none
         raise ValueError(
-            f"the fit in {str(folder)!r} was made with a guide around another Gaussian, in whose coordinates "
-            "its parameters are; give that Gaussian, or keep fits of bl.fit_core by bl.save_core"
+            f"the fit in {str(folder)!r} was made with a guide around another Gaussian, whose coordinates "
+            "its parameters use; pass that Gaussian, or keep fits of bl.fit_core by bl.save_core"
         )
 
 
 def _rows(arrays: Mapping[str, np.ndarray], model: Any, folder: Path) -> Batch:
-    """The fitted rows, whose tokens and labels are those of this model."""
+    """The training rows; raises `ValueError` if tokens or labels are not those of this model."""
     tokens, mask, labels = (arrays[f"train.{name}"] for name in _ROWS)
     kinds = tokens.dtype.kind + mask.dtype.kind + labels.dtype.kind
     if kinds != "ibi" or tokens.ndim != 2 or mask.shape != tokens.shape or labels.shape != tokens.shape[:1]:
@@ -263,7 +264,7 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 
 def group(name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of one mapping that `by_path` has named, by their keys in it."""
+    """The arrays of one mapping by key, the inverse of `by_path`."""
     prefix = f"{name}['"
     return {key[len(prefix) : -2]: value for key, value in arrays.items() if key.startswith(prefix)}
 
@@ -271,33 +272,33 @@ def group(name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _restored(
     name: str, like: Any, allowed: Mapping[str, Any], arrays: Mapping[str, np.ndarray], folder: Path
 ) -> Any:
-    """A tree of parameters; their names, shapes and ranges are those that model and guide declare."""
+    """A tree of parameters; `ValueError` unless names, shapes and ranges are those of model and guide."""
     wanted = {key: leaf.shape for key, leaf in by_path({name: like}).items()}
-    found = {key: value for key, value in arrays.items() if key.startswith(f"{name}[")}
-    for key in wanted.keys() & found.keys():
-        if wanted[key] == () and found[key].shape == (1,):  # how format 1 has scalars
-            found[key] = found[key].reshape(())
-    differing = sorted(k for k in wanted.keys() & found.keys() if wanted[k] != found[k].shape)
+    stored = {key: value for key, value in arrays.items() if key.startswith(f"{name}[")}
+    for key in wanted.keys() & stored.keys():
+        if wanted[key] == () and stored[key].shape == (1,):  # as format 1 stores scalars
+            stored[key] = stored[key].reshape(())
+    differing = sorted(k for k in wanted.keys() & stored.keys() if wanted[k] != stored[k].shape)
     problems = {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "not of this model": sorted(found.keys() - wanted.keys()),
-        "of another shape": [f"{key} {found[key].shape} instead of {wanted[key]}" for key in differing],
+        "missing": sorted(wanted.keys() - stored.keys()),
+        "not of this model": sorted(stored.keys() - wanted.keys()),
+        "of another shape": [f"{key} {stored[key].shape} instead of {wanted[key]}" for key in differing],
     }
-    said = "; ".join(f"{what}: {', '.join(keys[:3])}" for what, keys in problems.items() if keys)
-    if said:
-        raise ValueError(f"the fit in {str(folder)!r} was made with another prior, guide or sites ({said})")
-    values = jax.tree.unflatten(jax.tree.structure(like), [found[key] for key in wanted])
+    what = "; ".join(f"{kind}: {', '.join(keys[:3])}" for kind, keys in problems.items() if keys)
+    if what:
+        raise ValueError(f"the fit in {str(folder)!r} was made with another prior, guide or sites ({what})")
+    values = jax.tree.unflatten(jax.tree.structure(like), [stored[key] for key in wanted])
     for parameter, tree in values.items():
         if not all(_is_allowed(allowed[parameter], leaf) for leaf in jax.tree.leaves(tree)):
             raise ValueError(
                 f"{parameter!r} in {str(folder)!r} has a value outside its range, {allowed[parameter]}; the "
-                "file was changed, or is another's"
+                "file was changed, or belongs to another fit"
             )
     return jax.tree.map(jnp.asarray, values)
 
 
 def _is_allowed(constraint: Any, value: np.ndarray) -> bool:
-    """Whether a value is finite and in its range, including the edge: a tiny value may round to zero."""
+    """Whether a value is finite and in its range or on its edge, since a tiny value may round to zero."""
     if not np.isfinite(value).all():
         return False
     step = np.asarray(1e-6 * np.maximum(np.abs(value), 1), value.dtype)
@@ -305,7 +306,7 @@ def _is_allowed(constraint: Any, value: np.ndarray) -> bool:
 
 
 def read_stored(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Record and arrays of a folder that holds a fit, once both are known to be whole."""
+    """Record and arrays of a stored fit, after a check that both are complete."""
     absent = [name for name in (RECORD, ARRAYS) if not (folder / name).is_file()]
     if absent:
         raise FileNotFoundError(f"{str(folder)!r} holds no fit: it lacks {' and '.join(absent)}")
@@ -322,22 +323,24 @@ def read_stored(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         )
     problem = _problem(record, arrays)
     if form > 1 and not problem and record["checksum"] != file_checksum(folder / ARRAYS):
-        problem = f"{ARRAYS} is not the file that {RECORD} describes: it is another fit's, or was changed"
+        problem = (
+            f"{ARRAYS} is not the file that {RECORD} describes: it belongs to another fit, or was changed"
+        )
     if problem:
         raise ValueError(f"the fit in {str(folder)!r} is corrupt: {problem}")
     return record, arrays
 
 
 def _problem(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    """What is wrong with the record, or with arrays that every fit has; empty where nothing is."""
+    """The problem with the record, or with arrays that every fit has; empty if there is none."""
     newer = record["format"] > 1
     needed = {*(f"train.{name}" for name in _ROWS), "step_seconds", "draw_key"} | (
         {"weights"} if newer else set()
     )
     entries = {*_COUNTS, "stopped", "key"} | ({"checksum", "model", "notes"} if newer else set())
-    for expected, found, file in ((needed, arrays, ARRAYS), (entries, record, RECORD)):
-        if expected - found.keys():
-            return f"{file} lacks {', '.join(sorted(expected - found.keys()))}"
+    for expected, stored, file in ((needed, arrays, ARRAYS), (entries, record, RECORD)):
+        if expected - stored.keys():
+            return f"{file} lacks {', '.join(sorted(expected - stored.keys()))}"
     for name in _COUNTS:
         if type(record[name]) is not int or record[name] < 0:
             return f"{name!r} in {RECORD} must be a whole number of at least 0; got {record[name]!r}"

@@ -1,18 +1,18 @@
 r"""The objective: an evidence lower bound, term by term.
 
     ELBO = E_q[ sum_i log p(y_i | adapters) ]      data (N/B times the minibatch's sum)
-           - KL(q(U) || p(U))                      inducing_kl: every latent site but the noise
+           - KL(q(U) || p(U))                      inducing_kl: all latent sites except the noise
            - E_q KL(q(W|U) || p(W|U))              conditional_kl: sites marked `conditional_noise`
 
 Factors and observed sites of the prior (`numpyro.factor`, `obs=`) are part of p(U) and so of `inducing_kl`.
 
-The terms are NumPyro's `TraceMeanField_ELBO` by site, which takes closed-form KLs where they exist
-and log-ratios of one draw where they do not (the flow). `flow_logdet` is the part of `inducing_kl`
-that comes from the flow's Jacobian, with its sign in the KL: -E log|det f'|. Nothing is tempered and
-nothing is added, so `elbo` bounds the log-evidence log p(y).
+The terms are NumPyro's `TraceMeanField_ELBO` by site. It uses closed-form KLs if they exist, and log-ratios
+of one draw otherwise (for flows). `flow_logdet` is the part of `inducing_kl` from the flow's Jacobian, with
+its sign in the KL: -E log|det f'|. No term is tempered or added, so `elbo` is a lower bound on the
+log-evidence log p(y).
 
-Reference: Lin et al. (2026), arXiv 2601.21003; conditions for the bound: one K everywhere, the scale
-`lam` in the guide alone, a normalised likelihood, exact N/B scaling.
+Reference: Lin et al. (2026), arXiv 2601.21003; conditions for the bound: the same K everywhere, the scale
+`lam` only in the guide, a normalised likelihood, exact N/B scaling.
 """
 
 import difflib
@@ -68,12 +68,12 @@ def elbo_terms(
         model: The NumPyro model, with `prior` as an attribute.
         guide: The NumPyro guide.
         *args: Arguments of model and guide: frozen weights, batch, size of the data set.
-        num_particles: Draws of the guide to average over.
+        num_particles: Number of guide draws to average over.
 
     Returns:
         A scalar for each of `TERMS`; `elbo = data - inducing_kl - conditional_kl`.
     """
-    if num_particles == 1:  # a loop of one turn would double the time to compile
+    if num_particles == 1:  # a loop of one turn would double the compile time
         return _one_draw(key, params, model, guide, args)
     keys = jax.random.split(key, num_particles)
     terms = jax.lax.map(lambda k: _one_draw(k, params, model, guide, args), keys)
@@ -81,20 +81,21 @@ def elbo_terms(
 
 
 def _one_draw(key: Array, params: dict, model: Any, guide: Callable, args: tuple) -> dict[str, Array]:
-    # The two programs record their sites while the bound runs them, so that each of them runs once.
+    # Record the sites of both programs while the bound runs them, so that each program runs once.
     recorded_model, recorded_guide = handlers.trace(model), handlers.trace(guide)
     by_site = TraceMeanField_ELBO(sum_sites=False).loss(key, params, recorded_model, recorded_guide, *args)
     # Read the marks from the prior itself, because a replayed site has the marks of the guide.
     sites, prior = recorded_model.trace, declared(model.prior)
     noise = {name for name, site in prior.latent.items() if site.is_noise}
 
-    # In the order of the trace: a sum over a set would round differently from one process to the next.
+    # Sum in the order of the trace: a sum over a set would round differently in each process.
     def total(belongs: Callable[[str], bool]) -> Array:
         return sum((by_site[name] for name in by_site if belongs(name)), start=jnp.zeros(()))
 
     def of_rows(name: str) -> bool:
         return name in sites and sites[name]["is_observed"] and name not in prior.observed
 
+    # NumPyro's losses have the sign of KLs, so an observed site contributes -log p.
     data, conditional_kl = -total(of_rows), total(lambda name: name in noise)
     inducing_kl = total(lambda name: not of_rows(name) and name not in noise)
     return {
@@ -107,7 +108,7 @@ def _one_draw(key: Array, params: dict, model: Any, guide: Callable, args: tuple
 
 
 def _logdet(site: dict) -> Array:
-    """Log-determinant of the flows that a guide site went through, summed over its batch."""
+    """Log-determinant of the flows of a guide site, in nats, summed over its batch."""
     if site["type"] != "sample" or not site["intermediates"]:
         return jnp.zeros(())
     steps = zip(site["fn"].transforms, site["intermediates"], strict=True)
@@ -130,7 +131,7 @@ def initial_parameters(
         The unconstrained values by name and the map from them to the constrained ones.
 
     Raises:
-        ValueError: When the prior has a discrete latent site or a name that model or guide own, the guide
+        ValueError: If the prior has a discrete latent site or a name that model or guide own, the guide
             cannot be fitted (see `bnlora.guides.automatic`), a start value is outside its constraint, or
             `init_params` lacks a parameter, has another name or shape.
     """
@@ -156,9 +157,9 @@ def initial_parameters(
         _check_finite(unconstrained)
         return unconstrained, constrain
     _check_start(jax.eval_shape(constrain, unconstrained), init_params)
-    given = {n: jax.tree.map(transforms[n].inv, init_params[n]) for n in unconstrained}
-    _check_finite(given)
-    return jax.tree.map(lambda like, x: jnp.asarray(x, like.dtype), unconstrained, given), constrain
+    start = {n: jax.tree.map(transforms[n].inv, init_params[n]) for n in unconstrained}
+    _check_finite(start)
+    return jax.tree.map(lambda like, x: jnp.asarray(x, like.dtype), unconstrained, start), constrain
 
 
 def _check_finite(values: dict[str, Array]) -> None:
@@ -174,19 +175,19 @@ def _check_finite(values: dict[str, Array]) -> None:
 def parameter_shapes(model: Any, guide: Callable, *args: Any) -> tuple[Parameters, _Allowed]:
     """Shapes and types of the constrained parameters of prior and guide, and their constraints.
 
-    Programs are traced and not run; an autoguide of NumPyro runs once if it has not done so before.
+    Programs are traced and not run, except that an autoguide of NumPyro runs once if it has not run before.
     """
-    found: _Allowed = {}
+    allowed: _Allowed = {}
     prepare(jax.random.key(0), guide, *args)
 
     def look(guide_key: Array, prior_key: Array) -> tuple[Parameters, _Allowed]:
         sites = _declared(guide_key, prior_key, model, guide, args)
-        found.update(_allowed(sites))
-        return {n: s["value"] for n, s in sites.items()}, _computed(found)
+        allowed.update(_allowed(sites))
+        return {n: s["value"] for n, s in sites.items()}, _computed(allowed)
 
     keys = jax.random.key(0), jax.random.key(1)
     shapes, computed = jax.eval_shape(look, *keys)
-    return shapes, found | (jax.jit(look)(*keys)[1] if computed else {})
+    return shapes, allowed | (jax.jit(look)(*keys)[1] if computed else {})
 
 
 def _allowed(sites: dict[str, dict[str, Any]]) -> _Allowed:
@@ -194,7 +195,7 @@ def _allowed(sites: dict[str, dict[str, Any]]) -> _Allowed:
 
 
 def _computed(allowed: _Allowed) -> _Allowed:
-    """The constraints whose bounds a program computes and must return; else they leave it as tracers."""
+    """The constraints whose bounds a program computes. It must return them; otherwise they stay tracers."""
     return {
         name: constraint
         for name, constraint in allowed.items()
@@ -213,16 +214,18 @@ def _declared(
 
 
 def _run_once(function: Callable, *keys: Array) -> Any:
-    """A compiled run whose draws would take many times as long to optimise as they would then save."""
-    inside = any(isinstance(key, jax.core.Tracer) for key in keys)  # where options would be another program's
+    """One compiled run, with few optimisations: they would take much longer than they save."""
+    inside = any(
+        isinstance(key, jax.core.Tracer) for key in keys
+    )  # JAX accepts compiler options only for outermost programs
     return jax.jit(function, compiler_options=None if inside else options(0))(*keys)
 
 
 def _check_start(like: Parameters, start: Parameters) -> None:
-    """Raise unless `start` has the names, the trees and the shapes of `like`."""
+    """Raise `ValueError` unless `start` has the names, the trees and the shapes of `like`."""
     if set(start) != set(like):
         wrong = sorted(set(start) ^ set(like))[0]
-        problem = "lacks" if wrong in like else "has, beside the parameters of this guide and prior,"
+        problem = "lacks" if wrong in like else "has, besides the parameters of this guide and prior,"
         near = difflib.get_close_matches(wrong, set(start if wrong in like else like), n=1, cutoff=0.0)
         raise ValueError(f"the start {problem} {wrong!r}; nearest is {near[0] if near else 'nothing'!r}")
     for name, value in like.items():

@@ -1,8 +1,7 @@
 """Fitting by stochastic variational inference: minibatches through one compiled step (`step`), with a record.
 
-Every step reports the terms of the bound. A step whose bound or gradient is not finite is skipped and
-counted.
-When more steps than the budget are skipped, the fit stops and returns what it has.
+Every step records the terms of the bound. A step whose bound or gradient is not finite is skipped and
+counted. If more steps than the budget are skipped, the fit stops with an error that has the fit so far.
 """
 
 from collections.abc import Callable
@@ -56,41 +55,41 @@ def fit(
         model: A `Classifier`.
         guide: A NumPyro guide of `model.prior`.
         train: Rows to fit.
-        optimizer: optax optimiser; it sees the gradient of the negative bound per row. One that treats every
-            number alike, such as Adam, sees the parameters as a few vectors, which compiles sooner; any other
-            sees them by name.
+        optimizer: optax optimiser of the negative bound per row. An optimiser that treats all numbers alike,
+            such as Adam, gets the parameters as a few vectors, which compiles faster; any other one gets them
+            by name.
         num_steps: Number of steps.
-        batch_size: Rows in a minibatch. Batches come from a stream of shuffled epochs and may
-            straddle two, so that every one has this size and an unbiased scale N / B.
+        batch_size: Rows in a minibatch. Batches are taken from a stream of shuffled epochs and may span two
+            of them, so that each has this size and the scale N / B is unbiased.
         num_particles: Guide draws averaged in a step.
         optimisation: Optimiser of the scales, clipping, and how many steps may be skipped.
         memory: What a step keeps in memory: parts, type of the activations, rematerialisation.
-        validation: Rows whose negative log-likelihood picks the best step.
-        early_stopping: How often to look at them, and when to stop.
+        validation: Rows whose negative log-likelihood chooses the best step.
+        early_stopping: How often to evaluate them, and when to stop.
         plateau: When to stop because the bound does not grow any more; never when omitted.
         init_params: Parameters to start from, constrained, such as the `params` of another fit of this model
             and guide; the start values of guide and prior when omitted.
-        on_step: Called after each step with the number of steps done and the constrained parameters, those
-            before the step where it was skipped.
+        on_step: Called after each step with the number of steps done and the constrained parameters; a
+            skipped step leaves these unchanged.
         prefix_cache: Where activations below the adapters are kept, or `"off"`.
-        console: Where to draw the progress bar; the terminal or notebook when omitted, and
-            `rich.console.Console(quiet=True)` for silence.
+        console: Where to draw the progress bar; the terminal or notebook when omitted. Use
+            `rich.console.Console(quiet=True)` for no bar.
 
     Returns:
-        The fit. With `validation`, its parameters are those of the best look. An interrupt (Ctrl-C, or the
-        stop button of a notebook) ends the fit early and returns what there is.
+        The fit. With `validation`, its parameters are those of the best evaluation. An interrupt (Ctrl-C, or
+        the stop button of a notebook) ends the fit early and returns the parameters so far.
 
     Raises:
-        ValueError: On sizes below one, more rows in a minibatch than there are, parts that do not divide it,
-            an unknown option, rows without labels or with labels that the model has no class for, an
-            early-stopping rule without validation rows, a prior with a discrete latent site or a name that
-            model or guide own, an automatic guide that cannot be fitted, or `init_params` of other names or
-            shapes than the parameters of this guide and prior, or outside their constraints.
-        FitDiverged: When more than `optimisation.skip_budget` steps were not finite.
+        ValueError: If a size is below one, a minibatch has more rows than there are, `memory.accumulate` does
+            not divide it, an option is unknown, rows have no labels or labels outside the model's classes,
+            there is an early-stopping rule but no validation rows, the prior has a discrete latent site or a
+            name that model or guide own, an automatic guide cannot be fitted, or `init_params` differ from
+            the parameters of guide and prior in names or shapes, or are outside their constraints.
+        FitDiverged: If more than `optimisation.skip_budget` steps were not finite.
 
     Example:
-        >>> made = bl.fit(key, model, guide, rows, optax.adam(0.01), num_steps=4, batch_size=4)
-        >>> made.stopped, len(made.history["elbo"])
+        >>> short = bl.fit(key, model, guide, rows, optax.adam(0.01), num_steps=4, batch_size=4)
+        >>> short.stopped, len(short.history["elbo"])
         ('steps', 4)
     """
     key = check_key(key)
@@ -99,7 +98,7 @@ def fit(
     check_parts("accumulate", memory.accumulate, batch_size)
     check_option("prefix_cache", prefix_cache, ("memory", "off"))
     _check_rows(model, train, validation, early_stopping)
-    declared(model.prior).check()  # before the work of the cache
+    declared(model.prior).check()  # before the cache, which takes long
     check_automatic(guide)
     program = running(model, memory)
     if prefix_cache == "memory":
@@ -141,7 +140,7 @@ def _check_rows(
 
 
 def _result(model: Any, step: Step, state: State, look: Validation, draw_key: Array, stopped: str) -> Fit:
-    """The fit, with the parameters of the best look at validation rows where there are any."""
+    """The fit, with the parameters of the best evaluation on validation rows if there are any."""
     last = step.constrained(state.params)
     return Fit(
         model=model,

@@ -1,7 +1,7 @@
-"""The loop behind every small fit: a fixed number of steps on all rows, pure, so that it can be compiled.
+"""The loop of small fits: a fixed number of steps on all rows, as a pure function that can be compiled.
 
-`bnlora.infer.svi.fit.fit` is the loop for real data, with minibatches, a record and a rescue; this has none
-of them.
+`bnlora.infer.svi.fit.fit` is the loop for real data. It uses minibatches, keeps a record and skips steps that
+are not finite; this loop does none of these.
 """
 
 from collections.abc import Callable
@@ -28,19 +28,19 @@ def maximise(
     num_particles: int = 1,
     num_rows: int = 1,
 ) -> Parameters:
-    """Climb the bound from a start, and return the constrained parameters of prior and guide.
+    """Maximise the bound from a start, and return the constrained parameters of prior and guide.
 
     Args:
         key: Random key of the guide's draws.
-        start: Unconstrained values by name, like the next argument from `elbo.initial_parameters`.
+        start: Unconstrained values by name, from `elbo.initial_parameters`, like the next argument.
         constrain: Map from unconstrained to constrained values.
         model: The NumPyro model, with `prior` as an attribute.
         guide: The NumPyro guide.
         *args: Arguments of model and guide.
-        optimizer: optax optimiser; it sees the gradient of the negative bound divided by `num_rows`.
+        optimizer: optax optimiser of the negative bound divided by `num_rows`.
         num_steps: Number of steps.
         num_particles: Guide draws averaged in a step.
-        num_rows: What the bound is divided by.
+        num_rows: Number that divides the bound.
     """
 
     def loss(params: dict, k: Array) -> Array:

@@ -1,8 +1,8 @@
-"""Parameters as a few long vectors: a step then has a few operations where it had some for every array.
+"""Parameters as a few long vectors, so that a step has a few operations instead of a few for each array.
 
-The parameters of prior and guide are named arrays, eighty in a model of six factors. What a step does with
-all of them alike (constraints, clipping, the optimiser, keeping the old state) it does on vectors, one for
-each optimiser and constraint. Names and shapes return where the programs of prior and guide run.
+The parameters of prior and guide are named arrays, eighty in a model of six factors. A step does the same
+with all of them: constraints, clipping, the optimiser, and keeping the old state. It does this on vectors,
+one for each optimiser and constraint. The programs of prior and guide get the named arrays.
 """
 
 import math
@@ -22,7 +22,7 @@ from bnlora.infer.svi.entrywise import is_entrywise
 
 @dataclass(frozen=True, eq=False)
 class Loose:
-    """The parameters as they are, for an optimiser that must see them so.
+    """The parameters by name, for an optimiser that needs the separate arrays.
 
     Attributes:
         constrain: From unconstrained to constrained parameters, by name.
@@ -33,17 +33,17 @@ class Loose:
     labels: Mapping[str, Any]
 
     def pack(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The values as they are."""
+        """The values unchanged."""
         return values
 
 
 @dataclass(frozen=True)
 class Vector:
-    """Which arrays one vector holds, one after the other.
+    """The arrays of one vector, one after the other.
 
     Attributes:
         group: Its optimiser.
-        transform: Its map to constrained values; None where some arrays have maps of their own.
+        transform: Its map to constrained values; None if some arrays have other maps.
         leaves: Positions of the arrays among the leaves of the parameters.
     """
 
@@ -60,7 +60,7 @@ class Packed:
         structure: The tree of the parameters.
         shapes: Shape of each of its arrays.
         vectors: The vectors by name.
-        others: The maps to constrained values that do not act on every number alike, by parameter.
+        others: By parameter, the maps to constrained values that do not act on each number separately.
     """
 
     structure: Any
@@ -82,7 +82,7 @@ class Packed:
         }
 
     def unpack(self, vectors: Mapping[str, Array]) -> dict[str, Any]:
-        """The tree again."""
+        """The tree of the vectors: the inverse of `pack`."""
         leaves: dict[int, Array] = {}
         for name, vector in self.vectors.items():
             sizes = [math.prod(self.shapes[i]) for i in vector.leaves]
@@ -101,7 +101,10 @@ class Packed:
 
     @property
     def _unpack(self) -> Callable[[dict[str, Array]], dict[str, Any]]:
-        """`unpack` with the derivative that has no zeros to add up: the gradient's arrays, joined."""
+        """`unpack` with its own derivative, which joins the arrays of the gradient.
+
+        JAX's derivative of a split would pad every array with zeros to the whole vector and add all of them.
+        """
         unpack = jax.custom_vjp(self.unpack)
         unpack.defvjp(lambda x: (self.unpack(x), None), lambda _, gradient: (self.pack(gradient),))
         return unpack
@@ -113,7 +116,7 @@ def packing(
     group: Callable[[str], str],
     rules: Mapping[str, optax.GradientTransformation],
 ) -> Packed | Loose:
-    """How a step keeps some parameters: as vectors where no optimiser can tell them from the arrays.
+    """The form of the parameters in a step: vectors if all optimisers are entrywise, else the named arrays.
 
     Args:
         values: Unconstrained parameters by name.
@@ -130,9 +133,10 @@ def packing(
         transform = constrain.transforms[name]
         shared = transform if _is_shared(transform) else None
         for _ in jax.tree.leaves(tree):
-            found = next((i for i, v in enumerate(vectors) if _same(v, group(name), shared)), len(vectors))
-            before = vectors[found].leaves if found < len(vectors) else ()
-            vectors[found : found + 1] = [Vector(group(name), shared, (*before, position))]
+            # The vector with this optimiser and map, or a new one at the end.
+            at = next((i for i, v in enumerate(vectors) if _same(v, group(name), shared)), len(vectors))
+            before = vectors[at].leaves if at < len(vectors) else ()
+            vectors[at : at + 1] = [Vector(group(name), shared, (*before, position))]
             position += 1
     others = {n: t for n, t in constrain.transforms.items() if not _is_shared(t)}
     shapes = tuple(leaf.shape for leaf in jax.tree.leaves(values))
@@ -145,6 +149,6 @@ def _same(vector: Vector, group: str, transform: Transform | None) -> bool:
 
 
 def _is_shared(transform: Transform) -> bool:
-    """Whether a map acts on every number by itself and alike."""
+    """Whether a map acts on each number separately, and in the same way on all."""
     simple = transform.domain.event_dim == 0 and transform.codomain.event_dim == 0
     return simple and all(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves(transform))

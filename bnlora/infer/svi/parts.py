@@ -1,10 +1,10 @@
-r"""The same bound in less memory: the minibatch runs in equal parts, one after the other.
+r"""The same bound with less memory: the minibatch runs in equal parts, one after the other.
 
     log p(y | adapters) = sum_parts sum_{i in part} log p(y_i | adapters)
 
-and so is its gradient in the adapters. One loop over the parts adds up both, value and gradient of a part
-together, so that no more than one part's activations are ever kept, and none is computed twice. Everything
-else of the bound stays as it is: one draw of the guide for all parts, its KL terms counted once.
+and the same holds for the gradient in the adapters. One loop over the parts adds up value and gradient of
+each part, so that the activations of only one part are kept and none are computed twice. The rest of the
+bound does not change: all parts share one draw of the guide, and its KL terms are counted once.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,11 @@ from bnlora.data.batch import Batch
 
 @dataclass(frozen=True)
 class InParts:
-    """A classifier as a NumPyro model of the same bound whose data term is computed in parts.
+    """A classifier as a NumPyro model with the same bound, whose data term is computed in parts.
 
     Attributes:
         model: The classifier.
-        parts: Number of equal parts; divides the rows of every batch.
+        parts: Number of equal parts; must divide the rows of every batch.
     """
 
     model: Any
@@ -45,7 +45,7 @@ class InParts:
         return self.model.prior
 
     def numbers(self, shape: tuple[int, ...]) -> int:
-        """As of the classifier, of a part of these rows and positions."""
+        """As in the classifier, for one part of these rows and positions."""
         return max(self.model.numbers(shape) // self.parts, self.model.numbers(()))
 
     def __call__(self, weights: Any, batch: Batch, n_total: int) -> None:
@@ -57,12 +57,12 @@ class InParts:
             n_total: Size of the data set that `batch` is a random part of.
         """
         total, rows = self.log_likelihood(self.prior(), weights, batch), len(batch)
-        # Every row is charged with the mean of all: the sum is theirs, and the one plate scales it.
+        # Each row gets the mean of all, so the plate's sum is `total`, which the plate scales by N / B.
         with numpyro.plate("data", n_total, subsample_size=rows if rows < n_total else None):
             numpyro.factor("y", jnp.broadcast_to(total / rows, (rows,)))
 
     def log_likelihood(self, adapters: Adapters, weights: Any, batch: Batch) -> Float[Array, ""]:
-        """Sum of the labels' log-probabilities, in nats, to be differentiated in the adapters alone.
+        """Sum of the labels' log-probabilities, in nats; it can be differentiated only in the adapters.
 
         Args:
             adapters: One draw of the adapters.
@@ -75,7 +75,7 @@ class InParts:
 
     @property
     def _sum(self) -> Callable[..., Array]:
-        """The sum over the parts, with a derivative of its own: the one that the same loop has added up."""
+        """The sum over the parts, with the gradient that the same loop adds up as its derivative."""
 
         def of_part(adapters: Adapters, weights: Any, part: Batch) -> Array:
             logits = self.model.logits(weights, adapters, part)
@@ -89,8 +89,8 @@ class InParts:
             def add(sums: tuple[Array, Adapters], part: Batch) -> tuple[tuple[Array, Adapters], None]:
                 return jax.tree.map(jnp.add, sums, jax.value_and_grad(of_part)(adapters, weights, part)), None
 
-            nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, adapters)
-            return jax.lax.scan(add, nothing, parts)[0]
+            zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, adapters)
+            return jax.lax.scan(add, zeros, parts)[0]
 
         def backwards(gradient: Adapters, cotangent: Array) -> tuple[Adapters, None, None]:
             return jax.tree.map(lambda x: cotangent * x, gradient), None, None

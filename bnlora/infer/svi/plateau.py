@@ -1,4 +1,4 @@
-"""When a bound has stopped to grow: a rule that reads the noisy bound of every step."""
+"""A rule that stops a fit if the bound, which is noisy, does not grow any more."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ from bnlora._util.checks import check_at_least, check_positive
 class Plateau:
     """Stop when the mean bound of the last steps is not higher than that of the steps before.
 
-    The means are those of the last `window` steps and of the `window` before them. Growth counts as none when
-    it is below `tolerance` nats, and twice its own standard error is below `tolerance` too: while the noise
-    is larger than that, the fit goes on and the windows grow with it.
+    The means are those of the last `window` steps and of the `window` before them. Growth counts as none if
+    it is below `tolerance` nats and twice its standard error is below `tolerance` too. While the noise is
+    larger, the fit continues, and the windows grow with the number of steps.
 
     Attributes:
-        window: Least number of steps of each mean.
+        window: Smallest number of steps in each mean.
         tolerance: Growth in nats over the window that counts as none.
 
     Example:
@@ -39,6 +39,7 @@ class Plateau:
         Args:
             bound: The bound of every step so far, in nats.
         """
+        # A window is at least a quarter of all steps, so the means become less noisy as the fit goes on.
         half = max(self.window, len(bound) // 4)
         last, before = np.asarray(bound[-half:], float), np.asarray(bound[-2 * half : -half], float)
         if len(before) < self.window or not np.isfinite([*last, *before]).all():

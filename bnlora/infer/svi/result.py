@@ -1,9 +1,9 @@
-r"""What a fit hands over: the fitted guide, and the record of how it came about.
+r"""The result of a fit: the fitted guide and the record of the fit.
 
-    q(adapters) = law of prior(sites), sites ~ guide(params)
+    q(adapters) = distribution of prior(sites), sites ~ guide(params)
 
-A `Fit` is the first of the posteriors that `predict` takes (`bnlora.prediction.posterior.Posterior`); the
-others are in `bnlora.infer.approximate`.
+A `Fit` is one of the posteriors that `predict` takes (`bnlora.prediction.posterior.Posterior`). Others are in
+`bnlora.infer.approximate`.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,8 +25,8 @@ from bnlora.infer.svi.elbo import TERMS
 from bnlora.program.draws import Draw, draw_both, draw_from_guide, prior_at
 from bnlora.program.protocol import Model
 
-LOOKED_AT = 8
-"""Training rows on which the base is checked after a divergence: few, because a step had memory for few."""
+CHECKED_ROWS = 8
+"""Training rows on which the base is checked after a divergence; few, because memory may be short."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Fit(Shown):
         guide: The guide.
         params: Fitted NumPyro parameters of prior and guide, constrained, by name.
         history: One array over steps for each term of the bound, in nats over the whole data set.
-        validation: Steps and mean negative log-likelihood on the validation rows, where given.
-        train: The rows that were fitted, with cached activations.
-        last_params: Parameters after the last step; those of `params` unless validation rows picked others.
+        validation: Steps and mean negative log-likelihood on the validation rows; empty without rows.
+        train: The training rows, with cached activations.
+        last_params: Parameters after the last step; equal to `params` unless validation rows chose others.
         best_step: Number of steps behind `params`.
         skipped_steps: Steps that were skipped because something was not finite.
-        num_traces: How many times the step was traced; 1 unless something is wrong.
+        num_traces: How many times the step was traced; more than 1 is a defect.
         step_seconds: Wall time of each step; the first contains compilation.
         draw_key: Random key of the draws that summaries of this fit use.
         stopped: Why it ended: "steps" (all done), "patience", "plateau" (the bound does not grow any more),
@@ -86,7 +86,7 @@ class Fit(Shown):
         """Draws of the guide with both log-densities, and the adapters that the prior makes of them."""
         key = check_key(key)
         check_at_least({"num_draws": num_draws}, 1)
-        if isinstance(key, jax.core.Tracer):  # inside another program, which compiles this one too
+        if isinstance(key, jax.core.Tracer):  # inside another program, which compiles this function too
             return draw_both(key, self.model, self.guide, self.params, num_draws)
         sites, log_q, log_q_of = self.by_keys(_from_guide, key, num_draws)
         log_prior, log_prior_of, adapters = self.at(sites, num_draws)
@@ -94,7 +94,7 @@ class Fit(Shown):
         return Draw(sites, log_prior, log_q, log_prior_of, log_q_of), adapters
 
     def at(self, sites: Mapping[str, Any], num_draws: int) -> tuple[Array, dict[str, Array], Adapters]:
-        """Log prior of given latent sites, its parts, and the adapters that the prior makes of them.
+        """Log prior at values of the latent sites, its parts, and the adapters that the prior makes of them.
 
         Args:
             sites: Value of every latent site by name, with a leading draw axis.
@@ -125,7 +125,7 @@ class Fit(Shown):
 
     @property
     def overview(self) -> tuple[Showable, ...]:
-        """How it was fitted, and the terms of the bound at the end."""
+        """How the fit ran, and the terms of the bound at its end."""
         looks, loss = self.validation["step"], self.validation["nll"]
         lowest = f"{loss.min():.4f} at step {looks[loss.argmin()]}" if len(looks) else "no validation rows"
         seconds = self.step_seconds[1:] if len(self.step_seconds) > 1 else self.step_seconds
@@ -175,7 +175,7 @@ def _at_sites(fit: Fit, params: Parameters, draws: tuple[dict[str, Array], Array
 
 
 class FitDiverged(ValueError):
-    """Too many steps were not finite. `fit` holds the last finite state and the whole record.
+    """Too many steps were not finite. `fit` has the last finite state and the whole record.
 
     Example:
         >>> issubclass(bl.FitDiverged, ValueError), bl.FitDiverged(fit, skip_budget=0).fit is fit
@@ -195,13 +195,13 @@ class FitDiverged(ValueError):
 
 
 def divergence_remedy(fit: Fit) -> str:
-    """What to do about steps that were not finite; a lower rate does not help if the first one failed.
+    """The remedy for steps that were not finite; a lower rate does not help if the first step failed.
 
     Args:
         fit: A fit with skipped steps.
 
     Returns:
-        The cause, if it was found, and its remedy.
+        The cause, if it is known, and its remedy.
     """
     weights = broken_weights(fit.model.base.weights)
     if weights:
@@ -213,25 +213,25 @@ def divergence_remedy(fit: Fit) -> str:
 
 
 def _start_remedy(fit: Fit) -> str:
-    """The same for a fit whose very first step was not finite."""
-    model, rows = fit.model, fit.train[:LOOKED_AT]
+    """The same for a fit whose first step was not finite."""
+    model, rows = fit.model, fit.train[:CHECKED_ROWS]
     untouched = {
         name: {factor: jnp.zeros((1, *shape), jnp.float32) for factor, shape in site.shapes.items()}
         for name, site in model.sites.items()
     }
-    found = np.asarray(model.log_probs_by_draw(model.base.weights, untouched, rows))[0]
-    broken = int((~np.isfinite(found)).any(1).sum())
+    log_probs = np.asarray(model.log_probs_by_draw(model.base.weights, untouched, rows))[0]
+    broken = int((~np.isfinite(log_probs)).any(1).sum())
     if broken:
         return (
             f"the base's own logits are not finite in {broken} of the first {len(rows)} training rows, "
-            "without any adapter, so no learning rate helps; look at the base, and at `activations`"
+            "without any adapter, so no learning rate helps; check the base, and `activations`"
         )
     first = {name: fit.history[name][0] for name in ("inducing_kl", "conditional_kl", "data")}
     terms = [name for name, value in first.items() if not np.isfinite(value)]
     if not terms:
         return (
-            "the bound is finite at the start and its gradient is not, so no learning rate helps; look for a "
-            "root or a quotient at zero in the prior and the guide"
+            "the bound is finite at the start and its gradient is not, so no learning rate helps; check the "
+            "prior and the guide for a root or a quotient at zero"
         )
     if terms == ["data"]:
         return (
@@ -240,6 +240,6 @@ def _start_remedy(fit: Fit) -> str:
         )
     are = "is" if len(terms) == 1 else "are"
     return (
-        f"{' and '.join(terms)} {are} not finite at the start, so no learning rate helps; look at the "
-        "densities of prior and guide where they start"
+        f"{' and '.join(terms)} {are} not finite at the start, so no learning rate helps; check the "
+        "densities of prior and guide at their start values"
     )

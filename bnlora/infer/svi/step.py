@@ -1,9 +1,9 @@
-r"""The compiled step of a fit, to be driven by a loop of one's own, timed, or read.
+r"""The compiled step of a fit, which you can call in your own loop, time, or read.
 
     g = grad of -bound / N at the parameters,      g <- clip(g) by group,      params <- params + optimiser(g)
 
-The frozen weights are an argument of the compiled step, so that they are no constants of the program. A step
-whose bound or gradient is not finite leaves the state as it was, and counts as skipped.
+The frozen weights are an argument of the compiled step, so that they are not constants of the program. A step
+whose bound or gradient is not finite does not change the parameters, and counts as skipped.
 """
 
 import time
@@ -28,15 +28,15 @@ from bnlora.infer.svi.packing import packing
 from bnlora.infer.svi.parts import InParts
 
 GROUPS = {"lam": (".lam",), "scale": (".scale", "_scale", "_tril")}
-"""Endings of the names of parameters with an optimiser of their own; all others are locations."""
+"""Endings of the names of parameters with a separate optimiser; all others are locations."""
 
 
 FEW_STEPS = 1000
-"""Steps of a small model up to which a slower step costs less than compiling a faster one."""
+"""Number of steps of a small model up to which compiling a faster step costs more than it saves."""
 
 
 class State(NamedTuple):
-    """What a step carries over: unconstrained parameters (see `packing`), optimiser state, skipped steps."""
+    """The state of a fit: unconstrained parameters (see `packing`), optimiser state, skipped steps."""
 
     params: dict[str, Array]
     optimizer: Any
@@ -56,7 +56,7 @@ def svi_step(
     memory: Memory = Memory(),  # noqa: B008
     init_params: Parameters | None = None,
 ) -> "tuple[Step, State]":
-    """The step of `bl.fit`, and the state that it starts from.
+    """The step of `bl.fit`, and its first state.
 
     Args:
         key: Random key of the start values.
@@ -66,7 +66,7 @@ def svi_step(
         optimizer: optax optimiser of the locations.
         batch_size: Rows of a step.
         num_particles: Guide draws averaged in a step.
-        optimisation: As in `bl.fit`; scales have `optimizer` too unless it names another.
+        optimisation: As in `bl.fit`; scales use `optimizer` too unless it names another one.
         memory: As in `bl.fit`.
         init_params: Parameters to start from.
 
@@ -100,7 +100,7 @@ def svi_step(
 
 
 def running(model: Any, memory: Memory) -> Any:
-    """The model as a step runs it: in parts, and with other settings of `models.execution`."""
+    """The model as a step runs it: in parts, and with the settings of `memory`."""
     execution = {"activations": memory.activations, "remat": memory.remat}
     changes = {name: value for name, value in execution.items() if value is not None}
     model = model.over(model.base.running(**changes)) if changes else model
@@ -120,13 +120,13 @@ def prepared_step(
     num_steps: int | None = None,
     init_params: Parameters | None = None,
 ) -> "tuple[Step, State]":
-    """The step of a fit, to be compiled when it first runs, and the state that it starts from."""
+    """The step of a fit, which is compiled when it first runs, and its first state."""
     arguments = (program.base.weights, train[:1], len(train))
     values, constrain = initial_parameters(key, program, guide, *arguments, init_params=init_params)
     rules = {"location": optimizer, **dict.fromkeys(GROUPS, scale_optimizer)}
     layout = packing(values, constrain, _group, rules)
     # Every group clips its own gradient. The conditional KL drives `lam` with a gradient of the order of the
-    # number of weights: clipped together with anything else, it would leave nothing of the other's gradient.
+    # number of weights: clipped together, it would leave almost nothing of the other parameters' gradient.
     clip = optax.clip_by_global_norm(clip_norm)
     grouped = optax.multi_transform({g: optax.chain(clip, rule) for g, rule in rules.items()}, layout.labels)
 
@@ -135,7 +135,7 @@ def prepared_step(
         return params, grouped.init(params)
 
     step = Step(program, guide, train, layout.constrain, grouped, num_particles, num_steps)
-    # In one program: by itself, every array of another shape would be one.
+    # One program for all arrays; otherwise JAX would compile one for each shape.
     params, optimizer_state = jax.jit(begin, compiler_options=options(0))(values)
     return step, State(params, optimizer_state, jax.device_put(np.zeros((), np.int32)))
 
@@ -156,8 +156,8 @@ class Step:
         constrain: From the parameters of a `State` to constrained ones by name.
         optimizer: The optimiser of all groups.
         num_particles: Guide draws averaged in a step.
-        num_steps: Steps that are planned, which decides how well the step is optimised; None for many.
-        num_traces: How often the step was traced.
+        num_steps: Planned number of steps, which decides how much the compiler optimises; None for many.
+        num_traces: Number of times that the step was traced.
         steps: The terms of the bound, in nats over all rows, and the seconds of each step.
     """
 
@@ -218,6 +218,7 @@ class Step:
         moved = State(optax.apply_updates(state.params, updates), optimizer, state.skipped)
         stayed = state._replace(skipped=state.skipped + 1)
         norm = optax.tree.norm(gradient)
+        # The norm is finite only if every entry of the gradient is.
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         return jax.tree.map(partial(jax.lax.select, finite), moved, stayed), terms
 

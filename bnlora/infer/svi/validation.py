@@ -1,4 +1,4 @@
-"""Looking at validation rows while a fit runs, to keep the best parameters and to stop in time."""
+"""Evaluation of validation rows during a fit, to keep the best parameters and to stop early."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,19 +19,19 @@ from bnlora.program.protocol import Model
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """When to look at validation rows and when to stop; `fit` then returns the best parameters seen.
+    """When to evaluate validation rows and when to stop; `fit` then returns the best parameters.
 
     Attributes:
-        every: Steps between looks; the last step is looked at in any case.
-        patience: Looks without a better negative log-likelihood before stopping.
-        num_draws: Posterior draws at each look, the same ones each time.
+        every: Steps between evaluations; the last step is always evaluated.
+        patience: Evaluations without a better negative log-likelihood before the fit stops.
+        num_draws: Posterior draws of each evaluation; their random key is always the same.
         batch_size: Rows to run at a time.
 
     Example:
         >>> rule = bl.EarlyStopping(every=2, patience=1, num_draws=1)
-        >>> looked = {"validation": rows, "early_stopping": rule}
-        >>> made = bl.fit(key, model, guide, rows, optax.adam(0.01), num_steps=4, batch_size=4, **looked)
-        >>> bool(made.best_step in made.validation["step"])
+        >>> checks = {"validation": rows, "early_stopping": rule}
+        >>> best = bl.fit(key, model, guide, rows, optax.adam(0.01), num_steps=4, batch_size=4, **checks)
+        >>> bool(best.best_step in best.validation["step"])
         True
     """
 
@@ -46,7 +46,7 @@ class EarlyStopping:
 
 @dataclass
 class Validation:
-    """Looks at the validation rows of a fit of `num_steps` steps and remembers the best parameters."""
+    """Evaluates the validation rows of a fit of `num_steps` steps and keeps the best parameters."""
 
     model: Model
     guide: Callable
@@ -65,12 +65,12 @@ class Validation:
         self._draw = jax.jit(self._traced_draw, compiler_options=chosen)
 
     def should_stop(self, step: int, params: dict[str, Array]) -> bool:
-        """Look, where it is time to, after `step` steps; whether patience has run out."""
+        """Evaluate the rows after `step` steps if it is time; whether the patience is exhausted."""
         if self.rows is None or (step % self.rule.every and step != self.num_steps):
             return False
         draws = self._draw(params)
         prediction = predict_with_draws(self.model, draws, self.rows, batch_size=self.rule.batch_size)
-        # Predictions that are not finite are worse than any others, and no reason to lose the fit.
+        # Predictions that are not finite count as worse than any others, so that the fit continues.
         broken = np.isnan(prediction.draw_log_probs).any()
         loss = np.inf if broken else metrics.nll(prediction.log_probs, np.asarray(self.rows.labels))
         if not self.losses or loss < min(self.losses):

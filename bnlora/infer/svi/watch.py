@@ -1,4 +1,4 @@
-"""What watches a fit: after each step the progress bar, the caller's hook, and the rules that end it."""
+"""What runs after each step of a fit: the progress bar, the caller's hook, and the stopping rules."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from bnlora.infer.svi.validation import Validation
 
 @runtime_checkable
 class Loop(Protocol):
-    """The step of a fit and its record, as `bnlora.infer.svi.fit` keeps it."""
+    """The step of a fit and its record; `bnlora.infer.svi.step.Step` is one."""
 
     steps: list[dict[str, float]]
     constrained: Callable[[dict], dict]
@@ -33,10 +33,10 @@ class Loop(Protocol):
 
 
 class Watch(NamedTuple):
-    """What looks at a fit after each step.
+    """What runs after each step of a fit.
 
     Attributes:
-        look: Looks at validation rows.
+        look: Evaluates validation rows.
         plateau: When to stop because the bound does not grow any more; never when None.
         skip_budget: Steps that may be skipped as not finite.
         on_step: Called with the number of steps done and the constrained parameters.
@@ -67,7 +67,7 @@ class Watch(NamedTuple):
 def iterate(
     key: Array, loop: Loop, state: Any, rows: Iterator[np.ndarray], watch: Watch, num_steps: int
 ) -> tuple[Any, str]:
-    """The state after all steps, or where an interrupt or a rule stopped, and which of them did."""
+    """The state after the last step, and why the loop ended: all steps done, an interrupt, or a rule."""
     try:
         for step in range(num_steps):
             state = loop.run(state, jax.random.fold_in(key, step), next(rows))
