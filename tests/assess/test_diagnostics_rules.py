@@ -181,7 +181,7 @@ def test_a_prior_is_not_blamed_for_a_base_that_is_sure():
         (finding,) = made.findings
         assert made.verdict.startswith(verdict)
         assert finding.status == status
-        assert ("no scale mends that" in finding.sentence) == (status == "fine")
+        assert ("no scale changes that" in finding.sentence) == (status == "fine")
 
 
 def test_kl_of_points_is_not_zero_nats():
