@@ -81,7 +81,7 @@ class PriorPredictive(Shown, Judged):
 
     @property
     def spread(self) -> Float[np.ndarray, " n"]:
-        """Standard deviation of the log-odds over draws in nats, by row: root mean square over class pairs."""
+        """Standard deviation of the log-odds over draws, in nats, by row; root mean square over pairs."""
         return np.asarray(_spread(np, np.asarray(self.logits, np.float64)))
 
     @property
