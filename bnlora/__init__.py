@@ -98,6 +98,7 @@ if _TYPE_CHECKING:  # what type checkers and editors see of the names in `_LATER
     from bnlora.infer.svi.options import Memory as Memory
     from bnlora.infer.svi.options import Optimisation as Optimisation
     from bnlora.infer.svi.step import svi_step as svi_step
+    from bnlora.prediction import selective as selective
     from bnlora.program.tangent.frames import frames as frames
     from bnlora.program.tangent.model import Tangent as Tangent
 
@@ -130,8 +131,9 @@ _PACKAGES = {
     "mcmc": "bnlora.infer.mcmc",
     "plots": "bnlora.plots",
     "sbc": "bnlora.assess.sbc",
+    "selective": "bnlora.prediction.selective",
 }
-"""Packages that are an attribute of this one, imported in the same way."""
+"""Packages and modules that are an attribute of this one, imported in the same way."""
 
 
 def __getattr__(name: str) -> object:

@@ -13,7 +13,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +186,7 @@ def grouped_query_attention(
     return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(batch, length, heads, dim)
 
 
+@runtime_checkable
 class Layer(Protocol):
     """One layer of a stack: keys and values at all positions; queries and later steps only at `at`."""
 

@@ -22,11 +22,11 @@
 #
 # The columns of $L$ and $R$ are orthonormal. They are computed from the training rows without the labels. The core $U$ is small and
 # random. Each family of matrices has one scale $s$, chosen by maximising the evidence. The first-order expansion of the network at
-# the unchanged weights, the *tangent model*, replaces the network. With $u$ the vector of all entries of all cores,
+# the untouched weights, the *tangent model*, replaces the network. With $u$ the vector of all entries of all cores,
 #
 # $$\mathrm{logit}_c(x) = z_c(x) + \phi_c(x)^\top u, \qquad p(y = c \mid x, u) \propto \exp(\mathrm{logit}_c(x)),$$
 #
-# where $z$ are the logits of the unchanged network and $\phi$ their derivatives with respect to $u$.
+# where $z$ are the logits of the untouched network and $\phi$ their derivatives with respect to $u$.
 #
 # **The posterior below is that of the tangent model, not that of the network.** It is the posterior of a Bayesian logistic regression
 # on the features $\phi$. Consequences:
@@ -129,7 +129,7 @@ np.testing.assert_allclose(history["elbo"], history["data"] - history["inducing_
 last = history["elbo"][-20:]
 print(
     f"Bound {last.mean():.1f} nats (mean of the last 20 steps, standard error {last.std() / len(last) ** 0.5:.1f}); "
-    f"Laplace's evidence {core.gaussian.log_evidence:.1f}; log-likelihood of the unchanged base {core.scales.base:.1f}."
+    f"Laplace's evidence {core.gaussian.log_evidence:.1f}; log-likelihood of the untouched base {core.scales.base:.1f}."
 )
 assert abs(last.mean() - core.gaussian.log_evidence) < 1.5
 if not fast:
@@ -156,7 +156,7 @@ labels = {name: np.asarray(rows[name].labels) for name in domains}
 
 
 def predict_base(batch):
-    """Prediction of the unchanged base."""
+    """Prediction of the untouched base."""
     logits = np.asarray(batch.features.offset, np.float64)
     return bl.Prediction((logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))[None])
 
@@ -199,7 +199,7 @@ for name, gain in gains.items():
     verdict = "better" if gain.high < 0 else "worse" if gain.low > 0 else f"undecided on {num_test} rows"
     print(f"{name}: NLL minus that of the base {gain}: {verdict}")
 if not fast:
-    assert gains["movies"].high < 0, "the fit must predict film reviews better than the unchanged base"
+    assert gains["movies"].high < 0, "the fit must predict film reviews better than the untouched base"
 
 # %%
 display(bl.plots.reliability(predictions, labels))

@@ -52,7 +52,7 @@ if not fast:
 #
 # A prior is a function that takes the sites and returns adapters. It may sample any variables under any names. The first axis of every
 # shape is the layer. `infer={"init": ...}` sets the start of guides and chains: scales start at their median, and $b$ starts at zero,
-# so the first step evaluates the unchanged model.
+# so the first step evaluates the untouched model.
 
 
 # %%

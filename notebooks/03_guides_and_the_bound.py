@@ -21,7 +21,7 @@
 # $$\eta_i = o_i + (b_1 - b_0)\, a^\top h_i, \qquad p(y_i = 1) = \frac{1}{1 + e^{-\eta_i}}, \qquad
 # a \sim \mathcal N(0, I / d), \quad b_0, b_1 \sim \mathcal N(0, 1),$$
 #
-# with $o_i$ the log-odds of the unchanged model and $h_i$ the last hidden state of row $i$. With $\delta = b_1 - b_0$ known,
+# with $o_i$ the log-odds of the untouched model and $h_i$ the last hidden state of row $i$. With $\delta = b_1 - b_0$ known,
 # the changes $f = \delta H a$ of the log-odds are Gaussian with covariance $\delta^2 K$, $K = H H^\top / d$, so
 #
 # $$p(y) = \int \mathcal N(\delta; 0, 2)\, Z(\delta)\, d\delta, \qquad
@@ -148,7 +148,7 @@ changes = np.sqrt(2) * random.normal(size=(count, 1)) * (random.normal(size=(cou
 crude, crude_error = with_error(log_expit(sign * (offset + changes)).sum(1))
 print(f"log p(y) = {evidence:.3f} +- {evidence_error:.3f} nats by quadrature and importance sampling,")
 print(f"           {crude:.3f} +- {crude_error:.3f} nats by {count:,} draws of the prior;")
-print(f"the unchanged model has a log-likelihood of {log_expit(sign * offset).sum():.3f}.")
+print(f"the untouched model has a log-likelihood of {log_expit(sign * offset).sum():.3f}.")
 assert abs(evidence - crude) < 4 * np.hypot(evidence_error, crude_error)
 assert evidence_error < 0.05
 

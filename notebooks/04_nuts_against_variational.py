@@ -19,7 +19,7 @@
 #
 # $$\eta_i = o_i + \phi_i^\top u, \qquad u \sim \mathcal N(0, I), \qquad p(y_i = 1 \mid u) = \frac{1}{1 + e^{-\eta_i}},$$
 #
-# with $\eta_i$ the log-odds of row $i$, $o_i$ those of the unchanged base, and $u$ the vector of all entries of all cores. This posterior
+# with $\eta_i$ the log-odds of row $i$, $o_i$ those of the untouched base, and $u$ the vector of all entries of all cores. This posterior
 # is log-concave, so it has one mode, and NUTS samples from it up to Monte Carlo error *if* its chains have converged. The notebook
 # compares four approximations with NUTS: Laplace's Gaussian, the variational fit of `bl.fit_core`, the same fit after many more steps,
 # and a mean field as an example of a poor approximation.
@@ -170,7 +170,7 @@ for name in ("variational", "longer", "mean field"):
     gaps[name] = evidence.value - value
     assert gaps[name] > -4 * np.hypot(error, evidence.stderr), "the bound exceeds the evidence"
     lines.append((f"bound, {name}", f"{value:.2f} +- {error:.2f}", f"{gaps[name]:.2f}"))
-lines.append(("log-likelihood of the unchanged base", f"{core.scales.base:.2f}", ""))
+lines.append(("log-likelihood of the untouched base", f"{core.scales.base:.2f}", ""))
 display(Table("log p(y) in nats", ("estimate", "value", "below bridge sampling"), tuple(lines)))
 assert max(gaps["variational"], gaps["longer"]) < gaps["mean field"]
 assert abs(evidence.value - core.gaussian.log_evidence) < 2
@@ -335,8 +335,8 @@ assert share < 1
 #   uncertainty, and its update is too small.
 # - Predictions are an insensitive test: the probabilities of a poor approximation can be as close to those of NUTS as those of a better
 #   one, because they depend on few functions of $u$. Bounds and functions of the update are stricter tests.
-# - Without null levels a reader would judge small numbers good and large numbers bad. With null levels, every number has the value
-#   that the exact posterior would have beside it.
+# - Without null levels a reader would judge small numbers good and large numbers bad. With null levels, each number appears next to the
+#   value expected for the exact posterior.
 #
 # **Not** to conclude:
 #

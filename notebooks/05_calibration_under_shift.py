@@ -16,7 +16,7 @@
 # **Question.** Adapters are fitted to a few film reviews and then predict product reviews, editorials and tweets. Are the
 # probabilities still calibrated there? Does a posterior improve on a much cheaper method, one temperature chosen on held-out reviews?
 #
-# **Model.** Adapters of rank one on the rows of two label words of SmolLM2's head. With $o_i$ the log-odds of the unchanged model and
+# **Model.** Adapters of rank one on the rows of two label words of SmolLM2's head. With $o_i$ the log-odds of the untouched model and
 # $h_i$ the last hidden state of row $i$,
 #
 # $$\eta_i = o_i + (b_1 - b_0)\, a^\top h_i, \qquad p(y_i = 1 \mid a, b) = \frac{1}{1 + e^{-\eta_i}} .$$
@@ -47,7 +47,7 @@ from bnlora._util.display import Table
 from bnlora.data.assets import fetch_smollm2, vader_splits
 from bnlora.infer.approximate import fit_temperature, tempered
 from bnlora.plots.base import BLUE, COLOURS, ORANGE, caption, make_axes
-from bnlora.prediction.selective import separation
+from bnlora.prediction.selective import risk_coverage, separation
 
 fast = bool(os.environ.get("BNLORA_FAST"))
 num_steps, num_draws = (300, 100) if fast else (2000, 400)
@@ -332,12 +332,12 @@ bl.plots.risk_coverage(jax.random.key(0), compared, test_labels)
 
 # %%
 curves = {
-    (method, name): bl.selective.risk_coverage(jax.random.key(0), predictions[method][name], labels[name])
+    (method, name): risk_coverage(jax.random.key(0), predictions[method][name], labels[name])
     for method in predictions
     for name in domains
 }
 by_information = {
-    name: bl.selective.risk_coverage(
+    name: risk_coverage(
         jax.random.key(0), predictions["posterior"][name], labels[name], by="mutual_information"
     )
     for name in domains
@@ -428,9 +428,9 @@ print(
 # - A temperature corrects the confidence only: the classes and the order of the rows stay the same. Accuracy and selective prediction
 #   need a different fit.
 # - A posterior has two effects: its prior keeps the update small, and averaging divides by $T(x)$. If $T(x)$ is near one, as printed
-#   above, it differs from plain LoRA only by the prior, and is close to the unchanged model. $T(x)$ need not increase out of domain: the
+#   above, it differs from plain LoRA only by the prior, and is close to the untouched model. $T(x)$ need not increase out of domain: the
 #   spread of $(b_1 - b_0)\, a^\top h$ increases with the component of $h$ that the rows do not determine.
-# - The unchanged model is also a method and belongs in the table: a posterior that the rows hardly change is close to it.
+# - The untouched model is also a method and belongs in the table: a posterior that the rows hardly change is close to it.
 #
 # **Not** to conclude: that one of these methods is better calibrated in general. The adapters are on the head only. There is one seed,
 # one base and one template, and all four domains of VADER are English sentences. The upward bias of the ECE on so few rows is as large

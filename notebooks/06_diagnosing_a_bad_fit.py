@@ -378,7 +378,7 @@ for name in ("convergence", "k-hat", "prior predictive"):
 #
 # ## What the page cannot detect
 #
-# The page cannot show whether the adapters improve predictions. Compare the fits with the unchanged model on rows that were not used
+# The page cannot show whether the adapters improve predictions. Compare the fits with the untouched model on rows that were not used
 # for any fit:
 
 # %%
@@ -424,7 +424,7 @@ np.testing.assert_allclose(log_probs["prior too narrow"], log_probs["base"], ato
 # **Not** to conclude: that a page without problems is a certificate. It does not detect
 #
 # - **a fit without benefit**, as just shown: a good page means that this is the posterior of this model, not that it predicts better
-#   than the unchanged model;
+#   than the untouched model;
 # - **labels or words with an unintended meaning**, if they can be learned;
 # - **a missed mode**: every draw used by the page comes from the guide. Here the posterior has one mode. With both factors random,
 #   $(a, b)$ and $(-a, -b)$ are the same update, and a guide on one of the two modes passes just as it would if that mode were the only

@@ -127,7 +127,9 @@ def compared(report: Report, name: str, base: bl.Base, given: argparse.Namespace
         with clock() as took:
             fit = fitted(guide, model, train, given.steps, given.seed)
         comparison = bl.compare(key, fit, reference, others, num_draws=400, console=QUIET)
-        bound = "" if "not a bound" in repr(fit.guide) else f"{fit.history['elbo'][-50:].mean():.1f}"
+        bound = (
+            "" if not getattr(fit.guide, "has_density", True) else f"{fit.history['elbo'][-50:].mean():.1f}"
+        )
         size = f"{sum(x.size for x in jax.tree.leaves(fit.params)):,}"
         table.row(guide, *cells_of(comparison), bound, f"{took.wall:.0f}", size)
         report.progress(f"{guide}: {comparison.verdict}")

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
@@ -22,6 +22,7 @@ HEAD = "lm_head"
 """The only adaptable module outside of the layers."""
 
 
+@runtime_checkable
 class Adaptable(Protocol):
     """The part of a base model that `select` uses."""
 
@@ -166,11 +167,10 @@ class Sites(Shown, Mapping[str, Site]):
     def with_head_rows(self, rows: int) -> "Sites":
         """The same sites with `rows` output rows in the head.
 
-        If a likelihood uses only some rows of the head, the other rows follow their prior conditional on
-        these. Leaving them out changes no other marginal if the law of the used rows does not depend on the
-        number of rows. This is so under every prior of this library, except the sparse GP with `lam` below
-        one: its rows depend on each other through a frame of that length, so its law is defined on the rows
-        that are kept.
+        If a likelihood uses only some rows of the head, the others follow their prior conditional on these.
+        Leaving them out changes no other marginal if the law of the used rows is independent of their number.
+        This is so under every prior of this library, except the sparse GP with `lam` below one: its law is
+        defined on the kept rows, because they depend on each other through a frame of that length.
         """
         families = (replace(s, d_out=rows) if s.module == HEAD else s for s in self.families)
         return replace(self, families=tuple(families))
@@ -202,8 +202,7 @@ class Sites(Shown, Mapping[str, Site]):
 
         Args:
             adapters: The factors by family.
-            first_layer: First layer of the result; by default the lowest adapted layer. Adapters below it are
-                left out.
+            first_layer: First layer of the result; by default the lowest adapted one. Lower ones are dropped.
         """
         first_layer = self.start if first_layer is None else first_layer
         placed: dict[str, dict[str, Array]] = {}

@@ -2,7 +2,7 @@
 
 | method              | use of the labelled rows                                                             |
 |---------------------|--------------------------------------------------------------------------------------|
-| base                | none: the unchanged base                                                             |
+| base                | none: the untouched base                                                             |
 | LoRA                | maximum likelihood on the first part of the rows, a published recipe, the last step  |
 | LoRA, careful       | the same fit; the second part of the rows chooses the best step and a temperature    |
 | Bayesian-LoRA       | all rows: core prior on the tangent model (`bnlora.infer.core.fit`)                  |
@@ -257,7 +257,7 @@ def _predictions(
 
 
 def untouched(rows: Batch) -> Prediction:
-    """Prediction of the unchanged base, from the logits in the features of a tangent model."""
+    """Prediction of the untouched base, from the logits in the features of a tangent model."""
     if rows.features is None:
         raise ValueError("the rows have no features; call cache_prefix on them with a tangent model first")
     logits = np.asarray(rows.features.offset, np.float64)

@@ -130,7 +130,7 @@ def posterior_summary(comparison: Comparison) -> str:
     return (
         f"Log evidence by Laplace {core.gaussian.log_evidence:,.1f} nats; bound of the variational fit "
         f"{bound.mean():,.1f} (standard error {bound.std() / len(bound) ** 0.5:.1f}); log-likelihood of the "
-        f"unchanged base {core.scales.base:,.1f}. The NUTS run with {chains.num_chains} chains of "
+        f"untouched base {core.scales.base:,.1f}. The NUTS run with {chains.num_chains} chains of "
         f"{chains.num_draws} draws {verdict} ({divergences} divergences). The certificate is for the "
         "posterior of the tangent model, not that of the network."
     )

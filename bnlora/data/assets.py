@@ -290,7 +290,7 @@ def _orange_rows(path: Path) -> list[tuple[str, str]]:
     header = [line.rstrip("\t") for line in lines[:3]]
     if header != ["Category\tText", "d\tstring", "class"]:
         raise ValueError(
-            f"{path.name} must begin with names, types and roles of a topic and a text; got {header}"
+            f"{path.name} must start with names, types and roles of a topic and a text; got {header}"
         )
     rows = []
     for number, line in enumerate(lines[3:], start=4):

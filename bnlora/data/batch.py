@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -171,6 +171,7 @@ def _chosen(rows: Any, count: int) -> Any:
     return rows if isinstance(rows, Array) else found if found.size else found.astype(int)
 
 
+@runtime_checkable
 class Labelling(Protocol):
     """What gives words to the classes of rows: a classifier."""
 

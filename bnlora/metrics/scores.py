@@ -15,7 +15,7 @@ Every function accepts log-probabilities or a `Prediction` (its mixture), and la
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -27,6 +27,24 @@ BINS = 15
 
 P = ParamSpec("P")
 
+
+@runtime_checkable
+class Predicted(Protocol):
+    """What stands for its log-probabilities, such as a `Prediction`."""
+
+    @property
+    def log_probs(self) -> Any:
+        """Log-probabilities of the classes, shape (n, c)."""
+        ...
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """What stands for its labels, such as a `Batch`."""
+
+    labels: Any
+
+
 LogProbs = Float[np.ndarray, "n c"]
 Labels = Int[Any, " n"]
 
@@ -35,7 +53,9 @@ def score(formula: Callable[Concatenate[Any, Any, P], float]) -> Callable[Concat
     """Make a formula check its log-probabilities and labels first; `formula_of` returns the plain formula."""
 
     @wraps(formula)
-    def checking(log_probs: Any, labels: Any, *args: P.args, **options: P.kwargs) -> float:
+    def checking(
+        log_probs: LogProbs | Predicted, labels: Labels | Labelled, *args: P.args, **options: P.kwargs
+    ) -> float:
         return formula(*checked(log_probs, labels), *args, **options)
 
     checking.formula = formula  # type: ignore[attr-defined]
@@ -272,7 +292,7 @@ def width_bin(confidence: np.ndarray, bins: int) -> np.ndarray:
     return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
 
 
-def null_ece(log_probs: LogProbs, *, bins: int = BINS, redraws: int = 200) -> float:
+def null_ece(log_probs: LogProbs | Predicted, *, bins: int = BINS, redraws: int = 200) -> float:
     """Mean ECE of a perfectly calibrated prediction: labels are drawn from the prediction itself.
 
     With finitely many rows even this ECE is above zero; compare an ECE with this level. The draws use a fixed
@@ -296,7 +316,9 @@ def null_ece(log_probs: LogProbs, *, bins: int = BINS, redraws: int = 200) -> fl
     return float(np.mean([formula_of(ece)(log_probs, labels, bins=bins) for labels in simulated]))
 
 
-def debiased_ece(log_probs: LogProbs, labels: Labels, *, bins: int = BINS, redraws: int = 200) -> float:
+def debiased_ece(
+    log_probs: LogProbs | Predicted, labels: Labels | Labelled, *, bins: int = BINS, redraws: int = 200
+) -> float:
     """ECE minus its level for a calibrated prediction (`null_ece`); about zero if calibrated.
 
     Args:

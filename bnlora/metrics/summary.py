@@ -7,7 +7,7 @@ samples without a value are left out, such as samples for `auroc` whose rows are
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jax import Array
@@ -15,21 +15,26 @@ from jaxtyping import Float, Int
 
 from bnlora._util.checks import check_at_least, check_key, numpy_generator
 from bnlora._util.display import Shown, Table
-from bnlora.metrics.scores import BINS as BINS
-from bnlora.metrics.scores import Labels as Labels
-from bnlora.metrics.scores import LogProbs as LogProbs
-from bnlora.metrics.scores import accuracy as accuracy
-from bnlora.metrics.scores import adaptive_ece as adaptive_ece
-from bnlora.metrics.scores import aurc as aurc
-from bnlora.metrics.scores import auroc as auroc
-from bnlora.metrics.scores import brier as brier
-from bnlora.metrics.scores import checked, confidences, formula_of, is_correct, width_bin
-from bnlora.metrics.scores import debiased_ece as debiased_ece
-from bnlora.metrics.scores import ece as ece
-from bnlora.metrics.scores import mce as mce
-from bnlora.metrics.scores import nll as nll
-from bnlora.metrics.scores import null_ece as null_ece
-from bnlora.metrics.scores import selective_risks as selective_risks
+from bnlora.metrics.scores import (
+    BINS,
+    Labelled,
+    Labels,
+    LogProbs,
+    Predicted,
+    accuracy,
+    adaptive_ece,
+    aurc,
+    auroc,
+    brier,
+    checked,
+    confidences,
+    ece,
+    formula_of,
+    is_correct,
+    mce,
+    nll,
+    width_bin,
+)
 
 METRICS: Mapping[str, Callable[..., float]] = {
     "accuracy": accuracy,
@@ -101,8 +106,8 @@ class Summary(Shown, Mapping[str, Estimate]):
 
 def summary(
     key: Array,
-    prediction: Any,
-    labels: Any,
+    prediction: LogProbs | Predicted,
+    labels: Labels | Labelled,
     *,
     level: float = 0.95,
     num_resamples: int = 1000,
@@ -140,9 +145,9 @@ def summary(
 def paired_difference(
     key: Array,
     metric: Callable[..., float],
-    first: Any,
-    second: Any,
-    labels: Any,
+    first: LogProbs | Predicted,
+    second: LogProbs | Predicted,
+    labels: Labels | Labelled,
     *,
     level: float = 0.95,
     num_resamples: int = 1000,
@@ -198,7 +203,9 @@ class Reliability:
     high: Float[np.ndarray, " b"]
 
 
-def reliability(prediction: Any, labels: Any, *, bins: int = BINS) -> Reliability:
+def reliability(
+    prediction: LogProbs | Predicted, labels: Labels | Labelled, *, bins: int = BINS
+) -> Reliability:
     """The values of a reliability diagram, with 95 % Wilson score intervals (Wilson 1927).
 
     Args:

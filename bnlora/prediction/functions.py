@@ -1,7 +1,7 @@
-r"""Functions of adapters that the data can identify, as scalars with names.
+r"""Functions of adapters that the data can identify, as named scalars.
 
-The factors of an adapter are not identifiable: (A, B) and (R A, B R^-1) are one update. Ranks, R-hat,
-effective sample sizes and distances between posteriors are therefore those of functions of the update
+The factors of an adapter are not identifiable: (A, B) and (R A, B R^-1) give the same update. Ranks, R-hat,
+effective sample sizes and distances between posteriors are therefore computed for functions of the update
 `alpha / rank * B A`: margins of the logits at probe rows, the Frobenius norm of each family's update, and
 the log-likelihood of the data.
 """
@@ -9,7 +9,7 @@ the log-likelihood of the data.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,13 @@ from bnlora.prediction.predict import predict_with_draws
 from bnlora.program.protocol import Model
 
 PROBES = 8
-"""Rows whose margins are looked at, unless functions are given."""
+"""Number of probe rows of the default functions."""
 
 QUIET = Console(quiet=True)
 """No progress bar: the caller shows its own."""
 
 
+@runtime_checkable
 class Functions(Protocol):
     """Scalar functions of one draw of the adapters and of the data."""
 
@@ -43,26 +44,27 @@ def identifiable(model: Model, data: Batch, *, families: Sequence[str] | None = 
 
     Args:
         model: A classifier.
-        data: Rows whose margins are looked at, labels unread; each class against class 0.
-        families: Families whose norms are looked at; those that differ from draw to draw when omitted.
+        data: Probe rows, at which the margin of each class over class 0 is computed. Labels are not read.
+        families: Families whose norms are computed; those that differ from draw to draw when omitted.
 
     Returns:
         Functions named `margin[row]` (`margin[row, class]` with three classes or more), `norm[family]`
-        (over all layers of a family that is not fixed) and `log_likelihood`. They accept rows with
-        activations cached for any model, but recompute those of another model than `model` for every draw.
+        (over all layers of a family that is not fixed) and `log_likelihood`. They accept rows whose
+        activations were cached for any model. Activations of a model other than `model` are recomputed for
+        every draw.
     """
     model.check_tokens(data)
     return Identifiable(model, data, model.moving if families is None else tuple(families))
 
 
-@dataclass(frozen=True, eq=False)  # equal by identity, as functions are: `jax.jit` wants a hash
+@dataclass(frozen=True, eq=False)  # compared by identity, as functions are: `jax.jit` needs a hash
 class Identifiable:
-    """What `identifiable` returns: functions of one draw. For many draws, `evaluate` calls `by_draw`.
+    """The functions that `identifiable` returns, of one draw. For many draws, `evaluate` calls `by_draw`.
 
     Attributes:
         model: The classifier.
-        probe: Rows whose margins are looked at.
-        families: Families whose norms are looked at.
+        probe: Rows at which margins are computed.
+        families: Families whose norms are computed.
     """
 
     model: Model
@@ -71,32 +73,32 @@ class Identifiable:
 
     def __call__(self, weights: Any, adapters: Adapters, batch: Batch) -> dict[str, Array]:
         """Values of shape () by name."""
-        found = self._margins(self.model.logits(weights, adapters, self._prepared))
-        found |= {f"norm[{n}]": update_norm(adapters[n], self.model.sites[n].scale) for n in self.families}
-        return found | {"log_likelihood": log_likelihood(self.model, weights, adapters, batch)}
+        values = self._margins(self.model.logits(weights, adapters, self._prepared))
+        values |= {f"norm[{n}]": update_norm(adapters[n], self.model.sites[n].scale) for n in self.families}
+        return values | {"log_likelihood": log_likelihood(self.model, weights, adapters, batch)}
 
     def by_draw(self, adapters: Adapters, batch: Batch | None) -> dict[str, Float[np.ndarray, " s"]]:
-        """Values for adapters with a leading draw axis, computed by the program of predictions.
+        """Values for adapters with a leading draw axis, computed by the compiled program of `predict`.
 
         Args:
             adapters: Draws.
-            batch: Rows with labels; None leaves the log-likelihood out.
+            batch: Rows with labels; without it, the log-likelihood is left out.
         """
         predicted = predict_with_draws(
             self.model, adapters, self.probe, batch_size=len(self.probe), console=QUIET
         )
-        found = self.margins(predicted.draw_log_probs) | self.norms(adapters)
+        values = self.margins(predicted.draw_log_probs) | self.norms(adapters)
         if batch is None:
-            return found
+            return values
         predicted = predict_with_draws(self.model, adapters, batch, console=QUIET)
-        return found | {"log_likelihood": predicted.log_probs_of(batch.labels).sum(1)}
+        return values | {"log_likelihood": predicted.log_probs_of(batch.labels).sum(1)}
 
     def margins(self, draw_log_probs: Float[np.ndarray, "s n c"]) -> dict[str, Float[np.ndarray, " s"]]:
-        """Margins by draw, from predictions of the probe rows, or of more rows that begin with these."""
+        """Margins by draw, from predictions of rows that begin with the probe rows."""
         return self._margins(np.moveaxis(draw_log_probs, 0, -1))
 
     def norms(self, adapters: Adapters) -> dict[str, Float[np.ndarray, " s"]]:
-        """Norms of the updates by draw; no row is run."""
+        """Norms of the updates by draw, without running the network."""
         return {f"norm[{n}]": _norms(adapters[n], self.model.sites[n].scale) for n in self.families}
 
     @cached_property
@@ -123,24 +125,24 @@ def evaluate(
         return stacked(functions.by_draw(adapters, batch))
     batch = model.prepare(batch)
 
-    def one(weights: Any, drawn: Adapters, rows: Batch) -> dict[str, Array]:
-        return scalars(functions(weights, drawn, rows))
+    def of_draw(weights: Any, draw: Adapters, rows: Batch) -> dict[str, Array]:
+        return scalars(functions(weights, draw, rows))
 
-    program = jax.jit(lambda weights, drawn, rows: jax.lax.map(lambda x: one(weights, x, rows), drawn))
+    program = jax.jit(lambda weights, draws, rows: jax.lax.map(lambda x: of_draw(weights, x, rows), draws))
     return stacked(program(model.base.weights, adapters, batch))
 
 
 def stacked(by_name: Mapping[str, Any]) -> tuple[tuple[str, ...], Float[np.ndarray, "s k"]]:
-    """Names of functions in one order, whatever theirs was, and their values by draw."""
+    """Names of functions in sorted order, and their values by draw."""
     names = tuple(sorted(by_name))
     return names, np.stack([np.asarray(by_name[name], np.float64) for name in names], axis=-1)
 
 
 def scalars(values: Mapping[str, Array]) -> dict[str, Array]:
-    """The values of functions by name, in one order whatever theirs was.
+    """The values of functions by name, in sorted order.
 
     Raises:
-        ValueError: When there are none, or one is no scalar.
+        ValueError: If there are no values, or one is not a scalar.
     """
     for name, value in values.items():
         if jnp.shape(value) != ():
@@ -153,20 +155,24 @@ def scalars(values: Mapping[str, Array]) -> dict[str, Array]:
 def log_likelihood(model: Model, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, ""]:
     """Log-likelihood of the labels of a batch at one draw of the adapters; NaN where a row has none."""
     log_probs = jax.nn.log_softmax(model.logits(weights, adapters, batch))
-    # JAX counts -1 from the end, so the mark of a row without a label would be read as the last class.
+    # JAX reads index -1 as the last class, but -1 marks a row without a label. Index C is out of range,
+    # and `mode="fill"` returns NaN for it.
     labels = jnp.where(batch.labels < 0, log_probs.shape[1], batch.labels)
     return jnp.take_along_axis(log_probs, labels[:, None], axis=1, mode="fill").sum()
 
 
 def update_norm(adapter: Mapping[str, Array], scale: float) -> Float[Array, ""]:
-    """Frobenius norm of `scale b a` over all layers, through the two rank x rank Gram matrices."""
+    """Frobenius norm of `scale b a` over all layers, from the two rank x rank Gram matrices.
+
+    |b a|^2 = sum_rs (a a^T)_rs (b^T b)_rs, so the d_out x d_in update is never formed.
+    """
     a, b = adapter["a"], adapter["b"]
     inner = jnp.einsum("lri,lsi->lrs", a, a) * jnp.einsum("lor,los->lrs", b, b)
-    return abs(scale) * jnp.sqrt(jnp.maximum(inner.sum(), 0.0))  # rounding may leave a zero just below it
+    return abs(scale) * jnp.sqrt(jnp.maximum(inner.sum(), 0.0))  # rounding may make it slightly negative
 
 
 def _norms(adapter: Mapping[str, Any], scale: float) -> Float[np.ndarray, " s"]:
-    """`update_norm` of every draw, by NumPy."""
+    """`update_norm` of every draw, in NumPy with float64."""
 
     def square(a: np.ndarray, b: np.ndarray) -> float:
         a, b = a.astype(np.float64), b.astype(np.float64)

@@ -1,7 +1,7 @@
-"""What prediction, metrics and comparison need of any inference: the posterior, and that of one point.
+"""The protocol of posteriors, which prediction, metrics and comparison use, and the posterior of one point.
 
-A posterior is whatever has a classifier and draws its adapters. Nobody derives from a class: a `Fit`, chains,
-the Gaussians, ensembles and objects of your own are posteriors because they have these two members.
+A posterior is any object that has a classifier and draws its adapters. No base class is needed: a `Fit`,
+chains, the Gaussians, ensembles and your own objects are posteriors because they have these two members.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,9 +24,9 @@ from bnlora.program.protocol import Model
 
 @runtime_checkable
 class Posterior(Protocol):
-    """Whatever gives draws of a classifier's adapters: a `Fit`, or a member of `bnlora.infer.approximate`.
+    """Any object that draws a classifier's adapters: a `Fit`, or a member of `bnlora.infer.approximate`.
 
-    Prediction and metrics need no more of it, so the same code measures every kind of inference.
+    Prediction and metrics use only these two members, so the same code measures every kind of inference.
 
     Example:
         >>> def spread(posterior: bl.Posterior):
@@ -46,22 +46,22 @@ class Posterior(Protocol):
         """Posterior adapters with a leading draw axis; the same key gives the same draws.
 
         Raises:
-            ValueError: When `key` is no random key, there is less than one draw, or the posterior has fewer.
+            ValueError: If `key` is not a random key, or `num_draws` is below 1 or above the number of draws.
         """
         ...
 
 
 @runtime_checkable
 class SitePosterior(Posterior, Protocol):
-    """A posterior that is a law of latent sites: a `Fit`.
+    """A posterior that is a distribution over latent sites, such as a `Fit`.
 
-    Comparisons hold some of its sites at values and weigh its draws by densities, which takes more than
+    Comparisons that fix some sites at values, or weight draws by densities, need the sites and not only the
     adapters.
     """
 
     @property
     def guide(self) -> Callable[..., Any]:
-        """The program of the law."""
+        """The program of the distribution."""
         ...
 
     @property
@@ -71,7 +71,7 @@ class SitePosterior(Posterior, Protocol):
 
     @property
     def train(self) -> Batch:
-        """The rows that it was fitted to."""
+        """The training rows."""
         ...
 
     def draws(self, key: Array, num_draws: int) -> tuple[Draw, Adapters]:
@@ -79,19 +79,18 @@ class SitePosterior(Posterior, Protocol):
         ...
 
 
-@dataclass(frozen=True, repr=False, eq=False)  # arrays have no one truth value, so equality is identity
+@dataclass(frozen=True, repr=False, eq=False)  # arrays cannot be compared by one truth value
 class PointPosterior(Shown):
     """The posterior of one set of adapters: every draw is that point.
 
-    It makes adapters that no posterior of this library gave, such as those of the PEFT library, a posterior
-    for `predict`.
+    Use it to predict with adapters from elsewhere, such as those of the PEFT library.
 
     Attributes:
         model: The classifier.
         adapters: One pair of factors for each family of the model's sites, without an axis of draws.
 
     Raises:
-        ValueError: When the adapters do not have the names and shapes of the model's sites.
+        ValueError: If the adapters do not have the names and shapes of the model's sites.
 
     Example:
         >>> adapters = {"lm_head": {"a": jnp.ones((1, 1, 16)), "b": jnp.zeros((1, 40, 1))}}
@@ -111,10 +110,10 @@ class PointPosterior(Shown):
         _check_adapters(self.model.sites, self.adapters)
 
     def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
-        """The point, repeated along a leading draw axis; the key changes nothing.
+        """The point, repeated along a leading draw axis; the key has no effect.
 
         Raises:
-            ValueError: When `key` is no random key, or there is less than one draw.
+            ValueError: If `key` is not a random key, or `num_draws` is below 1.
         """
         check_key(key)
         check_at_least({"num_draws": num_draws}, 1)
@@ -122,7 +121,7 @@ class PointPosterior(Shown):
 
     @property
     def overview(self) -> tuple[Showable, ...]:
-        """What the point is of, and its sites."""
+        """The model of the point, and its sites."""
         about = {"model": kind_of(self.model), "adapter weights": f"{self.model.sites.num_parameters:,}"}
         return (facts("Posterior of one point", about), *self.model.sites.overview)
 
@@ -138,10 +137,10 @@ def _check_adapters(sites: Sites, adapters: Any) -> None:
             f"{type(adapters).__name__}"
         )
     needed = {(name, f): shape for name, site in sites.items() for f, shape in site.shapes.items()}
-    given = {(name, f): jnp.shape(x) for name, pair in adapters.items() for f, x in pair.items()}
-    for place in sorted(needed | given):
-        if needed.get(place) != given.get(place):
-            expected, got = (of.get(place, "no such factor") for of in (needed, given))
+    shapes = {(name, f): jnp.shape(x) for name, pair in adapters.items() for f, x in pair.items()}
+    for place in sorted(needed | shapes):
+        if needed.get(place) != shapes.get(place):
+            expected, got = (of.get(place, "no such factor") for of in (needed, shapes))
             raise ValueError(
                 "the adapters must have the names and shapes of the model's sites; expected for "
                 f"{'.'.join(place)!r} {expected}, got {got}"

@@ -2,11 +2,11 @@ r"""Posterior prediction: the mixture over draws of the softmax over the label w
 
     p(y | x) = 1/S sum_s softmax(logits(x; adapters_s))
 
-One definition for every number of draws and for deterministic fits, where it is a single softmax.
-What no draw changes (the layers below the lowest adapted one) runs once a row. Draws go through the layers
-above some at a time, so memory does not grow with their number: one on a CPU, which gains nothing from more
-(`python -m benchmarks step predict`), and several on an accelerator, where they share every read of the
-weights.
+The definition is the same for any number of draws; for a deterministic fit it is a single softmax.
+The layers below the lowest adapted one are the same for all draws and run once per row. A few draws at a time
+run through the layers above, so memory does not grow with the number of draws: one on a CPU, where more gain
+nothing (`python -m benchmarks step predict`), and several on an accelerator, where they share every read of
+the weights.
 """
 
 from dataclasses import dataclass
@@ -54,10 +54,10 @@ class Prediction(Shown):
         return np.exp(self.log_probs)
 
     def log_probs_of(self, labels: Int[Any, " n"]) -> Float[np.ndarray, "s n"]:
-        """Log-probability of a class of each row under each draw.
+        """Log-probability of each row's label under each draw.
 
         Raises:
-            ValueError: Unless there is one label for each row, the number of a class.
+            ValueError: If there is not one label for each row, or a label is not the number of a class.
         """
         index = class_numbers("the predicted rows", labels, *self.draw_log_probs.shape[1:])[None, :, None]
         return np.take_along_axis(self.draw_log_probs, index, axis=2)[..., 0]
@@ -82,7 +82,7 @@ class Prediction(Shown):
 
     @property
     def overview(self) -> tuple[Showable, ...]:
-        """Distribution over rows of what is certain and what is not, and the classes."""
+        """Distribution over rows of confidence and uncertainty, and the classes."""
         draws, rows, classes = self.draw_log_probs.shape
         log_probs, mixture = self.log_probs, self.probs
         by_row = {
@@ -126,16 +126,16 @@ def predict(
         data: Rows to predict; labels are not read.
         num_draws: Number of posterior draws S.
         batch_size: Rows to run at a time.
-        draws_together: Draws to run at a time; peak memory is that of so many draws of so many rows. Omitted,
-            one on a CPU and eight on an accelerator.
+        draws_together: Draws to run at a time; peak memory is that of `draws_together` draws of `batch_size`
+            rows. One on a CPU and eight on an accelerator when omitted.
         console: Where to draw a progress bar; the terminal or notebook when omitted.
 
     Returns:
         Log-probabilities by draw, and the mixture's summaries.
 
     Raises:
-        ValueError: When there are no rows, tokens and mask are not as `Batch` says, a row has a token that
-            the base has no row for, or fewer than one draw or row at a time is asked for.
+        ValueError: If there are no rows, tokens and mask are not as `Batch` requires, a token is outside the
+            base's vocabulary, or a number of draws or rows is below 1.
 
     Example:
         >>> prediction = bl.predict(key, fit, rows, num_draws=4)
@@ -147,7 +147,7 @@ def predict(
     together = _together(draws_together)
     if min(len(data), num_draws, batch_size, together) < 1:
         raise ValueError(
-            f"prediction needs at least one row, draw and row at a time; got {len(data)} rows, "
+            f"rows, num_draws, batch_size and draws_together must be at least 1; got {len(data)} rows, "
             f"num_draws={num_draws}, batch_size={batch_size}, draws_together={draws_together}"
         )
     draws = posterior.draw_adapters(key, num_draws)
@@ -169,22 +169,25 @@ def predict_with_draws(
     model.check_tokens(data)
     sizes = len(jax.tree.leaves(draws)[0]), len(data), len(model.label_ids)
     log_probs, together = np.empty(sizes, np.float64), _together(draws_together)
-    some = [(jax.device_put(piece), count) for piece, count in pieces(draws, multiple=together)]
+    # On the device once, because every batch of rows reads them; the last piece is padded beyond `count`.
+    on_device = [(jax.device_put(piece), count) for piece, count in pieces(draws, multiple=together)]
     narrow = model.numbers((batch_size, data.tokens.shape[1])) > SMALL
     for part in tracked_parts(data, batch_size, "predict", console, narrow=narrow):
         batch, begin = model.prepare(part.batch), 0
-        for piece, count in some:
+        for piece, count in on_device:
             computed = np.asarray(model.compiled_log_probs(piece, count, batch, together))
             log_probs[begin : begin + count, part.rows] = computed[:count, : len(part.rows)]
             begin += count
     return Prediction(log_probs)
 
 
-def _together(asked: int | None) -> int:
-    """Draws that run at a time."""
-    return asked if asked is not None else 1 if jax.default_backend() == "cpu" else 8
+def _together(draws_together: int | None) -> int:
+    """Number of draws that run at a time."""
+    if draws_together is not None:
+        return draws_together
+    return 1 if jax.default_backend() == "cpu" else 8
 
 
 def _entropy(log_probs: np.ndarray) -> np.ndarray:
-    # 0 log 0 = 0: a class of probability zero adds nothing.
+    # 0 log 0 = 0: the finite minimum in place of log 0 = -inf makes the product 0 instead of NaN.
     return -(np.exp(log_probs) * np.maximum(log_probs, np.finfo(np.float64).min)).sum(-1)

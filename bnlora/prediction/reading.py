@@ -1,10 +1,10 @@
-r"""How a posterior changes its mind while it reads: its prediction after every token of a text.
+r"""How a prediction changes along a text: the prediction after every token.
 
     p_t(y) = 1/S sum_s softmax(logits(template(x_1 ... x_t); adapters_s)),      t = 1, ..., T
 
-Every prefix of the text is filled into the template and predicted as a text of its own, with the same draws
-of the adapters. So the number at a token is what `predict` would say had the text ended there:
-nothing is attributed to a token, and the last prefix is the whole text.
+Every prefix of the text is filled into the template and predicted as a separate text, with the same draws
+of the adapters. So the number at a token is the result of `predict` if the text ended there. Nothing is
+attributed to single tokens. The last prefix is the whole text.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ Shade = Literal["mutual_information", "entropy"]
 
 @dataclass(frozen=True, repr=False)
 class Reading(Shown):
-    """A text with the prediction after each of its tokens; shaded text where it is shown.
+    """A text with the prediction after each of its tokens; notebooks and rich show it as shaded text.
 
     Attributes:
-        pieces: The text, cut after every token; joined they are the text.
+        pieces: The text, cut after every token; their concatenation is the text.
         words: Word of each class.
-        prediction: Prediction for every prefix, a row each.
-        by: What the shade says.
-        top: Value in nats from which on the shade is full; the largest one of the text when None.
+        prediction: Prediction for every prefix, one row each.
+        by: The quantity that the shade shows.
+        top: Value in nats at which the shade is full; the largest value of the text when None.
 
     Example:
         >>> prediction = bl.Prediction(np.log([[[0.5, 0.5], [0.2, 0.8]]]))  # one draw, a row for each token
@@ -53,7 +53,7 @@ class Reading(Shown):
             raise ValueError(f"top must be positive, or None for the largest of the text; got {self.top}")
 
     def shaded(self, by: Shade, *, top: float | None = None) -> Self:
-        """The same reading with another shade; one `top` makes several texts comparable."""
+        """The same reading with another shade; use the same `top` to compare several texts."""
         return replace(self, by=by, top=top)
 
     @property
@@ -81,14 +81,14 @@ class Reading(Shown):
 
     @property
     def overview(self) -> tuple[Showable, ...]:
-        """The shaded text, and what is said after all of it."""
-        found, word = self.prediction, self.words[self.shown_class].strip()
-        values = getattr(found, self.by)
-        probs = found.probs[:, self.shown_class]
+        """The shaded text, and the prediction after all of it."""
+        prediction, word = self.prediction, self.words[self.shown_class].strip()
+        values = getattr(prediction, self.by)
+        probs = prediction.probs[:, self.shown_class]
         notes = tuple(
             f"after {piece.strip()!r}: p({word}) = {p:.3f}, entropy {e:.3f}, mutual information {m:.4f} nats"
             for piece, p, e, m in zip(
-                self.pieces, probs, found.entropy, found.mutual_information, strict=True
+                self.pieces, probs, prediction.entropy, prediction.mutual_information, strict=True
             )
         )
         shades = Shades(
@@ -100,9 +100,10 @@ class Reading(Shown):
             notes=notes,
         )
         end = (
-            f"Below each token, where shown: p({word}) in percent had the text ended there; "
-            f"{len(found.draw_log_probs)} draws. After the whole text: p({word}) = {probs[-1]:.3f}, "
-            f"entropy {found.entropy[-1]:.3f}, mutual information {found.mutual_information[-1]:.4f} nats."
+            f"Below each token, where shown: p({word}) in percent if the text ended there; "
+            f"{len(prediction.draw_log_probs)} draws. After the whole text: p({word}) = {probs[-1]:.3f}, "
+            f"entropy {prediction.entropy[-1]:.3f}, mutual information "
+            f"{prediction.mutual_information[-1]:.4f} nats."
         )
         return (shades, end)
 
@@ -126,11 +127,11 @@ def read_along(
     """Predict after every token of a text.
 
     Args:
-        key: Random key of the posterior draws, which all prefixes share.
+        key: Random key of the posterior draws; all prefixes use the same draws.
         posterior: A fit, or any other posterior, over a base with a tokenizer.
-        text: The text; a row is predicted for each of its tokens.
+        text: The text; one row is predicted for each of its tokens.
         template: Text around it, with `{text}` in it, as in `text_classification`.
-        by: What the shade of a token says, "mutual_information" or "entropy" of the prediction after it.
+        by: What the shade of a token shows: "mutual_information" or "entropy" of the prediction after it.
         num_draws: Number of posterior draws.
         batch_size: Prefixes to run at a time.
         console: Where to draw a progress bar; the terminal or notebook when omitted.
@@ -139,8 +140,9 @@ def read_along(
         The tokens with their predictions, which notebooks and rich show as shaded text.
 
     Raises:
-        ValueError: When the base has no tokenizer that knows where its tokens stand, the template does not
-            hold `{text}` once, the text is blank or too long, or `by` is unknown.
+        ValueError: If the base has no tokenizer that reports the positions of tokens, the template does not
+            contain `{text}` exactly once, the text is blank or too long, the words are other tokens after
+            this template than those of the model, or `by` is unknown.
 
     Example:
         >>> reading = bl.read_along(key, text_fit, "the plot is good", num_draws=2)
@@ -152,10 +154,10 @@ def read_along(
     tokenizer: Any = getattr(posterior.model.base, "tokenizer", None)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            "reading along needs a base with a fast tokenizer, which knows where its tokens stand; "
+            "reading along needs a base with a fast tokenizer, which reports the positions of tokens; "
             f"got {type(tokenizer).__name__}"
         )
-    from datasets import Dataset  # here: it takes as long as the rest of the library
+    from datasets import Dataset  # imported here because it takes as long as the rest of the library
 
     if template.count("{text}") != 1:
         raise ValueError(f"the template must contain {{text}} once; got {template!r}")
@@ -170,23 +172,24 @@ def read_along(
     if tuple(map(int, data.label_ids)) != tuple(posterior.model.label_ids):
         raise ValueError(
             f"after this template the words {list(words)} are the tokens {data.label_ids.tolist()}, but the "
-            f"model reads {list(posterior.model.label_ids)}; give the template that it was fitted with"
+            f"model reads {list(posterior.model.label_ids)}; pass the template that it was fitted with"
         )
-    found = predict(
+    prediction = predict(
         key, posterior, data["prefixes"], num_draws=num_draws, batch_size=batch_size, console=console
     )
-    return Reading(tuple(pieces), words, found, by)
+    return Reading(tuple(pieces), words, prediction, by)
 
 
 def tokens_of(text: str, tokenizer: Any, template: str) -> Sequence[str]:
     """The text cut after every token that it has inside the template.
 
-    Blanks belong to the token after them (those at the end to the last), and tokens that end inside one
+    Blanks belong to the token after them (those at the end to the last one). Tokens that end inside one
     letter, as the bytes of rare letters do, count as one.
     """
     start = template.index("{text}")
     filled = template.replace("{text}", text)
     offsets = tokenizer(filled, return_offsets_mapping=True)["offset_mapping"]
+    # Ends of tokens that reach into the text, counted from its first letter; a set joins bytes of one letter.
     ends = {min(end, start + len(text)) - start for begin, end in offsets if end > max(begin, start)}
     cuts = [end for end in sorted(ends) if text[:end].strip()]
     kept = [end for before, end in zip([0, *cuts], cuts, strict=False) if text[before:end].strip()]

@@ -1,12 +1,13 @@
-r"""Acting on uncertainty: what leaving the doubtful rows to others gains, and who is a stranger.
+r"""Use of uncertainty: the error rate if doubtful rows are left out, and detection of rows of another domain.
 
-With a doubt u_i of every row (one minus the confidence, the entropy, or the mutual information), the rows are
-answered in increasing order of doubt. At coverage i/n,
+Every row has a doubt u_i: one minus the confidence, the entropy, or the mutual information. Rows are answered
+in increasing order of doubt. At coverage i/n,
 
     risk(i/n) = share of wrong answers among the i rows of least doubt,    AURC = mean_i risk(i/n),
 
-and rows of equal doubt enter together, with their expected error. `separation` asks whether doubt tells rows
-of another domain: P(u of one outside > u of one inside), ties counting half, the area under the ROC curve.
+and rows of equal doubt enter together, with their expected error. `separation` measures how well the doubt
+detects rows of another domain: P(u of one outside > u of one inside), ties counting half, which is the area
+under the ROC curve.
 
 References: El-Yaniv and Wiener (2010), JMLR 11; Geifman, Uziel and El-Yaniv (2019), arXiv 1805.08206.
 """
@@ -14,7 +15,7 @@ References: El-Yaniv and Wiener (2010), JMLR 11; Geifman, Uziel and El-Yaniv (20
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from jax import Array
@@ -22,7 +23,7 @@ from jaxtyping import Float
 
 from bnlora import metrics
 from bnlora._util.checks import check_key, check_option
-from bnlora.metrics.scores import checked
+from bnlora.metrics.scores import Labelled, Labels, checked
 from bnlora.prediction.predict import Prediction
 
 Doubt = Literal["confidence", "entropy", "mutual_information"]
@@ -43,8 +44,8 @@ class RiskCoverage:
     Attributes:
         coverage: Share of the rows that are answered, 1/n to 1.
         risk: Error rate among them.
-        low: Lower end of its 95 % Wilson interval, for a threshold on the doubt that is fixed.
-        high: Upper end of it.
+        low: Lower end of its 95 % Wilson interval, for a fixed threshold on the doubt.
+        high: Upper end of this interval.
         aurc: Area under the curve with its percentile bootstrap interval over rows.
     """
 
@@ -64,7 +65,7 @@ def doubt(prediction: Prediction, by: Doubt = "confidence") -> Float[np.ndarray,
 def risk_coverage(
     key: Array,
     prediction: Prediction,
-    labels: Any,
+    labels: Labels | Labelled,
     *,
     by: Doubt = "confidence",
     num_resamples: int = 1000,
@@ -75,20 +76,21 @@ def risk_coverage(
         key: Random key of the bootstrap.
         prediction: The prediction.
         labels: True classes, or the `Batch` that has them.
-        by: What orders the rows. By "confidence" the area is `metrics.aurc`.
-        num_resamples: Bootstrap samples of the interval of the area.
+        by: The doubt that orders the rows. With "confidence", the area is `metrics.aurc`.
+        num_resamples: Number of bootstrap samples for the interval of the area.
+
+    Returns:
+        The curve, with its area.
 
     Raises:
-        ValueError: On an unknown order, fewer than one resample, and whatever `metrics.accuracy` refuses.
+        ValueError: If `by` is unknown, `num_resamples` is below 1, or `metrics.accuracy` refuses the labels.
 
     Example:
         >>> sure, right = np.array([0.9, 0.6, 0.8]), np.array([1, 0, 1])
-        >>> found = risk_coverage(key, Prediction(np.log([np.stack([1 - sure, sure], 1)])), right)
-        >>> found.risk.round(3), round(found.aurc.value, 3)
+        >>> curve = risk_coverage(key, Prediction(np.log([np.stack([1 - sure, sure], 1)])), right)
+        >>> curve.risk.round(3), round(curve.aurc.value, 3)
         (array([0.   , 0.   , 0.333]), 0.111)
     """
-    key = check_key(key)
-    key = check_key(key)
     key = check_key(key)
     log_probs, labels = checked(prediction.log_probs, labels)
     order, wrong = doubt(prediction, by), log_probs.argmax(1) != labels
@@ -98,12 +100,13 @@ def risk_coverage(
     def area(rows: np.ndarray) -> float:
         return float(metrics.selective_risks(order[rows], wrong[rows]).mean())
 
-    found = metrics.bootstrap(key, area, len(wrong), num_resamples=num_resamples)
-    return RiskCoverage(count / len(wrong), risk, low, high, found)
+    aurc = metrics.bootstrap(key, area, len(wrong), num_resamples=num_resamples)
+    return RiskCoverage(count / len(wrong), risk, low, high, aurc)
 
 
 def separation(inside: Float[np.ndarray, " n"], outside: Float[np.ndarray, " m"]) -> float:
     """Probability that a row of `outside` has more doubt than one of `inside`, ties counting half."""
     ordered = np.sort(inside)
+    # Twice the number of inside rows below each outside row; a tie counts once, which is half of two.
     below = np.searchsorted(ordered, outside, "left") + np.searchsorted(ordered, outside, "right")
     return float(below.mean() / 2 / len(ordered))

@@ -1,7 +1,7 @@
 """What the library asks of base models and of classifiers, so that type checkers know what they may use."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from jax import Array
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from bnlora.priors import Prior
 from bnlora.program.trunk import Trunk
 
 
+@runtime_checkable
 class LanguageModel(Protocol):
     """What a classifier needs of a base model: frozen weights and a module to bind them to."""
 
@@ -36,6 +37,7 @@ class LanguageModel(Protocol):
         ...
 
 
+@runtime_checkable
 class Program(Protocol):
     """A NumPyro model that has its prior as a program of its own."""
 
@@ -49,6 +51,7 @@ class Program(Protocol):
         ...
 
 
+@runtime_checkable
 class BoundPrior(Protocol):
     """A prior program with its sites."""
 
@@ -62,6 +65,7 @@ class BoundPrior(Protocol):
         ...
 
 
+@runtime_checkable
 class Model(Program, Protocol):
     """A classifier: `bl.Classifier`, `bl.Tangent`, or one of your own with the same members."""
 

@@ -325,7 +325,7 @@ def test_the_bias_of_rows_that_are_all_alike_is_a_constant():
         ),
         ({"source": {HEAD: (PAIR[HEAD][0], np.full((1, 16, 1), np.nan))}}, "R of 'lm_head' must be finite"),
         ({"source": {HEAD: (PAIR[HEAD][0], np.ones((1, 16, 2)))}}, "R .* linearly independent columns"),
-        ({"source": {HEAD: (np.ones((1, 2, 1)), np.ones((1, 16, 1)))}}, "no update of lm_head .* moves"),
+        ({"source": {HEAD: (np.ones((1, 2, 1)), np.ones((1, 16, 1)))}}, "no update of lm_head .* changes"),
         ({"rows": ROWS[np.zeros(0, int)]}, "frames need at least one row; got none"),
         ({"rows": replace(ROWS, mask=ROWS.mask.at[4].set(False))}, "marks no token in row 4"),
         ({"rows": replace(ROWS, tokens=ROWS.tokens + 40)}, "token id .* which the model has not"),
@@ -355,7 +355,7 @@ def test_the_core_prior_is_refused_on_other_sites():
             ValueError, match="'v_proj' belong to other sites: their rank is 2, that .* 3; use"
         ):
             run(bl.select(BASE, ["v_proj", HEAD], rank=3, layers=[1]))
-        with pytest.raises(ValueError, match=r"their layers is \(1,\), that of the sites \(0,\); use"):
+        with pytest.raises(ValueError, match=r"their layers is \(1,\), that of these sites is \(0,\); use"):
             run(bl.select(BASE, ["v_proj", HEAD], rank=2, layers=[0]))
         with pytest.raises(ValueError, match="frames are for v_proj, lm_head; the sites also have 'q_proj'"):
             run(bl.select(BASE, ["q_proj", HEAD], rank=2, layers=[1]))

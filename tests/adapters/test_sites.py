@@ -56,7 +56,7 @@ def test_start_is_the_lowest_adapted_layer_and_the_depth_for_a_head_alone():
         (["q_proj"], {"rank": 0}, "rank of 'q_proj' must be at least 1; got 0"),
         (["k_proj"], {"rank": 9}, "rank of 'k_proj' must be at most 8"),
         (["q_proj"], {}, "`rank` is required"),
-        ({"q_proj": 2}, {"rank": 2}, "not in both"),
+        ({"q_proj": 2}, {"rank": 2}, "not with both"),
         ("q_proj", {"rank": 2}, "must be a list of names"),
         ([], {"rank": 2}, "`targets` is empty"),
         (["q_proj("], {"rank": 2}, "not a valid pattern"),

@@ -105,7 +105,7 @@ def test_a_mapping_says_what_each_label_means():
     with pytest.raises(ValueError, match=r"label 3 in row 0 .* is not one of \['1', '2', '4', 'True', '-'\]"):
         read([3], [" bad", " good"], labels_are=meaning)
     with pytest.raises(
-        ValueError, match=r"one of the words \[' bad', ' good'\] for each label; got 'good' for 1"
+        ValueError, match=r"must map each label to one of the words \[' bad', ' good'\]; got 'good' for 1"
     ):
         read([1], [" bad", " good"], labels_are={1: "good"})
     with pytest.raises(ValueError, match="labels_are must be one of .*; got 'word', nearest is 'words'"):

@@ -234,7 +234,7 @@ def test_what_has_no_gaussian_is_refused(monkeypatch):
     mistakes.append(
         (
             lambda: bl.laplace(bl.Tangent(model), ROWS),
-            "needs the sites of priors.core.*the prior has v_proj.other",
+            "needs the sites of priors.core.*this prior has v_proj.other",
         )
     )
     other = bl.Classifier(BASE, frames("v_proj").sites, heavy, label_ids=(3, 5))

@@ -86,12 +86,12 @@ def test_parts_of_a_split_gguf_that_do_not_belong_together(tmp_path):
     alone = tmp_path / "other.gguf"
     alone.write_bytes(third.read_bytes())
     with pytest.raises(
-        ValueError, match=r"other\.gguf' is part 3 of 4 of a model, whose parts must be called"
+        ValueError, match=r"other\.gguf' is part 3 of 4 of a model; its parts must keep their names"
     ):
         load(alone)
     third.write_bytes(second.read_bytes())
     with pytest.raises(
-        ValueError, match=r"00003-of-00004\.gguf' must be part 3 of 4 by its .* says part 2 of 4"
+        ValueError, match=r"00003-of-00004\.gguf' must be part 3 of 4 by its .* has part 2 of 4"
     ):
         load(first)
     third.unlink()

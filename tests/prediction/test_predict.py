@@ -182,7 +182,7 @@ def test_draws_given_by_hand(fit):
 
 @pytest.mark.parametrize("changes", [{"num_draws": 0}, {"batch_size": 0}, {"draws_together": 0}])
 def test_bad_input(fit, changes):
-    with pytest.raises(ValueError, match="at least one row, draw and row at a time; got 11 rows"):
+    with pytest.raises(ValueError, match="must be at least 1; got 11 rows"):
         bl.predict(KEY, fit, ROWS, **changes)
     with pytest.raises(ValueError, match="got 0 rows"):
         bl.predict(KEY, fit, ROWS[:0])

@@ -35,7 +35,7 @@ RUN = """
 fit = bl.fit(key, model, guide, rows, optax.adam(0.01), num_steps=2, batch_size=4)
 prediction = bl.predict(key, fit, rows, num_draws=3)
 labels = np.asarray(rows.labels)
-bl.metrics.summary(key, prediction, labels, resamples=10)
+bl.metrics.summary(key, prediction, labels, num_resamples=10)
 bl.metrics.reliability(prediction, labels)
 prediction.entropy, prediction.mutual_information
 bl.prior_predictive(key, model, rows, num_draws=3).spread

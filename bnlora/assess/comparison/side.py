@@ -65,6 +65,7 @@ class Evaluated(NamedTuple):
     predict: Callable[[int], Prediction]
 
 
+@runtime_checkable
 class Side(Protocol):
     """Interface of the second side of a comparison."""
 

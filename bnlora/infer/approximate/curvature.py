@@ -24,12 +24,13 @@ Spantini et al. (2015), Optimal low-rank approximations of Bayesian linear inver
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
 
+@runtime_checkable
 class Curvature(Protocol):
     """A positive semidefinite matrix G over the weights, held in some structure."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from bnlora.infer.svi.plateau import Plateau
 from bnlora.infer.svi.validation import Validation
 
 
+@runtime_checkable
 class Loop(Protocol):
     """The step of a fit and its record, as `bnlora.infer.svi.fit` keeps it."""
 
