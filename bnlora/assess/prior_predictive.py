@@ -122,12 +122,12 @@ class PriorPredictive(Shown, Judged):
             )
             remedy = "raise the prior's scale, so that the adapters have an effect (bnlora.scale_for_spread)"
             return (Finding(NAME, "problem", sentence, moved, HARDLY, remedy),)
-        own = float((self.base_probs.max(-1) > NEARLY_ALL).mean())
+        base_share = float((self.base_probs.max(-1) > NEARLY_ALL).mean())
         shares = (
             f"{decided:.0%} of draws and rows put more than {NEARLY_ALL:.0%} on one class (rule: above "
-            f"{MOST:.0%}; the base model does in {own:.0%} of the rows)"
+            f"{MOST:.0%}; the base model does in {base_share:.0%} of the rows)"
         )
-        if decided > MOST and own > MOST:
+        if decided > MOST and base_share > MOST:
             sentence = f"sure as the base: {shares}; no scale changes that, check template and label words"
             return (Finding(NAME, "fine", sentence, decided, MOST),)
         if decided > MOST:

@@ -15,7 +15,7 @@
 | `prior`       | is the prior neither too narrow nor too wide?                                     |
 | `sensitivity` | would another strength of the prior change the answer?                            |
 | `loo`         | how well would each training row have been predicted without it?                  |
-| `pit`         | are the labels as random as the predictions say?                                  |
+| `pit`         | are the leave-one-out predictions calibrated?                                      |
 | `classes`     | is each class as frequent as predicted?                                           |
 | `linearisation` | how far is the network from a tangent posterior?                                |
 | `tree`        | `to_arviz`: draws, densities and the history of the fit for ArviZ                 |

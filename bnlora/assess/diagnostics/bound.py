@@ -16,7 +16,7 @@ that were not finite are left out.
 
 | finding          | problem                                          | caution          |
 |------------------|--------------------------------------------------|------------------|
-| convergence      | still moving, too short, or fallen from its best | too noisy to say |
+| convergence      | still moving, too short, or fallen from its best | too noisy        |
 | last step        | bound there off its recent mean by 3 se + 5 %    |                  |
 | against guessing | bound 10 % below that of equal probabilities     |                  |
 
@@ -197,15 +197,15 @@ class FinalBound:
     error: float
 
 
-def final_bound(drawn: Sample) -> FinalBound:
+def final_bound(sample: Sample) -> FinalBound:
     """The bound at the fitted parameters.
 
     Raises:
         ValueError: If the guide has no density.
     """
-    if not drawn.has_density:
+    if not sample.has_density:
         raise ValueError("the bound at the fit needs a guide with a density over every latent site")
-    ratio = drawn.log_joint - drawn.log_q
+    ratio = sample.log_joint - sample.log_q
     return FinalBound(float(ratio.mean()), float(ratio.std(ddof=1)) / len(ratio) ** 0.5)
 
 

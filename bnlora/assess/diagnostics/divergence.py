@@ -67,12 +67,12 @@ def divergence(fit: Fit | Sample) -> tuple[SiteDivergence, ...]:
         One entry for each latent site, in the order of the prior; sites that the guide ties together share
         one. Then one for each `numpyro.factor` and observed site of the prior that depends on latent sites.
     """
-    shared = sample_of(fit)
-    fit = shared.fit
-    if not shared.has_prior:
+    sample = sample_of(fit)
+    fit = sample.fit
+    if not sample.has_prior:
         return ()
     blocks = tied_sites(fit) + tuple(((name,), (name,)) for name in weighed(fit.model.prior))
-    draws = fit.by_keys(_terms, shared.part(2), shared.num_draws)
+    draws = fit.by_keys(_terms, sample.part(2), sample.num_draws)
     terms = {name: np.asarray(x, np.float64) for name, x in draws.items()}
     points = set(points_of(fit))
     return tuple(_site(fit.model.sites, names, parts, terms, points) for names, parts in blocks)

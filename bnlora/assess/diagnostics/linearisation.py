@@ -40,19 +40,19 @@ class Linearisation:
     num_rows: int
 
 
-def linearisation(drawn: Sample, data: Batch) -> Linearisation:
+def linearisation(sample: Sample, data: Batch) -> Linearisation:
     """Compare the network with its tangent.
 
     Args:
-        drawn: A sample of a fit of the tangent model.
+        sample: A sample of a fit of the tangent model.
         data: Rows; the first 32 are used, labels are not read.
     """
-    model: Any = drawn.fit.model  # a `Tangent`, whose network is read below
-    every = drawn.drawn[1]
+    model: Any = sample.fit.model  # a `Tangent`, whose network is read below
+    every = sample.drawn[1]
     # With fixed `a`, the mean of the updates has the mean of `b` as its factor.
     mean = jax.tree.map(lambda x: np.asarray(x, np.float64).mean(0, keepdims=True).astype(x.dtype), every)
     adapters = jax.tree.map(lambda x, y: np.concatenate([x, y]), first_draws(every, DRAWS), mean)
-    pair = (drawn.predict(adapters, data[:ROWS], "linearisation", m) for m in (model.network, model))
+    pair = (sample.predict(adapters, data[:ROWS], "linearisation", m) for m in (model.network, model))
     network, tangent = (np.exp(prediction.draw_log_probs) for prediction in pair)
     distances = 0.5 * np.abs(network - tangent).sum(-1)
     of_draws = distances[:-1]

@@ -106,17 +106,17 @@ def loo(fit: Fit | Sample, *, observations: int | None = None) -> LeaveOneOut:
     Raises:
         ValueError: If the guide has no density, or `observations` is not between 2 and the number of rows.
     """
-    drawn = sample_of(fit)
-    return _leave_out(drawn, observations, _seed(drawn))
+    sample = sample_of(fit)
+    return _leave_out(sample, observations, _seed(sample))
 
 
-def _seed(drawn: Sample) -> int:
-    return int(drawn.random(3).integers(2**31))
+def _seed(sample: Sample) -> int:
+    return int(sample.random(3).integers(2**31))
 
 
-def _leave_out(drawn: Sample, observations: int | None, seed: int) -> LeaveOneOut:
-    _require_density(drawn)
-    total = len(drawn.fit.train)
+def _leave_out(sample: Sample, observations: int | None, seed: int) -> LeaveOneOut:
+    _require_density(sample)
+    total = len(sample.fit.train)
     if observations is not None:
         check_at_least({"observations": observations}, 2)
         if observations > total:
@@ -124,9 +124,9 @@ def _leave_out(drawn: Sample, observations: int | None, seed: int) -> LeaveOneOu
                 f"observations must be at most the number of training rows, {total}; got {observations} "
                 "(None leaves out all)"
             )
-    tree = tree_of_draws({"log_likelihood": {"y": drawn.log_likelihood}}, dims={"y": ["row"]})
+    tree = tree_of_draws({"log_likelihood": {"y": sample.log_likelihood}}, dims={"y": ["row"]})
     some = None if observations == total else observations
-    densities = (x[None] for x in (drawn.log_joint, drawn.log_q))
+    densities = (x[None] for x in (sample.log_joint, sample.log_q))
     record = approximate_loo(tree, *densities, observations=some, seed=seed)
     pointwise = np.asarray(record.pareto_k, np.float64).reshape(-1)
     # ArviZ marks the rows that were not left out by NaN.
@@ -154,12 +154,12 @@ def loo_probs(fit: Fit | Sample) -> Float[np.ndarray, "n c"]:
     Raises:
         ValueError: If the guide has no density.
     """
-    drawn = sample_of(fit)
-    _require_density(drawn)
+    sample = sample_of(fit)
+    _require_density(sample)
     # log w_is, shape (draw, row): the row's likelihood is divided out of the weight of the whole fit.
-    log_weights = (drawn.log_joint - drawn.log_q)[:, None] - drawn.log_likelihood
+    log_weights = (sample.log_joint - sample.log_q)[:, None] - sample.log_likelihood
     weights = smoothed_weights(log_weights)
-    return np.einsum("sn,snc->nc", weights, np.exp(drawn.train_prediction.draw_log_probs))
+    return np.einsum("sn,snc->nc", weights, np.exp(sample.train_prediction.draw_log_probs))
 
 
 def compare_fits(fits: Mapping[str, Fit | Sample], *, observations: int | None = None) -> Any:
@@ -188,8 +188,8 @@ def compare_fits(fits: Mapping[str, Fit | Sample], *, observations: int | None =
     return compare_elpd({n: _leave_out(one, observations, seed).record for n, one in samples.items()})
 
 
-def _require_density(drawn: Sample) -> None:
-    if not drawn.has_density:
+def _require_density(sample: Sample) -> None:
+    if not sample.has_density:
         raise ValueError(
             "leave-one-out by importance weights needs a guide with a density over every latent site; this "
             "guide sets some sites to a point: hold rows out instead"

@@ -108,10 +108,10 @@ def overlap(fit: Fit | Sample, data: Batch) -> Overlap:
     Raises:
         ValueError: If the prior has no latent sites or cannot be drawn from.
     """
-    drawn = sample_of(fit)
-    drawn.require_prior("an overlap")
-    functions = identifiable(drawn.fit.model, data[:PROBES])
-    posterior, prior = (functions.by_draw(x, None) for x in (drawn.drawn[1], drawn.prior_adapters))
+    sample = sample_of(fit)
+    sample.require_prior("an overlap")
+    functions = identifiable(sample.fit.model, data[:PROBES])
+    posterior, prior = (functions.by_draw(x, None) for x in (sample.drawn[1], sample.prior_adapters))
     return overlap_by_name(posterior, prior)
 
 
@@ -125,9 +125,9 @@ def overlap_by_name(posterior: Mapping[str, Any], prior: Mapping[str, Any]) -> O
     return Overlap(names, at, below, value, error, position)
 
 
-def probe_values(drawn: Sample, adapters: Any, data: Batch) -> tuple[tuple[str, ...], np.ndarray]:
+def probe_values(sample: Sample, adapters: Any, data: Batch) -> tuple[tuple[str, ...], np.ndarray]:
     """Names and values, shape (draw, function), of margins and norms at adapters with a draw axis."""
-    return stacked(identifiable(drawn.fit.model, data[:PROBES]).by_draw(adapters, None))
+    return stacked(identifiable(sample.fit.model, data[:PROBES]).by_draw(adapters, None))
 
 
 def overlap_of_draws(first: Float[np.ndarray, " s"], second: Float[np.ndarray, " t"]) -> tuple[float, float]:

@@ -85,9 +85,9 @@ def loo_pit(fit: Fit | Sample, *, level: float = 0.95) -> Pit:
     Raises:
         ValueError: If the guide has no density, or `level` is not in (0, 1).
     """
-    drawn = sample_of(fit)
-    labels = np.asarray(drawn.fit.train.labels)
-    return randomised_pit(drawn.part(4), loo_probs(drawn), labels, level=level)
+    sample = sample_of(fit)
+    labels = np.asarray(sample.fit.train.labels)
+    return randomised_pit(sample.part(4), loo_probs(sample), labels, level=level)
 
 
 def randomised_pit(
@@ -143,7 +143,7 @@ def _tails(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def transforms(pit: Pit, *, reliable: bool) -> Finding:
-    """Whether the training labels are as random as leave-one-out says."""
+    """Finding about the calibration of the leave-one-out predictions of the training labels."""
     if not reliable:
         return Finding("LOO-PIT", "not asked", "leave-one-out is not reliable here")
     where = "within" if pit.inside else "outside"
@@ -171,8 +171,8 @@ def _shape(values: Float[np.ndarray, " n"]) -> str:
 
 
 def _measure(exam: Examination) -> Pit:
-    drawn, labels = exam.drawn, np.asarray(exam.fit.train.labels)
-    return randomised_pit(drawn.part(4), loo_probs(drawn), labels, level=1 - LEAST_P)
+    sample, labels = exam.drawn, np.asarray(exam.fit.train.labels)
+    return randomised_pit(sample.part(4), loo_probs(sample), labels, level=1 - LEAST_P)
 
 
 def _judge(pit: Pit, exam: Examination) -> Finding:

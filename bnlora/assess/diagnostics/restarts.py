@@ -131,12 +131,12 @@ def restarts(fits: Sequence[Fit | Sample], data: Batch) -> Restarts:
     )
 
 
-def _values(drawn: Sample, data: Batch) -> tuple[tuple[str, ...], np.ndarray]:
+def _values(sample: Sample, data: Batch) -> tuple[tuple[str, ...], np.ndarray]:
     """Names and draws of margins, norms and singular values."""
-    _, adapters = drawn.drawn
-    names, values = probe_values(drawn, adapters, data)
+    _, adapters = sample.drawn
+    names, values = probe_values(sample, adapters, data)
     columns = [values]
-    for family, site in drawn.fit.model.sites.items():
+    for family, site in sample.fit.model.sites.items():
         pair = adapters[family]
         grid = abs(site.scale) * singular_values(pair["a"], pair["b"])
         columns.append(grid.reshape(len(grid), -1))

@@ -106,23 +106,23 @@ def sensitivity(fit: Fit | Sample, data: Batch) -> Sensitivity:
     Raises:
         ValueError: If the prior has no latent sites.
     """
-    drawn = sample_of(fit)
-    drawn.require_prior("power-scaling")
-    adapters = first_draws(drawn.drawn[1], drawn.num_used)
-    return sensitivity_of(drawn, *probe_values(drawn, adapters, data))
+    sample = sample_of(fit)
+    sample.require_prior("power-scaling")
+    adapters = first_draws(sample.drawn[1], sample.num_used)
+    return sensitivity_of(sample, *probe_values(sample, adapters, data))
 
 
-def sensitivity_of(drawn: Sample, names: tuple[str, ...], values: Float[np.ndarray, "s k"]) -> Sensitivity:
+def sensitivity_of(sample: Sample, names: tuple[str, ...], values: Float[np.ndarray, "s k"]) -> Sensitivity:
     """Power-scaling sensitivity of functions.
 
     Args:
-        drawn: A sample of a fit.
+        sample: A sample of a fit.
         names: Names of the functions.
-        values: Their values at the first draws of the sample, at most `drawn.num_used` of them.
+        values: Their values at the first draws of the sample, at most `sample.num_used` of them.
     """
     count = len(values)
-    log_likelihood = drawn.log_likelihood[:count]
-    by_group = log_prior_groups(drawn.fit.model, first_draws(drawn.drawn[0].log_prior_of, count))
+    log_likelihood = sample.log_likelihood[:count]
+    by_group = log_prior_groups(sample.fit.model, first_draws(sample.drawn[0].log_prior_of, count))
     tree = tree_of_draws(
         {
             "posterior": {"value": values},

@@ -132,13 +132,13 @@ def shrinkage(fit: Fit | Sample) -> Shrinkage:
     Raises:
         ValueError: If the prior has no latent sites or cannot be drawn from.
     """
-    drawn = sample_of(fit)
-    drawn.require_prior("shrinkage")
-    _, adapters = drawn.drawn
-    parts = divergence(drawn)
+    sample = sample_of(fit)
+    sample.require_prior("shrinkage")
+    _, adapters = sample.drawn
+    parts = divergence(sample)
     cells = []
-    for name, site in drawn.fit.model.sites.items():
-        both = (jax.tree.map(np.asarray, x[name]) for x in (adapters, drawn.prior_adapters))
+    for name, site in sample.fit.model.sites.items():
+        both = (jax.tree.map(np.asarray, x[name]) for x in (adapters, sample.prior_adapters))
         posterior, prior = both
         for index in range(site.depth):
             for factor in (*FACTORS, UPDATE):

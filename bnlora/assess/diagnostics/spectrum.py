@@ -97,14 +97,14 @@ def spectrum(fit: Fit | Sample) -> Spectrum:
     Args:
         fit: A fit, or a `Sample` of it.
     """
-    drawn = sample_of(fit)
+    sample = sample_of(fit)
     layers = []
-    for name, site in drawn.fit.model.sites.items():
-        posterior = abs(site.scale) * singular_values(**drawn.drawn[1][name])
-        if drawn.prior_refusal:
+    for name, site in sample.fit.model.sites.items():
+        posterior = abs(site.scale) * singular_values(**sample.drawn[1][name])
+        if sample.prior_refusal:
             prior = np.full_like(posterior, np.nan)
         else:
-            prior = abs(site.scale) * singular_values(**drawn.prior_adapters[name])
+            prior = abs(site.scale) * singular_values(**sample.prior_adapters[name])
         for index, layer in enumerate(site.layers):
             layers.append(LayerSpectrum(name, site.module, layer, posterior[:, index], prior[:, index]))
     return Spectrum(tuple(layers))

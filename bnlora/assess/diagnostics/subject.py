@@ -51,15 +51,15 @@ class Subject:
         return "some latent number is the same in every draw" if self.collapsed else ""
 
 
-def subject(drawn: Sample) -> Subject:
+def subject(sample: Sample) -> Subject:
     """Properties of the fit of a sample."""
-    fit, random = drawn.fit, drawn.has_prior
+    fit, random = sample.fit, sample.has_prior
     points = points_of(fit) if random else ()
     families = [family for family, _ in getattr(fit.guide, "groups", ())]
     return Subject(
         random=random,
         points=points,
-        collapsed=random and not drawn.has_density and not points,
+        collapsed=random and not sample.has_density and not points,
         lam_max=_lam_max(fit),
         richer=tuple(name for name, holds in _RICHER.items() if not any(map(holds, families))),
         learns_scale=any(name.endswith(".scale") and ".q." not in name for name in fit.params),

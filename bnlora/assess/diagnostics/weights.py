@@ -74,25 +74,25 @@ def khat(fit: Fit | Sample, *, families: bool = True) -> KHats:
         fit: A fit, or a `Sample` of it.
         families: Whether to compute k-hat of each family, which predicts all training rows again for each.
     """
-    drawn = sample_of(fit)
-    sites = drawn.drawn[0].sites
-    groups = _groups(drawn)
+    sample = sample_of(fit)
+    sites = sample.drawn[0].sites
+    groups = _groups(sample)
     sizes = {"whole": sum(_size(x) for x in sites.values())}
     sizes |= {f: sum(_size(sites[n]) for n in names) for f, names in groups.items()}
-    if not drawn.has_density:
+    if not sample.has_density:
         return KHats(None, dict.fromkeys(groups), sizes)
-    whole = khat_of(drawn.log_joint, drawn.log_q)
+    whole = khat_of(sample.log_joint, sample.log_q)
     if not families or len(groups) == 1:
         return KHats(whole, dict.fromkeys(groups, whole) if families else {}, sizes)
-    tied = tied_sites(drawn.fit)
-    return KHats(whole, {f: _family_khat(drawn, names, tied) for f, names in groups.items()}, sizes)
+    tied = tied_sites(sample.fit)
+    return KHats(whole, {f: _family_khat(sample, names, tied) for f, names in groups.items()}, sizes)
 
 
-def _groups(drawn: Sample) -> dict[str, tuple[str, ...]]:
+def _groups(sample: Sample) -> dict[str, tuple[str, ...]]:
     """Latent sites by family."""
     groups: dict[str, list[str]] = {}
-    for name in drawn.drawn[0].sites:
-        family, _ = place(drawn.fit.model.sites, name)
+    for name in sample.drawn[0].sites:
+        family, _ = place(sample.fit.model.sites, name)
         groups.setdefault(family or HYPER, []).append(name)
     return {family: tuple(names) for family, names in groups.items()}
 
@@ -102,25 +102,25 @@ def _size(draws: Any) -> int:
 
 
 def _family_khat(
-    drawn: Sample, names: tuple[str, ...], tied: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+    sample: Sample, names: tuple[str, ...], tied: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
 ) -> KHat | None:
     """k-hat of one family; None if the guide ties it to sites of another."""
     blocks = [(sites, parts) for sites, parts in tied if set(sites) & set(names)]
     if any(not set(sites) <= set(names) for sites, _ in blocks):
         return None
-    log_q_of = drawn.drawn[0].log_q_of
+    log_q_of = sample.drawn[0].log_q_of
     log_q = sum(np.asarray(log_q_of[part], np.float64) for _, parts in blocks for part in parts)
-    return khat_of(held_log_joint(drawn, names), np.asarray(log_q)[: drawn.num_used])
+    return khat_of(held_log_joint(sample, names), np.asarray(log_q)[: sample.num_used])
 
 
-def held_log_joint(drawn: Sample, names: tuple[str, ...]) -> Float[np.ndarray, " s"]:
+def held_log_joint(sample: Sample, names: tuple[str, ...]) -> Float[np.ndarray, " s"]:
     """Log joint density at draws of the named sites, with every other site at its posterior mean."""
-    train = drawn.fit.train
-    sites = {n: np.asarray(x) for n, x in drawn.drawn[0].sites.items()}
+    train = sample.fit.train
+    sites = {n: np.asarray(x) for n, x in sample.drawn[0].sites.items()}
     # Fixed sites are repeated along the draw axis, so that one compiled program serves every family.
     values = {n: x if n in names else np.broadcast_to(x.mean(0), x.shape) for n, x in sites.items()}
-    log_prior, _, adapters = drawn.fit.at(first_draws(values, drawn.num_used), drawn.num_used)
-    prediction = drawn.predict(adapters, train, f"k-hat of {', '.join(names[:1])}")
+    log_prior, _, adapters = sample.fit.at(first_draws(values, sample.num_used), sample.num_used)
+    prediction = sample.predict(adapters, train, f"k-hat of {', '.join(names[:1])}")
     return np.asarray(log_prior, np.float64) + prediction.log_probs_of(train.labels).sum(1)
 
 
