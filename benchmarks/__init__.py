@@ -1,15 +1,15 @@
 """Measurements of the library: `python -m benchmarks` lists them, `python -m benchmarks NAME` runs one.
 
-A benchmark is a module in one of the three folders. The first line of its docstring is what the list shows;
-`options` adds its arguments to a parser; `run` measures and writes tables into a `Report`.
+A benchmark is a module in one of the three folders. The list shows the first line of its docstring. Its
+function `options` adds arguments to a parser; `run` measures and writes tables into a `Report`.
 
-| module    | what benchmarks share                                              |
+| module    | contents                                                           |
 |-----------|--------------------------------------------------------------------|
-| `entry`   | the list of benchmarks, and the one command                        |
-| `timing`  | programs in turns, medians, intervals and ratios                   |
-| `report`  | tables in Markdown, printed as they grow, stored where asked       |
-| `tables`  | the tables of the documents, out of the stored ones                |
+| `entry`   | the list of benchmarks, and the command line                       |
+| `timing`  | alternating runs of programs; medians, intervals and ratios        |
+| `report`  | tables in Markdown, printed row by row and optionally stored       |
+| `tables`  | copies stored tables into the documents                            |
 | `data`    | the rows of the demonstration with cached activations              |
-| `heads`   | small adapters whose posterior MCMC can reach                      |
-| `steps`   | what benchmarks use of the inside of a fit                         |
+| `heads`   | small adapters whose exact posterior MCMC can sample               |
+| `steps`   | the compiled step of a fit                                         |
 """

@@ -1,7 +1,7 @@
-"""VADER's sentences with their activations below the adapted layers, computed once and kept on disk: 4.3 GB.
+"""VADER's sentences with activations below the adapted layers, computed once and cached on disk (4.3 GB).
 
-Every benchmark of the core prior draws its rows from here, so that none runs the trunk of the model again.
-`python -m benchmarks pool` computes all of them.
+Every benchmark of the core prior takes its rows from here, so the trunk of the model runs only once.
+`python -m benchmarks pool` computes all activations.
 """
 
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ LABELLED = 560
 
 
 class Pool(NamedTuple):
-    """The base of the demonstration and sentences that it has read.
+    """The base of the demonstration, and sentences with activations.
 
     Attributes:
         base: The base.
-        rows: Each domain's sentences with cached activations, in the order of the data set; on the disk.
+        rows: Sentences of each domain with cached activations, in the order of the data set; on disk.
         label_ids: Token id of each class.
     """
 
@@ -37,43 +37,42 @@ class Pool(NamedTuple):
 
 
 def pool(domains: Sequence[str] = DOMAINS, *, console: Console | None = None) -> Pool:
-    """The sentences of some domains; activations that are not on the disk yet take minutes."""
+    """The sentences of some domains. Activations that are not on disk are computed, which takes minutes."""
     base = RECIPE.load_base()
     data = RECIPE.read(vader_domains(), base, text="text", label="label")
     sites = bl.select(base, ["v_proj"], rank=1, layers=slice(-(RECIPE.top_layers or 0), None))
     model = bl.Classifier(base, sites, bl.priors.point(), label_ids=data.label_ids)
     folder = cache_folder() / "pool"
     folder.mkdir(parents=True, exist_ok=True)
-    found = {
+    rows = {
         name: _cached(model, data[name], folder / f"{name}-{model.start}.npy", console) for name in domains
     }
-    return Pool(base, found, tuple(data.label_ids.tolist()))
+    return Pool(base, rows, tuple(data.label_ids.tolist()))
 
 
 def _cached(model: bl.Classifier, batch: bl.Batch, file, console: Console | None) -> bl.Batch:
     if not file.is_file():
-        made = bl.cache_prefix(model, batch, console=console)
-        np.save(file, np.asarray(made.hidden))
+        np.save(file, np.asarray(bl.cache_prefix(model, batch, console=console).hidden))
     return replace(batch, hidden=np.load(file, mmap_mode="r"), depth=model.start)
 
 
 def drawn(
-    found: Pool, seed: int, *, labelled: int = LABELLED, test: int = 0
+    pooled: Pool, seed: int, *, labelled: int = LABELLED, test: int = 0
 ) -> tuple[bl.Batch, dict[str, bl.Batch]]:
-    """Labelled movie sentences of a seed, and others of each domain to test on."""
+    """Labelled movie sentences of a seed, and other sentences of each domain for tests."""
     random = np.random.default_rng(seed)
-    order = {name: random.permutation(len(batch)) for name, batch in found.rows.items()}
+    order = {name: random.permutation(len(batch)) for name, batch in pooled.rows.items()}
     skip = {name: LABELLED if name == "movies" else 0 for name in order}
-    tests = {n: rows_of(found.rows[n], order[n][skip[n] : skip[n] + test]) for n in order} if test else {}
-    return rows_of(found.rows["movies"], order["movies"][:labelled]), tests
+    tests = {n: rows_of(pooled.rows[n], order[n][skip[n] : skip[n] + test]) for n in order} if test else {}
+    return rows_of(pooled.rows["movies"], order["movies"][:labelled]), tests
 
 
 def rows_of(batch: bl.Batch, rows: np.ndarray) -> bl.Batch:
-    """Some rows, read from the disk and cut to the columns that they use."""
+    """Some rows, read from disk, without columns of padding only."""
     used = np.flatnonzero(np.asarray(batch.mask)[rows].any(0))
     columns = slice(int(used[0]), int(used[-1]) + 1)
     taken = {n: jnp.asarray(np.asarray(getattr(batch, n))[rows][:, columns]) for n in ("tokens", "mask")}
     labels = jnp.asarray(np.asarray(batch.labels)[rows])
-    in_order = np.sort(rows)  # the disk is read in order
+    in_order = np.sort(rows)  # read the file in order; the second `argsort` restores the order of `rows`
     hidden = batch.hidden[in_order][np.argsort(np.argsort(rows))][:, columns]
     return replace(batch, **taken, labels=labels, hidden=jnp.asarray(hidden))

@@ -1,8 +1,8 @@
-"""The one command of all benchmarks.
+"""The command line of all benchmarks.
 
-python -m benchmarks                  a line for each benchmark
-python -m benchmarks NAME --help      its options
-python -m benchmarks NAME [options]   run it; `--store` keeps its tables in benchmarks/results
+python -m benchmarks                  list the benchmarks, one line each
+python -m benchmarks NAME --help      show the options of a benchmark
+python -m benchmarks NAME [options]   run a benchmark; `--store` stores its tables in benchmarks/results
 python -m benchmarks tables           write stored tables into the documents (`--check`: only compare)
 """
 
@@ -24,34 +24,34 @@ OPTIONAL = ("torch", "peft", "libtpu")
 
 
 def names() -> dict[str, Path]:
-    """The file of every benchmark, group by group."""
+    """The file of every benchmark by name, in the order of the groups."""
     return {path.stem: path for group in GROUPS for path in sorted((HERE / group).glob("[!_]*.py"))}
 
 
 def first_line(path: Path) -> str:
-    """The first line of the docstring of a file, which is not imported."""
+    """The first line of the docstring of a file, without importing it."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     if not text:
-        raise ValueError(f"{path} needs a docstring: its first line stands in the list of benchmarks")
+        raise ValueError(f"{path} needs a docstring: the list of benchmarks shows its first line")
     return text.splitlines()[0]
 
 
 def listing() -> str:
-    """A line for each benchmark, under the question of its group."""
+    """The list of benchmarks, one line each, under the question of their group."""
     lines, paths = [], names()
     width = max(map(len, paths))
     for group in GROUPS:
         lines += ["", first_line(HERE / group / "__init__.py")]
         members = {name: path for name, path in paths.items() if path.parent.name == group}
         lines += [f"  {name:{width}}  {first_line(path)}" for name, path in members.items()]
-    return "\n".join([*lines, "", "python -m benchmarks NAME --help has the options of one."]).strip()
+    return "\n".join([*lines, "", "python -m benchmarks NAME --help shows the options."]).strip()
 
 
 def load(name: str) -> ModuleType:
     """The module of a benchmark.
 
     Raises:
-        SystemExit: When there is no such benchmark, or a package that only benchmarks need is missing.
+        SystemExit: If there is no such benchmark, or a package that only benchmarks need is missing.
     """
     paths = names()
     if name not in paths:
@@ -67,7 +67,7 @@ def load(name: str) -> ModuleType:
 
 
 def parser_of(name: str, module: ModuleType) -> argparse.ArgumentParser:
-    """The options of a benchmark and those that all have."""
+    """Parser with the options of a benchmark and the option `--store`."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks {name}",
         description=module.__doc__,
@@ -76,13 +76,13 @@ def parser_of(name: str, module: ModuleType) -> argparse.ArgumentParser:
     )
     module.options(parser)
     parser.add_argument(
-        "--store", nargs="?", const=name, metavar="FILE", help="keep the tables in benchmarks/results/FILE.md"
+        "--store", nargs="?", const=name, metavar="FILE", help="store tables in benchmarks/results/FILE.md"
     )
     return parser
 
 
 def command_of(name: str, rest: Sequence[str], store: str | None) -> str:
-    """The command line that measures the same and stores nothing."""
+    """The same command line without `--store`."""
     kept = [x for x in rest if not x.startswith("--store=")]
     if "--store" in kept:
         at = kept.index("--store")
@@ -91,7 +91,7 @@ def command_of(name: str, rest: Sequence[str], store: str | None) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """List the benchmarks, fill the documents, or run one benchmark."""
+    """List the benchmarks, write tables into the documents, or run one benchmark."""
     name, *rest = argv or ["list"]
     if name in ("list", "-h", "--help"):
         print(listing())

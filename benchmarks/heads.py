@@ -1,8 +1,9 @@
 """Small heads whose exact posterior can be sampled, for the benchmarks `posteriors`, `references` and `nuts`.
 
-Each is an adapter on SmolLM2 with independent normal weights, so small that a gradient takes milliseconds:
-rows of the output layer for two words of sentiment and for eight topics of news, and the last layer's
-queries, at ranks 1 and 2. The prior's scales give the log-odds a spread of about two (`bl.prior_predictive`).
+Each is an adapter on SmolLM2 with independent normal weights. They are so small that a gradient takes
+milliseconds: rows of the output layer for two words of sentiment and for eight topics of news, and the
+queries of the last layer, at ranks 1 and 2. The prior's scales give the log-odds a spread of about two nats
+(`bl.prior_predictive`).
 """
 
 from dataclasses import dataclass, replace
@@ -16,15 +17,15 @@ NEWS = {"template": "News: {text}\nTopic:", "words": list(REUTERS_WORDS)}
 
 @dataclass(frozen=True)
 class Head:
-    """A problem with a posterior that MCMC can reach.
+    """A problem whose exact posterior MCMC can sample.
 
     Attributes:
         news: "reuters" for eight topics, "vader" for two sentiments.
         module: The adapted module.
         rank: Rank of the adapter.
         scale: Prior scale of B; that of A is 1.
-        train: Training rows.
-        length: Longest row in tokens.
+        train: Number of training rows.
+        length: Largest length of a row in tokens.
     """
 
     news: str
@@ -35,7 +36,7 @@ class Head:
     length: int
 
     def load(self, base: bl.Base) -> tuple[bl.Classifier, bl.Batch, bl.Batch]:
-        """The model, its training rows, and 32 others for functions and predictions."""
+        """The model, its training rows, and 32 other rows for functions and predictions."""
         splits = reuters_splits if self.news == "reuters" else vader_splits
         rows = splits(seed=0, train=self.train, validation=1, test=32)
         kept = {name: rows[name] for name in ("train", "test" if "test" in rows else "movies")}

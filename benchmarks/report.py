@@ -1,7 +1,7 @@
-"""Tables in Markdown: printed line by line while they are measured, and kept in a file where asked.
+"""Tables in Markdown: printed row by row during the measurement, and optionally stored in a file.
 
-A file of `results` has the command, the date and the machine in its first lines, and then a section for each
-table. `tables` copies sections into the documents.
+A file of `results` starts with the command, the date and the machine, followed by one section for each table.
+`tables` copies sections into the documents.
 """
 
 import os
@@ -19,19 +19,19 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def line(cells: Sequence[Any]) -> str:
-    """A line of a table."""
+    """One row of a Markdown table."""
     return f"| {' | '.join(map(str, cells))} |"
 
 
 @dataclass
 class Report:
-    """What a benchmark prints and stores.
+    """The output of a benchmark, printed and optionally stored.
 
     Attributes:
         command: The command line of this run.
         store: Name of the file in `results`, without its suffix; None to print only.
         sections: Lines by title, in order.
-        folder: Where files are kept.
+        folder: Folder of the stored files.
     """
 
     command: str
@@ -44,7 +44,7 @@ class Report:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        """Store the sections of a run that came to its end."""
+        """Store the sections if the run ended without an exception."""
         if not self.sections:
             return
         self.progress(f"{time.perf_counter() - self._began:.0f} s in all; {load()}")
@@ -56,12 +56,12 @@ class Report:
             self.progress(f"stored in {path}")
 
     def table(self, title: str, header: Sequence[str]) -> "Table":
-        """A new section with a table, whose rows follow."""
+        """Start a new section with a table; add its rows with `Table.row`."""
         self.text(title, line(header), line(["---"] * len(header)).replace(" ", ""))
         return Table(self, title)
 
     def text(self, title: str, *lines: str) -> None:
-        """Add lines to a section; a new section begins with its title."""
+        """Add lines to a section; a new section starts with its title."""
         if title not in self.sections:
             print(f"\n{title}\n", flush=True)
         elif self.sections[title][-1].startswith("|") != lines[0].startswith("|"):
@@ -70,13 +70,13 @@ class Report:
         print(*lines, sep="\n", flush=True)
 
     def progress(self, text: str) -> None:
-        """Say how far it is, on standard error: it is not stored."""
+        """Print progress on standard error; it is not stored."""
         print(text, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table that grows: each row is printed at once."""
+    """A table whose rows are printed as they are added."""
 
     report: Report
     title: str
@@ -101,7 +101,7 @@ def processor() -> str:
 
 
 def load() -> str:
-    """What else the machine does."""
+    """Load averages of the machine, in words."""
     values = ", ".join(f"{x:.1f}" for x in os.getloadavg())
     return f"load of the last 1, 5 and 15 minutes: {values}"
 
@@ -115,7 +115,7 @@ def written(command: str, measured: str, sections: dict[str, list[str]]) -> str:
 
 @dataclass(frozen=True)
 class Stored:
-    """A file of results."""
+    """The contents of a file of results."""
 
     command: str
     measured: str
@@ -123,17 +123,17 @@ class Stored:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The parts of a file."""
+        """Parse a file."""
         return cls.of(path.read_text(encoding="utf-8"))
 
     @classmethod
     def of(cls, text: str) -> Self:
-        """The parts of a text."""
+        """Parse a text."""
         head, *parts = text.split("\n## ")
         command, when = (line.split(": ", 1)[1] for line in head.strip().split("\n\n"))
         sections = dict(part.split("\n", 1) for part in parts)
         return cls(command.strip("`"), when, {title: body.strip() for title, body in sections.items()})
 
     def same(self, other: Self) -> bool:
-        """Whether both have the same command and tables: then the date of the earlier one stays."""
+        """Whether command and tables are equal; the older file with its date is then kept."""
         return (self.command, self.sections) == (other.command, other.sections)

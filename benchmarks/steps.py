@@ -1,4 +1,4 @@
-"""The compiled step of a fit by itself, for the benchmarks that time or compile it."""
+"""The compiled step of a fit, for the benchmarks that time or compile it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +12,16 @@ from bnlora._util.compilation import SMALL, options
 from bnlora.infer.svi.step import State, Step
 
 LEVELS = {"default": None, "least": options(), "none": options(SMALL)}
-"""Compiler options by level of optimisation; a fit chooses between the last two."""
+"""Compiler options by level of optimisation; a fit uses one of the last two."""
 
 
 @dataclass
 class Started:
-    """A step of a fit, and the state that it starts from.
+    """A step of a fit, and its initial state.
 
     Attributes:
         step: The step.
-        state: What the first step gets.
+        state: Initial state.
         batch_size: Rows of a step.
     """
 
@@ -30,12 +30,12 @@ class Started:
     batch_size: int
 
     def run(self, state: State, key: jax.Array, indices: np.ndarray) -> State:
-        """One step on some rows, recorded."""
+        """Run one step on some rows, and record its bound."""
         return self.step.run(state, key, indices)
 
     @property
     def bound(self) -> float:
-        """The bound of the last step that was run, in nats over all rows."""
+        """The bound of the last step, in nats over all rows."""
         return float(self.step.bound[-1])
 
     @property
@@ -45,12 +45,12 @@ class Started:
         return self.state, jax.random.key(0), step.model.base.weights, step.train, indices
 
     def lower(self, level: str | None = None) -> jax.stages.Lowered:
-        """The step, traced anew and lowered, to be compiled at a level of `LEVELS` or as in a long fit."""
+        """Trace and lower the step, for a level of `LEVELS`, or with the options of a long fit if None."""
         if level is None:
             return self.step.compiled(self.batch_size).lower(*self.inputs)
         return jax.jit(self.step.traced, compiler_options=LEVELS[level]).lower(*self.inputs)
 
 
 def svi_step(*arguments: Any, batch_size: int, **options: Any) -> Started:
-    """`bl.svi_step`, with what it starts from."""
+    """`bl.svi_step` and its initial state."""
     return Started(*bl.svi_step(*arguments, batch_size=batch_size, **options), batch_size)

@@ -1,8 +1,8 @@
 """Write stored tables into the documents, between `<!-- table: FILE/TITLE -->` and `<!-- end -->`.
 
-`FILE` is a file of `benchmarks/results` without its suffix, and `TITLE` a section of it. The command, the
-date and the machine follow the table. With `--check` nothing is written: the exit code is 1 where a document
-differs from the stored table.
+`FILE` is a file of `benchmarks/results` without its suffix, and `TITLE` is one of its sections. The command,
+the date and the machine are written below the table. With `--check` nothing is written, and the exit code is
+1 if a document differs from the stored tables.
 """
 
 import argparse
@@ -18,15 +18,15 @@ MARKED = re.compile(r"(<!-- table: ([\w-]+)/([^>\n]+?) -->)((?!<!-- table: ).)*?
 
 
 def documents() -> list[Path]:
-    """Every document that may have a table."""
+    """All documents that may contain a table."""
     return [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def filled(text: str, folder: Path = RESULTS) -> str:
-    """A document with every table as it is stored.
+    """A document with every table replaced by the stored one.
 
     Raises:
-        ValueError: When a mark has no end, or a table is not stored.
+        ValueError: If a mark has no end, or a table is not stored.
     """
     text, count = MARKED.subn(partial(_section, folder), text)
     if not text.count("<!-- table: ") == text.count("<!-- end -->") == count:
@@ -46,18 +46,18 @@ def _section(folder: Path, mark: re.Match[str]) -> str:
 
 
 def outdated() -> list[Path]:
-    """Documents whose tables are not the stored ones."""
+    """Documents whose tables differ from the stored ones."""
     return [path for path in documents() if filled(text := path.read_text(encoding="utf-8")) != text]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the tables, or compare them."""
+    """Write the tables into the documents, or compare them."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks tables",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--check", action="store_true", help="compare only")
+    parser.add_argument("--check", action="store_true", help="only compare")
     given, old = parser.parse_args(argv), outdated()
     done = "differs from" if given.check else "written from"
     for path in old:

@@ -1,11 +1,11 @@
-"""One way to time: programs take turns, and their ratio is taken round by round.
+"""Timing of programs in alternating rounds, with ratios within each round.
 
-A machine whose speed drifts, or that has other work, slows whatever runs at that moment. Programs that take
-turns in one process, in alternating order, are slowed alike, so that the ratio within a round is steadier
-than either time. Reported are medians and the middle 80 % of rounds, by the clock and in seconds of all cores
-together; the latter hardly feels other work, but counts threads that spin while they wait, as torch's do.
+The speed of a machine drifts, and other work slows it. Programs that alternate in one process are slowed
+equally, so their ratio within a round varies less than either time. The tables report medians and the middle
+80 % of rounds, in wall-clock seconds and in CPU seconds summed over all cores. CPU seconds hardly depend on
+other work, but include threads that spin while they wait, such as torch's.
 
-What runs only once, such as a whole fit, is timed by `clock`.
+`clock` times a block that runs only once, such as a whole fit.
 """
 
 import os
@@ -21,12 +21,12 @@ import numpy as np
 
 from benchmarks.report import Report
 
-WARM_UP = 2  # rounds that are not counted: compilation, and caches of the machine
+WARM_UP = 2  # uncounted rounds: compilation, and caches of the machine
 
 
 @dataclass(frozen=True)
 class Times:
-    """What the rounds of one program took, in seconds: by the clock, and of all cores together."""
+    """Seconds of the rounds of one program: wall clock, and CPU time summed over all cores."""
 
     wall: np.ndarray
     cpu: np.ndarray
@@ -34,7 +34,7 @@ class Times:
 
 @dataclass
 class Took:
-    """What a block took, in seconds: by the clock, and of all cores together."""
+    """Seconds of a block: wall clock, and CPU time summed over all cores."""
 
     wall: float = float("nan")
     cpu: float = float("nan")
@@ -42,7 +42,7 @@ class Took:
 
 @contextmanager
 def clock() -> Iterator[Took]:
-    """Seconds of one block, which stand in what this yields once the block has ended."""
+    """Time a block; the yielded object has the seconds after the block ends."""
     took, wall, cpu = Took(), time.perf_counter(), time.process_time()
     yield took
     took.wall, took.cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -51,7 +51,7 @@ def clock() -> Iterator[Took]:
 def in_turn(
     programs: Mapping[str, Callable[[int], Any]], rounds: int, *, warm_up: int = WARM_UP
 ) -> dict[str, Times]:
-    """Times of each program in each round; a program is called with the number of the round."""
+    """Time each program in each round; a program is called with the number of the round."""
 
     def timed(name: str, step: int) -> tuple[float, float]:
         with clock() as took:
@@ -62,7 +62,7 @@ def in_turn(
 
 
 def in_turn_of_processes(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, Times]:
-    """Times of commands that each run in a process of their own, to its end."""
+    """Time commands, each run in a new process until it ends."""
 
     def timed(name: str, _: int) -> tuple[float, float]:
         wall, before = time.perf_counter(), os.times()
@@ -79,19 +79,19 @@ def _rounds(
 ) -> dict[str, Times]:
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for step in range(rounds + warm_up):
-        for name in names[:: 1 if step % 2 else -1]:  # neither is always first
+        for name in names[:: 1 if step % 2 else -1]:  # alternate the order
             taken[name].append(timed(name, step))
     return {name: Times(*np.array(values[warm_up:]).T) for name, values in taken.items()}
 
 
 def spread(values: np.ndarray, digits: int = 2) -> str:
-    """Median, and the range of the middle 80 %."""
+    """Median and range of the middle 80 %, as text."""
     low, middle, high = (f"{x:.{digits}f}" for x in np.quantile(values, [0.1, 0.5, 0.9]))
     return f"{middle} ({low} to {high})"
 
 
 def show(report: Report, title: str, times: Mapping[str, Times], *, unit: str) -> None:
-    """A table of each program's times, and of its ratios to the first one's of the same round."""
+    """A table of the times of each program, and of their ratios to the first program within each round."""
     first, *_ = times.values()
     over = f"over {next(iter(times))}"
     table = report.table(title, ("", f"s a {unit}", "least", "CPU s", over, "in CPU s"))

@@ -1,10 +1,10 @@
 """Smaller scales, chosen by a rule on the evidence.
 
-On the rows of the seeds of `seeds`, the scales of `fit_core` are lowered by the one factor at which
-Laplace's evidence has lost so many nats (`bnlora.choose_scales(..., within=...)`). Predictions are those of
-Laplace's Gaussian. The rule of 2 nats was fixed before any of these seeds was run. With `--by-layer`, one
-scale for each layer of a family stands beside them. The differences from the untouched base have 95 %
-intervals by bootstrap over seeds and rows.
+On the rows of the seeds of `seeds`, all scales of `fit_core` are multiplied by one factor below one, at which
+Laplace's evidence is a given number of nats below its maximum (`bnlora.choose_scales(..., within=...)`).
+Predictions are those of Laplace's Gaussian. The rule of 2 nats was fixed before any of these seeds was run.
+`--by-layer` adds one scale for each layer of a family. The differences from the base without adapters have
+95 % intervals by bootstrap over seeds and rows.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SHOWN = {"NLL": bl.metrics.nll, "debiased ECE": bl.metrics.debiased_ece, "ACC": 
 
 
 def chosen(core: CoreFit, rules: dict[str, dict]) -> dict[str, bl.Scales]:
-    """Scales by rule, each given as options of `choose_scales`."""
+    """Scales by rule; a rule is a set of options of `choose_scales`."""
     options = {"prior": SCALE_PRIOR, "console": QUIET}
     return {n: bl.choose_scales(core.model, core.fit.train, **rule, **options) for n, rule in rules.items()}
 
@@ -35,7 +35,7 @@ def chosen(core: CoreFit, rules: dict[str, dict]) -> dict[str, bl.Scales]:
 def run_seed(seed: int, pooled: Pool, rules: dict[str, dict], count: int) -> dict:
     """Log-probabilities of the second class by rule and domain, and the labels."""
     train, tests = drawn(pooled, seed, test=count)
-    keys = jax.random.split(jax.random.key(seed), 5)  # those of `seeds`: the same fit
+    keys = jax.random.split(jax.random.key(seed), 5)  # the same keys as in `seeds`, for the same fit
     options = {"label_ids": pooled.label_ids, "num_steps": 1, "console": QUIET}
     core = fit_core(keys[3], pooled.base, train, **options)
     scales = chosen(core, rules)
@@ -55,7 +55,7 @@ def run_seed(seed: int, pooled: Pool, rules: dict[str, dict], count: int) -> dic
 
 
 def gaps(found: list[dict], rule: str, draws: int = 400) -> np.ndarray:
-    """Bootstrap of the NLL of a rule less that of the base, (draw, domain)."""
+    """Bootstrap of the NLL of a rule minus that of the base, shape (draw, domain)."""
     random, made = np.random.default_rng(0), np.zeros((draws, len(DOMAINS)))
 
     def differences(rows: dict) -> np.ndarray:
@@ -96,7 +96,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
-    """The tables over all seeds."""
+    """Tables over all seeds."""
     rules: dict[str, dict] = {f"{within:g} nats": {"within": within} for within in given.within}
     if given.by_layer:
         rules[BY_LAYER] = {"by": "layer"}

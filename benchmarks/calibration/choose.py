@@ -1,8 +1,8 @@
-"""Rates and prior scale of the sparse GP and of LoRA, chosen on validation rows.
+"""Learning rates and prior scale of the sparse GP and of LoRA, chosen on validation rows.
 
-Every setting is fitted on the training sentences of the demonstration and scored on its validation
-sentences, over several seeds; test sentences are never read. Plain LoRA is scored after its last step and
-at its best step (which early stopping would return).
+Every setting is fitted to the training sentences of the demonstration and scored on its validation sentences,
+over several seeds; test sentences are not used. Plain LoRA is scored after its last step and at its best
+step, which early stopping would return.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
-    """A line for each setting of the grid."""
+    """One row for each setting of the grid."""
     base, cached, table = RECIPE.load_base(), {}, report.table("Settings", HEADER)
     for recipe, schedule in islice(settings(given), given.skip, None):
         if schedule.seed not in cached:

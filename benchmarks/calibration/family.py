@@ -1,10 +1,10 @@
-"""Why the sparse GP caps lam: variational families on the head by itself.
+"""Why the sparse GP caps lam: variational families on the head.
 
-With the head alone adapted the last hidden state of a row is a fixed feature vector, so that the two-class
-problem is a logistic regression whose evidence Laplace's method gives almost exactly. That is what a
-Bayesian treatment of this layer can reach, and the fits of `A` and `B` are held against it: the families of
-the demonstration, guides that tie `A` to `B`, and priors with `lam` in them, whose conditional weights stray
-little from their mean. Scored on validation sentences.
+If only the head is adapted, the last hidden state of a row is a fixed feature vector. The two-class problem
+is then a logistic regression, whose evidence Laplace's method gives almost exactly. This is the best result
+of a Bayesian treatment of this layer. The fits of `A` and `B` are compared with it: the families of the
+demonstration, guides that tie `A` to `B`, and priors that contain `lam`, whose conditional weights deviate
+little from their mean. All are scored on validation sentences.
 """
 
 import argparse
@@ -33,11 +33,11 @@ HEADER = ("family", "scale", "bound", "data", "conditional KL", "validation NLL"
 
 
 Build = Callable[[bl.Base, bl.TextData], tuple[bl.Classifier, Callable]]
-"""Model and guide from a base and its rows."""
+"""Function from a base and its rows to a model and a guide."""
 
 
 class Setting(NamedTuple):
-    """One fit: its name, the scale of the prior of B, what makes it, its schedule, draws of a prediction."""
+    """One fit: name, prior scale of B, builder of model and guide, schedule, draws of a prediction."""
 
     name: str
     scale: str
@@ -47,12 +47,12 @@ class Setting(NamedTuple):
 
 
 def of_recipe(recipe: Recipe) -> Build:
-    """A head as the demonstration's recipe makes it."""
+    """A head by a recipe of the demonstration."""
     return lambda base, data: recipe.build(base, data.label_ids)
 
 
 def of_parts(prior: bl.priors.Prior, family: guides.Family, rank: int = 8, **options) -> Build:
-    """A head of the given rank under any prior, with any guide."""
+    """A head of a rank, with any prior and any guide."""
 
     def build(base, data):
         sites = bl.select(base, ["lm_head"], rank=rank)
@@ -86,7 +86,7 @@ def settings(steps: int) -> Iterator[Setting]:
 
 
 def fitted(setting: Setting, base: bl.Base, data: bl.TextData) -> tuple[str, ...]:
-    """One row of the table: the mean bound of the last fifty steps, and scores."""
+    """One row of the table: mean bound of the last fifty steps, and scores."""
     fit = setting.schedule.fit(*setting.build(base, data), data.train, console=Console(quiet=True))
     prediction = bl.predict(jax.random.key(1), fit, data["validation"], num_draws=setting.draws)
     terms = [fit.history[term][-50:].mean() for term in ("elbo", "data", "conditional_kl")]
@@ -100,7 +100,7 @@ def scores(log_probs: np.ndarray, data: bl.TextData) -> tuple[str, str]:
 
 
 def features(base: bl.Base, data: bl.TextData, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Normalised last hidden states (n, d), the base's own log-odds (n,), and labels."""
+    """Normalised last hidden states (n, d), log-odds of the base (n,), and labels (n,)."""
     rows, module = data[name], base.module
     last = np.asarray(rows.mask).sum(1) - 1
     hidden = layers.rms_norm(
@@ -112,7 +112,7 @@ def features(base: bl.Base, data: bl.TextData, name: str) -> tuple[np.ndarray, n
 
 
 def logistic(tau: float, base: bl.Base, data: bl.TextData) -> tuple[str, ...]:
-    """Weights N(0, tau^2) on the features around the base's own log-odds, by Laplace's method."""
+    """Weights N(0, tau^2) on the features, added to the log-odds of the base, by Laplace's method."""
     X, offset, y = features(base, data, "train")
     sign = 2 * y - 1
 
@@ -123,6 +123,7 @@ def logistic(tau: float, base: bl.Base, data: bl.TextData) -> tuple[str, ...]:
     w = minimize(loss, np.zeros(X.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 2000}).x
     p = expit(offset + X @ w)
     precision = (X.T * (p * (1 - p))) @ X + np.eye(len(w)) / tau**2
+    # Laplace: log joint at the mode minus half the log-determinant of precision times prior variance.
     evidence = -loss(w)[0] - 0.5 * np.linalg.slogdet(precision * tau**2)[1]
     new, new_offset, _ = features(base, data, "validation")
     spread = np.sqrt(np.einsum("nd,nd->n", new, np.linalg.solve(precision, new.T).T))
@@ -135,7 +136,7 @@ def logistic(tau: float, base: bl.Base, data: bl.TextData) -> tuple[str, ...]:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """Sizes, and which families."""
+    """Sizes and families."""
     parser.add_argument("--rows", type=int, default=320, help="training rows")
     parser.add_argument("--validation", type=int, default=320, help="validation rows")
     parser.add_argument("--steps", type=int, default=3000)

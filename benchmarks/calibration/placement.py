@@ -1,9 +1,9 @@
 """Placement, size and scale prior of the core prior on the development seeds.
 
-For each seed from 0 to 2 the features of all placements are computed once: 560 labelled movie sentences, and
-1,200 test sentences of each domain. Every line then has scales by Laplace's evidence and predictions by
-Laplace's Gaussian, whose logits have a closed form; no network runs. These test sentences were looked at when
-`bnlora.infer.core.fit` got its defaults, so seeds 0 to 2 stand in no other table.
+For each seed from 0 to 2 the features of all placements are computed once, for 560 labelled movie sentences
+and 1,200 test sentences of each domain. Every row of the table then has scales by Laplace's evidence and
+predictions by Laplace's Gaussian, whose logits have a closed form; the network does not run. These test
+sentences were used to choose the defaults of `bnlora.infer.core.fit`, so no other table has seeds 0 to 2.
 """
 
 import argparse
@@ -41,7 +41,7 @@ NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(48)
 
 
 def scores(tangent, train, tests, placement, prior) -> tuple[np.ndarray, float]:
-    """Accuracy, NLL and ECE in each domain, (domain, 3), and the log evidence."""
+    """Accuracy, NLL and ECE in each domain, shape (domain, 3), and the log evidence in nats."""
     whole, names = linear_of(tangent, train, by="family")
     kept = [names.index(name) for name in placement]
 
@@ -59,8 +59,10 @@ def scores(tangent, train, tests, placement, prior) -> tuple[np.ndarray, float]:
     for batch in tests.values():
         new = part(linear_of(tangent, batch, by="family")[0])
         X = np.concatenate([np.exp(s) * g for s, g in zip(log_scales, new.groups, strict=True)], axis=2)[:, 0]
+        # Variance of each logit under Laplace's Gaussian: prior minus what the data remove.
         variance = (X**2).sum(1) - ((X @ vectors) ** 2 * (values / (1 + values))).sum(1)
         logits = (new.offset[:, 0] + X @ mean)[:, None] + np.sqrt(np.maximum(variance, 0))[:, None] * NODES
+        # Mean probability by Gauss-Hermite quadrature over the normal logit.
         p = (WEIGHTS / WEIGHTS.sum() / (1 + np.exp(-logits))).sum(1)
         log_probs = np.log(np.clip(np.stack([1 - p, p], 1), 1e-12, 1))
         labels = np.asarray(batch.labels)
@@ -77,7 +79,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
-    """A line for each size, placement and prior: means over the seeds."""
+    """One row for each size, placement and prior: means over the seeds."""
     pooled, found = pool(console=QUIET), {}
     for seed in given.seeds:
         train, plain = drawn(pooled, seed, labelled=given.rows, test=given.test)

@@ -1,19 +1,19 @@
 """The demonstration's methods over several seeds: metrics, differences with intervals, seconds.
 
-    run      predictions of the seeds that are not done yet
+    run      compute the predictions of the seeds that are not finished
     report   tables from the predictions of this machine and, for other seeds, from `results/seeds.npz`
-    store    write the predictions of the seeds that are done to that file
+    store    write the predictions of the finished seeds to this file
     picture  draw the reliability diagrams of the README from the predictions of all seeds
     time     seconds of whole fits, compiling included; leave the machine idle meanwhile
 
-A seed draws 560 labelled movie sentences and 2,000 test sentences of each domain, start values, order of rows
-and posterior draws. Seeds 0 to 2 were used to choose placement, sizes and the scale prior of
-`bnlora.infer.core.fit`; they are for development and stand in no table. A seed that is done is kept in a
-file: a run that was stopped goes on.
+A seed determines 560 labelled movie sentences and 2,000 test sentences of each domain, start values, order of
+rows and posterior draws. Seeds 0 to 2 were used to choose placement, sizes and the scale prior of
+`bnlora.infer.core.fit`; they are for development and are in no table. Every finished seed is stored in a
+file, so that a stopped run continues.
 
-Methods, all on the same 560 labelled rows: the untouched base; LoRA by a published recipe after 3 and after
-20 epochs; careful LoRA, which fits 320 rows and takes the other 240 for its step and a temperature;
-Bayesian-LoRA.
+Methods, all on the same 560 labelled rows: the base without adapters; LoRA by a published recipe after 3 and
+after 20 epochs; careful LoRA, which fits 320 rows and uses the other 240 to choose its step and a
+temperature; Bayesian-LoRA.
 """
 
 import argparse
@@ -89,14 +89,14 @@ def run_seed(seed: int, pooled: Pool) -> dict:
 
 
 def folder() -> Path:
-    """Where finished seeds are kept."""
-    made = cache_folder() / "seeds"
-    made.mkdir(parents=True, exist_ok=True)
-    return made
+    """Folder of the finished seeds."""
+    path = cache_folder() / "seeds"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def run_seeds(given: argparse.Namespace, report: Report) -> None:
-    """Run the seeds that are not done yet."""
+    """Run the seeds that are not finished."""
     pooled = pool(console=Console(stderr=True))
     for seed in given.seeds:
         file = folder() / f"seed-{seed}.json"
@@ -111,7 +111,7 @@ PICTURE = RESULTS.parents[1] / "docs" / "pictures" / "reliability.png"
 
 
 def finished() -> list[dict]:
-    """The reported seeds that are done, from this machine or as stored."""
+    """The finished seeds of the tables, from this machine or from the stored file."""
     found = stored() if STORED.is_file() else {}
     for file in folder().glob("seed-*.json"):
         one = json.loads(file.read_text())
@@ -120,14 +120,14 @@ def finished() -> list[dict]:
 
 
 def store(given: argparse.Namespace, report: Report) -> None:
-    """Write the seeds that are done to one file: log-odds, labels, and everything else as JSON."""
+    """Write the finished seeds to one file: log-odds, labels, and everything else as JSON."""
     arrays, about = {}, []
     for one in finished():
         about.append({name: value for name, value in one.items() if name != "rows"})
         for domain, rows in one["rows"].items():
             for name, values in rows.items():
                 x = np.asarray(values)
-                if name != "labels":  # log-odds keep their precision where a probability is near one
+                if name != "labels":  # log-odds keep their precision if a probability is near one
                     x = (x - np.log(-np.expm1(x))).astype(np.float32)
                 arrays[f"{one['seed']}/{domain}/{name}"] = x
     np.savez_compressed(STORED, about=json.dumps(about), **arrays)
@@ -135,7 +135,7 @@ def store(given: argparse.Namespace, report: Report) -> None:
 
 
 def stored() -> dict[int, dict]:
-    """The seeds of that file."""
+    """The seeds of the stored file."""
     with np.load(STORED) as arrays:
         found = {
             one["seed"]: one | {"rows": {d: {} for d in DOMAINS}} for one in json.loads(str(arrays["about"]))
@@ -150,7 +150,7 @@ def stored() -> dict[int, dict]:
 
 
 def seconds(given: argparse.Namespace, report: Report) -> None:
-    """Seconds of whole fits, compiling included; nothing is predicted."""
+    """Seconds of whole fits, compiling included; without predictions."""
     pooled, methods = pool(console=QUIET), (LORA, SHORT, BAYES)
     table = report.table("Seconds of whole fits", ("seed", *(SHOWN[m] for m in methods)))
     for seed in given.seeds:
@@ -169,7 +169,7 @@ METRICS = {"ACC": bl.metrics.accuracy, "NLL": bl.metrics.nll, "ECE": bl.metrics.
 
 
 def bootstrap(found: list[dict], metric, draws: int = 200) -> dict[str, np.ndarray]:
-    """Metric by method, (draw, domain): seeds drawn again, and rows within each, the same for all methods."""
+    """Metric by method, shape (draw, domain): seeds and rows are resampled, equally for all methods."""
     random = np.random.default_rng(0)
     made = {m: np.zeros((draws, len(DOMAINS))) for m in METHODS}
     for draw in range(draws):
@@ -184,7 +184,7 @@ def bootstrap(found: list[dict], metric, draws: int = 200) -> dict[str, np.ndarr
 
 
 def means_of(found: list[dict]) -> dict[str, dict[str, np.ndarray]]:
-    """Means over the seeds by metric, method and domain."""
+    """Means over the seeds, by metric, method and domain."""
 
     def one(metric: Callable, rows: dict, method: str) -> float:
         return metric(of_positive(rows[method]), np.asarray(rows["labels"]))
@@ -200,7 +200,7 @@ def means_of(found: list[dict]) -> dict[str, dict[str, np.ndarray]]:
 
 
 def tables(given: argparse.Namespace, report: Report) -> None:
-    """Means over the seeds that are done, paired intervals, ratios, and the gap to the base by seed."""
+    """Means over the finished seeds, paired intervals, ratios, and differences from the base by seed."""
     found = finished()
     means = means_of(found)
     compact(report, means)
@@ -248,7 +248,7 @@ def differences(report: Report, found: list[dict], means: dict[str, dict[str, np
 def ratios(report: Report, found: list[dict], debiased: dict[str, np.ndarray], draws: int = 200) -> None:
     """Ratio of mean debiased ECE, with a bootstrap interval over seeds and rows.
 
-    Rows that are drawn twice raise the ECE; the draws are therefore shifted to the mean of the estimate.
+    Repeated rows increase the ECE, so the bootstrap draws are shifted to the mean of the estimate.
     """
     ece = bootstrap(found, bl.metrics.ece, draws)
     means = {m: x.mean(1) - x.mean() + debiased[m].mean() for m, x in ece.items()}
@@ -262,7 +262,7 @@ def ratios(report: Report, found: list[dict], debiased: dict[str, np.ndarray], d
 
 
 def picture(given: argparse.Namespace, report: Report) -> None:
-    """Reliability diagrams of LoRA after 20 epochs and of Bayesian-LoRA, rows of all seeds together."""
+    """Reliability diagrams of LoRA after 20 epochs and of Bayesian-LoRA, with the rows of all seeds."""
     found = finished()
 
     def joined(domain: str, name: str) -> np.ndarray:
@@ -286,5 +286,5 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
-    """Run seeds, report those that are done, or time fits."""
+    """Run seeds, report the finished ones, or time fits."""
     JOBS[given.what](given, report)

@@ -1,8 +1,8 @@
 """Laplace's evidence against bridge sampling on the demonstration's rows.
 
-The scales that `fit_core` chose are multiplied by five factors. At each, NUTS in the coordinates of Laplace's
-Gaussian draws from the exact posterior of the tangent model, and bridge sampling gives its log evidence. The
-question is whether value and maximiser of Laplace's approximation can be trusted.
+The scales chosen by `fit_core` are multiplied by five factors. For each factor, NUTS in the coordinates of
+Laplace's Gaussian draws from the exact posterior of the tangent model, and bridge sampling gives its log
+evidence. The table tests the value and the maximiser of Laplace's approximation.
 """
 
 import argparse
@@ -21,13 +21,13 @@ FACTORS = (0.35, 0.6, 1.0, 1.7, 2.8)
 
 
 def top(values: list[float]) -> float:
-    """The factor at the top of the parabola through the three middle points, in the log of the factor."""
+    """Maximiser of the parabola through the three middle points, as a function of the log factor."""
     square, linear, _ = np.polyfit(np.log(FACTORS[1:4]), values[1:4], 2)
     return float(np.exp(-linear / (2 * square)))
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """Rows, and draws of NUTS."""
+    """Number of rows, and draws of NUTS."""
     parser.add_argument("--rows", type=int, default=560)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--draws", type=int, default=1000)

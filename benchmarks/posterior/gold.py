@@ -1,10 +1,10 @@
-"""NUTS of the demonstration's tangent posterior: seconds beside NumPyro's sampler, and scales as sites.
+"""NUTS of the demonstration's tangent posterior: time compared with NumPyro's sampler, and scales as sites.
 
-NUTS in the coordinates of Laplace's Gaussian, at the scales that `fit_core` chose and with scales as sites,
-on labelled movie sentences. At fixed scales NumPyro's NUTS gets the same density in the same coordinates,
-in turns; its seconds and gradients are held against those of `bnlora.sample_nuts`, compiling included.
-Effective sizes are the least over the contrasts of eight rows and the log-likelihood. With scales as sites a
-gradient factorises two matrices of the size of the rows: its cost grows with their third power.
+NUTS runs in the coordinates of Laplace's Gaussian, on labelled movie sentences, at the scales chosen by
+`fit_core` and with scales as sites. At fixed scales, NumPyro's NUTS runs on the same density in the same
+coordinates, in alternation; its seconds and gradients are compared with those of `bnlora.sample_nuts`,
+compiling included. Effective sample sizes are minima over the contrasts of eight rows and the log-likelihood.
+With scales as sites, a gradient factorises two matrices of the number of rows, with cubic cost.
 """
 
 import argparse
@@ -28,7 +28,7 @@ CHAINS, ACCEPTANCE = 4, 0.8
 
 
 def least_ess(target: InRows, positions: np.ndarray) -> float:
-    """Least bulk effective size over some contrasts and the log-likelihood, positions (chain, draw, r)."""
+    """Smallest bulk effective sample size over contrasts and log-likelihood; positions (chain, draw, r)."""
     design, offset, labels = (np.asarray(x) for x in target.likelihood)
     moved = np.asarray(positions, np.float64) * np.asarray(target.gaussian.gains)
     contrasts = offset[:, 0] + moved @ design[:, 0].T
@@ -37,7 +37,7 @@ def least_ess(target: InRows, positions: np.ndarray) -> float:
 
 
 def by_numpyro(key: jax.Array, target: InRows, warmup: int, draws: int) -> tuple[np.ndarray, int]:
-    """Positions (chain, draw, r) and gradients after the warm-up."""
+    """Positions (chain, draw, r), and number of gradients after the warm-up."""
     inputs = target.inputs
     kernel = NUTS(potential_fn=lambda z: -target.log_density(z, inputs), target_accept_prob=ACCEPTANCE)
     sampler = MCMC(kernel, num_warmup=warmup, num_samples=draws, num_chains=CHAINS,
@@ -48,7 +48,7 @@ def by_numpyro(key: jax.Array, target: InRows, warmup: int, draws: int) -> tuple
 
 
 def fixed(report: Report, core: bl.CoreFit, warmup: int, draws: int, rounds: int) -> bl.Chains:
-    """Both samplers at fixed scales, in turns; the last chains of ours."""
+    """Run both samplers at fixed scales, in alternation; return the last chains of `bnlora.sample_nuts`."""
     title = "NUTS at fixed scales"
     table = report.table(title, ("sampler", "round", "s", "gradients", "least ESS", "ESS / s"))
     few = {"num_warmup": warmup, "num_draws": draws, "target_acceptance": ACCEPTANCE, "console": QUIET}
@@ -72,7 +72,7 @@ def fixed(report: Report, core: bl.CoreFit, warmup: int, draws: int, rounds: int
 
 
 def verdict(chains: bl.Chains) -> tuple[str, ...]:
-    """The certificate's verdict, and its worst numbers."""
+    """Verdict of the certificate, and its worst numbers."""
     worst, least = max(chains.certificate.rhat), min(chains.certificate.ess_bulk)
     divergences = int(chains.stats["divergent"].sum())
     return (
@@ -82,7 +82,7 @@ def verdict(chains: bl.Chains) -> tuple[str, ...]:
 
 
 def random_scales(report: Report, core: bl.CoreFit, warmup: int, draws: int) -> bl.Chains:
-    """NUTS with scales as sites, in coordinates that follow them."""
+    """NUTS with scales as sites, in coordinates that depend on the scales."""
     title, prior = "Scales as sites", bl.priors.core(core.frames, scale=SCALE_PRIOR)
     tangent = core.model.with_prior(prior)
     gaussian = bl.laplace(tangent, core.fit.train)
@@ -112,7 +112,7 @@ def random_scales(report: Report, core: bl.CoreFit, warmup: int, draws: int) -> 
 def predictions(
     report: Report, posteriors: dict[str, object], tests: dict[str, bl.Batch], draws: int
 ) -> None:
-    """NLL and debiased ECE by domain of some posteriors of tangent models with the same features."""
+    """NLL and debiased ECE by domain, for posteriors of tangent models with the same features."""
     table = report.table("NLL / debiased ECE", ("posterior", *tests))
     for name, posterior in posteriors.items():
         cells = []
@@ -127,7 +127,7 @@ def predictions(
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """Rows, and draws of NUTS."""
+    """Number of rows, and draws of NUTS."""
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rows", type=int, default=560)
     parser.add_argument("--seed", type=int, default=0)
@@ -138,7 +138,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
-    """Both, and predictions of all posteriors."""
+    """Run both comparisons, and predict with all posteriors."""
     found = pool(console=QUIET)
     train, tests = drawn(found, given.seed, labelled=given.rows, test=given.test)
     key = jax.random.key(given.seed)

@@ -1,9 +1,9 @@
-"""NUTS on the network itself, on its last layer.
+"""NUTS on the network, for its last layer.
 
-The core prior stands on v_proj of the last layer, at multiples of the scale that the tangent model's evidence
-chose. NUTS samples the posterior of the tangent model and that of the network, with the same rows and scale.
-A line says whether the chains are certified, and how far the contrasts of test sentences differ. At small
-scales the two models agree. The network needs minutes where the tangent model needs seconds.
+The core prior is on v_proj of the last layer, at multiples of the scale chosen by the evidence of the tangent
+model. NUTS samples the posterior of the tangent model and that of the network, with the same rows and scale.
+Each row states whether the chains are certified, and how much the contrasts of test sentences differ. At
+small scales the two models agree. The network takes minutes, the tangent model seconds.
 """
 
 import argparse
@@ -25,7 +25,7 @@ OPTIONS = {"target_acceptance": 0.8, "max_doublings": 6, "console": QUIET}
 
 
 def contrasts(posterior, rows: bl.Batch, draws: int) -> tuple[np.ndarray, np.ndarray]:
-    """Log-odds of test rows (draw, row), and log-probabilities of their mixture."""
+    """Log-odds of test rows, shape (draw, row), and log-probabilities of their mixture."""
     found = bl.predict(jax.random.key(2), posterior, rows, num_draws=draws, console=QUIET)
     samples = np.asarray(found.draw_log_probs, np.float64)
     return samples[..., 1] - samples[..., 0], found.log_probs
@@ -34,7 +34,7 @@ def contrasts(posterior, rows: bl.Batch, draws: int) -> tuple[np.ndarray, np.nda
 def cells_of(
     chains: bl.Chains, seconds: float, tests: dict[str, bl.Batch], reference: dict, draws: int
 ) -> tuple[str, ...]:
-    """Cells of a line; `reference` has the contrasts of the tangent model, or takes them."""
+    """Cells of a row; `reference` contains the contrasts of the tangent model, or gets them here."""
     sds, gaps, losses = [], [], []
     for domain, batch in tests.items():
         found, log_probs = contrasts(chains, batch, draws)
@@ -56,7 +56,7 @@ def cells_of(
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """Rows, multiples of the scale, and draws of NUTS."""
+    """Number of rows, multiples of the scale, and draws of NUTS."""
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=4, help="directions of each side of the frames")
@@ -67,7 +67,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
-    """A line for each multiple and model."""
+    """One row for each multiple and model."""
     found = pool(console=QUIET)
     train, tests = drawn(found, given.seed, labelled=given.rows, test=given.test)
     key, few = jax.random.key(given.seed), {"num_warmup": given.warmup, "num_draws": given.draws}

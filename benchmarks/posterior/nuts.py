@@ -1,8 +1,9 @@
-"""What sampling costs: BlackJAX against NumPyro, cached trunk, warm start.
+"""Cost of sampling: BlackJAX against NumPyro, cached trunk, warm start.
 
-Both NUTS samplers get the same head, adaptation target, diagonal mass matrix, chains, warm-up and draws, one
-after the other in one process, in turns. A round's number is the least bulk effective sample size over the
-identifiable functions by the seconds of the whole call, compiling included, and without it by gradients.
+Both NUTS samplers get the same head, adaptation target, diagonal mass matrix, chains, warm-up and draws, and
+alternate in one process. The result of a round is the smallest bulk effective sample size over the
+identifiable functions, divided by the seconds of the whole call (compiling included), and by the number of
+gradients.
 """
 
 import argparse
@@ -30,7 +31,7 @@ ACCEPTANCE = 0.9
 def blackjax(
     key: jax.Array, model: bl.Classifier, train: bl.Batch, warmup: int, draws: int
 ) -> tuple[float, int]:
-    """Least effective sample size and gradients."""
+    """Smallest effective sample size, and number of gradients."""
     options = {"num_warmup": warmup, "num_draws": draws, "target_acceptance": ACCEPTANCE}
     chains = bl.sample_nuts(key, model, train, init_strategy="zero", **options)
     return float(bulk_ess(chains.values()[1]).min()), sum(chains.num_gradients.values())
@@ -39,7 +40,7 @@ def blackjax(
 def numpyro(
     key: jax.Array, model: bl.Classifier, train: bl.Batch, warmup: int, draws: int
 ) -> tuple[float, int]:
-    """The same by NumPyro's sampler; it does not report the gradients of its warm-up, which count as none."""
+    """The same by NumPyro's sampler; gradients of its warm-up are not reported and not counted."""
     kernel = NUTS(model, target_accept_prob=ACCEPTANCE, init_strategy=guides.init_to_base)
     sampler = MCMC(
         kernel,
@@ -75,7 +76,7 @@ def rounds(report: Report, model: bl.Classifier, made: Target, given: argparse.N
 
 
 def trunk(report: Report, made: Target, train: bl.Batch) -> None:
-    """Seconds of a gradient of one chain on cached rows and on plain ones."""
+    """Seconds of a gradient of one chain, on rows with and without cached activations."""
     vector = starts(jax.random.key(0), made, None, "zero", 1)[0]
     gradient = jax.jit(jax.grad(made.log_density))
     plain = made.inputs[0], train
@@ -90,7 +91,7 @@ def trunk(report: Report, made: Target, train: bl.Batch) -> None:
 
 
 def warm_start(report: Report, model: bl.Classifier, made: Target, given: argparse.Namespace) -> None:
-    """Gradients of the warm-up from a fit, from the start of fits and from draws of the prior."""
+    """Gradients of the warm-up if chains start at a fit, at the start of fits, or at draws of the prior."""
     guide = guides.Guide(model.prior, guides.mean_field())
     steps = {"num_steps": 500, "batch_size": len(made.train)}
     fit = bl.fit(jax.random.key(0), model, guide, made.train, optax.adam(1e-2), console=QUIET, **steps)
@@ -110,7 +111,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
-    """The three measurements."""
+    """Run the three measurements."""
     model, train, _ = HEADS[given.head].load(smollm2())
     made = target(jax.random.key(0), model, train, sites=None, given=None, fix_at="mean", console=QUIET)
     trunk(report, made, train)

@@ -1,10 +1,10 @@
-"""How far is every guide from the exact posterior of a small head?
+"""How far is each guide from the exact posterior of a small head?
 
-The references are NUTS chains with a certificate, kept in `references/` as values of identifiable functions
-and predictions; `--sample` makes them anew. Every posterior is fitted to the same rows with the same number
-of full-batch steps and compared by `bl.compare`. Columns: mean absolute error of the means in units of the
-reference's standard deviation, median ratio of standard deviations, sliced Wasserstein-2 and mean total
-variation of predictions, both with the null level in brackets, k-hat, bound, seconds, parameters.
+The references are NUTS chains with a certificate, stored in `references/` as values of identifiable functions
+and predictions; `--sample` samples them again. Every posterior is fitted to the same rows with the same
+number of full-batch steps and compared by `bl.compare`. Columns: mean absolute error of the means in standard
+deviations of the reference, median ratio of standard deviations, sliced Wasserstein-2 distance and mean total
+variation of predictions (both with the null level in brackets), k-hat, bound, seconds, number of parameters.
 """
 
 import argparse
@@ -30,7 +30,7 @@ FOLDER = Path(__file__).parents[1] / "references"
 QUIET = Console(quiet=True)
 MAP = "point (MAP)"
 HEADER = ("posterior", "means", "spread", "W2 (null)", "TV (null)", "k-hat", "bound", "s", "parameters")
-# Thinning until neighbours are nearly uncorrelated; trajectories of queries take their limit of gradients.
+# Thinning until neighbours are nearly uncorrelated; trajectories of queries reach their limit of gradients.
 OUTPUT_ROWS = {
     "num_warmup": 1000,
     "num_draws": 1000,
@@ -47,7 +47,7 @@ QUERIES = {
     "max_doublings": 6,
     "initial_step_size": 0.3,
 }
-# Of the same transitions half as many draws are kept: every fourth had a lag-1 autocorrelation of 0.055.
+# Half as many draws of the same transitions: with every fourth, the lag-1 autocorrelation was 0.055.
 QUERIES_OF_RANK_2 = QUERIES | {"num_draws": 250, "piece": 50, "thinning": 8}
 
 
@@ -64,7 +64,7 @@ FAMILIES: dict[str, guides.Family | dict[str, guides.Family]] = {
     "MC dropout": {r".*\.a": guides.dropout(), r".*\.b": guides.delta()},
     MAP: guides.delta(),
 }
-# From a prior program to a guide.
+# Functions from a prior program to a guide.
 GUIDES: dict[str, Callable[[Any], Callable]] = {
     "AutoNormal": partial(AutoNormal, init_loc_fn=guides.init_to_base, init_scale=0.01),
     "SiteFlow": guides.SiteFlow,
@@ -73,7 +73,7 @@ GUIDES: dict[str, Callable[[Any], Callable]] = {
 
 
 def fitted(name: str, model: bl.Classifier, train: bl.Batch, steps: int, seed: int) -> bl.Fit:
-    """A guide after full-batch SVI."""
+    """Fit a guide by full-batch SVI."""
     rate = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
     scales = optax.adam(optax.cosine_decay_schedule(3e-2, steps))
     return bl.fit(
@@ -90,10 +90,10 @@ def fitted(name: str, model: bl.Classifier, train: bl.Batch, steps: int, seed: i
 
 
 def cells_of(comparison: bl.Comparison) -> tuple[str, ...]:
-    """Columns of a comparison."""
+    """Cells of the columns of a comparison."""
     moments, transport, predictive = comparison.moments, comparison.transport, comparison.predictive
     if predictive is None:
-        raise ValueError("a line of the table needs predictions")
+        raise ValueError("a row of the table needs predictions; got a comparison without them")
     distance, null = predictive.total_variation.mean(), predictive.total_variation_null.mean()
     return (
         f"{np.abs(moments.shift).mean():.2f}",
@@ -105,7 +105,7 @@ def cells_of(comparison: bl.Comparison) -> tuple[str, ...]:
 
 
 def sample(name: str, base: bl.Base, seed: int, folder: Path | None) -> None:
-    """Make the reference of a head anew, and keep it if its certificate passed."""
+    """Sample the reference of a head again, and store it if it passes its checks."""
     model, train, others = HEADS[name].load(base)
     pieces = None if folder is None else folder / name
     queries = {1: QUERIES, 2: QUERIES_OF_RANK_2}
@@ -113,7 +113,7 @@ def sample(name: str, base: bl.Base, seed: int, folder: Path | None) -> None:
     chains = bl.sample_nuts(jax.random.key(seed), model, train, folder=pieces, **options)
     print(chains, chains.certificate, sep="\n", flush=True)
     if not chains.certificate.passed:
-        raise SystemExit(f"the reference of {name} was not kept: {chains.certificate.verdict}")
+        raise SystemExit(f"the reference of {name} was not stored: {chains.certificate.verdict}")
     bl.save_reference(bl.store_reference(chains, others), FOLDER / name)
 
 
@@ -140,7 +140,7 @@ def compared(report: Report, name: str, base: bl.Base, given: argparse.Namespace
 def around(
     table: Table, fit: bl.Fit, reference: Any, train: bl.Batch, others: bl.Batch, key: jax.Array
 ) -> None:
-    """Laplace's method at the mode, with the two structures that such sizes allow."""
+    """Laplace's method at the mode, with the two covariance structures that are feasible at these sizes."""
     for structure in ("diagonal", "kronecker"):
         with clock() as took:
             made = inference.laplace(fit, train, structure=structure)
@@ -156,12 +156,12 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sample", action="store_true", help="make the references instead")
-    parser.add_argument("--folder", type=Path, help="where chains are kept, to go on after an interrupt")
+    parser.add_argument("--sample", action="store_true", help="sample the references instead")
+    parser.add_argument("--folder", type=Path, help="folder of the chains, to continue after an interrupt")
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
-    """Make references, or compare every guide with them."""
+    """Sample references, or compare every guide with them."""
     base = smollm2()
     for name in given.heads:
         if given.sample:

@@ -1,4 +1,4 @@
-"""The certificates of the reference chains that `posteriors` compares with, and how they were sampled."""
+"""Certificates of the reference chains of `posteriors`, and how they were sampled."""
 
 import argparse
 from pathlib import Path
@@ -15,12 +15,12 @@ HEADER = ("reference", "draws", "s", "worst R-hat", "least ESS (bulk, tail)", "d
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """Which references."""
+    """References."""
     parser.add_argument("--heads", nargs="*", default=list(HEADS), choices=list(HEADS), help="names of heads")
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
-    """A line for each reference, out of its record."""
+    """One row for each reference, from its record."""
     table = report.table("References", HEADER)
     for name in given.heads:
         stored = bl.load_reference(FOLDER / name)

@@ -1,10 +1,10 @@
 """Which guides are calibrated? Simulation-based calibration on a tiny head.
 
-A random Llama with its head alone adapted at rank 1, so that the exact posterior is within reach of
-importance resampling from the prior. Truths come from the prior, labels from the likelihood, and every
-guide is fitted anew to every data set. The tables have a line for each inference, and for each function of
-it, with p-values adjusted over the functions; "margins" is the least of three. `--folder` is for pictures of
-the ranks, `sbc.png` and `vsbc.png`. A new guide is one more line in `GUIDES`.
+The model is a random Llama with only its head adapted, at rank 1, so that importance resampling from the
+prior gives the exact posterior. Truths are drawn from the prior and labels from the likelihood, and every
+guide is fitted to every data set. The tables have one row for each inference, and one for each of its
+functions, with p-values adjusted over the functions; "margins" is the smallest p-value of three margins.
+`--folder` saves figures of the ranks, `sbc.png` and `vsbc.png`. To add a guide, add a line to `GUIDES`.
 """
 
 import argparse
@@ -34,11 +34,11 @@ PRIORS: dict[str, Callable[[], bl.priors.Prior]] = {
 
 
 def of_family(family: guides.Family) -> Callable[..., guides.Guide]:
-    """From a prior program to the guide of one family for every site."""
+    """Function from a prior program to a guide with one family for every site."""
     return partial(guides.Guide, families=family, noise=guides.noise(lam_init=0.1))
 
 
-# From a prior program to a guide.
+# Functions from a prior program to a guide.
 GUIDES: dict[str, Callable[..., Callable]] = {
     "AutoNormal": partial(AutoNormal, init_loc_fn=bl.guides.init_to_base, init_scale=0.1),
     "SiteFlow": partial(bl.guides.SiteFlow, init_scale=0.1, lam_init=0.1),
@@ -65,7 +65,7 @@ HEADER = ("inference", "function", "mean p", "spread", "SBC p", "VSBC p", "draws
 
 
 def inference(name: str, model: bl.Classifier, arguments: argparse.Namespace) -> sbc.Inference:
-    """The inference of a name: the reference, or SVI with one of the guides."""
+    """Inference by name: the reference, or SVI with one of the guides."""
     if name == EXACT:
         return sbc.importance_inference(
             model, num_particles=arguments.particles, num_draws=arguments.draws, num_together=512
@@ -83,7 +83,7 @@ def inference(name: str, model: bl.Classifier, arguments: argparse.Namespace) ->
 
 
 def short(name: str, result: Calibration, seconds: float) -> tuple[str, ...]:
-    """One line for an inference."""
+    """Row of the short table for an inference."""
     means, adjusted = result.probabilities.mean(0), result.adjusted
 
     def both(function: str) -> str:
@@ -96,7 +96,7 @@ def short(name: str, result: Calibration, seconds: float) -> tuple[str, ...]:
 
 
 def rows_of(name: str, result: Calibration) -> list[tuple[str, ...]]:
-    """The lines of an inference, one for each function; p-values are adjusted over them."""
+    """Rows of an inference, one for each function; p-values are adjusted over the functions."""
     lines = []
     for k, row in enumerate(result.table.rows):
         function, mean, spread, _, uniform, _, symmetric, direction = row
@@ -106,7 +106,7 @@ def rows_of(name: str, result: Calibration) -> list[tuple[str, ...]]:
 
 
 def picture(draw: Callable, results: dict[tuple[str, str], Calibration], path: Path) -> None:
-    """One row of panels for each inference, each row on one scale."""
+    """A figure with one row of panels for each inference; the panels of a row share their scale."""
     height, width = len(results), len(next(iter(results.values())).names)
     figure = Figure(figsize=(2.4 * width, 1.9 * height + 0.5), layout="constrained")
     grid = figure.subplots(height, width, squeeze=False, sharey="row", sharex=True)
@@ -135,9 +135,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--particles", type=int, default=16384)
     parser.add_argument("--rate", type=float, default=0.03)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--folder", type=Path, help="where sbc.png and vsbc.png go; none are drawn when omitted"
-    )
+    parser.add_argument("--folder", type=Path, help="folder of sbc.png and vsbc.png; no figures by default")
     parser.add_argument(
         "--priors", nargs="*", default=list(PRIORS), choices=list(PRIORS), help="names of priors"
     )

@@ -1,15 +1,15 @@
 """Is the posterior of the core prior calibrated? Simulation-based calibration on the tangent model.
 
-Truths come from the prior at 3 nats, labels from the likelihood, and every inference starts anew on every
-data set; frames and scales stay as they are. The rows are movie sentences of the demonstration under
-SmolLM2-135M, with the last two layers adapted as in `bl.fit_core` but with smaller frames, 8 and 320 of them.
-Importance resampling from the prior, which is exact, is within reach for the head of a tiny network alone.
+Truths are drawn from the prior at 3 nats and labels from the likelihood, and every inference runs on every
+data set, with fixed frames and scales. The rows are 8 and 320 movie sentences of the demonstration under
+SmolLM2-135M, with the last two layers adapted as in `bl.fit_core`, but with smaller frames. Importance
+resampling from the prior, which is exact, is feasible only for the head of a tiny network.
 
-Posterior calibration then starts from the labels that 320 sentences do have: truths from their posterior, new
-labels of the same rows, inference from both.
+Posterior calibration starts from the observed labels of 320 sentences: truths from their posterior, new
+labels of the same rows, and inference from both.
 
-`--tiny` takes random rows of a tiny network instead. LAPACK's threads wait for each other where other
-programs run: set OPENBLAS_NUM_THREADS=1.
+`--tiny` uses random rows of a tiny network instead. LAPACK's threads wait for each other if other programs
+run: set OPENBLAS_NUM_THREADS=1.
 """
 
 import argparse
@@ -54,14 +54,14 @@ HEADER = (
 
 
 def tangent_of(base, targets: list[str], rows: bl.Batch, label_ids: tuple[int, ...], size: int) -> bl.Tangent:
-    """The tangent model in frames of the rows, whose labels are not read."""
+    """The tangent model in frames of the rows; labels are not used."""
     frames = bl.frames(KEY, base, targets, rows, label_ids=label_ids, size=size, layers=LAYERS, console=QUIET)
     network = bl.Classifier(base, frames.sites, bl.priors.core(frames, scale=SCALE), label_ids=label_ids)
     return bl.Tangent(network)
 
 
 def inferences(tangent: bl.Tangent) -> dict[str, sbc.Inference]:
-    """All inferences but importance resampling."""
+    """All inferences except importance resampling."""
     return {
         NUTS: nuts_inference(tangent, num_draws=DRAWS),
         "full Gaussian, SVI": gaussian_inference(KEY, tangent, num_draws=DRAWS),
@@ -71,7 +71,7 @@ def inferences(tangent: bl.Tangent) -> dict[str, sbc.Inference]:
 
 
 def interval(values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> list[str]:
-    """A statistic of columns with a 95 % interval, simulations drawn again."""
+    """A statistic of columns with a 95 % interval by bootstrap over simulations."""
     random = np.random.default_rng(0)
     again = [statistic(values[random.integers(0, len(values), len(values))]) for _ in range(2000)]
     low, high = np.quantile(again, [0.025, 0.975], axis=0)
@@ -79,7 +79,7 @@ def interval(values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) 
 
 
 class Judged(NamedTuple):
-    """What came out for one inference."""
+    """Result of one inference."""
 
     rows: str
     name: str
@@ -91,17 +91,17 @@ class Judged(NamedTuple):
         return p.mean(0)
 
     def spread(self, ranks: np.ndarray) -> np.ndarray:
-        """Variance of the ranks of each function over that of uniform ones."""
+        """Variance of the ranks of each function, divided by that of uniform ranks."""
         return ranks.var(0, ddof=1) / (((self.result.num_draws + 1) ** 2 - 1) / 12)
 
 
 def p_text(p: float) -> str:
-    """A p-value in four digits."""
+    """A p-value with four decimals."""
     return "<1e-4" if p < 1e-4 else f"{p:.4f}"
 
 
 def condensed(judged: Judged) -> tuple[str, ...]:
-    """One line for an inference: mean p and variance of ranks by kind of function, and the least p-value."""
+    """Row of an inference: mean p and variance of ranks by kind of function, and the smallest p-value."""
     names, result = judged.result.names, judged.result
     means, spreads = judged.mean(result.probabilities), judged.spread(result.ranks)
 
@@ -116,7 +116,7 @@ def condensed(judged: Judged) -> tuple[str, ...]:
 
 
 def lines(judged: Judged) -> list[tuple[str, ...]]:
-    """The lines of an inference, one for each function; p-values are adjusted over them."""
+    """Rows of an inference, one for each function; p-values are adjusted over the functions."""
     rows, name, result, seconds = judged
     means = interval(result.probabilities, judged.mean)
     spreads = interval(result.ranks, judged.spread)
@@ -135,7 +135,7 @@ def judge(
     made: Mapping[str, sbc.Inference],
     run: Callable[[str, sbc.Inference], Calibration],
 ) -> list[Judged]:
-    """Run the inferences one after the other."""
+    """Run the inferences one by one."""
     found = []
     for name, inference in made.items():
         with clock() as took:
@@ -159,7 +159,7 @@ def prior_part(
 def posterior_part(
     report: Report, tangent: bl.Tangent, rows: bl.Batch, label: str, simulations: int
 ) -> list[Judged]:
-    """Calibration under the posterior of the rows' own labels; truths are draws of NUTS but for one line."""
+    """Calibration under the posterior of the observed labels; truths are draws of NUTS except in one row."""
     exact = nuts_inference(tangent, num_draws=simulations, num_warmup=200, thinning=8)
     gaussian = laplace_inference(tangent, num_draws=simulations)
     truths = {
@@ -178,14 +178,14 @@ def posterior_part(
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """Simulations, and the network."""
+    """Number of simulations, and network."""
     parser.add_argument("--simulations", type=int, default=200)
     parser.add_argument("--rows", type=int, default=MANY, help="rows of the larger task")
     parser.add_argument("--tiny", action="store_true", help="a tiny network instead of SmolLM2-135M")
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
-    """Calibrate every inference: a line for each, and one for each function."""
+    """Calibrate every inference: one row for each, and one for each of its functions."""
     count = given.simulations
     tiny, task = tiny_base(jax.random.key(1), num_layers=2), tiny_rows(jax.random.key(2), given.rows)
     head = tangent_of(tiny, ["lm_head"], task, (3, 5), 4)

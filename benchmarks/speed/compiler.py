@@ -1,7 +1,7 @@
-"""What XLA's levels of optimisation cost and gain on CPUs, for a step.
+"""Compile time and run time of a step at XLA's levels of optimisation, on CPUs.
 
-Each step, of a small and of a wide model, is compiled once at every level without a cache. The compiled steps
-then run in turn. `bnlora/_util/compilation.py` chooses the level by these numbers.
+The steps of a small and of a wide model are compiled once at every level without a cache. The compiled steps
+then run in alternation. `bnlora/_util/compilation.py` chooses the level by these numbers.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
-    """Compile both steps at each level, then time the compiled steps in turn."""
+    """Compile both steps at each level, then time the compiled steps in alternation."""
     jax.config.update("jax_enable_compilation_cache", False)  # noqa: FBT003
     wide = random_base(jax.random.key(3), LlamaConfig(vocab_size=49_152, tied=True, **WIDE))
     steps = {

@@ -1,8 +1,8 @@
 """Many draws of a tangent posterior over one forward pass, on SmolLM2-135M.
 
-Rows that were never seen before are predicted with 16 draws: one forward pass, a backward pass for each
-contrast through the layers above the lowest adapter, and a product for the draws. This is held against one
-forward pass of the same rows by the network, through the same functions, in turns and compiled before.
+New rows are predicted with 16 draws: one forward pass, a backward pass for each contrast through the layers
+above the lowest adapter, and one product for all draws. This is compared with one forward pass of the same
+rows by the network, through the same functions, in alternation, without compile time.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CASES = {
 
 
 def measure(name: str, base: bl.Base, rounds: int, rows: int, length: int) -> tuple[str, ...]:
-    """Coordinates, and ratios by the clock and in CPU seconds, of one case."""
+    """Number of coordinates of one case, and ratios in wall-clock and CPU seconds."""
     classes, layers = CASES[name]
     label_ids = tuple(range(100, 100 + classes))
     key, few = jax.random.key(0), {"length": length, "vocabulary": 49_152}
@@ -62,7 +62,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
-    """A line for each case."""
+    """One row for each case."""
     header = ("case", "coordinates", "over one forward pass", "in CPU seconds")
     table, base = report.table("16 draws of a tangent posterior", header), bl.load(fetch_smollm2())
     for name in given.only:

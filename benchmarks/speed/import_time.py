@@ -1,7 +1,7 @@
-"""What `import bnlora` takes beside `import numpyro`, which it cannot do without.
+"""Time of `import bnlora`, compared with `import numpyro`, on which it depends.
 
-Each import runs in a Python of its own, in turn and in alternating order, so that a machine with other work
-slows both alike. `--modules` names what the time goes to.
+Each import runs in a new Python process, in alternating order, so that other work on the machine slows both
+equally. `--modules` lists the slowest packages.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from benchmarks.timing import in_turn_of_processes, show
 
 
 def own_time(report: str) -> Counter[str]:
-    """Seconds by top-level package and the one below it, out of what `python -X importtime` wrote."""
+    """Seconds by package and subpackage, from the output of `python -X importtime`."""
     taken: Counter[str] = Counter()
     for microseconds, name in re.findall(r"^import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)$", report, re.MULTILINE):
         taken[".".join(name.split(".")[:2])] += int(microseconds) / 1e6
@@ -23,13 +23,13 @@ def own_time(report: str) -> Counter[str]:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """Number of rounds, and what else to print."""
+    """Number of rounds, and number of packages to list."""
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--modules", type=int, default=0, help="print the so many slowest packages")
+    parser.add_argument("--modules", type=int, default=0, help="number of slowest packages to list")
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
-    """Time both imports and their ratio."""
+    """Time both imports, and their ratio."""
     commands = {f"import {n}": [sys.executable, "-c", f"import {n}"] for n in ("numpyro", "bnlora")}
     show(report, "Importing", in_turn_of_processes(commands, given.rounds), unit="run")
     if given.modules:

@@ -1,11 +1,11 @@
-"""Times to an answer in Jupyter: first step, predict, `to_arviz` and `diagnose` of four fits, nothing cached.
+"""Times to a result in Jupyter: first step, predict, `to_arviz` and `diagnose` of four fits, without caches.
 
-Each fit runs in a new process without a compilation cache. The calls run one after the other, as a user makes
-them: what one has compiled, the next may use. The rows are random tokens. `first step` is a whole `bl.fit` or
-`bl.fit_core` of one step (`--steps`), with the cache of activations below the adapters.
+Each fit runs in a new process without a compilation cache. The calls run one by one as in a user's session:
+each may use programs compiled by the calls before. The rows are random tokens. `first step` is a whole
+`bl.fit` or `bl.fit_core` of one step (`--steps`), with the cache of activations below the adapters.
 
 `--base tiny --fits sparse-gp --rows 128 --others 128 --length 16 --rank 2 --steps 100 --draws 32` is a small
-model, where nearly all of the time is tracing and compiling. `--slowest 8` names the slowest programs.
+model, whose time is nearly all tracing and compiling. `--slowest 8` lists the slowest programs.
 """
 
 import argparse
@@ -43,7 +43,7 @@ QUIET = Console(quiet=True)
 
 
 class Watch:
-    """Seconds of tracing, lowering and compiling by program, as JAX reports them, since the last `take`."""
+    """Seconds of tracing, lowering and compiling by program since the last `take`, as reported by JAX."""
 
     def __init__(self):
         self.seconds: dict[str, Counter[str]] = defaultdict(Counter)
@@ -59,7 +59,7 @@ class Watch:
         self.programs[name] += stage == "compile"
 
     def take(self, slowest: int) -> dict[str, Any]:
-        """What was heard, which is then forgotten."""
+        """Return the recorded seconds and clear them."""
         heard: dict[str, Any] = {stage: self.seconds[stage].total() for stage in STAGES.values()}
         named = self.seconds["compile"].most_common(slowest)
         heard["slowest"] = [(name, self.programs[name], seconds) for name, seconds in named]
@@ -69,7 +69,7 @@ class Watch:
 
 
 def fitted(given: argparse.Namespace, base: bl.Base, train: bl.Batch) -> Any:
-    """The fit of one kind."""
+    """Fit of one kind."""
     key, label_ids = jax.random.key(given.seed), np.array([3, 5])
     if given.only == "core":
         return bl.fit_core(key, base, train, label_ids=label_ids, num_steps=given.steps, console=QUIET)
@@ -79,7 +79,7 @@ def fitted(given: argparse.Namespace, base: bl.Base, train: bl.Batch) -> Any:
 
 
 def calls(given: argparse.Namespace) -> dict[str, Callable[[Any], Any]]:
-    """The calls by name; each but the first takes the fit."""
+    """The calls by name; each except the first takes the fit."""
     base = BASES[given.base]()
     size = {"length": given.length, "vocabulary": base.config.vocab_size}
     train = tiny_rows(jax.random.key(2), given.rows, **size)
@@ -101,7 +101,7 @@ def calls(given: argparse.Namespace) -> dict[str, Callable[[Any], Any]]:
 
 
 def measure(given: argparse.Namespace) -> None:
-    """Make every call in this process and print its numbers as a line of JSON."""
+    """Run every call in this process, and print its numbers as a line of JSON."""
     jax.config.update("jax_enable_compilation_cache", False)  # noqa: FBT003
     watch, todo, fit = Watch(), calls(given), None
     for name in given.calls:
@@ -125,12 +125,12 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--draws", type=int, default=8, help="draws of `predict`")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--slowest", type=int, default=0, help="name the so many slowest programs of a call")
+    parser.add_argument("--slowest", type=int, default=0, help="number of slowest programs of a call to list")
     parser.add_argument("--only", choices=FITS.values(), help="one fit, in this process, as lines of JSON")
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
-    """Run every fit in a process of its own."""
+    """Run every fit in a new process."""
     if given.only:
         measure(given)
         return
@@ -149,7 +149,7 @@ def run(given: argparse.Namespace, report: Report) -> None:
             for program, count, seconds in one["slowest"]:
                 report.progress(f"    {seconds:7.2f} s  {count:3} x {program}")
         if process.wait():
-            raise SystemExit(f"{kind} stopped")
+            raise SystemExit(f"the process of {kind} stopped")
     report.text(
         title,
         f"{given.base}; {given.rows} training rows and {given.others} others of up to {given.length} tokens; "
@@ -158,7 +158,7 @@ def run(given: argparse.Namespace, report: Report) -> None:
 
 
 def _command(given: argparse.Namespace) -> list[str]:
-    """The command line of a process of this benchmark with the same sizes."""
+    """Command line of a process of this benchmark with the same sizes."""
     names = ("base", "rows", "others", "length", "rank", "steps", "draws", "seed", "slowest")
     sizes = [str(x) for name in names for x in (f"--{name}", getattr(given, name))]
     return [sys.executable, "-m", "benchmarks", "journey", *sizes, "--calls", *given.calls]

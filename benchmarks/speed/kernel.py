@@ -1,10 +1,10 @@
-"""What the adapted product costs, on whatever device is there.
+"""Cost of the adapted product, on the available device.
 
-Times "pallas" (the fused kernels) against "xla" (the reference as XLA compiles it) and against x W alone, the
-least that any of them can cost: one adapter and S draws over the same inputs, forwards, and the gradient with
-one adapter. Given the device's peaks (`--tflops`, `--gbs`), also the fraction of the roofline
-max(operations / peak rate, bytes / peak bandwidth). On a host without accelerator only "xla" runs, and
-`--ahead` has the TPU's compiler count what it would move there instead (it needs `libtpu`).
+Times "pallas" (the fused kernels) against "xla" (the reference compiled by XLA) and against the product x W
+without adapters, a lower bound: forward with one adapter and with S draws over the same inputs, and the
+gradient with one adapter. With the device's peaks (`--tflops`, `--gbs`), the table also has the fraction of
+the roofline max(operations / peak rate, bytes / peak bandwidth). On a host without accelerator only "xla"
+runs; `--ahead` counts the memory traffic on a TPU with its compiler instead (it needs `libtpu`).
 """
 
 import argparse
@@ -25,7 +25,7 @@ Arrays = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def arrays(size: tuple[int, int, int], rank: int, draws: int, dtype: str) -> Arrays:
-    """Inputs, kernel and adapters, which have a leading axis of draws where there are several."""
+    """Inputs, kernel and adapters; adapters have a leading draw axis if there are several draws."""
     (m, k, n), front = size, (draws,) if draws > 1 else ()
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = ((m, k), (k, n), (*front, rank, k), (*front, n, rank))
@@ -34,7 +34,7 @@ def arrays(size: tuple[int, int, int], rank: int, draws: int, dtype: str) -> Arr
 
 
 def forward(implementation: str, draws: int) -> Callable[..., jax.Array]:
-    """The product, mapped over the adapters where there are several."""
+    """The product, mapped over the draws if there are several."""
     apply = partial(api.lora_matmul, implementation=implementation)
     return jax.vmap(apply, in_axes=(None, None, 0, 0)) if draws > 1 else apply
 
@@ -49,20 +49,20 @@ def gradient(implementation: str) -> Callable[..., tuple[jax.Array, ...]]:
 
 
 def roofline(size: tuple[int, int, int], rank: int, draws: int, itemsize: int) -> tuple[int, int]:
-    """Operations and bytes of the forward pass when every array moves once."""
+    """Operations and bytes of the forward pass if every array is moved once."""
     m, k, n = size
     operations = 2 * m * (k * n + draws * rank * (k + n))
     return operations, itemsize * (m * k + k * n + draws * (rank * (k + n) + m * n))
 
 
 def called(function: Callable, inputs: Arrays) -> Callable[[int], jax.Array]:
-    """The compiled function of these inputs, for `in_turn`."""
+    """The compiled function with these inputs, for `in_turn`."""
     compiled = jax.jit(function)
     return lambda _: compiled(*inputs)
 
 
 def measure(given: argparse.Namespace, report: Report) -> None:
-    """Lines of time: median, spread of the ratio to x W alone, and fraction of the roofline."""
+    """Rows of times: median, spread of the ratio to x W, and fraction of the roofline."""
     names = ["xla"] if jax.default_backend() == "cpu" else ["xla", "pallas"]
     header = ("m, d_in, d_out", "draws", "what", "median ms", "over x W (middle 80 %)", "roofline")
     table = report.table(f"Seconds on {jax.devices()[0].device_kind}", header)
@@ -89,7 +89,7 @@ def sizes_text(size: tuple[int, int, int]) -> str:
 def fraction(
     given: argparse.Namespace, size: tuple[int, int, int], draws: int, itemsize: int, seconds: float
 ) -> str:
-    """Share of the roofline, where the peaks are given."""
+    """Fraction of the roofline, if the peaks are known."""
     if not (given.tflops and given.gbs):
         return ""
     operations, moved = roofline(size, given.rank, draws, itemsize)
@@ -97,7 +97,7 @@ def fraction(
 
 
 def count(given: argparse.Namespace, report: Report) -> None:
-    """Lines of what the TPU's compiler counts: megabytes moved, and those that must move."""
+    """Rows of counts by the TPU's compiler: megabytes moved, and the smallest possible number."""
     header = ("m, d_in, d_out", "draws", "W, MB", "least", "fused", "XLA's program", "ratio")
     table = report.table("Megabytes moved on a TPU", header)
     for size in SIZES[: given.sizes]:
@@ -118,13 +118,13 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--draws", type=int, nargs="*", default=[1, 8, 32])
-    parser.add_argument("--sizes", type=int, default=len(SIZES), help="the first so many sizes only")
+    parser.add_argument("--sizes", type=int, default=len(SIZES), help="number of sizes, from the first")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--tflops", type=float, help="peak rate of the device, 10^12 operations a second")
     parser.add_argument("--gbs", type=float, help="peak bandwidth of its memory, 10^9 bytes a second")
-    parser.add_argument("--ahead", action="store_true", help="count for a TPU instead of timing here")
+    parser.add_argument("--ahead", action="store_true", help="count for a TPU instead of timing")
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
-    """Time here, or count for a TPU."""
+    """Time on this device, or count for a TPU."""
     (count if given.ahead else measure)(given, report)

@@ -1,8 +1,8 @@
 """Gain of running the last layer only at the last token, on SmolLM2-135M.
 
 The gradient of the log-likelihood with respect to the adapters, from cached activations, is compared with
-that of the same classifier whose last layer runs at all positions. Both are compiled first and then run in
-turn, round by round in one process.
+that of the same classifier whose last layer runs at all positions. Both are compiled first and then
+alternate in one process.
 """
 
 import argparse
@@ -25,7 +25,7 @@ PLACES = {
 
 
 def logits_of_all_positions(model: bl.Classifier, params, adapters, batch: bl.Batch) -> jax.Array:
-    """The classifier's logits, picked out of all positions at the end."""
+    """The classifier's logits, selected at the end from those of all positions."""
     placed, module = model.sites.place(adapters), model.base.bind(params)
     head = placed.pop(HEAD, None)
     layers = {"start": model.sites.start, "stop": model.base.num_layers, "adapters": placed}
@@ -45,7 +45,7 @@ def gradient_of(logits: Callable) -> Callable:
 
 
 def measure(base: bl.Base, name: str, given: argparse.Namespace, report: Report) -> None:
-    """Time both gradients in turn for one choice of modules."""
+    """Time both gradients in alternation, for one choice of modules."""
     targets, layers = PLACES[name]
     sites = bl.select(base, targets, rank=8, layers=layers)
     model = bl.Classifier(base, sites, bl.priors.normal(), label_ids=(100, 200))

@@ -1,7 +1,7 @@
-"""Memory and time of a step at SmolLM2-135M's sizes, every layer adapted.
+"""Memory and time of a step at SmolLM2-135M's sizes, with every layer adapted.
 
-Weights are random, which changes neither. Memory is what the compiled step takes beside its arguments, by the
-compiler's own account. Times are those of steps run in turn in one process.
+Weights are random, which affects neither. Memory is that of the compiled step without its arguments, as
+reported by the compiler. The steps alternate in one process.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
-    """Compile every way to run the step, then time them in turn."""
+    """Compile every variant of the step, then time them in alternation."""
     size, sizes = given.batch_size, SIZES | {"num_layers": given.layers}
     base = random_base(jax.random.key(0), LlamaConfig(vocab_size=49_152, tied=True, **sizes))
     train = tiny_rows(jax.random.key(1), size, length=given.length, vocabulary=49_152)

@@ -1,6 +1,6 @@
 """Memory and time of a fit with and without the prefix cache, on SmolLM2-135M.
 
-Each of the two runs in a process of its own, because the operating system keeps one peak for a process.
+Each fit runs in a new process, because the operating system records one memory peak per process.
 """
 
 import argparse
@@ -24,7 +24,7 @@ WHERE = ("memory", "off")
 
 
 def measure(where: str, given: argparse.Namespace) -> dict[str, float]:
-    """Fit in this process: MiB above the loaded base at the peak, seconds of a step, and of everything."""
+    """Fit in this process: peak MiB above the loaded base, seconds of a step, and total seconds."""
     base = RECIPE.load_base()
     model, guide = RECIPE.build(base, np.array([100, 200]))
     train = tiny_rows(jax.random.key(0), given.rows, length=given.length, vocabulary=49_152)
@@ -46,11 +46,11 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=64, help="tokens of a row")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--only", choices=WHERE, help="one of the two, in this process, as JSON")
+    parser.add_argument("--only", choices=WHERE, help="one of the two fits, in this process, as JSON")
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
-    """Run both, each in a process of its own."""
+    """Run both fits, each in a new process."""
     if given.only:
         print(json.dumps(measure(given.only, given)))
         return

@@ -1,11 +1,11 @@
-"""A Bayesian step over a plain one, many draws in one prediction, and compiling at three depths.
+"""Ratio of a Bayesian step to a plain one, of many draws to one, and compile time at three depths.
 
-    bayes     a step of the Bayesian fit over one of plain LoRA, on SmolLM2-135M
-    predict   prediction with S draws over S predictions with one draw, all from the tokens
+    bayes     time of a step of the Bayesian fit relative to plain LoRA, on SmolLM2-135M
+    predict   time of a prediction with S draws relative to S predictions with one draw, all from the tokens
     compile   tracing and compiling the Bayesian step of small random models of 12, 24 and 48 layers
 
-What is compared runs in turn, round by round in one process. `step_torch` compares the step of plain LoRA
-with that of torch and peft.
+The compared programs alternate in one process. `step_torch` compares the step of plain LoRA with that of
+torch and peft.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def step_of(
     particles: int = 1,
     init_params: dict[str, jax.Array] | None = None,
 ) -> Started:
-    """The step of plain LoRA ("none") or of the Bayesian fit; the prefix is cached."""
+    """The step of plain LoRA ("none") or of the Bayesian fit, with a cached prefix."""
     label_ids = LABEL_IDS % base.config.vocab_size
     model, guide = replace(RECIPE, prior=prior, top_layers=top_layers).build(base, label_ids)
     train, adam = bl.cache_prefix(model, train), optax.adam(RATE)
@@ -50,7 +50,7 @@ def step_of(
 
 
 def layers_text(top_layers: int | None) -> str:
-    """Which layers are adapted, in words."""
+    """The adapted layers, in words."""
     return "all layers" if top_layers is None else f"the upper {top_layers} layers"
 
 
@@ -140,7 +140,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=32, help="tokens of a row")
     parser.add_argument("--particles", type=int, default=1, help="draws of the guide in a step")
     parser.add_argument("--draws", type=int, default=16, help="draws of a prediction")
-    parser.add_argument("--top-layers", type=int, help="all, and 15 for predict, when omitted")
+    parser.add_argument("--top-layers", type=int, help="default: all, or 15 for predict")
 
 
 def run(given: argparse.Namespace, report: Report) -> None:

@@ -1,12 +1,12 @@
 """A step of plain LoRA against torch and peft, on SmolLM2-135M.
 
 Both train the same adapters (q_proj, k_proj, and the label words' rows of the output layer) on the same rows
-by Adam: the loss is the mean cross-entropy of the label words after the last token of each row, in float32,
-on as many threads as the machine has cores. torch gets all that makes it fast: `sdpa` attention, the output
-layer at the last position alone and cut to the label words, no gradient of frozen weights. Its adapters are
-copied at the start, and the losses of the first five steps must agree: both compute the same thing.
+by Adam. The loss is the mean cross-entropy of the label words after the last token of each row, in float32,
+with as many threads as the machine has cores. torch is configured for speed: `sdpa` attention, the output
+layer only at the last position and only for the label words, no gradients of frozen weights. Its adapters are
+copied at the start, and the losses of the first five steps must agree, so that both compute the same loss.
 
-With `--top-layers` ours starts from cached activations below the adapters; peft has no such cache.
+With `--top-layers`, bnlora starts from cached activations below the adapters; peft has no such cache.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from bnlora.testing import tiny_rows
 
 
 def peft_model(top_layers: int | None) -> torch.nn.Module:
-    """SmolLM2 with adapters by peft, and an output layer of the label words' rows alone."""
+    """SmolLM2 with adapters by peft, and an output layer with only the rows of the label words."""
     path = fetch_smollm2()
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     head = torch.nn.Linear(model.config.hidden_size, len(LABEL_IDS), bias=False)
@@ -44,7 +44,7 @@ def peft_model(top_layers: int | None) -> torch.nn.Module:
 
 
 def peft_step(model: torch.nn.Module, train: bl.Batch) -> Callable[[np.ndarray], float]:
-    """A step of torch: takes rows, moves the adapters, returns the loss."""
+    """A step of torch: takes rows, updates the adapters, returns the loss."""
     tokens, mask, labels = (
         torch.tensor(np.asarray(x)).long() for x in (train.tokens, train.mask, train.labels)
     )
@@ -64,7 +64,7 @@ def peft_step(model: torch.nn.Module, train: bl.Batch) -> Callable[[np.ndarray],
 
 
 def parameters_of(model: torch.nn.Module) -> dict[str, jax.Array]:
-    """The adapters of peft as parameters of `bl.priors.point`: {"<family>.<factor>": (layer, out, in)}."""
+    """Adapters of peft as parameters of `bl.priors.point`: {"<family>.<factor>": (layer, out, in)}."""
     factors: dict[str, list[np.ndarray]] = {}
     for name, value in model.named_parameters():
         if value.requires_grad:  # "...<family>.lora_<factor>.default.weight", layer after layer
@@ -78,7 +78,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=32, help="tokens of a row")
-    parser.add_argument("--top-layers", type=int, help="all when omitted")
+    parser.add_argument("--top-layers", type=int, help="default: all")
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
@@ -86,7 +86,7 @@ def run(given: argparse.Namespace, report: Report) -> None:
     torch.manual_seed(0)
     size = given.batch_size
     train = tiny_rows(jax.random.key(0), 4 * size, length=given.length, vocabulary=49_152)
-    # The label words are read at the last position: padding stands on the left.
+    # The label words are read at the last position, so padding must be on the left.
     train = replace(train, tokens=train.tokens[:, ::-1], mask=train.mask[:, ::-1])
     model = peft_model(given.top_layers)
     theirs = peft_step(model, train)
@@ -107,7 +107,7 @@ def run(given: argparse.Namespace, report: Report) -> None:
     }
     times = in_turn(programs, given.rounds)
     first, second = (np.array(values) for values in losses.values())
-    np.testing.assert_allclose(first[:5], second[:5], rtol=1e-4)  # Adam enlarges what rounding differs by
+    np.testing.assert_allclose(first[:5], second[:5], rtol=1e-4)  # Adam amplifies differences of rounding
     title = f"Plain step over torch and peft, {layers_text(given.top_layers)}"
     show(report, title, times, unit="step")
     report.text(

@@ -2,8 +2,8 @@
 
 | module             | question                                                       |
 |--------------------|----------------------------------------------------------------|
-| `prior_predictive` | what does the prior say before any row is seen?                |
+| `prior_predictive` | what does the prior predict before any row is seen?            |
 | `diagnostics`      | is this fit sound?                                             |
-| `comparison`       | how far is it from a reference?                                |
-| `sbc`              | is the inference calibrated on data that the prior made?       |
+| `comparison`       | how far is a posterior from a reference?                       |
+| `sbc`              | is the inference calibrated on data drawn from the prior?      |
 """

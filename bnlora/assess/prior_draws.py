@@ -1,4 +1,4 @@
-"""Draws of a prior by running its program forwards, and start values of the parameters that it declares."""
+"""Draws from a prior by running its program forwards, and start values of its parameters."""
 
 from typing import Any
 
@@ -23,19 +23,19 @@ def prior_parameters(key: Array, model: Program) -> dict[str, Any]:
 def draw_prior(
     key: Array, model: Program, params: Parameters, num_draws: int, *, num_together: int = 1
 ) -> Adapters:
-    """Adapters from the prior, with a leading draw axis.
+    """Draw adapters from the prior, with a leading draw axis.
 
     Args:
         key: Random key.
         model: A `Classifier`.
-        params: Parameters of the prior, all of them, as from `prior_parameters` or a fit, and any others.
+        params: All parameters of the prior, from `prior_parameters` or a fit; others are ignored.
         num_draws: Number of draws.
-        num_together: Draws made at a time. More than one suits priors that factorise no matrix of random
-            numbers.
+        num_together: Draws computed at a time. Use more than one only for priors that factorise no matrix
+            of random numbers.
 
     Raises:
         ValueError: If a parameter of the prior is missing, or a forward run does not sample from the prior:
-            a law is improper, or a `numpyro.factor` or an observed site weighs the draws.
+            a law is improper, or a `numpyro.factor` or an observed site weights the draws.
     """
     key = check_key(key)
     check_parameters(model.prior, params)

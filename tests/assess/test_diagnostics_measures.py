@@ -153,7 +153,7 @@ def test_levels_lie_between_zero_and_one(level):
     probs, labels = some_probs(0), np.zeros(300, int)
     for check in (class_counts, randomised_pit):
         with pytest.raises(ValueError, match=r"level must lie in \(0, 1\)"):
-            check(random(), probs, labels, level=level)
+            check(jax.random.key(0), probs, labels, level=level)
 
 
 def test_the_same_random_numbers_give_the_same_checks():
@@ -167,4 +167,4 @@ def test_the_same_random_numbers_give_the_same_checks():
 def test_labels_are_class_numbers(labels):
     for check in (randomised_pit, class_counts):
         with pytest.raises(ValueError, match="must be in 0..1|class numbers, integers|one label each"):
-            check(np.random.default_rng(0), np.full((3, 2), 0.5), labels)
+            check(jax.random.key(0), np.full((3, 2), 0.5), labels)

@@ -129,7 +129,7 @@ def test_verdicts_follow_their_rules():
     # What a base that is certain itself leaves of doubt is no matter of the prior's scale.
     sure = made(signs[:, None] * [8.0, 9.0], np.array([-9.0, 9.0]))
     assert sure.verdict.startswith("sure as the base: 100% of draws and rows")
-    assert "in 100% of the rows); no scale mends that" in sure.verdict
+    assert "in 100% of the rows); no scale changes that" in sure.verdict
     reasonable = made(base + signs[:, None], base)
     assert reasonable.verdict.startswith("reasonable: 0%")
     assert "base model" in repr(reasonable)
@@ -155,11 +155,13 @@ def test_the_scale_found_has_the_wanted_spread(targets):
 
 def test_bad_input_gets_one_sentence():
     model = classifier(bl.priors.normal())
-    with pytest.raises(ValueError, match=r"no scale in the bounds .* at scale 0.1 and .* at scale 0.2; ask"):
+    with pytest.raises(
+        ValueError, match=r"no scale in the bounds .* at scale 0.1 and .* at scale 0.2; choose"
+    ):
         bl.scale_for_spread(KEY, model, scaled, ROWS, spread=50.0, bounds=(0.1, 0.2), num_draws=8)
     with pytest.raises(ValueError, match="expected spread > 0 and 0 < least < greatest"):
         bl.scale_for_spread(KEY, model, scaled, ROWS, spread=1.0, bounds=(2.0, 1.0))
-    with pytest.raises(ValueError, match="two draws and one row at a time; got 7 rows, num_draws=1"):
+    with pytest.raises(ValueError, match="num_draws=2 and batch_size=1; got 7 rows, num_draws=1"):
         bl.prior_predictive(KEY, model, ROWS, num_draws=1)
     with pytest.raises(ValueError, match="needs a prior with sample sites"):
         bl.prior_predictive(KEY, classifier(bl.priors.point()), ROWS)
@@ -173,7 +175,7 @@ def test_a_base_that_is_not_finite_is_no_matter_of_the_scale():
 
     base = replace(BASE, weights=jax.tree_util.tree_map_with_path(broken, BASE.weights))
     model = classifier(bl.priors.normal()).over(base)
-    with pytest.raises(ValueError, match="own are not; .* not finite, in embedding; load"):
+    with pytest.raises(ValueError, match="base model are not; .* not finite, in embedding; load"):
         bl.prior_predictive(KEY, model, ROWS, num_draws=4)
     with pytest.raises(ValueError, match="nan at scale 0.5 and nan at scale 2; .* in embedding; load"):
         bl.scale_for_spread(KEY, model, scaled, ROWS, spread=1.0, bounds=(0.5, 2.0), num_draws=4)

@@ -27,7 +27,7 @@ def random_adapters(sites, seed=0):
 def test_an_imported_adapter_is_predicted_as_the_network_with_it(tmp_path):
     """Written and read as peft's: rows of the label words are taken out of the whole head."""
     whole = random_adapters(SITES)
-    bl.save_peft(SITES, whole, tmp_path, base=BASE)
+    bl.save_peft(whole, tmp_path, sites=SITES, base=BASE)
     point = bl.PointPosterior(MODEL, bl.load_peft(tmp_path, MODEL.sites, head_rows=MODEL.label_ids))
     prediction = bl.predict(KEY, point, ROWS, num_draws=2)
     rows = whole | {"lm_head": {"a": whole["lm_head"]["a"], "b": whole["lm_head"]["b"][:, np.array([3, 5])]}}

@@ -65,14 +65,14 @@ def common_problem(posterior: Posterior, side: Side, other: str) -> Problem:
     Raises:
         ValueError: If both fix a site, at different values.
     """
-    own, fixed = posterior.model.fixed, side.fixed
-    unequal = [n for n in fixed if n in own and not np.array_equal(own[n], fixed[n])]
+    own_fixed, fixed = posterior.model.fixed, side.fixed
+    unequal = [n for n in fixed if n in own_fixed and not np.array_equal(own_fixed[n], fixed[n])]
     if unequal:
         raise ValueError(
             "expected the same values of the sites that both posteriors fix; those of "
             f"{listed(unequal)} differ: fit the reference's model, `chains.model`"
         )
-    holds = tuple(n for n in fixed if n not in own)
+    holds = tuple(n for n in fixed if n not in own_fixed)
     notes = []
     if fixed:
         notes.append(f"both sides hold {listed(fixed)} at the values of the {other}")
@@ -82,7 +82,7 @@ def common_problem(posterior: Posterior, side: Side, other: str) -> Problem:
         notes.append(by_sites if isinstance(posterior, SitePosterior) else by_adapters)
     if side.unknown:
         notes.append(f"only the {other} holds sites ({side.unknown}), for it was stored without their values")
-    loose = [n for n in own if n not in fixed]
+    loose = [n for n in own_fixed if n not in fixed]
     if loose:
         notes.append(f"the approximation holds {listed(loose)}, which the {other} does not")
     model = side.model_for(posterior, holds)

@@ -12,7 +12,7 @@ from jax import Array
 from bnlora._util.checks import check_level, numpy_generator
 from bnlora._util.display import Showable, Shown, Table
 from bnlora._util.finding import Finding, Findings, Judged, count_words
-from bnlora.assess.comparison import verdict as say
+from bnlora.assess.comparison import verdict as rules
 from bnlora.assess.comparison.classifier import ClassifierTest, classifier_test
 from bnlora.assess.comparison.coverage import Coverage, coverage
 from bnlora.assess.comparison.draws import Draws
@@ -99,13 +99,13 @@ class Comparison(Shown, Judged):
         """One finding for each aspect, at its share of the level."""
         level = self.level / num_aspects(self.predictive)
         results = [
-            say.means(self.names, self.moments, level, self.other),
-            say.spread(self.names, self.moments, level, self.other),
-            say.joint_law(self.kernel, self.classifier, level),
+            rules.means(self.names, self.moments, level, self.other),
+            rules.spread(self.names, self.moments, level, self.other),
+            rules.joint_law(self.kernel, self.classifier, level),
         ]
         if self.predictive is not None:
-            results.append(say.predictions(self.predictive, level, self.other))
-            results.append(say.epistemic(self.predictive, level, self.other))
+            results.append(rules.predictions(self.predictive, level, self.other))
+            results.append(rules.epistemic(self.predictive, level, self.other))
         return tuple(results)
 
     @property
@@ -121,7 +121,7 @@ class Comparison(Shown, Judged):
     @property
     def _notes(self) -> tuple[str, ...]:
         """Sentences about k-hat, the scope of an agreement, functions left out and fixed sites."""
-        texts = [say.weights(self.khat)]
+        texts = [rules.weights(self.khat)]
         if not self.differences:
             texts.append(
                 f"no difference detected at level {self.level:g} for these functions, rows and number of "
@@ -141,9 +141,9 @@ class Comparison(Shown, Judged):
         """Every measure as one number; those by function or row are summarised."""
         moments, null = self.moments, self.moments_null
         k = int(np.abs(moments.shift).argmax())
-        j = say.furthest(moments.ratio, np.ones(len(self.names), bool))
+        j = rules.furthest(moments.ratio, np.ones(len(self.names), bool))
         far = int(self.transport.marginal.argmax())
-        null_ratio = null.ratio[say.furthest(null.ratio, np.ones(len(self.names), bool))]
+        null_ratio = null.ratio[rules.furthest(null.ratio, np.ones(len(self.names), bool))]
         error = f"± {moments.shift_mcse[k]:.2g}, {self.names[k]}"
         ratio_error = f"± {moments.ratio[j] * moments.ratio_mcse[j]:.2g}, {self.names[j]}"
         tested = self.classifier
@@ -189,9 +189,9 @@ class Comparison(Shown, Judged):
             (
                 name,
                 f"{moments.shift[k]:+.2f} ± {moments.shift_mcse[k]:.2f}",
-                say.p_text(moments.shift_adjusted[k]),
+                rules.p_text(moments.shift_adjusted[k]),
                 f"{moments.ratio[k]:.2f} ± {moments.ratio[k] * moments.ratio_mcse[k]:.2f}",
-                say.p_text(moments.ratio_adjusted[k]),
+                rules.p_text(moments.ratio_adjusted[k]),
                 f"{self.transport.marginal[k]:.2f}",
                 f"{self.transport.marginal_null[k]:.2f}",
                 f"{share.share[ninety, k]:.2f} ± {share.mcse[ninety, k]:.2f}",
@@ -336,4 +336,4 @@ def _number(value: float) -> str:
 
 
 def _p_value(value: float) -> str:
-    return "" if np.isnan(value) else say.p_text(value)
+    return "" if np.isnan(value) else rules.p_text(value)

@@ -1,9 +1,9 @@
-"""Can this fit be trusted? One file for each kind of diagnostic, each opening with its mathematics.
+"""Can this fit be trusted? One module for each kind of diagnostic, with its formulas and rules at the top.
 
 | module        | question                                                                          |
 |---------------|-----------------------------------------------------------------------------------|
-| `page`        | `diagnose`: the list of all of them, with findings and remedies                   |
-| `examination` | what a diagnostic is, and what all of them share                                  |
+| `page`        | `diagnose`: all diagnostics of a fit, with findings and remedies                  |
+| `examination` | what is a diagnostic, and which results do all diagnostics share?                 |
 | `steps`       | did the optimiser run to its end?                                                 |
 | `bound`       | has the bound converged?                                                          |
 | `restarts`    | do fits from other keys find the same posterior?                                  |
@@ -11,16 +11,16 @@
 | `divergence`  | how many nats has each site and layer learned?                                    |
 | `shrinkage`   | where is the posterior narrower than the prior?                                   |
 | `spectrum`    | how many directions does each update use?                                         |
-| `overlap`     | how much of the prior is left in the posterior?                                   |
-| `prior`       | does the prior leave something for the data to decide?                            |
+| `overlap`     | how similar are prior and posterior of each function?                             |
+| `prior`       | is the prior neither too narrow nor too wide?                                     |
 | `sensitivity` | would another strength of the prior change the answer?                            |
 | `loo`         | how well would each training row have been predicted without it?                  |
-| `pit`         | are the labels as random as the predictions say?                                  |
-| `classes`     | does each class come as often as predicted?                                       |
+| `pit`         | are the leave-one-out predictions calibrated?                                      |
+| `classes`     | is each class as frequent as predicted?                                           |
 | `linearisation` | how far is the network from a tangent posterior?                                |
-| `tree`        | `to_arviz`: draws, densities and the record of the fit for ArviZ                  |
+| `tree`        | `to_arviz`: draws, densities and the history of the fit for ArviZ                 |
 
-Every function of a fit takes a `sample` of it too, which shares draws between them.
+Every function that takes a fit also takes a `sample` of it, so that several functions share the draws.
 """
 
 from bnlora._util.finding import Finding as Finding

@@ -1,26 +1,31 @@
-r"""Has the bound converged? Its terms over the steps, smoothed by windows, and two questions about the end.
+r"""Has the bound converged? Its terms over the steps, averaged over windows, and two tests of the end.
 
     m_k = mean of the bound over window k,    change = m_K - m_{K-1},    se = (se_K^2 + se_{K-1}^2)^(1/2)
 
-with K = 5 windows of equal length. The fit is *moving* when |change| > tolerance * max(|m_K|, 1) + 2 se:
-further steps would still change the bound by more than its noise; or when the same holds of its KL term
-alone, which in closed form has hardly any noise and betrays a scale that still grows under a bound that
-looks flat. *Too noisy* when 2 se alone is above ten times that tolerance and above one nat, so that a
-change of this size would not be seen. *Too short* with fewer than `LEAST_STEPS` steps. R-hat of the two
-last windows taken as chains says the same in units of the noise of a step, whatever its size. Steps that
-were not finite are left out.
+with K = 5 windows of equal length, in nats. The verdict is
+
+- *moving* if |change| > tolerance * max(|m_K|, 1) + 2 se, for the bound or for its KL term: further steps
+  would change the bound by more than its noise. The KL term in closed form has hardly any noise, and detects
+  a scale that still grows although the bound looks flat;
+- *too noisy* if 2 se is above ten times that tolerance and above one nat, so that a change of this size would
+  not be detected;
+- *too short* with fewer than `LEAST_STEPS` steps.
+
+R-hat of the last two windows, taken as chains, measures the change in units of the noise of a step. Steps
+that were not finite are left out.
 
 | finding          | problem                                          | caution          |
 |------------------|--------------------------------------------------|------------------|
-| convergence      | still moving, too short, or fallen from its best | too noisy to say |
+| convergence      | still moving, too short, or fallen from its best | too noisy        |
 | last step        | bound there off its recent mean by 3 se + 5 %    |                  |
 | against guessing | bound 10 % below that of equal probabilities     |                  |
 
-`final_bound` is the bound at the fitted parameters from other draws and all rows. Where it is far below the
-mean of the last window, the path jumps about and ended in a bad place.
+`final_bound` is the bound at the fitted parameters, from new draws and all rows. If it is far below the mean
+of the last window, the path fluctuates strongly and ended at a bad point.
 
-A path that creeps, or circles without a trend, looks converged here: rates that are far too low or too high
-may be betrayed by the importance weights alone (`weights`), or by fits from other keys (`restarts`).
+A path that moves very slowly, or fluctuates without a trend, looks converged here. A learning rate that is
+far too low or too high may be visible only in the importance weights (`weights`), or in fits from other keys
+(`restarts`).
 
 References: Dhaka, Catalina, Andersen, Magnusson, Huggins and Vehtari (2020), Robust, accurate stochastic
 optimization for variational inference, arXiv 2009.00666; Yao et al. (2018), arXiv 1802.02538, for the
@@ -50,7 +55,7 @@ LEAST_STEPS = 50
 NOISE = 10
 
 FALL = 5
-"""How many times the tolerance the bound may lie below its best window, or its mean, besides noise."""
+"""Allowed distance below the best window, or from the mean, in multiples of the tolerance, besides noise."""
 
 Verdict = Literal["converged", "moving", "too noisy", "too short"]
 
@@ -63,9 +68,10 @@ class Bound(Shown):
         terms: Mean of every term in each window, oldest first.
         errors: Standard error of each mean, from the spread of the steps within the window.
         last_step: Last step of each window.
-        num_steps: Finite steps behind all of it.
+        num_steps: Number of finite steps.
         tolerance: Relative change of the smoothed bound that counts as none.
-        rhat: R-hat of the last two windows as chains; NaN with fewer than four steps in each.
+        rhat: R-hat of the last two windows as chains; NaN with fewer than four steps in each, or if the
+            bound is constant.
     """
 
     terms: dict[str, Float[np.ndarray, " window"]]
@@ -82,7 +88,7 @@ class Bound(Shown):
 
     @property
     def change(self) -> float:
-        """How much higher the last window is than the one before, in nats."""
+        """Mean of the last window minus mean of the one before, in nats."""
         return float(np.diff(self.terms["elbo"][-2:])[0])
 
     @property
@@ -92,12 +98,12 @@ class Bound(Shown):
 
     @property
     def kl_change(self) -> float:
-        """How much higher the KL terms are in the last window than in the one before, in nats."""
+        """Sum of the KL terms in the last window minus that in the one before, in nats."""
         return float(np.diff(self._kl[-2:])[0])
 
     @property
     def kl_change_error(self) -> float:
-        """Standard error of `kl_change`, both terms taken as moving together."""
+        """Upper bound on the standard error of `kl_change`: both terms are taken as perfectly correlated."""
         return float(np.linalg.norm(sum(self.errors[name][-2:] for name in KL_TERMS)))
 
     @property
@@ -106,7 +112,7 @@ class Bound(Shown):
 
     @property
     def relative_change(self) -> float:
-        """`change` relative to the bound, or to one nat where that is less."""
+        """`change` divided by the absolute bound, or by one nat if the bound is smaller."""
         return self.change / max(abs(self.value), 1.0)
 
     @property
@@ -116,18 +122,19 @@ class Bound(Shown):
 
     @property
     def verdict(self) -> Verdict:
-        """By the rules at the top of this file."""
+        """Verdict by the rules at the top of this module."""
         if self.num_steps < LEAST_STEPS:
             return "too short"
         moves = (self.change, self.change_error), (self.kl_change, self.kl_change_error)
+        # Written so that NaN counts as moving.
         if not all(abs(change) <= self.allowed + 2 * error for change, error in moves):
             return "moving"
-        unseen = 2 * self.change_error
-        return "too noisy" if unseen > max(NOISE * self.allowed, 1.0) else "converged"
+        undetectable = 2 * self.change_error
+        return "too noisy" if undetectable > max(NOISE * self.allowed, 1.0) else "converged"
 
     @cached_property
     def table(self) -> Any:
-        """Means of all terms by window and their errors, a pandas DataFrame with the last steps as index."""
+        """A pandas DataFrame: means of all terms by window and their errors, indexed by the last step."""
         import pandas
 
         columns = self.terms | {f"{name}_error": x for name, x in self.errors.items()}
@@ -148,23 +155,24 @@ class Bound(Shown):
 
 
 def bound(fit: Fit | Sample, *, tolerance: float = 0.01) -> Bound:
-    """Smooth the terms of the bound by windows and ask whether it has converged.
+    """Average the terms of the bound over windows and test whether it has converged.
 
     Args:
         fit: A fit, or a `Sample` of it; no draws are needed.
         tolerance: Relative change from one fifth of the steps to the next that counts as none.
 
     Raises:
-        ValueError: When the tolerance is not positive, or fewer than ten steps were finite.
+        ValueError: If the tolerance is not positive, or fewer than ten steps were finite.
     """
     check_positive({"tolerance": tolerance})
-    made = fit.fit if isinstance(fit, Sample) else fit
-    finite = np.isfinite(np.stack([made.history[name] for name in TERMS])).all(0)
+    history = (fit.fit if isinstance(fit, Sample) else fit).history
+    finite = np.isfinite(np.stack([history[name] for name in TERMS])).all(0)
     length = int(finite.sum()) // WINDOWS
     if length < 2:
         raise ValueError(f"expected at least {2 * WINDOWS} finite steps; got {finite.sum()}")
+    # The last finite steps, as many as fill the windows; `last` has shape (2 windows, step, 1).
     used = np.flatnonzero(finite)[-WINDOWS * length :]
-    windows = {n: made.history[n][used].astype(np.float64).reshape(WINDOWS, length) for n in TERMS}
+    windows = {n: history[n][used].astype(np.float64).reshape(WINDOWS, length) for n in TERMS}
     last = windows["elbo"][-2:, :, None]
     return Bound(
         terms={n: x.mean(1) for n, x in windows.items()},
@@ -178,31 +186,31 @@ def bound(fit: Fit | Sample, *, tolerance: float = 0.01) -> Bound:
 
 @dataclass(frozen=True)
 class FinalBound:
-    """The bound at the parameters of the fit, from its draws and all training rows.
+    """The bound at the fitted parameters, from draws of the fit and all training rows.
 
     Attributes:
         value: Mean of log p - log q in nats.
-        error: Standard error of it.
+        error: Standard error of `value`.
     """
 
     value: float
     error: float
 
 
-def final_bound(drawn: Sample) -> FinalBound:
+def final_bound(sample: Sample) -> FinalBound:
     """The bound at the fitted parameters.
 
     Raises:
-        ValueError: When the guide has no density.
+        ValueError: If the guide has no density.
     """
-    if not drawn.has_density:
-        raise ValueError("the bound at given parameters needs a guide with a density over every latent site")
-    ratio = drawn.log_joint - drawn.log_q
+    if not sample.has_density:
+        raise ValueError("the bound at the fit needs a guide with a density over every latent site")
+    ratio = sample.log_joint - sample.log_q
     return FinalBound(float(ratio.mean()), float(ratio.std(ddof=1)) / len(ratio) ** 0.5)
 
 
 def convergence(path: Bound | None, num_steps: int) -> Finding:
-    """Whether the smoothed bound has stopped changing; with fewer than ten steps it is not measured."""
+    """Finding about the convergence of the bound; `path` is None with fewer than ten finite steps."""
     if path is None:
         sentence = f"{num_steps} steps, too few to smooth"
         return Finding("convergence", "problem", sentence, remedy="Fit for hundreds of steps.")
@@ -217,11 +225,11 @@ def convergence(path: Bound | None, num_steps: int) -> Finding:
     fall = float(path.terms["elbo"][best] - path.value)
     noise = 2 * float(np.hypot(path.errors["elbo"][best], path.errors["elbo"][-1]))
     if path.verdict == "too short":
-        remedy = f"Fit for at least {LEAST_STEPS} steps, better for hundreds, before anything is read off it."
+        remedy = f"Fit for at least {LEAST_STEPS} steps, better for hundreds, before you use the results."
         return Finding("convergence", "problem", sentence, *numbers, remedy)
-    if not fall <= FALL * path.allowed + noise:
+    if not fall <= FALL * path.allowed + noise:  # written so that NaN is a problem
         sentence += f"; it is {fall:.1f} nats below its best fifth"
-        remedy = "The optimiser left a better place: lower the learning rate, or let it decay."
+        remedy = "The optimiser left a better optimum: lower the learning rate, or let it decay."
         return Finding("convergence", "problem", sentence, *numbers, remedy)
     if path.verdict == "moving":
         falling = path.change < -path.allowed - 2 * path.change_error
@@ -235,29 +243,29 @@ def convergence(path: Bound | None, num_steps: int) -> Finding:
         return Finding("convergence", "problem", sentence, *numbers, remedy)
     if path.verdict == "too noisy":
         remedy = (
-            "The noise hides changes of this size: let the learning rate decay, use larger minibatches or "
-            "more particles, or more steps."
+            "Changes of this size cannot be detected in the noise: let the learning rate decay, or use "
+            "larger minibatches, more particles or more steps."
         )
         return Finding("convergence", "caution", sentence, *numbers, remedy)
     return Finding("convergence", "fine", sentence, *numbers)
 
 
 def last_step(path: Bound, final: FinalBound, fit: Fit) -> Finding:
-    """Whether the parameters that are kept are as good as those of the steps before."""
+    """Finding about the last parameters: whether they are as good as those of the preceding steps."""
     if fit.best_step != len(fit.step_seconds):
         return Finding("last step", "not asked", f"validation rows chose step {fit.best_step}, not the last")
     gap, error = final.value - path.value, float(np.hypot(final.error, path.errors["elbo"][-1]))
     limit = 3 * error + FALL * path.allowed
     sentence = (
-        f"bound {final.value:.1f} ± {final.error:.1f} nats at the fitted parameters, {gap:+.1f} against the "
-        f"mean of the last fifth (at most ± {limit:.1f})"
+        f"bound {final.value:.1f} ± {final.error:.1f} nats at the fitted parameters, {gap:+.1f} relative to "
+        f"the mean of the last fifth (at most ± {limit:.1f})"
     )
     if abs(gap) <= limit:
         return Finding("last step", "fine", sentence, abs(gap), limit)
     remedy = (
-        "The last parameters are a worse point on a jumping path: let the learning rate decay to zero."
+        "The path fluctuates and its last point is a worse one: let the learning rate decay to zero."
         if gap < 0
-        else "The bound was still rising, or its minibatches scatter widely: fit on with a decaying rate."
+        else "The bound was still rising, or minibatches vary widely: continue with a decaying rate."
     )
     return Finding("last step", "problem", sentence, abs(gap), limit, remedy)
 
@@ -265,15 +273,15 @@ def last_step(path: Bound, final: FinalBound, fit: Fit) -> Finding:
 def guessing(
     path: Bound, num_rows: int, num_classes: int, about: Subject, *, converged: bool, weighable: bool
 ) -> Finding:
-    """Whether the bound is above the log-evidence of equal probabilities.
+    """Finding about the bound against the log-evidence of equal probabilities, -n log(C) nats.
 
     Args:
         path: The bound.
-        num_rows: Number of training rows.
-        num_classes: Number of classes.
-        about: What it is the bound of.
-        converged: Whether it has.
-        weighable: Whether k-hat finds no fault with the guide.
+        num_rows: Number of training rows n.
+        num_classes: Number of classes C.
+        about: Properties of the fit.
+        converged: Whether the bound has converged.
+        weighable: Whether the importance weights of the guide can be used.
     """
     if about.points:
         return Finding("against guessing", "not asked", f"{about.no_density}, so there is no bound")
@@ -284,15 +292,15 @@ def guessing(
         return Finding("against guessing", "fine", sentence, path.value, guess)
     longer = [] if converged else ["fit until it converges"]
     if not about.random:
-        also = " or ".join([*longer, "look for the fault in labels, template and words"])
+        also = " or ".join([*longer, "check labels, template and label words"])
         remedy = f"The training rows are predicted worse than by equal probabilities: {also}."
         return Finding("against guessing", "problem", sentence, path.value, guess, remedy)
     if about.lam_max < 1:
         longer.append(f"widen the variational family (lam_max={about.lam_max:g} restricts it, 1 would not)")
     elif not weighable and about.richer:
         longer.append(f"give the guide a richer family, such as {' or '.join(about.richer)}")
-    also = ", ".join([*longer, "mend the prior's scale"])
-    remedy = f"The price of the posterior is more than what it earns: {also}, and do not compare evidences."
+    also = ", ".join([*longer, "change the prior's scale"])
+    remedy = f"The KL divergence exceeds the gain in fit: {also}, and do not compare evidences."
     return Finding("against guessing", "problem", sentence, path.value, guess, remedy)
 
 

@@ -1,13 +1,13 @@
-r"""Does each class come as often as predicted? A predictive check of counts by class and probability.
+r"""Is each class as frequent as predicted? A predictive check of counts by class and probability.
 
-The rows are put into B bins of equal size by p_i(c), for each class c, and in each bin
+For each class c, the rows are divided by p_i(c) into B bins of equal size, and in each bin
 
     O = number of rows of class c,    E = sum_i p_i(c),    z = (O - E) / (sum_i p_i(c) (1 - p_i(c)))^(1/2)
 
-Labels are simulated from the predictions themselves, all classes of a row together; the band around E holds
-every count of every class at once with probability `level`, and the p-value is the share of simulations
-whose largest |z| exceeds that of the labels. It is a check by predictive replication, on rows that the fit
-has not seen; with counts this discrete a pointwise interval would be crossed somewhere most of the time.
+Labels are simulated from the predictions, all classes of a row jointly. The band around E is simultaneous: it
+contains all counts of all classes with probability `level`. The p-value is the share of simulations whose
+largest |z| is at least that of the labels. This is a check by predictive replication, best on rows that the
+fit did not use. A pointwise interval would be crossed somewhere in most data sets.
 
 | finding      | problem | caution      |
 |--------------|---------|--------------|
@@ -45,10 +45,10 @@ class ClassCounts:
         observed: Rows of the class in each bin, shape (class, bin).
         expected: Sum of their probabilities.
         low: Lower end of the simultaneous band of the counts.
-        high: Upper end of it.
-        rows: Rows in each bin.
-        p_value: Share of simulated labels at least as far from the expectation.
-        level: Probability with which the band holds all counts.
+        high: Upper end of the band.
+        rows: Number of rows in each bin.
+        p_value: Share of simulations with counts at least as far from the expectation.
+        level: Probability that the band contains all counts.
     """
 
     observed: Float[np.ndarray, "c b"]
@@ -61,7 +61,7 @@ class ClassCounts:
 
     @property
     def table(self) -> Any:
-        """One row for each class and bin, a pandas DataFrame."""
+        """A pandas DataFrame with one row for each class and bin."""
         import pandas
 
         classes, bins = np.indices(self.observed.shape)
@@ -71,7 +71,7 @@ class ClassCounts:
 
     @property
     def worst(self) -> tuple[int, int]:
-        """Class and bin furthest from its expectation, relative to the band on that side of it."""
+        """Class and bin furthest from its expectation, relative to the width of the band on that side."""
         gap = self.observed - self.expected
         side = np.where(gap > 0, self.high - self.expected, self.expected - self.low)
         far = np.abs(gap) / np.maximum(side, 1e-12)
@@ -96,11 +96,11 @@ def class_counts(
         key: Random key.
         probs: Probabilities of the classes of each row.
         labels: The class of each row.
-        bins: Bins of equal size for each class; one for every 20 rows and at most five when omitted.
+        bins: Number of bins of equal size for each class; by default one for every 20 rows, at most five.
         level: Probability of the simultaneous band.
 
     Raises:
-        ValueError: When `level` is not in (0, 1), there are fewer rows than bins, or labels are no classes.
+        ValueError: If `level` is not in (0, 1), there are fewer rows than bins, or a label is not a class.
     """
     random = numpy_generator(key)
     check_level(level)
@@ -109,15 +109,16 @@ def class_counts(
     check_at_least({"bins": bins}, 1)
     check_at_least({"the number of rows": count}, bins)
     labels = class_numbers("the rows", labels, count, classes)
-    member = _bins(probs, bins)
+    member = _bins(probs, bins)  # (class, bin, row)
     expected = np.einsum("cbn,nc->cb", member, probs)
     sd = np.sqrt(np.einsum("cbn,nc->cb", member, probs * (1 - probs)))
+    # Simulate labels by inverting the distribution function of each row, shape (simulation, row).
     ends = np.cumsum(probs, axis=1)[:, :-1]
     simulated = (random.random((SIMULATIONS, count, 1)) > ends).sum(-1)
     far = np.array([_distance(_counts(member, y), expected, sd) for y in simulated])
     width = np.quantile(far, level) * sd
     observed = _counts(member, labels)
-    # A hair's breadth less, or rounding would part counts that are equal.
+    # The tolerance counts equal distances as equal in spite of rounding.
     beyond = (far >= _distance(observed, expected, sd) - 1e-9).sum()
     rows = member.sum(2).astype(int)
     low, high = np.maximum(expected - width, 0), np.minimum(expected + width, rows)
@@ -134,17 +135,18 @@ def _bins(probs: np.ndarray, bins: int) -> np.ndarray:
 
 
 def _counts(member: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Number of rows of each class in each of its bins, shape (class, bin)."""
     return np.einsum("cbn,cn->cb", member, (np.arange(len(member))[:, None] == labels).astype(float))
 
 
-def _distance(found: np.ndarray, expected: np.ndarray, sd: np.ndarray) -> float:
+def _distance(counts: np.ndarray, expected: np.ndarray, sd: np.ndarray) -> float:
     """Largest |z| over classes and bins."""
-    return float((np.abs(found - expected) / np.maximum(sd, 1e-12)).max())
+    return float((np.abs(counts - expected) / np.maximum(sd, 1e-12)).max())
 
 
 def counted(counts: ClassCounts, *, of_training: bool) -> Finding:
-    """Whether the classes of the given rows come as often as predicted."""
-    rows = "training rows, which flatters" if of_training else "given rows"
+    """Finding about the class counts of the given rows."""
+    rows = "training rows, which is optimistic" if of_training else "given rows"
     c, b = counts.worst
     sentence = (
         f"p {counts.p_value:.3f} (at least {LEAST_P:g}) over {int(counts.rows[0].sum())} {rows}; furthest: "
@@ -155,9 +157,8 @@ def counted(counts: ClassCounts, *, of_training: bool) -> Finding:
         return Finding("class counts", "fine", sentence, counts.p_value, LEAST_P)
     short = np.sign(counts.observed[c, b] - counts.expected[c, b]) < 0
     remedy = (
-        f"Class {c} comes {'less' if short else 'more'} often than predicted where its probability is in "
-        "that bin: are these rows of the training rows' kind? inference.fit_temperature mends confidence "
-        "alone."
+        f"Class {c} is {'less' if short else 'more'} frequent than predicted in that bin: check that these "
+        "rows are like the training rows. inference.fit_temperature corrects only the confidence."
     )
     return Finding("class counts", "caution", sentence, counts.p_value, LEAST_P, remedy)
 

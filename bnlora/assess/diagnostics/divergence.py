@@ -1,18 +1,18 @@
-r"""How many nats each site and layer has learned: KL(q || p), the price of the fit by place.
+r"""How many nats has each site and layer learned? KL(q || p) by site and layer.
 
     KL(q(x) || p(x)) = E_q[log q(x) - log p(x)]
 
-For a site whose two laws are a pair that NumPyro knows, such as two normals, the integral over the site is
-taken in closed form, given the sites above it; else one log-ratio stands for it. Both are averaged over
-draws of the guide, and the standard error is that of the mean: zero where nothing of it is random. Sites
-whose plate runs over layers have a term for each layer. Sites that a guide ties together (a vector over all
-layers, or over several sites) have one for all of them, and none by layer.
+If NumPyro has a closed form for the two laws of a site, such as two normals, it is used, given the parent
+sites. Otherwise the term is the log-ratio at a draw. Both are averaged over draws of the guide, with the
+standard error of the mean, which is zero for a constant. Sites with a plate over layers have one term for
+each layer. Sites that a guide ties together (a vector over all layers, or over several sites) have one term
+for all of them, and none by layer.
 
-What the prior itself weighs, by `numpyro.factor` or `obs=`, has an entry of its own, minus the mean of its
-log-density. The terms then add up to the KL of the bound, `inducing_kl + conditional_kl`, but for what is
-observed and weighs nothing: its density is a constant.
+Each `numpyro.factor` and each `obs=` site of the prior that depends on latent sites has its own entry: minus
+the mean of its log-density. The terms then sum to the KL of the bound, `inducing_kl + conditional_kl`, except
+for observed sites that do not depend on latent ones, whose density is a constant.
 
-Reference: NumPyro's `TraceMeanField_ELBO`, which takes the same terms.
+Reference: NumPyro's `TraceMeanField_ELBO` uses the same terms.
 """
 
 from dataclasses import dataclass
@@ -40,12 +40,12 @@ class SiteDivergence:
 
     Attributes:
         sites: Names of the sites.
-        family: The family that all of them are named after; empty where there is none or they differ.
-        factor: The factor, "a" or "b", likewise.
-        by_layer: KL in nats of each layer; None where it does not split over the layers of the family.
-        by_layer_error: Monte Carlo standard errors, zero in closed form.
+        family: Their common family, from the names; empty if there is none.
+        factor: Their common factor, "a" or "b"; empty if there is none.
+        by_layer: KL in nats of each layer; None if it does not split over the layers of the family.
+        by_layer_error: Monte Carlo standard errors; zero for a closed form that does not vary.
         total: KL in nats; NaN for points, which have no density.
-        error: Monte Carlo standard error of it.
+        error: Monte Carlo standard error of `total`.
     """
 
     sites: tuple[str, ...]
@@ -58,31 +58,31 @@ class SiteDivergence:
 
 
 def divergence(fit: Fit | Sample) -> tuple[SiteDivergence, ...]:
-    """KL divergence of posterior from prior, site by site and layer by layer.
+    """KL divergence of the posterior from the prior, by site and layer.
 
     Args:
         fit: A fit, or a `Sample` of it.
 
     Returns:
         One entry for each latent site, in the order of the prior; sites that the guide ties together share
-        one. Then one for each factor and observed site of the prior that weighs latent ones.
+        one. Then one for each `numpyro.factor` and observed site of the prior that depends on latent sites.
     """
-    drawn = sample_of(fit)
-    made = drawn.fit
-    if not drawn.has_prior:
+    sample = sample_of(fit)
+    fit = sample.fit
+    if not sample.has_prior:
         return ()
-    blocks = tied_sites(made) + tuple(((name,), (name,)) for name in weighed(made.model.prior))
-    terms = made.by_keys(_terms, drawn.part(2), drawn.num_draws)
-    found = {name: np.asarray(x, np.float64) for name, x in terms.items()}
-    points = set(points_of(made))
-    return tuple(_site(made.model.sites, names, parts, found, points) for names, parts in blocks)
+    blocks = tied_sites(fit) + tuple(((name,), (name,)) for name in weighed(fit.model.prior))
+    draws = fit.by_keys(_terms, sample.part(2), sample.num_draws)
+    terms = {name: np.asarray(x, np.float64) for name, x in draws.items()}
+    points = set(points_of(fit))
+    return tuple(_site(fit.model.sites, names, parts, terms, points) for names, parts in blocks)
 
 
 def tied_sites(fit: Fit) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
     """Groups of latent sites that share auxiliary sites of the guide: (latent names, all names) of each.
 
-    An auxiliary site `<site>.q.<name>` belongs to the family of the guide that has this site. Those of other
-    guides, such as NumPyro's own, belong to all sites that these set to a value.
+    An auxiliary site `<site>.q.<name>` belongs to the family of the guide that contains the site. Auxiliary
+    sites of other guides, such as NumPyro's autoguides, belong to all sites that the guide sets to a value.
     """
     guide_sites, latent = _guide_sites(fit)
     groups = [names for family, names in getattr(fit.guide, "groups", ()) if family.joint]
@@ -104,15 +104,16 @@ def tied_sites(fit: Fit) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
 
 
 def points_of(fit: Fit) -> tuple[str, ...]:
-    """Latent sites without a density: of a family that says so, or a lone Delta."""
+    """Latent sites without a density: of a family without density, or a Delta without auxiliary sites."""
     guide_sites, latent = _guide_sites(fit)
     tied = {name for names, parts in tied_sites(fit) if len(parts) > len(names) for name in names}
-    said = {n for family, names in getattr(fit.guide, "groups", ()) if not family.has_density for n in names}
-    return tuple(n for n in latent if n in said or (guide_sites[n] is dist.Delta and n not in tied))
+    groups = getattr(fit.guide, "groups", ())
+    pointlike = {n for family, names in groups if not family.has_density for n in names}
+    return tuple(n for n in latent if n in pointlike or (guide_sites[n] is dist.Delta and n not in tied))
 
 
 def _guide_sites(fit: Fit) -> tuple[dict[str, type], tuple[str, ...]]:
-    """Kind of law of every site of the guide, and the latent sites of the prior in its order."""
+    """Class of the distribution of every guide site, and latent sites of the prior in order; cached."""
     return kept(fit, _looked_at)
 
 
@@ -125,45 +126,46 @@ def _looked_at(fit: Fit) -> tuple[dict[str, type], tuple[str, ...]]:
         kinds.update({n: type(unwrapped(s["fn"])) for n, s in guide_trace.items() if s["type"] == "sample"})
         latent.extend(n for n, s in prior_trace.items() if s["type"] == "sample" and not s["is_observed"])
 
-    jax.eval_shape(run, jax.random.key(0), fit.params)  # names and kinds alone: nothing is computed
+    jax.eval_shape(run, jax.random.key(0), fit.params)  # abstract: reads names and classes, computes nothing
     return kinds, tuple(latent)
 
 
 def _terms(fit: Fit, params: Any, key: Array) -> dict[str, Array]:
-    """One term of the KL for each site of the guide, over the axes of its plates."""
+    """Term of the KL for each site of the guide, with the axes of its plates, at one draw, in nats."""
     guide_trace, prior_trace = traces(key, fit.model, fit.guide, params)
-    found = {}
+    terms = {}
     for name, site in guide_trace.items():
         if site["type"] != "sample":
             continue
         log_q = log_density_of(site)
         if name not in prior_trace:
-            found[name] = jnp.sum(log_q)
+            terms[name] = jnp.sum(log_q)
             continue
         prior_site = prior_trace[name]
         try:
-            found[name] = dist.kl_divergence(site["fn"], prior_site["fn"])
+            terms[name] = dist.kl_divergence(site["fn"], prior_site["fn"])
         except NotImplementedError:
-            found[name] = log_q - log_density_of(prior_site)
+            terms[name] = log_q - log_density_of(prior_site)
     seen = {n: s for n, s in prior_trace.items() if s["type"] == "sample" and s["is_observed"]}
-    return found | {name: -log_density_of(site) for name, site in seen.items()}
+    return terms | {name: -log_density_of(site) for name, site in seen.items()}
 
 
 def _site(
     sites: Sites,
     names: tuple[str, ...],
     parts: tuple[str, ...],
-    found: dict[str, np.ndarray],
+    terms: dict[str, np.ndarray],
     points: set[str],
 ) -> SiteDivergence:
+    """Mean over draws of the terms of one group of sites."""
     families, factors = zip(*(place(sites, name) for name in names), strict=True)
     family = families[0] if len(set(families)) == 1 else ""
     factor = factors[0] if family and len(set(factors)) == 1 else ""
     if points & set(names):
         return SiteDivergence(names, family, factor, None, None, np.nan, np.nan)
-    total, error = _mean(sum(found[name].reshape(len(found[name]), -1).sum(1) for name in parts))
-    layered = family and len(parts) == 1 and found[names[0]].shape[1:] == (sites[family].depth,)
-    by_layer, by_layer_error = _mean(found[names[0]]) if layered else (None, None)
+    total, error = _mean(sum(terms[name].reshape(len(terms[name]), -1).sum(1) for name in parts))
+    layered = family and len(parts) == 1 and terms[names[0]].shape[1:] == (sites[family].depth,)
+    by_layer, by_layer_error = _mean(terms[names[0]]) if layered else (None, None)
     return SiteDivergence(names, family, factor, by_layer, by_layer_error, float(total), float(error))
 
 
@@ -175,6 +177,6 @@ def place(sites: Sites, name: str) -> tuple[str, str]:
 
 
 def _mean(values: Any) -> tuple[Any, Any]:
-    """Mean over draws and its standard error; rounding of a constant is no error."""
+    """Mean over draws and its standard error; zero if the values differ only by rounding."""
     error = values.std(0, ddof=1) / len(values) ** 0.5
     return values.mean(0), np.where(np.ptp(values, axis=0) <= 1e-6 * np.abs(values).max(0), 0.0, error)

@@ -1,7 +1,7 @@
-"""A diagnostic, and an examination: what all diagnostics of one fit share, and what they have found so far.
+"""A diagnostic, and an examination: the results that all diagnostics of one fit share.
 
-A diagnostic is one file: it opens with its mathematics, measures, and judges what it measured by its own
-rule. `page.DIAGNOSTICS` lists all of them. They share
+A diagnostic is one module: it states its formulas, computes a measurement, and derives a finding by its rule.
+`page.DIAGNOSTICS` lists all of them. They share
 
     S draws of guide and prior                     for norms, spreads and singular values
     8 given rows under S draws of both             for margins
@@ -9,10 +9,10 @@ rule. `page.DIAGNOSTICS` lists all of them. They share
     given rows under some draws of the guide       for counts of the classes
     32 given rows under some draws of the prior    for the prior predictive
 
-and every forward pass is made once. T is chosen by `Sample.train_prediction`. The given rows are predicted
-by as many draws as make the Monte Carlo error of the number of rows of each class at most a third of its
-binomial standard deviation, which makes the deviation 5 % wider. The numbers of the prior predictive must be
-two standard errors away from their thresholds.
+and every forward pass is computed once. `Sample.train_prediction` chooses T. The number of draws for the
+given rows is such that the Monte Carlo error of the number of rows of each class is at most a third of its
+binomial standard deviation, which increases this deviation by 5 %. The number of draws of the prior is such
+that the shares of the prior predictive are two standard errors away from their thresholds.
 """
 
 from collections.abc import Callable
@@ -44,17 +44,17 @@ SHARE = 1 / 3
 """Largest Monte Carlo error of a count, in binomial standard deviations."""
 
 CACHE = 2**30
-"""Bytes up to which the given rows keep what no draw changes."""
+"""Largest cache, in bytes, of the part of the given rows that no draw changes."""
 
 Need = Literal["ten steps", "density", "prior", "draws of the prior", "other fits", "tangent", "families"]
 
 
 class Lack(NamedTuple):
-    """Why a diagnostic does not run.
+    """Reason why a diagnostic does not run.
 
     Attributes:
-        reason: In words; empty where the question is not defined, so that the page has no line for it.
-        remedy: How to run it, where that is possible.
+        reason: In words; empty if the diagnostic is not defined for the fit, so that the page omits it.
+        remedy: How to run it, if that is possible.
     """
 
     reason: str = ""
@@ -67,8 +67,8 @@ class Request:
 
     Attributes:
         tolerance: Relative change of the smoothed bound that counts as none.
-        families: Whether k-hat is computed for each family too, which is costly.
-        leave_out: Training rows for leave-one-out; all when None.
+        families: Whether k-hat is also computed for each family, which is expensive.
+        leave_out: Number of training rows for leave-one-out; all if None.
     """
 
     tolerance: float = 0.01
@@ -82,11 +82,11 @@ class Diagnostic:
 
     Attributes:
         name: Name of its finding.
-        measurement: Name of what it measures, an attribute of the page. Diagnostics that share a measurement
-            have the same name here; the first of them measures.
-        measure: Measures.
-        judge: The finding about the measurement; None where there is nothing to say.
-        needs: What must be there to measure. Else the finding says "not asked" and why.
+        measurement: Name of its measurement, an attribute of the page. Diagnostics that share a measurement
+            have the same name here; the first of them computes it.
+        measure: Computes the measurement.
+        judge: Derives the finding from the measurement; None if there is no finding.
+        needs: Requirements. If one is not met, the status is "not asked" and the sentence is the reason.
     """
 
     name: str
@@ -98,15 +98,15 @@ class Diagnostic:
 
 @dataclass(eq=False)
 class Examination:
-    """An examination of a fit.
+    """Shared results of the diagnostics of one fit.
 
     Attributes:
         drawn: Draws of the fit.
         data: Rows with labels.
         others: Draws of other fits of the same model.
         request: Options.
-        measurements: What has been measured so far, by name; None for what could not be.
-        findings: What has been found so far, by name.
+        measurements: Measurements so far, by name; None if not computed.
+        findings: Findings so far, by name.
     """
 
     drawn: Sample
@@ -117,22 +117,22 @@ class Examination:
     findings: dict[str, Finding] = field(default_factory=dict)
 
     def run(self, diagnostic: Diagnostic) -> None:
-        """Measure and judge, and write both down."""
+        """Run a diagnostic; record its measurement and its finding."""
         lack = next((lack for need in diagnostic.needs if (lack := _LACKS[need](self)) is not None), None)
-        known = self.measurements
+        measurements = self.measurements
         if lack is not None:
-            known.setdefault(diagnostic.measurement, None)
-            finding = Finding(diagnostic.name, "not asked", lack.reason, remedy=lack.remedy)
+            measurements.setdefault(diagnostic.measurement, None)
             if lack.reason:
-                self.findings[diagnostic.name] = finding
+                reason, remedy = lack
+                self.findings[diagnostic.name] = Finding(diagnostic.name, "not asked", reason, remedy=remedy)
             return
-        if diagnostic.measurement not in known:
+        if diagnostic.measurement not in measurements:
             if isinstance(self.drawn.console, OneBar):
                 self.drawn.console.show(diagnostic.name)
-            known[diagnostic.measurement] = diagnostic.measure(self)
-        judged = diagnostic.judge(known[diagnostic.measurement], self)
-        if judged is not None:
-            self.findings[judged.name] = judged
+            measurements[diagnostic.measurement] = diagnostic.measure(self)
+        finding = diagnostic.judge(measurements[diagnostic.measurement], self)
+        if finding is not None:
+            self.findings[finding.name] = finding
 
     def is_fine(self, name: str) -> bool:
         """Whether there is a finding of this name and its status is "fine"."""
@@ -140,7 +140,7 @@ class Examination:
 
     @property
     def weights_failed(self) -> bool:
-        """Whether there are importance weights of the whole fit, and they cannot be used."""
+        """Whether there are importance weights of the whole fit and they cannot be used."""
         finding = self.findings["k-hat"]
         return finding.number is not None and finding.status != "fine"
 
@@ -151,12 +151,12 @@ class Examination:
 
     @cached_property
     def about(self) -> Subject:
-        """Properties of the fit that decide which remedies suit it."""
+        """Properties of the fit that decide which remedies apply."""
         return subject(self.drawn)
 
     @cached_property
     def rows(self) -> Batch:
-        """The given rows, with what no draw changes unless that would take too much memory."""
+        """The given rows; with a cache of the part that no draw changes, unless it is larger than `CACHE`."""
         model, drawn = self.fit.model, self.drawn
         if model.cache_bytes(self.data) > CACHE:
             return self.data
@@ -169,14 +169,14 @@ class Examination:
 
     @cached_property
     def prior_prediction(self) -> Prediction:
-        """Predictions of some given rows without adapters, the first draw, and by draws of the prior."""
+        """Predictions of some given rows by draws of the prior; the first draw is without adapters."""
         with_base = jax.tree.map(_after_zeros, self.drawn.prior_adapters)
         rows = self.rows[:PRIOR_ROWS]
         return self.drawn.predict_until(_shares_are_clear, with_base, rows, "draws of the prior")
 
     @cached_property
     def functions(self) -> Identifiable:
-        """Margins at the first given rows and norms of the updates."""
+        """Functions: margins at the first given rows and norms of the updates."""
         return identifiable(self.fit.model, self.data[:PROBES])
 
     @cached_property
@@ -197,13 +197,14 @@ class Examination:
 def _counts_are_sharp(prediction: Prediction) -> bool:
     """Whether the Monte Carlo error of the expected number of rows of each class is small."""
     probs = np.exp(prediction.draw_log_probs)
+    # Standard error over draws of the expected count of each class, against its binomial deviation.
     error = probs.sum(1).std(0, ddof=1) / len(probs) ** 0.5
     mean = probs.mean(0)
     return bool((error <= SHARE * np.sqrt((mean * (1 - mean)).sum(0))).all())
 
 
 def _shares_are_clear(prediction: Prediction) -> bool:
-    """Whether the numbers of a prior predictive are two standard errors away from their thresholds."""
+    """Whether both shares of a prior predictive are two standard errors away from their thresholds."""
     base, *draws = np.exp(prediction.draw_log_probs)
     probs = np.stack(draws)
     decided = (probs.max(-1) > NEARLY_ALL).mean(1), MOST
@@ -213,8 +214,9 @@ def _shares_are_clear(prediction: Prediction) -> bool:
 
 
 def _after_zeros(draws: Array) -> Array:
-    known = np.asarray(draws)
-    return jax.device_put(np.concatenate([np.zeros_like(known[:1]), known]))
+    """The draws after one of zeros, which is the base model."""
+    values = np.asarray(draws)
+    return jax.device_put(np.concatenate([np.zeros_like(values[:1]), values]))
 
 
 def _lacks_steps(exam: Examination) -> Lack | None:
@@ -222,7 +224,7 @@ def _lacks_steps(exam: Examination) -> Lack | None:
 
 
 def has_ten_steps(fit: Fit) -> bool:
-    """Whether the bound can be smoothed."""
+    """Whether there are ten finite steps, so that the bound can be smoothed."""
     return int(np.isfinite(fit.history["elbo"]).sum()) >= 10
 
 
@@ -240,8 +242,8 @@ def _lacks_prior_draws(exam: Examination) -> Lack | None:
 
 
 def _lacks_fits(exam: Examination) -> Lack | None:
-    remedy = "Fit again from other keys and give these fits: diagnose(..., restarts=[...])."
-    return None if exam.others else Lack("not run, because no other fits were given", remedy)
+    remedy = "Fit again from other keys and pass these fits: diagnose(..., restarts=[...])."
+    return None if exam.others else Lack("not run, because there are no other fits", remedy)
 
 
 def _lacks_tangent(exam: Examination) -> Lack | None:
@@ -249,7 +251,7 @@ def _lacks_tangent(exam: Examination) -> Lack | None:
 
 
 def _lacks_families(exam: Examination) -> Lack | None:
-    """k-hat by family; it comes after k-hat, which counts the families."""
+    """Requirement of k-hat by family, which runs after k-hat: that measurement lists the families."""
     khat = exam.measurements["khat"]
     families = len(khat.num_dimensions) - 1
     if khat.overall is None or families < 2:
@@ -257,7 +259,7 @@ def _lacks_families(exam: Examination) -> Lack | None:
     if exam.request.families:
         return None
     reason = (
-        f"not run, because it predicts the {len(exam.fit.train)} training rows once more for each of "
+        f"not run, because it predicts the {len(exam.fit.train)} training rows again for each of "
         f"{families} families"
     )
     return Lack(reason, "Run diagnose(..., families=True) to find the family with the worst weights.")

@@ -1,13 +1,13 @@
 r"""The hyper-parameters of a prior, with names of variables and axes for ArviZ.
 
 A site is a *weight* if the prior marks it (`bnlora.priors` marks the factors, inducing matrices and noise
-that it samples), if its name is that of a factor, `<family>.<factor>`, or if a symbol of the notation
-follows, `<family>.<factor>.z` (`U`, `V`, `W`, `E`). Weights are not identifiable; ArviZ gets functions of the
-update instead. Every other site is a hyper-parameter.
+that it samples), if its name is that of a factor, `<family>.<factor>`, or if the name has one of the symbols
+of the notation after it, as in `<family>.<factor>.z` (`U`, `V`, `W`, `E`). Weights are not identifiable;
+ArviZ gets functions of the update instead. Every other site is a hyper-parameter.
 
-Plates name the axes of a site, and the mark `infer={"dims": ("rank",)}` names its last axes. The plate of
-`priors.layers` and the name "rank" use the dimensions of the family's own variables. An axis of length one
-that no plate names is dropped, and so is the single layer of the head.
+Plates name the axes of a site. The mark `infer={"dims": ("rank",)}` names its last axes. The plate of
+`priors.layers` and the name "rank" use the dimensions of the variables of the family. An axis of length one
+without a plate is dropped, and so is the single layer of the head.
 """
 
 import re
@@ -26,14 +26,14 @@ SYMBOLS = ("z", "U", "V", "V_0", "W", "E")
 """Symbols of weights after `<family>.<factor>.`"""
 
 DIMS = "dims"
-"""Mark in the `infer` of a site: names of its last axes, those that are not of plates."""
+"""Mark in the `infer` of a site: names of its event axes, after those of plates."""
 
 TREE = ("chain", "draw", "row", "step")
-"""Names that every tree uses."""
+"""Names of dimensions in every tree."""
 
 
 class Named(NamedTuple):
-    """Draws of the hyper-parameters by their names in ArviZ, in the order of the prior."""
+    """Draws of the hyper-parameters by name in ArviZ, in the order of the prior, with dimensions."""
 
     values: dict[str, np.ndarray]
     dims: dict[str, tuple[str, ...]]
@@ -42,7 +42,7 @@ class Named(NamedTuple):
 
 
 def is_weight(sites: Sites, site: Variable) -> bool:
-    """Whether a site of the prior is a weight, which functions of the update replace in ArviZ."""
+    """Whether a site of the prior is a weight; in ArviZ, functions of the update replace it."""
     if site.infer.get(WEIGHT) or site.is_noise:
         return True
     _, factor = place(sites, site.name)
@@ -51,22 +51,22 @@ def is_weight(sites: Sites, site: Variable) -> bool:
 
 
 def no_weights(sites: Sites, variables: Mapping[str, Variable]) -> dict[str, Variable]:
-    """The sites that are not weights, in their order."""
+    """The sites that are not weights, in the same order."""
     return {name: site for name, site in variables.items() if not is_weight(sites, site)}
 
 
 def names_in_tree(sites: Sites, program: Program) -> dict[str, str]:
-    """The name in a tree of every site of the prior that is not a weight, observed sites included.
+    """Name in a tree of every site of the prior that is not a weight, observed sites included.
 
-    "/" becomes a dot, because xarray separates groups by it. A name that is already used gets a number.
+    "/" becomes a dot, because xarray uses it as the separator of groups. A name in use gets a number.
     """
-    own = (name for grid in grids(sites) for name in (*grid.variables, *grid.coords))
-    taken = {*TREE, *sites, *own}
-    found: dict[str, str] = {}
+    reserved = (name for grid in grids(sites) for name in (*grid.variables, *grid.coords))
+    taken = {*TREE, *sites, *reserved}
+    names: dict[str, str] = {}
     for name in (*no_weights(sites, program.latent), *no_weights(sites, program.observed)):
-        found[name] = _free(clean(name), taken)
-        taken.add(found[name])
-    return found
+        names[name] = _free(clean(name), taken)
+        taken.add(names[name])
+    return names
 
 
 def log_prior_groups(model: Any, log_prior_of: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -74,14 +74,14 @@ def log_prior_groups(model: Any, log_prior_of: Mapping[str, Any]) -> dict[str, n
 
     Args:
         model: The classifier.
-        log_prior_of: The part of every site of the prior, by name.
+        log_prior_of: Log prior of every site, by name, one number for each draw.
     """
     names = names_in_tree(model.sites, declared(model.prior))
-    found: dict[str, np.ndarray] = {}
+    groups: dict[str, np.ndarray] = {}
     for name, value in log_prior_of.items():
         group = names.get(name) or place(model.sites, name)[0] or clean(name)
-        found[group] = found.get(group, 0.0) + np.asarray(value, np.float64)
-    return found
+        groups[group] = groups.get(group, 0.0) + np.asarray(value, np.float64)
+    return groups
 
 
 def named_draws(model: Any, draws: Mapping[str, Any]) -> Named:
@@ -94,19 +94,19 @@ def named_draws(model: Any, draws: Mapping[str, Any]) -> Named:
     program = declared(model.prior)
     names = names_in_tree(model.sites, program)
     axes = _Axes(model.sites, tuple(names.values()))
-    found = Named({}, {}, axes.coords, {})
+    hyper = Named({}, {}, axes.coords, {})
     for name, site in no_weights(model.sites, program.latent).items():
         variable = names[name]
         kept, dims = axes.of(variable, site)
         values = np.asarray(draws[name])
-        found.values[variable] = values.reshape(len(values), *(site.shape[axis] for axis in kept))
-        found.dims[variable] = dims
-        found.sites[variable] = name
-    return found
+        hyper.values[variable] = values.reshape(len(values), *(site.shape[axis] for axis in kept))
+        hyper.dims[variable] = dims
+        hyper.sites[variable] = name
+    return hyper
 
 
 class _Axes:
-    """Names of the axes of sites. The tree's own axes come first; no axis has the name of a variable."""
+    """Names of the axes of sites. Axes of the tree take precedence; no axis has the name of a variable."""
 
     def __init__(self, sites: Sites, variables: tuple[str, ...]):
         self.sites, self.variables = sites, variables
@@ -139,12 +139,14 @@ class _Axes:
         return tuple(kept), tuple(dims)
 
     def _plate(self, plate: str, size: int) -> str | None:
+        """Name of the axis of a plate; that of the layers of a family for the plate of `priors.layers`."""
         family, _, kind = plate.rpartition("/")[2].rpartition(".")
         if family in self.sites and kind == "layer" and size == self.sites[family].depth:
             return self.families[family, "layer"]
         return self._sized(clean(plate), size)
 
     def _mark(self, family: str, name: str, size: int) -> str | None:
+        """Name of a marked axis; that of the ranks of the family for "rank"."""
         if name == "rank" and family and size == self.sites[family].rank:
             return self.families[family, "rank"]
         return self._sized(clean(name), size)
@@ -160,12 +162,13 @@ class _Axes:
 
 
 def clean(name: str) -> str:
-    """A name that xarray and netCDF can hold."""
+    """The name with characters replaced that xarray and netCDF do not allow."""
     cleaned = re.sub("[/\0]", ".", name)
     return "site" if cleaned == "." else cleaned
 
 
 def _free(wanted: str, taken: Iterable[str]) -> str:
+    """The wanted name, with the first number from 2 that makes it unused."""
     name, number = wanted, 2
     while name in taken:
         name, number = f"{wanted}_{number}", number + 1

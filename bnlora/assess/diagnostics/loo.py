@@ -1,16 +1,16 @@
-r"""Leave-one-out from a fit: how well would each training row have been predicted without it?
+r"""Approximate leave-one-out: how well would each training row have been predicted without it?
 
     elpd = sum_i log p(y_i | y_-i),    p(y_i | y_-i) = sum_s w_is p(y_i | theta_s) / sum_s w_is,
     w_is = p(theta_s, y) / (q(theta_s) p(y_i | theta_s)),    theta_s ~ q
 
-The weights correct two things at once: from the guide to the posterior, and from the posterior to the one
-without the row; they are smoothed by Pareto laws, and the k-hat of each row says whether that worked. Where
-that of the fit itself is too large (`khat`), that of every row is. `p` is the effective number of
-parameters, the log-likelihood that is lost by leaving out.
+The weights correct two differences: from the guide to the posterior, and from the posterior to the one
+without the row. They are smoothed by Pareto laws; the k-hat of each row shows whether this is reliable. If
+the k-hat of the fit (`khat`) is too large, so is that of every row. `p` is the effective number of
+parameters: the log predictive density of the rows by the whole fit, minus elpd.
 
-Of many rows a random part is left out and the sum over the others estimated by differences to their log-
-likelihood (Magnusson et al. 2019), which adds `subsampling_error`. That saves the smoothing, not the
-forward passes: the joint density in the weights is over all rows.
+With many rows, a random subset is left out, and the sum over the others is estimated from the differences to
+their log-likelihood (Magnusson et al. 2019), which adds `subsampling_error`. This saves the smoothing, not
+the forward passes: the joint density in the weights is over all rows.
 
 | finding       | problem                                | caution                     |
 |---------------|----------------------------------------|-----------------------------|
@@ -38,13 +38,13 @@ from bnlora.infer.svi.result import Fit
 from bnlora.metrics.monte_carlo import approximate_loo, compare_elpd, smoothed_weights
 
 MOST_ROWS = 500
-"""Training rows above which a diagnosis leaves out a random part of them, unless told otherwise."""
+"""Number of training rows above which a diagnosis leaves out a random subset by default."""
 
 MANY = 0.1
-"""Share of the rows with a k-hat above `HOPELESS` from which it is a problem."""
+"""Share of rows with a k-hat above `HOPELESS` above which the status is a problem."""
 
 HOPELESS = 0.7
-"""k-hat above which no feasible number of draws helps; below, more of them do."""
+"""k-hat above which no feasible number of draws is enough; below it, more draws help."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,15 +53,15 @@ class LeaveOneOut(Shown):
 
     Attributes:
         elpd: Sum over the training rows of log p(y_i | y_-i), in nats.
-        error: Standard error of it over rows.
+        error: Standard error of `elpd` over rows.
         p: Effective number of parameters.
-        rows: Which training rows were left out.
-        elpd_of: Log p(y_i | y_-i) of these.
-        pareto_k: k-hat of these.
-        threshold: Largest k-hat at which the draws are enough.
+        rows: Indices of the training rows that were left out.
+        elpd_of: Log p(y_i | y_-i) of these rows, in nats.
+        pareto_k: k-hat of these rows.
+        threshold: Largest k-hat for which the number of draws is sufficient.
         num_rows: Number of training rows.
-        subsampling_error: Standard error from leaving out some rows alone; zero where all were.
-        record: ArviZ's own record, for `arviz_stats.compare` and plots.
+        subsampling_error: Standard error from leaving out only a subset; zero if all rows were left out.
+        record: ArviZ's record, for `arviz_stats.compare` and plots.
     """
 
     elpd: float
@@ -100,35 +100,36 @@ def loo(fit: Fit | Sample, *, observations: int | None = None) -> LeaveOneOut:
 
     Args:
         fit: A fit, or a `Sample` of it.
-        observations: How many training rows to leave out, chosen at random by the key of the sample; all when
-            omitted.
+        observations: Number of training rows to leave out, chosen at random by the key of the sample; all by
+            default.
 
     Raises:
-        ValueError: When the guide has no density, or `observations` is not between 2 and the number of rows.
+        ValueError: If the guide has no density, or `observations` is not between 2 and the number of rows.
     """
-    drawn = sample_of(fit)
-    return _leave_out(drawn, observations, _seed(drawn))
+    sample = sample_of(fit)
+    return _leave_out(sample, observations, _seed(sample))
 
 
-def _seed(drawn: Sample) -> int:
-    return int(drawn.random(3).integers(2**31))
+def _seed(sample: Sample) -> int:
+    return int(sample.random(3).integers(2**31))
 
 
-def _leave_out(drawn: Sample, observations: int | None, seed: int) -> LeaveOneOut:
-    _require_density(drawn)
-    total = len(drawn.fit.train)
+def _leave_out(sample: Sample, observations: int | None, seed: int) -> LeaveOneOut:
+    _require_density(sample)
+    total = len(sample.fit.train)
     if observations is not None:
         check_at_least({"observations": observations}, 2)
         if observations > total:
             raise ValueError(
-                f"observations must be at most the number of training rows, {total}; got {observations}, "
-                "which None means too"
+                f"observations must be at most the number of training rows, {total}; got {observations} "
+                "(None leaves out all)"
             )
-    tree = tree_of_draws({"log_likelihood": {"y": drawn.log_likelihood}}, dims={"y": ["row"]})
+    tree = tree_of_draws({"log_likelihood": {"y": sample.log_likelihood}}, dims={"y": ["row"]})
     some = None if observations == total else observations
-    densities = (x[None] for x in (drawn.log_joint, drawn.log_q))
+    densities = (x[None] for x in (sample.log_joint, sample.log_q))
     record = approximate_loo(tree, *densities, observations=some, seed=seed)
     pointwise = np.asarray(record.pareto_k, np.float64).reshape(-1)
+    # ArviZ marks the rows that were not left out by NaN.
     rows = np.flatnonzero(~np.isnan(pointwise)) if some else np.arange(total)
     return LeaveOneOut(
         elpd=float(record.elpd),
@@ -145,19 +146,20 @@ def _leave_out(drawn: Sample, observations: int | None, seed: int) -> LeaveOneOu
 
 
 def loo_probs(fit: Fit | Sample) -> Float[np.ndarray, "n c"]:
-    """Probabilities of the classes of every training row without it: p(y_i = c | y_-i).
+    """Leave-one-out probabilities of the classes of every training row: p(y_i = c | y_-i).
 
     Args:
         fit: A fit, or a `Sample` of it.
 
     Raises:
-        ValueError: When the guide has no density.
+        ValueError: If the guide has no density.
     """
-    drawn = sample_of(fit)
-    _require_density(drawn)
-    own = (drawn.log_joint - drawn.log_q)[:, None] - drawn.log_likelihood
-    weights = smoothed_weights(own)
-    return np.einsum("sn,snc->nc", weights, np.exp(drawn.train_prediction.draw_log_probs))
+    sample = sample_of(fit)
+    _require_density(sample)
+    # log w_is, shape (draw, row): the row's likelihood is divided out of the weight of the whole fit.
+    log_weights = (sample.log_joint - sample.log_q)[:, None] - sample.log_likelihood
+    weights = smoothed_weights(log_weights)
+    return np.einsum("sn,snc->nc", weights, np.exp(sample.train_prediction.draw_log_probs))
 
 
 def compare_fits(fits: Mapping[str, Fit | Sample], *, observations: int | None = None) -> Any:
@@ -172,31 +174,31 @@ def compare_fits(fits: Mapping[str, Fit | Sample], *, observations: int | None =
         DataFrame.
 
     Raises:
-        ValueError: With fewer than two fits, or fits of other rows than the first.
+        ValueError: If there are fewer than two fits, or their training rows differ from those of the first.
     """
     check_at_least({"the number of fits": len(fits)}, 2)
-    made = {name: sample_of(one) for name, one in fits.items()}
-    first = next(iter(made.values())).fit.train
-    for name, one in made.items():
+    samples = {name: sample_of(one) for name, one in fits.items()}
+    first = next(iter(samples.values())).fit.train
+    for name, one in samples.items():
         rows = one.fit.train
         same = rows.tokens.shape == first.tokens.shape and bool((rows.tokens == first.tokens).all())
         if not (same and bool((rows.labels == first.labels).all())):
             raise ValueError(f"all fits must have the training rows of the first; {name!r} has others")
-    seed = _seed(next(iter(made.values())))  # one for all, so that they leave out the same rows
-    return compare_elpd({n: _leave_out(one, observations, seed).record for n, one in made.items()})
+    seed = _seed(next(iter(samples.values())))  # one seed, so that all leave out the same rows
+    return compare_elpd({n: _leave_out(one, observations, seed).record for n, one in samples.items()})
 
 
-def _require_density(drawn: Sample) -> None:
-    if not drawn.has_density:
+def _require_density(sample: Sample) -> None:
+    if not sample.has_density:
         raise ValueError(
             "leave-one-out by importance weights needs a guide with a density over every latent site; this "
-            "one sets some to a point: hold rows out instead"
+            "guide sets some sites to a point: hold rows out instead"
         )
 
 
 def left_out(left: LeaveOneOut, *, whole_failed: bool) -> Finding:
-    """Whether leave-one-out can be believed."""
-    bad, size = int((~(left.pareto_k <= HOPELESS)).sum()), len(left.rows)  # so that NaN is bad
+    """Finding about the reliability of leave-one-out."""
+    bad, size = int((~(left.pareto_k <= HOPELESS)).sum()), len(left.rows)  # negated so that NaN is bad
     sentence = (
         f"elpd {left.elpd:.1f} ± {left.error:.1f} nats, {left.p:.1f} effective parameters; k-hat above "
         f"{HOPELESS:g} in {bad} of {size} rows, above {left.threshold:.2f} in {len(left.unreliable)}"
@@ -206,11 +208,12 @@ def left_out(left: LeaveOneOut, *, whole_failed: bool) -> Finding:
         return Finding("leave-one-out", "fine", sentence, *numbers)
     if whole_failed:
         remedy = (
-            "The weights of the whole fit fail (k-hat), so these must: mend that first, or hold rows out."
+            "The weights of the whole fit fail (k-hat), so these fail too: improve k-hat first, or hold "
+            "rows out."
         )
         return Finding("leave-one-out", "not asked", sentence, *numbers, remedy)
     shown = ", ".join(map(str, left.unreliable[:5]))
-    remedy = f"Look at the training rows {shown}, and hold them out in fits of their own."
+    remedy = f"Check the training rows {shown}, and hold them out in separate fits."
     return Finding("leave-one-out", "problem" if bad / size > MANY else "caution", sentence, *numbers, remedy)
 
 

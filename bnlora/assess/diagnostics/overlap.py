@@ -1,15 +1,15 @@
-r"""How much of the prior is left in the posterior, function by function?
+r"""How similar are prior and posterior of each function? Overlap of their densities.
 
     overlap(f) = integral min(q(f), p(f)) df = 1 - total variation
 
 of posterior and prior of a scalar function that the data can identify: margins of the logits at probe rows,
-the norm of each family's update. One where the data said nothing about it, near zero where they moved or
-narrowed it beyond the prior. Beside it stands where the posterior median lies in the prior, P_p(f <=
-median_q f): near 0 or 1 the posterior fights the prior, whatever the overlap.
+the norm of each family's update. The overlap is one if the data contain no information about the function,
+and near zero if they moved or narrowed it strongly. The position of the posterior median in the prior,
+P_p(f <= median_q f), is reported as well: near 0 or 1 prior and posterior are in conflict, for any overlap.
 
-Overlap does not change under increasing maps of f. Both samples are therefore mapped by the normal scores
-of their pooled ranks, which no heavy tail upsets, and smoothed there with Gaussian kernels of Scott's
-width, by which the estimate of small overlaps is a little high. Its standard error is that of a jackknife
+Overlap is invariant under increasing maps of f. Both samples are therefore mapped to the normal scores of
+their pooled ranks, which is robust to heavy tails, and smoothed with Gaussian kernels of Scott's bandwidth.
+Smoothing makes the estimate of a small overlap slightly too large. The standard error is that of a jackknife
 over ten groups of draws.
 
 | finding             | problem                                | caution                                    |
@@ -44,10 +44,10 @@ from bnlora.prediction.functions import PROBES, identifiable, stacked
 GROUPS = 10
 
 SAME = 0.9
-"""Overlap of prior and posterior from which they count as one."""
+"""Overlap of prior and posterior above which they count as equal."""
 
 AS_WIDE = 0.97
-"""Ratio of posterior to prior spread from which a layer counts as unlearned."""
+"""Ratio of posterior to prior spread above which a layer counts as unlearned."""
 
 OUTSIDE = 0.001
 """Prior probability beyond the posterior median below which the two are in conflict."""
@@ -61,11 +61,11 @@ class Overlap(Shown):
 
     Attributes:
         names: Name of each function.
-        posterior: Draws of each function.
-        prior: Draws of each function.
+        posterior: Posterior draws of each function.
+        prior: Prior draws of each function.
         value: Overlap of each function, between 0 and 1.
-        error: Standard error of each.
-        position: Probability under the prior of at most the posterior median.
+        error: Standard error of `value`.
+        position: Prior probability of values up to the posterior median, for each function.
     """
 
     names: tuple[str, ...]
@@ -77,7 +77,7 @@ class Overlap(Shown):
 
     @property
     def table(self) -> Any:
-        """One row for each function, a pandas DataFrame."""
+        """A pandas DataFrame with one row for each function."""
         import pandas
 
         columns = {"overlap": self.value, "error": self.error, "position": self.position}
@@ -103,20 +103,20 @@ def overlap(fit: Fit | Sample, data: Batch) -> Overlap:
 
     Args:
         fit: A fit, or a `Sample` of it.
-        data: Rows whose margins are looked at, the first eight of them; labels are not read.
+        data: Rows for the margins, of which the first eight are used; labels are not read.
 
     Raises:
-        ValueError: When the prior has no latent sites.
+        ValueError: If the prior has no latent sites or cannot be drawn from.
     """
-    drawn = sample_of(fit)
-    drawn.require_prior("an overlap")
-    functions = identifiable(drawn.fit.model, data[:PROBES])
-    posterior, prior = (functions.by_draw(x, None) for x in (drawn.drawn[1], drawn.prior_adapters))
+    sample = sample_of(fit)
+    sample.require_prior("an overlap")
+    functions = identifiable(sample.fit.model, data[:PROBES])
+    posterior, prior = (functions.by_draw(x, None) for x in (sample.drawn[1], sample.prior_adapters))
     return overlap_by_name(posterior, prior)
 
 
 def overlap_by_name(posterior: Mapping[str, Any], prior: Mapping[str, Any]) -> Overlap:
-    """Overlap of functions from draws of each under posterior and prior, which may differ in number."""
+    """Overlap of functions from posterior and prior draws, whose numbers may differ."""
     names = tuple(sorted(posterior))
     at, below = (tuple(np.asarray(x[name], np.float64) for name in names) for x in (posterior, prior))
     pairs = list(zip(at, below, strict=True))
@@ -125,20 +125,22 @@ def overlap_by_name(posterior: Mapping[str, Any], prior: Mapping[str, Any]) -> O
     return Overlap(names, at, below, value, error, position)
 
 
-def probe_values(drawn: Sample, adapters: Any, data: Batch) -> tuple[tuple[str, ...], np.ndarray]:
-    """Names and values of margins and norms at adapters with a leading draw axis."""
-    return stacked(identifiable(drawn.fit.model, data[:PROBES]).by_draw(adapters, None))
+def probe_values(sample: Sample, adapters: Any, data: Batch) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names and values, shape (draw, function), of margins and norms at adapters with a draw axis."""
+    return stacked(identifiable(sample.fit.model, data[:PROBES]).by_draw(adapters, None))
 
 
 def overlap_of_draws(first: Float[np.ndarray, " s"], second: Float[np.ndarray, " t"]) -> tuple[float, float]:
     """Overlap of two laws from draws of each, and its standard error."""
     value = _overlap(first, second)
+    # Jackknife: leave out one of ten interleaved groups of both samples at a time.
     parts = [np.arange(len(x)) % GROUPS for x in (first, second)]
     without = [_overlap(first[parts[0] != g], second[parts[1] != g]) for g in range(GROUPS)]
     return value, float(np.sqrt((GROUPS - 1) * np.var(without)))
 
 
 def _overlap(first: np.ndarray, second: np.ndarray) -> float:
+    """Overlap of two samples on the scale of the normal scores of their pooled ranks."""
     ranks = rankdata(np.concatenate([first, second]))
     scores = ndtri((ranks - 0.5) / len(ranks))
     one, two = (_smooth(x) for x in (scores[: len(first)], scores[len(first) :]))
@@ -147,14 +149,14 @@ def _overlap(first: np.ndarray, second: np.ndarray) -> float:
 
 def _smooth(scores: np.ndarray) -> np.ndarray:
     """Gaussian kernel density on the grid, normalised to sum to one."""
-    width = max(scores.std(ddof=1), 1e-6) * len(scores) ** -0.2
-    width = max(width, GRID[1] - GRID[0])
+    width = max(scores.std(ddof=1), 1e-6) * len(scores) ** -0.2  # Scott's rule
+    width = max(width, GRID[1] - GRID[0])  # a narrower kernel could fall between two points of the grid
     density = np.exp(-0.5 * ((GRID[:, None] - scores) / width) ** 2).sum(1)
     return density / density.sum()
 
 
 def learned(shared: Overlap, spread: Shrinkage) -> Finding:
-    """Whether the posterior differs from the prior, and where it does not."""
+    """Finding about learning: whether the posterior differs from the prior, and in which families."""
     least, k = float(shared.value.min()), int(shared.value.argmin())
     cells = [c for c in spread.cells if c.factor == UPDATE and np.isfinite(c.ratio)]
     sentence = (
@@ -162,19 +164,23 @@ def learned(shared: Overlap, spread: Shrinkage) -> Finding:
         f"most {SAME:g}); {spread.total_words}"
     )
     if least > SAME:
-        remedy = "The data changed hardly anything: raise the prior's scale, give more rows, or adapt others."
+        remedy = (
+            "The posterior hardly differs from the prior: raise the prior's scale, use more rows, or adapt "
+            "other modules."
+        )
         return Finding("learned", "problem", sentence, least, SAME, remedy)
     by_family: dict[str, list[float]] = {}
     for cell in cells:
         by_family.setdefault(cell.family, []).append(cell.ratio - 2 * cell.ratio_error)
+    # Families whose norm overlaps: the name is "norm[<family>]".
     same = {n.split("[")[-1][:-1] for n, x in zip(shared.names, shared.value, strict=True) if x > SAME}
     idle = [family for family, low in by_family.items() if min(low) > AS_WIDE and family in same]
     if idle:
         sentence += f"; size and spread of the update as under the prior: {', '.join(idle)}"
         remedy = (
-            f"A few directions of {', '.join(idle)} may count all the same: compare the evidence with and "
-            "without it (bnlora.choose_scales under a core prior), or predictions of validation rows; if "
-            "nothing is lost, leave it out."
+            f"A few directions of {', '.join(idle)} may still matter: compare the evidence with and without "
+            "it (bnlora.choose_scales under a core prior), or predictions of validation rows; leave it out "
+            "if neither gets worse."
         )
         return Finding("learned", "caution", sentence, least, SAME, remedy)
     if cells:
@@ -184,7 +190,7 @@ def learned(shared: Overlap, spread: Shrinkage) -> Finding:
 
 
 def conflict(shared: Overlap, about: Subject) -> Finding:
-    """Whether the sizes of the updates are ones that the prior allows."""
+    """Finding about conflict: whether the sizes of the updates are plausible under the prior."""
     norms = [k for k, name in enumerate(shared.names) if name.startswith("norm[")]
     tail = np.minimum(shared.position, 1 - shared.position)
     k = min(norms, key=lambda i: tail[i])
@@ -197,7 +203,7 @@ def conflict(shared: Overlap, about: Subject) -> Finding:
         return Finding("prior and posterior", "fine", sentence, position, OUTSIDE)
     wider = position > 0.5
     remedy = (
-        f"The updates are {'larger' if wider else 'smaller'} than nearly any draw of the prior: "
+        f"The updates are {'larger' if wider else 'smaller'} than nearly all draws of the prior: "
         f"{'raise' if wider else 'lower'} its scale"
         + ("." if about.learns_scale else ", or learn it with priors.learned(...).")
     )

@@ -1,9 +1,9 @@
-"""One page about a fit: what is fine, what is not, and what to do about it.
+"""One page about a fit: findings of all diagnostics, and remedies.
 
-`DIAGNOSTICS` lists all diagnostics; each is a file that opens with its mathematics and its rule. They share
-draws and forward passes (`examination`). The page makes no claim beyond its findings: k-hat sees no missed
-mode, a bound that stands still may stand in a poor optimum (give `restarts`), and no check of predictions
-proves a posterior. A gold standard is `bnlora.sample_nuts` with `bnlora.compare`.
+`DIAGNOSTICS` lists all diagnostics. The module of each has its formulas and its rule at the top. They share
+draws and forward passes (`examination`). The page has limits: k-hat cannot detect a missed mode, a converged
+bound may be at a poor optimum (pass `restarts`), and no check of predictions proves that a posterior is
+right. The gold standard is `bnlora.sample_nuts` with `bnlora.compare`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,24 +56,24 @@ DIAGNOSTICS: tuple[Diagnostic, ...] = (
     TRANSFORMS,
     COUNTS,
 )
-"""All diagnostics. One may read what those before it measured and found."""
+"""All diagnostics in order. Each may use measurements and findings of those before it."""
 
 DRAWS, FIRST_LOOK = 400, 32
-"""Draws of a page, and draws that rows are predicted with at first, unless a number of draws is given."""
+"""Default number of draws of a page, and of draws for its first predictions."""
 
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis(Shown, Judged):
-    """Findings about a fit, and the measurements behind them.
+    """Findings about a fit, and their measurements.
 
-    Every measurement is an attribute too: `page.khat`, `page.loo`, `page.shrinkage`. It is None where it was
-    not run or is not defined for this fit.
+    Every measurement is also an attribute: `page.khat`, `page.loo`, `page.shrinkage`. It is None if it was
+    not computed or is not defined for this fit.
 
     Attributes:
-        findings: What each diagnostic concludes, in the order of `DIAGNOSTICS`.
-        measurements: What the diagnostics measured, by name.
+        findings: Finding of each diagnostic, in the order of `DIAGNOSTICS`.
+        measurements: Measurements of the diagnostics, by name.
         num_draws: Number of draws of the guide and of the prior.
-        num_used: Number of draws that the training rows were predicted with.
+        num_used: Number of draws of the predictions of the training rows.
     """
 
     findings: tuple[Finding, ...]
@@ -83,11 +83,11 @@ class Diagnosis(Shown, Judged):
 
     def __getattr__(self, name: str) -> Any:
         """A measurement by its name."""
-        measurements = self.__dict__.get("measurements", {})  # absent while a copy is made
+        measurements = self.__dict__.get("measurements", {})  # absent while the object is copied
         if name in measurements:
             return measurements[name]
         raise AttributeError(
-            f"a diagnosis has no {name!r}; its measurements are {', '.join(measurements) or 'not there yet'}"
+            f"a diagnosis has no {name!r}; its measurements are {', '.join(measurements) or 'none yet'}"
         )
 
     def __dir__(self) -> list[str]:
@@ -95,13 +95,13 @@ class Diagnosis(Shown, Judged):
 
     @property
     def summary(self) -> str:
-        """How many findings there are of each status, in a sentence."""
+        """Number of draws, and number of findings of each status."""
         used = "" if self.num_used == self.num_draws else f", {self.num_used} of them for training rows"
         return f"Diagnosis from {self.num_draws} draws{used}: {count_words(self.findings)}"
 
     @property
     def overview(self) -> tuple[Findings]:
-        """The findings, the worst first."""
+        """The findings, worst first."""
         return (Findings(self.summary, self.findings),)
 
 
@@ -118,29 +118,29 @@ def diagnose(
     restarts: Sequence[Fit] = (),
     console: Console | None = None,
 ) -> Diagnosis:
-    """Run every diagnostic on a fit and say what is fine, what is not, and what to do about it.
+    """Run all diagnostics on a fit; return findings and remedies.
 
     Args:
         key: Random key; the same key gives the same page.
         fit: A fit.
-        data: Rows with labels, best ones that were not fitted: for counts of the classes, the first eight for
-            margins and the first 32 for the prior predictive.
-        num_draws: Draws of the guide, and of the prior; rows are predicted by all of them. Omitted, there
-            are 400 draws. Rows are then predicted by 32 of them, and by more only where the standard error
-            of k-hat or of a count asks for it.
+        data: Rows with labels, if possible not used in the fit. All are used for counts of the classes, the
+            first eight for margins, and the first 32 for the prior predictive.
+        num_draws: Draws of the guide, and of the prior; all of them predict rows. By default there are 400
+            draws, rows are predicted by 32 of them, and by more only if the standard error of k-hat or of a
+            count requires it.
         batch_size: Rows to run at a time.
         tolerance: Relative change of the smoothed bound that counts as none.
-        families: Whether to compute k-hat of each family too. It is costly: it predicts the training rows
-            once more for each family.
-        leave_out: Training rows for leave-one-out, chosen at random; all, and at most 500, when omitted.
+        families: Whether to compute k-hat of each family as well. This is expensive: the training rows are
+            predicted once more for each family.
+        leave_out: Number of training rows for leave-one-out, chosen at random; by default all, at most 500.
         restarts: Other fits of this model, from other keys, to compare with this one.
-        console: Where to draw a progress bar; the terminal or notebook when omitted.
+        console: Where to draw a progress bar; the terminal or notebook by default.
 
     Returns:
         The page. It prints as a table in terminals and notebooks; every measurement is an attribute.
 
     Raises:
-        ValueError: When it is no `Fit`, rows are without labels, or an option is out of range.
+        ValueError: If `fit` is not a `Fit`, rows have no labels, or an option is out of range.
 
     Example:
         >>> page = bl.diagnose(key, fit, rows, num_draws=40)
@@ -150,21 +150,21 @@ def diagnose(
     key = check_key(key)
     bar = OneBar(console, 0)
     draws, first_look = (DRAWS, FIRST_LOOK) if num_draws is None else (num_draws, None)
-    of = partial(sample, num_draws=draws, batch_size=batch_size, console=bar, first_look=first_look)
-    drawn = of(key, fit)
+    prepare = partial(sample, num_draws=draws, batch_size=batch_size, console=bar, first_look=first_look)
+    fit_sample = prepare(key, fit)
     check_labels("data", data, len(fit.model.label_ids))
-    others = tuple(of(other.draw_key, other) for other in restarts)
-    exam = Examination(drawn, data, others, Request(tolerance, families, leave_out))
+    others = tuple(prepare(other.draw_key, other) for other in restarts)
+    exam = Examination(fit_sample, data, others, Request(tolerance, families, leave_out))
     with bar.bar:
         bar.more(planned(exam))
         for diagnostic in DIAGNOSTICS:
             exam.run(diagnostic)
     findings = tuple(exam.findings.values())
-    return Diagnosis(findings, exam.measurements, draws, drawn.num_used)
+    return Diagnosis(findings, exam.measurements, draws, fit_sample.num_used)
 
 
 def planned(exam: Examination) -> int:
-    """Forward passes that are foreseen, each of one row under one draw; standard errors may ask for more."""
+    """Expected number of forward passes of one row under one draw; standard errors may require more."""
     fit, few = exam.fit, exam.drawn.few
     families = len(fit.model.sites) if exam.request.families else 0
     fits = 1 + len(exam.others) if exam.others else 0
@@ -173,6 +173,6 @@ def planned(exam: Examination) -> int:
     if exam.drawn.has_prior:
         work += margins
     if exam.drawn.has_prior and not exam.drawn.prior_refusal:
-        draws = few if exam.drawn.first_look else few + 1  # the first one is without adapters
+        draws = few if exam.drawn.first_look else few + 1  # the additional draw is without adapters
         work += margins + draws * min(PRIOR_ROWS, len(exam.data))
     return work + (passes(len(exam.data)) if fit.model.kind == "tangent" else 0)

@@ -1,15 +1,16 @@
-r"""Are the labels as random as the predictions say? Randomised probability integral transforms.
+r"""Are the predictive probabilities calibrated? Randomised probability integral transforms.
 
     u_i = F_i(y_i - 1) + v_i p_i(y_i),    F_i(c) = sum_{c' <= c} p_i(c'),    v_i uniform on (0, 1)
 
-If y_i is drawn from p_i, u_i is uniform, exactly, for discrete classes in any fixed order. With p_i the
-prediction of row i by leave-one-out no row is used twice. The distribution function of the u is held
-against bands that contain all of it with probability `level`:
+If y_i is drawn from p_i, u_i is exactly uniform, for discrete classes in any fixed order. p_i is the
+leave-one-out prediction of row i, so that no row is used twice. The empirical distribution function of the u
+is compared with simultaneous bands, which contain all of it with probability `level`:
 
     P( gamma / 2 <= Bin(n, z).cdf(n ECDF(z)) <= 1 - gamma / 2  for all z ) = level
 
-with gamma found by simulation of uniform samples, and a p-value from the same simulation. Skewed: one end
-of the classes is predicted too often; a hill in the middle: predictions too cautious; a valley: too sure.
+gamma and a p-value are computed by simulation of uniform samples. In a histogram of the u, a slope means that
+the classes at one end are predicted too often, a hill in the middle that predictions are too cautious, and a
+valley that they are too confident.
 
 | finding | problem | caution      |
 |---------|---------|--------------|
@@ -48,11 +49,12 @@ class Pit:
     Attributes:
         values: The transform of every row.
         grid: Points z at which the distribution functions are compared.
-        ecdf: Share of the values that are at most z.
+        ecdf: Share of values that are at most z.
         low: Lower end of the simultaneous band.
-        high: Upper end of it.
-        p_value: Probability that uniform values leave the narrowest band that holds these.
-        level: Probability with which uniform values stay in the band everywhere.
+        high: Upper end of the band.
+        p_value: Probability that uniform values are at least as extreme: outside the narrowest band around
+            these values, or on its edge.
+        level: Probability that uniform values are inside the band everywhere.
     """
 
     values: Float[np.ndarray, " n"]
@@ -65,7 +67,7 @@ class Pit:
 
     @property
     def inside(self) -> bool:
-        """Whether the distribution function stays within the band."""
+        """Whether the distribution function is inside the band everywhere."""
         return bool(((self.low <= self.ecdf) & (self.ecdf <= self.high)).all())
 
     def __repr__(self) -> str:
@@ -81,11 +83,11 @@ def loo_pit(fit: Fit | Sample, *, level: float = 0.95) -> Pit:
         level: Probability of the simultaneous band.
 
     Raises:
-        ValueError: When the guide has no density, or `level` is not in (0, 1).
+        ValueError: If the guide has no density, or `level` is not in (0, 1).
     """
-    drawn = sample_of(fit)
-    labels = np.asarray(drawn.fit.train.labels)
-    return randomised_pit(drawn.part(4), loo_probs(drawn), labels, level=level)
+    sample = sample_of(fit)
+    labels = np.asarray(sample.fit.train.labels)
+    return randomised_pit(sample.part(4), loo_probs(sample), labels, level=level)
 
 
 def randomised_pit(
@@ -104,16 +106,18 @@ def randomised_pit(
         level: Probability of the simultaneous band.
 
     Raises:
-        ValueError: When `level` is not in (0, 1), or labels are no classes.
+        ValueError: If `level` is not in (0, 1), or a label is not a class.
     """
     random = numpy_generator(key)
     check_level(level)
     labels = class_numbers("the rows", labels, *probs.shape)
+    # F_i(c - 1) for every class, shape (row, class + 1).
     below = np.concatenate([np.zeros((len(probs), 1)), np.cumsum(probs, axis=1)], axis=1)
     rows = np.arange(len(probs))
     values = below[rows, labels] + random.random(len(probs)) * probs[rows, labels]
     count = len(values)
     grid = np.arange(1, POINTS) / POINTS
+    # Depth: smallest pointwise tail probability. gamma is its `1 - level` quantile for uniform samples.
     depths = np.array([_depth(random.random(count), grid) for _ in range(SIMULATIONS)])
     gamma = float(np.quantile(depths, 1 - level))
     low, high = (binom.ppf(q, count, grid) / count for q in (gamma / 2, 1 - gamma / 2))
@@ -123,7 +127,7 @@ def randomised_pit(
 
 
 def _depth(values: np.ndarray, grid: np.ndarray) -> float:
-    """The least pointwise two-sided tail probability of the counts below the grid's points."""
+    """Smallest pointwise two-sided tail probability of the counts up to each point of the grid."""
     count = len(values)
     below = np.searchsorted(np.sort(values), grid, side="right")
     lower, upper = _tails(count)
@@ -139,9 +143,9 @@ def _tails(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def transforms(pit: Pit, *, reliable: bool) -> Finding:
-    """Whether the training labels are as random as leave-one-out says."""
+    """Finding about the calibration of the leave-one-out predictions of the training labels."""
     if not reliable:
-        return Finding("LOO-PIT", "not asked", "leave-one-out cannot be believed here")
+        return Finding("LOO-PIT", "not asked", "leave-one-out is not reliable here")
     where = "within" if pit.inside else "outside"
     sentence = (
         f"{where} the simultaneous {pit.level:.0%} band, p {pit.p_value:.3f} (at least {LEAST_P:g}), "
@@ -154,20 +158,21 @@ def transforms(pit: Pit, *, reliable: bool) -> Finding:
 
 
 def _shape(values: Float[np.ndarray, " n"]) -> str:
-    """How transforms differ from uniform ones, where their mean or spread is two standard errors off."""
+    """Difference from uniform in words, if mean or spread is two standard errors from its uniform value."""
     centred, root = values - 0.5, len(values) ** 0.5
+    # Under uniformity: variance 1/12 of u, and variance 1/180 of (u - 1/2)^2 with mean 1/12.
     lean = centred.mean() * root * 12**0.5
     if abs(lean) > 2:
-        return f", the {'last' if lean > 0 else 'first'} classes come more often than predicted"
+        return f", the {'last' if lean > 0 else 'first'} classes are more frequent than predicted"
     spread = ((centred**2).mean() - 1 / 12) * root * 180**0.5
     if abs(spread) > 2:
-        return f", they are too {'sure' if spread > 0 else 'cautious'} (inference.fit_temperature helps)"
+        return f", they are too {'confident' if spread > 0 else 'cautious'} (inference.fit_temperature helps)"
     return ""
 
 
 def _measure(exam: Examination) -> Pit:
-    drawn, labels = exam.drawn, np.asarray(exam.fit.train.labels)
-    return randomised_pit(drawn.part(4), loo_probs(drawn), labels, level=1 - LEAST_P)
+    sample, labels = exam.drawn, np.asarray(exam.fit.train.labels)
+    return randomised_pit(sample.part(4), loo_probs(sample), labels, level=1 - LEAST_P)
 
 
 def _judge(pit: Pit, exam: Examination) -> Finding:

@@ -1,6 +1,6 @@
-"""Does the prior leave something for the data to decide? The prior predictive of some given rows.
+"""Is the prior neither too narrow nor too wide? The prior predictive of the given rows.
 
-The rules are those of `bnlora.assess.prior_predictive`.
+The rules are in `bnlora.assess.prior_predictive`.
 """
 
 from bnlora.assess.diagnostics.examination import Diagnostic, Examination

@@ -1,19 +1,19 @@
-r"""Do fits from other random keys find the same posterior? Nested R-hat of restarts taken as chains.
+r"""Do fits from other random keys find the same posterior? Nested R-hat, with fits as chains.
 
     nested R-hat = (1 + B / W)^(1/2),    B = variance of the fits' means,    W = mean variance in a fit
 
-on functions that the data can identify: margins of the logits at probe rows, norms of the updates of each
-family, singular values of each layer. A fit is a superchain and its draws are cut into subchains, which for
-independent draws changes nothing but the bookkeeping. At the threshold of 1.05 the fits' means differ by a
-third of the posterior standard deviation. It is the rank-normalised R-hat of values and of their distances
-to the median, so that fits with other spreads are found too.
+for functions that the data can identify: margins of the logits at probe rows, norms of the updates of each
+family, singular values of each layer. A fit is a superchain. Its draws are split into subchains, which has no
+effect on independent draws. At the threshold of 1.05, the means of the fits differ by a third of the
+posterior standard deviation. R-hat is rank-normalised and computed for the values and for their distances to
+the median, so that different spreads are also detected.
 
 | finding  | problem                                  | caution |
 |----------|------------------------------------------|---------|
 | restarts | nested R-hat of some function above 1.05 |         |
 
-The bound has an R-hat of its own, over the last fifth of the steps of each fit, and the bounds themselves
-are given: of several optima the one with the highest bound is the closest to the posterior in KL.
+The result also contains the R-hat of the bound over the last fifth of the steps of each fit, and the bounds.
+Of several optima, the one with the highest bound is the closest to the posterior in KL divergence.
 
 References: Margossian et al. (2024), Nested R-hat, arXiv 2110.13017; Dhaka et al. (2020), arXiv 2009.00666,
 for R-hat over runs of variational inference.
@@ -41,7 +41,7 @@ from bnlora.metrics.monte_carlo import nested_rhat, rank_rhat
 THRESHOLD = 1.05
 
 MOST_SHOWN = 100
-"""Nested R-hat above which it is said to be so large; that of points which differ is decided by rounding."""
+"""Largest nested R-hat that is reported as a number; for unequal point masses it depends on rounding."""
 
 SUBCHAINS = 4
 
@@ -55,8 +55,8 @@ class Restarts(Shown):
         values: Draws, shape (fit, draw, function).
         rhat: Nested R-hat of each function.
         bounds: Bound of each fit, mean over the last fifth of its steps, in nats.
-        bound_errors: Standard error of each.
-        bound_rhat: R-hat of the bound over those steps.
+        bound_errors: Standard error of each bound.
+        bound_rhat: R-hat of the bound over these steps.
     """
 
     names: tuple[str, ...]
@@ -68,7 +68,7 @@ class Restarts(Shown):
 
     @property
     def worst(self) -> int:
-        """Index of the function with the largest nested R-hat; one that has none comes before all others."""
+        """Index of the function with the largest nested R-hat; NaN counts as the largest."""
         return int(np.where(np.isnan(self.rhat), np.inf, self.rhat).argmax())
 
     @property
@@ -78,7 +78,7 @@ class Restarts(Shown):
 
     @property
     def table(self) -> Any:
-        """One row for each function with the means by fit, a pandas DataFrame."""
+        """A pandas DataFrame with one row for each function: nested R-hat and the mean of each fit."""
         import pandas
 
         means = {f"mean_{i}": x.mean(0) for i, x in enumerate(self.values)}
@@ -98,45 +98,45 @@ class Restarts(Shown):
 
 
 def restarts(fits: Sequence[Fit | Sample], data: Batch) -> Restarts:
-    """Hold fits of one model from different keys against each other.
+    """Compare fits of one model from different keys.
 
     Args:
-        fits: Two fits or more, or samples of them, with equally many draws.
-        data: Rows whose margins are looked at, the first eight of them; labels are not read.
+        fits: Two or more fits, or samples of them with the same number of draws.
+        data: Rows for the margins, of which the first eight are used; labels are not read.
 
     Raises:
-        ValueError: With fewer than two fits, fits of other sites or label words than the first, or with too
-            few or different numbers of draws.
+        ValueError: If there are fewer than two fits, sites or label words differ from those of the first, or
+            the numbers of draws differ or are below 16.
     """
     check_at_least({"the number of fits": len(fits)}, 2)
-    drawn = [sample_of(one) for one in fits]
-    _require_same(drawn)
-    check_at_least({"num_draws": drawn[0].num_draws}, 4 * SUBCHAINS)
-    found = [_values(one, data) for one in drawn]
-    every = np.stack([x for _, x in found])
-    varies = np.flatnonzero(
-        np.ptp(every, axis=(0, 1)) > 0
-    )  # nothing is defined for values that are all equal
-    names, values = tuple(found[0][0][k] for k in varies), every[..., varies]
+    samples = [sample_of(one) for one in fits]
+    _require_same(samples)
+    check_at_least({"num_draws": samples[0].num_draws}, 4 * SUBCHAINS)
+    functions = [_values(one, data) for one in samples]
+    every = np.stack([x for _, x in functions])  # (fit, draw, function)
+    # R-hat is not defined for a function with the same value in all draws of all fits.
+    varies = np.flatnonzero(np.ptp(every, axis=(0, 1)) > 0)
+    names, values = tuple(functions[0][0][k] for k in varies), every[..., varies]
     length = values.shape[1] // SUBCHAINS
-    chains = values[:, : SUBCHAINS * length].reshape(len(drawn) * SUBCHAINS, length, -1)
-    traces = [bound(one) for one in drawn]
+    # (fit * subchain, draw, function): the subchains of a fit are adjacent.
+    chains = values[:, : SUBCHAINS * length].reshape(len(samples) * SUBCHAINS, length, -1)
+    traces = [bound(one) for one in samples]
     return Restarts(
         names=names,
         values=values,
         rhat=nested_rhat(chains, size=SUBCHAINS),
         bounds=np.array([x.value for x in traces]),
         bound_errors=np.array([x.errors["elbo"][-1] for x in traces]),
-        bound_rhat=_bound_rhat([one.fit for one in drawn]),
+        bound_rhat=_bound_rhat([one.fit for one in samples]),
     )
 
 
-def _values(drawn: Sample, data: Batch) -> tuple[tuple[str, ...], np.ndarray]:
+def _values(sample: Sample, data: Batch) -> tuple[tuple[str, ...], np.ndarray]:
     """Names and draws of margins, norms and singular values."""
-    _, adapters = drawn.drawn
-    names, values = probe_values(drawn, adapters, data)
+    _, adapters = sample.drawn
+    names, values = probe_values(sample, adapters, data)
     columns = [values]
-    for family, site in drawn.fit.model.sites.items():
+    for family, site in sample.fit.model.sites.items():
         pair = adapters[family]
         grid = abs(site.scale) * singular_values(pair["a"], pair["b"])
         columns.append(grid.reshape(len(grid), -1))
@@ -147,6 +147,7 @@ def _values(drawn: Sample, data: Batch) -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def _bound_rhat(fits: Sequence[Fit]) -> float:
+    """R-hat of the bound over the last fifth of the finite steps; NaN with fewer than four of them."""
     finite = [x[np.isfinite(x)] for x in (fit.history["elbo"] for fit in fits)]
     length = min(len(x) for x in finite) // WINDOWS
     if length < 4:
@@ -154,9 +155,10 @@ def _bound_rhat(fits: Sequence[Fit]) -> float:
     return float(rank_rhat(np.stack([x[-length:] for x in finite])[..., None])[0])
 
 
-def _require_same(drawn: Sequence[Sample]) -> None:
-    first = drawn[0]
-    for number, one in enumerate(drawn[1:], start=2):
+def _require_same(samples: Sequence[Sample]) -> None:
+    """Raise `ValueError` unless all fits have the sites, label words and number of draws of the first."""
+    first = samples[0]
+    for number, one in enumerate(samples[1:], start=2):
         model = one.fit.model
         if model.sites != first.fit.model.sites or model.label_ids != first.fit.model.label_ids:
             raise ValueError(
@@ -170,7 +172,7 @@ def _require_same(drawn: Sequence[Sample]) -> None:
 
 
 def agreement(fits: Restarts) -> Finding:
-    """Whether fits from other keys agree."""
+    """Finding about the agreement of fits from different keys."""
     bounds = f"over {len(fits.bounds)} fits with bounds {', '.join(f'{x:.1f}' for x in fits.bounds)} nats"
     if not len(fits.rhat):
         return Finding("restarts", "not asked", f"every function is the same in all draws, {bounds}")
@@ -178,27 +180,27 @@ def agreement(fits: Restarts) -> Finding:
     rhat = float(fits.rhat[k])
     if np.isnan(rhat):
         sentence = f"{fits.names[k]} has no nested R-hat, {bounds}"
-        remedy = "Its draws are not finite or do not vary: look at the fits one by one."
+        remedy = "Its draws are not finite or do not vary: check each fit separately."
         return Finding("restarts", "problem", sentence, rhat, THRESHOLD, remedy)
-    said = f"{rhat:.2f}" if rhat < MOST_SHOWN else f"above {MOST_SHOWN}"
-    sentence = f"nested R-hat {said} in {fits.names[k]} (at most {THRESHOLD:g}) {bounds}"
+    text = f"{rhat:.2f}" if rhat < MOST_SHOWN else f"above {MOST_SHOWN}"
+    sentence = f"nested R-hat {text} in {fits.names[k]} (at most {THRESHOLD:g}) {bounds}"
     if fits.passed:
         return Finding("restarts", "fine", sentence, rhat, THRESHOLD)
     remedy = (
-        f"The fits found different posteriors: {_higher_bound(fits)}fit longer and from better starts until "
-        "they agree."
+        f"The fits converged to different posteriors: {_higher_bound(fits)}fit longer and from better starts "
+        "until they agree."
     )
     return Finding("restarts", "problem", sentence, rhat, THRESHOLD, remedy)
 
 
 def _higher_bound(fits: Restarts) -> str:
-    """Which fit to take, where its bound is above that of every other by more than the noise of both."""
+    """Advice which fit to use, if its bound is above every other by more than two standard errors."""
     best = int(fits.bounds.argmax())
     gaps = fits.bounds[best] - np.delete(fits.bounds, best)
     noise = 2 * np.hypot(fits.bound_errors[best], np.delete(fits.bound_errors, best))
     if (gaps > noise).all():
         return f"take number {best + 1}, whose bound is the highest, or "
-    return "their bounds do not tell which is the better one; "
+    return "their bounds do not differ by more than the noise; "
 
 
 AGREEMENT = Diagnostic(

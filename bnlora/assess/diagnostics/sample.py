@@ -1,18 +1,19 @@
-r"""Draws of a fit and of its prior, made once for all diagnostics that look at them.
+r"""Draws of a fit and of its prior, shared by all diagnostics.
 
-Every diagnostic takes a fit, or a `Sample` of it: `khat(fit)` draws anew, while `s = sample(fit)` followed
-by `khat(s)` and `shrinkage(s)` draws once. What is expensive is computed when it is first needed.
+Every diagnostic takes a fit, or a `Sample` of it: `khat(fit)` makes new draws, while `s = sample(key, fit)`
+followed by `khat(s)` and `shrinkage(s)` draws once. Expensive results are computed at first use.
 
-Draws are cheap, and predictions of all rows by each of them are not. With `first_look` rows are predicted by
-so many draws first, and their number is doubled until it is enough. For the training rows it is enough when
-the importance weights fail for certain, because nothing that more draws would sharpen is then reported. That
-is so when k-hat is two standard errors above its threshold and two away from one, where
+Draws are cheap; predictions of all rows by each draw are expensive. With `first_look`, rows are predicted by
+that number of draws first, and the number is doubled until it is sufficient. For the training rows it is
+sufficient as soon as the importance weights certainly fail, because the results that depend on them are then
+not reported. They certainly fail if k-hat is two standard errors above its threshold and more than two
+standard errors away from one, with
 
     se(k) = (1 + k) / M^(1/2),    M = min(S / 5, 3 S^(1/2)) draws in the tail,
 
-the asymptotic error of the shape of a Pareto law. Where the weights work, all draws are used.
+the asymptotic error of the shape of a generalised Pareto law. If the weights work, all draws are used.
 
-Reference: Smith (1987), Estimating tails of probability distributions, for the error of the shape.
+Reference for the error of the shape: Smith (1987), Estimating tails of probability distributions.
 """
 
 from collections.abc import Callable
@@ -41,15 +42,15 @@ from bnlora.program.draws import Draw, draw_from_prior
 
 @dataclass(frozen=True, repr=False)
 class Sample:
-    """Draws of a fit and what diagnostics read off them; made by `sample`.
+    """Draws of a fit and results computed from them; created by `sample`.
 
     Attributes:
         fit: The fit.
         key: Random key of the draws of the guide.
         num_draws: Number of draws S of the guide, and of the prior.
         batch_size: Rows to run at a time.
-        console: Where progress is drawn.
-        first_look: Number of draws that rows are first predicted with; None to use all draws at once.
+        console: Where to draw progress bars.
+        first_look: Number of draws for the first predictions; None to use all draws at once.
     """
 
     fit: Fit
@@ -61,12 +62,12 @@ class Sample:
 
     @property
     def few(self) -> int:
-        """Number of draws for what needs no more than a first look."""
+        """Number of draws of the first predictions."""
         return self.num_draws if self.first_look is None else self.first_look
 
     @cached_property
     def drawn(self) -> tuple[Draw, Adapters]:
-        """Draws of the guide with their densities, and the adapters that the prior makes of them."""
+        """Draws of the guide with their densities, and the adapters at these draws."""
         return self.fit.draws(self.key, self.num_draws)
 
     @cached_property
@@ -74,7 +75,7 @@ class Sample:
         """Adapters under the prior, at the prior's fitted parameters, with a leading draw axis.
 
         Raises:
-            ValueError: When the prior cannot be drawn from; `prior_refusal` says why.
+            ValueError: If the prior cannot be drawn from; `prior_refusal` contains the reason.
         """
         check_parameters(self.fit.model.prior, self.fit.params)
         require_drawable(self.fit.model.prior)
@@ -83,12 +84,12 @@ class Sample:
 
     @cached_property
     def train_prediction(self) -> Prediction:
-        """Predictions of the training rows by the first draws: all, or as many as show that weights fail."""
+        """Predictions of the training rows by all draws, or by enough to show that the weights fail."""
         return self.predict_until(self._is_settled, self.drawn[1], self.fit.train, "training rows")
 
     @property
     def num_used(self) -> int:
-        """Number of draws that the training rows were predicted with."""
+        """Number of draws of the predictions of the training rows."""
         return len(self.train_prediction.draw_log_probs)
 
     @property
@@ -111,20 +112,20 @@ class Sample:
         return np.asarray(self.drawn[0].log_prior, np.float64)[: len(log_likelihood)] + log_likelihood
 
     def _is_settled(self, prediction: Prediction) -> bool:
-        """Whether more draws would not help: there are no weights, or they fail for certain."""
+        """Whether more draws are unnecessary: there are no weights, or they certainly fail."""
         if not self.has_density:
             return True
         log_joint = self._log_joint(prediction)
         return is_hopeless(khat(log_joint, np.asarray(self.drawn[0].log_q, np.float64)[: len(log_joint)]))
 
     def predict(self, adapters: Adapters, rows: Batch, label: str, model: Any = None) -> Prediction:
-        """Predictions of rows by every draw of some adapters.
+        """Predict rows by every draw of adapters.
 
         Args:
             adapters: Adapters with a leading draw axis.
             rows: Rows to predict.
-            label: What a progress bar calls it.
-            model: The classifier; that of the fit when omitted.
+            label: Label of the progress bar.
+            model: The classifier; that of the fit by default.
         """
         work = len(rows) * len(jax.tree.leaves(adapters)[0])
         bar = self.console.part(label, work) if isinstance(self.console, OneBar) else nullcontext()
@@ -135,13 +136,13 @@ class Sample:
     def predict_until(
         self, enough: Callable[[Prediction], bool], adapters: Adapters, rows: Batch, label: str
     ) -> Prediction:
-        """Predictions of rows by the first draws, whose number is doubled until they are enough.
+        """Predict rows by the first draws, and double their number until `enough` is true.
 
         Args:
-            enough: Whether the predictions have a standard error that is small enough.
+            enough: Whether the standard errors of the predictions are small enough.
             adapters: Adapters with a leading draw axis.
             rows: Rows to predict.
-            label: What a progress bar calls it.
+            label: Label of the progress bar.
         """
         total = len(jax.tree.leaves(adapters)[0])
         used = total if self.first_look is None else min(self.first_look, total)
@@ -167,7 +168,7 @@ class Sample:
 
     @cached_property
     def prior_refusal(self) -> str:
-        """Why there are no draws of the prior; "" where there are."""
+        """Reason why the prior cannot be drawn from; "" if it can."""
         try:
             require_drawable(self.fit.model.prior)
         except ValueError as refusal:
@@ -175,16 +176,16 @@ class Sample:
         return ""
 
     def require_prior(self, what: str) -> None:
-        """Raise `ValueError` unless the prior has a latent site; `what` needs one."""
+        """Raise `ValueError` unless the prior has a latent site; `what` is the name of the diagnostic."""
         if not self.has_prior:
-            raise ValueError(f"{what} needs a prior with sample sites; this fit has parameters alone")
+            raise ValueError(f"{what} needs a prior with sample sites; this fit has only parameters")
 
     def part(self, number: int) -> Array:
-        """Random key of one of the things that are drawn beside the guide."""
+        """Random key for other random numbers than the draws of the guide, by number."""
         return jax.random.fold_in(self.key, number)
 
     def random(self, number: int) -> np.random.Generator:
-        """NumPy's source of random numbers, from `part`."""
+        """NumPy generator seeded from `part`."""
         return np.random.default_rng(np.asarray(jax.random.bits(self.part(number), (4,))))
 
     def __repr__(self) -> str:
@@ -203,22 +204,22 @@ def sample(
     """Prepare draws of a fit for several diagnostics.
 
     Args:
-        key: Random key; `fit.draw_key` gives the draws that diagnostics use when they get the fit itself.
+        key: Random key; `fit.draw_key` gives the draws that diagnostics use for a fit itself.
         fit: A fit.
         num_draws: Number of draws of the guide, and of the prior.
         batch_size: Rows to run at a time.
-        console: Where to draw progress bars; the terminal or notebook when omitted.
-        first_look: Number of draws that rows are predicted with at first. It is doubled, up to
-            `num_draws`, while standard errors ask for more. Omitted, all draws are used at once.
+        console: Where to draw progress bars; the terminal or notebook by default.
+        first_look: Number of draws for the first predictions. It is doubled, up to `num_draws`, until
+            standard errors are small enough. By default, all draws are used at once.
 
     Raises:
-        ValueError: When it is no fit by `bnlora.fit`, there are fewer than 25 draws, or no row at a time.
+        ValueError: If `fit` is not a fit by `bnlora.fit`, `num_draws` or `first_look` is below 25, or
+            `batch_size` is below one.
     """
     key = check_key(key)
     if not isinstance(fit, Fit):
         raise ValueError(
-            f"diagnostics need a Fit, whose bound and densities they read; got {type(fit).__name__}: for "
-            f"other "
+            f"diagnostics need a Fit, with its bound and densities; got {type(fit).__name__}: for other "
             "posteriors use bnlora.compare, predict and metrics"
         )
     check_at_least({"num_draws": num_draws}, LEAST_DRAWS)
@@ -233,14 +234,14 @@ def first_draws(stacked: Any, count: int) -> Any:
     return jax.tree.map(lambda x: np.asarray(x)[:count], stacked)
 
 
-def is_hopeless(found: KHat) -> bool:
-    """Whether k-hat is two standard errors above its threshold, and that far from one too."""
-    if np.isinf(found.value):
-        return found.value > 0
-    count = found.num_draws
-    tail = int(3 * count**0.5) if count > 225 else count // 5  # the draws that the Pareto law is fitted to
-    error = max(1 + found.value, 0.5) / tail**0.5
-    return found.value > found.threshold + 2 * error and abs(found.value - 1) > 2 * error
+def is_hopeless(khat: KHat) -> bool:
+    """Whether k-hat is two standard errors above its threshold, and two standard errors away from one."""
+    if np.isinf(khat.value):
+        return khat.value > 0
+    count = khat.num_draws
+    tail = int(3 * count**0.5) if count > 225 else count // 5  # draws in the Pareto tail
+    error = max(1 + khat.value, 0.5) / tail**0.5
+    return khat.value > khat.threshold + 2 * error and abs(khat.value - 1) > 2 * error
 
 
 def _from_prior(fit: Fit, params: Any, key: Array) -> dict[str, Array]:
@@ -248,5 +249,5 @@ def _from_prior(fit: Fit, params: Any, key: Array) -> dict[str, Array]:
 
 
 def sample_of(fit: Fit | Sample) -> Sample:
-    """The sample itself, or one of a fit with the defaults of `sample`."""
+    """A sample unchanged, or a sample of a fit with the defaults of `sample`."""
     return fit if isinstance(fit, Sample) else sample(fit.draw_key, fit)

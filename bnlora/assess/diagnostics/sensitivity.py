@@ -1,18 +1,17 @@
-r"""Would another strength of prior or likelihood change the answer? Power-scaling sensitivity.
+r"""Would a stronger or weaker prior or likelihood change the posterior? Power-scaling sensitivity.
 
     prior:       p_alpha(theta | y)  proportional to  p(y | theta) p(theta)^alpha
     likelihood:  p_alpha(theta | y)  proportional to  p(y | theta)^alpha p(theta)
 
-near alpha = 1, by importance weights on the draws, smoothed by Pareto laws. The sensitivity of a function
-is the change of its distribution (cumulative Jensen-Shannon distance) for each doubling of alpha. Above
-0.05 in both: the prior and the data disagree, or the prior simply informs where data do too. Above in the
-prior alone: the prior decides and the data hardly matter. Above in the likelihood alone is what one hopes
-for.
+near alpha = 1, by importance weights of the draws, smoothed by Pareto laws. The sensitivity of a function is
+the change of its distribution (cumulative Jensen-Shannon distance) per doubling of alpha. Above 0.05 in both:
+prior and data disagree, or both are informative. Above 0.05 only in the prior: the prior determines the
+function and the data have little effect. Above 0.05 only in the likelihood: the desired case.
 
-The draws are those of the guide, taken for the posterior: what is scaled is the posterior that the fit
-claims. The power acts on the density of all latent sites (all adapter weights), whose log varies over draws
-with the square root of half their number. In thousands of dimensions even a power of 0.99 gives uneven
-weights; `khat_prior` and `khat_likelihood` say whether the weights can be believed.
+The draws are those of the guide: the scaled posterior is the approximation. The power acts on the joint
+density of all latent sites (all adapter weights); the standard deviation of its log over draws is the square
+root of half their number. In thousands of dimensions even a power of 0.99 gives uneven weights; `khat_prior`
+and `khat_likelihood` show whether the weights are reliable.
 
 | finding       | problem | caution                          |
 |---------------|---------|----------------------------------|
@@ -52,8 +51,8 @@ class Sensitivity(Shown):
         names: Name of each function.
         prior: Sensitivity of each to the prior.
         likelihood: Sensitivity of each to the likelihood of the training rows.
-        khat_prior: Pareto k-hat of the weights behind `prior`.
-        khat_likelihood: Of those behind `likelihood`.
+        khat_prior: Pareto k-hat of the weights for `prior`.
+        khat_likelihood: Pareto k-hat of the weights for `likelihood`.
         num_draws: Number of draws.
     """
 
@@ -66,19 +65,19 @@ class Sensitivity(Shown):
 
     @property
     def conflicts(self) -> tuple[str, ...]:
-        """Functions that depend on both: prior and data may disagree about them."""
+        """Functions that depend on both; prior and data may disagree about them."""
         both = (self.prior >= THRESHOLD) & (self.likelihood >= THRESHOLD)
-        return tuple(name for name, found in zip(self.names, both, strict=True) if found)
+        return tuple(name for name, chosen in zip(self.names, both, strict=True) if chosen)
 
     @property
     def prior_alone(self) -> tuple[str, ...]:
-        """Functions that depend on the prior and hardly on the data."""
-        alone = (self.prior >= THRESHOLD) & (self.likelihood < THRESHOLD)
-        return tuple(name for name, found in zip(self.names, alone, strict=True) if found)
+        """Functions that depend on the prior and little on the data."""
+        only_prior = (self.prior >= THRESHOLD) & (self.likelihood < THRESHOLD)
+        return tuple(name for name, chosen in zip(self.names, only_prior, strict=True) if chosen)
 
     @property
     def table(self) -> Any:
-        """One row for each function, a pandas DataFrame."""
+        """A pandas DataFrame with one row for each function."""
         import pandas
 
         columns = {"prior": self.prior, "likelihood": self.likelihood}
@@ -102,29 +101,28 @@ def sensitivity(fit: Fit | Sample, data: Batch) -> Sensitivity:
 
     Args:
         fit: A fit, or a `Sample` of it.
-        data: Rows whose margins are looked at, the first eight of them; labels are not read.
+        data: Rows for the margins, of which the first eight are used; labels are not read.
 
     Raises:
-        ValueError: When the prior has no latent sites.
+        ValueError: If the prior has no latent sites.
     """
-    drawn = sample_of(fit)
-    drawn.require_prior("power-scaling")
-    adapters = first_draws(drawn.drawn[1], drawn.num_used)
-    return sensitivity_of(drawn, *probe_values(drawn, adapters, data))
+    sample = sample_of(fit)
+    sample.require_prior("power-scaling")
+    adapters = first_draws(sample.drawn[1], sample.num_used)
+    return sensitivity_of(sample, *probe_values(sample, adapters, data))
 
 
-def sensitivity_of(drawn: Sample, names: tuple[str, ...], values: Float[np.ndarray, "s k"]) -> Sensitivity:
+def sensitivity_of(sample: Sample, names: tuple[str, ...], values: Float[np.ndarray, "s k"]) -> Sensitivity:
     """Power-scaling sensitivity of functions.
 
     Args:
-        drawn: A sample of a fit.
+        sample: A sample of a fit.
         names: Names of the functions.
-        values: Their values at the first draws of the sample, at most as many as the training rows were
-            predicted with.
+        values: Their values at the first draws of the sample, at most `sample.num_used` of them.
     """
     count = len(values)
-    log_likelihood = drawn.log_likelihood[:count]
-    by_group = log_prior_groups(drawn.fit.model, first_draws(drawn.drawn[0].log_prior_of, count))
+    log_likelihood = sample.log_likelihood[:count]
+    by_group = log_prior_groups(sample.fit.model, first_draws(sample.drawn[0].log_prior_of, count))
     tree = tree_of_draws(
         {
             "posterior": {"value": values},
@@ -135,19 +133,20 @@ def sensitivity_of(drawn: Sample, names: tuple[str, ...], values: Float[np.ndarr
         coords={"function": list(names)},
     )
     prior, likelihood = (power_sensitivity(tree, group)["value"] for group in ("prior", "likelihood"))
+    # log weights of a power alpha relative to alpha = 1: (alpha - 1) times the scaled log density.
     log_prior = sum(by_group.values(), start=np.zeros(len(values)))
     of_prior, of_likelihood = (pareto_k((ALPHA - 1) * x) for x in (log_prior, log_likelihood.sum(1)))
     return Sensitivity(names, prior, likelihood, of_prior, of_likelihood, count)
 
 
 def power_scaling(measured: Sensitivity) -> Finding:
-    """Whether another strength of the prior would change the answer."""
+    """Finding about the prior: whether margins depend on its strength."""
     worst = max(measured.khat_prior, measured.khat_likelihood)
     limit = KHat(worst, measured.num_draws).threshold
     if worst > limit:
         sentence = f"the weights of a changed power have k-hat {worst:.2f} (at most {limit:.2f})"
         return Finding("power-scaling", "not asked", sentence, worst, limit, "Fit again under another scale.")
-    # Norms hold what is added to all classes alike, which only the prior knows: margins are what is asked.
+    # Only margins count: norms include a shift of all classes, which the likelihood does not inform.
     margins = [
         k
         for k, name in enumerate(measured.names)
@@ -155,20 +154,20 @@ def power_scaling(measured: Sensitivity) -> Finding:
     ]
     if not margins:
         return Finding("power-scaling", "not asked", "no margin has a sensitivity: their draws do not vary")
-    both, alone = (
+    both, only_prior = (
         sum(measured.names[k] in names for k in margins)
         for names in (measured.conflicts, measured.prior_alone)
     )
     k = max(margins, key=lambda i: measured.prior[i])
     sentence = (
-        f"of {len(margins)} margins {both} depend on prior and data, {alone} on the prior alone; most on "
-        f"the prior: {measured.names[k]}, {measured.prior[k]:.2f} (below {THRESHOLD:g}; its data "
-        f"{measured.likelihood[k]:.2f})"
+        f"of {len(margins)} margins {both} depend on prior and data, {only_prior} only on the prior; largest "
+        f"sensitivity to the prior: {measured.names[k]}, {measured.prior[k]:.2f} (below {THRESHOLD:g}; to "
+        f"the data {measured.likelihood[k]:.2f})"
     )
     numbers = (float(measured.prior[k]), THRESHOLD)
-    if not both + alone:
+    if not both + only_prior:
         return Finding("power-scaling", "fine", sentence, *numbers)
-    remedy = "Report how these predictions change under a wider and a narrower prior: both matter."
+    remedy = "Report how these predictions change under a wider and under a narrower prior."
     return Finding("power-scaling", "caution", sentence, *numbers, remedy)
 
 

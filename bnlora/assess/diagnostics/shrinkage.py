@@ -1,19 +1,19 @@
-r"""Where the data have narrowed the prior: a map over modules and layers.
+r"""Where is the posterior narrower than the prior? A map over modules and layers.
 
     ratio = sd_q(dW) / sd_p(dW),    sd(dW)^2 = mean over the entries ij of Var(dW_ij)
 
-for the update dW = alpha / rank * B A of each layer: one where the data said nothing, near zero where they
-said all. The variance is computed from draws,
+for the update dW = alpha / rank * B A of each layer. The ratio is one without information in the data, and
+near zero if the data determine the update. The variance is computed from draws,
 
     sum_ij Var(dW_ij) = (sum_s |dW_s|^2 - S |mean_s dW_s|^2) / (S - 1),
 
-and its standard error from the S squared distances to the mean. The same for the factors A and B alone,
-which are not identifiable: a guide's symmetry breaking narrows them without any help by data. Read those of
-the update. Beside it stands the KL divergence of the sites of each factor and layer (`divergence`), whose
-sum over both factors is that of the update.
+and its standard error from the S squared distances to the mean. The table also has the factors A and B. They
+are not identifiable: a guide that breaks the symmetry narrows them without data, so use the rows of the
+update. Each row has the KL divergence of the sites of its factor and layer (`divergence`); that of the update
+is the sum over both factors.
 
-Reference: Betancourt (2018), Calibrating model-based inferences and decisions, arXiv 1803.08393, for the
-shrinkage of a posterior as the share of the prior's spread that is left.
+Reference for shrinkage as the remaining share of the prior's spread: Betancourt (2018), Calibrating
+model-based inferences and decisions, arXiv 1803.08393.
 """
 
 from dataclasses import dataclass
@@ -44,12 +44,12 @@ class Cell:
         module: Name of the adapted module.
         layer: Index of the layer; the number of layers for the head.
         factor: "a", "b" or "update".
-        posterior_sd: Root mean square over the entries of their posterior standard deviations.
+        posterior_sd: Root mean square over entries of the posterior standard deviation.
         prior_sd: The same under the prior.
-        ratio: Of the two; NaN where the prior has no spread.
+        ratio: `posterior_sd / prior_sd`; NaN if the prior has no spread.
         ratio_error: Monte Carlo standard error of the ratio.
-        kl: KL divergence of posterior from prior in nats; NaN where it does not split so.
-        kl_error: Monte Carlo standard error of it.
+        kl: KL divergence of posterior from prior in nats; NaN if it does not split by layer and factor.
+        kl_error: Monte Carlo standard error of `kl`.
     """
 
     family: str
@@ -69,8 +69,8 @@ class Shrinkage(Shown):
     """Posterior spread relative to the prior's, by module and layer.
 
     Attributes:
-        cells: One for each family, layer and factor, and for the update.
-        divergences: KL divergence of every site, hyper-parameters included.
+        cells: One cell for each family, layer and factor, and for each update.
+        divergences: KL divergence of every site, including hyper-parameters.
     """
 
     cells: tuple[Cell, ...]
@@ -84,7 +84,7 @@ class Shrinkage(Shown):
         return pandas.DataFrame([vars(cell) for cell in self.cells])
 
     def grid(self, value: str = "ratio", *, factor: str = UPDATE) -> Any:
-        """One value as a pandas DataFrame of families by layers, for a heat map; NaN without adapter."""
+        """One value as a pandas DataFrame, families by layers, for a heat map; NaN without an adapter."""
         chosen = self.table[self.table["factor"] == factor]
         return chosen.pivot(index="family", columns="layer", values=value).reindex(
             dict.fromkeys(chosen["family"])
@@ -92,16 +92,16 @@ class Shrinkage(Shown):
 
     @property
     def total_kl(self) -> float:
-        """KL divergence of all sites in nats, without points."""
+        """KL divergence of all sites in nats, except points."""
         return float(np.nansum([one.total for one in self.divergences]))
 
     @property
     def total_words(self) -> str:
-        """`total_kl` in words, which say how many sites it leaves out."""
+        """`total_kl` in words, with the number of sites that are left out."""
         points = sum(len(one.sites) for one in self.divergences if np.isnan(one.total))
         every = sum(len(one.sites) for one in self.divergences)
         if points == every:
-            return "no KL, for every site is a point"
+            return "no KL, because every site is a point"
         without = f" without {points} of {every} sites, which are points" if points else ""
         return f"KL {self.total_kl:.1f} nats{without}"
 
@@ -124,21 +124,21 @@ class Shrinkage(Shown):
 
 
 def shrinkage(fit: Fit | Sample) -> Shrinkage:
-    """How much narrower than the prior the posterior is, by module and layer.
+    """Spread of the posterior relative to the prior, by module and layer.
 
     Args:
         fit: A fit, or a `Sample` of it.
 
     Raises:
-        ValueError: When the prior has no latent sites.
+        ValueError: If the prior has no latent sites or cannot be drawn from.
     """
-    drawn = sample_of(fit)
-    drawn.require_prior("shrinkage")
-    _, adapters = drawn.drawn
-    parts = divergence(drawn)
+    sample = sample_of(fit)
+    sample.require_prior("shrinkage")
+    _, adapters = sample.drawn
+    parts = divergence(sample)
     cells = []
-    for name, site in drawn.fit.model.sites.items():
-        both = (jax.tree.map(np.asarray, x[name]) for x in (adapters, drawn.prior_adapters))
+    for name, site in sample.fit.model.sites.items():
+        both = (jax.tree.map(np.asarray, x[name]) for x in (adapters, sample.prior_adapters))
         posterior, prior = both
         for index in range(site.depth):
             for factor in (*FACTORS, UPDATE):
@@ -165,6 +165,7 @@ def spread(pair: Any, index: int, factor: str, scale: float) -> tuple[float, flo
     if not squares.any():
         return 0.0, 0.0
     variance = squares.sum() / (draws - 1)
+    # Relative error of a standard deviation: half that of the variance (delta method).
     error = squares.std(ddof=1) * draws**0.5 / (draws - 1)
     return float(np.sqrt(variance / entries)), float(0.5 * error / variance)
 
@@ -172,12 +173,18 @@ def spread(pair: Any, index: int, factor: str, scale: float) -> tuple[float, flo
 def _update_distances(
     a: Float[np.ndarray, "s r i"], b: Float[np.ndarray, "s o r"], scale: float
 ) -> tuple[Float[np.ndarray, " s"], int]:
-    """Squared distance of every draw of `scale b a` from their mean, through one matrix of its shape."""
+    """Squared distance of every draw of `scale b a` from the mean update, and number of its entries.
+
+    Only the mean has the shape (o, i) of an update; |b a|^2 and the cross term need matrices of the rank.
+    """
     a, b = np.asarray(a, np.float64), scale * np.asarray(b, np.float64)
+    # Sum over draws and ranks in one product: (o, s r) @ (s r, i).
     mean = np.moveaxis(b, 0, 1).reshape(b.shape[1], -1) @ a.reshape(-1, a.shape[2]) / len(a)
-    own = ((a @ np.swapaxes(a, 1, 2)) * (np.swapaxes(b, 1, 2) @ b)).sum((1, 2))
+    # |b a|^2 = trace((a a^T) (b^T b)).
+    squares = ((a @ np.swapaxes(a, 1, 2)) * (np.swapaxes(b, 1, 2) @ b)).sum((1, 2))
     cross = ((np.swapaxes(b, 1, 2) @ mean) * a).sum((1, 2))
-    return np.maximum(own - 2 * cross + (mean**2).sum(), 0.0), mean.size
+    # Rounding can make a squared distance slightly negative.
+    return np.maximum(squares - 2 * cross + (mean**2).sum(), 0.0), mean.size
 
 
 def _cell(
@@ -212,6 +219,6 @@ SPREAD = Diagnostic(
     name="spread",
     measurement="shrinkage",
     measure=lambda exam: shrinkage(exam.drawn),
-    judge=lambda *_: None,  # "learned" reads it
+    judge=lambda *_: None,  # used by "learned"
     needs=("prior", "draws of the prior"),
 )

@@ -1,9 +1,9 @@
 r"""How many directions does the update of each layer use? Posterior singular values and effective rank.
 
-The singular values and the effective rank are functions of each draw (`bnlora.assess.diagnostics.updates`);
-what is reported are their posterior mean and 90 % interval, beside the effective rank under the prior: the
-rank of a prior draw is no evidence for anything. Random matrices have well separated singular values, so that
-the effective rank of a prior draw lies somewhat below the rank.
+The singular values and the effective rank are functions of each draw (`bnlora.assess.diagnostics.updates`).
+The result has their posterior mean and 90 % interval, and the effective rank under the prior for comparison:
+only a difference from the prior is evidence. Random matrices have well separated singular values, so the
+effective rank of a prior draw is slightly below the rank.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class LayerSpectrum:
         module: Name of the adapted module.
         layer: Index of the layer; the number of layers for the head.
         values: Posterior draws of the singular values, largest first, shape (draw, rank).
-        prior_values: The same under the prior; NaN where the prior cannot be drawn from.
+        prior_values: The same under the prior; NaN if the prior cannot be drawn from.
     """
 
     family: str
@@ -92,25 +92,26 @@ class Spectrum(Shown):
 
 
 def spectrum(fit: Fit | Sample) -> Spectrum:
-    """Posterior of the singular values and of the effective rank, layer by layer.
+    """Posterior of the singular values and of the effective rank, by layer.
 
     Args:
         fit: A fit, or a `Sample` of it.
     """
-    drawn = sample_of(fit)
-    found = []
-    for name, site in drawn.fit.model.sites.items():
-        posterior = abs(site.scale) * singular_values(**drawn.drawn[1][name])
-        if drawn.prior_refusal:
+    sample = sample_of(fit)
+    layers = []
+    for name, site in sample.fit.model.sites.items():
+        posterior = abs(site.scale) * singular_values(**sample.drawn[1][name])
+        if sample.prior_refusal:
             prior = np.full_like(posterior, np.nan)
         else:
-            prior = abs(site.scale) * singular_values(**drawn.prior_adapters[name])
+            prior = abs(site.scale) * singular_values(**sample.prior_adapters[name])
         for index, layer in enumerate(site.layers):
-            found.append(LayerSpectrum(name, site.module, layer, posterior[:, index], prior[:, index]))
-    return Spectrum(tuple(found))
+            layers.append(LayerSpectrum(name, site.module, layer, posterior[:, index], prior[:, index]))
+    return Spectrum(tuple(layers))
 
 
 def _row(one: LayerSpectrum) -> dict[str, Any]:
+    """One row of the table."""
     low, high = np.quantile(one.effective_rank, INTERVAL)
     row = {"family": one.family, "module": one.module, "layer": one.layer, "rank": one.rank}
     row |= {"effective_rank": float(one.effective_rank.mean()), "low": float(low), "high": float(high)}
@@ -119,13 +120,13 @@ def _row(one: LayerSpectrum) -> dict[str, Any]:
 
 
 def ranks(measured: Spectrum) -> Finding:
-    """How much of the rank is used."""
+    """Finding with the smallest and the largest share of the rank that is used; always "fine"."""
     shares = [one.effective_rank.mean() / one.rank for one in measured.layers]
     low, high = (measured.layers[int(pick(shares))] for pick in (np.argmin, np.argmax))
     under_prior = low.prior_effective_rank.mean()
-    beside = f" (prior {under_prior:.1f})" if np.isfinite(under_prior) else ""
+    prior = f" (prior {under_prior:.1f})" if np.isfinite(under_prior) else ""
     sentence = (
-        f"effective rank {low.effective_rank.mean():.1f} of {low.rank} in {low.family} {low.layer}{beside}"
+        f"effective rank {low.effective_rank.mean():.1f} of {low.rank} in {low.family} {low.layer}{prior}"
     )
     if len(measured.layers) > 1:
         sentence += f" to {high.effective_rank.mean():.1f} of {high.rank} in {high.family} {high.layer}"

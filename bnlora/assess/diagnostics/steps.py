@@ -12,14 +12,14 @@ from bnlora.infer.svi.result import Fit, divergence_remedy
 
 
 def steps(fit: Fit) -> Finding:
-    """Whether the optimisation ran to its end."""
+    """Finding about the end of the optimisation and skipped steps."""
     done, skipped = len(fit.step_seconds), fit.skipped_steps
     sentence = f"{done} steps, {skipped} skipped as not finite, ended by: {fit.stopped}"
     if fit.stopped == "diverged":
         remedy = f"Fit again: {divergence_remedy(fit)}."
         return Finding("steps", "problem", sentence, skipped, 0, remedy)
     if fit.stopped == "interrupted":
-        remedy = "Fit on from here with fit(init_params=fit.params)."
+        remedy = "Continue from here with fit(init_params=fit.params)."
         return Finding("steps", "caution", sentence, skipped, 0, remedy)
     if skipped:
         remedy = broken_weights(fit.model.base.weights) or "lower the learning rate, or clip_norm"

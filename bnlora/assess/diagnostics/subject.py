@@ -1,4 +1,4 @@
-"""What is diagnosed, as far as advice depends on it: no remedy names a thing that the fit does not have."""
+"""Properties of a fit that remedies depend on, so that no remedy names an option that the fit lacks."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ _RICHER: Mapping[str, Callable[[Family], bool]] = {
     "low_rank(over='all')": lambda family: family.joint,
     "spline()": lambda family: family.form == "flow",
 }
-"""Families that hold more, and whether a family of a guide holds that already."""
+"""Richer variational families, and whether a family of a guide is already as rich."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Properties of a fit that decide which remedies fit it.
+    """Properties of a fit that decide which remedies apply.
 
     Attributes:
         random: Whether the prior has a latent site; plain LoRA has none.
         points: Latent sites that the guide sets to a point.
-        collapsed: Whether draws of the guide do not differ although it sets no site to a point.
-        lam_max: Cap on the guide's `lam`; 1, which is no restriction, where it has none.
-        richer: Families that its guide does not have.
+        collapsed: Whether draws of the guide are equal although it sets no site to a point.
+        lam_max: Upper bound of the guide's `lam`; 1, which is no restriction, if it has none.
+        richer: Richer families that the guide does not use.
         learns_scale: Whether the prior's scale is fitted.
     """
 
@@ -42,24 +42,24 @@ class Subject:
 
     @property
     def no_density(self) -> str:
-        """Why there is no density over the latent sites, in words; "" where there is one."""
+        """Reason why there is no density over the latent sites; "" if there is one."""
         if not self.random:
             return "the prior has no latent site, so that nothing is random"
         if self.points:
             more = f" and {len(self.points) - 3} more" if len(self.points) > 3 else ""
             return f"the guide sets {', '.join(self.points[:3])}{more} to a point"
-        return "some number is the same in every draw" if self.collapsed else ""
+        return "some latent number is the same in every draw" if self.collapsed else ""
 
 
-def subject(drawn: Sample) -> Subject:
-    """The properties of the fit of a sample."""
-    fit, random = drawn.fit, drawn.has_prior
+def subject(sample: Sample) -> Subject:
+    """Properties of the fit of a sample."""
+    fit, random = sample.fit, sample.has_prior
     points = points_of(fit) if random else ()
     families = [family for family, _ in getattr(fit.guide, "groups", ())]
     return Subject(
         random=random,
         points=points,
-        collapsed=random and not drawn.has_density and not points,
+        collapsed=random and not sample.has_density and not points,
         lam_max=_lam_max(fit),
         richer=tuple(name for name, holds in _RICHER.items() if not any(map(holds, families))),
         learns_scale=any(name.endswith(".scale") and ".q." not in name for name in fit.params),
@@ -67,6 +67,7 @@ def subject(drawn: Sample) -> Subject:
 
 
 def _lam_max(fit: Fit) -> float:
+    """Smallest upper bound of `lam` in the guide; 1 if there is none."""
     if not any(name.endswith(".q.lam") for name in fit.params):
         return 1.0
     caps = [1.0]
@@ -76,5 +77,5 @@ def _lam_max(fit: Fit) -> float:
             if name.endswith(".q.lam"):
                 caps.append(float(site["kwargs"]["constraint"].upper_bound))
 
-    jax.eval_shape(look, jax.random.key(0))  # constraints alone: nothing is computed
+    jax.eval_shape(look, jax.random.key(0))  # abstract: reads the constraints, computes nothing
     return min(caps)

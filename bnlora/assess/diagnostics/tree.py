@@ -1,13 +1,12 @@
-r"""From a fit to ArviZ: one DataTree of draws, densities and the record of the optimisation.
+r"""A fit as an ArviZ DataTree: draws, densities and the history of the optimisation.
 
 The factors of an adapter are not identifiable: (A, B) and (R A, B R^-1) are one update. The posterior group
-therefore holds functions of the update `alpha / rank * B A`, its Frobenius norm and its singular values, in
-place of the sites that make it up, and every other site of the prior by name
-(`bnlora.assess.diagnostics.hyper`).
+therefore contains the Frobenius norm and the singular values of the update `alpha / rank * B A` instead of
+its sites, and every other site of the prior by name (`bnlora.assess.diagnostics.hyper`).
 
-Draws of a guide are independent by construction, so R-hat and effective sample sizes of this tree say
-nothing about how good the fit is; `log_p` and `log_q` are there for the diagnostics that do
-(`arviz_stats.loo_approximate_posterior`, Pareto k).
+Draws of a guide are independent by construction, so R-hat and effective sample sizes of this tree do not
+measure the quality of the fit. Use `log_p` and `log_q` instead (`arviz_stats.loo_approximate_posterior`,
+Pareto k).
 """
 
 from collections.abc import Mapping
@@ -24,11 +23,11 @@ from bnlora.assess.diagnostics.updates import Summaries, summaries
 from bnlora.data.batch import Batch, check_labels
 from bnlora.prediction.predict import predict_with_draws
 
-CHAINS = 4  # ArviZ splits draws over chains; four equal parts of independent draws are as good as any
+CHAINS = 4  # ArviZ expects chains; independent draws can be split into any number of equal parts
 
 
 def to_arviz(key: Array, fit: Any, data: Batch, *, num_draws: int = 200, batch_size: int = 32) -> Any:
-    """Draws of a fit and their predictions for some rows, as an ArviZ DataTree.
+    """Draws of a fit and their predictions for the given rows, as an ArviZ DataTree.
 
     Args:
         key: Random key of the draws.
@@ -40,18 +39,18 @@ def to_arviz(key: Array, fit: Any, data: Batch, *, num_draws: int = 200, batch_s
     Returns:
         A DataTree with the groups
         `posterior`: `update_norm` (module, layer) and `singular_value` (module, layer, rank), the same
-        with the ending `_lm_head` for an adapted head, and the prior's hyper-parameters: every site that is
-        no weight of a factor, with the dimensions that its plates name. In names "/" becomes a dot, and one
-        that the tree has already gets a number; the attribute `site` is the name in the prior;
+        with the suffix `_lm_head` for an adapted head, and the prior's hyper-parameters: every site that is
+        not a weight of a factor, with the dimensions named by its plates. In names, "/" becomes a dot, and
+        a name in use gets a number; the attribute `site` is the name in the prior;
         `sample_stats`: `log_p` (log prior plus log-likelihood of the training rows), `log_q`, and
         over optimisation steps `elbo` and its terms;
-        `log_prior`: one variable for the weights of each family, for each hyper-parameter, and for what the
-        prior observes or weighs itself, for `arviz_stats.psense`, which wants the training rows as `data`;
-        absent where the prior has no latent sites;
+        `log_prior`: one variable for the weights of each family, for each hyper-parameter, and for each
+        observed site or factor of the prior, for `arviz_stats.psense`, which needs the training rows as
+        `data`; absent if the prior has no latent sites;
         `log_likelihood`, `posterior_predictive`, `observed_data`: `y` over the rows of `data`.
 
     Raises:
-        ValueError: When `num_draws` is not a positive multiple of 4, or the rows have no labels.
+        ValueError: If `num_draws` is not a positive multiple of 4, or the rows have no labels.
 
     Example:
         >>> tree = bl.to_arviz(key, fit, rows, num_draws=4)
@@ -63,13 +62,13 @@ def to_arviz(key: Array, fit: Any, data: Batch, *, num_draws: int = 200, batch_s
         raise ValueError(f"num_draws must be a positive multiple of {CHAINS}; got {num_draws}")
     check_labels("data", data, len(fit.model.label_ids))
     draws, adapters = fit.draws(key, num_draws)
-    predicted = partial(predict_with_draws, fit.model, adapters, batch_size=batch_size)
-    in_training = predicted(fit.train).log_probs_of(fit.train.labels)
-    prediction = predicted(data)
+    predict = partial(predict_with_draws, fit.model, adapters, batch_size=batch_size)
+    in_training = predict(fit.train).log_probs_of(fit.train.labels)
+    prediction = predict(data)
     stats = {"log_p": np.asarray(draws.log_prior, np.float64) + in_training.sum(1), "log_q": draws.log_q}
-    found = summaries(fit.model.sites, adapters)
+    updates = summaries(fit.model.sites, adapters)
     groups = {
-        "posterior": found.values,
+        "posterior": updates.values,
         "sample_stats": stats,
         "log_prior": log_prior_groups(fit.model, draws.log_prior_of),
         "log_likelihood": {"y": prediction.log_probs_of(data.labels)},
@@ -77,11 +76,11 @@ def to_arviz(key: Array, fit: Any, data: Batch, *, num_draws: int = 200, batch_s
     }
     groups = {name: group for name, group in groups.items() if group}
     hyper = named_draws(fit.model, draws.sites)
-    return _tree(jax.tree.map(_by_chain, groups), found, hyper, fit, data)
+    return _tree(jax.tree.map(_by_chain, groups), updates, hyper, fit, data)
 
 
 def tree_of_draws(groups: Mapping[str, Mapping[str, np.ndarray]], **options: Any) -> Any:
-    """A DataTree of arrays with a leading draw axis, as one chain.
+    """A DataTree with one chain, from arrays with a leading draw axis.
 
     Args:
         groups: Arrays by group and name.
@@ -94,31 +93,32 @@ def tree_of_draws(groups: Mapping[str, Mapping[str, np.ndarray]], **options: Any
 
 
 def _sample_classes(log_probs: np.ndarray) -> np.ndarray:
-    """One class for each draw and row, by inverting the distribution function at a fixed uniform stream."""
+    """One class for each draw and row, by inverting the distribution function at fixed uniform numbers."""
     uniform = np.random.default_rng(0).random(log_probs.shape[:2])[..., None]
     return (np.exp(log_probs).cumsum(-1)[..., :-1] < uniform).sum(-1)
 
 
 def _by_chain(x: Any) -> np.ndarray:
+    """The leading draw axis, split into chains: (draw, ...) to (chain, draw, ...)."""
     array = np.asarray(x)
     return array.reshape(CHAINS, -1, *array.shape[1:])
 
 
 def _tree(
-    groups: dict[str, dict[str, np.ndarray]], found: Summaries, hyper: Named, fit: Any, data: Batch
+    groups: dict[str, dict[str, np.ndarray]], updates: Summaries, hyper: Named, fit: Any, data: Batch
 ) -> Any:
     import arviz_base
     import xarray
 
     groups = {**groups, "observed_data": {"y": np.asarray(data.labels)}}
-    dims = found.dims | {"y": ["row"]}
-    # ArviZ's convention that a chain is longer than the number of chains is about MCMC; these draws are few.
-    tree = arviz_base.from_dict(groups, dims=dims, coords=found.coords, check_conventions=False)
+    dims = updates.dims | {"y": ["row"]}
+    # ArviZ expects chains to be longer than their number, as in MCMC; skip this check for few draws.
+    tree = arviz_base.from_dict(groups, dims=dims, coords=updates.coords, check_conventions=False)
     trace = {name: ("step", values) for name, values in fit.history.items()}
     steps = {"step": np.arange(1, len(fit.step_seconds) + 1)}
     stats = tree["sample_stats"].to_dataset().assign(trace).assign_coords(steps)
     tree["sample_stats"] = xarray.DataTree(stats)
-    # Apart from the others, for the group of log priors has a number a draw under each of these names.
+    # Added separately: `log_prior` has variables of the same names with other dimensions.
     variables = {
         name: (("chain", "draw", *hyper.dims[name]), _by_chain(values), {"site": hyper.sites[name]})
         for name, values in hyper.values.items()

@@ -1,11 +1,11 @@
-r"""Functions of the update that do not depend on how it was split into factors: norm, singular values, rank.
+r"""Functions of the update that do not depend on its factorisation: norm, singular values, effective rank.
 
     dW = alpha / rank * B A,    |dW|_F = (sum_i s_i^2)^(1/2)
     erank = exp(- sum_i p_i log p_i),    p_i = s_i / sum_j s_j
 
-with the singular values s of dW. (A, B) and (R A, B R^-1) are one update, so nothing else of the factors
-can be learned from data. The effective rank lies between 1, one direction does everything, and the rank,
-all do the same; it does not change with the size of the update.
+with the singular values s of dW. (A, B) and (R A, B R^-1) are one update, so the data identify only functions
+of the update. The effective rank is between 1 (one direction) and the rank (all directions are equal); it
+does not depend on the size of the update.
 
 Reference: Roy and Vetterli (2007), The effective rank: a measure of effective dimensionality.
 """
@@ -21,9 +21,10 @@ from bnlora.adapters.sites import HEAD, Sites
 def singular_values(a: Float[Any, "... r d_in"], b: Float[Any, "... d_out r"]) -> Float[np.ndarray, "... r"]:
     """Singular values of `b @ a`, largest first, from the triangles of two thin QR factorisations.
 
-    Where `d_out` or `d_in` is below the rank the values beyond it are exactly zero.
+    If `d_out` or `d_in` is below the rank, the remaining values are exactly zero.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    # b = Q R and a^T = P S give b a = Q (R S^T) P^T: the product of the triangles is only (r, r).
     inner = np.linalg.qr(b).R @ np.swapaxes(np.linalg.qr(np.swapaxes(a, -1, -2)).R, -1, -2)
     values = np.linalg.svd(inner, compute_uv=False)
     missing = a.shape[-2] - values.shape[-1]
@@ -31,16 +32,17 @@ def singular_values(a: Float[Any, "... r d_in"], b: Float[Any, "... d_out r"]) -
 
 
 def effective_rank(values: Float[np.ndarray, "... r"]) -> Float[np.ndarray, "..."]:
-    """Exponential of the entropy of singular values as shares of their sum; zero where all are zero."""
+    """Exponential of the entropy of the singular values as shares of their sum; zero if all are zero."""
     values = np.asarray(values, np.float64)
     total = values.sum(-1, keepdims=True)
+    # Replace zeros before division and logarithm: 0 log 0 = 0.
     shares = values / np.where(total > 0, total, 1.0)
     entropy = -(shares * np.log(np.where(shares > 0, shares, 1.0))).sum(-1)
     return np.where(total[..., 0] > 0, np.exp(entropy), 0.0 * total[..., 0])  # NaN stays NaN
 
 
 class Summaries(NamedTuple):
-    """Draws of identifiable functions of the updates, with the names of their dimensions."""
+    """Draws of identifiable functions of the updates, with dimensions and coordinates for ArviZ."""
 
     values: dict[str, np.ndarray]
     dims: dict[str, list[str]]
@@ -48,13 +50,13 @@ class Summaries(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Families whose updates form one array, and what its variables and dimensions are called.
+    """Families whose updates form one array, with the names of its variables and dimensions.
 
     Attributes:
         families: Names of the families.
-        layers: Indices of their layers; none for the head, which has no axis of layers.
+        layers: Indices of their layers; empty for the head, which has no layer axis.
         rank: Their rank.
-        ending: What follows the names where there are several grids.
+        ending: Suffix of the names if there are several grids.
     """
 
     families: tuple[str, ...]
@@ -69,12 +71,12 @@ class Grid(NamedTuple):
 
     @property
     def layer_name(self) -> str | None:
-        """Name of the dimension of layers."""
+        """Name of the layer dimension; None for the head."""
         return f"layer{self.ending}" if self.layers else None
 
     @property
     def rank_name(self) -> str:
-        """Name of the dimension of ranks."""
+        """Name of the rank dimension."""
         return f"rank{self.ending}"
 
     @property
@@ -88,30 +90,31 @@ class Grid(NamedTuple):
 
 
 def grids(sites: Sites) -> tuple[Grid, ...]:
-    """One grid of module, layer and rank where the families allow it.
+    """Group the families into grids of module, layer and rank.
 
-    Families of other layers or another rank get one of their own, named after them; so does the head.
+    Families with the same layers and rank share a grid. If there are several grids, each is named after its
+    families; so is that of the head.
     """
-    found: dict[tuple, list[str]] = {}
+    groups: dict[tuple, list[str]] = {}
     for name, site in sites.items():
-        found.setdefault((site.module == HEAD, site.layers, site.rank), []).append(name)
-    several = sum(not head for head, *_ in found) > 1
+        groups.setdefault((site.module == HEAD, site.layers, site.rank), []).append(name)
+    several = sum(not head for head, *_ in groups) > 1
     return tuple(
         Grid(tuple(names), () if head else layers, rank, f"_{'_'.join(names)}" if head or several else "")
-        for (head, layers, rank), names in found.items()
+        for (head, layers, rank), names in groups.items()
     )
 
 
 def summaries(sites: Sites, adapters: Any) -> Summaries:
-    """Norms and singular values of the updates, in the arrays of `grids`."""
-    found = Summaries({}, {}, {})
+    """Norms and singular values of the updates, one array of each for every grid of `grids`."""
+    result = Summaries({}, {}, {})
     for grid in grids(sites):
         pairs = [(abs(sites[name].scale), adapters[name]) for name in grid.families]
         values = np.stack([scale * singular_values(x["a"], x["b"]) for scale, x in pairs], 1)
         values = values if grid.layers else values[:, 0, 0]
         norm, singular = grid.variables
         *places, rank = grid.coords
-        found.values.update({norm: np.sqrt((values**2).sum(-1)), singular: values})
-        found.dims.update({norm: places, singular: [*places, rank]})
-        found.coords.update(grid.coords)
-    return found
+        result.values.update({norm: np.sqrt((values**2).sum(-1)), singular: values})
+        result.dims.update({norm: places, singular: [*places, rank]})
+        result.coords.update(grid.coords)
+    return result

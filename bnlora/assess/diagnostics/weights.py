@@ -1,23 +1,23 @@
-r"""Pareto k-hat of the whole fit, and of each family of sites with the others held at their means.
+r"""Pareto k-hat of the whole fit, and of each family of sites with the other sites fixed at their means.
 
     whole:       w_s = p(y, theta_s) / q(theta_s)
     family f:    w_s = p(y, theta_f,s, mean_-f) / q_f(theta_f,s),    theta_f,s ~ q_f
 
-The weights of a family are those of q_f as an approximation to the *conditional* posterior of its sites,
-given the posterior means of all others. That is well defined where the guide makes the families
-independent. It is not the k-hat of the marginal posterior of the family, whose density nobody has; it says
-which family a large whole k-hat comes from, and cannot see a missing dependence between families. Where
-each family passes and the whole does not, the number of dimensions or the dependence between families is to
-blame. Sites that are named after no family, such as a global scale, are one of their own.
+The weights of a family test q_f as an approximation to the *conditional* posterior of its sites, given the
+posterior means of all others. This is well defined if the families are independent under the guide. It is not
+the k-hat of the marginal posterior of the family, whose density is unknown. It shows which family causes a
+large k-hat of the whole, and cannot detect a missing dependence between families. If every family passes and
+the whole does not, the cause is the number of dimensions or the dependence between families. Sites without a
+family, such as a global scale, form one group of hyper-parameters.
 
-| finding         | problem                                         | caution                               |
-|-----------------|-------------------------------------------------|---------------------------------------|
-| k-hat           | above 1, or a scale below what draws resolve    | above the threshold for so many draws |
-| k-hat by family | above 1 in some family                          | above the threshold in some family    |
+| finding         | problem                                         | caution                                |
+|-----------------|-------------------------------------------------|----------------------------------------|
+| k-hat           | above 1, or draws that are equal in float32     | above the threshold for the draws      |
+| k-hat by family | above 1 in some family                          | above the threshold in some family     |
 
-In high dimension k-hat of the whole is nearly always large: small misfits of many numbers multiply.
+In high dimension k-hat of the whole is nearly always large: small errors in many dimensions multiply.
 
-References: those of `bnlora.metrics.khat`, which computes the shape.
+References: see `bnlora.metrics.khat`, which computes the shape.
 """
 
 from dataclasses import dataclass
@@ -44,9 +44,9 @@ class KHats(Shown):
     """Pareto k-hat of a fit.
 
     Attributes:
-        overall: Of the whole; None where the guide has no density.
-        families: Of each family given the means of the others; None where the guide ties it to another.
-        num_dimensions: Latent numbers of the whole and of each family.
+        overall: k-hat of the whole; None if the guide has no density.
+        families: k-hat of each family given the means of the others; None if the guide ties it to another.
+        num_dimensions: Number of latent dimensions of the whole and of each family.
     """
 
     overall: KHat | None
@@ -57,14 +57,14 @@ class KHats(Shown):
     def overview(self) -> tuple[Table]:
         """The table."""
         rows = tuple(
-            (name, f"{self.num_dimensions[name]:,}", *_words(found))
-            for name, found in {"whole": self.overall, **self.families}.items()
+            (name, f"{self.num_dimensions[name]:,}", *_words(khat))
+            for name, khat in {"whole": self.overall, **self.families}.items()
         )
         return (Table("Pareto k-hat of log p - log q", ("sites", "dimensions", "k-hat", "at most"), rows),)
 
 
-def _words(found: KHat | None) -> tuple[str, str]:
-    return ("-", "-") if found is None else (f"{found.value:.2f}", f"{found.threshold:.2f}")
+def _words(khat: KHat | None) -> tuple[str, str]:
+    return ("-", "-") if khat is None else (f"{khat.value:.2f}", f"{khat.threshold:.2f}")
 
 
 def khat(fit: Fit | Sample, *, families: bool = True) -> KHats:
@@ -72,27 +72,27 @@ def khat(fit: Fit | Sample, *, families: bool = True) -> KHats:
 
     Args:
         fit: A fit, or a `Sample` of it.
-        families: Whether to look at each family too, which runs all training rows once more for each.
+        families: Whether to compute k-hat of each family, which predicts all training rows again for each.
     """
-    drawn = sample_of(fit)
-    sites = drawn.drawn[0].sites
-    groups = _groups(drawn)
+    sample = sample_of(fit)
+    sites = sample.drawn[0].sites
+    groups = _groups(sample)
     sizes = {"whole": sum(_size(x) for x in sites.values())}
     sizes |= {f: sum(_size(sites[n]) for n in names) for f, names in groups.items()}
-    if not drawn.has_density:
+    if not sample.has_density:
         return KHats(None, dict.fromkeys(groups), sizes)
-    whole = khat_of(drawn.log_joint, drawn.log_q)
+    whole = khat_of(sample.log_joint, sample.log_q)
     if not families or len(groups) == 1:
         return KHats(whole, dict.fromkeys(groups, whole) if families else {}, sizes)
-    tied = tied_sites(drawn.fit)
-    return KHats(whole, {f: _family_khat(drawn, names, tied) for f, names in groups.items()}, sizes)
+    tied = tied_sites(sample.fit)
+    return KHats(whole, {f: _family_khat(sample, names, tied) for f, names in groups.items()}, sizes)
 
 
-def _groups(drawn: Sample) -> dict[str, tuple[str, ...]]:
+def _groups(sample: Sample) -> dict[str, tuple[str, ...]]:
     """Latent sites by family."""
     groups: dict[str, list[str]] = {}
-    for name in drawn.drawn[0].sites:
-        family, _ = place(drawn.fit.model.sites, name)
+    for name in sample.drawn[0].sites:
+        family, _ = place(sample.fit.model.sites, name)
         groups.setdefault(family or HYPER, []).append(name)
     return {family: tuple(names) for family, names in groups.items()}
 
@@ -102,41 +102,42 @@ def _size(draws: Any) -> int:
 
 
 def _family_khat(
-    drawn: Sample, names: tuple[str, ...], tied: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+    sample: Sample, names: tuple[str, ...], tied: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
 ) -> KHat | None:
+    """k-hat of one family; None if the guide ties it to sites of another."""
     blocks = [(sites, parts) for sites, parts in tied if set(sites) & set(names)]
     if any(not set(sites) <= set(names) for sites, _ in blocks):
         return None
-    log_q_of = drawn.drawn[0].log_q_of
+    log_q_of = sample.drawn[0].log_q_of
     log_q = sum(np.asarray(log_q_of[part], np.float64) for _, parts in blocks for part in parts)
-    return khat_of(held_log_joint(drawn, names), np.asarray(log_q)[: drawn.num_used])
+    return khat_of(held_log_joint(sample, names), np.asarray(log_q)[: sample.num_used])
 
 
-def held_log_joint(drawn: Sample, names: tuple[str, ...]) -> Float[np.ndarray, " s"]:
-    """Log of the joint density at draws of the named sites, every other site at its posterior mean."""
-    train = drawn.fit.train
-    sites = {n: np.asarray(x) for n, x in drawn.drawn[0].sites.items()}
-    # Every family through one program, whichever sites are held.
-    held = {n: x if n in names else np.broadcast_to(x.mean(0), x.shape) for n, x in sites.items()}
-    log_prior, _, adapters = drawn.fit.at(first_draws(held, drawn.num_used), drawn.num_used)
-    prediction = drawn.predict(adapters, train, f"k-hat of {', '.join(names[:1])}")
+def held_log_joint(sample: Sample, names: tuple[str, ...]) -> Float[np.ndarray, " s"]:
+    """Log joint density at draws of the named sites, with every other site at its posterior mean."""
+    train = sample.fit.train
+    sites = {n: np.asarray(x) for n, x in sample.drawn[0].sites.items()}
+    # Fixed sites are repeated along the draw axis, so that one compiled program serves every family.
+    values = {n: x if n in names else np.broadcast_to(x.mean(0), x.shape) for n, x in sites.items()}
+    log_prior, _, adapters = sample.fit.at(first_draws(values, sample.num_used), sample.num_used)
+    prediction = sample.predict(adapters, train, f"k-hat of {', '.join(names[:1])}")
     return np.asarray(log_prior, np.float64) + prediction.log_probs_of(train.labels).sum(1)
 
 
 def judge_weights(measured: KHats, about: Subject, *, converged: bool) -> Finding:
-    """Whether the draws can be reweighted to the posterior.
+    """Finding about k-hat: whether the draws can be reweighted to the posterior.
 
     Args:
         measured: k-hat.
-        about: What it is the k-hat of.
-        converged: Whether the bound has.
+        about: Properties of the fit.
+        converged: Whether the bound has converged.
     """
     if about.collapsed:
-        sentence = "some number is the same in every draw: its scale has collapsed below float32"
+        sentence = "some latent number is the same in every draw: its scale has collapsed below float32"
         remedy = "Lower the learning rate of the scales (scale_optimizer), or let it decay, and fit again."
         return Finding("k-hat", "problem", sentence, remedy=remedy)
     if measured.overall is None:
-        remedy = "Without a density only predictions can be judged: look at held-out rows."
+        remedy = "Without a density only predictions can be tested: use held-out rows."
         return Finding("k-hat", "not asked", about.no_density, remedy=remedy)
     k, limit, size = measured.overall.value, measured.overall.threshold, measured.num_dimensions["whole"]
     sentence = (
@@ -147,17 +148,17 @@ def judge_weights(measured: KHats, about: Subject, *, converged: bool) -> Findin
         return Finding("k-hat", "fine", sentence, k, limit)
     such = f", such as {' or '.join(about.richer)}," if about.richer else ""
     remedy = (
-        "The guide misses part of the posterior, or has not reached its optimum: if k-hat does not fall in "
-        f"a longer fit with a decaying rate, give it a richer family{such} and hold identifiable functions "
-        "against bnlora.sample_nuts before its intervals are used."
+        "The guide misses part of the posterior, or has not reached its optimum: if k-hat does not decrease "
+        f"in a longer fit with a decaying rate, give it a richer family{such} and compare identifiable "
+        "functions with bnlora.sample_nuts before you use its intervals."
         if converged
-        else "Mend the convergence first; what is left of it then is the guide's."
+        else "Fix the convergence first; k-hat then shows the error of the guide."
     )
     return Finding("k-hat", _severity(k), sentence, k, limit, remedy)
 
 
 def judge_families(measured: KHats) -> Finding:
-    """Which family of sites is to blame."""
+    """Finding about the families: which one has the largest k-hat."""
     known = {name: k for name, k in measured.families.items() if k is not None}
     if not known:
         return Finding("k-hat by family", "not asked", "the guide ties the families together")
@@ -166,15 +167,15 @@ def judge_families(measured: KHats) -> Finding:
     k, limit = known[worst].value, known[worst].threshold
     tied = [name for name, k in measured.families.items() if k is None]
     sentence = f"{shown} given the means of the others (at most {limit:.2f})"
-    sentence += f"; not asked of {', '.join(tied)}, which the guide ties to others" if tied else ""
+    sentence += f"; not computed for {', '.join(tied)}, which the guide ties to others" if tied else ""
     if known[worst].passed:
         return Finding("k-hat by family", "fine", sentence, k, limit)
-    remedy = f"Begin with {worst}: give its sites a richer family in the guide."
+    remedy = f"Start with {worst}: give its sites a richer family in the guide."
     return Finding("k-hat by family", _severity(k), sentence, k, limit, remedy)
 
 
 def _severity(k: float) -> Status:
-    """Above one the weights have no mean, and no number of draws would help."""
+    """Status of a k-hat above the threshold: above one, the weights have no mean; more draws do not help."""
     return "problem" if k > 1 else "caution"
 
 
