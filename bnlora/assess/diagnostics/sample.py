@@ -217,11 +217,7 @@ def sample(
             `batch_size` is below one.
     """
     key = check_key(key)
-    if not isinstance(fit, Fit):
-        raise ValueError(
-            f"diagnostics need a Fit, with its bound and densities; got {type(fit).__name__}: for other "
-            "posteriors use bnlora.compare, predict and metrics"
-        )
+    _require_fit(fit)
     check_at_least({"num_draws": num_draws}, LEAST_DRAWS)
     check_at_least({"batch_size": batch_size}, 1)
     if first_look is not None:
@@ -250,4 +246,16 @@ def _from_prior(fit: Fit, params: Any, key: Array) -> dict[str, Array]:
 
 def sample_of(fit: Fit | Sample) -> Sample:
     """A sample unchanged, or a sample of a fit with the defaults of `sample`."""
-    return fit if isinstance(fit, Sample) else sample(fit.draw_key, fit)
+    if isinstance(fit, Sample):
+        return fit
+    _require_fit(fit)
+    return sample(fit.draw_key, fit)
+
+
+def _require_fit(fit: Any) -> None:
+    """Raise `ValueError` unless it is a fit by `bnlora.fit`."""
+    if not isinstance(fit, Fit):
+        raise ValueError(
+            f"diagnostics need a Fit, with its bound and densities; got {type(fit).__name__}: for other "
+            "posteriors use bnlora.compare, predict and metrics"
+        )
