@@ -17,6 +17,7 @@ from bnlora._util.caching import cache_folder
 from bnlora.app.demo import RECIPE
 from bnlora.base import Base
 from bnlora.data.assets import DOMAINS, vader_domains
+from bnlora.data.batch import CachedActivations
 
 LABELLED = 560
 """Labelled movie sentences of a seed."""
@@ -52,8 +53,8 @@ def pool(domains: Sequence[str] = DOMAINS, *, console: Console | None = None) ->
 
 def _cached(model: bl.Classifier, batch: bl.Batch, file, console: Console | None) -> bl.Batch:
     if not file.is_file():
-        np.save(file, np.asarray(bl.cache_prefix(model, batch, console=console).hidden))
-    return replace(batch, hidden=np.load(file, mmap_mode="r"), depth=model.start)
+        np.save(file, np.asarray(bl.cache_prefix(model, batch, console=console).cached.hidden))
+    return replace(batch, cached=CachedActivations(np.load(file, mmap_mode="r"), model.start))
 
 
 def drawn(
@@ -74,5 +75,5 @@ def rows_of(batch: bl.Batch, rows: np.ndarray) -> bl.Batch:
     taken = {n: jnp.asarray(np.asarray(getattr(batch, n))[rows][:, columns]) for n in ("tokens", "mask")}
     labels = jnp.asarray(np.asarray(batch.labels)[rows])
     in_order = np.sort(rows)  # read the file in order; the second `argsort` restores the order of `rows`
-    hidden = batch.hidden[in_order][np.argsort(np.argsort(rows))][:, columns]
-    return replace(batch, **taken, labels=labels, hidden=jnp.asarray(hidden))
+    hidden = batch.cached.hidden[in_order][np.argsort(np.argsort(rows))][:, columns]
+    return replace(batch, **taken, labels=labels, cached=replace(batch.cached, hidden=jnp.asarray(hidden)))

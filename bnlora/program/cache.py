@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from bnlora._util.progress import speaker, track
-from bnlora.data.batch import Batch, Features, Part, parts
+from bnlora.data.batch import Batch, CachedActivations, Features, Part, parts
 from bnlora.program.protocol import Model
 
 
@@ -36,7 +36,7 @@ def cache_prefix(
         console: Where to print the size and the progress bar; the terminal or notebook when omitted.
 
     Returns:
-        The batch with `hidden`, shape `(n, t, d)`, and its `depth`.
+        The batch with `cached`, the activations and their depth.
 
     Raises:
         ValueError: When the cache would exceed `memory_limit`, or a row has a token that the base has no row
@@ -101,10 +101,10 @@ class _Cache:
             self.marks = {"frames": computed.frames}
             for name, values in computed.features._asdict().items():
                 self._put(name, (rows, *values.shape[1:]), part.rows, values)
-        elif computed.hidden is not None:
-            self.marks = {"depth": computed.depth, "trunk": computed.trunk}
-            shape = rows, length, computed.hidden.shape[2]
-            self._put("hidden", shape, (part.rows, part.columns), computed.hidden)
+        elif computed.cached is not None:
+            self.marks = {"depth": computed.cached.depth, "trunk": computed.cached.trunk}
+            shape = rows, length, computed.cached.hidden.shape[2]
+            self._put("hidden", shape, (part.rows, part.columns), computed.cached.hidden)
 
     def _put(self, name: str, shape: tuple[int, ...], where: Any, values: Any) -> None:
         if name not in self.arrays:
@@ -113,7 +113,9 @@ class _Cache:
         self.arrays[name][where] = np.asarray(values)[:count]
 
     def added_to(self, batch: Batch) -> Batch:
-        arrays: dict[str, Any] = {name: jnp.asarray(x) for name, x in self.arrays.items()}
+        arrays = {name: jnp.asarray(x) for name, x in self.arrays.items()}
         if "phi" in arrays:
-            arrays = {"features": Features(arrays["offset"], arrays["phi"])}
-        return replace(batch, **arrays, **self.marks)
+            return replace(batch, features=Features(**arrays), **self.marks)
+        if "hidden" in arrays:
+            return replace(batch, cached=CachedActivations(arrays["hidden"], **self.marks))
+        return batch

@@ -26,7 +26,7 @@ from bnlora._util.copying import state
 from bnlora._util.display import Showable, Shown, facts
 from bnlora._util.typing import Adapters
 from bnlora.adapters.sites import HEAD, Sites
-from bnlora.data.batch import Batch, check_labels, check_tokens, unknown_token
+from bnlora.data.batch import Batch, CachedActivations, check_labels, check_tokens, unknown_token
 from bnlora.priors import Prior
 from bnlora.program.protocol import LanguageModel
 from bnlora.program.trunk import Trunk
@@ -199,8 +199,8 @@ class Classifier(Shown):
         Raises:
             ValueError: When they must be computed and only the last position of each row was kept.
         """
-        if batch.hidden is not None and batch.caches(self.start, self.trunk.checksum):
-            return batch.hidden
+        if batch.cached is not None and batch.caches(self.start, self.trunk.checksum):
+            return batch.cached.hidden
         self.check_tokens(batch)
         if not batch.whole:
             raise ValueError(
@@ -211,7 +211,10 @@ class Classifier(Shown):
 
     def prepared(self, weights: Any, batch: Batch) -> Batch:
         """The batch with its activations below the lowest adapted layer, which no draw changes."""
-        return replace(batch, hidden=self.hidden(weights, batch), depth=self.start, trunk=self.trunk.checksum)
+        return self._with_cached(batch, self.hidden(weights, batch))
+
+    def _with_cached(self, batch: Batch, hidden: Float[Array, "n t d"]) -> Batch:
+        return replace(batch, cached=CachedActivations(hidden, self.start, self.trunk.checksum))
 
     def logits(self, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n c"]:
         """Logits of the label tokens after the last real token of each row.
@@ -272,9 +275,7 @@ class Classifier(Shown):
         if self.is_prepared(batch):
             return batch if self.start else batch.plain
         run = program(self, type(self).hidden)
-        return replace(
-            batch, hidden=run(self.base.weights, batch.plain), depth=self.start, trunk=self.trunk.checksum
-        )
+        return self._with_cached(batch, run(self.base.weights, batch.plain))
 
     def numbers(self, shape: tuple[int, ...]) -> int:
         """Approximate size of the largest array of a program for so many rows and positions."""

@@ -47,7 +47,7 @@ class Trunk:
 
     @cached_property
     def checksum(self) -> str:
-        """Checksum of the adapters in the trunk, as in `Batch.trunk`; "" where there are none."""
+        """Checksum of the adapters in the trunk, as in `CachedActivations.trunk`; "" where there are none."""
         digest = hashlib.sha256()
         inner = {n: sum(layer < self.stop for layer in site.layers) for n, site in self.sites.items()}
         for name in (name for name, count in inner.items() if count):

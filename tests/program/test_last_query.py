@@ -112,9 +112,9 @@ def test_logits_and_gradients_are_those_of_all_positions(start, side):
 def test_cached_activations_give_the_same(start):
     model, batch = classifier(start), rows("both")
     adapters = adapters_of(model)
-    cached = bl.cache_prefix(model, batch)
-    assert (cached.hidden is None) == (start == 0)
-    assert_close(model.logits(BASE.weights, adapters, cached), model.logits(BASE.weights, adapters, batch))
+    prepared = bl.cache_prefix(model, batch)
+    assert (prepared.cached is None) == (start == 0)
+    assert_close(model.logits(BASE.weights, adapters, prepared), model.logits(BASE.weights, adapters, batch))
 
 
 @pytest.mark.parametrize("start", ENDS)

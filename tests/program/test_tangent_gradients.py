@@ -116,7 +116,7 @@ def test_padding_and_cached_activations_change_nothing(targets):
     for batch in (Batch(*left, ROWS.labels), bl.cache_prefix(model, ROWS)):
         for found, expected in zip(computed(model, frames, batch), right, strict=True):
             np.testing.assert_allclose(found, expected, atol=EPS * np.abs(expected).max())
-    assert bl.cache_prefix(model, ROWS).hidden is not None
+    assert bl.cache_prefix(model, ROWS).cached is not None
 
 
 def test_rows_together_are_rows_alone():

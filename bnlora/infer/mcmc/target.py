@@ -222,5 +222,5 @@ def _last_token(batch: Batch) -> Batch:
     def cut(x: Array) -> Array:
         return jnp.asarray(np.asarray(x)[pick][:, None])
 
-    hidden = None if batch.hidden is None else cut(batch.hidden)
-    return replace(batch, tokens=cut(batch.tokens), mask=cut(batch.mask), hidden=hidden, whole=False)
+    tokens, mask, cached = jax.tree.map(cut, (batch.tokens, batch.mask, batch.cached))
+    return replace(batch, tokens=tokens, mask=mask, cached=cached, whole=False)
