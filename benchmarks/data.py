@@ -46,7 +46,8 @@ def pool(domains: Sequence[str] = DOMAINS, *, console: Console | None = None) ->
     folder = cache_folder() / "pool"
     folder.mkdir(parents=True, exist_ok=True)
     rows = {
-        name: _cached(model, data[name], folder / f"{name}-{model.start}.npy", console) for name in domains
+        name: _cached(model, data[name], folder / f"{name}-{model.first_layer}.npy", console)
+        for name in domains
     }
     return Pool(base, rows, tuple(data.label_ids.tolist()))
 
@@ -54,7 +55,7 @@ def pool(domains: Sequence[str] = DOMAINS, *, console: Console | None = None) ->
 def _cached(model: bl.Classifier, batch: bl.Batch, file, console: Console | None) -> bl.Batch:
     if not file.is_file():
         np.save(file, np.asarray(bl.cache_prefix(model, batch, console=console).cached.hidden))
-    return replace(batch, cached=CachedActivations(np.load(file, mmap_mode="r"), model.start))
+    return replace(batch, cached=CachedActivations(np.load(file, mmap_mode="r"), model.first_layer))
 
 
 def drawn(

@@ -57,7 +57,8 @@ def cache_prefix(
         )
     text = f"{_LABELS[model.kind]}: {len(batch)} rows through {_layers(model)}, {size / 2**20:,.1f} MiB"
     speaker(console).print(text, highlight=False)
-    known = batch.caches(model.start, model.trunk.checksum)  # a tangent model starts from cached activations
+    # A tangent model starts from cached activations.
+    known = batch.caches(model.first_layer, model.trunk.checksum)
     rows, made = batch if known else batch.plain, _Cache(batch)
     widths: Literal["few", "many"] = "few" if known else "many"
     for part in tracked_parts(rows, batch_size, _LABELS[model.kind], console, widths=widths):
@@ -84,7 +85,7 @@ _LABELS = {"network": "prefix cache", "tangent": "tangent features"}
 
 def _layers(model: Model) -> str:
     total = model.base.num_layers
-    return f"{total} layers" if model.kind == "tangent" else f"{model.start} of {total} layers"
+    return f"{total} layers" if model.kind == "tangent" else f"{model.first_layer} of {total} layers"
 
 
 class _Cache:

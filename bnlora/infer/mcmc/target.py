@@ -141,7 +141,7 @@ def target(
     values, held = _fixed(key, given, others, fix_at)
     conditional = condition(model, values, params)
     cached = cache_prefix(conditional, train, console=console)
-    if conditional.start == model.base.num_layers:
+    if conditional.first_layer == model.base.num_layers:
         cached = _last_token(cached)
     return Target(density(conditional, params), cached, train, held)
 
