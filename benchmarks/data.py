@@ -17,6 +17,7 @@ from bnlora._util.caching import cache_folder
 from bnlora.app.demo import RECIPE
 from bnlora.base import Base
 from bnlora.data.assets import DOMAINS, vader_domains
+from bnlora.data.batch import CachedActivations
 
 LABELLED = 560
 """Labelled movie sentences of a seed."""
@@ -45,15 +46,16 @@ def pool(domains: Sequence[str] = DOMAINS, *, console: Console | None = None) ->
     folder = cache_folder() / "pool"
     folder.mkdir(parents=True, exist_ok=True)
     rows = {
-        name: _cached(model, data[name], folder / f"{name}-{model.start}.npy", console) for name in domains
+        name: _cached(model, data[name], folder / f"{name}-{model.first_layer}.npy", console)
+        for name in domains
     }
     return Pool(base, rows, tuple(data.label_ids.tolist()))
 
 
 def _cached(model: bl.Classifier, batch: bl.Batch, file, console: Console | None) -> bl.Batch:
     if not file.is_file():
-        np.save(file, np.asarray(bl.cache_prefix(model, batch, console=console).hidden))
-    return replace(batch, hidden=np.load(file, mmap_mode="r"), depth=model.start)
+        np.save(file, np.asarray(bl.cache_prefix(model, batch, console=console).cached.hidden))
+    return replace(batch, cached=CachedActivations(np.load(file, mmap_mode="r"), model.first_layer))
 
 
 def drawn(
@@ -74,5 +76,5 @@ def rows_of(batch: bl.Batch, rows: np.ndarray) -> bl.Batch:
     taken = {n: jnp.asarray(np.asarray(getattr(batch, n))[rows][:, columns]) for n in ("tokens", "mask")}
     labels = jnp.asarray(np.asarray(batch.labels)[rows])
     in_order = np.sort(rows)  # read the file in order; the second `argsort` restores the order of `rows`
-    hidden = batch.hidden[in_order][np.argsort(np.argsort(rows))][:, columns]
-    return replace(batch, **taken, labels=labels, hidden=jnp.asarray(hidden))
+    hidden = batch.cached.hidden[in_order][np.argsort(np.argsort(rows))][:, columns]
+    return replace(batch, **taken, labels=labels, cached=replace(batch.cached, hidden=jnp.asarray(hidden)))

@@ -54,7 +54,7 @@ class Head:
         prior = bl.priors.normal(scale={"a": 1.0, "b": self.scale})
         others = data[next(name for name in kept if name != "train")]
         model = bl.Classifier(base, sites, prior, label_ids=data.label_ids)
-        return model, data.train, replace(others, hidden=None)
+        return model, data.train, replace(others, cached=None)
 
 
 HEADS = {

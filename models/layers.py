@@ -213,19 +213,19 @@ def run_layers(
     weights: Mapping[str, Array],
     adapters: Mapping[str, Mapping[str, Array]],
     *,
-    start: int,
+    first_layer: int,
     stop: int,
     at: Int[Array, "b n"] | None = None,
     execution: Execution,
 ) -> Float[Array, "b n d"]:
-    """Run the layers [start, stop) of a stack in one `jax.lax.scan`; with `at`, the last one separately.
+    """Run the layers [first_layer, stop) of a stack in one `jax.lax.scan`; with `at`, the last one apart.
 
     Args:
         layer: Maps (hidden, weights of one layer, adapters of one layer) to hidden.
-        hidden: Input of layer `start`; rounded to the type of the activations.
+        hidden: Input of the first layer; rounded to the type of the activations.
         weights: Weights stacked over all layers of the model.
-        adapters: Adapters stacked over the stop - start layers that run.
-        start: First layer.
+        adapters: Adapters stacked over the layers that run.
+        first_layer: The lowest layer that runs.
         stop: One past the last layer.
         at: Requested positions of each row; None means all.
         execution: Type of the activations, and what the backward pass recomputes.
@@ -234,7 +234,7 @@ def run_layers(
         Output of layer stop - 1 at these positions.
     """
     hidden = hidden.astype(execution.dtype)
-    if start == stop:
+    if first_layer == stop:
         return take_positions(hidden, at)
 
     # The backward pass indexes a layer's weights again instead of storing a copy for every layer.
@@ -245,12 +245,12 @@ def run_layers(
     def step(hidden: Array, inputs: tuple[Array, Mapping[str, Mapping[str, Array]]]) -> tuple[Array, None]:
         return apply(hidden, *inputs), None
 
-    steps = (jnp.arange(start, stop), adapters)
+    steps = (jnp.arange(first_layer, stop), adapters)
     if at is None:
         return jax.lax.scan(step, hidden, steps)[0]
     # With `at`, only the last layer can skip positions: the layers below need all of them as keys.
     below, top = jax.tree.map(lambda x: x[:-1], steps), jax.tree.map(lambda x: x[-1], steps)
-    hidden = jax.lax.scan(step, hidden, below)[0] if stop - start > 1 else hidden
+    hidden = jax.lax.scan(step, hidden, below)[0] if stop - first_layer > 1 else hidden
     return apply(hidden, *top, at)
 
 

@@ -101,20 +101,20 @@ class Llama(nnx.Module):
         hidden: Float[Array, "b t d"],
         mask: Bool[Array, "b t"],
         *,
-        start: int,
+        first_layer: int,
         stop: int,
         adapters: Mapping[str, Mapping[str, Array]] | None = None,
         at: Int[Array, "b n"] | None = None,
     ) -> Float[Array, "b n d"]:
-        """Run the layers [start, stop); the last one only as far as the requested positions need it.
+        """Run the layers [first_layer, stop); the last one only as far as the requested positions need it.
 
         Args:
-            hidden: Residual stream that enters layer `start`; rounded to the type of the activations.
+            hidden: Residual stream that enters the first layer; rounded to the type of the activations.
             mask: True at real tokens. Positions count only real tokens, so padding does not affect results.
-            start: First layer.
+            first_layer: The lowest layer that runs.
             stop: One past the last layer.
             adapters: {module: {"a": (n, rank, d_in), "b": (n, d_out, rank)}}, stacked over the
-                n = stop - start layers; b includes the factor alpha / rank.
+                n = stop - first_layer layers; b includes the factor alpha / rank.
             at: Requested positions of each row, as columns of `hidden`; None means all.
 
         Returns:
@@ -124,15 +124,15 @@ class Llama(nnx.Module):
             ValueError: If the range is not within the model, a position does not exist, or an adapter does
                 not fit.
         """
-        if not 0 <= start <= stop <= self.config.num_layers:
-            raise ValueError(f"layers [{start}, {stop}) are not within [0, {self.config.num_layers})")
+        if not 0 <= first_layer <= stop <= self.config.num_layers:
+            raise ValueError(f"layers [{first_layer}, {stop}) are not within [0, {self.config.num_layers})")
         if at is not None:
             check_indices("positions", at, hidden.shape[1])
         adapters = {name: dict(pair) for name, pair in (adapters or {}).items()}
-        layers.check_adapters(adapters, _layer_modules(self.config), stop - start)
+        layers.check_adapters(adapters, _layer_modules(self.config), stop - first_layer)
         weights = {name: weight[...] for name, weight in self.layers.items()}
         return layers.run_layers(
-            self._layer(mask), hidden, weights, adapters, start=start, stop=stop, at=at,
+            self._layer(mask), hidden, weights, adapters, first_layer=first_layer, stop=stop, at=at,
             execution=self.execution,
         )  # fmt: skip
 
@@ -142,15 +142,15 @@ class Llama(nnx.Module):
         mask: Bool[Array, "b t"],
         modules: Sequence[str],
         *,
-        start: int,
+        first_layer: int,
     ) -> dict[str, Float[Array, "l b t d_in"]]:
-        """Inputs of some modules, in the layers from `start` on and in the head, without adapters.
+        """Inputs of some modules, in the layers from `first_layer` on and in the head, without adapters.
 
         Args:
-            hidden: Residual stream that enters layer `start`.
+            hidden: Residual stream that enters the first layer.
             mask: True at real tokens; inputs at the other positions are meaningless.
             modules: Names of modules; "lm_head" has one layer.
-            start: First layer.
+            first_layer: The lowest layer that runs.
 
         Returns:
             Inputs by module, stacked over layers.
@@ -163,7 +163,7 @@ class Llama(nnx.Module):
             hidden = layer(hidden, layers.weights_of(index, weights), {}, recorded=recorded)
             return hidden, {name: recorded[name] for name in inner}
 
-        above = jnp.arange(start, self.config.num_layers)
+        above = jnp.arange(first_layer, self.config.num_layers)
         hidden, inputs = jax.lax.scan(step, hidden.astype(self.execution.dtype), above)
         if "lm_head" in modules:
             inputs["lm_head"] = self._normal(hidden)[None]
@@ -242,7 +242,9 @@ class Llama(nnx.Module):
         check_tokens(tokens, mask, self.config.vocab_size)
         inner = dict(adapters or {})
         outer = inner.pop("lm_head", None)
-        hidden = self.blocks(self.embed(tokens), mask, start=0, stop=self.config.num_layers, adapters=inner)
+        hidden = self.blocks(
+            self.embed(tokens), mask, first_layer=0, stop=self.config.num_layers, adapters=inner
+        )
         if outer is None:
             return self.head(hidden)
         layers.check_adapters({"lm_head": outer}, modules(self.config), 1)

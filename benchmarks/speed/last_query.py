@@ -28,8 +28,8 @@ def logits_of_all_positions(model: bl.Classifier, params, adapters, batch: bl.Ba
     """The classifier's logits, selected at the end from those of all positions."""
     placed, module = model.sites.place(adapters), model.base.bind(params)
     head = placed.pop(HEAD, None)
-    layers = {"start": model.sites.start, "stop": model.base.num_layers, "adapters": placed}
-    top = module.blocks(batch.hidden, batch.mask, **layers)
+    layers = {"first_layer": model.sites.first_layer, "stop": model.base.num_layers, "adapters": placed}
+    top = module.blocks(batch.cached.hidden, batch.mask, **layers)
     final = jnp.take_along_axis(top, batch.last[:, None, None], axis=1)[:, 0]
     return module.head(final, rows=jnp.asarray(model.label_ids), adapter=head)
 

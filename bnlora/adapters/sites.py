@@ -142,7 +142,7 @@ class Sites(Shown, Mapping[str, Site]):
         return "\n".join(lines)
 
     @property
-    def start(self) -> int:
+    def first_layer(self) -> int:
         """The lowest adapted layer; `num_layers` if only the head is adapted."""
         return min(site.layers[0] for site in self.families)
 
@@ -204,7 +204,7 @@ class Sites(Shown, Mapping[str, Site]):
             adapters: The factors by family.
             first_layer: First layer of the result; by default the lowest adapted one. Lower ones are dropped.
         """
-        first_layer = self.start if first_layer is None else first_layer
+        first_layer = self.first_layer if first_layer is None else first_layer
         placed: dict[str, dict[str, Array]] = {}
         for name, site in self.items():
             a, b = adapters[name]["a"], adapters[name]["b"] * site.scale

@@ -2,7 +2,7 @@
 
 | module    | content                                                                 |
 |-----------|-------------------------------------------------------------------------|
-| `batch`   | `Batch`: tokens, mask and labels; minibatches                           |
+| `batch`   | `Batch`: tokens, mask, labels, and what is cached of them; minibatches  |
 | `text`    | `text_classification`: from texts and a template to batches             |
 | `labels`  | words as classes                                                        |
 | `tables`  | tables in CSV, JSON lines and Parquet files                             |

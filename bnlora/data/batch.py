@@ -1,7 +1,7 @@
 """Rows of tokens: the batch that every floor above passes around, and the order in which rows come."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -28,10 +28,27 @@ class Features(NamedTuple):
     phi: Float[Array, "n k d"]
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["hidden"], meta_fields=["depth", "trunk"])
+@dataclass(frozen=True)
+class CachedActivations:
+    """Activations of each row after the layers that no draw changes (`bnlora.cache_prefix`); a pytree.
+
+    Attributes:
+        hidden: The activations, shape (row, position, width).
+        depth: Number of layers that `hidden` has passed.
+        trunk: Identifies these layers: "" for the base's own, a checksum if they contain adapters at fixed
+            values (`bnlora.condition`).
+    """
+
+    hidden: Float[Array, "n t d"]
+    depth: int
+    trunk: str = ""
+
+
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "mask", "labels", "hidden", "features"],
-    meta_fields=["depth", "trunk", "whole", "frames"],
+    data_fields=["tokens", "mask", "labels", "cached", "features"],
+    meta_fields=["whole", "frames"],
 )
 @dataclass(frozen=True)
 class Batch(Shown):
@@ -41,11 +58,8 @@ class Batch(Shown):
         tokens: Token ids, shape (row, position).
         mask: True at real tokens, shape (row, position); padding may stand on either side.
         labels: Class of each row, shape (row,).
-        hidden: Activations after the first `depth` layers, shape (row, position, width), if cached.
-        depth: Number of layers that `hidden` has passed.
-        trunk: Identifies these layers: "" for the base's own, a checksum if they contain adapters at fixed
-            values (`bnlora.condition`).
-        whole: False if only the last position of each row was kept, so `hidden` cannot be computed again.
+        cached: Activations after the layers that no draw changes, if cached.
+        whole: False if only the last position of each row was kept, so activations cannot be computed again.
         features: What a tangent model reads, if cached.
         frames: Checksum of the tangent model that `features` belong to.
 
@@ -59,12 +73,10 @@ class Batch(Shown):
     tokens: Int[Array, "n t"]
     mask: Bool[Array, "n t"]
     labels: Int[Array, " n"]
-    hidden: Float[Array, "n t d"] | None = None
-    depth: int = field(default=0)
-    trunk: str = field(default="")
-    whole: bool = field(default=True)
+    cached: CachedActivations | None = None
+    whole: bool = True
     features: Features | None = None
-    frames: str = field(default="")
+    frames: str = ""
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -81,20 +93,21 @@ class Batch(Shown):
 
     def cut(self, columns: slice) -> "Batch":
         """The same rows, with some of the columns."""
-        hidden = None if self.hidden is None else _taken(self.hidden, (slice(None), columns))
-        tokens, mask = (_taken(x, (slice(None), columns)) for x in (self.tokens, self.mask))
-        return replace(self, tokens=tokens, mask=mask, hidden=hidden)
+        tokens, mask, cached = jax.tree.map(
+            lambda x: _taken(x, (slice(None), columns)), (self.tokens, self.mask, self.cached)
+        )
+        return replace(self, tokens=tokens, mask=mask, cached=cached)
 
     @property
     def plain(self) -> "Batch":
         """The rows without anything cached."""
-        if self.hidden is None and self.features is None:
+        if self.cached is None and self.features is None:
             return self
-        return replace(self, hidden=None, depth=0, trunk="", features=None, frames="")
+        return replace(self, cached=None, features=None, frames="")
 
     def caches(self, depth: int, trunk: str) -> bool:
         """Whether the cached activations are those after `depth` layers of this trunk."""
-        return self.hidden is not None and (self.depth, self.trunk) == (depth, trunk)
+        return self.cached is not None and (self.cached.depth, self.cached.trunk) == (depth, trunk)
 
     @property
     def overview(self) -> tuple[Showable, ...]:
@@ -103,7 +116,7 @@ class Batch(Shown):
             "positions": str(self.tokens.shape[1]),
             "tokens in a row": self.lengths,
             "rows of each class": self.classes,
-            "cached activations": "none" if self.hidden is None else f"after {self.depth} layers",
+            "cached activations": "none" if self.cached is None else f"after {self.cached.depth} layers",
             "memory": f"{sum(x.nbytes for x in jax.tree.leaves(self)) / 2**20:,.1f} MiB",
         }
         return (facts(f"Batch of {len(self):,} rows", about),)
@@ -124,7 +137,7 @@ class Batch(Shown):
         return ", ".join(f"{named[int(c)]}: {n:,}" for c, n in zip(found, count, strict=True)) or "none"
 
     def __repr__(self) -> str:
-        cached = "" if self.hidden is None else f", activations of depth {self.depth} cached"
+        cached = "" if self.cached is None else f", activations of depth {self.cached.depth} cached"
         cached += "" if self.features is None else f", {self.features.phi.shape[2]:,} tangent features cached"
         return f"Batch({len(self)} rows of {self.tokens.shape[1]} positions{cached})"
 

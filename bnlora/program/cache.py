@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from bnlora._util.progress import speaker, track
-from bnlora.data.batch import Batch, Features, Part, parts
+from bnlora.data.batch import Batch, CachedActivations, Features, Part, parts
 from bnlora.program.protocol import Model
 
 
@@ -36,7 +36,7 @@ def cache_prefix(
         console: Where to print the size and the progress bar; the terminal or notebook when omitted.
 
     Returns:
-        The batch with `hidden`, shape `(n, t, d)`, and its `depth`.
+        The batch with `cached`, the activations and their depth.
 
     Raises:
         ValueError: When the cache would exceed `memory_limit`, or a row has a token that the base has no row
@@ -57,7 +57,8 @@ def cache_prefix(
         )
     text = f"{_LABELS[model.kind]}: {len(batch)} rows through {_layers(model)}, {size / 2**20:,.1f} MiB"
     speaker(console).print(text, highlight=False)
-    known = batch.caches(model.start, model.trunk.checksum)  # a tangent model starts from cached activations
+    # A tangent model starts from cached activations.
+    known = batch.caches(model.first_layer, model.trunk.checksum)
     rows, made = batch if known else batch.plain, _Cache(batch)
     widths: Literal["few", "many"] = "few" if known else "many"
     for part in tracked_parts(rows, batch_size, _LABELS[model.kind], console, widths=widths):
@@ -84,7 +85,7 @@ _LABELS = {"network": "prefix cache", "tangent": "tangent features"}
 
 def _layers(model: Model) -> str:
     total = model.base.num_layers
-    return f"{total} layers" if model.kind == "tangent" else f"{model.start} of {total} layers"
+    return f"{total} layers" if model.kind == "tangent" else f"{model.first_layer} of {total} layers"
 
 
 class _Cache:
@@ -101,10 +102,10 @@ class _Cache:
             self.marks = {"frames": computed.frames}
             for name, values in computed.features._asdict().items():
                 self._put(name, (rows, *values.shape[1:]), part.rows, values)
-        elif computed.hidden is not None:
-            self.marks = {"depth": computed.depth, "trunk": computed.trunk}
-            shape = rows, length, computed.hidden.shape[2]
-            self._put("hidden", shape, (part.rows, part.columns), computed.hidden)
+        elif computed.cached is not None:
+            self.marks = {"depth": computed.cached.depth, "trunk": computed.cached.trunk}
+            shape = rows, length, computed.cached.hidden.shape[2]
+            self._put("hidden", shape, (part.rows, part.columns), computed.cached.hidden)
 
     def _put(self, name: str, shape: tuple[int, ...], where: Any, values: Any) -> None:
         if name not in self.arrays:
@@ -113,7 +114,9 @@ class _Cache:
         self.arrays[name][where] = np.asarray(values)[:count]
 
     def added_to(self, batch: Batch) -> Batch:
-        arrays: dict[str, Any] = {name: jnp.asarray(x) for name, x in self.arrays.items()}
+        arrays = {name: jnp.asarray(x) for name, x in self.arrays.items()}
         if "phi" in arrays:
-            arrays = {"features": Features(arrays["offset"], arrays["phi"])}
-        return replace(batch, **arrays, **self.marks)
+            return replace(batch, features=Features(**arrays), **self.marks)
+        if "hidden" in arrays:
+            return replace(batch, cached=CachedActivations(arrays["hidden"], **self.marks))
+        return batch

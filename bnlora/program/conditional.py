@@ -69,7 +69,7 @@ def condition(model: M, values: Mapping[str, Array], params: Parameters | None =
     }
     lowest = min([model.base.num_layers, *_moving_layers(model.sites, moves)])
     if model.kind == "tangent":  # its features include all adapters, also fixed ones
-        lowest = model.sites.start
+        lowest = model.sites.first_layer
     return plain.above(Trunk(plain.sites, lowest, {**model.fixed, **values}, first, moves))
 
 

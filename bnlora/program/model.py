@@ -26,7 +26,7 @@ from bnlora._util.copying import state
 from bnlora._util.display import Showable, Shown, facts
 from bnlora._util.typing import Adapters
 from bnlora.adapters.sites import HEAD, Sites
-from bnlora.data.batch import Batch, check_labels, check_tokens, unknown_token
+from bnlora.data.batch import Batch, CachedActivations, check_labels, check_tokens, unknown_token
 from bnlora.priors import Prior
 from bnlora.program.protocol import LanguageModel
 from bnlora.program.trunk import Trunk
@@ -95,7 +95,7 @@ class Classifier(Shown):
             "sites": read,
             "prior": AdapterPrior(read, prior),
             "label_ids": ids,
-            "trunk": Trunk(read, read.start),
+            "trunk": Trunk(read, read.first_layer),
         }.items():
             object.__setattr__(self, name, value)
 
@@ -136,7 +136,7 @@ class Classifier(Shown):
         return "network"
 
     @property
-    def start(self) -> int:
+    def first_layer(self) -> int:
         """The lowest layer that a draw changes: that of the lowest adapter that is not fixed."""
         return self.trunk.stop
 
@@ -159,7 +159,7 @@ class Classifier(Shown):
             "label tokens": ", ".join(f"{i}{named.get(i, '')}" for i in self.label_ids),
             "base": repr(self.base),
             "prior": _name(self.prior.program),
-            "layers below the adapters": str(self.start),
+            "layers below the adapters": str(self.first_layer),
         }
         held = (repr(self.trunk),) if self.fixed else ()
         return (facts(f"Classifier of {len(self.label_ids)} classes", about), *self.sites.overview, *held)
@@ -199,8 +199,8 @@ class Classifier(Shown):
         Raises:
             ValueError: When they must be computed and only the last position of each row was kept.
         """
-        if batch.hidden is not None and batch.caches(self.start, self.trunk.checksum):
-            return batch.hidden
+        if batch.cached is not None and batch.caches(self.first_layer, self.trunk.checksum):
+            return batch.cached.hidden
         self.check_tokens(batch)
         if not batch.whole:
             raise ValueError(
@@ -211,20 +211,23 @@ class Classifier(Shown):
 
     def prepared(self, weights: Any, batch: Batch) -> Batch:
         """The batch with its activations below the lowest adapted layer, which no draw changes."""
-        return replace(batch, hidden=self.hidden(weights, batch), depth=self.start, trunk=self.trunk.checksum)
+        return self._with_cached(batch, self.hidden(weights, batch))
+
+    def _with_cached(self, batch: Batch, hidden: Float[Array, "n t d"]) -> Batch:
+        return replace(batch, cached=CachedActivations(hidden, self.first_layer, self.trunk.checksum))
 
     def logits(self, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n c"]:
         """Logits of the label tokens after the last real token of each row.
 
         The last layer runs at that token alone, beside the keys and values of the others.
         """
-        placed = self.sites.place(adapters, first_layer=self.start)
+        placed = self.sites.place(adapters, first_layer=self.first_layer)
         head = placed.pop(HEAD, None)
         module = self.base.bind(weights)
         final = module.blocks(
             self.hidden(weights, batch),
             batch.mask,
-            start=self.start,
+            first_layer=self.first_layer,
             stop=self.base.num_layers,
             adapters=placed,
             at=batch.last[:, None],
@@ -256,7 +259,7 @@ class Classifier(Shown):
 
     def is_prepared(self, batch: Batch) -> bool:
         """Whether the batch has what no draw changes, or there is nothing of that kind."""
-        return self.start == 0 or batch.caches(self.start, self.trunk.checksum)
+        return self.first_layer == 0 or batch.caches(self.first_layer, self.trunk.checksum)
 
     def cache_bytes(self, batch: Batch) -> int:
         """Memory that `prepare` adds to a batch (float32)."""
@@ -270,11 +273,9 @@ class Classifier(Shown):
         """
         self.check_tokens(batch)
         if self.is_prepared(batch):
-            return batch if self.start else batch.plain
+            return batch if self.first_layer else batch.plain
         run = program(self, type(self).hidden)
-        return replace(
-            batch, hidden=run(self.base.weights, batch.plain), depth=self.start, trunk=self.trunk.checksum
-        )
+        return self._with_cached(batch, run(self.base.weights, batch.plain))
 
     def numbers(self, shape: tuple[int, ...]) -> int:
         """Approximate size of the largest array of a program for so many rows and positions."""

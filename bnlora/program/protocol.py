@@ -100,7 +100,7 @@ class Model(Program, Protocol):
         ...
 
     @property
-    def start(self) -> int:
+    def first_layer(self) -> int:
         """The lowest layer that a draw changes."""
         ...
 

@@ -47,7 +47,7 @@ class Trunk:
 
     @cached_property
     def checksum(self) -> str:
-        """Checksum of the adapters in the trunk, as in `Batch.trunk`; "" where there are none."""
+        """Checksum of the adapters in the trunk, as in `CachedActivations.trunk`; "" where there are none."""
         digest = hashlib.sha256()
         inner = {n: sum(layer < self.stop for layer in site.layers) for n, site in self.sites.items()}
         for name in (name for name, count in inner.items() if count):
@@ -76,14 +76,14 @@ class Trunk:
             module: The base with its weights.
             batch: Rows.
         """
-        first = min(self.sites.start, self.stop)
-        hidden = module.blocks(module.embed(batch.tokens), batch.mask, start=0, stop=first)
+        first = min(self.sites.first_layer, self.stop)
+        hidden = module.blocks(module.embed(batch.tokens), batch.mask, first_layer=0, stop=first)
         if self.stop == first:
             return hidden
         placed = self.sites.place(self.below)
         placed.pop(HEAD, None)
         inner = {m: {f: x[: self.stop - first] for f, x in pair.items()} for m, pair in placed.items()}
-        return module.blocks(hidden, batch.mask, start=first, stop=self.stop, adapters=inner)
+        return module.blocks(hidden, batch.mask, first_layer=first, stop=self.stop, adapters=inner)
 
     def __repr__(self) -> str:
         return f"{len(self.fixed)} sites fixed: {', '.join(self.fixed)}" if self.fixed else "nothing fixed"

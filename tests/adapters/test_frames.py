@@ -262,7 +262,8 @@ def test_the_slope_of_three_classes_has_the_multiples_of_the_base_among_its_upda
 def head_inputs(rows) -> np.ndarray:
     """Inputs of the head at the last token of each row, from the layers themselves."""
     module = BASE.module
-    final = module.blocks(module.embed(rows.tokens), rows.mask, start=0, stop=2, at=rows.last[:, None])[:, 0]
+    hidden = module.embed(rows.tokens)
+    final = module.blocks(hidden, rows.mask, first_layer=0, stop=2, at=rows.last[:, None])[:, 0]
     gain = np.asarray(module.final_norm[...], np.float64)
     final = np.asarray(final, np.float64)
     return final / np.sqrt((final**2).mean(1, keepdims=True) + module.config.rms_eps) * gain

@@ -58,8 +58,8 @@ def logits(base, sites, adapters, tokens):
     @jax.jit
     def run(params, tokens):
         module, mask = base.bind(params), jnp.ones(tokens.shape, bool)
-        low = module.blocks(module.embed(tokens), mask, start=0, stop=sites.start)
-        top = module.blocks(low, mask, start=sites.start, stop=base.num_layers, adapters=placed)
+        low = module.blocks(module.embed(tokens), mask, first_layer=0, stop=sites.first_layer)
+        top = module.blocks(low, mask, first_layer=sites.first_layer, stop=base.num_layers, adapters=placed)
         return jax.vmap(lambda x: module.head(x, rows=jnp.arange(base.config.vocab_size), adapter=head))(top)
 
     return np.asarray(run(base.weights, jnp.asarray(tokens)))

@@ -43,8 +43,8 @@ def test_patterns_carry_their_rank_and_the_first_match_wins():
 
 
 def test_start_is_the_lowest_adapted_layer_and_the_depth_for_a_head_alone():
-    assert select(BASE, ["k_proj"], rank=1, layers=[3, 5]).start == 3
-    assert select(BASE, ["lm_head"], rank=1).start == 6
+    assert select(BASE, ["k_proj"], rank=1, layers=[3, 5]).first_layer == 3
+    assert select(BASE, ["lm_head"], rank=1).first_layer == 6
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def classifier(prior, targets=("lm_head",), ids=(3, 5), rank=1, alpha=None):
 def features():
     """The hidden state of the last real token after the final norm, by the untouched module and numpy."""
     module = BASE.module
-    hidden = module.blocks(module.embed(ROWS.tokens), ROWS.mask, start=0, stop=2)
+    hidden = module.blocks(module.embed(ROWS.tokens), ROWS.mask, first_layer=0, stop=2)
     last = np.asarray(ROWS.mask).sum(1) - 1
     hidden = np.asarray(hidden, np.float64)[np.arange(len(ROWS)), last]
     return hidden / np.sqrt((hidden**2).mean(1, keepdims=True) + BASE.config.rms_eps)

@@ -270,7 +270,7 @@ def test_the_inference_gets_the_rows_with_their_own_labels_and_with_those_of_the
 
     def infer(key, weights, batch):
         assert len(batch) == 16
-        cached = batch.hidden if batch.features is None else batch.features.phi
+        cached = batch.cached.hidden if batch.features is None else batch.features.phi
         jax.debug.callback(record, batch.labels, cached)
         return jax.tree.map(lambda x: x[:3], truths)
 
@@ -280,7 +280,7 @@ def test_the_inference_gets_the_rows_with_their_own_labels_and_with_those_of_the
     labels = np.stack([one for one, _ in seen])
     assert labels.shape == (100, 16)
     assert (labels[:, :8] == np.asarray(EIGHT.labels)).all()
-    cached = prepared.hidden if prepared.features is None else prepared.features.phi
+    cached = prepared.cached.hidden if prepared.features is None else prepared.features.phi
     for _, twice in seen[:3]:
         np.testing.assert_allclose(twice, np.concatenate([cached, cached]), atol=1e-5)
     logits = jax.vmap(lambda one: model.logits(BASE.weights, one, prepared))(truths)

@@ -77,7 +77,7 @@ def jacobians(base: bl.Base, label_ids: tuple[int, ...], batch: bl.Batch) -> dic
     def of_row(params, row: bl.Batch) -> jax.Array:
         module, row = base.bind(params), jax.tree.map(lambda x: x[None], row)
         hidden = module.blocks(
-            module.embed(row.tokens), row.mask, start=0, stop=base.num_layers, at=row.last[:, None]
+            module.embed(row.tokens), row.mask, first_layer=0, stop=base.num_layers, at=row.last[:, None]
         )
         return module.head(hidden[:, 0])[0, jnp.asarray(label_ids)]
 

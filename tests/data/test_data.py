@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bnlora import guides, priors
 from bnlora.adapters.sites import select
-from bnlora.data.batch import _columns, check_labels, minibatches, parts
+from bnlora.data.batch import CachedActivations, _columns, check_labels, minibatches, parts
 from bnlora.infer.svi.elbo import elbo_terms, initial_parameters
 from bnlora.infer.svi.fit import fit
 from bnlora.prediction.predict import predict
@@ -39,6 +39,28 @@ def test_rows_that_do_not_exist_are_refused():
             rows[wrong]
     with pytest.raises(ValueError, match="rows must be integers; got"):
         rows[[1.0]]
+
+
+def test_cached_activations_go_with_their_rows_and_only_their_arrays_are_traced():
+    plain, hidden = tiny_rows(jax.random.key(0), 6), jax.random.normal(jax.random.key(1), (6, 8, 3))
+    rows = replace(plain, cached=CachedActivations(hidden, depth=2, trunk="fixed"))
+    part = rows[[4, 1]].cut(slice(2, 5))
+    np.testing.assert_array_equal(part.cached.hidden, hidden[jnp.array([4, 1]), 2:5])
+    np.testing.assert_array_equal(part.tokens, plain.tokens[jnp.array([4, 1]), 2:5])
+    assert part.caches(2, "fixed")
+    assert not part.caches(2, "")
+    assert not part.caches(1, "fixed")
+    assert not rows.plain.caches(2, "fixed")
+    assert repr(rows) == "Batch(6 rows of 8 positions, activations of depth 2 cached)"
+    assert repr(rows.plain) == "Batch(6 rows of 8 positions)"
+    forms = [(), (2, "fixed"), (2, "fixed"), (1, "fixed"), (2, "")]
+    batches = [replace(plain, cached=CachedActivations(hidden, *form) if form else None) for form in forms]
+    traced = []
+    trace = jax.jit(lambda batch: traced.append(batch.cached))
+    for batch in batches:
+        trace(batch)
+    assert [x and (x.depth, x.trunk) for x in traced] == [None, (2, "fixed"), (1, "fixed"), (2, "")]
+    assert [len(jax.tree.leaves(batch)) for batch in batches] == [3, 4, 4, 4, 4]
 
 
 @pytest.mark.parametrize(("rows", "size"), [(7, 3), (6, 3), (2, 5), (1, 1)])

@@ -12,7 +12,7 @@ import pytest
 
 import bnlora as bl
 from bnlora.assess.comparison.compare import UncertifiedReference
-from bnlora.data.batch import Batch, minibatches
+from bnlora.data.batch import Batch, CachedActivations, minibatches
 from bnlora.infer.approximate import ChainDiverged, Schedule, sghmc, sgld
 from bnlora.testing import tiny_base, tiny_rows
 
@@ -25,7 +25,7 @@ ROWS = Batch(
     tokens=jnp.zeros((N, 1), jnp.int32),
     mask=jnp.ones((N, 1), bool),
     labels=jnp.zeros(N, jnp.int32),
-    hidden=jnp.asarray(np.column_stack([X, Y]), jnp.float32)[:, None, :],
+    cached=CachedActivations(jnp.asarray(np.column_stack([X, Y]), jnp.float32)[:, None, :], depth=0),
 )
 
 
@@ -41,8 +41,8 @@ class Regression:
     def __call__(self, params, batch, n_total=None):
         w, rows = self.prior(), len(batch)
         with numpyro.plate("data", n_total, subsample_size=rows if rows < n_total else None):
-            mean = batch.hidden[:, 0, :2] @ w
-            numpyro.sample("y", dist.Normal(mean, NOISE), obs=batch.hidden[:, 0, 2])
+            mean = batch.cached.hidden[:, 0, :2] @ w
+            numpyro.sample("y", dist.Normal(mean, NOISE), obs=batch.cached.hidden[:, 0, 2])
 
 
 PRECISION = X.T @ X / NOISE**2 + np.eye(2) / SIGMA**2
@@ -202,7 +202,7 @@ def test_sghmc_keeps_its_record_and_counts_every_update():
     assert chain.record["options"] == options
     assert (chain.record["sampler"], chain.record["bias"], chain.thinning) == ("SGHMC", "step", 2)
     assert chain.num_gradients == {"warm-up": 6, "sampling": 24}
-    assert chain.target.train.hidden is None  # the cache is not kept
+    assert chain.target.train.cached is None  # the cache is not kept
 
 
 def test_bad_input():

@@ -361,7 +361,7 @@ def test_some_sites_alone_with_the_others_held():
     chains = mcmc.sample_hmc(
         KEY, model, ROWS, sites=["lm_head"], given=fit, num_integration_steps=8, **options
     )
-    assert chains.model.start == 2
+    assert chains.model.first_layer == 2
     assert chains.target.train.tokens.shape == (12, 1)  # the head reads the last position alone
     assert "q_proj.a, q_proj.b held at the mean of 256 draws of a fit" in repr(chains)
     names, values = chains.values()

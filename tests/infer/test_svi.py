@@ -17,6 +17,7 @@ from numpyro.infer.autoguide import AutoNormal
 from rich.console import Console
 
 import bnlora as bl
+from bnlora.data.batch import CachedActivations
 from bnlora.infer.svi.elbo import TERMS, elbo_terms
 from bnlora.infer.svi.result import divergence_remedy
 from bnlora.infer.svi.step import prepared_step
@@ -133,16 +134,17 @@ def test_prefix_cache_changes_nothing():
 def test_prefix_cache_says_its_size_and_refuses_to_exceed_the_limit():
     console = Console(record=True, width=120, file=StringIO())
     model, _ = make()
-    cached = bl.cache_prefix(model, TRAIN, console=console)
-    assert cached.hidden.nbytes == 50 * 8 * 16 * 4
+    rows = bl.cache_prefix(model, TRAIN, console=console)
+    hidden = rows.cached.hidden
+    assert hidden.nbytes == 50 * 8 * 16 * 4
     assert "prefix cache: 50 rows through 2 of 4 layers, 0.0 MiB" in console.export_text()
-    assert bl.cache_prefix(model, cached) is cached
+    assert bl.cache_prefix(model, rows) is rows
     with pytest.raises(ValueError, match="more than the limit of 0 MiB; raise `memory_limit` or fit with"):
         bl.cache_prefix(model, TRAIN, memory_limit=1000)
     # What another model cached is computed again, from the tokens.
-    foreign = replace(cached, hidden=0 * cached.hidden, depth=1)
-    np.testing.assert_allclose(model.hidden(BASE.weights, foreign), cached.hidden, atol=1e-5)
-    np.testing.assert_allclose(bl.cache_prefix(model, foreign).hidden, cached.hidden, atol=1e-5)
+    foreign = replace(rows, cached=CachedActivations(0 * hidden, depth=1))
+    np.testing.assert_allclose(model.hidden(BASE.weights, foreign), hidden, atol=1e-5)
+    np.testing.assert_allclose(bl.cache_prefix(model, foreign).cached.hidden, hidden, atol=1e-5)
     with pytest.raises(ValueError, match="keep only their last position, .*give the rows as they were read"):
         model.hidden(BASE.weights, replace(foreign, whole=False))
 
@@ -154,8 +156,7 @@ def test_nothing_is_cached_where_the_lowest_layer_is_adapted():
 
 def test_head_alone_leaves_nothing_of_the_layers_to_run():
     model, guide = make(targets=("lm_head",))
-    cached = bl.cache_prefix(model, TRAIN)
-    assert cached.depth == BASE.num_layers
+    assert bl.cache_prefix(model, TRAIN).cached.depth == BASE.num_layers
     fit = run(model, guide)
     assert np.isfinite(fit.history["elbo"]).all()
 

@@ -74,7 +74,7 @@ def test_a_row_of_padding_alone_is_finite_with_finite_gradient(base, tokens):
     mask = jnp.ones(tokens.shape, bool).at[1].set(False)
 
     def total(hidden):
-        return jnp.sum(base.module.blocks(hidden, mask, start=0, stop=4) ** 2)
+        return jnp.sum(base.module.blocks(hidden, mask, first_layer=0, stop=4) ** 2)
 
     value, gradient = jax.value_and_grad(total)(base.module.embed(tokens))
     assert jnp.isfinite(value)
@@ -112,7 +112,7 @@ def test_an_adapter_equals_the_merged_kernel_of_its_module(tokens, name, tied):
             table = (module.embedding if module.lm_head is None else module.lm_head)[...]
             # Only the output layer changes: with tied weights the embedding of the inputs is unchanged.
             normal = layers.rms_norm(
-                module.blocks(module.embed(tokens), jnp.ones(tokens.shape, bool), start=0, stop=4),
+                module.blocks(module.embed(tokens), jnp.ones(tokens.shape, bool), first_layer=0, stop=4),
                 module.final_norm[...],
                 CONFIG.rms_eps,
             )
@@ -128,10 +128,10 @@ def test_the_same_range_in_parts_equals_the_full_run(base, tokens):
     every = adapters(["q_proj", "down_proj"], 4)
     module, mask = base.module, jnp.ones(tokens.shape, bool)
     hidden = module.blocks(
-        module.embed(tokens), mask, start=0, stop=1, adapters=jax.tree.map(lambda x: x[:1], every)
+        module.embed(tokens), mask, first_layer=0, stop=1, adapters=jax.tree.map(lambda x: x[:1], every)
     )
-    hidden = module.blocks(hidden, mask, start=1, stop=1)
-    hidden = module.blocks(hidden, mask, start=1, stop=4, adapters=jax.tree.map(lambda x: x[1:], every))
+    hidden = module.blocks(hidden, mask, first_layer=1, stop=1)
+    hidden = module.blocks(hidden, mask, first_layer=1, stop=4, adapters=jax.tree.map(lambda x: x[1:], every))
     assert_close(module.head(hidden), module(tokens, adapters=every))
 
 
@@ -139,8 +139,8 @@ def test_upper_adapters_equal_a_full_stack_that_is_zero_below(base, tokens):
     upper = adapters(["v_proj", "up_proj"], 2)
     full = jax.tree.map(lambda x: jnp.concatenate([jnp.zeros_like(x), x]), upper)
     module, mask = base.module, jnp.ones(tokens.shape, bool)
-    hidden = module.blocks(module.embed(tokens), mask, start=0, stop=2)
-    hidden = module.blocks(hidden, mask, start=2, stop=4, adapters=upper)
+    hidden = module.blocks(module.embed(tokens), mask, first_layer=0, stop=2)
+    hidden = module.blocks(hidden, mask, first_layer=2, stop=4, adapters=upper)
     assert_close(module.head(hidden), module(tokens, adapters=full))
 
 
@@ -189,18 +189,19 @@ def test_the_trace_does_not_grow_with_depth():
     assert equations(2) == equations(9) > 0
 
 
-@pytest.mark.parametrize("start", [0, 2])
-def test_neither_pass_copies_the_stack_of_weights(start):
+@pytest.mark.parametrize("first_layer", [0, 2])
+def test_neither_pass_copies_the_stack_of_weights(first_layer):
     base = random_base(jax.random.key(0), replace(CONFIG, num_layers=8))
     hidden, mask = jnp.ones((1, 4, 24)), jnp.ones((1, 4), bool)
 
     def loss(adapters, params):
-        return base.bind(params).blocks(hidden, mask, start=start, stop=8, adapters=adapters).sum()
+        module = base.bind(params)
+        return module.blocks(hidden, mask, first_layer=first_layer, stop=8, adapters=adapters).sum()
 
-    jaxpr = jax.make_jaxpr(jax.grad(loss))(adapters(["q_proj"], 8 - start), base.weights).jaxpr
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(adapters(["q_proj"], 8 - first_layer), base.weights).jaxpr
     # The stack is an input; neither a slice of several layers nor a residual of all of them may be computed.
     computed = {variable.aval.shape for equation in walk(jaxpr) for variable in equation.outvars}
-    assert (8 - start, 24, 40) not in computed
+    assert (8 - first_layer, 24, 40) not in computed
     assert (24, 40) in computed
 
 
@@ -275,11 +276,11 @@ def test_adapters_that_do_not_fit(base, tokens):
     with pytest.raises(
         ValueError, match=r"'q_proj' must have a \(2, 3, 24\) and b \(2, 48, 3\); got \(4, 3, 24\)"
     ):
-        module.blocks(hidden, mask, start=0, stop=2, adapters=adapters(["q_proj"], 4))
+        module.blocks(hidden, mask, first_layer=0, stop=2, adapters=adapters(["q_proj"], 4))
     with pytest.raises(ValueError, match=r"keys 'a' and 'b'; got \['a'\]"):
         module(tokens, adapters={"q_proj": {"a": adapters(["q_proj"], 4)["q_proj"]["a"]}})
     with pytest.raises(ValueError, match=r"layers \[2, 5\) are not within \[0, 4\)"):
-        module.blocks(hidden, mask, start=2, stop=5)
+        module.blocks(hidden, mask, first_layer=2, stop=5)
     adapter = {name: value[0] for name, value in adapters(["lm_head"], 1)["lm_head"].items()}
     with pytest.raises(ValueError, match=r"'lm_head' must have .* b \(1, 2, 3\); got .* \(1, 53, 3\)"):
         module.head(hidden, rows=jnp.array([1, 2]), adapter=adapter)

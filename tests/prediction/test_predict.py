@@ -78,7 +78,7 @@ def test_label_rows_of_the_head_are_exactly_those_of_the_whole_head():
     placed = model.sites.place(adapters)
     placed.pop(HEAD)
     module = BASE.module
-    top = module.blocks(hidden, ROWS.mask, start=1, stop=4, adapters=placed)
+    top = module.blocks(hidden, ROWS.mask, first_layer=1, stop=4, adapters=placed)
     last = jnp.take_along_axis(top, (ROWS.mask.sum(1) - 1)[:, None, None], axis=1)[:, 0]
     full = module.head(last, adapter={"a": adapters["lm_head"]["a"][0], "b": b[0]})
     np.testing.assert_allclose(

@@ -47,16 +47,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("names", "start"), CASES.values(), ids=CASES)
-def test_density_and_gradient_are_those_of_the_whole_model(names, start):
+@pytest.mark.parametrize(("names", "first_layer"), CASES.values(), ids=CASES)
+def test_density_and_gradient_are_those_of_the_whole_model(names, first_layer):
     model = classifier()
     view, vector, fixed = split(model, names)
     conditional = condition(model, fixed)
-    assert conditional.start == start
+    assert conditional.first_layer == first_layer
     part = density(conditional, {})
     free = part.vector({n: x for n, x in view.sites(vector).items() if n not in fixed})
     rows = cache_prefix(conditional, ROWS)
-    assert rows.depth == start or start == 0
+    assert (rows.cached and rows.cached.depth) == (first_layer or None)
 
     def whole(u):
         sites = {**view.sites(vector), **part.sites(u)}
@@ -93,7 +93,7 @@ def test_fixed_sites_still_inform_what_is_free():
         + 0.5  # log-determinant of the exponential
     )
     np.testing.assert_allclose(gain, expected, rtol=1e-4)
-    assert conditional.start == 0  # the scale moves every layer
+    assert conditional.first_layer == 0  # the scale moves every layer
 
 
 def test_layers_below_the_free_ones_are_part_of_the_trunk():
@@ -118,7 +118,7 @@ def test_activations_under_other_fixed_values_are_not_reused():
     _, _, fixed = split(model, ["q_proj.a", "q_proj.b"])
     other = {n: 2 * x for n, x in fixed.items()}
     first, second = (condition(model, values) for values in (fixed, other))
-    assert first.start == second.start == 3
+    assert first.first_layer == second.first_layer == 3
     rows = cache_prefix(first, ROWS)
     np.testing.assert_allclose(
         second.hidden(BASE.weights, rows), second.hidden(BASE.weights, ROWS), atol=1e-6

@@ -91,7 +91,7 @@ def test_a_conditional_classifier_stays_one_over_another_base():
     held = bl.condition(model, values)
     other = held.over(BASE.running(remat="layers"))
     assert type(other) is type(held)
-    assert (other.fixed, other.start, other.moving) == (held.fixed, held.start, held.moving)
+    assert (other.fixed, other.first_layer, other.moving) == (held.fixed, held.first_layer, held.moving)
     assert other.base.execution.remat == "layers"
     assert held.base is BASE
 
@@ -127,7 +127,9 @@ def kept(remat: str, activations: str = "float32") -> list[jax.ShapeDtypeStruct]
 
     def run(adapters):
         module = model.base.module
-        return module.blocks(module.embed(ROWS.tokens), ROWS.mask, start=0, stop=LAYERS, adapters=adapters)
+        return module.blocks(
+            module.embed(ROWS.tokens), ROWS.mask, first_layer=0, stop=LAYERS, adapters=adapters
+        )
 
     leaves = jax.tree.leaves(jax.eval_shape(lambda a: jax.vjp(run, a)[1], adapters))
     return [leaf for leaf in leaves if leaf.shape[:2] == (LAYERS, 5)]

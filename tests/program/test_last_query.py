@@ -37,11 +37,11 @@ def rows(side: str) -> Batch:
 
 
 @functools.cache
-def classifier(start: int) -> bl.Classifier:
-    """Adapters on every module of the layers from `start` upwards, and on the head."""
-    targets = [HEAD] if start == BASE.num_layers else [*INNER, HEAD]
-    sites = bl.select(BASE, targets, rank=2, layers=range(min(start, 2), 3))
-    assert sites.start == start
+def classifier(first_layer: int) -> bl.Classifier:
+    """Adapters on every module of the layers from `first_layer` upwards, and on the head."""
+    targets = [HEAD] if first_layer == BASE.num_layers else [*INNER, HEAD]
+    sites = bl.select(BASE, targets, rank=2, layers=range(min(first_layer, 2), 3))
+    assert sites.first_layer == first_layer
     return bl.Classifier(BASE, sites, bl.priors.normal(), label_ids=(3, 5, 9))
 
 
@@ -59,7 +59,7 @@ def picked_afterwards(model: bl.Classifier, params, adapters, batch: Batch) -> j
     """The logits from all layers at all positions."""
     placed, module = model.sites.place(adapters), BASE.bind(params)
     head, hidden = placed.pop(HEAD, None), model.hidden(params, batch)
-    top = module.blocks(hidden, batch.mask, start=model.sites.start, stop=3, adapters=placed)
+    top = module.blocks(hidden, batch.mask, first_layer=model.sites.first_layer, stop=3, adapters=placed)
     columns = jnp.arange(batch.mask.shape[1])[None, :]
     last = jnp.max(jnp.where(batch.mask, columns, -1), axis=1)  # -1, the last column, for a row of padding
     final = jax.vmap(lambda row, i: row[i])(top, last)
@@ -92,14 +92,14 @@ def value_and_gradient(logits):
 
 
 # All layers, some, the last one, and the head alone; the ends are enough where time counts.
-STARTS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+FIRST_LAYERS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
 ENDS = [0, pytest.param(2, marks=pytest.mark.slow), 3]
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("start", STARTS)
-def test_logits_and_gradients_are_those_of_all_positions(start, side):
-    model, batch = classifier(start), rows(side)
+@pytest.mark.parametrize("first_layer", FIRST_LAYERS)
+def test_logits_and_gradients_are_those_of_all_positions(first_layer, side):
+    model, batch = classifier(first_layer), rows(side)
     adapters = adapters_of(model)
     assert_close(*both(model, adapters, batch))
     (value, gradient), (old_value, old_gradient) = both(model, adapters, batch, value_and_gradient)
@@ -108,18 +108,18 @@ def test_logits_and_gradients_are_those_of_all_positions(start, side):
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("start", STARTS)
-def test_cached_activations_give_the_same(start):
-    model, batch = classifier(start), rows("both")
+@pytest.mark.parametrize("first_layer", FIRST_LAYERS)
+def test_cached_activations_give_the_same(first_layer):
+    model, batch = classifier(first_layer), rows("both")
     adapters = adapters_of(model)
-    cached = bl.cache_prefix(model, batch)
-    assert (cached.hidden is None) == (start == 0)
-    assert_close(model.logits(BASE.weights, adapters, cached), model.logits(BASE.weights, adapters, batch))
+    prepared = bl.cache_prefix(model, batch)
+    assert (prepared.cached is None) == (first_layer == 0)
+    assert_close(model.logits(BASE.weights, adapters, prepared), model.logits(BASE.weights, adapters, batch))
 
 
-@pytest.mark.parametrize("start", ENDS)
-def test_a_row_of_padding_alone_is_as_before(start):
-    model, batch = classifier(start), rows("right")
+@pytest.mark.parametrize("first_layer", ENDS)
+def test_a_row_of_padding_alone_is_as_before(first_layer):
+    model, batch = classifier(first_layer), rows("right")
     batch = Batch(batch.tokens, batch.mask.at[1].set(False), batch.labels)
     adapters = adapters_of(model)
     (value, gradient), old = both(model, adapters, batch, value_and_gradient)
@@ -128,9 +128,9 @@ def test_a_row_of_padding_alone_is_as_before(start):
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-@pytest.mark.parametrize("start", ENDS)
-def test_zero_b_is_the_base_bit_for_bit(start, wrap):
-    model, batch = classifier(start), rows("both")
+@pytest.mark.parametrize("first_layer", ENDS)
+def test_zero_b_is_the_base_bit_for_bit(first_layer, wrap):
+    model, batch = classifier(first_layer), rows("both")
     at, ids = (
         jnp.argmax(jnp.where(batch.mask, jnp.arange(10)[None], -1), axis=1),
         jnp.asarray(model.label_ids),
@@ -138,7 +138,9 @@ def test_zero_b_is_the_base_bit_for_bit(start, wrap):
 
     def plain(params):
         module = BASE.bind(params)
-        final = module.blocks(model.hidden(params, batch), batch.mask, start=start, stop=3, at=at[:, None])
+        final = module.blocks(
+            model.hidden(params, batch), batch.mask, first_layer=first_layer, stop=3, at=at[:, None]
+        )
         return module.head(final[:, 0], rows=ids)
 
     zero = adapters_of(model, b_scale=0.0)
@@ -146,9 +148,9 @@ def test_zero_b_is_the_base_bit_for_bit(start, wrap):
     assert np.array_equal(got, wrap(plain)(BASE.weights))
 
 
-@pytest.mark.parametrize("start", ENDS)
-def test_draws_of_adapters_may_be_mapped_over(start):
-    model, batch = classifier(start), rows("left")
+@pytest.mark.parametrize("first_layer", ENDS)
+def test_draws_of_adapters_may_be_mapped_over(first_layer):
+    model, batch = classifier(first_layer), rows("left")
     draws = [adapters_of(model, seed=seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *draws)
     mapped, old = both(model, stacked, batch, jax.vmap)
@@ -169,13 +171,13 @@ def test_several_positions_in_any_order():
     adapters = classifier(0).sites.place(adapters_of(classifier(0)))
     adapters.pop(HEAD)
     hidden = BASE.module.embed(batch.tokens)
-    run = functools.partial(BASE.module.blocks, hidden, batch.mask, start=0, stop=3, adapters=adapters)
+    run = functools.partial(BASE.module.blocks, hidden, batch.mask, first_layer=0, stop=3, adapters=adapters)
     assert_close(run(at=at), jnp.take_along_axis(run(), at[:, :, None], axis=1))
 
 
-def products(start: int) -> list[tuple[int, ...]]:
+def products(first_layer: int) -> list[tuple[int, ...]]:
     """Shapes of all matrix products of the logits, from cached activations."""
-    model, batch = classifier(start), bl.cache_prefix(classifier(start), rows("right"))
+    model, batch = classifier(first_layer), bl.cache_prefix(classifier(first_layer), rows("right"))
     jaxpr = jax.make_jaxpr(lambda p, a: model.logits(p, a, batch))(BASE.weights, adapters_of(model)).jaxpr
     return [e.outvars[0].aval.shape for e in walk(jaxpr) if e.primitive.name == "dot_general"]
 

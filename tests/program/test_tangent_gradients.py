@@ -27,10 +27,12 @@ EPS = 2 * 2 * 24 * float(np.finfo(np.float32).eps)
 
 
 @functools.cache
-def classifier(base: bl.Base, targets: tuple, label_ids: tuple, start: int = 0) -> tuple[bl.Classifier, dict]:
+def classifier(
+    base: bl.Base, targets: tuple, label_ids: tuple, first_layer: int = 0
+) -> tuple[bl.Classifier, dict]:
     """A classifier with adapters from a layer upwards, and random orthonormal frames of 2 x 2."""
     modules = [name for name in targets if name != "slope"]
-    families = bl.select(base, modules, rank=2, layers=slice(start, None)).families
+    families = bl.select(base, modules, rank=2, layers=slice(first_layer, None)).families
     if "slope" in targets:
         families = (*families, Site("slope", HEAD, (base.num_layers,), 16, 40, 2, 2.0))
     model = bl.Classifier(base, Sites(families, base.num_layers), bl.priors.normal(), label_ids=label_ids)
@@ -93,7 +95,7 @@ def test_features_are_finite_differences_of_a_float64_network(base, label_ids):
 
 
 def test_features_do_not_depend_on_alpha():
-    model, frames = classifier(BASE, ("v_proj", HEAD), (3, 5), start=1)
+    model, frames = classifier(BASE, ("v_proj", HEAD), (3, 5), first_layer=1)
     other = replace(
         model.sites, families=tuple(replace(s, alpha=3.0 * s.alpha) for s in model.sites.values())
     )
@@ -105,7 +107,7 @@ def test_features_do_not_depend_on_alpha():
 
 @pytest.mark.parametrize("targets", [("q_proj", "down_proj", HEAD), (HEAD, "slope")])
 def test_padding_and_cached_activations_change_nothing(targets):
-    model, frames = classifier(BASE, targets, (3, 5, 9), start=1)
+    model, frames = classifier(BASE, targets, (3, 5, 9), first_layer=1)
     tokens, mask = np.asarray(ROWS.tokens), np.asarray(ROWS.mask)
     left = np.zeros((len(tokens), 11), tokens.dtype), np.zeros((len(tokens), 11), bool)
     for index, row in enumerate(mask):  # "mask" marks the tokens, so the filling may be any
@@ -116,11 +118,11 @@ def test_padding_and_cached_activations_change_nothing(targets):
     for batch in (Batch(*left, ROWS.labels), bl.cache_prefix(model, ROWS)):
         for found, expected in zip(computed(model, frames, batch), right, strict=True):
             np.testing.assert_allclose(found, expected, atol=EPS * np.abs(expected).max())
-    assert bl.cache_prefix(model, ROWS).hidden is not None
+    assert bl.cache_prefix(model, ROWS).cached is not None
 
 
 def test_rows_together_are_rows_alone():
-    model, frames = classifier(BASE, ("q_proj", "down_proj", HEAD), (3, 5, 9), start=1)
+    model, frames = classifier(BASE, ("q_proj", "down_proj", HEAD), (3, 5, 9), first_layer=1)
     together, batch = computed(model, frames, ROWS), bl.cache_prefix(model, ROWS)
     for index in range(len(ROWS)):
         for found, expected in zip(computed(model, frames, batch[[index]]), together, strict=True):

@@ -141,7 +141,7 @@ def target(
     values, held = _fixed(key, given, others, fix_at)
     conditional = condition(model, values, params)
     cached = cache_prefix(conditional, train, console=console)
-    if conditional.start == model.base.num_layers:
+    if conditional.first_layer == model.base.num_layers:
         cached = _last_token(cached)
     return Target(density(conditional, params), cached, train, held)
 
@@ -222,5 +222,5 @@ def _last_token(batch: Batch) -> Batch:
     def cut(x: Array) -> Array:
         return jnp.asarray(np.asarray(x)[pick][:, None])
 
-    hidden = None if batch.hidden is None else cut(batch.hidden)
-    return replace(batch, tokens=cut(batch.tokens), mask=cut(batch.mask), hidden=hidden, whole=False)
+    tokens, mask, cached = jax.tree.map(cut, (batch.tokens, batch.mask, batch.cached))
+    return replace(batch, tokens=tokens, mask=mask, cached=cached, whole=False)

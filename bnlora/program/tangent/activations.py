@@ -30,12 +30,12 @@ def second_moments(
         row_weights: Weight of each row, 0 for padding rows.
     """
     hidden, modules = model.hidden(weights, batch), [site.module for site in model.sites.values()]
-    inputs = model.base.bind(weights).inputs(hidden, batch.mask, modules, start=model.start)
+    inputs = model.base.bind(weights).inputs(hidden, batch.mask, modules, first_layer=model.first_layer)
     real = row_weights[:, None] * batch.mask
     last = row_weights[:, None] * (jnp.arange(batch.tokens.shape[1]) == batch.last[:, None])
     sums = {}
     for name, site in model.sites.items():
-        own = [0] if site.module == HEAD else [layer - model.start for layer in site.layers]
+        own = [0] if site.module == HEAD else [layer - model.first_layer for layer in site.layers]
         x = inputs[site.module][jnp.asarray(own)].astype(jnp.float32)  # (layer, row, token, d_in)
         sums[name] = jnp.einsum("lbti,lbtj,bt->lij", x, x, last if site.module == HEAD else real)
     return sums

@@ -132,7 +132,7 @@ class Tangent(Classifier):
         if self.is_prepared(batch):
             return batch
         computed = self.features(weights, batch)
-        return replace(batch, features=computed, frames=self.checksum, hidden=None, depth=0, trunk="")
+        return replace(batch, features=computed, frames=self.checksum, cached=None)
 
     def features(self, weights: Any, batch: Batch) -> Features:
         """The features of the rows: cached ones if they belong to this model, else computed here."""
