@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import jax.numpy as jnp
 from jax import Array
@@ -22,7 +22,6 @@ HEAD = "lm_head"
 """The only adaptable module outside of the layers."""
 
 
-@runtime_checkable
 class Adaptable(Protocol):
     """The part of a base model that `select` uses."""
 

@@ -28,7 +28,7 @@ Vehtari (2025), Posterior SBC, arXiv 2502.03279; `bnlora.metrics.ranks` for the 
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,6 @@ from bnlora.program.draws import draw_adapters
 from bnlora.program.model import Classifier
 
 
-@runtime_checkable
 class Inference(Protocol):
     """Function that returns posterior draws for a batch with labels; pure, so that it can be compiled.
 
