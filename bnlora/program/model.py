@@ -58,10 +58,10 @@ class AdapterPrior:
 class Classifier(Shown):
     """A classifier whose classes are label words, as a plain NumPyro model `model(weights, batch)`.
 
-    Where the head is adapted, only its label rows enter `sites` and the prior: the likelihood reads
-    no other row. Under a prior that is consistent under leaving rows out the others would stay exactly at
-    their prior and change nothing; the law of the head under any other prior, such as the sparse GP with
-    `lam` below one, is defined on the label rows (`Sites.with_head_rows`).
+    If the head is adapted, only its label rows enter `sites` and the prior, because the likelihood reads no
+    other row. Under a prior that is consistent under leaving rows out, the other rows would stay exactly at
+    their prior and change nothing. Under any other prior, such as the sparse GP with `lam` below one, the law
+    of the head is defined on the label rows (`Sites.with_head_rows`).
 
     Args:
         base: The loaded base model.
@@ -69,9 +69,12 @@ class Classifier(Shown):
         prior: NumPyro program from sites to adapters.
         label_ids: Token id of each class's word, shape `(class,)`, e.g. `data.label_ids`.
 
+    Attributes:
+        trunk: The part of the network that no draw of the adapters changes.
+
     Raises:
-        ValueError: With fewer than two label ids, equal ones or some that the base has no row for, and where
-            the sites are those of another base.
+        ValueError: If there are fewer than two label ids, two are equal, the base has no row for one, or the
+            sites are those of another base.
 
     Example:
         >>> model = bl.Classifier(base, sites, bl.priors.normal(), label_ids=(3, 5))

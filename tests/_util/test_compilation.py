@@ -208,7 +208,7 @@ def test_a_fit_compiles_few_programs_beside_its_step():
     options = {"num_steps": 2, "batch_size": 8, "console": QUIET}
     with counting() as found:
         made = bl.fit(KEY, model, guide, ROWS, optax.adam(1e-2), **options)
-    assert found["jit(_traced_step)"] == found["jit(start_values)"] == found["jit(constrain)"] == 1, found
+    assert found["jit(traced)"] == found["jit(start_values)"] == found["jit(constrain)"] == 1, found
     assert found.total() <= 14, found
     assert made.num_traces == 1
 

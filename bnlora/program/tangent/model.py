@@ -53,6 +53,7 @@ class Tangent(Classifier):
         sites: The network's sites.
         prior: The network's prior, bound to the sites.
         label_ids: Token id of each class.
+        trunk: The network's trunk.
         frames: Frames of the prior.
 
     Raises:
