@@ -194,7 +194,6 @@ def importance_inference(
     check_at_least(sizes, 1)
     if num_particles < num_draws:
         raise ValueError(f"num_particles must be at least num_draws={num_draws}; got {num_particles}")
-
     if params is not None:
         check_parameters(model.prior, params)
 
