@@ -163,7 +163,7 @@ def test_a_classifier_is_traced_under_the_prior(name):
     rows = tiny_rows(jax.random.key(4), 2)
 
     def logits(key):
-        trace = handlers.trace(handlers.seed(model, key)).get_trace(TINY.params, rows)
+        trace = handlers.trace(handlers.seed(model, key)).get_trace(TINY.weights, rows)
         return trace["y"]["fn"].logits
 
     assert jax.eval_shape(logits, jax.random.key(5)).shape == (2, 3)
