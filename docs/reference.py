@@ -204,7 +204,9 @@ def _notes(package: griffe.Module, module: str, entries: Mapping[str, list[str]]
     files = {**target.modules, **target.extra[HIDDEN]}
     for name in (name for names in entries.values() for name in names):
         origin = target.imports.get(name.rpartition(".")[2], "")
-        file = files.get(origin.split(".")[-2]) if origin else None  # a module shows its own docstring already
+        file = (
+            files.get(origin.split(".")[-2]) if origin else None
+        )  # a module shows its own docstring already
         text = file.docstring.value if file is not None and file.docstring else ""
         if text and text not in notes.values():
             notes[name] = text
