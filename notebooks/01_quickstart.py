@@ -255,7 +255,7 @@ assert abs(evidence.value - core.gaussian.log_evidence) < 2
 # and effective sample sizes: draws of a guide are independent, so these diagnostics carry no information.
 
 # %%
-tree = bl.to_arviz(jax.random.key(9), core.fit, rows["movies"], num_draws=num_draws)
+tree = bl.to_arviz(core.fit.draw_key, core.fit, rows["movies"], num_draws=num_draws)
 print(arviz_stats.summary(tree, var_names=["update_norm"], kind="stats"))
 
 # The tree computes the norm of the update from Gram matrices; compare with the norm of the update itself.
@@ -273,7 +273,7 @@ np.testing.assert_allclose(
 # `bl.diagnose` runs all diagnostics that apply to this fit, on rows that were not fitted.
 
 # %%
-page = bl.diagnose(jax.random.key(9), core.fit, rows["movies"], num_draws=num_draws)
+page = bl.diagnose(core.fit.draw_key, core.fit, rows["movies"], num_draws=num_draws)
 display(page)
 assert page["convergence"].status != "problem"
 assert page["k-hat"].status != "problem"

@@ -129,7 +129,7 @@ def fitted(model, family, *, steps=num_steps, rate=3e-2, key=k_fit, start=None, 
 
 def page_of(fit):
     """Page of diagnostics of a fit on rows that were not fitted."""
-    return bl.diagnose(jax.random.key(9), fit, test, num_draws=num_draws)
+    return bl.diagnose(fit.draw_key, fit, test, num_draws=num_draws)
 
 
 # %% [markdown]
