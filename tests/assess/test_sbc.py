@@ -307,7 +307,7 @@ def test_numpyro_finds_the_same_probabilities():
         observed_sites=["y"],
         num_simulations=150,
         num_svi_steps=20,
-        num_draws=64,
+        num_samples=64,
     )
     for i in range(3):
         found = theirs.ranks["lm_head.a"][:, 0, 0, i]
