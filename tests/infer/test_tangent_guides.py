@@ -73,7 +73,7 @@ def test_around_refuses_another_size(gaussians):
         bl.guides.Guide(tangent_of(frames("v_proj")).prior, bl.guides.around(gaussian))
     by_site = {r"o_proj\.U": bl.guides.around(gaussian), ".*": bl.guides.mean_field()}
     with pytest.raises(
-        ValueError, match="coordinates, the sites of the guide 4; .* give all sites to this family"
+        ValueError, match="coordinates, the sites of the guide 4; .* assign all sites to this family"
     ):
         bl.guides.Guide(gaussian.model.prior, by_site)
 
