@@ -19,7 +19,7 @@ def test_a_network_is_not_compared_with_a_tangent_model():
     made = frames("v_proj", "lm_head")
     network, tangent = fit_of(network_of(made)), fit_of(tangent_of(made))
     for pair in ((network, tangent), (tangent, network)):
-        with pytest.raises(ValueError, match="both of the network or both of the tangent model"):
+        with pytest.raises(ValueError, match="both of the network, or both of the tangent model"):
             bl.compare(KEY, *pair, NEW, against="anything", num_draws=40)
 
 
