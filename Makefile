@@ -30,13 +30,6 @@ VERSIONED := diagnose diagnostics display execution guides kernels_api kernels_l
 demo: $(if $(wildcard $(READY)),$(READY),$(DEMO_READY))
 	$(BIN)/bnlora demo
 
-# Programs that tests compiled before serve all checkouts and environments of a machine. JAX tells versions and options
-# apart, but not the processors that a program was compiled for: the name of the folder does.
-CACHE := $(or $(BNLORA_CACHE),$(HOME)/.cache/bnlora)
-PROCESSOR = $(shell { lscpu || sysctl machdep.cpu; } 2>/dev/null | grep -iE "model name|flags|features" | cksum | cut -d" " -f1)
-test fast seconds rounding versions elsewhere slow thorough docs notebooks oldest newest: \
-	export JAX_COMPILATION_CACHE_DIR ?= $(CACHE)/programs-$(PROCESSOR)
-
 # Workers are as many as cores: LAPACK's own threads would only wait for each other (a quarter of the time of some files).
 test fast seconds rounding versions elsewhere slow thorough oldest newest: export OPENBLAS_NUM_THREADS ?= 1
 

@@ -26,14 +26,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import bnlora as bl
+from bnlora._util.caching import programs_folder
 from bnlora.adapters.frames import Frames
 from bnlora.testing import tiny_base, tiny_rows
 
 SILENT = Console(quiet=True)
 SETTINGS = {
     "jax_platforms": "cpu",
-    "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    or str(Path(__file__).parents[1] / ".cache" / "jax"),
+    "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(programs_folder()),
     "jax_persistent_cache_min_compile_time_secs": 0.1,
     "jax_disable_most_optimizations": True,  # compilation takes most of the time
 }

@@ -22,12 +22,12 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from bnlora._util.caching import programs_folder
+
 SETTINGS = {
     "jax_platforms": "cpu",
-    # Many tests build the same small program anew; a cache on disk serves all of them and all workers. The
-    # Makefile names a folder for all checkouts of a machine.
-    "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    or str(Path(__file__).parents[1] / ".cache" / "jax"),
+    # Many tests build the same small program: the library's folder serves all tests, workers and checkouts.
+    "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(programs_folder()),
     "jax_persistent_cache_min_compile_time_secs": 0.1,
     # Programs here are tiny and run once or twice: most of a test's time is their compilation.
     "jax_disable_most_optimizations": True,

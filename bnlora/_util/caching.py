@@ -24,6 +24,11 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen and chosen != OFF else Path.home() / ".cache" / "bnlora"
 
 
+def programs_folder() -> Path:
+    """Where compiled programs are kept: one folder for each kind of processor."""
+    return cache_folder() / f"programs-{_processor():08x}"
+
+
 def keep_programs() -> None:
     """Let JAX keep compiled programs in the cache folder, unless its user has chosen a place or none.
 
@@ -33,7 +38,7 @@ def keep_programs() -> None:
     config: Any = jax.config  # its types leave its own settings out
     if os.environ.get("BNLORA_CACHE") == OFF or config.jax_compilation_cache_dir is not None:
         return
-    folder = cache_folder() / f"programs-{_processor():08x}"
+    folder = programs_folder()
     if _is_writable(folder):
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
