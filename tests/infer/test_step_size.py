@@ -35,7 +35,7 @@ def step_of(kind):
     family = bl.guides.Guide(model.prior, bl.guides.mean_field())
     guide = Counted(bl.guides.SiteFlow(model.prior) if kind == "sparse" else family)
     adam = optax.adam(1e-2)
-    loop, state = prepared_step(KEY, model, guide, ROWS, adam, scale_optimizer=adam)
+    loop, state = prepared_step(KEY, model, guide, ROWS, adam, bl.Optimisation(scale_optimizer=adam))
     prior.count = guide.count = 0
     return loop, (state, KEY, base.weights, ROWS, jnp.arange(8)), prior, guide
 

@@ -168,7 +168,7 @@ def test_the_program_of_a_step_does_not_grow_with_depth():
         model = bl.Classifier(base, sites, bl.priors.sparse_gp(rows=2, cols=2), label_ids=(3, 5))
         guide = bl.guides.SiteFlow(model.prior, hidden=4, blocks=1)
         adam = optax.adam(1e-2)
-        loop, state = prepared_step(KEY, model, guide, TRAIN, adam, scale_optimizer=adam)
+        loop, state = prepared_step(KEY, model, guide, TRAIN, adam, bl.Optimisation(scale_optimizer=adam))
         program = jax.make_jaxpr(loop.traced)(state, KEY, base.weights, TRAIN, jnp.arange(4)).jaxpr
         return sum(1 for _ in walk(program))
 

@@ -105,25 +105,24 @@ def fit(
         train = cache_prefix(model, train, console=console)
         validation = None if validation is None else cache_prefix(model, validation, console=console)
     start_key, data_key, step_key, look_key, draw_key = keys_from(key, 5)
-    loop, state = prepared_step(
+    step, state = prepared_step(
         start_key,
         program,
         guide,
         train,
         optimizer,
-        scale_optimizer=optimisation.scale_optimizer or optax.adam(1e-2),
-        clip_norm=optimisation.clip_norm,
+        optimisation,
         num_particles=num_particles,
         num_steps=num_steps,
         init_params=init_params,
     )
     rule = early_stopping or EarlyStopping()
-    look = Validation(model, guide, loop.constrain, validation, rule, look_key, num_steps)
+    look = Validation(model, guide, step.constrain, validation, rule, look_key, num_steps)
     rows = minibatches(data_key, len(train), batch_size)
     with step_bar(console, num_steps) as show:
         watch = Watch(look, plateau, optimisation.skip_budget, on_step, show)
-        state, stopped = iterate(step_key, loop, state, rows, watch, num_steps)
-    result = _result(model, loop, state, look, draw_key, stopped)
+        state, stopped = iterate(step_key, step, state, rows, watch, num_steps)
+    result = _result(model, step, state, look, draw_key, stopped)
     if stopped == "diverged":
         raise FitDiverged(result, optimisation.skip_budget)
     return result

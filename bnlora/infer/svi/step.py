@@ -31,6 +31,9 @@ GROUPS = {"lam": (".lam",), "scale": (".scale", "_scale", "_tril")}
 """Endings of the names of parameters with a separate optimiser; all others are locations."""
 
 
+SCALE_RATE = 1e-2
+"""Rate of Adam for the scales, unless `Optimisation` names another optimiser."""
+
 FEW_STEPS = 1000
 """Number of steps of a small model up to which compiling a faster step costs more than it saves."""
 
@@ -66,8 +69,8 @@ def svi_step(
         optimizer: optax optimiser of the locations.
         batch_size: Rows of a step.
         num_particles: Guide draws averaged in a step.
-        optimisation: As in `bl.fit`; scales use `optimizer` too unless it names another one.
-        memory: As in `bl.fit`.
+        optimisation: As in `bl.fit`, like `memory`.
+        memory: What a step keeps in memory.
         init_params: Parameters to start from.
 
     Returns:
@@ -92,8 +95,7 @@ def svi_step(
         guide,
         train,
         optimizer,
-        scale_optimizer=optimisation.scale_optimizer or optimizer,
-        clip_norm=optimisation.clip_norm,
+        optimisation,
         num_particles=num_particles,
         init_params=init_params,
     )
@@ -113,9 +115,8 @@ def prepared_step(
     guide: Callable,
     train: Batch,
     optimizer: optax.GradientTransformation,
+    optimisation: Optimisation,
     *,
-    scale_optimizer: optax.GradientTransformation,
-    clip_norm: float = 10.0,
     num_particles: int = 1,
     num_steps: int | None = None,
     init_params: Parameters | None = None,
@@ -123,11 +124,12 @@ def prepared_step(
     """The step of a fit, which is compiled when it first runs, and its first state."""
     arguments = (program.base.weights, train[:1], len(train))
     values, constrain = initial_parameters(key, program, guide, *arguments, init_params=init_params)
+    scale_optimizer = optimisation.scale_optimizer or optax.adam(SCALE_RATE)
     rules = {"location": optimizer, **dict.fromkeys(GROUPS, scale_optimizer)}
     layout = packing(values, constrain, _group, rules)
     # Every group clips its own gradient. The conditional KL drives `lam` with a gradient of the order of the
     # number of weights: clipped together, it would leave almost nothing of the other parameters' gradient.
-    clip = optax.clip_by_global_norm(clip_norm)
+    clip = optax.clip_by_global_norm(optimisation.clip_norm)
     grouped = optax.multi_transform({g: optax.chain(clip, rule) for g, rule in rules.items()}, layout.labels)
 
     def begin(values: dict[str, Array]) -> tuple[dict[str, Array], Any]:
