@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from bnlora._util.checks import brief, check_indices, class_numbers
+from bnlora._util.checks import brief, check_indices, class_numbers, numpy_generator
 from bnlora._util.display import Showable, Shown, facts
 
 
@@ -272,7 +272,7 @@ def minibatches(key: Array, num_rows: int, batch_size: int) -> Iterator[np.ndarr
     row comes once an epoch, and `num_rows / batch_size` times the sum over a batch is unbiased for
     the sum over all rows, also when `batch_size` does not divide `num_rows`.
     """
-    stream = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
+    stream = numpy_generator(key)
     waiting = np.empty(0, np.int32)
     while True:
         while len(waiting) < batch_size:

@@ -100,11 +100,11 @@ class Side(Protocol):
 
 def side_of(reference: Any) -> Side:
     """The `Side` of a stored reference or of a posterior."""
-    return Before(reference) if isinstance(reference, StoredReference) else Now(reference)
+    return StoredSide(reference) if isinstance(reference, StoredReference) else LiveSide(reference)
 
 
 @dataclass(frozen=True)
-class Before:
+class StoredSide:
     """The side of a stored reference."""
 
     stored: StoredReference
@@ -144,7 +144,7 @@ class Before:
 
 
 @dataclass(frozen=True)
-class Now:
+class LiveSide:
     """The side of a posterior: all stored draws of a run of MCMC, new draws of any other posterior."""
 
     posterior: Any

@@ -28,7 +28,7 @@ from jax import Array
 from jaxtyping import Float
 from rich.console import Console
 
-from bnlora._util.checks import check_at_least, check_key
+from bnlora._util.checks import check_at_least, check_key, numpy_generator
 from bnlora._util.progress import OneBar
 from bnlora._util.typing import Adapters
 from bnlora.data.batch import Batch
@@ -186,7 +186,7 @@ class Sample:
 
     def random(self, number: int) -> np.random.Generator:
         """NumPy generator seeded from `part`."""
-        return np.random.default_rng(np.asarray(jax.random.bits(self.part(number), (4,))))
+        return numpy_generator(self.part(number))
 
     def __repr__(self) -> str:
         return f"Sample({self.num_draws} draws of a fit to {len(self.fit.train)} rows)"
