@@ -10,22 +10,25 @@ of the device, which on accelerators is lower than float32 (`jax_default_matmul_
 | "xla" | the reference, with JAX's own derivatives | anywhere |
 | "pallas" | the kernels of `pallas_tpu` or `pallas_gpu`, with the derivative of `derivatives` | TPU, GPU |
 | "interpret" | the kernels of `pallas_tpu`, interpreted step by step (slow) | anywhere; for tests |
-| None | "pallas" if the default device is a TPU or GPU and supports the arrays, else "xla" | anywhere |
+| None | "pallas" on a TPU or GPU that supports the arrays and passes a trial, else "xla" | anywhere |
+
+The trial (`trial`) compares kernels and reference on the device, once for each kind of arrays. The
+environment variable `BNLORA_KERNEL` names "xla" or "pallas" where the caller names nothing.
 """
 
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 from jaxtyping import Array, Float
 
-from bnlora.kernels import reference
+from bnlora.kernels import reference, trial
 from bnlora.kernels.derivatives import Implementation, operation
 from bnlora.kernels.limits import common_refusal
-from bnlora.kernels.quantised import Weights
+from bnlora.kernels.quantised import QuantisedMatrix, Weights
 
 IMPLEMENTATIONS = ("xla", "pallas", "interpret")
 PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cuda": "cuda"}
@@ -61,14 +64,14 @@ def lora_matmul(
         b: Up projection, (d_out, rank).
         scale: Factor of the low-rank term, a Python number that is known at compile time.
         implementation: One of `IMPLEMENTATIONS`, or None for the first of "pallas" and "xla" that supports
-            the arrays.
+            the arrays and has passed its trial on the device.
 
     Returns:
         Outputs, (..., d_out).
 
     Raises:
         ValueError: If the implementation is unknown or does not support the arrays, the shapes do not fit
-            together, or (kernels only) the gradient of w is requested.
+            together, `$BNLORA_KERNEL` is unknown, or (kernels only) the gradient of w is requested.
     """
     _check_implementation(implementation)
     _check_shapes(x, w, a, b)
@@ -89,8 +92,19 @@ def choose(x: Array, w: Weights, a: Array, b: Array) -> str:
     """The implementation chosen for None, for these arrays on the default device."""
     if not _on_accelerator():
         return "xla"
+    switched = trial.switched()
     rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
-    return "xla" if _refusals("pallas", rows, w, a, b) else "pallas"
+    if switched == "xla" or _refusals("pallas", rows, w, a, b):
+        return "xla"
+    device = str(jax.devices()[0].device_kind)
+    kind = {"dtype": str(x.dtype), "eight_bits": isinstance(w, QuantisedMatrix)}
+    return "pallas" if switched or trial.passes(_for_trial(), device, **kind) else "xla"
+
+
+@cache
+def _for_trial() -> Callable[..., Array]:
+    """The kernels as the trial runs them; one function, so that its verdicts are kept."""
+    return operation(_compiled(), trial.SCALE)
 
 
 def _check_implementation(name: str | None) -> None:

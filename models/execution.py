@@ -87,8 +87,9 @@ def rerun(function: Callable[..., Array], remat: Remat) -> Callable[..., Array]:
     return jax.checkpoint(function, policy=_POLICIES[remat], prevent_cse=remat in ("attention", "layers"))
 
 
-# Do not store a copy of a layer's weights, nor a converted copy: index and convert them again.
-_CHEAP = frozenset({"dynamic_slice", "squeeze", "convert_element_type"})
+# Do not store a copy of a layer's weights, nor a converted copy: index and convert them again. The call is
+# that of `kernels.quantised`; functions of activations with their own derivative are no calls here any more.
+_CHEAP = frozenset("dynamic_slice squeeze convert_element_type bitcast_convert_type custom_jvp_call".split())
 
 
 def _keep_all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -5,9 +5,10 @@ broken file raises an error before it costs memory or time.
 """
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gguf import GGUFReader, GGUFValueType
@@ -20,7 +21,20 @@ _LONGEST_LIST = 2**22
 
 
 class CheckedReader(GGUFReader):
-    """The reader of the `gguf` library, with errors for sizes beyond the end of the file."""
+    """The reader of the `gguf` library, with errors for sizes beyond the end of the file.
+
+    It reads a plain view of the mapped file: a slice of a `np.memmap` costs ten times that of an array, and a
+    tokenizer needs a million of them.
+    """
+
+    @property
+    def data(self) -> Any:
+        """The bytes of the file."""
+        return self._bytes
+
+    @data.setter
+    def data(self, mapped: np.ndarray) -> None:
+        self._bytes = np.asarray(mapped)
 
     def _get(self, offset: int, dtype: Any, count: Any = 1, *args: Any, **kwargs: Any) -> Any:
         """Read numbers; all must lie within the file."""
@@ -38,7 +52,25 @@ class CheckedReader(GGUFReader):
             # A string has at least eight bytes, for its length.
             number = self.gguf_scalar_to_np.get(kind)
             self._require(orig_offs + 12, length, 8 if number is None else np.dtype(number).itemsize)
+            return self._list(orig_offs, length, kind, number)
         return super()._get_field_parts(orig_offs, raw_type)
+
+    def _list(self, begin: int, length: int, kind: GGUFValueType, number: Any) -> Any:
+        """The parts of a list, in the form of the library, which reads one value at a time."""
+        parts = [self._bytes[begin : begin + 12]]
+        if number is not None:
+            parts.append(self._get(begin + 12, number, length))
+            return sum(part.nbytes for part in parts), parts, [1], [GGUFValueType.ARRAY, kind]
+        swapped = self.byte_order == "S"
+        order: Any = sys.byteorder if not swapped else {"little": "big", "big": "little"}[sys.byteorder]
+        whole, offset = self._bytes.data, begin + 12
+        for _ in range(length):
+            self._require(offset, 1, 8)
+            first, size = offset + 8, int.from_bytes(whole[offset : offset + 8], order)
+            self._require(first, size, 1)
+            parts += (self._bytes[offset:first], self._bytes[first : first + size])
+            offset = first + size
+        return offset - begin, parts, range(2, 2 * length + 1, 2), [GGUFValueType.ARRAY, kind]
 
     def _require(self, offset: int, count: int, size: int) -> None:
         if offset + count * size > len(self.data):
@@ -47,7 +79,47 @@ class CheckedReader(GGUFReader):
             )
 
 
-def read_parts(path: Path) -> tuple[dict[str, Any], list[Any]]:
+class GgufTensor(NamedTuple):
+    """A tensor in a GGUF file.
+
+    Attributes:
+        path: The file.
+        header: Its entry in the `gguf` library.
+    """
+
+    path: Path
+    header: Any
+
+    @property
+    def name(self) -> str:
+        """Its name in the file."""
+        return self.header.name
+
+    @property
+    def kind(self) -> str:
+        """The name of its type, such as Q4_1."""
+        return self.header.tensor_type.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape, rows first."""
+        return tuple(map(int, self.header.shape[::-1]))
+
+    def read(self, begin: int = 0, end: int | None = None) -> np.ndarray:
+        """The rows [begin, end) as they are stored.
+
+        They are read and not mapped: pages of a map stay in memory as long as the map.
+        """
+        mapped = self.header.data
+        rows, row = len(mapped), mapped.shape[1:]
+        end = rows if end is None else min(end, rows)
+        width = int(np.prod(row, dtype=np.int64))
+        offset = int(self.header.data_offset) + begin * width * mapped.dtype.itemsize
+        values = np.fromfile(self.path, mapped.dtype, (end - begin) * width, offset=offset)
+        return values.reshape(end - begin, *row)
+
+
+def read_parts(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
     """Read the metadata and the headers of all tensors of a model, in one file or in several.
 
     Args:
@@ -64,8 +136,8 @@ def read_parts(path: Path) -> tuple[dict[str, Any], list[Any]]:
     count = metadata.get("split.count", 1)
     check_size({f"split.count in {str(path)!r}": count}, least=0)
     if count < 2:
-        return metadata, reader.tensors
-    readers = []
+        return metadata, _tensors(path, reader)
+    tensors: list[GgufTensor] = []
     for number, part in enumerate(_parts(path, metadata)):
         reader, own = _open(part)
         metadata = own if number == 0 else metadata
@@ -74,8 +146,7 @@ def read_parts(path: Path) -> tuple[dict[str, Any], list[Any]]:
                 f"{str(part)!r} must be part {number + 1} of {count} by its name; its metadata "
                 f"has {_place(own)}"
             )
-        readers.append(reader)
-    tensors = [tensor for reader in readers for tensor in reader.tensors]
+        tensors += _tensors(part, reader)
     names = {tensor.name for tensor in tensors}
     stated = metadata.get("split.tensors.count", len(tensors))
     if stated != len(tensors) or len(names) < len(tensors):
@@ -84,6 +155,10 @@ def read_parts(path: Path) -> tuple[dict[str, Any], list[Any]]:
             f"{len(tensors):,} tensors with {len(names):,} names"
         )
     return metadata, tensors
+
+
+def _tensors(path: Path, reader: CheckedReader) -> list[GgufTensor]:
+    return [GgufTensor(path, header) for header in reader.tensors]
 
 
 def _open(path: Path) -> tuple[CheckedReader, dict[str, Any]]:

@@ -24,6 +24,11 @@ _HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 _HUB_EXCLUDED = ("*/*", "consolidated*")
 INDEX = "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_SAFE = (
+    "pickled weights can run code when they are read and are refused: save the model with transformers' "
+    "save_pretrained, which writes safetensors, or take a revision of the repository that has them"
+)
 _TOKENIZER_FILES = (".json", ".txt", ".model", ".jinja")
 _LARGEST_TOKENIZER = 2**27  # bytes; a tokenizer of 260,000 tokens has some thirty million
 
@@ -67,7 +72,10 @@ def read_checkpoint(
         return _read_folder(path, accept)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ValueError(f"expected a .gguf file or a folder with a model; got the file {str(path)!r}")
+            remedy = f"; {_SAFE}" if path.suffix in _PICKLED else ""
+            raise ValueError(
+                f"expected a .gguf file or a folder with a model; got the file {str(path)!r}{remedy}"
+            )
         config, stored, tokenizer = read_gguf(path)
         accept(config)
         return Checkpoint(config, TensorFiles(stored), tokenizer)
@@ -124,9 +132,11 @@ def _open_safetensors(folder: Path) -> TensorFiles:
     names = _shards(folder) if (folder / INDEX).is_file() else ["model.safetensors"]
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
+        pickled = any(path.suffix in _PICKLED for path in folder.iterdir())
         names = [repr(name) for name in absent]
         raise FileNotFoundError(
             f"the folder {str(folder)!r} lacks [{listed(names)}]; it has {_names_in(folder)}"
+            + (f"; {_SAFE}" if pickled else "")
         )
     stored: dict[str, Stored] = {}
     for name in names:

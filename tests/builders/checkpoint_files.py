@@ -1,20 +1,17 @@
 """The tiny reference Llama as a Hugging Face folder and as GGUF files, whole or with something wrong."""
 
 import json
-import runpy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import gguf
 import numpy as np
+from builders.families import reference
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-REFERENCES = Path(__file__).parents[1] / "references"
-reference = SimpleNamespace(**runpy.run_path(str(REFERENCES / "make_reference.py")))
 CONFIG = reference.CONFIGS["grouped"]
 TENSORS = reference.tiny_tensors(CONFIG)
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -68,8 +65,12 @@ def write_gguf(
     stated: Mapping[str, object] = {},
     tokens: Sequence[str] = VOCABULARY,
     parts_of: int = 0,
+    kind: gguf.GGMLQuantizationType | None = None,
 ) -> Path:
-    """A GGUF model, with some tensors and metadata changed, in files of `parts_of` tensors (0: one file)."""
+    """A GGUF model, with some tensors and metadata changed, in files of `parts_of` tensors (0: one file).
+
+    With `kind`, matrices whose rows have whole blocks are stored in this type.
+    """
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=parts_of, small_first_shard=parts_of > 0)
     integers = {"embedding_length": 32, "feed_forward_length": 56, "block_count": 3, "context_length": 64}
     integers |= {"attention.head_count": 4, "attention.head_count_kv": 2, "rope.dimension_count": 8}
@@ -89,7 +90,9 @@ def write_gguf(
         writer.kv_data[0].pop(key, None)
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     for name, value in (gguf_tensors() | dict(extra)).items():
-        if name != drop:
+        if name != drop and kind is not None and value.ndim == 2 and value.shape[1] % 32 == 0:
+            writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
+        elif name != drop:
             writer.add_tensor(name, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -8,12 +8,12 @@ import numpy as np
 
 import bnlora as bl
 from bnlora.adapters.sites import HEAD
-from bnlora.models.layers import rotary_frequencies
-from bnlora.models.llama import LlamaConfig
+from bnlora.models.decoder_config import DecoderConfig
+from bnlora.models.rotary import rotary_frequencies
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=40, d_model=16, d_ff=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, rope_theta=1e4,
-    rms_eps=1e-5, tied=False, max_length=64,
+    norm_eps=1e-5, tied=False, max_length=64,
 )  # fmt: skip
 Updates = Mapping[tuple[str, int], np.ndarray]
 """dW (d_out, d_in) by module and layer; of the head the label rows, at layer 0."""
@@ -44,19 +44,19 @@ def logits(
             split = dense(name, x).reshape(len(x), -1, config.head_dim)
             return np.repeat(split, config.num_heads // split.shape[1], axis=1)
 
-        normal = _normal(x, weights["attention_norm"][layer], config.rms_eps)
+        normal = _normal(x, weights["attention_norm"][layer], config.norm_eps)
         query, key = (_turned(heads(name, normal), angles) for name in ("q_proj", "k_proj"))
         scores = np.einsum("thd,shd->hts", query, key) / np.sqrt(config.head_dim)
         scores = np.exp(np.where(causal, scores, -np.inf))
         shares = scores / scores.sum(2, keepdims=True)
         attended = np.einsum("hts,shd->thd", shares, heads("v_proj", normal)).reshape(len(x), -1)
         x = x + dense("o_proj", attended)
-        normal = _normal(x, weights["mlp_norm"][layer], config.rms_eps)
+        normal = _normal(x, weights["mlp_norm"][layer], config.norm_eps)
         gate = dense("gate_proj", normal)
         x = x + dense("down_proj", gate / (1 + np.exp(-gate)) * dense("up_proj", normal))
     table = embedding if module.lm_head is None else np.asarray(module.lm_head[...], np.float64)
     rows = table[list(label_ids)] + updates.get((HEAD, 0), 0.0)
-    met[HEAD, 0] = _normal(x[-1:], np.asarray(module.final_norm[...], np.float64), config.rms_eps)
+    met[HEAD, 0] = _normal(x[-1:], np.asarray(module.final_norm[...], np.float64), config.norm_eps)
     return rows @ met[HEAD, 0][0]
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders.thorough import EVERY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -71,7 +72,12 @@ def pulled(function, x, w, a, b, cotangent) -> list[jax.Array]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(IMPLEMENTATIONS))
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=25 if EVERY else 12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(
     sides=st.tuples(SIDES, SIDES, SIDES, RANKS),
     groups=st.integers(0, 4),

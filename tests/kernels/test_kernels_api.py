@@ -9,7 +9,7 @@ import pytest
 from builders.programs import kernel_calls, walk
 from jax.extend.core import jaxpr_as_fun
 
-from bnlora.kernels import api, pallas_tpu
+from bnlora.kernels import api, pallas_tpu, trial
 from bnlora.kernels.quantised import quantise
 
 EPS = float(np.finfo(np.float32).eps)
@@ -163,6 +163,7 @@ def test_none_is_the_reference_on_a_cpu():
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 def test_none_is_the_kernel_on_an_accelerator_unless_it_refuses(backend, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setenv(trial.SWITCH, "pallas")  # without a trial, which a CPU cannot pass
     x, w, a, b = drawn(0, (2, M, K), (K, N), (RANK, K), (N, RANK))
     assert api.choose(x, w, a, b) == "pallas"
     assert [name for name, _ in pallas_calls(api.lora_matmul, x, w, a, b)] == ["lora_matmul"]

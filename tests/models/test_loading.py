@@ -1,8 +1,11 @@
 """Checkpoints from every kind of source give the same model, and a broken one gives one clear sentence."""
 
 import json
+import os
+import pickle
 
 import huggingface_hub
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -13,8 +16,10 @@ from transformers import AutoTokenizer
 
 from bnlora.base import load
 from bnlora.data.assets import fetch_smollm2
-from bnlora.models import llama
+from bnlora.models import decoder_checkpoint, families, llama
 from bnlora.models.loading import Checkpoint, read_checkpoint
+
+PART_OF_GGUF = "tiny-00002-of-00004.gguf"
 
 
 def assert_same_tensors(tensors, expected=TENSORS) -> None:
@@ -49,6 +54,35 @@ def test_half_precision_becomes_float32(tmp_path, dtype):
     assert_same_tensors(read_checkpoint(write_folder(tmp_path / "tiny", dtype=dtype)).tensors, rounded)
 
 
+@pytest.mark.parametrize("write", [write_folder, write_gguf], ids=["folder", "gguf"])
+def test_weights_stay_in_bfloat16_if_asked(tmp_path, write):
+    path = tmp_path / ("tiny" if write is write_folder else "tiny.gguf")
+    module, single = load(write(path), weights="bfloat16").module, load(path).module
+    stored = {name: weight[...] for name, weight in module.layers.items()}
+    stored |= {"embedding": module.embedding[...], "lm_head": module.lm_head[...]}
+    for name, value in stored.items():
+        exact = (single.layers[name] if name in single.layers else getattr(single, name))[...]
+        assert value.dtype == (jnp.float32 if name.endswith("norm") else jnp.bfloat16), name
+        assert jnp.array_equal(value, exact.astype(value.dtype)), name
+    logits = module(jnp.zeros((1, 4), int))
+    assert logits.dtype == module.final_norm[...].dtype == jnp.float32
+
+
+def test_types_of_weights_are_named():
+    with pytest.raises(ValueError, match="weights must be one of .*; got 'bf16', nearest is 'bfloat16'"):
+        load("somewhere", weights="bf16")
+
+
+@pytest.mark.parametrize("numbers", [1, 40, 1000, 2**20])
+def test_a_checkpoint_read_in_parts_is_the_whole(tmp_path, monkeypatch, numbers):
+    """Parts of one row, of some rows and of all; q and k of a GGUF file are read by heads."""
+    expected = load(write_folder(tmp_path / "tiny", shards=2)).module
+    monkeypatch.setattr(decoder_checkpoint, "PART", numbers)
+    for path in (tmp_path / "tiny", write_gguf(tmp_path / "tiny.gguf", parts_of=10).with_name(PART_OF_GGUF)):
+        for got, weight in zip(*map(jax.tree.leaves, (load(path).module, expected)), strict=True):
+            assert np.array_equal(got, weight)
+
+
 def test_tokenizer_follows_its_file_not_the_class_named_beside_it(tmp_path):
     folder = write_folder(tmp_path / "tiny")
     settings = json.loads((folder / "tokenizer_config.json").read_text()) | {
@@ -62,9 +96,9 @@ def test_gguf_equals_the_folder(tmp_path):
     checkpoint = read_checkpoint(write_gguf(tmp_path / "tiny.gguf"))
     assert_same_tensors(checkpoint.tensors)
     assert_same_tokenizer(checkpoint.tokenizer)
-    config = llama.LlamaConfig.from_huggingface(checkpoint.config)
-    assert config.rms_eps == pytest.approx(1e-5, rel=1e-7)
-    assert config == llama.LlamaConfig.from_huggingface({**CONFIG, "rms_norm_eps": config.rms_eps})
+    config = llama.read_config(checkpoint.config)
+    assert config.norm_eps == pytest.approx(1e-5, rel=1e-7)
+    assert config == llama.read_config({**CONFIG, "rms_norm_eps": config.norm_eps})
     assert checkpoint.tokenizer.model_max_length == 64
 
 
@@ -122,7 +156,7 @@ def test_an_embedding_with_more_rows_than_tokens_is_padded(tmp_path):
 
 def test_gguf_without_output_layer_is_tied(tmp_path):
     checkpoint = read_checkpoint(write_gguf(tmp_path / "tiny.gguf", drop="output.weight"))
-    assert llama.build(checkpoint).lm_head is None
+    assert families.build(checkpoint).lm_head is None
 
 
 def test_load_names_the_base_and_keeps_the_tokenizer(tmp_path):
@@ -158,9 +192,9 @@ def test_hub_name_downloads_the_configuration_first(tmp_path, monkeypatch):
     assert load("someone/tiny").name == "someone/tiny"
     assert asked[0] == ("someone/tiny", ["config.json"])
     assert "*.safetensors" in asked[1][1]
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["GPT2LMHeadModel"]}))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["MambaForCausalLM"]}))
     asked.clear()
-    with pytest.raises(ValueError, match="GPT2LMHeadModel"):
+    with pytest.raises(ValueError, match="MambaForCausalLM"):
         load("someone/tiny")
     assert len(asked) == 1
 
@@ -175,6 +209,20 @@ def test_hub_out_of_reach(monkeypatch, error):
         OSError, match=r"no local folder 'someone/tiny', and downloading it .* failed .*: (no|disk) "
     ):
         read_checkpoint("someone/tiny")
+
+
+def test_hub_names_need_no_connection_where_the_hub_is_switched_off(tmp_path, monkeypatch):
+    """`HF_HUB_OFFLINE=1` is read when huggingface_hub is imported; the cache then serves what it has."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(OSError, match=r"no local folder 'someone/tiny', and downloading it .* failed"):
+        load("someone/tiny")
+    cached = tmp_path / "models--someone--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    (cached / "snapshots").mkdir()
+    write_folder(cached / "snapshots" / "abc")
+    assert load("someone/tiny").name == "someone/tiny"
 
 
 # Bad input ----------------------------------------------------------------------------------------
@@ -192,8 +240,34 @@ def test_missing_folder_names_the_nearest(tmp_path):
 
 def test_a_file_that_is_not_a_checkpoint(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"0")
-    with pytest.raises(ValueError, match=r"expected a \.gguf file or a folder"):
+    with pytest.raises(
+        ValueError, match=r"expected a \.gguf file or a folder .*; pickled weights can run .* are"
+    ):
         read_checkpoint(tmp_path / "weights.bin")
+    (tmp_path / "weights.txt").write_bytes(b"0")
+    with pytest.raises(ValueError, match=r"expected a \.gguf file or a folder .*weights\.txt'$"):
+        read_checkpoint(tmp_path / "weights.txt")
+
+
+class Planted:
+    """An object that makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickled_weights_are_refused_and_never_read(tmp_path):
+    folder = write_folder(tmp_path / "tiny")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Planted(tmp_path / "planted")))
+    with pytest.raises(FileNotFoundError, match=r"lacks \['model\.safetensors'\]; .* save_pretrained, which"):
+        load(folder)
+    assert not (tmp_path / "planted").exists()
+    pickle.loads((folder / "pytorch_model.bin").read_bytes())
+    assert (tmp_path / "planted").exists()
 
 
 @pytest.mark.parametrize(
@@ -278,13 +352,13 @@ def test_corrupt_gguf(tmp_path):
 
 
 def test_unsupported_architecture(tmp_path):
-    config = CONFIG | {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+    config = CONFIG | {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}
     with pytest.raises(
-        ValueError, match=r"\['GPT2LMHeadModel'\] is not supported; supported: \['LlamaForCausalLM'\]"
+        ValueError, match=r"\['MambaForCausalLM'\] is not supported; supported: \['LlamaForCausalLM', 'Mist"
     ):
         load(write_folder(tmp_path / "tiny", config=config))
-    with pytest.raises(ValueError, match=r"has the architecture 'qwen2'; supported: \['llama'\]"):
-        load(write_gguf(tmp_path / "tiny.gguf", architecture="qwen2"))
+    with pytest.raises(ValueError, match=r"has the architecture 'mamba'; supported: \['llama', 'qwen2'"):
+        load(write_gguf(tmp_path / "tiny.gguf", architecture="mamba"))
 
 
 @pytest.mark.parametrize(
@@ -294,7 +368,7 @@ def test_unsupported_architecture(tmp_path):
             {"extra": {"rope_freqs.weight": np.ones(4, np.float32)}},
             r"rope_freqs\.weight\), which is not supported",
         ),
-        ({"pre": "llama-bpe"}, r"with the cut 'llama-bpe'; supported is 'gpt2' with one of"),
+        ({"pre": "viking"}, r"with the cut 'viking'; supported are 'llama', and 'gpt2' with one of"),
     ],
 )
 def test_unsupported_gguf(tmp_path, options, message):
@@ -308,7 +382,7 @@ def test_every_tensor_that_does_not_fit_is_named():
     tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(32, np.float32)
     tensors["model.layers.2.self_attn.k_proj.weight"] = np.zeros((32, 32), np.float32)
     with pytest.raises(ValueError, match="do not fit its configuration") as error:
-        llama.build(Checkpoint(CONFIG, tensors, None))
+        families.build(Checkpoint(CONFIG, tensors, None))
     assert str(error.value).endswith(
         "missing: model.layers.1.mlp.up_proj.weight, model.norm.weight; "
         "unexpected: model.layers.0.self_attn.q_proj.bias; "
@@ -319,14 +393,14 @@ def test_every_tensor_that_does_not_fit_is_named():
 def test_tied_output_layer_may_be_stored_but_must_agree():
     config = CONFIG | {"tie_word_embeddings": True}
     same = TENSORS | {"lm_head.weight": TENSORS["model.embed_tokens.weight"]}
-    assert llama.build(Checkpoint(config, same, None)).lm_head is None
+    assert families.build(Checkpoint(config, same, None)).lm_head is None
     with pytest.raises(ValueError, match=r"ties the output layer .* lm_head\.weight differs"):
-        llama.build(Checkpoint(config, TENSORS, None))
+        families.build(Checkpoint(config, TENSORS, None))
 
 
 def test_rotary_buffers_of_old_checkpoints_are_ignored():
     tensors = TENSORS | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
-    assert llama.build(Checkpoint(CONFIG, tensors, None)).config.num_layers == 3
+    assert families.build(Checkpoint(CONFIG, tensors, None)).config.num_layers == 3
 
 
 # SmolLM2 ------------------------------------------------------------------------------------------

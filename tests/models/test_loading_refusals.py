@@ -11,8 +11,8 @@ from builders.checkpoint_files import CONFIG, TENSORS, VOCABULARY, tokenizer, wr
 
 from bnlora._util import files
 from bnlora.base import load
-from bnlora.models import llama, loading
-from bnlora.models.llama_config import LlamaConfig
+from bnlora.models import families, llama, loading
+from bnlora.models.decoder_config import DecoderConfig
 from bnlora.models.loading import Checkpoint
 
 LLAMA3 = {
@@ -59,7 +59,7 @@ def test_sizes_are_positive_integers(key):
         with pytest.raises(
             ValueError, match=f"{key} in the model .* an integer from 1 to 2147483647"
         ) as error:
-            LlamaConfig.from_huggingface(CONFIG | {key: value})
+            llama.read_config(CONFIG | {key: value})
         assert len(str(error.value)) < 200
 
 
@@ -89,16 +89,16 @@ NUMBERS = {
 @pytest.mark.parametrize(("change", "message"), NUMBERS.values(), ids=NUMBERS)
 def test_values_that_give_no_model(change, message):
     with pytest.raises(ValueError, match=message):
-        LlamaConfig.from_huggingface(CONFIG | change)
+        llama.read_config(CONFIG | change)
 
 
 def test_the_configuration_of_a_model_of_ones_own_is_checked_as_well():
-    good = LlamaConfig.from_huggingface(CONFIG)
+    good = llama.read_config(CONFIG)
     values = {name: getattr(good, name) for name in good.__dataclass_fields__}
     with pytest.raises(ValueError, match="num_layers must be an integer from 1 to 2147483647; got 3.0"):
-        LlamaConfig(**values | {"num_layers": 3.0})
-    with pytest.raises(ValueError, match="rms_eps must be a positive number; got nan"):
-        LlamaConfig(**values | {"rms_eps": float("nan")})
+        DecoderConfig(**values | {"num_layers": 3.0})
+    with pytest.raises(ValueError, match="norm_eps must be a positive number; got nan"):
+        DecoderConfig(**values | {"norm_eps": float("nan")})
 
 
 @pytest.mark.parametrize("stated", [[], "LlamaForCausalLM", {}])
@@ -112,7 +112,7 @@ def test_architectures_are_a_list(tmp_path, stated):
 def test_layers_that_the_files_have_not_cost_nothing(tmp_path, layers):
     folder = write_folder(tmp_path / "tiny", config=CONFIG | {"num_hidden_layers": layers})
     if layers == 4:
-        assert "missing: model.layers.3.input_layernorm.weight, model.layers.3" in refused(folder)
+        assert "missing: model.layers.3.self_attn.q_proj.weight, model.layers.3" in refused(folder)
         assert refused(folder).endswith(" and 4 more")
         return
     for path in (folder, write_gguf(tmp_path / "tiny.gguf", stated={"llama.block_count": layers})):
@@ -141,7 +141,7 @@ def test_weights_are_finite_numbers(tmp_path, name, value):
     with np.errstate(over="ignore"):
         single = wrong.astype(np.float32)
     with pytest.raises(ValueError, match=f"'{name}' has 1 of"):
-        llama.build(Checkpoint(CONFIG, TENSORS | {name: single}, None))
+        families.build(Checkpoint(CONFIG, TENSORS | {name: single}, None))
 
 
 @pytest.mark.parametrize(
