@@ -62,7 +62,7 @@ class Frames(Shown, Mapping[str, Frame]):
     Attributes:
         families: Frame by family.
         sites: The sites of the frames. The rank of each is the width m_i of its right frame.
-        label_ids: Label tokens of the contrasts.
+        likelihood: How the logits of the contrasts are read.
         source: The source of the frames.
         label_free: Whether no labels were used. Only evidences with such frames are comparable.
         base: Some weights of the base (`bnlora._util.fingerprint`), to recognise it.
@@ -74,7 +74,7 @@ class Frames(Shown, Mapping[str, Frame]):
 
     families: Mapping[str, Frame]
     sites: Sites
-    label_ids: tuple[int, ...]
+    likelihood: Any
     source: Source
     label_free: bool
     base: Float[np.ndarray, " k"]
@@ -96,9 +96,14 @@ class Frames(Shown, Mapping[str, Frame]):
         return sum(int(np.prod(frame.size)) for frame in self.families.values())
 
     @property
+    def label_ids(self) -> tuple[int, ...]:
+        """Token id of each class's word; empty if the classes are not words of one token."""
+        return getattr(self.likelihood, "label_ids", ())
+
+    @property
     def checksum(self) -> str:
-        """Checksum of the frames, the base and the label tokens."""
-        digest = hashlib.sha256(repr(self.label_ids).encode() + self.base.tobytes())
+        """Checksum of the frames, the base and the classes."""
+        digest = hashlib.sha256(repr(self.label_ids or self.likelihood).encode() + self.base.tobytes())
         for name, frame in self.families.items():
             digest.update(f"{name} {self.sites[name].layers} {frame.unit!r}".encode())
             digest.update(frame.left.tobytes() + frame.right.tobytes())
@@ -163,7 +168,7 @@ def stored_frames(frames: Frames) -> dict[str, np.ndarray]:
 
 
 def frames_from(
-    arrays: Mapping[str, np.ndarray], weights: Any, sites: Sites, label_ids: tuple[int, ...], where: str
+    arrays: Mapping[str, np.ndarray], weights: Any, sites: Sites, likelihood: Any, where: str
 ) -> Frames:
     """Frames from the arrays of `stored_frames`.
 
@@ -171,7 +176,7 @@ def frames_from(
         arrays: The arrays.
         weights: The frozen weights of the base.
         sites: Sites of the frames.
-        label_ids: Token id of each class.
+        likelihood: How the logits of the classes are read.
         where: Name of the file, for messages.
 
     Raises:
@@ -194,7 +199,7 @@ def frames_from(
         families[name] = Frame(left, right, float(arrays[f"frames.{name}.unit"]), energies)
     source: Any = arrays["frames.source"].tobytes().decode()
     label_free = bool(arrays["frames.label_free"])
-    return Frames(families, sites, label_ids, source, label_free, fingerprint(weights))
+    return Frames(families, sites, likelihood, source, label_free, fingerprint(weights))
 
 
 def joined(chosen: Mapping[str, Frames]) -> Frames:
@@ -204,11 +209,11 @@ def joined(chosen: Mapping[str, Frames]) -> Frames:
         chosen: The source of the frame of each family.
 
     Raises:
-        ValueError: If the frames belong to different bases or different label ids.
+        ValueError: If the frames belong to different bases or different classes.
     """
     first, *others = parts = list({id(frames): frames for frames in chosen.values()}.values())
-    if any(x.label_ids != first.label_ids or not is_same(x.base, first.base) for x in others):
-        raise ValueError("frames of one prior must belong to the same base and the same label ids")
+    if any(x.likelihood != first.likelihood or not is_same(x.base, first.base) for x in others):
+        raise ValueError("frames of one prior must belong to the same base and the same classes")
     if not others and set(chosen) == set(first):
         return first
     return replace(

@@ -1,15 +1,15 @@
 r"""LoRA adapters in the format of the `peft` library: read into stacked adapters, and written.
 
-peft's update of a module is s b a with s = alpha / r, or alpha / sqrt(r) if rank-stabilised. The update of a
-site is `site.scale` b a. `b` is multiplied by the ratio of the two, so the update is the same for every alpha
-of the sites. An option that would change the update and is not supported raises an error with its name.
+peft's update of a module is s b a with s = alpha / r, or alpha / sqrt(r) if rank-stabilised; patterns of
+names may give modules another rank r or alpha. The update of a site is `site.scale` b a. `b` is multiplied by
+the ratio of the two, so the update is the same for every alpha of the sites. An option that would change the
+update and is not supported raises an error with its name.
 
 Reference: Hu et al. (2021), LoRA; Kalajdzievski (2023), A rank stabilization scaling factor for fine-tuning
 with LoRA, arXiv 2312.03732.
 """
 
 import difflib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,18 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
-from bnlora._util.checks import brief, is_integer, is_positive, listed
-from bnlora._util.files import read_json
+from bnlora._util.checks import brief, listed
 from bnlora._util.typing import Adapters
-from bnlora.adapters.sites import HEAD, Adaptable, Site, Sites
+from bnlora.adapters.peft_config import rank_and_scale, read_config
+from bnlora.adapters.peft_files import TENSORS, merged, module_path, write_peft
+from bnlora.adapters.sites import HEAD, Adaptable, Site, Sites, select
 from bnlora.models.tensors import FLOATS, TensorFiles, safetensors_headers, take
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-ROOT = "base_model.model."
-PARENTS = {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_attn"}
-"""Submodule of a layer that has a projection, by the first letter of its name; the others are in `mlp`."""
+FUSED = ("gpt2", "phi3")
+"""Families in which transformers has one module for queries, keys and values."""
 
 _NAME = re.compile(
     r"base_model\.model\.(?:(?:model\.)?layers\.(\d{1,9})\.(?:\w+\.)?)?(\w+)\.lora_([AB])\.weight"
@@ -38,15 +36,6 @@ _NAME = re.compile(
 # With an adapter of the head, peft also saves the frozen weights below it, which the base has too. Without
 # one, it saves them only if the vocabulary was resized; the weights of the base then differ.
 _COPIES = re.compile(r"base_model\.model\.(model\.embed_tokens|lm_head)(\.base_layer)?\.weight")
-# Each of these changes the update of the same tensors, or trains additional parameters.
-_REFUSED = (
-    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
-    "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
-)  # fmt: skip
-# Every other initialisation of peft moves part of the base weights into the adapter, which changes the base.
-_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-
 Tensors = Mapping[tuple[str, int | None, str], Array]
 
 
@@ -75,20 +64,63 @@ def load_peft(folder: str | Path, sites: Sites, *, head_rows: Sequence[int] | No
         (1, 2, 1)
     """
     path = Path(folder).expanduser()
-    config = _config(path)
+    config = read_config(path)
     tensors, copies = _tensors(path)
     _require_all_used(tensors, sites)
     _require_frozen(copies, tensors, sites, head_rows)
-    rank = config["r"]
-    scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
     adapters = {}
     for name, site in sites.items():
-        if site.rank != rank:
-            raise ValueError(f"the adapter has rank {rank}; the sites of {name!r} have rank {site.rank}")
+        own = [rank_and_scale(config, module_path(site.module, layer)) for layer in site.layers]
+        for rank, _ in own:
+            if site.rank != rank:
+                raise ValueError(f"the adapter has rank {rank}; the sites of {name!r} have rank {site.rank}")
         pairs = [_pair(tensors, site, layer, head_rows) for layer in site.layers]
-        a, b = (jnp.stack([pair[i] for pair in pairs]) for i in (0, 1))
-        adapters[name] = {"a": a, "b": b * (scaling / site.scale)}
+        factors = jnp.array([scale / site.scale for _, scale in own])[:, None, None]
+        adapters[name] = {
+            "a": jnp.stack([a for a, _ in pairs]),
+            "b": jnp.stack([b for _, b in pairs]) * factors,
+        }
     return adapters
+
+
+def peft_sites(folder: str | Path, base: Adaptable) -> Sites:
+    """The sites of an adapter that `peft` saved, so that nobody has to list its modules, layers and ranks.
+
+    Args:
+        folder: Folder with `adapter_config.json` and `adapter_model.safetensors`.
+        base: The base model of the adapter.
+
+    Returns:
+        One family for each module and rank. The alpha of each is its rank: `load_peft` scales the factors.
+
+    Raises:
+        FileNotFoundError: If the folder has no adapter.
+        ValueError: If a file is corrupt, the kind of adapter is not supported, or the base has no such module
+            or layer.
+
+    Example:
+        >>> adapters = {"lm_head": {"a": jnp.ones((1, 1, 16)), "b": jnp.zeros((1, 40, 1))}}
+        >>> bl.save_peft(adapters, folder / "peft", sites=sites, base=base)
+        >>> bl.peft_sites(folder / "peft", base)
+        Sites(56 adapter weights)
+          lm_head: 16 -> 1 -> 40, alpha 1, head
+    """
+    path = Path(folder).expanduser()
+    config, (tensors, _) = read_config(path), _tensors(path)
+    places = sorted({(module, layer) for module, layer, _ in tensors}, key=str)
+    targets = {}
+    for module, layer in places:
+        if module not in base.modules or (layer is not None and layer >= base.num_layers):
+            near = difflib.get_close_matches(module, base.modules, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"the adapter is one of another model: it has {_label(module, layer)!r}, and the base has "
+                f"{base.num_layers} layers with the modules {list(base.modules)}, nearest: {near!r}"
+            )
+        pattern = module if layer is None else rf"layers\.{layer}\.{module}"
+        targets[pattern] = rank_and_scale(config, module_path(module, layer or 0))[0]
+    if not targets:
+        raise ValueError(f"the adapter in {str(path)!r} has no factors")
+    return select(base, targets)
 
 
 def save_peft(adapters: Adapters, folder: str | Path, *, sites: Sites, base: Adaptable) -> None:
@@ -101,8 +133,8 @@ def save_peft(adapters: Adapters, folder: str | Path, *, sites: Sites, base: Ada
         base: The base model. Its head shows whether the sites have all rows.
 
     Raises:
-        ValueError: If `adapters` is a posterior, adapters do not fit the sites, families differ in rank or
-            alpha (the format has one of each), or the head's `b` has only the rows of label tokens.
+        ValueError: If `adapters` is a posterior, adapters do not fit the sites, the head's `b` has only the
+            rows of label tokens, the base stores several modules fused, or it is an encoder.
 
     Example:
         >>> adapters = {"lm_head": {"a": jnp.ones((1, 1, 16)), "b": jnp.zeros((1, 40, 1))}}
@@ -111,37 +143,16 @@ def save_peft(adapters: Adapters, folder: str | Path, *, sites: Sites, base: Ada
         (1, 40, 1)
     """
     _require_adapters(adapters)
+    require_named(base)
     sites.check(adapters)
-    kinds = {(site.rank, site.alpha) for site in sites.values()}
-    if len(kinds) != 1:
-        raise ValueError(f"peft's format has one rank and one alpha; the sites have {sorted(kinds)}")
-    tensors: dict[str, np.ndarray] = {}
     for name, site in sites.items():
         rows = base.modules[site.module][1]
         if site.d_out != rows:
             raise ValueError(
                 f"{name!r} holds {site.d_out} of the {rows} rows of {site.module!r}, those of label tokens; "
-                "an adapter for peft needs them all"
+                "an adapter for peft needs them all: bl.export_peft writes zeros for the others"
             )
-        for index, layer in enumerate(site.layers):
-            for factor, letter in (("a", "A"), ("b", "B")):
-                full = f"{ROOT}{_path(site.module, layer)}.lora_{letter}.weight"
-                # Copy: safetensors writes the memory behind a view, not the view.
-                tensors[full] = np.array(adapters[name][factor][index], np.float32, order="C")
-    path = Path(folder).expanduser()
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / TENSORS, metadata={"format": "pt"})
-    rank, alpha = kinds.pop()
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": getattr(base, "name", None),
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "target_modules": sorted(_path(s.module, layer) for s in sites.values() for layer in s.layers),
-    }
-    (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_peft(folder, merged(adapters, sites), name=getattr(base, "name", None))
 
 
 def _require_adapters(adapters: Any) -> None:
@@ -155,45 +166,24 @@ def _require_adapters(adapters: Any) -> None:
             "belong to the linear model, and the network is far too uncertain under them; fit the network "
             "itself"
         )
-    raise ValueError(f"peft's format has one adapter; got a {name}: give one draw of its draw_adapters")
+    raise ValueError(
+        f"peft's format has one adapter; got a {name}: give one draw of its draw_adapters, or use "
+        "bl.export_peft"
+    )
 
 
-def _path(module: str, layer: int) -> str:
-    """Name of a module in the model of transformers."""
-    if module == HEAD:
-        return HEAD
-    return f"model.layers.{layer}.{PARENTS.get(module[0], 'mlp')}.{module}"
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{str(folder)!r} is not an adapter folder: it has no {CONFIG}")
-    try:
-        config = read_json(folder / CONFIG)
-        kind, rank, alpha = config["peft_type"], config["r"], config["lora_alpha"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{CONFIG} in {str(folder)!r} is corrupt: {error}") from error
-    if kind != "LORA":
-        raise ValueError(f"only LoRA adapters can be read; this one is {brief(kind)}")
-    if not is_integer(rank) or rank < 1 or not is_positive(alpha):
+def require_named(base: Any) -> None:
+    """Raise `ValueError` if transformers has other modules: those that it stores fused are one to peft."""
+    family = getattr(base, "family", "")
+    if getattr(base, "is_encoder", False):
         raise ValueError(
-            f"{CONFIG} in {str(folder)!r} is corrupt: r={brief(rank)}, lora_alpha={brief(alpha)}; expected "
-            "an integer of at least 1 and a positive number"
+            f"adapters of encoders cannot be written for peft yet, only those of decoders; got a {family!r}"
         )
-    if not isinstance(config.get("use_rslora", False), bool | None):
-        raise ValueError(f"use_rslora in {CONFIG} must be true or false; got {brief(config['use_rslora'])}")
-    for name in _REFUSED:
-        if config.get(name):
-            raise ValueError(f"adapters with {name}={brief(config[name])} are not supported, only plain LoRA")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"adapters with bias={brief(config['bias'])} are not supported, only plain LoRA")
-    start = config.get("init_lora_weights", True)
-    if start not in _STARTS:
+    if family in FUSED:
         raise ValueError(
-            f"adapters with init_lora_weights={brief(start)} change the base weights; have peft convert it "
-            "to plain LoRA (`path_initial_model_for_weight_conversion`)"
+            f"adapters of {family!r} models cannot be written for peft: transformers has one module for "
+            "several of this library's, and an adapter of it would have another rank"
         )
-    return config
 
 
 def _tensors(folder: Path) -> tuple[Tensors, dict[str, int]]:
@@ -213,6 +203,10 @@ def _tensors(folder: Path) -> tuple[Tensors, dict[str, int]]:
             copies[name] = header.shape[0] if header.shape else 0
             continue
         match = _NAME.fullmatch(name)
+        if match is None and ".encoder.layer." in name:
+            raise ValueError(
+                f"adapters of encoders cannot be read yet, only those of decoders; got {brief(name)}"
+            )
         if match is None:
             raise ValueError(f"{brief(name)} in {TENSORS} is no factor of plain LoRA in a layer or the head")
         if header.kind not in FLOATS:

@@ -255,7 +255,7 @@ def select(
 
     Raises:
         ValueError: If a target matches nothing (the message names near matches), a rank is below one or above
-            the smaller dimension, `alpha` is not a positive number, or a layer does not exist.
+            the smaller side (the inputs of the head), `alpha` is not positive, or a layer does not exist.
 
     Example:
         >>> from types import SimpleNamespace
@@ -338,10 +338,10 @@ def _site(
 ) -> Site:
     module, rank = key
     d_in, d_out = base.modules[module]
-    if rank > min(d_in, d_out):
+    most = d_in if module == HEAD else min(d_in, d_out)  # the classes of a head may be fewer than its rank
+    if rank > most:
         raise ValueError(
-            f"the rank of {module!r} must be at most {min(d_in, d_out)}, the smaller side of its "
-            f"{d_in} -> {d_out} map; got {rank}"
+            f"the rank of {module!r} must be at most {most} for its {d_in} -> {d_out} map; got {rank}"
         )
     is_only = sum(m == module for m, _ in families) == 1
     name = module if is_only else f"{module}_rank{rank}"

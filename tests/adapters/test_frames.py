@@ -266,7 +266,7 @@ def head_inputs(rows) -> np.ndarray:
     final = module.blocks(hidden, rows.mask, first_layer=0, stop=2, at=rows.last[:, None])[:, 0]
     gain = np.asarray(module.final_norm[...], np.float64)
     final = np.asarray(final, np.float64)
-    return final / np.sqrt((final**2).mean(1, keepdims=True) + module.config.rms_eps) * gain
+    return final / np.sqrt((final**2).mean(1, keepdims=True) + module.config.norm_eps) * gain
 
 
 @pytest.mark.parametrize("label_ids", [TWO, THREE])
@@ -379,5 +379,5 @@ def test_frames_of_two_bases_or_other_classes_are_not_joined():
     other = tiny_base(jax.random.key(8), num_layers=2)
     foreign = bl.frames(KEY, other, ["slope"], ROWS, label_ids=TWO)
     for frames in (foreign, made(("slope",), label_ids=THREE)):
-        with pytest.raises(ValueError, match="must belong to the same base and the same label ids"):
+        with pytest.raises(ValueError, match="must belong to the same base and the same classes"):
             bl.priors.by_family({HEAD: bl.priors.core(own), "slope": bl.priors.core(frames)})

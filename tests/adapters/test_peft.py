@@ -4,27 +4,24 @@ Logits are compared as in `test_parity`: within ten times torch's own float32 ro
 """
 
 import json
-import runpy
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders.families import reference
 from numpyro import handlers
 from safetensors.numpy import load_file, save_file
 
-from bnlora import load_peft, priors, save_peft
+from bnlora import Batch, load_peft, load_peft_posterior, peft_sites, predict, priors, save_peft
 from bnlora.adapters.sites import HEAD, select
 from bnlora.base import Base
 from bnlora.guides import init_to_base
-from bnlora.models import llama
+from bnlora.models import families
 from bnlora.models.loading import Checkpoint
 from bnlora.testing import tiny_base
 
-REFERENCES = Path(__file__).parents[1] / "references"
-reference = SimpleNamespace(**runpy.run_path(str(REFERENCES / "make_reference.py")))
 BASE = tiny_base(jax.random.key(0), num_layers=3)
 TARGETS = ["q_proj", "down_proj", "lm_head"]
 SITES = select(BASE, TARGETS, rank=4, alpha=6.0)
@@ -88,6 +85,13 @@ VARIANTS = {
     "rank-stabilised": {"use_rslora": True},
     "two layers": {"layers_to_transform": [0, 2], "target_modules": ["q_proj", "down_proj"]},
 }
+PATTERNS = {
+    "ranks": {"rank_pattern": {"q_proj": 2, r"1\.mlp\.down_proj": 3}},
+    "alphas": {"alpha_pattern": {"layers.2.self_attn.q_proj": 9, "down_proj": 1.5}},
+    "both, rank-stabilised": {
+        "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 7}, "use_rslora": True
+    },
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's and peft's own
@@ -98,7 +102,7 @@ def test_a_loaded_adapter_gives_the_logits_of_torch_and_peft(tmp_path, options):
     options = {"target_modules": TARGETS} | options
     tokens, expected, rounding = torch_with_adapter(tmp_path, config, **options)
     base = Base.from_module(
-        llama.build(Checkpoint(config, reference.tiny_tensors(config), None)), name="tiny"
+        families.build(Checkpoint(config, reference.tiny_tensors(config), None)), name="tiny"
     )
     layers = options.get("layers_to_transform")
     for alpha in (6.0, 32.0):
@@ -108,13 +112,39 @@ def test_a_loaded_adapter_gives_the_logits_of_torch_and_peft(tmp_path, options):
         assert np.abs(got - expected).max() <= 10 * rounding
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's and peft's own
+@pytest.mark.parametrize("options", PATTERNS.values(), ids=PATTERNS)
+def test_sites_and_patterns_come_from_the_files(tmp_path, options):
+    """Ranks and alphas by module, against torch and peft."""
+    config = reference.CONFIGS["grouped"]
+    tokens, expected, rounding = torch_with_adapter(tmp_path, config, target_modules=TARGETS, **options)
+    base = Base.from_module(
+        families.build(Checkpoint(config, reference.tiny_tensors(config), None)), name="tiny"
+    )
+    sites = peft_sites(tmp_path, base)
+    got = logits(base, sites, load_peft(tmp_path, sites), tokens)
+    assert np.abs(got - expected).max() <= 10 * rounding < 1e-2 * np.abs(expected).max()
+    rows = Batch(jnp.asarray(tokens), jnp.ones(tokens.shape, bool), jnp.zeros(len(tokens), int))
+    labels = (7, 2, 9)
+    posterior = load_peft_posterior(tmp_path, base, label_ids=labels)
+    found = predict(jax.random.key(0), posterior, rows, num_draws=2).draw_log_probs
+    wanted = jax.nn.log_softmax(expected[:, -1, labels])
+    np.testing.assert_allclose(found, np.stack([wanted] * 2), atol=20 * rounding)
+
+
+def test_an_adapter_of_another_model_is_refused(folder):
+    other = tiny_base(jax.random.key(0), num_layers=1)
+    with pytest.raises(ValueError, match="one of another model: it has 'layers.1.*has 1 layers"):
+        peft_sites(folder, other)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_peft_reads_what_is_saved(tmp_path):
     pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     config = reference.CONFIGS["grouped"]
     base = Base.from_module(
-        llama.build(Checkpoint(config, reference.tiny_tensors(config), None)), name="tiny"
+        families.build(Checkpoint(config, reference.tiny_tensors(config), None)), name="tiny"
     )
     sites = select(base, {"lm_head": 3, r"layers\.[02]\.(q|up)_proj": 3}, alpha=5.0)
     keys = iter(jax.random.split(jax.random.key(2), 2 * len(sites)))
@@ -174,7 +204,9 @@ def test_a_prior_centred_on_an_imported_adapter_starts_there(folder):
 
 REFUSED = {
     "dora": ({"use_dora": True}, "use_dora=True are not supported"),
-    "patterns": ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern={'q_proj': 3} are not supported"),
+    "alphas": ({"alpha_pattern": {"q_proj": -3}}, "alpha_pattern in .* is corrupt: got {'q_proj': -3}"),
+    "ranks": ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern in .* is corrupt: got {'q_proj': 2.5}"),
+    "a pattern": ({"rank_pattern": {"q_(": 2}}, r"rank_pattern in .* has the pattern 'q_\('"),
     "saved modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "bias": ({"bias": "all"}, "bias='all' are not supported"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' change the base weights"),
@@ -273,6 +305,22 @@ def test_frozen_weights_beside_the_head_are_skipped_and_replaced_ones_refused(fo
             load_peft(folder, select(BASE, ["q_proj", "down_proj"], rank=4))
 
 
+def test_families_of_different_ranks_are_saved_by_patterns(tmp_path):
+    mixed = select(BASE, {"q_proj": 2, "k_proj": 3}, alpha=6.0)
+    random = np.random.default_rng(0)
+    adapters = {
+        name: {factor: jnp.asarray(random.normal(size=shape)) for factor, shape in site.shapes.items()}
+        for name, site in mixed.items()
+    }
+    save_peft(adapters, tmp_path, sites=mixed, base=BASE)
+    sites = peft_sites(tmp_path, BASE)
+    again = load_peft(tmp_path, sites)
+    for module in ("q_proj", "k_proj"):
+        placed = [s.place(x, first_layer=0)[module] for s, x in ((mixed, adapters), (sites, again))]
+        updates = [pair["b"] @ pair["a"] for pair in placed]
+        np.testing.assert_allclose(*updates, rtol=1e-5, atol=1e-6)
+
+
 def test_what_the_format_cannot_hold_is_not_saved(tmp_path):
     rows = SITES.with_head_rows(3)
     adapters = ADAPTERS | {"lm_head": {"a": ADAPTERS["lm_head"]["a"], "b": jnp.ones((1, 3, 4))}}
@@ -280,11 +328,5 @@ def test_what_the_format_cannot_hold_is_not_saved(tmp_path):
         ValueError, match="'lm_head' holds 3 of the 40 rows of 'lm_head', those of label tokens"
     ):
         save_peft(adapters, tmp_path, sites=rows, base=BASE)
-    mixed = select(BASE, {"q_proj": 2, "k_proj": 3})
-    zeros = {n: {f: jnp.zeros(s) for f, s in site.shapes.items()} for n, site in mixed.items()}
-    with pytest.raises(
-        ValueError, match=r"one rank and one alpha; the sites have \[\(2, 2.0\), \(3, 3.0\)\]"
-    ):
-        save_peft(zeros, tmp_path, sites=mixed, base=BASE)
     with pytest.raises(ValueError, match="one adapter for each family"):
         save_peft({}, tmp_path, sites=SITES, base=BASE)
