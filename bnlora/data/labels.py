@@ -186,7 +186,7 @@ def label_tokens(tokenizer: Any, words: Sequence[str], template: str) -> Int[np.
         ValueError: If there are fewer than two words, two words are the same (ignoring spaces) or the same
             token, or a word is not a single token there. The message shows the tokens of the word.
     """
-    _check_words(words)
+    check_words(words)
     tokens: list[int] = []
     for word in words:
         token = _token_after(tokenizer, template, word)
@@ -204,16 +204,18 @@ def label_tokens(tokenizer: Any, words: Sequence[str], template: str) -> Int[np.
     return np.asarray(tokens, np.int32)
 
 
-def _check_words(words: Sequence[str]) -> None:
+def check_words(words: Sequence[str], what: str = "words") -> None:
+    """Raise `ValueError` unless there are at least two words, or names of classes, that differ."""
     if isinstance(words, str) or not all(isinstance(word, str) for word in words):
-        raise ValueError(f"words must be a list of strings, one for each class; got {words!r}")
+        raise ValueError(f"{what} must be a list of strings, one for each class; got {words!r}")
+    called = "label words" if what == "words" else what
     if len(words) < 2:
-        raise ValueError(f"at least two label words are needed; got {list(words)}")
+        raise ValueError(f"at least two {called} are needed; got {list(words)}")
     names = [word.strip() for word in words]
     for i, name in enumerate(names):
         if name in names[:i]:
             raise ValueError(
-                f"label words {words[names.index(name)]!r} and {words[i]!r} must differ by more than spaces: "
+                f"{called} {words[names.index(name)]!r} and {words[i]!r} must differ by more than spaces: "
                 "spaces are ignored in labels"
             )
 

