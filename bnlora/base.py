@@ -1,4 +1,4 @@
-"""The frozen language model: a Flax module split into its graph and its weights.
+"""The frozen model: a Flax module split into its graph and its weights.
 
 The weights are a pytree. Pass them to jitted functions as an argument; a closure would make them constants of
 the compiled program.
@@ -7,24 +7,28 @@ the compiled program.
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
-from bnlora._util.checks import brief, check_key, check_positive
+from bnlora._util.checks import check_key, check_option, check_positive
 from bnlora._util.display import Showable, Shown, Table, facts
 from bnlora.data.batch import unknown_token
-from bnlora.models import llama
+from bnlora.models.decoder import Decoder
+from bnlora.models.decoder_config import DecoderConfig
+from bnlora.models.decoder_storage import abstract, converted, num_bytes, num_weights, storage_of
+from bnlora.models.encoder import Encoder
+from bnlora.models.encoder_config import EncoderConfig, Pooling
 from bnlora.models.execution import DEFAULT, Execution
+from bnlora.models.families import build, family_of
 from bnlora.models.loading import read_checkpoint
-
-# One module per family; each has `ARCHITECTURE`, `build(checkpoint)` and `modules(config)`.
-FAMILIES = MappingProxyType({"llama": llama})
+from bnlora.models.random_weights import random_decoder, random_encoder
+from bnlora.models.sharding import Split, mesh_of, placed
+from bnlora.models.storage import Storage
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -33,7 +37,7 @@ class Base(Shown):
 
     Attributes:
         name: Name of the model, for reports.
-        family: Key of `FAMILIES`.
+        family: Key of `FAMILIES` or `ENCODERS` in `bnlora.models.families`.
         config: Sizes and constants.
         graph: Structure of the Flax module.
         weights: Frozen weights; always pass them as an argument of jitted functions.
@@ -46,44 +50,63 @@ class Base(Shown):
 
     name: str
     family: str
-    config: llama.LlamaConfig
+    config: DecoderConfig | EncoderConfig
     graph: nnx.GraphDef
     weights: nnx.State
     tokenizer: Any = None
 
     @classmethod
     def from_module(
-        cls, module: llama.Llama, *, name: str, family: str = "llama", tokenizer: Any = None
+        cls, module: Decoder | Encoder, *, name: str, family: str = "llama", tokenizer: Any = None
     ) -> Self:
         """Split a Flax module into graph and weights."""
         graph, weights = nnx.split(module)
         return cls(name, family, module.config, graph, weights, tokenizer)
 
     @classmethod
-    def random(cls, key: jax.Array, config: llama.LlamaConfig, *, tokenizer: Any = None) -> Self:
+    def random(cls, key: jax.Array, config: DecoderConfig | EncoderConfig, *, tokenizer: Any = None) -> Self:
         """Make a model with random weights, for tests and dry runs.
 
         Args:
             key: Random key.
-            config: Sizes and constants.
+            config: Sizes and constants of a decoder (Llama) or of an encoder (BERT).
             tokenizer: A transformers tokenizer, or None.
 
         Returns:
             A base whose activations have a scale of order one for every width.
         """
         key = check_key(key)
-        module = llama.Llama(config, **_random_weights(key, config))
-        return cls.from_module(module, name="random", tokenizer=tokenizer)
+        if isinstance(config, EncoderConfig):
+            encoder = random_encoder(key, config)
+            return cls.from_module(encoder, name="random", family="bert", tokenizer=tokenizer)
+        return cls.from_module(random_decoder(key, config), name="random", tokenizer=tokenizer)
+
+    @classmethod
+    def abstract(cls, config: DecoderConfig, *, weights: Storage = "float32") -> Self:
+        """Make a model without numbers, for `bnlora.select` and `bnlora.estimate`: it takes no memory.
+
+        Args:
+            config: Sizes and constants.
+            weights: Type of the frozen weights, as in `bnlora.load`.
+
+        Returns:
+            A base whose weights are shapes; it cannot run.
+
+        Raises:
+            ValueError: If the type of the weights is unknown.
+        """
+        check_option("weights", weights, get_args(Storage))
+        return cls.from_module(abstract(config, weights), name="abstract")
 
     def __deepcopy__(self, memo: dict) -> Self:
         return self  # frozen: a copy of a fit must not double the memory of the weights
 
     @property
-    def module(self) -> llama.Llama:
+    def module(self) -> Decoder | Encoder:
         """The Flax module with the frozen weights."""
         return self.bind(self.weights)
 
-    def bind(self, weights: nnx.State) -> llama.Llama:
+    def bind(self, weights: nnx.State) -> Decoder | Encoder:
         """Return the Flax module with these weights, for use inside a jitted function."""
         # New variables around the same arrays: changes of the module do not affect the base.
         return nnx.merge(self.graph, weights, copy=True)
@@ -112,10 +135,61 @@ class Base(Shown):
         module.execution = replace(module.execution, **changes)
         return replace(self, graph=nnx.split(module)[0])
 
+    def stored(self, weights: Storage) -> Self:
+        """The same model with its frozen weights in another type; what is in memory twice is the caller's.
+
+        Args:
+            weights: Type of kernels, embedding and output layer, as in `bnlora.load`, which takes less
+                memory than loading first and converting then.
+
+        Returns:
+            The base with these weights, rounded where the type is shorter.
+
+        Raises:
+            ValueError: If the type is unknown, or the weights are quantised already.
+        """
+        check_option("weights", weights, get_args(Storage))
+        graph, arrays = nnx.split(converted(self.module, weights))
+        return replace(self, graph=graph, weights=arrays)
+
+    def on(self, mesh: Mesh, *, split: Split = "tensor") -> Self:
+        """The same model with its weights on the devices of a mesh; what is in memory twice is the caller's.
+
+        Models over this base run on all of its devices: rows of a batch along "data", layers along "model",
+        draws of a prediction and chains along "draw" (`bnlora.models.sharding`).
+
+        Args:
+            mesh: Mesh of devices, from `bnlora.mesh`.
+            split: "tensor" splits weights over the axis "model" only, so that rows along "data" need no
+                exchange of weights; "fully" splits them over "data" too, and every layer is gathered when it
+                runs.
+
+        Returns:
+            The base on these devices.
+
+        Raises:
+            ValueError: If `split` is unknown.
+
+        Example:
+            >>> base.on(bl.mesh(data=1)).num_layers
+            2
+        """
+        return replace(self, weights=placed(self.weights, mesh, split))
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh of devices that the weights are on, or None if they are on one device."""
+        return mesh_of(self.weights)
+
+    @property
+    def storage(self) -> Storage:
+        """Type of the frozen weights in memory, as in `bnlora.load`."""
+        return storage_of(self.module)
+
     @property
     def modules(self) -> Mapping[str, tuple[int, int]]:
         """(d_in, d_out) of every adaptable module, including "lm_head"."""
-        return MappingProxyType(FAMILIES[self.family].modules(self.config))
+        return MappingProxyType(self.config.modules)
 
     @property
     def num_layers(self) -> int:
@@ -123,9 +197,19 @@ class Base(Shown):
         return self.config.num_layers
 
     @property
+    def vocab_size(self) -> int:
+        """Number of tokens that the embedding has a row for."""
+        return self.config.vocab_size
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it is an encoder with a classification head, and not a language model."""
+        return isinstance(self.config, EncoderConfig)
+
+    @property
     def overview(self) -> tuple[Showable, ...]:
         """Sizes, execution options, and adaptable modules."""
-        leaves = jax.tree.leaves(self.weights)
+        count, size = num_weights(self.weights), num_bytes(self.weights)
         running = ", ".join(f"{name}={value!r}" for name, value in sorted(self._changes.items()))
         tokenizer = "none" if self.tokenizer is None else f"{len(self.tokenizer):,} tokens"
         sizes = {
@@ -133,9 +217,11 @@ class Base(Shown):
             "layers": str(self.num_layers),
             "width": str(self.config.d_model),
             "vocabulary": f"{self.config.vocab_size:,}",
+            **({"head": _head(self.config)} if isinstance(self.config, EncoderConfig) else {}),
             "tokenizer": tokenizer,
-            "parameters": f"{sum(leaf.size for leaf in leaves):,}",
-            "memory": f"{sum(leaf.nbytes for leaf in leaves) / 2**20:,.1f} MiB",
+            "parameters": f"{count:,}",
+            "weights": f"{self.storage}, {size / count:.3f} bytes per weight",
+            "memory": f"{size / 2**20:,.1f} MiB",
             "execution": running or "default",
         }
         rows = tuple((name, str(i), str(o)) for name, (i, o) in self.modules.items())
@@ -150,9 +236,9 @@ class Base(Shown):
         return dict(asdict(self.execution).items() - asdict(DEFAULT).items())
 
     def __repr__(self) -> str:
-        """One line: name, family, sizes, and execution options that differ from the default."""
-        count = sum(leaf.size for leaf in jax.tree.leaves(self.weights))
-        running = self._changes
+        """One line: name, family, sizes, type of the weights and execution options other than the default."""
+        count = num_weights(self.weights)
+        running = self._changes if self.storage == "float32" else self._changes | {"weights": self.storage}
         return (
             f"Base({self.name!r}, family={self.family!r}, num_layers={self.num_layers}, "
             f"d_model={self.config.d_model}, vocab_size={self.config.vocab_size}, parameters={count:,}"
@@ -164,48 +250,56 @@ class Base(Shown):
 random_base = Base.random
 
 
-@partial(jax.jit, static_argnums=1)
-def _random_weights(key: jax.Array, config: llama.LlamaConfig) -> dict[str, Any]:
-    shapes = llama.modules(config)
-    keys = dict(zip([*shapes, "embedding"], jax.random.split(key, len(shapes) + 1), strict=True))
-    width, vocab = shapes.pop("lm_head")
-
-    def normal(name: str, *shape: int, fan_in: int) -> jax.Array:
-        return jax.random.normal(keys[name], shape) * fan_in**-0.5
-
-    dense = {name: normal(name, config.num_layers, i, o, fan_in=i) for name, (i, o) in shapes.items()}
-    norms = {name: jnp.ones((config.num_layers, width)) for name in ("attention_norm", "mlp_norm")}
-    return {
-        "embedding": normal("embedding", vocab, width, fan_in=width),
-        "layer_weights": dense | norms,
-        "final_norm": jnp.ones(width),
-        "lm_head": None if config.tied else normal("lm_head", vocab, width, fan_in=width),
-    }
+def _head(config: EncoderConfig) -> str:
+    """The classification head, in words."""
+    names = f": {', '.join(config.label_names)}" if config.label_names else ""
+    new = " (new, zero)" if config.new_head else ""
+    return f"{config.num_labels} labels{names}{new}, pooling {config.pooling!r}"
 
 
-def load(source: str | Path) -> Base:
-    """Load a pretrained language model with its tokenizer.
+def load(
+    source: str | Path,
+    *,
+    weights: Storage = "float32",
+    num_labels: int | None = None,
+    pooling: Pooling | None = None,
+) -> Base:
+    """Load a pretrained language model or encoder with its tokenizer.
+
+    Tensors are read in parts, straight into the arrays of the base, so that loading takes little more memory
+    than the base.
 
     Args:
         source: A `.gguf` file (any part, if it was split), a Hugging Face folder (config.json and
             safetensors), or a hub name "owner/name".
+        weights: Type of the frozen kernels, the embedding and the output layer in memory: "float32",
+            "bfloat16", "int8" or "4bit" (`bnlora.models.storage`). Norms, biases, adapters and all statistics
+            are float32, and a quantised layer becomes float32 while it runs.
+        num_labels: Number of classes of a new classification head, for an encoder whose checkpoint has none.
+            The head is zero: all classes have the same probability until it is adapted.
+        pooling: What that head reads: "pooler" (the checkpoint's dense layer with tanh of the first token),
+            "first" (the first token itself) or "mean" (the mean of all tokens, for sentence encoders). By
+            default the pooler if the checkpoint has one, else the first token.
 
     Returns:
-        The frozen base, in float32.
+        The frozen base.
 
     Raises:
         FileNotFoundError: If `source` does not exist, or a file of the model is missing.
-        ValueError: If the architecture is not supported, the files are corrupt or inconsistent, or the
-            embedding has no row for a token of the tokenizer.
+        ValueError: If the architecture or the type of the weights is not supported, the files are corrupt or
+            inconsistent, the embedding has no row for a token of the tokenizer, an encoder has no
+            classification head and `num_labels` is missing, or `num_labels` or `pooling` does not fit the
+            checkpoint.
         OSError: If the hub cannot be reached.
 
     Example:
         >>> bl.load(model_folder).num_layers
         3
     """
-    checkpoint = read_checkpoint(source, accept=_family)
-    family = _family(checkpoint.config)
-    module = FAMILIES[family].build(checkpoint)
+    check_option("weights", weights, get_args(Storage))
+    checkpoint = read_checkpoint(source, accept=family_of)
+    family = family_of(checkpoint.config)
+    module = build(checkpoint, weights, num_labels=num_labels, pooling=pooling)
     local = Path(source).expanduser()
     name = (local.stem if local.is_file() else local.resolve().name) if local.exists() else str(source)
     name = re.sub(r"-\d{5}-of-\d{5}$", "", name)  # for a split file, the name without the part number
@@ -215,21 +309,6 @@ def load(source: str | Path) -> Base:
     # Many tokenizers have no limit; use the length for which the model was trained.
     tokenizer.model_max_length = min(tokenizer.model_max_length, module.config.max_length)
     return Base.from_module(module, name=name, family=family, tokenizer=tokenizer)
-
-
-def _family(config: Mapping[str, Any]) -> str:
-    # Fine-tuned classifiers keep the model type of their language model, so use the class name first.
-    stated = config.get("architectures")
-    stated = [config.get("model_type")] if stated is None else stated
-    if not isinstance(stated, list) or not stated:
-        raise ValueError(
-            f"architectures in the model configuration must be a non-empty list; got {brief(stated)}"
-        )
-    for name, family in FAMILIES.items():
-        if family.ARCHITECTURE in stated or stated == [name]:
-            return name
-    supported = [family.ARCHITECTURE for family in FAMILIES.values()]
-    raise ValueError(f"the architecture {brief(stated)} is not supported; supported: {supported}")
 
 
 def _check_vocabulary(tokenizer: Any, size: int) -> None:

@@ -3,6 +3,7 @@
 | module        | contents                                                            |
 |---------------|---------------------------------------------------------------------|
 | `model`       | `Classifier`: prior, network and likelihood                         |
+| `adapter_prior` | the prior program, bound to its sites                             |
 | `protocol`    | the members that base models and classifiers must have              |
 | `trunk`       | `Trunk`: the part that no draw of the adapters changes              |
 | `cache`       | activations below the lowest adapter, computed once                 |

@@ -97,15 +97,16 @@ class _Cache:
         self.marks: dict[str, Any] = {}
 
     def write(self, computed: Batch, part: Part) -> None:
-        rows, length = self.batch.tokens.shape
+        rows = len(self.batch)
         if computed.features is not None:
             self.marks = {"frames": computed.frames}
             for name, values in computed.features._asdict().items():
                 self._put(name, (rows, *values.shape[1:]), part.rows, values)
         elif computed.cached is not None:
             self.marks = {"depth": computed.cached.depth, "trunk": computed.cached.trunk}
-            shape = rows, length, computed.cached.hidden.shape[2]
-            self._put("hidden", shape, (part.rows, part.columns), computed.cached.hidden)
+            shape = (*self.batch.tokens.shape, computed.cached.hidden.shape[-1])
+            choices = (slice(None),) * (len(shape) - 3)
+            self._put("hidden", shape, (part.rows, *choices, part.columns), computed.cached.hidden)
 
     def _put(self, name: str, shape: tuple[int, ...], where: Any, values: Any) -> None:
         if name not in self.arrays:

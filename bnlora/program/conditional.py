@@ -54,10 +54,11 @@ def condition(model: M, values: Mapping[str, Array], params: Parameters | None =
         return model
     whole = density(model, params or {})
     _check(whole, values)
-    program = model.prior.program
+    prior = model.prior
 
     def conditioned(sites: Sites) -> Adapters:
-        return handlers.condition(program, data=dict(values))(sites)
+        # The bound prior, with the likelihood's parameters; it knows its sites.
+        return handlers.condition(prior, data=dict(values))(sites)
 
     plain = model.with_prior(conditioned)
     view = density(plain, params or {})
@@ -111,7 +112,7 @@ def _two_places(view: Density) -> tuple[Adapters, Adapters]:
     Prior programs are smooth, so an entry that depends on a free site is equal at both with probability zero.
     """
     places = np.random.default_rng(0).normal(size=(2, view.size)).astype(np.float32)
-    both = jax.jit(lambda u: jax.lax.map(view.adapters, u), compiler_options=options(0))(places)
+    both = jax.jit(lambda u: jax.lax.map(view.adapters, u), compiler_options=options())(places)
     both = jax.tree.map(np.asarray, both)  # as NumPy, because JAX would compile a program for each index
     return jax.tree.map(lambda x: jnp.asarray(x[0]), both), jax.tree.map(lambda x: jnp.asarray(x[1]), both)
 

@@ -1,80 +1,62 @@
 r"""The NumPyro model: a prior over adapters and a likelihood read off a frozen language model.
 
-    adapters ~ prior(sites),      y_i | adapters ~ Categorical(softmax(logits_i[label tokens]))
+    adapters ~ prior(sites),      y_i | adapters ~ Categorical(softmax(logits_i))
 
-The softmax runs over the label tokens alone, so the likelihood is normalised over the classes, and
-it is the same for every prior, guide and number of draws. Base weights enter as an argument: never
-a parameter, never a closure. Minibatches are scaled by N / B through the one plate, `"data"`.
+What the logits of the classes are is in `bnlora.program.likelihoods`: those of label words, or the scores of
+completions; other likelihoods have other outcomes. The softmax runs over the classes, so the likelihood is
+normalised over them, and it is the same for every prior, guide and number of draws. Base weights enter as an
+argument: never a parameter, never a closure. The one plate, `"data"`, scales minibatches by N / B.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, Literal, Self
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import numpyro
-import numpyro.distributions as dist
 from jax import Array
 from jaxtyping import Float, Int
 
-from bnlora._util.checks import brief, check_indices
-from bnlora._util.compilation import first_entries, program
-from bnlora._util.copying import state
+from bnlora._util.checks import check_indices
+from bnlora._util.compilation import first_entries, level_for, program
 from bnlora._util.display import Showable, Shown, facts
 from bnlora._util.typing import Adapters
 from bnlora.adapters.sites import HEAD, Sites
-from bnlora.data.batch import Batch, CachedActivations, check_labels, check_tokens, unknown_token
+from bnlora.data.batch import Batch, CachedActivations, check_tokens
+from bnlora.models.sharding import along
 from bnlora.priors import Prior
+from bnlora.program.adapter_prior import AdapterPrior, parameters_of
+from bnlora.program.likelihoods import Likelihood, Upper, Words
+from bnlora.program.likelihoods.labels import require_adapted_head
 from bnlora.program.protocol import LanguageModel
 from bnlora.program.trunk import Trunk
 
 
 @dataclass(frozen=True)
-class AdapterPrior:
-    """A prior program bound to its sites, callable with the model's arguments (it ignores them).
-
-    Guides are built on this object, so that building one never traces the language model.
-    """
-
-    sites: Sites
-    program: Prior
-
-    def __call__(self, *args, **kwargs) -> Adapters:
-        """Run the prior and return adapters whose families and shapes are checked."""
-        adapters = self.program(self.sites)
-        if not isinstance(adapters, Mapping):
-            raise ValueError(f"a prior must return adapters by family; got {type(adapters).__name__}")
-        self.sites.check(adapters)
-        return adapters
-
-    def __getstate__(self) -> dict[str, Any]:
-        return state(self, "program")
-
-
-@dataclass(frozen=True)
 class Classifier(Shown):
-    """A classifier whose classes are label words, as a plain NumPyro model `model(weights, batch)`.
+    """A classifier of texts, as a plain NumPyro model `model(weights, batch)`.
 
-    If the head is adapted, only its label rows enter `sites` and the prior, because the likelihood reads no
-    other row. Under a prior that is consistent under leaving rows out, the other rows would stay exactly at
-    their prior and change nothing. Under any other prior, such as the sparse GP with `lam` below one, the law
-    of the head is defined on the label rows (`Sites.with_head_rows`).
+    If the head is adapted and the classes are label words, only its label rows enter `sites` and the prior,
+    because the likelihood reads no other row. Under a prior that is consistent under leaving rows out, the
+    other rows would stay exactly at their prior and change nothing. Under any other prior, such as the sparse
+    GP with `lam` below one, the law of the head is defined on the label rows (`Sites.with_head_rows`).
 
     Args:
         base: The loaded base model.
         sites: Where the adapters are, from `bnlora.select`.
         prior: NumPyro program from sites to adapters.
         label_ids: Token id of each class's word, shape `(class,)`, e.g. `data.label_ids`.
+        likelihood: Other classes than words, in place of `label_ids`: `bnlora.likelihoods.Completions` for
+            rows of `bnlora.multiple_choice`, `bnlora.likelihoods.Labels` for encoders, or your own.
 
     Attributes:
         trunk: The part of the network that no draw of the adapters changes.
 
     Raises:
-        ValueError: If there are fewer than two label ids, two are equal, the base has no row for one, or the
-            sites are those of another base.
+        ValueError: If there are fewer than two label ids, two are equal, the base has no row for one, the
+            sites are those of another base, or not exactly one of `label_ids` and `likelihood` is given.
 
     Example:
         >>> model = bl.Classifier(base, sites, bl.priors.normal(), label_ids=(3, 5))
@@ -86,18 +68,27 @@ class Classifier(Shown):
     base: LanguageModel
     sites: Sites
     prior: AdapterPrior
-    label_ids: tuple[int, ...]
+    likelihood: Likelihood
     trunk: Trunk = field(compare=False)  # the prior decides it
 
-    def __init__(self, base: LanguageModel, sites: Sites, prior: Prior, *, label_ids: Int[Any, " c"]):
-        ids = _label_ids(base, label_ids)
+    def __init__(
+        self,
+        base: LanguageModel,
+        sites: Sites,
+        prior: Prior,
+        *,
+        label_ids: Int[Any, " c"] | None = None,
+        likelihood: Likelihood | None = None,
+    ):
+        likelihood = chosen_likelihood(label_ids, likelihood)
+        likelihood.check(base)
         _check_sites(base, sites)
-        read = sites.with_head_rows(len(ids))
+        read = likelihood.sites(sites)
         for name, value in {
             "base": base,
             "sites": read,
-            "prior": AdapterPrior(read, prior),
-            "label_ids": ids,
+            "prior": AdapterPrior(read, prior, likelihood.parameters),
+            "likelihood": likelihood,
             "trunk": Trunk(read, read.first_layer),
         }.items():
             object.__setattr__(self, name, value)
@@ -108,7 +99,7 @@ class Classifier(Shown):
 
     def under(self, prior: Prior) -> Self:
         """The same classifier under another prior, unchecked: for programs in which its scales are traced."""
-        return self._changed(prior=AdapterPrior(self.sites, prior))
+        return self._changed(prior=AdapterPrior(self.sites, prior, self.likelihood.parameters))
 
     def above(self, trunk: Trunk) -> Self:
         """The same classifier with another trunk, for priors that hold sites: see `bnlora.condition`."""
@@ -122,15 +113,30 @@ class Classifier(Shown):
 
     def with_prior(self, prior: Prior) -> "Classifier":
         """The same classifier under another prior."""
-        return Classifier(self.base, self.sites, prior, label_ids=self.label_ids)
+        return Classifier(self.base, self.sites, prior, likelihood=self.likelihood)
+
+    @property
+    def label_ids(self) -> tuple[int, ...]:
+        """Token id of each class's word; empty if the classes are not words of one token."""
+        return getattr(self.likelihood, "label_ids", ())
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 if the outcome of a row is not a class."""
+        return self.likelihood.num_classes
 
     @property
     def vocabulary(self) -> int:
         """Number of tokens that the base has a row for; its tokenizer may have fewer."""
-        return self.base.modules[HEAD][1]
+        return self.base.vocab_size
+
+    def check_outcomes(self, name: str, batch: Batch) -> None:
+        """Raise `ValueError` unless every row has an outcome of the likelihood; `name` says which rows."""
+        self.likelihood.check_outcomes(name, batch)
 
     def check_tokens(self, batch: Batch) -> None:
-        """Raise `ValueError` where the rows have a token that the base has no row for."""
+        """Raise `ValueError` where the base has no row for a token, or the rows have another form."""
+        self.likelihood.check_rows(batch)
         check_tokens(batch.tokens, batch.mask, self.vocabulary, getattr(self.base, "tokenizer", None))
 
     @property
@@ -156,20 +162,22 @@ class Classifier(Shown):
     @property
     def overview(self) -> tuple[Showable, ...]:
         """Its classes, base and prior, and the adapters."""
-        tokenizer = getattr(self.base, "tokenizer", None)
-        named = {} if tokenizer is None else {i: f" {tokenizer.decode([i])!r}" for i in self.label_ids}
         about = {
-            "label tokens": ", ".join(f"{i}{named.get(i, '')}" for i in self.label_ids),
+            **self.likelihood.facts(self.base),
             "base": repr(self.base),
             "prior": _name(self.prior.program),
             "layers below the adapters": str(self.first_layer),
         }
         held = (repr(self.trunk),) if self.fixed else ()
-        return (facts(f"Classifier of {len(self.label_ids)} classes", about), *self.sites.overview, *held)
+        return (facts(f"Classifier of {self._outcomes}", about), *self.sites.overview, *held)
+
+    @property
+    def _outcomes(self) -> str:
+        return f"{self.num_classes} classes" if self.num_classes else f"{self.likelihood.outcome}s"
 
     def __repr__(self) -> str:
         held = f"\n  {self.trunk!r}" if self.fixed else ""
-        return f"Classifier({len(self.label_ids)} classes, {self.base!r})\n{self.sites!r}{held}"
+        return f"Classifier({self._outcomes}, {self.base!r})\n{self.sites!r}{held}"
 
     def __call__(self, weights: Any, batch: Batch, n_total: int | None = None) -> None:
         """Sample adapters and observe labels.
@@ -184,19 +192,23 @@ class Classifier(Shown):
             ValueError: When `n_total` is less than the rows; outside a compiled program also when a row has a
                 label or a token that the model has not.
         """
-        self._observe(self.logits(weights, self.prior(), batch), batch, n_total)
+        adapters = self.prior()
+        self._observe(self.logits(weights, adapters, batch), adapters, batch, n_total)
 
-    def _observe(self, logits: Float[Array, "n c"], batch: Batch, n_total: int | None) -> None:
+    def _observe(
+        self, logits: Float[Array, "n k"], adapters: Adapters, batch: Batch, n_total: int | None
+    ) -> None:
         if not isinstance(batch.labels, jax.core.Tracer):
-            check_labels("given", batch, len(self.label_ids))
+            self.check_outcomes("given", batch)
         rows = len(batch)
         size = rows if n_total is None else n_total
         if rows > size:
             raise ValueError(f"n_total must be at least the {rows} rows of the batch; got {size}")
         with numpyro.plate("data", size, subsample_size=rows if rows < size else None):
-            numpyro.sample("y", dist.Categorical(logits=logits), obs=batch.labels)
+            outcome = self.likelihood.distribution(logits, parameters_of(adapters), batch)
+            numpyro.sample("y", outcome, obs=self.likelihood.observed(batch))
 
-    def hidden(self, weights: Any, batch: Batch) -> Float[Array, "n t d"]:
+    def hidden(self, weights: Any, batch: Batch) -> Float[Array, "n *c t d"]:
         """Activations below the lowest adapted layer: the batch's if cached for this trunk, or computed here.
 
         Raises:
@@ -210,37 +222,43 @@ class Classifier(Shown):
                 "these rows keep only their last position, which is too little for this model; give the rows "
                 "as they were read"
             )
-        return self.trunk.activations(self.base.bind(weights), batch)
+        return self.trunk.activations(self.base.bind(weights), along(self.base.mesh, "data", batch))
 
     def prepared(self, weights: Any, batch: Batch) -> Batch:
         """The batch with its activations below the lowest adapted layer, which no draw changes."""
         return self._with_cached(batch, self.hidden(weights, batch))
 
-    def _with_cached(self, batch: Batch, hidden: Float[Array, "n t d"]) -> Batch:
+    def _with_cached(self, batch: Batch, hidden: Float[Array, "n *c t d"]) -> Batch:
         return replace(batch, cached=CachedActivations(hidden, self.first_layer, self.trunk.checksum))
 
-    def logits(self, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n c"]:
-        """Logits of the label tokens after the last real token of each row.
-
-        The last layer runs at that token alone, beside the keys and values of the others.
-        """
+    def logits(self, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n k"]:
+        """Logits of each row, as its likelihood reads them; the last layer runs only where they are read."""
         placed = self.sites.place(adapters, first_layer=self.first_layer)
         head = placed.pop(HEAD, None)
-        module = self.base.bind(weights)
-        final = module.blocks(
-            self.hidden(weights, batch),
-            batch.mask,
-            first_layer=self.first_layer,
-            stop=self.base.num_layers,
-            adapters=placed,
-            at=batch.last[:, None],
+        hidden, mask = along(self.base.mesh, "data", (self.hidden(weights, batch), batch.mask))
+        upper = Upper(
+            self.base.bind(weights),
+            hidden.reshape(-1, *hidden.shape[-2:]),
+            mask.reshape(-1, mask.shape[-1]),
+            self.base.num_layers,
+            self.first_layer,
+            placed,
+            head,
         )
-        return module.head(final[:, 0], rows=jnp.asarray(self.label_ids), adapter=head)
+        return self.likelihood.logits(upper, batch)
 
-    def log_probs_by_draw(
+    def outputs(self, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n m"]:
+        """What a prediction keeps of one draw (`Likelihood.outputs`): log-probabilities of the classes."""
+        return self.likelihood.outputs(self.logits(weights, adapters, batch), parameters_of(adapters))
+
+    def log_likelihood(self, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, " n"]:
+        """Log-probability of each row's outcome, in nats; NaN where a row has no label."""
+        return self.likelihood.log_prob(self.outputs(weights, adapters, batch), batch)
+
+    def outputs_by_draw(
         self, weights: Any, adapters: Adapters, batch: Batch, together: int = 1
-    ) -> Float[Array, "s n c"]:
-        """Log-probabilities of the classes under each draw of the adapters, which have a leading draw axis.
+    ) -> Float[Array, "s n m"]:
+        """`outputs` of each draw of the adapters, which have a leading draw axis.
 
         The part below the adapters runs once for all draws; `together` of them at a time run in one program,
         whose adapted products read a kernel once for all of them.
@@ -248,16 +266,17 @@ class Classifier(Shown):
         prepared = self.prepared(weights, batch)
 
         def one(draw: Adapters) -> Array:
-            return jax.nn.log_softmax(self.logits(weights, draw, prepared))
+            return self.outputs(weights, draw, prepared)
 
         return jax.lax.map(one, adapters, batch_size=together if together > 1 else None)
 
-    def compiled_log_probs(self, adapters: Any, count: int, batch: Batch, together: int = 1) -> Array:
-        """`log_probs_by_draw` of the first `count` of some draws, in a program for all callers.
+    def compiled_outputs(self, adapters: Any, count: int, batch: Batch, together: int = 1) -> Array:
+        """`outputs_by_draw` of the first `count` of some draws, in a program for all callers.
 
         Activations that no draw changes must be in the batch already: see `prepare`.
         """
-        run = program(self, _log_probs_of_piece, static=(4,))
+        level = level_for(self.numbers(batch.tokens.shape))
+        run = program(self, _outputs_of_piece, level=level, static=(4,))
         return run(self.base.weights, adapters, count, batch, together)
 
     def is_prepared(self, batch: Batch) -> bool:
@@ -277,7 +296,7 @@ class Classifier(Shown):
         self.check_tokens(batch)
         if self.is_prepared(batch):
             return batch if self.first_layer else batch.plain
-        run = program(self, type(self).hidden)
+        run = program(self, type(self).hidden, level=level_for(self.numbers(batch.tokens.shape)))
         return self._with_cached(batch, run(self.base.weights, batch.plain))
 
     def numbers(self, shape: tuple[int, ...]) -> int:
@@ -291,34 +310,27 @@ def kind_of(model: Any) -> str:
     return getattr(model, "kind", "network")
 
 
-def _log_probs_of_piece(
+def _outputs_of_piece(
     model: Classifier, weights: Any, adapters: Adapters, count: Array, batch: Batch, together: int
 ) -> Array:
     def one(draw: Adapters, weights: Any, batch: Batch) -> Array:
-        return jax.nn.log_softmax(model.logits(weights, draw, batch))
+        return model.outputs(weights, draw, batch)
 
-    return first_entries(one, adapters, count, weights, batch, together=together)
+    place = partial(along, model.base.mesh, "draw") if together > 1 else None
+    return first_entries(one, adapters, count, weights, batch, together=together, place=place)
 
 
-def _label_ids(base: LanguageModel, label_ids: Any) -> tuple[int, ...]:
-    """Token ids as integers, at least two different ones that the base has rows for."""
-    given = np.asarray(label_ids)
-    if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
-        raise ValueError(f"label_ids must be a list of integers; got {brief(label_ids)}")
-    ids = tuple(map(int, given))
-    if len(ids) < 2 or len(set(ids)) < len(ids):
-        raise ValueError(f"label_ids must be at least two different token ids; got {ids}")
-    size = base.modules[HEAD][1]
-    unknown = [i for i in ids if not 0 <= i < size]
-    if unknown:
-        raise ValueError(
-            f"label_ids have {unknown_token(unknown[0], size, getattr(base, 'tokenizer', None))}"
-        )
-    return ids
+def chosen_likelihood(label_ids: Any, likelihood: Likelihood | None) -> Likelihood:
+    """The likelihood of label words, or the given one; `ValueError` unless there is exactly one."""
+    if (label_ids is None) == (likelihood is None):
+        got = "neither" if likelihood is None else "both"
+        raise ValueError(f"give either label_ids, the tokens of label words, or a likelihood; got {got}")
+    return Words(label_ids) if likelihood is None else likelihood
 
 
 def _check_sites(base: LanguageModel, sites: Sites) -> None:
     """Raise `ValueError` unless the base has the modules and layers of the sites."""
+    require_adapted_head(base, sites)
     for name, site in sites.items():
         d_in, d_out = base.modules.get(site.module, (0, 0))
         # Sites may have some rows of the head already, as those of another classifier do.

@@ -4,12 +4,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from jax import Array
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from bnlora._util.typing import Adapters
 from bnlora.adapters.sites import Sites
 from bnlora.data.batch import Batch
 from bnlora.priors import Prior
+from bnlora.program.likelihoods import Likelihood
 from bnlora.program.trunk import Trunk
 
 
@@ -23,8 +25,18 @@ class LanguageModel(Protocol):
         ...
 
     @property
+    def mesh(self) -> Mesh | None:
+        """The mesh of devices that the weights are on, or None if they are on one device."""
+        ...
+
+    @property
     def num_layers(self) -> int:
         """Number of layers."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that the embedding has a row for."""
         ...
 
     @property
@@ -85,8 +97,18 @@ class Model(Program, Protocol):
         ...
 
     @property
+    def likelihood(self) -> Likelihood:
+        """How the logits of the classes are read."""
+        ...
+
+    @property
     def label_ids(self) -> tuple[int, ...]:
-        """Token id of each class's label word."""
+        """Token id of each class's label word, if the classes are words."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 if the outcome of a row is not a class."""
         ...
 
     @property
@@ -118,6 +140,10 @@ class Model(Program, Protocol):
         """Raise `ValueError` if a token of the rows is outside the base's vocabulary."""
         ...
 
+    def check_outcomes(self, name: str, batch: Batch) -> None:
+        """Raise `ValueError` unless every row has an outcome of the likelihood."""
+        ...
+
     def is_prepared(self, batch: Batch) -> bool:
         """Whether the batch has the activations that no draw changes."""
         ...
@@ -146,16 +172,24 @@ class Model(Program, Protocol):
         """Approximate size of the largest array in a program for `shape` = (rows, positions)."""
         ...
 
-    def logits(self, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n c"]:
-        """Logits of the label tokens for one set of adapters."""
+    def logits(self, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n k"]:
+        """Logits of each row for one set of adapters."""
         ...
 
-    def log_probs_by_draw(
+    def outputs(self, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n m"]:
+        """What a prediction keeps of one draw, such as log-probabilities of the classes."""
+        ...
+
+    def log_likelihood(self, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, " n"]:
+        """Log-probability of each row's outcome, in nats."""
+        ...
+
+    def outputs_by_draw(
         self, weights: Any, adapters: Adapters, batch: Batch, together: int = 1
-    ) -> Float[Array, "s n c"]:
-        """Log-probabilities of the classes under each draw of the adapters."""
+    ) -> Float[Array, "s n m"]:
+        """`outputs` of each draw of the adapters."""
         ...
 
-    def compiled_log_probs(self, adapters: Any, count: int, batch: Batch, together: int = 1) -> Array:
-        """`log_probs_by_draw` of the first `count` draws, by a compiled program that all callers share."""
+    def compiled_outputs(self, adapters: Any, count: int, batch: Batch, together: int = 1) -> Array:
+        """`outputs_by_draw` of the first `count` draws, by a compiled program that all callers share."""
         ...

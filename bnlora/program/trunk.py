@@ -67,23 +67,29 @@ class Trunk:
         return {
             name: {f: one(self.moves[name][f], self.below[name][f], drawn) for f, drawn in pair.items()}
             for name, pair in adapters.items()
-        }
+            if name in self.moves
+        } | {name: params for name, params in adapters.items() if name not in self.moves}
 
-    def activations(self, module: Any, batch: Batch) -> Float[Array, "n t d"]:
+    def activations(self, module: Any, batch: Batch) -> Float[Array, "n *c t d"]:
         """Activations after the trunk, from the tokens.
 
         Args:
             module: The base with its weights.
             batch: Rows.
         """
+        tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask))
+        hidden = self._run(module, tokens, mask)
+        return hidden.reshape(*batch.tokens.shape, hidden.shape[-1])
+
+    def _run(self, module: Any, tokens: Array, mask: Array) -> Float[Array, "b t d"]:
         first = min(self.sites.first_layer, self.stop)
-        hidden = module.blocks(module.embed(batch.tokens), batch.mask, first_layer=0, stop=first)
+        hidden = module.blocks(module.embed(tokens, mask), mask, first_layer=0, stop=first)
         if self.stop == first:
             return hidden
         placed = self.sites.place(self.below)
         placed.pop(HEAD, None)
         inner = {m: {f: x[: self.stop - first] for f, x in pair.items()} for m, pair in placed.items()}
-        return module.blocks(hidden, batch.mask, first_layer=first, stop=self.stop, adapters=inner)
+        return module.blocks(hidden, mask, first_layer=first, stop=self.stop, adapters=inner)
 
     def __repr__(self) -> str:
         return f"{len(self.fixed)} sites fixed: {', '.join(self.fixed)}" if self.fixed else "nothing fixed"

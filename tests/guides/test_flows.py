@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
+from builders.thorough import sample_of
 from jax.test_util import check_vjp
 from numpyro.distributions.transforms import AffineTransform, ComposeTransform
 from numpyro.nn import BlockNeuralAutoregressiveNN
@@ -51,7 +52,9 @@ FLOWS = {
     "block neural": Member(block, 0.1),
     "deep block neural": Member(partial(block, depth=2), 0.1),
 }
-every_member = pytest.mark.parametrize("name", FLOWS)
+ELSE = ("affine, few units", "deep block neural")
+"""Other sizes of a member: only `make slow` tests these."""
+every_member = pytest.mark.parametrize("name", sample_of(FLOWS, [name for name in FLOWS if name not in ELSE]))
 
 
 def scattered(name: str, features: int, size: float = 0.7, batch: tuple[int, ...] = (LAYERS,)) -> flows.Flow:

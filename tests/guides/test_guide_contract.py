@@ -16,6 +16,7 @@ import pytest
 from builders.guide_members import MEMBERS
 from builders.prior_alone import PriorAlone
 from builders.slopes import assert_slopes
+from builders.thorough import sample_of
 from numpyro.infer import init_to_value
 
 from bnlora.guides import Guide
@@ -25,7 +26,16 @@ from bnlora.testing import linear_gaussian, maximise_bound
 
 SIGMA, SHAPE = 0.8, (3, 4)
 
-EACH = pytest.mark.parametrize("member", MEMBERS.values(), ids=MEMBERS)
+ELSE = ("full, family", "iaf, all", "low_rank, all", "ensemble", "spline", "block_neural")
+"""Families over other groups of sites or of other members, and slow flows: only `make slow` tests these."""
+EACH = pytest.mark.parametrize(
+    "member", sample_of(MEMBERS, [name for name in MEMBERS if name not in ELSE]), indirect=True
+)
+
+
+@pytest.fixture
+def member(request):
+    return MEMBERS[request.param]
 
 
 def weights():

@@ -21,9 +21,9 @@ from numpyro.infer.autoguide import AutoNormal
 from bnlora import guides, priors
 from bnlora.adapters.sites import select
 from bnlora.infer.svi.elbo import elbo_terms, initial_parameters
+from bnlora.program.adapter_prior import AdapterPrior
 from bnlora.program.density import density
 from bnlora.program.draws import draw_adapters
-from bnlora.program.model import AdapterPrior
 from bnlora.testing import linear_gaussian, maximise_bound
 
 SITES = select(
@@ -174,13 +174,7 @@ AUTO = {
     "AutoBNAFNormal": partial(autoguide.AutoBNAFNormal, num_flows=1, hidden_factors=[4]),
     "AutoGuideList": in_two_parts,
 }
-IN_SHORT = (
-    "AutoNormal",
-    "AutoMultivariateNormal",
-    "AutoLowRankMultivariateNormal",
-    "AutoBNAFNormal",
-    "AutoGuideList",
-)
+IN_SHORT = ("AutoNormal", "AutoMultivariateNormal", "AutoGuideList")
 REFUSED = {
     "AutoLaplaceApproximation": (
         autoguide.AutoLaplaceApproximation,

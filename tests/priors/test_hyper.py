@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-import optax
 import pytest
 import xarray
 from builders.own_prior import hierarchy
+from builders.unfitted import unfitted
 
 import bnlora as bl
 from bnlora import priors
 from bnlora.assess.diagnostics.hyper import named_draws, no_weights
+from bnlora.infer.svi.elbo import initial_parameters
 from bnlora.priors.declared import declared
 from bnlora.program.density import density
 from bnlora.program.draws import adapters_at, draw_sites
@@ -156,7 +157,8 @@ def odd(sites):
 def fit():
     model = classifier(odd)
     guide = bl.guides.Guide(model.prior, bl.guides.mean_field(init_scale=0.1))
-    return bl.fit(KEY, model, guide, ROWS, optax.adam(0.01), num_steps=2, batch_size=4)
+    start, constrain = initial_parameters(KEY, model, guide)
+    return unfitted(model, guide, ROWS, constrain(start))
 
 
 @pytest.fixture(scope="module")

@@ -93,9 +93,21 @@ def weights(adapters, at):
 
 
 FIRST = {name.partition(" ")[0]: name for name in reversed(MEMBERS)}.values()
-"""One member of each prior. Only `make slow` draws from the variants; densities are compared for all."""
+"""One member of each prior. Only `make slow` draws from the variants."""
+VARIANTS = (
+    "sparse_gp bases",
+    "sparse_gp unwhitened lam",
+    "sparse_gp weights lam",
+    "sparse_gp random lam",
+    "sparse_gp random scale",
+    "normal learned",
+    "normal random",
+    "pooled_scales random",
+    "core by layer",
+)
+"""Variants whose densities are compared in `make test` too: one of each form and of each kind of scale."""
 
-every_member = pytest.mark.parametrize("name", MEMBERS)
+every_member = pytest.mark.parametrize("name", sample_of(MEMBERS, {*FIRST, *VARIANTS}))
 first_members = pytest.mark.parametrize("name", sample_of(MEMBERS, FIRST))
 
 
@@ -115,7 +127,9 @@ def test_the_log_density_of_every_site_is_the_oracles_and_no_site_is_without_one
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, member in MEMBERS.items() if member.weights])
+@pytest.mark.parametrize(
+    "name", sample_of([name for name, member in MEMBERS.items() if member.weights], {*FIRST, *VARIANTS})
+)
 def test_weights_are_the_stated_function_of_the_sites(name):
     member, (got, _) = MEMBERS[name], exact(name)
     for prefix, at in each(member, got["values"]):

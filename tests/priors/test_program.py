@@ -148,7 +148,7 @@ def test_evidence_of_smc_is_that_of_quadrature():
     evidence = logsumexp(joint) + np.log(grid.grid[1] - grid.grid[0])
     mean = (np.exp(joint - logsumexp(joint)) * grid.grid).sum()
     for model, expected in ((PLAIN, evidence), (MODELS["factor"], evidence + CONSTANT)):
-        runs = bl.sample_smc(KEY, model, given.train, num_runs=8, num_draws=400, num_moves=2)
+        runs = bl.sample_smc(KEY, model, given.train, num_runs=8, num_draws=200, num_moves=2)
         found = np.stack([runs.record["log_evidence"], runs.vectors[..., 0].mean(1)], axis=1)
         score = (found.mean(0) - [expected, mean]) / (found.std(0, ddof=1) / len(found) ** 0.5)
         assert np.all(np.abs(score) < student(len(found) - 1).isf(1e-5))

@@ -62,8 +62,8 @@ def test_density_and_gradient_are_those_of_the_whole_model(names, first_layer):
         sites = {**view.sites(vector), **part.sites(u)}
         return view.log_joint(view_vector(view, sites), BASE.weights, ROWS)
 
-    ours, gradient = jax.value_and_grad(lambda u: part.log_joint(u, BASE.weights, rows))(free)
-    theirs, expected = jax.value_and_grad(whole)(free)
+    ours, gradient = jax.jit(jax.value_and_grad(lambda u: part.log_joint(u, BASE.weights, rows)))(free)
+    theirs, expected = jax.jit(jax.value_and_grad(whole))(free)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4)
 
@@ -84,7 +84,8 @@ def test_fixed_sites_still_inform_what_is_free():
     tau = float(view.sites(vector)["tau"])
     moved = free.at[0].add(0.5)
     assert list(part.shapes)[0] == "tau"
-    gain = part.log_prior(moved) - part.log_prior(free)
+    log_prior = jax.jit(part.log_prior)
+    gain = log_prior(moved) - log_prior(free)
     new = tau * np.exp(0.5)
     expected = (
         float(jnp.sum(dist.Normal(0.0, new).log_prob(fixed["shift"])))
@@ -104,9 +105,11 @@ def test_layers_below_the_free_ones_are_part_of_the_trunk():
     assert conditional.moving == ("lm_head",)
     rows = cache_prefix(conditional, ROWS)
     adapters = jax.tree.map(lambda x: x[None], density(conditional, {}).adapters(jnp.ones(2 * 16 + 2 * 2)))
-    cached = conditional.log_probs_by_draw(BASE.weights, adapters, rows)
-    np.testing.assert_allclose(cached, conditional.log_probs_by_draw(BASE.weights, adapters, ROWS), atol=1e-6)
-    np.testing.assert_allclose(cached, model.log_probs_by_draw(BASE.weights, adapters, ROWS), atol=1e-5)
+    by_draw = jax.jit(conditional.outputs_by_draw)
+    cached = by_draw(BASE.weights, adapters, rows)
+    np.testing.assert_allclose(cached, by_draw(BASE.weights, adapters, ROWS), atol=1e-6)
+    of_model = jax.jit(model.outputs_by_draw)(BASE.weights, adapters, ROWS)
+    np.testing.assert_allclose(cached, of_model, atol=1e-5)
     names, values = evaluate(identifiable(conditional, ROWS[:1]), conditional, adapters, ROWS)
     assert names == ("log_likelihood", "margin[0]", "norm[lm_head]")
     assert values.shape == (1, 3)
@@ -120,9 +123,8 @@ def test_activations_under_other_fixed_values_are_not_reused():
     first, second = (condition(model, values) for values in (fixed, other))
     assert first.first_layer == second.first_layer == 3
     rows = cache_prefix(first, ROWS)
-    np.testing.assert_allclose(
-        second.hidden(BASE.weights, rows), second.hidden(BASE.weights, ROWS), atol=1e-6
-    )
+    hidden = jax.jit(second.hidden)
+    np.testing.assert_allclose(hidden(BASE.weights, rows), hidden(BASE.weights, ROWS), atol=1e-6)
     assert cache_prefix(first, rows) is rows
     assert cache_prefix(second, rows) is not rows
     free = {n: jnp.ones((1, *x)) for n, x in model.sites["lm_head"].shapes.items()}

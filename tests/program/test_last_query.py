@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders.programs import walk
+from builders.thorough import sample_of
 
 import bnlora as bl
 from bnlora.adapters.sites import HEAD
@@ -92,11 +93,11 @@ def value_and_gradient(logits):
 
 
 # All layers, some, the last one, and the head alone; the ends are enough where time counts.
-FIRST_LAYERS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+FIRST_LAYERS = [0, pytest.param(1, marks=pytest.mark.thorough), pytest.param(2, marks=pytest.mark.slow), 3]
 ENDS = [0, pytest.param(2, marks=pytest.mark.slow), 3]
 
 
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("side", sample_of(SIDES, ["left", "gap"]))
 @pytest.mark.parametrize("first_layer", FIRST_LAYERS)
 def test_logits_and_gradients_are_those_of_all_positions(first_layer, side):
     model, batch = classifier(first_layer), rows(side)
@@ -148,7 +149,7 @@ def test_zero_b_is_the_base_bit_for_bit(first_layer, wrap):
     assert np.array_equal(got, wrap(plain)(BASE.weights))
 
 
-@pytest.mark.parametrize("first_layer", ENDS)
+@pytest.mark.parametrize("first_layer", [0, pytest.param(2, marks=pytest.mark.thorough), 3])
 def test_draws_of_adapters_may_be_mapped_over(first_layer):
     model, batch = classifier(first_layer), rows("left")
     draws = [adapters_of(model, seed=seed) for seed in range(3)]

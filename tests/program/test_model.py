@@ -119,7 +119,7 @@ def test_labels_are_classes_of_the_model():
         with pytest.raises(ValueError, match=message):
             handlers.trace(handlers.seed(model, jax.random.key(3))).get_trace(BASE.weights, wrong)
         zeros = {n: {f: jnp.zeros((1, *s)) for f, s in x.shapes.items()} for n, x in model.sites.items()}
-        with pytest.raises(ValueError, match=rf"the predicted rows must be in 0\.\.1; got .*{label}"):
+        with pytest.raises(ValueError, match=message):
             evaluate(identifiable(model, ROWS), model, zeros, wrong)
         lone = {name: {f: x[0] for f, x in pair.items()} for name, pair in zeros.items()}
         assert np.isnan(log_likelihood(model, BASE.weights, lone, wrong))

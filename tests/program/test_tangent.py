@@ -69,7 +69,7 @@ def test_the_distance_to_the_network_falls_with_the_square_of_the_update(made):
     assert slope(tangent, BASE, adapters, ROWS, -np.arange(4.0, 11.0)) == pytest.approx(2, abs=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_same_on_the_two_upper_layers_of_smollm2():
     base = RECIPE.load_base()
     splits = vader_splits(seed=0, train=8, validation=1, test=1)
@@ -86,7 +86,7 @@ def test_a_head_by_itself_is_linear_already():
     tangent = tangent_of(HEAD, scale=2.0)
     adapters = adapters_at(tangent, normal(HEAD.num_coordinates))
     network, linear = (
-        contrasts(model.logits(BASE.weights, adapters, ROWS)) for model in (tangent.network, tangent)
+        contrasts(jax.jit(model.logits)(BASE.weights, adapters, ROWS)) for model in (tangent.network, tangent)
     )
     assert np.abs(network - contrasts(tangent.prepare(ROWS).features.offset)).max() > 0.3
     np.testing.assert_allclose(linear, network, atol=1e-5)
@@ -99,10 +99,10 @@ def test_draws_in_one_program_are_those_of_a_loop(together):
     view, rows = density(tangent, {}), tangent.prepare(ROWS)
     linear = exact(tangent, ROWS, {"o_proj": 0.5, "lm_head": 2.0})
     eta = linear.offset + np.einsum("nkd,sd->snk", linear.design, vectors)
-    draws = jax.vmap(view.adapters)(jnp.asarray(vectors, jnp.float32))
-    found = tangent.compiled_log_probs(draws, 8, rows, together)
+    draws = jax.jit(jax.vmap(view.adapters))(jnp.asarray(vectors, jnp.float32))
+    found = tangent.compiled_outputs(draws, 8, rows, together)
     np.testing.assert_allclose(contrasts(found), eta, atol=1e-4)
-    by_draw = tangent.log_probs_by_draw(BASE.weights, draws, rows, together)
+    by_draw = jax.jit(tangent.outputs_by_draw, static_argnums=3)(BASE.weights, draws, rows, together)
     np.testing.assert_allclose(by_draw, found, atol=1e-5)
 
 
@@ -144,8 +144,8 @@ def test_the_joint_density_is_that_of_the_classifier_where_both_are_linear(n_tot
     values = {"lm_head.U": jnp.asarray(normal(*HEAD["lm_head"].size), jnp.float32), "lm_head.scale": 1.7}
     arguments = BASE.weights, ROWS, n_total
     mine, theirs = (
-        float(log_density(handlers.seed(model, KEY), arguments, {}, values)[0])
-        for model in (tangent, tangent.network)
+        float(jax.jit(lambda values, model=model: log_density(model, arguments, {}, values)[0])(values))
+        for model in (handlers.seed(tangent, KEY), handlers.seed(tangent.network, KEY))
     )
     assert mine == pytest.approx(theirs, rel=1e-6)
     linear = exact(tangent, ROWS, {"lm_head": 1.7})

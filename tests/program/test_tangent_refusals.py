@@ -45,7 +45,7 @@ REFUSED = {
     ),
     "other label ids": (
         lambda: built(bl.priors.core(HEAD), label_ids=(3, 6)),
-        r"the frames belong to the label ids \(3, 5\); got \(3, 6\)",
+        r"the frames belong to Words\(label_ids=\(3, 5\)\); got Words\(label_ids=\(3, 6\)\)",
     ),
     "other sites": (
         lambda: built(bl.priors.core(HEAD), sites=bl.select(BASE, ["q_proj"], rank=2)),

@@ -32,10 +32,11 @@ from bnlora.base import Base
 from bnlora.data.batch import Batch, Part, check_form
 from bnlora.priors import point
 from bnlora.program.cache import cache_prefix
+from bnlora.program.likelihoods import Likelihood
 from bnlora.program.model import Classifier
 from bnlora.program.tangent.activations import second_moments
 from bnlora.program.tangent.gradients import counted, differentiated, moments, shared_features, summed
-from bnlora.program.tangent.targets import OWN, label_rows, own_sides, target_sites
+from bnlora.program.tangent.targets import OWN, check_targets, label_rows, own_sides, target_sites
 
 Size = int | float | Mapping[str, int | float]
 Sides = tuple[Float[np.ndarray, "l d_out d_out"], Float[np.ndarray, "l d_in d_in"]]
@@ -52,7 +53,8 @@ def frames(
     targets: Sequence[str],
     data: Batch,
     *,
-    label_ids: Int[Any, " c"],
+    label_ids: Int[Any, " c"] | None = None,
+    likelihood: Likelihood | None = None,
     size: Size = 16,
     layers: slice | Iterable[int] | None = None,
     source: Source | Mapping[str, tuple[Any, Any]] = "jacobian",
@@ -68,6 +70,8 @@ def frames(
             logits, and `"bias"` for a class bias (`bnlora.program.tangent.targets`).
         data: Rows; labels are not used. Cached activations below the adapted layers are used.
         label_ids: Token id of each class.
+        likelihood: Other classes than words, in place of `label_ids`, as in `bnlora.Classifier`. With
+            completions the head and its targets cannot be adapted: they would need a frame of the vocabulary.
         size: Number of directions of each side, for all families or by family: a whole number, or a share of
             the energy between 0 and 1 that every layer must reach. A side gets at most the directions that
             it has: directions of zero energy do not count, and the output side of the head has one less
@@ -98,7 +102,8 @@ def frames(
     if not isinstance(source, Mapping):
         check_option("source", source, tuple(s for s in get_args(Source) if s != "given"))
     sites = target_sites(base, targets, layers)
-    model = Classifier(base, sites, point(), label_ids=label_ids)
+    model = Classifier(base, sites, point(), label_ids=label_ids, likelihood=likelihood)
+    check_targets(model)
     inner = model.sites.only(families=[name for name in sites if name not in OWN])
     sizes = _sizes(inner, size, energies=source in ("jacobian", "activations", "weights"))
     data = cache_prefix(model, data, console=console)
@@ -116,7 +121,7 @@ def frames(
     return Frames(
         families,
         replace(sites, families=tuple(ranked)),
-        model.label_ids,
+        model.likelihood,
         "given" if isinstance(source, Mapping) else source,
         label_free or not isinstance(source, Mapping),
         fingerprint(base.weights),
@@ -139,7 +144,7 @@ def _chosen(
         return _from_mapping(sites, source), {}
     if source == "random":
         return _random(key, sites, sizes), {}
-    whole = Classifier(model.base, sites, point(), label_ids=model.label_ids)
+    whole = Classifier(model.base, sites, point(), likelihood=model.likelihood)
     if source == "weights":
         return _leading(_weights(whole), sizes)
     if source == "activations":
@@ -180,7 +185,7 @@ def _jacobian(key: Array, model: Classifier, data: Batch, console: Console | Non
 
     def of_part(part: Part) -> Any:
         padded = np.concatenate([part.rows, np.zeros(len(part.batch) - len(part.rows), int)])
-        return program(model, moments)(model.base.weights, part.batch, keys[padded], counted(part))
+        return program(model, moments, level=1)(model.base.weights, part.batch, keys[padded], counted(part))
 
     return summed(differentiated(data, "frames", console), of_part)
 
@@ -189,7 +194,7 @@ def _activations(model: Classifier, data: Batch, console: Console | None) -> dic
     """Sums over rows and tokens of y y^T and x x^T, with x the input and y = W x the output of a module."""
 
     def of_part(part: Part) -> Any:
-        return program(model, second_moments)(model.base.weights, part.batch, counted(part))
+        return program(model, second_moments, level=1)(model.base.weights, part.batch, counted(part))
 
     inputs = summed(differentiated(data, "frames", console), of_part)
     return {
@@ -209,8 +214,8 @@ def _kernels(model: Classifier) -> dict[str, Float[np.ndarray, "l d_out d_in"]]:
         if site.module == HEAD:
             kernels[name] = label_rows(model)[None]
         else:
-            stack = np.asarray(module.layers[site.module][...])[list(site.layers)]
-            kernels[name] = np.swapaxes(stack, 1, 2).astype(np.float64)
+            stack = np.asarray(module.kernels(site.module, site.layers), np.float64)
+            kernels[name] = np.swapaxes(stack, 1, 2)
     return kernels
 
 

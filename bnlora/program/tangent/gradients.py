@@ -31,6 +31,7 @@ from bnlora.base import Base
 from bnlora.data.batch import Batch, Part
 from bnlora.priors import point
 from bnlora.program.cache import tracked_parts
+from bnlora.program.likelihoods import Likelihood
 from bnlora.program.model import Classifier
 
 ROWS = 16
@@ -121,17 +122,17 @@ def shared_features(
     """
     # Rank and alpha cancel in the features; fix them so that models share one compiled program.
     families = tuple(replace(site, rank=1, alpha=1.0) for site in model.sites.values())
-    run = program(model.base, _features_of, static=(3, 4))
+    run = program(model.base, _features_of, level=1, static=(3, 4))
     plain = replace(batch, features=None, frames="")
     return run(
-        model.base.weights, dict(frames), plain, replace(model.sites, families=families), model.label_ids
+        model.base.weights, dict(frames), plain, replace(model.sites, families=families), model.likelihood
     )
 
 
 def _features_of(
-    base: Base, weights: Any, frames: Mapping, batch: Batch, sites: Sites, label_ids: tuple[int, ...]
+    base: Base, weights: Any, frames: Mapping, batch: Batch, sites: Sites, likelihood: Likelihood
 ) -> tuple[Array, Array]:
-    return features(Classifier(base, sites, point(), label_ids=label_ids), weights, frames, batch)
+    return features(Classifier(base, sites, point(), likelihood=likelihood), weights, frames, batch)
 
 
 def moments(

@@ -31,6 +31,7 @@ from bnlora._util.fingerprint import fingerprint, is_same
 from bnlora._util.typing import Adapters
 from bnlora.adapters.frames import Frames
 from bnlora.data.batch import Batch, Features
+from bnlora.models.sharding import along
 from bnlora.priors import Prior
 from bnlora.priors.core import core_name, frames_of
 from bnlora.priors.declared import runnable
@@ -52,7 +53,7 @@ class Tangent(Classifier):
         base: The network's base.
         sites: The network's sites.
         prior: The network's prior, bound to the sites.
-        label_ids: Token id of each class.
+        likelihood: How the logits of the classes are read.
         trunk: The network's trunk.
         frames: Frames of the prior.
 
@@ -76,7 +77,12 @@ class Tangent(Classifier):
                 "a tangent model needs a prior with frames for every family, such as priors.core(frames); "
                 f"got {getattr(network.prior.program, '__qualname__', network.prior.program)}"
             )
-        super().__init__(network.base, network.sites, network.prior.program, label_ids=network.label_ids)
+        super().__init__(network.base, network.sites, network.prior.program, likelihood=network.likelihood)
+        if self.likelihood.outcome == "text":
+            raise ValueError(
+                "a tangent model of texts would be linear in their log-likelihood, which has no curvature; "
+                "fit the network: bl.fit with the Classifier"
+            )
         object.__setattr__(self, "network", network)
         object.__setattr__(self, "frames", frames)
         self._check()
@@ -84,13 +90,12 @@ class Tangent(Classifier):
     def _check(self) -> None:
         if not is_same(self.frames.base, fingerprint(self.base.weights)):
             raise ValueError("the frames belong to another base; compute frames from this one")
-        if self.frames.label_ids != self.label_ids:
-            raise ValueError(
-                f"the frames belong to the label ids {self.frames.label_ids}; got {self.label_ids}"
-            )
+        if self.frames.likelihood != self.likelihood:
+            raise ValueError(f"the frames belong to {self.frames.likelihood}; got {self.likelihood}")
         self.frames.check(self.sites)
         adapters = handlers.seed(runnable(self.prior), jax.random.key(0))()
-        for name, pair in adapters.items():
+        for name in self.sites:
+            pair = adapters[name]
             frame = self.frames[name]
             L, R = frame.left.astype(np.float64), frame.right.astype(np.float64)
             update = np.asarray(pair["b"], np.float64) @ np.asarray(pair["a"], np.float64)
@@ -116,7 +121,7 @@ class Tangent(Classifier):
     def with_prior(self, prior: Prior) -> "Tangent":
         """The tangent model with the same frames and another prior, such as a conditional one."""
         prior_with_frames = _WithFrames(prior, self.frames)
-        network = Classifier(self.base, self.sites, prior_with_frames, label_ids=self.label_ids)
+        network = Classifier(self.base, self.sites, prior_with_frames, likelihood=self.likelihood)
         return Tangent(network)
 
     def is_prepared(self, batch: Batch) -> bool:
@@ -125,7 +130,7 @@ class Tangent(Classifier):
 
     def cache_bytes(self, batch: Batch) -> int:
         """Memory of the features of a batch (float32)."""
-        classes = len(self.label_ids)
+        classes = self.likelihood.num_logits
         return 4 * len(batch) * (classes + (classes - 1) * self.frames.num_coordinates)
 
     def prepared(self, weights: Any, batch: Batch) -> Batch:
@@ -175,14 +180,14 @@ class Tangent(Classifier):
             coordinates = self.coordinates(adapters)
         else:  # `adapters` is then unused, and the compiler removes its computation
             coordinates = jnp.concatenate([core["value"].ravel() for core in cores])
-        self._observe(self._logits(weights, coordinates, batch), batch, n_total)
+        self._observe(self._logits(weights, coordinates, batch), adapters, batch, n_total)
 
     def logits(self, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, "n c"]:
         """Logits of the label tokens, linear in the update."""
         return self._logits(weights, self.coordinates(adapters), batch)
 
     def _logits(self, weights: Any, coordinates: Float[Array, " d"], batch: Batch) -> Float[Array, "n c"]:
-        cached = self.features(weights, batch)
+        cached = along(self.base.mesh, "data", self.features(weights, batch))
         contrasts = cached.phi @ coordinates  # (n, c - 1), each class against class 0
         return cached.offset + jnp.pad(contrasts, ((0, 0), (1, 0)))
 

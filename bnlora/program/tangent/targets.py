@@ -8,7 +8,8 @@ r"""Targets of a core prior: modules of the base, and two special updates of the
 
 Slope and bias are updates `dW = s L U R^T` of the head like any other, so a network can have them too. Their
 frames do not depend on the source of the other frames. For the slope, R spans the label rows of the head. For
-the bias, R is the ridge solution r of `h_i r = 1` over the rows, where h_i is the input of the head.
+the bias, R is the ridge solution r of `h_i r = 1` over the rows, where h_i is the input of the head. The
+slope of an encoder multiplies the part of its logits that depends on the text, not the bias of its head.
 """
 
 import difflib
@@ -24,6 +25,7 @@ from bnlora.adapters.sites import HEAD, Site, Sites, select
 from bnlora.base import Base
 from bnlora.data.batch import Batch
 from bnlora.priors import point
+from bnlora.program.likelihoods import Labels, readout
 from bnlora.program.model import Classifier
 from bnlora.program.tangent.gradients import differentiated, shared_features
 
@@ -59,6 +61,27 @@ def target_sites(base: Base, targets: Sequence[str], layers: Any) -> Sites:
     return Sites((*families, *own), base.num_layers)
 
 
+def check_targets(model: Classifier) -> None:
+    """Raise `ValueError` for targets that cannot have frames.
+
+    If the head has no row of its own for each class, it has one for every token of the vocabulary, and a
+    frame of it would be too large. If a classification head is zero, no update below it changes a logit to
+    first order.
+    """
+    in_head = [name for name, site in model.sites.items() if site.module == HEAD]
+    below = [name for name in model.sites if name == SLOPE or name not in in_head]
+    if below and isinstance(readout(model.likelihood), Labels) and not label_rows(model).any():
+        raise ValueError(
+            f"the targets {below} change no logit to first order, because the classification head of the "
+            f"base is zero, as a new one is; use {HEAD!r} and {BIAS!r}, or adapt them in the network itself"
+        )
+    if in_head and not class_rows(model):
+        raise ValueError(
+            f"the targets {in_head} are in the head, whose {model.base.modules[HEAD][1]:,} rows are all read "
+            "by completions; adapt modules of the layers, such as 'v_proj' and 'o_proj'"
+        )
+
+
 def own_sides(model: Classifier, data: Batch, console: Console | None) -> dict[str, Sides]:
     """Frames of slope and bias, if the model has these families."""
     sides = {}
@@ -69,11 +92,16 @@ def own_sides(model: Classifier, data: Batch, console: Console | None) -> dict[s
     return sides
 
 
+def class_rows(model: Classifier) -> tuple[int, ...]:
+    """The row of the head of every class; empty if the classes have none."""
+    likelihood = readout(model.likelihood)
+    return tuple(range(likelihood.num_logits)) if isinstance(likelihood, Labels) else model.label_ids
+
+
 def label_rows(model: Classifier) -> Float[np.ndarray, "c d"]:
-    """The label rows of the head minus their mean: a part that all classes share changes no contrast."""
+    """The rows of the classes in the head minus their mean: what all classes share changes no contrast."""
     module = model.base.bind(model.base.weights)
-    table = module.embedding if module.lm_head is None else module.lm_head
-    rows = np.asarray(table[...])[list(model.label_ids)].astype(np.float64)
+    rows = np.asarray(module.head_rows(class_rows(model)), np.float64)
     return rows - rows.mean(0)
 
 
@@ -88,7 +116,7 @@ def _slope(model: Classifier) -> Sides:
 
 def _bias(model: Classifier, data: Batch, console: Console | None) -> Sides:
     """Frames of the bias: differences of classes on the left, the direction of a constant on the right."""
-    classes = len(model.label_ids)
+    classes = model.likelihood.num_logits
     left = np.linalg.svd(np.eye(classes) - 1 / classes)[0][:, : classes - 1]
     width = model.sites[BIAS].d_in
     total, mean = np.zeros((width, width)), np.zeros(width)
@@ -103,8 +131,8 @@ def _bias(model: Classifier, data: Batch, console: Console | None) -> Sides:
 def _head_inputs(model: Classifier, data: Batch, console: Console | None) -> Iterator[np.ndarray]:
     """The inputs of the head, for some rows at a time: the derivative of a logit in its row of the head."""
     sites = model.sites.only(families=[BIAS])
-    plain = Classifier(model.base, sites, point(), label_ids=model.label_ids)
-    second = np.zeros((1, len(model.label_ids), 1), np.float32)
+    plain = Classifier(model.base, sites, point(), likelihood=model.likelihood)
+    second = np.zeros((1, model.likelihood.num_logits, 1), np.float32)
     second[0, 1] = 1.0  # the contrast of the second class against the first
     arrays = {BIAS: (jnp.asarray(second), jnp.eye(sites[BIAS].d_in)[None])}
     for part in differentiated(data, "bias direction", console):

@@ -89,5 +89,5 @@ def is_standard_normal(
     u = np.random.default_rng(0).normal(size=len(at))
     both = np.stack([np.asarray(zero)] * 2)
     both[0, at] = u
-    moved, still = jax.jit(lambda x: jax.lax.map(view.log_prior, x), compiler_options=options(0))(both)
+    moved, still = jax.jit(lambda x: jax.lax.map(view.log_prior, x), compiler_options=options())(both)
     return bool(abs(float(moved) - float(still) + 0.5 * (u @ u)) <= tolerance * len(u))
