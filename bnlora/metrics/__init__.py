@@ -1,9 +1,10 @@
-"""Metrics of predicted class probabilities, with bootstrap intervals and paired differences.
+"""Metrics of predicted classes, values and texts, with bootstrap intervals and paired differences.
 
 | module        | content                                                             |
 |---------------|---------------------------------------------------------------------|
 | `scores`      | accuracy, negative log-likelihood, calibration errors, Brier score  |
 | `summary`     | all scores with bootstrap intervals; reliability diagrams           |
+| `values`      | scores of predicted values and texts                                |
 | `ranks`       | ranks, their bands and tests of uniformity                          |
 | `monte_carlo` | Monte Carlo standard errors, effective sample sizes, Pareto tails   |
 | `khat`        | Pareto k-hat of importance weights                                  |
@@ -32,3 +33,6 @@ from bnlora.metrics.summary import paired_difference as paired_difference
 from bnlora.metrics.summary import reliability as reliability
 from bnlora.metrics.summary import summary as summary
 from bnlora.metrics.summary import wilson as wilson
+from bnlora.metrics.values import crps as crps
+from bnlora.metrics.values import text_summary as text_summary
+from bnlora.metrics.values import value_summary as value_summary

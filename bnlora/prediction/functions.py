@@ -20,7 +20,7 @@ from rich.console import Console
 
 from bnlora._util.typing import Adapters
 from bnlora.data.batch import Batch
-from bnlora.prediction.predict import predict_with_draws
+from bnlora.prediction.predict import log_likelihood_by_draw, outputs_with_draws
 from bnlora.program.protocol import Model
 
 PROBES = 8
@@ -40,7 +40,7 @@ class Functions(Protocol):
 
 
 def identifiable(model: Model, data: Batch, *, families: Sequence[str] | None = None) -> "Identifiable":
-    """The default functions: margins at probe rows, norms of the updates, log-likelihood of the data.
+    """The default functions: margins or values at probe rows, norms of updates, log-likelihood of the data.
 
     Args:
         model: A classifier.
@@ -73,7 +73,7 @@ class Identifiable:
 
     def __call__(self, weights: Any, adapters: Adapters, batch: Batch) -> dict[str, Array]:
         """Values of shape () by name."""
-        values = self._margins(self.model.logits(weights, adapters, self._prepared))
+        values = self._margins(self.model.outputs(weights, adapters, self._prepared))
         values |= {f"norm[{n}]": update_norm(adapters[n], self.model.sites[n].scale) for n in self.families}
         return values | {"log_likelihood": log_likelihood(self.model, weights, adapters, batch)}
 
@@ -84,18 +84,19 @@ class Identifiable:
             adapters: Draws.
             batch: Rows with labels; without it, the log-likelihood is left out.
         """
-        predicted = predict_with_draws(
+        outputs = outputs_with_draws(
             self.model, adapters, self.probe, batch_size=len(self.probe), console=QUIET
         )
-        values = self.margins(predicted.draw_log_probs) | self.norms(adapters)
+        values = self.margins(outputs) | self.norms(adapters)
         if batch is None:
             return values
-        predicted = predict_with_draws(self.model, adapters, batch, console=QUIET)
-        return values | {"log_likelihood": predicted.log_probs_of(batch.labels).sum(1)}
+        self.model.check_outcomes("given", batch)
+        outputs = outputs_with_draws(self.model, adapters, batch, console=QUIET)
+        return values | {"log_likelihood": log_likelihood_by_draw(self.model, outputs, batch).sum(1)}
 
-    def margins(self, draw_log_probs: Float[np.ndarray, "s n c"]) -> dict[str, Float[np.ndarray, " s"]]:
-        """Margins by draw, from predictions of rows that begin with the probe rows."""
-        return self._margins(np.moveaxis(draw_log_probs, 0, -1))
+    def margins(self, outputs: Float[np.ndarray, "s n m"]) -> dict[str, Float[np.ndarray, " s"]]:
+        """Margins by draw, from outputs of rows that begin with the probe rows."""
+        return self._margins(np.moveaxis(outputs, 0, -1))
 
     def norms(self, adapters: Adapters) -> dict[str, Float[np.ndarray, " s"]]:
         """Norms of the updates by draw, without running the network."""
@@ -108,10 +109,13 @@ class Identifiable:
             # Not `prepare`: JAX accepts compiler options only for outermost programs.
             return jax.jit(self.model.prepared)(self.model.base.weights, self.probe)
 
-    def _margins(self, logits: Any) -> dict[str, Any]:
-        classes = len(self.model.label_ids)
+    def _margins(self, outputs: Any) -> dict[str, Any]:
+        classes = self.model.num_classes
+        if not classes:  # the first output is the location of a value, or the log-likelihood of a text
+            name = self.model.likelihood.outcome
+            return {f"{name}[{row}]": outputs[row, 0] for row in range(len(self.probe))}
         return {
-            f"margin[{row}]" if classes == 2 else f"margin[{row}, {c}]": logits[row, c] - logits[row, 0]
+            f"margin[{row}]" if classes == 2 else f"margin[{row}, {c}]": outputs[row, c] - outputs[row, 0]
             for row in range(len(self.probe))
             for c in range(1, classes)
         }
@@ -154,11 +158,7 @@ def scalars(values: Mapping[str, Array]) -> dict[str, Array]:
 
 def log_likelihood(model: Model, weights: Any, adapters: Adapters, batch: Batch) -> Float[Array, ""]:
     """Log-likelihood of the labels of a batch at one draw of the adapters; NaN where a row has none."""
-    log_probs = jax.nn.log_softmax(model.logits(weights, adapters, batch))
-    # JAX reads index -1 as the last class, but -1 marks a row without a label. Index C is out of range,
-    # and `mode="fill"` returns NaN for it.
-    labels = jnp.where(batch.labels < 0, log_probs.shape[1], batch.labels)
-    return jnp.take_along_axis(log_probs, labels[:, None], axis=1, mode="fill").sum()
+    return model.log_likelihood(weights, adapters, batch).sum()
 
 
 def update_norm(adapter: Mapping[str, Array], scale: float) -> Float[Array, ""]:

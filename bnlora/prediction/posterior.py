@@ -11,13 +11,14 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from numpyro import handlers
 
 from bnlora._util.checks import check_at_least, check_key
 from bnlora._util.display import Showable, Shown, facts
 from bnlora._util.typing import Adapters, Parameters
-from bnlora.adapters.sites import Sites
 from bnlora.data.batch import Batch
 from bnlora.program.draws import Draw
+from bnlora.program.likelihoods import PARAMETERS
 from bnlora.program.model import kind_of
 from bnlora.program.protocol import Model
 
@@ -107,7 +108,7 @@ class PointPosterior(Shown):
     adapters: Adapters
 
     def __post_init__(self) -> None:
-        _check_adapters(self.model.sites, self.adapters)
+        _check_adapters(self.model, self.adapters)
 
     def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
         """The point, repeated along a leading draw axis; the key has no effect.
@@ -129,14 +130,19 @@ class PointPosterior(Shown):
         return f"PointPosterior({self.model.sites.num_parameters:,} adapter weights)"
 
 
-def _check_adapters(sites: Sites, adapters: Any) -> None:
-    """Raise `ValueError` unless the adapters have the names and shapes of the sites."""
+def _check_adapters(model: Model, adapters: Any) -> None:
+    """Raise `ValueError` unless the adapters have the names and shapes of the sites.
+
+    Parameters of the likelihood, if it has any, are beside them under the key "likelihood".
+    """
     if not isinstance(adapters, Mapping):
         raise ValueError(
             "expected adapters by family, such as those of bl.load_peft or one draw of a posterior; got a "
             f"{type(adapters).__name__}"
         )
-    needed = {(name, f): shape for name, site in sites.items() for f, shape in site.shapes.items()}
+    needed = {(name, f): shape for name, site in model.sites.items() for f, shape in site.shapes.items()}
+    parameters = jax.eval_shape(handlers.seed(model.likelihood.parameters, 0))
+    needed |= {(PARAMETERS, name): x.shape for name, x in parameters.items()}
     shapes = {(name, f): jnp.shape(x) for name, pair in adapters.items() for f, x in pair.items()}
     for place in sorted(needed | shapes):
         if needed.get(place) != shapes.get(place):

@@ -1,4 +1,4 @@
-r"""Posterior prediction: the mixture over draws of the softmax over the label words.
+r"""Posterior prediction: the mixture over draws of the probabilities of the classes.
 
     p(y | x) = 1/S sum_s softmax(logits(x; adapters_s))
 
@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 from rich.console import Console
 
@@ -23,8 +25,10 @@ from bnlora._util.compilation import SMALL, pieces
 from bnlora._util.display import Showable, Shown, Table
 from bnlora._util.typing import Adapters
 from bnlora.data.batch import Batch, check_form
+from bnlora.models.sharding import whole
 from bnlora.prediction.posterior import Posterior
 from bnlora.program.cache import tracked_parts
+from bnlora.program.likelihoods import Likelihood
 from bnlora.program.protocol import Model
 
 
@@ -46,7 +50,7 @@ class Prediction(Shown):
     @property
     def log_probs(self) -> Float[np.ndarray, "n c"]:
         """Log of the mixture over draws, normalised over the classes."""
-        return np.logaddexp.reduce(self.draw_log_probs, axis=0) - np.log(len(self.draw_log_probs))
+        return log_mixture(self.draw_log_probs)
 
     @property
     def probs(self) -> Float[np.ndarray, "n c"]:
@@ -143,15 +147,36 @@ def predict(
         (8, 2)
     """
     key = check_key(key)
+    require_classes(posterior.model, "bl.predict")
+    return Prediction(
+        drawn_outputs(
+            key, posterior, data, num_draws=num_draws, batch_size=batch_size, draws_together=draws_together,
+            console=console,
+        )
+    )  # fmt: skip
+
+
+def drawn_outputs(
+    key: Array,
+    posterior: Posterior,
+    data: Batch,
+    *,
+    num_draws: int,
+    batch_size: int,
+    draws_together: int | None = None,
+    console: Console | None = None,
+) -> Float[np.ndarray, "s n m"]:
+    """What the likelihood's predictions keep of posterior draws; the arguments are those of `predict`."""
+    key = check_key(key)
     check_form("given", data)
-    together = _together(draws_together)
+    together = _together(draws_together, posterior.model.base.mesh)
     if min(len(data), num_draws, batch_size, together) < 1:
         raise ValueError(
             f"rows, num_draws, batch_size and draws_together must be at least 1; got {len(data)} rows, "
             f"num_draws={num_draws}, batch_size={batch_size}, draws_together={draws_together}"
         )
     draws = posterior.draw_adapters(key, num_draws)
-    return predict_with_draws(
+    return outputs_with_draws(
         posterior.model, draws, data, batch_size=batch_size, draws_together=together, console=console
     )
 
@@ -166,26 +191,88 @@ def predict_with_draws(
     console: Console | None = None,
 ) -> Prediction:
     """Like `predict`, with draws of the adapters instead of a posterior; factors have a leading draw axis."""
+    require_classes(model, "bl.predict")
+    options: Any = {"batch_size": batch_size, "draws_together": draws_together, "console": console}
+    return Prediction(outputs_with_draws(model, draws, data, **options))
+
+
+def require_classes(model: Model, what: str) -> None:
+    """Raise `ValueError` unless a row has probabilities of classes; `what` needs them."""
+    if not model.num_classes:
+        raise ValueError(
+            f"{what} needs a model of classes; got a model of {model.likelihood.outcome}s, which "
+            f"bl.predict_{model.likelihood.outcome}s and bl.to_arviz accept"
+        )
+
+
+def require_labels(model: Model, what: str) -> None:
+    """Raise `ValueError` unless the outcome of a row is one class; `what` compares it with predictions."""
+    require_classes(model, what)
+    if model.likelihood.outcome != "class":
+        raise ValueError(
+            f"{what} compares predictions with one label for each row; got a model of "
+            f"{model.likelihood.outcome}, which bl.compare and bl.to_arviz accept"
+        )
+
+
+def outputs_with_draws(
+    model: Model,
+    draws: Adapters,
+    data: Batch,
+    *,
+    batch_size: int = 32,
+    draws_together: int | None = None,
+    console: Console | None = None,
+) -> Float[np.ndarray, "s n m"]:
+    """What the likelihood's predictions keep of every draw and row (`Likelihood.outputs`)."""
     model.check_tokens(data)
-    sizes = len(jax.tree.leaves(draws)[0]), len(data), len(model.label_ids)
-    log_probs, together = np.empty(sizes, np.float64), _together(draws_together)
+    num_draws = len(jax.tree.leaves(draws)[0])
+    if num_draws > 1 and all_equal(draws):  # those of a point: one pass serves all
+        options: Any = {"batch_size": batch_size, "draws_together": draws_together, "console": console}
+        one = outputs_with_draws(model, jax.tree.map(lambda x: np.asarray(x)[:1], draws), data, **options)
+        return np.repeat(one, num_draws, axis=0)
+    over = model.base.mesh
+    outputs, together = np.empty((num_draws, len(data), 0)), _together(draws_together, over)
     # On the device once, because every batch of rows reads them; the last piece is padded beyond `count`.
-    on_device = [(jax.device_put(piece), count) for piece, count in pieces(draws, multiple=together)]
-    narrow = model.numbers((batch_size, data.tokens.shape[1])) > SMALL
+    on_device = [(whole(over, jax.device_put(x)), count) for x, count in pieces(draws, multiple=together)]
+    narrow = model.numbers((batch_size, *data.row_shape)) > SMALL
     for part in tracked_parts(data, batch_size, "predict", console, narrow=narrow):
         batch, begin = model.prepare(part.batch), 0
         for piece, count in on_device:
-            computed = np.asarray(model.compiled_log_probs(piece, count, batch, together))
-            log_probs[begin : begin + count, part.rows] = computed[:count, : len(part.rows)]
+            computed = np.asarray(model.compiled_outputs(piece, count, batch, together))
+            if not outputs.shape[2]:  # the likelihood decides how many numbers a row has
+                outputs = np.empty((num_draws, len(data), computed.shape[2]))
+            outputs[begin : begin + count, part.rows] = computed[:count, : len(part.rows)]
             begin += count
-    return Prediction(log_probs)
+    return outputs
 
 
-def _together(draws_together: int | None) -> int:
-    """Number of draws that run at a time."""
+def log_mixture(by_draw: Float[np.ndarray, "s *n"]) -> Float[np.ndarray, "*n"]:
+    """Log of the mean over draws of exp(`by_draw`): log-probabilities of the mixture."""
+    return np.logaddexp.reduce(by_draw, axis=0) - np.log(len(by_draw))
+
+
+def log_likelihood_by_draw(
+    model: Model, outputs: Float[np.ndarray, "s n m"], data: Batch
+) -> Float[np.ndarray, "s n"]:
+    """Log-probability of each row's outcome under each draw, in nats, from `outputs_with_draws`; float64."""
+    if type(model.likelihood).log_prob is Likelihood.log_prob:  # without small programs for every shape
+        return Prediction(outputs).log_probs_of(data.labels)
+    with jax.enable_x64(new_val=True):
+        return np.asarray(model.likelihood.log_prob(jnp.asarray(outputs, jnp.float64), data))
+
+
+def all_equal(draws: Adapters) -> bool:
+    """Whether all draws are the same."""
+    return all(bool((np.asarray(x) == np.asarray(x)[:1]).all()) for x in jax.tree.leaves(draws))
+
+
+def _together(draws_together: int | None, over: Mesh | None = None) -> int:
+    """Number of draws that run at a time: at least one on each device of the axis "draw"."""
     if draws_together is not None:
         return draws_together
-    return 1 if jax.default_backend() == "cpu" else 8
+    beside = 1 if over is None else over.shape.get("draw", 1)
+    return beside * (1 if jax.default_backend() == "cpu" else 8)
 
 
 def _entropy(log_probs: np.ndarray) -> np.ndarray:

@@ -159,6 +159,10 @@ def read_along(
         )
     from datasets import Dataset  # imported here because it takes as long as the rest of the library
 
+    if not posterior.model.label_ids:
+        raise ValueError(
+            f"reading along needs a model whose classes are label words; got {posterior.model.likelihood!r}"
+        )
     if template.count("{text}") != 1:
         raise ValueError(f"the template must contain {{text}} once; got {template!r}")
     if not text.strip():

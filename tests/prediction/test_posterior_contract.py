@@ -11,12 +11,15 @@ import jax
 import numpy as np
 import pytest
 from builders.posterior_members import KEY, MEMBERS, ROWS
+from builders.thorough import sample_of
 from builders.tracers import tracers
 
 import bnlora as bl
 from bnlora.prediction.predict import predict_with_draws
 
-EACH = pytest.mark.parametrize("name", MEMBERS)
+ELSE = ("Fit of an AutoIAFNormal", "Fit around a Gaussian", "Chains of SGLD")
+"""Members of the class of another, or part of one (`CoreFit`). Only `make slow` tests these."""
+EACH = pytest.mark.parametrize("name", sample_of(MEMBERS, [name for name in MEMBERS if name not in ELSE]))
 STORED = [name for name, member in MEMBERS.items() if member.most]
 
 

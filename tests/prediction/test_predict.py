@@ -42,10 +42,11 @@ def test_zero_adapters_give_the_base_models_own_label_probabilities():
     """Against the module's full forward pass: last real token, label tokens, softmax."""
     model = classifier(bl.priors.point())
     zeros = {n: {f: jnp.zeros(s) for f, s in site.shapes.items()} for n, site in model.sites.items()}
-    got = model.logits(BASE.weights, zeros, ROWS)
-    full = BASE.module(ROWS.tokens, ROWS.mask)
+    got = jax.jit(model.logits)(BASE.weights, zeros, ROWS)
+    run = jax.jit(lambda weights, tokens, mask: BASE.bind(weights)(tokens, mask))
+    full = np.asarray(run(BASE.weights, ROWS.tokens, ROWS.mask))
     for row, mask in enumerate(np.asarray(ROWS.mask)):
-        expected = full[row, mask.sum() - 1, jnp.asarray(IDS)]
+        expected = full[row, mask.sum() - 1, IDS]
         np.testing.assert_allclose(got[row], expected, atol=1e-5)
 
 
@@ -56,12 +57,14 @@ def test_left_padding_gives_the_same_logits():
         for n, site in model.sites.items()
     }
     shift = np.asarray(ROWS.mask.shape[1] - ROWS.mask.sum(1))
-    left = replace(
-        ROWS,
-        tokens=jnp.stack([jnp.roll(t, k) for t, k in zip(ROWS.tokens, shift, strict=True)]),
-        mask=jnp.stack([jnp.roll(m, k) for m, k in zip(ROWS.mask, shift, strict=True)]),
+    tokens, mask = (
+        jnp.asarray(np.stack([np.roll(x, k) for x, k in zip(np.asarray(rows), shift, strict=True)]))
+        for rows in (ROWS.tokens, ROWS.mask)
     )
-    right, rolled = (model.logits(BASE.weights, adapters, rows) for rows in (ROWS, left))
+    logits = jax.jit(model.logits)
+    right, rolled = (
+        logits(BASE.weights, adapters, rows) for rows in (ROWS, replace(ROWS, tokens=tokens, mask=mask))
+    )
     np.testing.assert_allclose(right, rolled, atol=1e-5)
 
 
@@ -74,23 +77,27 @@ def test_label_rows_of_the_head_are_exactly_those_of_the_whole_head():
         for i, (n, site) in enumerate(model.sites.items())
     }
     adapters["lm_head"]["b"] = b[:, jnp.asarray(IDS)]
-    hidden = model.hidden(BASE.weights, ROWS)
-    placed = model.sites.place(adapters)
-    placed.pop(HEAD)
-    module = BASE.module
-    top = module.blocks(hidden, ROWS.mask, first_layer=1, stop=4, adapters=placed)
-    last = jnp.take_along_axis(top, (ROWS.mask.sum(1) - 1)[:, None, None], axis=1)[:, 0]
-    full = module.head(last, adapter={"a": adapters["lm_head"]["a"][0], "b": b[0]})
-    np.testing.assert_allclose(
-        model.logits(BASE.weights, adapters, ROWS), full[:, jnp.asarray(IDS)], atol=1e-5
-    )
+
+    @jax.jit
+    def both(weights):
+        hidden = model.hidden(weights, ROWS)
+        placed = model.sites.place(adapters)
+        placed.pop(HEAD)
+        module = BASE.bind(weights)
+        top = module.blocks(hidden, ROWS.mask, first_layer=1, stop=4, adapters=placed)
+        last = jnp.take_along_axis(top, (ROWS.mask.sum(1) - 1)[:, None, None], axis=1)[:, 0]
+        full = module.head(last, adapter={"a": adapters["lm_head"]["a"][0], "b": b[0]})
+        return model.logits(weights, adapters, ROWS), full[:, jnp.asarray(IDS)]
+
+    np.testing.assert_allclose(*both(BASE.weights), atol=1e-5)
 
 
 def test_mixture_of_softmaxes_by_hand(fit):
     draws = draw_adapters(KEY, fit.model, fit.guide, fit.params, 3)
     prediction = bl.predict(KEY, fit, ROWS, num_draws=3, batch_size=4)
     one = lambda s: jax.tree.map(lambda x: x[s], draws)  # noqa: E731
-    by_hand = np.mean([softmax_by_hand(fit.model.logits(BASE.weights, one(s), ROWS)) for s in range(3)], 0)
+    logits = jax.jit(fit.model.logits)
+    by_hand = np.mean([softmax_by_hand(logits(BASE.weights, one(s), ROWS)) for s in range(3)], 0)
     np.testing.assert_allclose(prediction.probs, by_hand, atol=1e-6)
     np.testing.assert_allclose(prediction.probs.sum(1), 1, atol=1e-6)
     labels = np.asarray(ROWS.labels)
@@ -116,7 +123,7 @@ def test_without_spread_one_draw_is_the_deterministic_prediction(fit):
         for k, s in [(1, 1), (2, 1), (3, 5)]
     ]
     adapters = jax.tree.map(lambda x: x[0], draw_adapters(KEY, fit.model, fit.guide, still.params, 1))
-    probs = softmax_by_hand(fit.model.logits(BASE.weights, adapters, ROWS))
+    probs = softmax_by_hand(jax.jit(fit.model.logits)(BASE.weights, adapters, ROWS))
     deterministic = -np.log(probs[np.arange(11), labels]).mean()
     np.testing.assert_allclose(losses, deterministic, atol=1e-5)
 
@@ -193,3 +200,20 @@ def test_draws_that_run_together_give_the_same_predictions(fit, together):
     alone = bl.predict(KEY, fit, ROWS, num_draws=5)
     got = bl.predict(KEY, fit, ROWS, num_draws=5, draws_together=together)
     np.testing.assert_allclose(got.draw_log_probs, alone.draw_log_probs, atol=1e-5)
+
+
+def test_equal_draws_are_predicted_once(fit, monkeypatch):
+    """A point has as many rows of draws as asked for, from one pass of the network."""
+    point = bl.PointPosterior(fit.model, jax.tree.map(lambda x: x[0], fit.draw_adapters(KEY, 1)))
+    counts = []
+    run = type(fit.model).compiled_outputs
+
+    def counted(model, adapters, count, *args):
+        counts.append(count)
+        return run(model, adapters, count, *args)
+
+    monkeypatch.setattr(type(fit.model), "compiled_outputs", counted)
+    several = bl.predict(KEY, point, ROWS, num_draws=5, batch_size=len(ROWS))
+    assert counts == [1]
+    single = bl.predict(KEY, point, ROWS, num_draws=1, batch_size=len(ROWS))
+    np.testing.assert_array_equal(several.draw_log_probs, np.repeat(single.draw_log_probs, 5, axis=0))
