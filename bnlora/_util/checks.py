@@ -51,10 +51,14 @@ def check_positive(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be a positive number; got {brief(value)}")
 
 
+LARGEST_FLOAT = 3.4e38
+"""Just below the largest number of float32."""
+
+
 def is_positive(value: Any) -> bool:
-    """Whether a value is a positive finite number."""
+    """Whether a value is a positive number that float32 can hold."""
     try:  # an integer too large for a float overflows here
-        return not isinstance(value, bool | str) and 0 < float(value) < float("inf")
+        return not isinstance(value, bool | str) and 0 < float(value) <= LARGEST_FLOAT
     except (TypeError, ValueError, OverflowError):
         return False
 

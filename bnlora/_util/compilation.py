@@ -9,7 +9,7 @@ A new process spends its first minutes in the compiler. Three functions reduce t
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,13 @@ from jax import Array
 from bnlora._util.caching import keep_programs
 
 PIECE = 32
-"""Number of draws that a program processes at a time, or all of them if there are fewer."""
+"""Number of draws that a program processes at a time."""
+
+PADDED = 2**24
+"""Numbers up to which a few draws are padded to `PIECE`, so that any number of draws runs in one program."""
 
 SMALL = 2**14
-"""A program whose largest array has at most this size is compiled without optimisation.
-
-At this size it compiles in a quarter of the time and runs at most twice as long: some milliseconds.
-"""
+"""A program whose largest array has at most this size is small: it compiles longer than it runs."""
 
 
 class _Kept(dict):
@@ -38,36 +38,40 @@ class _Kept(dict):
         return _Kept, ()
 
 
-def options(numbers: int | None = None) -> dict[str, Any] | None:
+def options(level: Literal[0, 1] = 0) -> dict[str, Any] | None:
     """Compiler options for a program; None (JAX's defaults) on an accelerator.
 
     Args:
-        numbers: For a program that runs rarely, the approximate size of its largest arrays. Up to `SMALL`,
-            optimisation is not worth its time. None for a program that runs often.
+        level: How much XLA optimises. Without optimisation (0) a program compiles in half the time and takes
+            a third to two thirds longer to run, so 1 is for programs that run often on large arrays. Higher
+            levels take longer to compile and do not speed up the step of a model of real size
+            (`python -m benchmarks compiler`).
 
     Returns:
-        Options for no optimisation or for the lowest level. Higher levels take longer to compile and do not
-        speed up the step of a model of real size (`python -m benchmarks compiler`). JAX's own setting
-        `jax_disable_most_optimizations` means no optimisation, whatever the size.
+        The options. JAX's own setting `jax_disable_most_optimizations` means 0 for all programs.
 
     Every compilation of this library asks for options first, so JAX is told of the cache folder here.
     """
     keep_programs()
     if jax.default_backend() != "cpu":
         return None
-    small = numbers is not None and numbers <= SMALL
-    level = 0 if small or jax.config.values.get("jax_disable_most_optimizations") else 1
-    chosen: dict[str, Any] = {"xla_backend_optimization_level": level}
+    plain = jax.config.values.get("jax_disable_most_optimizations")
+    chosen: dict[str, Any] = {"xla_backend_optimization_level": 0 if plain else level}
     if jax.__version_info__ < (0, 11):  # later compilers do not know the name
         chosen["xla_cpu_use_fusion_emitters"] = False
     return chosen
+
+
+def level_for(numbers: int) -> Literal[0, 1]:
+    """The level of a program that runs often, by the approximate size of its largest arrays."""
+    return 0 if numbers <= SMALL else 1
 
 
 def program(
     owner: Any,
     function: Callable[..., Any],
     *,
-    numbers: int | None = None,
+    level: Literal[0, 1] = 0,
     static: tuple[int, ...] = (),
 ) -> Any:
     """Compile `function(owner, ...)` once for an owner.
@@ -75,7 +79,7 @@ def program(
     Args:
         owner: An object with a `__dict__`, which stores the program.
         function: A module-level function; a closure would be a new function each time.
-        numbers: As in `options`.
+        level: As in `options`.
         static: Positions, after the owner, of arguments that are not arrays.
 
     Returns:
@@ -85,9 +89,9 @@ def program(
     def compiled(owner: Any) -> Any:
         bound = partial(function, owner)
         bound.__name__ = function.__name__  # type: ignore[attr-defined]  # for profiles and logs
-        return jax.jit(bound, static_argnums=static, compiler_options=options(numbers))
+        return jax.jit(bound, static_argnums=static, compiler_options=options(level))
 
-    return _once(owner, ("program", function), compiled)
+    return _once(owner, ("program", function, level), compiled)
 
 
 def kept(owner: Any, function: Callable[[Any], Any]) -> Any:
@@ -95,27 +99,27 @@ def kept(owner: Any, function: Callable[[Any], Any]) -> Any:
     return _once(owner, ("value", function), function)
 
 
-def _once(owner: Any, name: tuple[str, Callable], make: Callable[[Any], Any]) -> Any:
+def _once(owner: Any, name: tuple[Any, ...], make: Callable[[Any], Any]) -> Any:
     stored = vars(owner).setdefault("_kept", _Kept())
     if name not in stored:
         stored[name] = make(owner)
     return stored[name]
 
 
-def by_pieces(run: Callable[[Any, int], Any], stacks: Any, *, multiple: int = 1) -> Any:
-    """Run a program on all entries of stacked arrays, about `PIECE` at a time.
+def by_pieces(run: Callable[[Any, int], Any], stacks: Any, *, numbers: int) -> Any:
+    """Run a program on all entries of stacked arrays, `PIECE` at a time.
 
     Args:
         run: Takes a piece (arrays whose first axis has the same length in every call) and the number of its
             valid entries. Returns arrays with that axis, as `first_entries` does; the other entries are
             dropped.
         stacks: Arrays with the same first axis.
-        multiple: The length of a piece is a multiple of this.
+        numbers: Size of the results of one entry.
 
     Returns:
         The results with the first axis of `stacks`, as NumPy arrays.
     """
-    found = [(run(piece, count), count) for piece, count in pieces(stacks, multiple=multiple)]
+    found = [(run(piece, count), count) for piece, count in pieces(stacks, numbers=numbers)]
     counts = [count for _, count in found]
 
     def joined(*parts: Array) -> np.ndarray:
@@ -124,11 +128,20 @@ def by_pieces(run: Callable[[Any, int], Any], stacks: Any, *, multiple: int = 1)
     return jax.tree.map(joined, *(results for results, _ in found))
 
 
-def pieces(stacks: Any, *, multiple: int = 1) -> Iterator[tuple[Any, int]]:
-    """Pieces of stacked arrays of one length (the last is padded), each with its number of valid entries."""
+def pieces(stacks: Any, *, multiple: int = 1, numbers: int = 0) -> Iterator[tuple[Any, int]]:
+    """Pieces of stacked arrays of one length (the last is padded), each with its number of valid entries.
+
+    Args:
+        stacks: Arrays with the same first axis.
+        multiple: The length of a piece is a multiple of this.
+        numbers: Size of the results of one entry, if that is more than the entry's own.
+    """
     stacks = jax.tree.map(np.asarray, stacks)
     total = len(jax.tree.leaves(stacks)[0])
-    size = min(multiple * max(PIECE // multiple, 1), -(-total // multiple) * multiple)
+    size = multiple * max(PIECE // multiple, 1)
+    numbers = max(numbers, sum(x[0].size for x in jax.tree.leaves(stacks)))
+    if size * numbers > PADDED:
+        size = min(size, -(-total // multiple) * multiple)
 
     def cut(x: np.ndarray, begin: int) -> np.ndarray:
         part = x[begin : begin + size]
@@ -138,7 +151,14 @@ def pieces(stacks: Any, *, multiple: int = 1) -> Iterator[tuple[Any, int]]:
         yield jax.tree.map(partial(cut, begin=begin), stacks), min(size, total - begin)
 
 
-def first_entries(one: Callable[..., Any], stacks: Any, count: Any, *shared: Any, together: int = 1) -> Any:
+def first_entries(
+    one: Callable[..., Any],
+    stacks: Any,
+    count: Any,
+    *shared: Any,
+    together: int = 1,
+    place: Callable[[Any], Any] | None = None,
+) -> Any:
     """Apply `one(entry, *shared)` to the first `count` entries of stacked arrays; later results are invalid.
 
     The loop stops after `count` entries, so a piece that is not full only costs its valid entries.
@@ -149,6 +169,7 @@ def first_entries(one: Callable[..., Any], stacks: Any, count: Any, *shared: Any
         count: Number of entries; can be traced.
         *shared: Arguments that all entries share.
         together: Number of entries in one turn of the loop; must divide the first axis.
+        place: Puts the entries of a turn on several devices.
     """
     if together > 1:
         stacks = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), stacks)
@@ -156,7 +177,8 @@ def first_entries(one: Callable[..., Any], stacks: Any, count: Any, *shared: Any
     turn = jax.jit(one)  # traced once, for its shapes and for the loop
 
     def entry(index: Any) -> Any:
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacks)
+        found = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacks)
+        return found if place is None else place(found)
 
     turns = len(jax.tree.leaves(stacks)[0])
     blank = jax.tree.map(
@@ -177,7 +199,7 @@ def split_keys(key: Array, count: int) -> tuple[np.ndarray, str]:
     NumPy can slice the data. Slicing JAX keys would compile a program for each length.
     """
     kind = str(jax.random.key_impl(key))
-    split = _split(kind, count, tuple((options(0) or {}).items()))
+    split = _split(kind, count, tuple((options() or {}).items()))
     return np.asarray(split(jax.random.key_data(key))), kind
 
 

@@ -22,7 +22,7 @@ def is_same(first: Float[np.ndarray, " k"], second: Float[np.ndarray, " k"]) -> 
 @jax.jit
 def _spread(tree: Any) -> Float[Array, " k"]:
     picked = [jnp.zeros(0)]
-    for leaf in (leaf for leaf in jax.tree.leaves(tree) if leaf.size):
+    for leaf in (jnp.atleast_1d(leaf) for leaf in jax.tree.leaves(tree) if leaf.size):
         places = np.linspace(0, leaf.size - 1, min(leaf.size, 16)).astype(np.int64)
         picked.append(leaf[np.unravel_index(places, leaf.shape)].astype(jnp.float32))
     return jnp.concatenate(picked)

@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from builders.unfitted import unfitted
 from numpyro.infer.util import log_density
 from rich.console import Console
 
 import bnlora as bl
 from bnlora._util import compilation
 from bnlora.assess.prior_draws import draw_prior
+from bnlora.infer.svi import step
+from bnlora.infer.svi.elbo import initial_parameters
 from bnlora.prediction.functions import evaluate, identifiable
 from bnlora.program.draws import adapters_at, draw_both
 from bnlora.testing import tiny_base, tiny_rows
@@ -116,13 +119,13 @@ def test_draws_of_the_prior_are_those_of_the_prior_program(fit):
 
 def test_small_models_have_one_width_and_others_those_of_their_rows(fit, monkeypatch):
     """Short rows get their own forward pass, in addition to that of all rows."""
-    rows, options = tiny_rows(jax.random.key(3), 16, length=16), {"num_draws": 2, "batch_size": 8}
+    rows, options = tiny_rows(jax.random.key(3), 16, length=16), {"num_draws": 2, "batch_size": 4}
     with counting() as one:
         wide = bl.predict(KEY, fit, rows, console=QUIET, **options)
     monkeypatch.setattr(import_module("bnlora.prediction.predict"), "SMALL", 0)
     with counting() as more:
         narrow = bl.predict(KEY, fit, rows, console=QUIET, **options)
-    assert one["jit(_log_probs_of_piece)"] == more["jit(_log_probs_of_piece)"] == 1
+    assert one["jit(_outputs_of_piece)"] == more["jit(_outputs_of_piece)"] == 1
     np.testing.assert_allclose(narrow.draw_log_probs, wide.draw_log_probs, atol=1e-5)
 
 
@@ -135,12 +138,18 @@ def test_functions_of_many_draws_are_those_of_each(fit):
     np.testing.assert_allclose(values, plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("total", "multiple", "sizes"), [(70, 1, 32), (5, 1, 5), (5, 4, 8), (70, 3, 30)])
+@pytest.mark.parametrize(("total", "multiple", "sizes"), [(70, 1, 32), (5, 1, 32), (5, 4, 32), (70, 3, 30)])
 def test_pieces_hold_every_entry_once(total, multiple, sizes):
     found = list(compilation.pieces({"x": np.arange(total)}, multiple=multiple))
     assert {len(piece["x"]) for piece, _ in found} == {sizes}
     counted = np.concatenate([piece["x"][:count] for piece, count in found])
     np.testing.assert_array_equal(counted, np.arange(total))
+
+
+@pytest.mark.parametrize(("multiple", "size"), [(1, 5), (4, 8)])
+def test_few_large_entries_are_not_padded(multiple, size):
+    (piece, count), *rest = compilation.pieces(np.arange(5), multiple=multiple, numbers=2**20)
+    assert (len(piece), count, rest) == (size, 5, [])
 
 
 @pytest.mark.parametrize("together", [1, 2])
@@ -182,20 +191,31 @@ def test_a_program_lives_with_its_owner():
         assert compilation.program(again, scaled)(2.0) == 6.0
 
 
-def test_what_runs_often_or_on_much_is_optimised():
-    """A short fit of a small model is compiled without optimisation; large draws are optimised."""
+def test_only_the_steps_of_a_long_fit_are_optimised(fit, monkeypatch):
+    """The rule of `Step.compiled`, at the last number of steps without and the first with optimisation."""
     if jax.default_backend() != "cpu":
-        assert compilation.options(0) is compilation.options() is None
+        assert compilation.options() is compilation.options(1) is None
+        return
+    asked = []
+    monkeypatch.setattr(step, "options", lambda level=0: asked.append(level))
+    for small, limit in ((10**9, 1000), (0, 60)):
+        monkeypatch.setattr(step, "SMALL", small)
+        for num_steps in (limit, limit + 1, None):
+            step.Step(fit.model, fit.guide, ROWS, lambda params: params, None, 1, num_steps).compiled(8)
+    assert [level for level in asked if level is not None] == [0, 0, 0, 1, 0, 1] * 2
+
+
+def test_jaxs_own_setting_wins():
+    if jax.default_backend() != "cpu":
         return
 
-    def level(*numbers):
-        return compilation.options(*numbers)["xla_backend_optimization_level"]
+    def level(chosen):
+        return compilation.options(chosen)["xla_backend_optimization_level"]
 
-    assert level() == 0  # JAX's own setting, that of tests, wins
+    assert (level(0), level(1)) == (0, 0)  # that of tests
     jax.config.update("jax_disable_most_optimizations", False)
     try:
-        assert level(compilation.SMALL) == 0
-        assert level(compilation.SMALL + 1) == level() == 1
+        assert (level(0), level(1)) == (0, 1)
     finally:
         jax.config.update("jax_disable_most_optimizations", True)
 
@@ -208,17 +228,19 @@ def test_a_fit_compiles_few_programs_beside_its_step():
     options = {"num_steps": 2, "batch_size": 8, "console": QUIET}
     with counting() as found:
         made = bl.fit(KEY, model, guide, ROWS, optax.adam(1e-2), **options)
-    assert found["jit(traced)"] == found["jit(start_values)"] == found["jit(constrain)"] == 1, found
+    assert found["jit(several)"] == found["jit(start_values)"] == found["jit(constrain)"] == 1, found
     assert found.total() <= 14, found
     assert made.num_traces == 1
 
 
+@pytest.mark.thorough
 def test_chains_that_start_from_a_fit_compile_few_programs():
     """A prior that runs outside of a program compiles each of its operations: 450 for such a run, once."""
     sites = bl.select(BASE, ["q_proj", "k_proj"], rank=2, layers=[1, 3])
     model = bl.Classifier(BASE, sites, bl.priors.sparse_gp(rows=2, cols=2), label_ids=(3, 5))
-    guide = bl.guides.SiteFlow(model.prior, hidden=4, blocks=1)
-    fit = bl.fit(KEY, model, guide, ROWS, optax.adam(1e-2), num_steps=2, batch_size=8, console=QUIET)
+    guide = bl.guides.Guide(model.prior, bl.guides.mean_field())
+    start, constrain = initial_parameters(KEY, model, guide)
+    fit = unfitted(model, guide, ROWS, constrain(start))
     jax.clear_caches()
     short = {"num_warmup": 20, "num_draws": 4, "num_chains": 2, "console": QUIET}
     with counting() as found:

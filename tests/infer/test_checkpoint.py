@@ -241,3 +241,9 @@ def test_a_file_of_the_first_format_is_read():
     assert float(read.params["lm_head.b.tau.q.loc"]) == pytest.approx(-0.5864017)
     assert (len(read.train), read.stopped, read.best_step) == (6, "steps", 2)
     np.testing.assert_allclose(read.history["elbo"], [-74.8298645, -66.58757019])
+
+
+def test_a_fit_of_the_first_format_has_no_frames():
+    folder = Path(__file__).parents[1] / "references" / "fit-format-1"
+    with pytest.raises(ValueError, match="has no frames: its prior was not priors.core"):
+        bl.load_frames(folder, BASE)

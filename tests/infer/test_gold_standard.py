@@ -52,6 +52,7 @@ def said(fit):
         return chains, chains.certificate, bl.compare(KEY, fit, chains, NEW, num_draws=60)
 
 
+@pytest.mark.thorough
 def test_a_fit_of_three_families_is_compared_with_chains_on_one(said, fit):
     chains, certificate, found = said
     assert certificate.passed

@@ -126,7 +126,7 @@ def test_members_must_share_what_the_likelihood_reads():
     Ensemble((member(classifier()), member(classifier(bl.priors.point()))))  # priors may differ
     for other, what in [
         (classifier(rank=2), "sites"),
-        (classifier(label_ids=(3, 6)), "label_ids"),
+        (classifier(label_ids=(3, 6)), "likelihood"),
         (bl.Classifier(another, bl.select(another, ["lm_head"], rank=1), bl.priors.normal(),
                        label_ids=(3, 5)), "base"),
     ]:  # fmt: skip

@@ -279,7 +279,7 @@ def test_bad_input(changes, message):
 
 def test_a_fit_that_is_no_point_and_a_prior_that_is_not_normal_are_refused():
     model = classifier(bl.priors.normal())
-    guide = bl.guides.SiteFlow(model.prior, hidden=4, blocks=1)
+    guide = bl.guides.Guide(model.prior, bl.guides.mean_field())
     options = {"num_steps": 1, "batch_size": 20, "console": QUIET}
     spread = bl.fit(KEY, model, guide, TRAIN, optax.adam(1e-2), **options)
     with pytest.raises(ValueError, match="needs a fit of a point, but the draws of this one differ"):

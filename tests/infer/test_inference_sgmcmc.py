@@ -33,7 +33,7 @@ class Regression:
     """A linear regression on rows of a batch, with the one plate of a classifier: conjugate."""
 
     base = SimpleNamespace(weights=None)
-    label_ids = (0, 1)
+    num_classes = 2
 
     def prior(self, *args):
         return numpyro.sample("w", dist.Normal(jnp.zeros(2), SIGMA).to_event(1))

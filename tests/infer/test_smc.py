@@ -15,7 +15,7 @@ from bnlora.infer.mcmc.smc import _needed
 from bnlora.infer.mcmc.target import Target
 from bnlora.program.density import density
 
-ROWS, INPUTS = 200, 16
+ROWS, INPUTS, SIZE = 200, 16, 250
 RANDOM = np.random.default_rng(0)
 H = RANDOM.normal(size=(ROWS, INPUTS)) / 4
 Y = 2 * H @ RANDOM.normal(size=INPUTS) + RANDOM.normal(size=ROWS)
@@ -76,12 +76,12 @@ def test_a_scale_of_the_prior_is_that_of_quadrature():
     stage = jax.jit(smc._stage(made, {"num_integration_steps": 8, "target_ess": 0.5}))
 
     def run(seed, limits):
-        return smc._run(jax.random.key(seed), made, stage, 500, 0.5, limits, lambda power: None)
+        return smc._run(jax.random.key(seed), made, stage, SIZE, 0.5, limits, lambda power: None)
 
     mean, sd, evidence = exact()
     runs = [run(seed, (5, 100)) for seed in range(6)]
     means = np.array([np.exp(np.asarray(r.particles.positions[:, 0])).mean() for r in runs])
-    error = np.hypot(means.std(ddof=1), sd / 500**0.5) / len(runs) ** 0.5
+    error = np.hypot(means.std(ddof=1), sd / SIZE**0.5) / len(runs) ** 0.5
     assert abs(means.mean() - mean) < 4 * error
     assert error < 0.1 * sd  # runs of too few moves were off by 0.6 sd
     found = np.array([float(r.particles.log_evidence) for r in runs])

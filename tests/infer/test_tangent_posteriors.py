@@ -11,6 +11,7 @@ import optax
 import pytest
 import xarray
 from builders.linearised import BASE, FEW, KEY, NEW, ROWS, exact, frames, tangent_of
+from builders.thorough import sample_of
 from builders.unfitted import unfitted
 from scipy import optimize, stats
 
@@ -102,7 +103,7 @@ def test_random_scales_in_the_coordinates_of_the_gaussian_are_those_of_plain_coo
     gaussian = bl.laplace(tangent, ROWS)
     found = []
     for mass, key in ((gaussian, KEY), ("diagonal", jax.random.key(1))):
-        chains = bl.sample_nuts(key, tangent, ROWS, mass=mass, num_draws=1500, num_warmup=200)
+        chains = bl.sample_nuts(key, tangent, ROWS, mass=mass, num_draws=800, num_warmup=200)
         sites = chains.sites()
         u = sites["lm_head.U"].reshape(*sites["lm_head.scale"].shape[:2], -1)
         log = np.log(sites["lm_head.scale"])[..., None]
@@ -114,6 +115,7 @@ def test_random_scales_in_the_coordinates_of_the_gaussian_are_those_of_plain_coo
     within(sd, other_sd, np.hypot(for_sd, other_for_sd))
 
 
+@pytest.mark.thorough
 def test_hmc_takes_a_gaussian_and_starts_may_be_others(few):
     tangent, gaussian, _ = few
     for start in ("prior", "pathfinder"):
@@ -172,9 +174,12 @@ def test_the_network_of_a_head_may_be_sampled_in_the_same_coordinates(few):
     np.testing.assert_allclose(one.vectors, two.vectors, atol=1e-3)
 
 
-@pytest.mark.parametrize("scale", [SCALE, dist.HalfNormal(2.0)], ids=["fixed", "random"])
-def test_chains_go_on_from_a_folder(scale, tmp_path):
-    tangent = tangent_of(HEAD, scale=scale)
+KINDS = {"fixed": SCALE, "random": dist.HalfNormal(2.0)}
+
+
+@pytest.mark.parametrize("kind", sample_of(KINDS, ["fixed"]))
+def test_chains_go_on_from_a_folder(kind, tmp_path):
+    tangent = tangent_of(HEAD, scale=KINDS[kind])
     options = {"num_draws": 40, "piece": 20, "num_chains": 2, "num_warmup": 20, "target_acceptance": 0.8}
 
     def run(**more):  # as in another process: everything is made anew
@@ -269,8 +274,12 @@ def test_one_scale_may_be_learned_beside_one_that_is_not():
 # ---- the whole way --------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_from_frames_to_a_comparison(tmp_path):
-    """Every step of a user with random scales, each of which takes what the one before gave."""
+    """Every step of a user with random scales, each of which takes what the one before gave.
+
+    With fixed scales, notebook 04 and `tests/app/test_experiment.py` take most of them.
+    """
     base, data = tiny_base(jax.random.key(7), num_layers=2), tiny_rows(jax.random.key(8), 30)
     train, test = data[:20], data[20:]
     made = bl.frames(KEY, base, ["v_proj", "slope"], train, label_ids=(3, 5), size=2, layers=[1])

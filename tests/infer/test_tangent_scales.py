@@ -71,7 +71,7 @@ def two(classes: int = 2, rows: int = 80, size: int = 1) -> tuple[bl.Tangent, Li
 
 
 # Two classes and three; coordinates fewer than rows, and more.
-CASES = [(2, 80, 1), (3, 60, 1), (2, 45, 5)]
+CASES = [(2, 80, 1), pytest.param((3, 60, 1), marks=pytest.mark.thorough), (2, 45, 5)]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -33,7 +33,7 @@ class Ensemble:
     """An equal mixture of posteriors of one classifier; a posterior for `predict`.
 
     Attributes:
-        members: The posteriors. Priors and guides may differ; base, sites and label ids may not.
+        members: The posteriors. Priors and guides may differ; base, sites and classes may not.
         stopped: Why there are no more members: "size" (all fitted) or "interrupted".
         unfinished: The fit that an interrupt ended, with its parameters so far; not part of the mixture.
 
@@ -53,12 +53,12 @@ class Ensemble:
             same = {
                 "base": model.base is first.base,
                 "sites": model.sites == first.sites,
-                "label_ids": model.label_ids == first.label_ids,
+                "likelihood": model.likelihood == first.likelihood,
             }
             differing = [name for name, equal in same.items() if not equal]
             if differing:
                 raise ValueError(
-                    "all members of an ensemble must have the base, sites and label ids of the first; member "
+                    "all members of an ensemble must have the base, sites and classes of the first; member "
                     f"{number} has other {' and '.join(differing)}"
                 )
 

@@ -40,6 +40,7 @@ from bnlora.infer.approximate.mode import flattened, mode_of, unflattened
 from bnlora.prediction.posterior import Posterior
 from bnlora.prediction.predict import Prediction
 from bnlora.program.cache import tracked_parts
+from bnlora.program.likelihoods import require_softmax
 from bnlora.program.protocol import Model
 
 Structure = Literal["diagonal", "kronecker", "low-rank", "full"]
@@ -130,6 +131,7 @@ def laplace(
     if (rank is not None) != (structure == "low-rank"):
         raise ValueError(f"structure='low-rank' and a `rank` go together; got {structure!r} and rank={rank}")
     model = posterior.model
+    require_softmax(model.likelihood, "Laplace's approximation")
     check_rows("training", train, model)
     mode = mode_of(posterior, "Laplace's approximation")
     profile, factor = _profile(model, mode, precision)
@@ -185,7 +187,7 @@ def linearised(
         centre, push = jax.linearize(lambda one: laplace.model.logits(weights, one, batch), laplace.mode)
         return jax.lax.map(lambda one: jax.nn.log_softmax(centre + push(one)), deviations)
 
-    by_draw = np.empty((num_draws, len(data), len(laplace.model.label_ids)), np.float64)
+    by_draw = np.empty((num_draws, len(data), laplace.model.num_classes), np.float64)
     for part in tracked_parts(data, batch_size, "predict", console):
         computed = np.asarray(log_probs(laplace.model.base.weights, part.batch))
         by_draw[:, part.rows] = computed[:, : len(part.rows)]
@@ -213,7 +215,7 @@ class _Local:
 
     @property
     def classes(self) -> int:
-        return len(self.model.label_ids)
+        return self.model.num_classes
 
     def pieces(self) -> Iterator[_Piece]:
         vector, unravel = ravel_pytree(self.mode)

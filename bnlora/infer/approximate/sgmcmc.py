@@ -235,7 +235,7 @@ def _prepared(
     view = density(model, params or {})
     start_key, chain_key = jax.random.split(key)
     if init_values is None:  # in one program; otherwise JAX compiles each operation by itself
-        vector = require_inside(jax.jit(view.start, compiler_options=options(0))(start_key))
+        vector = require_inside(jax.jit(view.start, compiler_options=options())(start_key))
     else:
         vector = view.vector(init_values)
     cached = cache_prefix(model, train, console=console) if prefix_cache == "memory" else train

@@ -31,10 +31,11 @@ from rich.console import Console
 from bnlora import metrics
 from bnlora._util.checks import check_at_least, check_key, check_option, check_positive
 from bnlora._util.typing import Adapters
-from bnlora.data.batch import Batch, check_labels
+from bnlora.data.batch import Batch
 from bnlora.infer.approximate.mode import mode_of
 from bnlora.prediction.posterior import Posterior
 from bnlora.prediction.predict import predict_with_draws
+from bnlora.program.likelihoods import require_softmax
 from bnlora.program.protocol import Model
 
 Criterion = Literal["nll", "accuracy"]
@@ -144,7 +145,8 @@ def training_free(
     check_option("criterion", criterion, get_args(Criterion))
     check_positive({"tolerance": tolerance})
     check_at_least({"num_draws": num_draws, "num_bisections": num_bisections, "batch_size": batch_size}, 1)
-    check_labels("anchor", data, len(posterior.model.label_ids))
+    require_softmax(posterior.model.likelihood, "training-free Bayesianization")
+    posterior.model.check_outcomes("anchor", data)
     mode = mode_of(posterior, "training-free Bayesianization")
     families = {name: rotated(np.asarray(pair["a"]), np.asarray(pair["b"])) for name, pair in mode.items()}
     if not any(family.widths.any() for family in families.values()):

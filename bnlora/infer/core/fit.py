@@ -21,7 +21,7 @@ from bnlora._util.display import Showable, Shown, Table
 from bnlora._util.progress import timed
 from bnlora._util.typing import Adapters, Parameters
 from bnlora.adapters.frames import Frames
-from bnlora.adapters.sites import Sites
+from bnlora.adapters.sites import HEAD, Sites
 from bnlora.base import Base
 from bnlora.data.batch import Batch
 from bnlora.guides import Guide, around
@@ -32,10 +32,12 @@ from bnlora.infer.svi.options import Optimisation
 from bnlora.infer.svi.result import Fit
 from bnlora.priors import core, point
 from bnlora.program.cache import cache_prefix
-from bnlora.program.model import Classifier
+from bnlora.program.likelihoods import Likelihood, Words, readout, require_softmax
+from bnlora.program.likelihoods.labels import Labels
+from bnlora.program.model import Classifier, chosen_likelihood
 from bnlora.program.tangent.frames import Size, frames, smaller_side
 from bnlora.program.tangent.model import Tangent
-from bnlora.program.tangent.targets import OWN, SLOPE, target_sites
+from bnlora.program.tangent.targets import BIAS, OWN, SLOPE, target_sites
 
 SIZES: Mapping[str, int] = {"q_proj": 8, "k_proj": 8, "v_proj": 32}
 """Default modules and sizes, used together with `SLOPE`; fixed on seeds 0 to 2 of `benchmarks seeds`."""
@@ -64,7 +66,6 @@ class CoreFit(Shown):
         seconds: Wall time of each step.
 
     Example:
-        >>> core_fit = bl.fit_core(key, base, rows, label_ids=(3, 5), size={"lm_head": 2}, num_steps=4)
         >>> core_fit.draw_adapters(key, 5)["lm_head"]["b"].shape  # draws, layers, label rows, rank
         (5, 1, 2, 2)
     """
@@ -102,7 +103,8 @@ def fit_core(
     base: Base,
     train: Batch,
     *,
-    label_ids: Int[Any, " c"],
+    label_ids: Int[Any, " c"] | None = None,
+    likelihood: Likelihood | None = None,
     size: Size | None = None,
     targets: Sequence[str] | None = None,
     layers: slice | Iterable[int] | None = slice(-2, None),
@@ -118,10 +120,12 @@ def fit_core(
         base: The frozen base.
         train: Rows with labels.
         label_ids: Token id of each class.
+        likelihood: Other classes than words, in place of `label_ids`, as in `bnlora.Classifier`.
         size: Directions of each side, as in `bnlora.frames`. A mapping also selects the modules. If omitted,
             `SIZES`, and 16 for other modules, limited by the smaller side.
         targets: Modules, `"slope"` and `"bias"`. If omitted, `"slope"` and the modules of `size` if that is a
-            mapping, else `"slope"` and the modules of `SIZES`.
+            mapping, else `"slope"` and the modules of `SIZES`; with completions without those of the head.
+            With a new classification head, which is zero, the head and `"bias"`.
         layers: Layers to adapt; the two uppermost by default.
         scale_prior: Distribution of every scale, for the choice of scales by evidence.
         within: Nats of evidence to trade for smaller scales, as in `bnlora.choose_scales`.
@@ -141,16 +145,20 @@ def fit_core(
     """
     frame_key, fit_key = jax.random.split(check_key(key))
     seconds: dict[str, float] = {}
-    chosen = targets if targets is not None else [*(size if isinstance(size, Mapping) else SIZES), SLOPE]
+    classes = chosen_likelihood(label_ids, likelihood)
+    require_softmax(classes, "bl.fit_core")
+    chosen = targets if targets is not None else _targets(size, classes, base)
     sites = target_sites(base, chosen, layers)
-    places = {"label_ids": label_ids, "size": _sizes(sites) if size is None else size, "layers": layers}
+    size = _sizes(sites) if size is None else size
     with timed(seconds, "trunk"):  # frames and features share the activations below the adapters
-        trunk = Classifier(base, sites, point(), label_ids=label_ids)
+        trunk = Classifier(base, sites, point(), likelihood=classes)
         train = cache_prefix(trunk, train, console=console)
     with timed(seconds, "frames"):
-        directions = frames(frame_key, base, chosen, train, **places, console=console)
+        directions = frames(
+            frame_key, base, chosen, train, likelihood=classes, size=size, layers=layers, console=console
+        )
     with timed(seconds, "features"):
-        tangent = Tangent(Classifier(base, directions.sites, core(directions), label_ids=label_ids))
+        tangent = Tangent(Classifier(base, directions.sites, core(directions), likelihood=classes))
         rows = cache_prefix(tangent, train, console=console)
     with timed(seconds, "scales by evidence"):
         scales = choose_scales(tangent, rows, prior=scale_prior, within=within, console=console)
@@ -161,6 +169,16 @@ def fit_core(
         guide = Guide(tangent.prior, around(gaussian))
         fitted = fit_near(fit_key, tangent, guide, rows, num_steps=num_steps, console=console)
     return CoreFit(directions, scales, gaussian, fitted, seconds)
+
+
+def _targets(size: Size | None, likelihood: Likelihood, base: Base) -> list[str]:
+    """Default targets: modules, and the slope of the logits if each class has a row of the head."""
+    modules = [*(size if isinstance(size, Mapping) else SIZES)]
+    if getattr(base.config, "new_head", False):  # zero, so only its own update and a bias move the logits
+        return [*(size if isinstance(size, Mapping) else [HEAD]), BIAS]
+    if isinstance(readout(likelihood), Words | Labels):
+        return [*modules, SLOPE]
+    return modules if isinstance(size, Mapping) else [name for name in modules if name != HEAD]
 
 
 def _sizes(sites: Sites) -> dict[str, int]:

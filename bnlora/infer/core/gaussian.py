@@ -34,6 +34,7 @@ from bnlora.guides.affine import Affine
 from bnlora.infer.core.scales import Evidence, check_classes, linear_of
 from bnlora.program.cache import cache_prefix
 from bnlora.program.density import Density, density, require_inside
+from bnlora.program.likelihoods import require_softmax
 from bnlora.program.tangent.linear import Informed, Linear, Mode, posterior
 from bnlora.program.tangent.model import Tangent
 from bnlora.program.tangent.moving import Moving, moving
@@ -149,10 +150,11 @@ def laplace(
         >>> bl.laplace(tangent, rows)
         Gaussian(4 coordinates, tangent, log evidence -5.4 nats)
     """
+    require_softmax(tangent.likelihood, "bl.laplace")
     check_rows("training", train, tangent)
     check_classes(train)
     view = density(tangent, params or {})
-    _require_memory(len(train) * (len(tangent.label_ids) - 1), view.size)
+    _require_memory(len(train) * (tangent.num_classes - 1), view.size)
     model, _ = linear_of(tangent, cache_prefix(tangent, train, console=console), by="layer")
     where = Where.of(view)
     with jax.enable_x64(new_val=True):

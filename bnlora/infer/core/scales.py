@@ -25,6 +25,7 @@ from bnlora._util.display import Shown, Table
 from bnlora.data.batch import Batch, check_rows
 from bnlora.priors.hyper import require_positive
 from bnlora.program.cache import cache_prefix
+from bnlora.program.likelihoods import require_softmax
 from bnlora.program.tangent.linear import Linear, Mode, in_float64, laplace_mode
 from bnlora.program.tangent.model import Tangent
 
@@ -150,6 +151,7 @@ def choose_scales(
     if not 0 <= within < np.inf:
         raise ValueError(f"within must be a number of nats of at least zero; got {within!r}")
     require_label_free(tangent)
+    require_softmax(tangent.likelihood, "the choice of scales by evidence")
     check_rows("training", train, tangent)
     model, names = linear_of(tangent, cache_prefix(tangent, train, console=console), by=by)
     check_classes(train)

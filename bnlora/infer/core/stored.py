@@ -30,6 +30,7 @@ from bnlora.infer.core.scales import Scales
 from bnlora.infer.svi.checkpoint import by_path, fit_from, group, read_stored, write_fit
 from bnlora.priors import core as core_prior
 from bnlora.program.density import density
+from bnlora.program.likelihoods import likelihood_from
 from bnlora.program.model import Classifier
 from bnlora.program.tangent.linear import Informed
 from bnlora.program.tangent.model import Tangent
@@ -49,7 +50,6 @@ def save_core(core: CoreFit, folder: str | Path, *, notes: Mapping[str, Any] | N
         OSError: If the folder cannot be written. A fit that was there before is unchanged.
 
     Example:
-        >>> core_fit = bl.fit_core(key, base, rows, label_ids=(3, 5), size={"lm_head": 2}, num_steps=4)
         >>> bl.save_core(core_fit, folder / "core")
         >>> again = bl.load_core(folder / "core", base)  # for example in another process
         >>> bool((again.gaussian.loc == core_fit.gaussian.loc).all())
@@ -73,7 +73,6 @@ def load_core(folder: str | Path, base: Base) -> CoreFit:
         ValueError: If a file is corrupt, the fit was written by `save_fit`, or it belongs to another base.
 
     Example:
-        >>> core_fit = bl.fit_core(key, base, rows, label_ids=(3, 5), size={"lm_head": 2}, num_steps=4)
         >>> bl.save_core(core_fit, folder / "core")
         >>> bl.load_core(folder / "core", base).scales == core_fit.scales
         True
@@ -88,7 +87,7 @@ def load_core(folder: str | Path, base: Base) -> CoreFit:
     frames = _frames(record, arrays, base, folder)
     scales = _scales(arrays, tuple(frames), numbers)
     prior = core_prior(frames, scale=scales.values)
-    tangent = Tangent(Classifier(base, frames.sites, prior, label_ids=frames.label_ids))
+    tangent = Tangent(Classifier(base, frames.sites, prior, likelihood=frames.likelihood))
     log_evidence = float(numbers["gaussian"])
     gaussian = Gaussian(density(tangent, {}), Affine(**affine), Informed(**informed), log_evidence)
     fit = fit_from(record, arrays, tangent, Guide(tangent.prior, around(gaussian)), folder)
@@ -121,10 +120,11 @@ def load_frames(folder: str | Path, base: Base) -> Frames:
 
 def _frames(record: Mapping[str, Any], arrays: Arrays, base: Base, folder: Path) -> Frames:
     """Like `load_frames`, from the result of `read_stored`."""
-    families = dict(record.get("model", {"label ids": {"ids": ()}}))  # absent in the first format
-    label_ids = tuple(families.pop("label ids")["ids"])
+    families = dict(record.get("model", {}))  # absent in the first format, which has no frames
+    stated = families.pop("label ids", None)
+    likelihood = None if stated is None else likelihood_from(stated)
     sites = Sites(tuple(_site(base, values) for values in families.values()), base.num_layers)
-    frames = frames_from(arrays, base.weights, sites, label_ids, str(folder))
+    frames = frames_from(arrays, base.weights, sites, likelihood, str(folder))
     stored = arrays["weights"][: len(frames.base)]  # the rest belongs to sites held at values
     if not is_same(stored, frames.base):
         raise ValueError(f"the frames in {str(folder)!r} belong to another base than {base!r}")

@@ -119,7 +119,9 @@ def fingerprint(target: Target, starts: Array) -> str:
     """Checksum of the target: names and shapes of the sites, parameters, rows and starts."""
     digest = hashlib.sha256(json.dumps({n: list(s) for n, s in target.view.shapes.items()}).encode())
     digest.update(target.held.encode())
-    parts = [target.view.params, target.rows.tokens, target.rows.mask, target.rows.labels, starts]
+    rows = target.rows
+    data = rows.tokens, rows.mask, rows.labels, rows.choices, rows.outcomes
+    parts = [target.view.params, *data, starts]
     for leaf in jax.tree.leaves(parts):
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()

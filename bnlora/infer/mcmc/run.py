@@ -28,6 +28,7 @@ from bnlora.infer.mcmc.chains import Chains
 from bnlora.infer.mcmc.pieces import Pieces
 from bnlora.infer.mcmc.samplers import LogDensity, Report, Sampler, Tuning
 from bnlora.infer.mcmc.target import Target
+from bnlora.models.sharding import along, mesh_of
 
 Tune = Callable[[Array, LogDensity, Array], Tuning]
 """From a key, a log-density and a start to the tuned numbers of a kernel."""
@@ -118,7 +119,8 @@ def run(
     began, starts = time.perf_counter(), target.positions(starts)
     density = _check_starts(target, starts)
     warm_key, draw_key = jax.random.split(key)
-    keys = jax.random.split(draw_key, plan.num_chains)
+    over = partial(along, mesh_of(target.inputs), "draw")
+    starts, keys = over((starts, jax.random.split(draw_key, plan.num_chains)))
     sizes = {n: getattr(plan, n) for n in ("num_chains", "num_draws", "thinning", "size")}
     about = record(key, method.name, method.bias, method.options, sizes)
     pieces = Pieces.open(plan.folder, about | {"log_density": density}, target, starts)

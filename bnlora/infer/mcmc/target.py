@@ -29,6 +29,7 @@ from bnlora.program.cache import cache_prefix
 from bnlora.program.conditional import condition, matching
 from bnlora.program.density import Density, density, require_inside
 from bnlora.program.draws import draw_sites
+from bnlora.program.likelihoods import Likelihood
 from bnlora.program.model import Classifier
 from bnlora.program.protocol import Model
 
@@ -142,7 +143,7 @@ def target(
     conditional = condition(model, values, params)
     cached = cache_prefix(conditional, train, console=console)
     if conditional.first_layer == model.base.num_layers:
-        cached = _last_token(cached)
+        cached = _read_token(cached, model.likelihood)
     return Target(density(conditional, params), cached, train, held)
 
 
@@ -183,7 +184,7 @@ def starts(
 
 def _each(function: Callable[[Array], Array], keys: Array) -> Float[Array, "c p"]:
     """A function of every key, in one program; without it, JAX compiles each operation by itself."""
-    run = jax.jit(lambda k: jax.lax.map(function, k), compiler_options=options(0))
+    run = jax.jit(lambda k: jax.lax.map(function, k), compiler_options=options())
     return require_inside(run(keys))
 
 
@@ -215,9 +216,12 @@ def _check_sites(given: Fit, latent: Sequence[str]) -> None:
         )
 
 
-def _last_token(batch: Batch) -> Batch:
-    """The rows cut to the one position that the head reads."""
-    pick = np.arange(len(batch)), np.asarray(batch.last)
+def _read_token(batch: Batch, likelihood: Likelihood) -> Batch:
+    """The rows cut to the one position that the head reads; completions are read at several."""
+    position = likelihood.position(batch)
+    if position is None:
+        return batch
+    pick = np.arange(len(batch)), np.asarray(position)
 
     def cut(x: Array) -> Array:
         return jnp.asarray(np.asarray(x)[pick][:, None])

@@ -6,7 +6,8 @@
 | `step`       | `svi_step`: the compiled step                                        |
 | `elbo`       | the bound and its terms                                              |
 | `parts`      | a minibatch in equal parts, one after the other                      |
-| `watch`      | progress, hook and stopping rules after each step                    |
+| `watch`      | the loop of the steps: progress, hook and stopping rules             |
+| `resume`     | `Checkpoints`: the state of a fit on disk, to go on from             |
 | `validation` | the best step by validation rows                                     |
 | `plateau`    | stopping if the bound does not grow any more                         |
 | `result`     | `Fit`: the fitted guide and its record                               |

@@ -30,6 +30,7 @@ from bnlora.adapters.frames import stored_frames
 from bnlora.data.batch import Batch
 from bnlora.infer.svi.elbo import parameter_shapes
 from bnlora.infer.svi.result import Fit
+from bnlora.infer.svi.stored_rows import ROWS, row_arrays, rows_from
 from bnlora.priors.core import frames_of
 from bnlora.program.model import kind_of
 from bnlora.program.protocol import Model
@@ -38,7 +39,6 @@ FORMAT, READABLE = 2, (1, 2)
 ARRAYS, RECORD = "fit.safetensors", "fit.json"
 _COUNTS = ("best_step", "skipped_steps", "num_traces")
 _ENDS = ("steps", "patience", "plateau", "interrupted", "diverged")
-_ROWS = ("tokens", "mask", "labels")
 
 
 def save_fit(fit: Fit, folder: str | Path, *, notes: Mapping[str, Any] | None = None) -> None:
@@ -69,12 +69,12 @@ def write_fit(fit: Fit, folder: str | Path, notes: Mapping[str, Any], more: Mapp
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     trees = {name: getattr(fit, name) for name in ("params", "last_params", "history", "validation")}
-    arrays = by_path(trees) | {f"train.{name}": getattr(fit.train, name) for name in _ROWS}
+    arrays = by_path(trees) | {f"train.{name}": value for name, value in row_arrays(fit.train).items()}
     arrays |= {"step_seconds": fit.step_seconds, "draw_key": jax.random.key_data(fit.draw_key)}
-    arrays |= {"weights": _some_weights(fit.model), **_frame_arrays(fit.model)}
-    arrays |= {"guide": fingerprint(_constants(fit.guide)), **more}
+    arrays |= {"weights": some_weights(fit.model), **_frame_arrays(fit.model)}
+    arrays |= {"guide": fingerprint(constants_of(fit.guide)), **more}
     record = {name: getattr(fit, name) for name in (*_COUNTS, "stopped")} | {"format": FORMAT}
-    record |= {"key": str(jax.random.key_impl(fit.draw_key)), "model": _identity(fit.model)}
+    record |= {"key": str(jax.random.key_impl(fit.draw_key)), "model": identity(fit.model)}
     record |= {"kind": kind_of(fit.model)}
     record |= {"notes": dict(notes)}
     record |= {"versions": {name: version(name) for name in ("bnlora", "jax", "numpyro", "flax")}}
@@ -114,7 +114,7 @@ def fit_from(
     if record["format"] > 1:
         _require_same_model(record, arrays, model, folder)
         _require_same_guide(arrays, guide, folder)
-    train = _rows(arrays, model, folder)
+    train = rows_from(arrays, model, folder)
     like, allowed = parameter_shapes(model, guide, model.base.weights, train[:1], len(train))
     params, last_params = (_restored(n, like, allowed, arrays, folder) for n in ("params", "last_params"))
     return Fit(
@@ -150,7 +150,7 @@ def read_notes(folder: str | Path) -> dict[str, Any]:
 def fit_size(model: Model, guide: Callable, train: Batch, num_steps: int) -> int:
     """Size in bytes of a fit of `num_steps` steps on disk, an upper bound."""
     like, _ = parameter_shapes(model, guide, model.base.weights, train[:1], len(train))
-    leaves = [*jax.tree.leaves(like)] * 2 + [getattr(train, name) for name in _ROWS]
+    leaves = [*jax.tree.leaves(like)] * 2 + list(row_arrays(train).values())
     numbers = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     return numbers + 200 * num_steps + 200 * len(leaves) + 2**17  # the history, names and shapes, the record
 
@@ -172,13 +172,13 @@ def _write(folder: Path, arrays: Mapping[str, np.ndarray], record: Mapping[str, 
             path.unlink(missing_ok=True)
 
 
-def _identity(model: Model) -> dict[str, Any]:
+def identity(model: Model) -> dict[str, Any]:
     """Label ids and sites, which distinguish a model from others of the same shapes."""
     sites = {f"site {name!r}": asdict(site) for name, site in model.sites.items()}
-    return json.loads(json.dumps({"label ids": {"ids": model.label_ids}, **sites}))
+    return json.loads(json.dumps({"label ids": model.likelihood.record(), **sites}))
 
 
-def _some_weights(model: Model) -> Float[np.ndarray, " k"]:
+def some_weights(model: Model) -> Float[np.ndarray, " k"]:
     """A few numbers of every frozen array: the base's weights and the fixed sites."""
     return fingerprint((model.base.weights, getattr(model, "fixed", {})))
 
@@ -199,15 +199,15 @@ def _require_same_model(
             f"the fit in {str(folder)!r} is one of a {kind} model; got a {kind_of(model)} model, in which "
             "the same adapters give other predictions"
         )
-    then, now = record["model"], _identity(model)
+    then, now = record["model"], identity(model)
     for name in {**then, **now}:
         if name not in then or name not in now:
             raise ValueError(
                 f"the fit in {str(folder)!r} has {', '.join(then)}; the model has {', '.join(now)}"
             )
         for part, value in then[name].items():
-            if now[name].get(part, value) != value:
-                difference = f"{part} {value} of {name}; got {now[name][part]}"
+            if now[name].get(part) != value:
+                difference = f"{part} {value} of {name}; got {now[name].get(part, now[name])}"
                 raise ValueError(f"the fit in {str(folder)!r} was made with {difference}")
     for name, value in _frame_arrays(model).items():
         then = arrays.get(name, value)
@@ -216,7 +216,7 @@ def _require_same_model(
                 f"the fit in {str(folder)!r} was made with other frames than those of this prior; read its "
                 f"own by bl.load_frames({str(folder)!r}, base)"
             )
-    stored, weights = arrays["weights"], _some_weights(model)
+    stored, weights = arrays["weights"], some_weights(model)
     if not is_same(stored, weights):
         raise ValueError(
             f"the fit in {str(folder)!r} was made with a base other than {model.base!r}, or with other "
@@ -224,37 +224,19 @@ def _require_same_model(
         )
 
 
-def _constants(guide: Callable) -> Any:
+def constants_of(guide: Callable) -> Any:
     """The fixed arrays of a guide, such as the coordinates of `around`."""
     return getattr(guide, "constants", {})
 
 
 def _require_same_guide(arrays: Mapping[str, np.ndarray], guide: Callable, folder: Path) -> None:
     """Raise `ValueError` unless the guide has the fit's fixed arrays; machines may turn eigenvectors."""
-    now = fingerprint(_constants(guide))
+    now = fingerprint(constants_of(guide))
     if not is_same(arrays.get("guide", now), now):  # older records have none
         raise ValueError(
             f"the fit in {str(folder)!r} was made with a guide around another Gaussian, whose coordinates "
             "its parameters use; pass that Gaussian, or keep fits of bl.fit_core by bl.save_core"
         )
-
-
-def _rows(arrays: Mapping[str, np.ndarray], model: Any, folder: Path) -> Batch:
-    """The training rows; raises `ValueError` if tokens or labels are not those of this model."""
-    tokens, mask, labels = (arrays[f"train.{name}"] for name in _ROWS)
-    kinds = tokens.dtype.kind + mask.dtype.kind + labels.dtype.kind
-    if kinds != "ibi" or tokens.ndim != 2 or mask.shape != tokens.shape or labels.shape != tokens.shape[:1]:
-        raise ValueError(f"the fit in {str(folder)!r} is corrupt: its rows are not tokens, mask and labels")
-    sizes = {"tokens": (tokens[mask], model.base.config.vocab_size, "tokens of the base")}
-    sizes |= {"labels": (labels, len(model.label_ids), "classes of the model")}
-    for name, (values, size, of) in sizes.items():
-        if values.size == 0 or values.min() < 0 or values.max() >= size:
-            wrong = values[(values < 0) | (values >= size)]
-            raise ValueError(
-                f"the {name} of the rows in {str(folder)!r} must be from 0 to {size - 1}, the {size} {of}; "
-                f"got {wrong[0] if wrong.size else 'none'}"
-            )
-    return Batch(jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(labels))
 
 
 def by_path(tree: Any) -> dict[str, Any]:
@@ -334,7 +316,7 @@ def read_stored(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def _problem(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     """The problem with the record, or with arrays that every fit has; empty if there is none."""
     newer = record["format"] > 1
-    needed = {*(f"train.{name}" for name in _ROWS), "step_seconds", "draw_key"} | (
+    needed = {*(f"train.{name}" for name in ROWS), "step_seconds", "draw_key"} | (
         {"weights"} if newer else set()
     )
     entries = {*_COUNTS, "stopped", "key"} | ({"checksum", "model", "notes"} if newer else set())

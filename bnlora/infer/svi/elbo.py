@@ -150,7 +150,7 @@ def initial_parameters(
         # Strip weak types; otherwise the first update changes the input types and the step is traced twice.
         return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), values), _computed(allowed)
 
-    unconstrained, computed = _run_once(start_values, guide_key, prior_key)
+    unconstrained, computed = run_once(start_values, guide_key, prior_key)
     transforms.update({name: biject_to(constraint) for name, constraint in computed.items()})
     constrain = Constrain(transforms)
     if init_params is None:
@@ -213,12 +213,12 @@ def _declared(
     return {n: s for t in (guide_trace, prior_trace) for n, s in t.items() if s["type"] == "param"}
 
 
-def _run_once(function: Callable, *keys: Array) -> Any:
+def run_once(function: Callable, *args: Any) -> Any:
     """One compiled run, with few optimisations: they would take much longer than they save."""
     inside = any(
-        isinstance(key, jax.core.Tracer) for key in keys
+        isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)
     )  # JAX accepts compiler options only for outermost programs
-    return jax.jit(function, compiler_options=None if inside else options(0))(*keys)
+    return jax.jit(function, compiler_options=None if inside else options())(*args)
 
 
 def _check_start(like: Parameters, start: Parameters) -> None:

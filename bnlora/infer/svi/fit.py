@@ -5,6 +5,7 @@ counted. If more steps than the budget are skipped, the fit stops with an error 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from bnlora.infer.svi.elbo import TERMS
 from bnlora.infer.svi.options import Memory, Optimisation
 from bnlora.infer.svi.plateau import Plateau
 from bnlora.infer.svi.result import Fit, FitDiverged
+from bnlora.infer.svi.resume import Checkpoints, Kept, mark_of
 from bnlora.infer.svi.step import State, Step, prepared_step, running
 from bnlora.infer.svi.validation import EarlyStopping, Validation
 from bnlora.infer.svi.watch import Watch, iterate, step_bar
@@ -46,6 +48,7 @@ def fit(
     init_params: Parameters | None = None,
     on_step: Callable[[int, Parameters], None] | None = None,
     prefix_cache: Literal["memory", "off"] = "memory",
+    checkpoints: Checkpoints | None = None,
     console: Console | None = None,
 ) -> Fit:
     """Maximise the bound over the parameters of guide and prior.
@@ -72,6 +75,8 @@ def fit(
         on_step: Called after each step with the number of steps done and the constrained parameters; a
             skipped step leaves these unchanged.
         prefix_cache: Where activations below the adapters are kept, or `"off"`.
+        checkpoints: Where to keep the state of the fit. The same call goes on from the last checkpoint, bit
+            for bit.
         console: Where to draw the progress bar; the terminal or notebook when omitted. Use
             `rich.console.Console(quiet=True)` for no bar.
 
@@ -82,9 +87,10 @@ def fit(
     Raises:
         ValueError: If a size is below one, a minibatch has more rows than there are, `memory.accumulate` does
             not divide it, an option is unknown, rows have no labels or labels outside the model's classes,
-            there is an early-stopping rule but no validation rows, the prior has a discrete latent site or a
-            name that model or guide own, an automatic guide cannot be fitted, or `init_params` differ from
-            the parameters of guide and prior in names or shapes, or are outside their constraints.
+            there is an early-stopping rule but no validation rows, the checkpoints are those of another fit,
+            the prior has a discrete latent site or a name that model or guide own, an automatic guide cannot
+            be fitted, or `init_params` differ from the parameters of guide and prior in names or shapes, or
+            are outside their constraints.
         FitDiverged: If more than `optimisation.skip_budget` steps were not finite.
 
     Example:
@@ -119,8 +125,11 @@ def fit(
     rule = early_stopping or EarlyStopping()
     look = Validation(model, guide, step.constrain, validation, rule, look_key, num_steps)
     rows = minibatches(data_key, len(train), batch_size)
-    with step_bar(console, num_steps) as show:
-        watch = Watch(look, plateau, optimisation.skip_budget, on_step, show)
+    rules = {"memory": memory, "early_stopping": rule, "plateau": plateau, "batch_size": batch_size}
+    rules |= {"skip_budget": optimisation.skip_budget}
+    mark = partial(mark_of, key, step, state, {"training": train, "validation": validation}, **rules)
+    with step_bar(console, num_steps) as show, Kept(checkpoints, mark) as kept:
+        watch = Watch(look, plateau, optimisation.skip_budget, on_step, show, kept)
         state, stopped = iterate(step_key, step, state, rows, watch, num_steps)
     result = _result(model, step, state, look, draw_key, stopped)
     if stopped == "diverged":

@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpyro
-import numpyro.distributions as dist
 from jax import Array
 from jaxtyping import Float
 
 from bnlora._util.typing import Adapters
 from bnlora.data.batch import Batch
+from bnlora.program.adapter_prior import parameters_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class InParts:
 
         def of_part(adapters: Adapters, weights: Any, part: Batch) -> Array:
             logits = self.model.logits(weights, adapters, part)
-            return dist.Categorical(logits=logits).log_prob(part.labels).sum()
+            outcome = self.model.likelihood.distribution(logits, parameters_of(adapters), part)
+            return outcome.log_prob(self.model.likelihood.observed(part)).sum()
 
         @jax.custom_vjp
         def total(adapters: Adapters, weights: Any, parts: Batch) -> Array:

@@ -103,9 +103,10 @@ class Fit(Shown):
         Returns:
             All three, with that axis.
         """
-        run = program(self, _at_sites, numbers=self.model.sites.num_parameters)
-        stacks = dict(sites), np.arange(num_draws)
-        return jax.device_put(by_pieces(lambda piece, count: run(self.params, piece, count), stacks))
+        numbers = self.model.sites.num_parameters
+        run, stacks = program(self, _at_sites), (dict(sites), np.arange(num_draws))
+        found = by_pieces(lambda piece, count: run(self.params, piece, count), stacks, numbers=numbers)
+        return jax.device_put(found)
 
     def by_keys(self, one: Callable[[Any, Parameters, Array], Any], key: Array, num_draws: int) -> Any:
         """Results of a function for one key per draw, by a program that is compiled once.
@@ -120,8 +121,8 @@ class Fit(Shown):
         """
         keys, kind = split_keys(check_key(key), num_draws)
         numbers = self.model.sites.num_parameters
-        run = program(self, _each_key, numbers=numbers, static=(0, 4))
-        return by_pieces(lambda keys, count: run(one, self.params, keys, count, kind), keys)
+        run = program(self, _each_key, static=(0, 4))
+        return by_pieces(lambda keys, count: run(one, self.params, keys, count, kind), keys, numbers=numbers)
 
     @property
     def overview(self) -> tuple[Showable, ...]:
@@ -216,11 +217,11 @@ def _start_remedy(fit: Fit) -> str:
     """The same for a fit whose first step was not finite."""
     model, rows = fit.model, fit.train[:CHECKED_ROWS]
     untouched = {
-        name: {factor: jnp.zeros((1, *shape), jnp.float32) for factor, shape in site.shapes.items()}
+        name: {factor: jnp.zeros(shape, jnp.float32) for factor, shape in site.shapes.items()}
         for name, site in model.sites.items()
     }
-    log_probs = np.asarray(model.log_probs_by_draw(model.base.weights, untouched, rows))[0]
-    broken = int((~np.isfinite(log_probs)).any(1).sum())
+    logits = np.asarray(jax.jit(model.logits)(model.base.weights, untouched, rows))
+    broken = int((~np.isfinite(logits)).any(1).sum())
     if broken:
         return (
             f"the base's own logits are not finite in {broken} of the first {len(rows)} training rows, "

@@ -4,6 +4,10 @@ r"""The compiled step of a fit, which you can call in your own loop, time, or re
 
 The frozen weights are an argument of the compiled step, so that they are not constants of the program. A step
 whose bound or gradient is not finite does not change the parameters, and counts as skipped.
+
+Several steps run in one call of the program, a loop on the device, so that a device need not wait for the
+host at every step. One program runs any number of steps up to `CHUNK`, so their number in a call changes no
+bit of the result.
 """
 
 import time
@@ -19,13 +23,14 @@ import optax
 from jax import Array
 
 from bnlora._util.checks import check_batch_size, check_key, check_parts
-from bnlora._util.compilation import options
+from bnlora._util.compilation import SMALL, options
 from bnlora._util.typing import Parameters
 from bnlora.data.batch import Batch
-from bnlora.infer.svi.elbo import elbo_terms, initial_parameters
+from bnlora.infer.svi.elbo import TERMS, elbo_terms, initial_parameters, run_once
 from bnlora.infer.svi.options import Memory, Optimisation
 from bnlora.infer.svi.packing import packing
 from bnlora.infer.svi.parts import InParts
+from bnlora.models.sharding import whole
 
 GROUPS = {"lam": (".lam",), "scale": (".scale", "_scale", "_tril")}
 """Endings of the names of parameters with a separate optimiser; all others are locations."""
@@ -34,8 +39,11 @@ GROUPS = {"lam": (".lam",), "scale": (".scale", "_scale", "_tril")}
 SCALE_RATE = 1e-2
 """Rate of Adam for the scales, unless `Optimisation` names another optimiser."""
 
-FEW_STEPS = 1000
-"""Number of steps of a small model up to which compiling a faster step costs more than it saves."""
+CHUNK = 64
+"""Most steps in one call of the compiled program."""
+
+FEW_STEPS = {"small": 1000, "large": 60}
+"""Number of steps up to which compiling a faster step costs more than it saves, by the size of the model."""
 
 
 class State(NamedTuple):
@@ -81,9 +89,9 @@ def svi_step(
 
     Example:
         >>> step, state = bl.svi_step(key, model, guide, rows, optax.adam(0.01), batch_size=4)
-        >>> state = step.run(state, key, np.arange(4))
+        >>> state = step.run(state, key, np.arange(8).reshape(2, 4))  # two steps of four rows
         >>> len(step.bound), step.num_traces
-        (1, 1)
+        (2, 1)
     """
     key = check_key(key)
     check_batch_size(batch_size, len(train))
@@ -122,6 +130,8 @@ def prepared_step(
     init_params: Parameters | None = None,
 ) -> "tuple[Step, State]":
     """The step of a fit, which is compiled when it first runs, and its first state."""
+    over = program.base.mesh
+    train = whole(over, train)
     arguments = (program.base.weights, train[:1], len(train))
     values, constrain = initial_parameters(key, program, guide, *arguments, init_params=init_params)
     scale_optimizer = optimisation.scale_optimizer or optax.adam(SCALE_RATE)
@@ -138,8 +148,8 @@ def prepared_step(
 
     step = Step(program, guide, train, layout.constrain, grouped, num_particles, num_steps)
     # One program for all arrays; otherwise JAX would compile one for each shape.
-    params, optimizer_state = jax.jit(begin, compiler_options=options(0))(values)
-    return step, State(params, optimizer_state, jax.device_put(np.zeros((), np.int32)))
+    params, optimizer_state = run_once(begin, values)
+    return step, whole(over, State(params, optimizer_state, jax.device_put(np.zeros((), np.int32))))
 
 
 def _group(name: str) -> str:
@@ -160,7 +170,8 @@ class Step:
         num_particles: Guide draws averaged in a step.
         num_steps: Planned number of steps, which decides how much the compiler optimises; None for many.
         num_traces: Number of times that the step was traced.
-        steps: The terms of the bound, in nats over all rows, and the seconds of each step.
+        steps: Of each step, the terms of the bound in nats over all rows, the number of skipped steps so far,
+            and its seconds, which are the mean over the steps of a call.
     """
 
     model: Any
@@ -175,31 +186,80 @@ class Step:
 
     def __post_init__(self):
         self._compiled: Any = None
-        self.constrained: Callable[[dict], dict] = jax.jit(
-            self.constrain, compiler_options=options(self.model.numbers(()))
-        )
+        self.constrained: Callable[[dict], dict] = jax.jit(self.constrain, compiler_options=options())
 
     def compiled(self, batch_size: int) -> Any:
-        """The jitted `traced` for minibatches of this size, with the compiler options of a fit."""
+        """The jitted `several` for minibatches of this size, with the compiler options of a fit."""
         if self._compiled is None:
-            often = self.num_steps is None or self.num_steps > FEW_STEPS
-            numbers = None if often else self.model.numbers((batch_size, self.train.tokens.shape[1]))
-            self._compiled = jax.jit(self.traced, compiler_options=options(numbers))
+            numbers = self.model.numbers((batch_size, *self.train.row_shape))
+            few = FEW_STEPS["small" if numbers <= SMALL else "large"]
+            rarely = self.num_steps is not None and self.num_steps <= few
+            self._compiled = jax.jit(self.several, compiler_options=options(0 if rarely else 1))
         return self._compiled
 
     def run(self, state: State, key: Array, rows: np.ndarray) -> State:
-        """One step, recorded."""
-        began = time.perf_counter()
-        step = self.compiled(len(rows))
-        state, terms = step(state, key, self.model.base.weights, self.train, jnp.asarray(rows))
-        record = {name: float(value) for name, value in terms.items()}
-        self.steps.append(record | {"seconds": time.perf_counter() - began})
+        """The next steps, recorded.
+
+        Args:
+            state: State before them.
+            key: Random key of the fit; step s, counted from zero over all calls, folds s into it.
+            rows: Rows of each step, of shape (steps, batch size); at most `CHUNK` steps.
+
+        Returns:
+            The state after them.
+
+        Raises:
+            ValueError: If `rows` has another shape.
+        """
+        if rows.ndim != 2 or not 1 <= len(rows) <= CHUNK:
+            raise ValueError(
+                f"rows must have the shape (steps, batch size), with 1 to {CHUNK} steps; got {rows.shape}"
+            )
+        began, count = time.perf_counter(), len(rows)
+        program, arguments = self.compiled(rows.shape[1]), self.arguments(state, key, rows)
+        state, terms = program(*arguments)
+        found = {name: values[:count] for name, values in jax.device_get(terms).items()}
+        seconds = (time.perf_counter() - began) / count
+        records = [{name: float(x[i]) for name, x in found.items()} for i in range(count)]
+        self.steps += [record | {"seconds": seconds} for record in records]
         return state
+
+    def arguments(self, state: State, key: Array, rows: np.ndarray) -> tuple[Any, ...]:
+        """The arguments of `several` for the next steps, with `rows` filled up to `CHUNK` steps."""
+        filled = np.zeros((CHUNK, rows.shape[1]), np.int32)
+        filled[: len(rows)] = rows
+        begin, count = np.int32(len(self.steps)), np.int32(len(rows))
+        return state, key, self.model.base.weights, self.train, begin, count, filled
+
+    def several(
+        self, state: State, key: Array, weights: Any, train: Batch, begin: Array, count: Array, rows: Array
+    ) -> tuple[State, dict[str, Array]]:
+        """Some steps as a pure function: the state after them, and the terms of each.
+
+        Args:
+            state: State before them.
+            key: Random key of the fit.
+            weights: The frozen weights.
+            train: Rows to fit.
+            begin: Number of the first step.
+            count: How many steps to run.
+            rows: Rows of each step; those of later steps are not used.
+        """
+
+        def one(turn: Array, carry: tuple[State, dict[str, Array]]) -> tuple[State, dict[str, Array]]:
+            state, record = carry
+            step_key = jax.random.fold_in(key, begin + turn)
+            state, terms = self.traced(state, step_key, weights, train, rows[turn])
+            terms = terms | {"skipped": state.skipped}
+            return state, {n: x.at[turn].set(terms[n].astype(x.dtype)) for n, x in record.items()}
+
+        record = {name: jnp.zeros(len(rows)) for name in (*TERMS, "skipped")}
+        return jax.lax.fori_loop(0, count, one, (state, record))
 
     def traced(
         self, state: State, key: Array, weights: Any, train: Batch, rows: Array
     ) -> tuple[State, dict[str, Array]]:
-        """The step as a pure function: the next state, and the terms of the bound."""
+        """One step as a pure function: the next state, and the terms of the bound."""
         self.num_traces += 1  # runs when the step is traced, not when it is executed
         batch, n_total = train[rows], len(train)
 

@@ -8,11 +8,10 @@ import jax
 import numpy as np
 from jax import Array
 
-from bnlora import metrics
 from bnlora._util.checks import check_at_least
 from bnlora._util.compilation import options
 from bnlora.data.batch import Batch
-from bnlora.prediction.predict import predict_with_draws
+from bnlora.prediction.predict import log_likelihood_by_draw, log_mixture, outputs_with_draws
 from bnlora.program.draws import draw_adapters
 from bnlora.program.protocol import Model
 
@@ -61,18 +60,25 @@ class Validation:
     best_step: int = 0
 
     def __post_init__(self):
-        chosen = options(self.model.sites.num_parameters)
-        self._draw = jax.jit(self._traced_draw, compiler_options=chosen)
+        self._draw = jax.jit(self._traced_draw, compiler_options=options())
+
+    @property
+    def every(self) -> int | None:
+        """Steps between evaluations; None without rows."""
+        return None if self.rows is None else self.rule.every
 
     def should_stop(self, step: int, params: dict[str, Array]) -> bool:
         """Evaluate the rows after `step` steps if it is time; whether the patience is exhausted."""
         if self.rows is None or (step % self.rule.every and step != self.num_steps):
             return False
         draws = self._draw(params)
-        prediction = predict_with_draws(self.model, draws, self.rows, batch_size=self.rule.batch_size)
+        outputs = outputs_with_draws(self.model, draws, self.rows, batch_size=self.rule.batch_size)
         # Predictions that are not finite count as worse than any others, so that the fit continues.
-        broken = np.isnan(prediction.draw_log_probs).any()
-        loss = np.inf if broken else metrics.nll(prediction.log_probs, np.asarray(self.rows.labels))
+        if np.isnan(outputs).any():
+            loss = np.inf
+        else:
+            by_draw = log_likelihood_by_draw(self.model, outputs, self.rows)
+            loss = -float(log_mixture(by_draw).mean())
         if not self.losses or loss < min(self.losses):
             self.best_params, self.best_step = params, step
         self.steps.append(step)

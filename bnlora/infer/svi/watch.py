@@ -1,10 +1,14 @@
-"""What runs after each step of a fit: the progress bar, the caller's hook, and the stopping rules."""
+"""What runs between the steps of a fit: the progress bar, the caller's hook, and the stopping rules.
+
+Several steps run in one call (`step`), for about `LOOK` seconds. A rule that would have stopped the fit
+within a call is obeyed to the step: the call runs again from the state before it, with fewer steps.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from itertools import islice
+from typing import NamedTuple
 
-import jax
 import numpy as np
 from jax import Array
 from rich.console import Console
@@ -12,24 +16,15 @@ from rich.console import Console
 from bnlora._util.progress import progress_bar
 from bnlora._util.typing import Parameters
 from bnlora.infer.svi.plateau import Plateau
+from bnlora.infer.svi.resume import Kept
+from bnlora.infer.svi.step import CHUNK, State, Step
 from bnlora.infer.svi.validation import Validation
 
+LOOK = 0.2
+"""Seconds between two looks at a fit, in which an interrupt waits and the bar stands still."""
 
-@runtime_checkable
-class Loop(Protocol):
-    """The step of a fit and its record; `bnlora.infer.svi.step.Step` is one."""
-
-    steps: list[dict[str, float]]
-    constrained: Callable[[dict], dict]
-
-    @property
-    def bound(self) -> np.ndarray:
-        """The bound of every step so far."""
-        ...
-
-    def run(self, state: Any, key: Array, rows: np.ndarray) -> Any:
-        """One step, recorded."""
-        ...
+TIMED = 2
+"""Steps that run alone: one that is compiled and one that is timed."""
 
 
 class Watch(NamedTuple):
@@ -41,57 +36,87 @@ class Watch(NamedTuple):
         skip_budget: Steps that may be skipped as not finite.
         on_step: Called with the number of steps done and the constrained parameters.
         show: Draws the progress.
+        kept: Checkpoints of the fit.
     """
 
     look: Validation
     plateau: Plateau | None
     skip_budget: int
     on_step: Callable[[int, Parameters], None] | None
-    show: Callable[[Loop], None]
+    show: Callable[[Step], None]
+    kept: Kept
 
-    def verdict(self, loop: Loop, state: Any) -> str | None:
-        """Why the fit should end after this step, if it should."""
+    def ahead(self, loop: Step, num_steps: int) -> int:
+        """How many steps to run before the next look."""
+        done = len(loop.steps)
+        if self.on_step is not None or done < TIMED:
+            return 1
+        in_time = int(LOOK / max(loop.steps[-1]["seconds"], LOOK / CHUNK))
+        periods = [every for every in (self.look.every, self.kept.every) if every is not None]
+        until = min([num_steps, *((done // every + 1) * every for every in periods)])
+        return max(1, min(in_time, until - done))
+
+    def first_stop(self, loop: Step, begin: int) -> tuple[int, str] | None:
+        """The first step after `begin` steps at which the record says that the fit should end, and why."""
+        bound = np.empty(0) if self.plateau is None else loop.bound
+        for step in range(begin + 1, len(loop.steps) + 1):
+            if loop.steps[step - 1]["skipped"] > self.skip_budget:
+                return step, "diverged"
+            if self.plateau is not None and self.plateau.reached(bound[:step]):
+                return step, "plateau"
+        return None
+
+    def verdict(self, loop: Step, state: State, stopped: str | None) -> str | None:
+        """Show the last step; why the fit should end after it: `stopped`, or the validation rows."""
         step = len(loop.steps)
         self.show(loop)
         if self.on_step is not None:
             self.on_step(step, loop.constrained(state.params))
-        if int(state.skipped) > self.skip_budget:
-            return "diverged"
-        if self.look.should_stop(step, state.params):
+        if stopped != "diverged" and self.look.should_stop(step, state.params):
             return "patience"
-        if self.plateau is not None and self.plateau.reached(loop.bound):
-            return "plateau"
-        return None
+        return stopped
 
 
 def iterate(
-    key: Array, loop: Loop, state: Any, rows: Iterator[np.ndarray], watch: Watch, num_steps: int
-) -> tuple[Any, str]:
+    key: Array, loop: Step, state: State, rows: Iterator[np.ndarray], watch: Watch, num_steps: int
+) -> tuple[State, str]:
     """The state after the last step, and why the loop ended: all steps done, an interrupt, or a rule."""
+    state, stopped = watch.kept.resumed(state, loop, watch.look)
+    done = len(loop.steps)
+    if done > num_steps:
+        raise ValueError(f"num_steps must be at least the {done} steps of the checkpoint; got {num_steps}")
+    rows = islice(rows, done, None)
     try:
-        for step in range(num_steps):
-            state = loop.run(state, jax.random.fold_in(key, step), next(rows))
-            stopped = watch.verdict(loop, state)
-            if stopped is not None:
-                return state, stopped
+        while stopped is None and done < num_steps:
+            planned = np.stack([next(rows) for _ in range(watch.ahead(loop, num_steps))])
+            after = loop.run(state, key, planned)
+            last, why = watch.first_stop(loop, done) or (len(loop.steps), None)
+            if last < len(loop.steps):
+                del loop.steps[done:]
+                after = loop.run(state, key, planned[: last - done])
+            state, done = after, last
+            stopped = watch.verdict(loop, state, why) or ("steps" if done == num_steps else None)
+            watch.kept.save(state, loop, watch.look, stopped)
     except KeyboardInterrupt:
-        return state, "interrupted"
-    return state, "steps"
+        del loop.steps[done:]  # of a call whose state was not kept
+        stopped = "interrupted"
+        watch.kept.save(state, loop, watch.look, stopped)
+    return state, stopped or "steps"
 
 
 @contextmanager
-def step_bar(console: Console | None, num_steps: int) -> Iterator[Callable[[Loop], None]]:
+def step_bar(console: Console | None, num_steps: int) -> Iterator[Callable[[Step], None]]:
     """A bar of the steps, with the terms of the last bound and the speed of the last 20 steps."""
     with progress_bar(console, "terms") as bar:
         task = bar.add_task("fit", total=num_steps, terms="compiling")
 
-        def show(loop: Loop) -> None:
+        def show(loop: Step) -> None:
             t, recent = loop.steps[-1], [step["seconds"] for step in loop.steps[1:][-20:]]
             speed = f"{1 / np.mean(recent):.2f} steps/s" if recent else "compiled"
             text = (
                 f"ELBO {t['elbo']:,.0f} = data {t['data']:,.0f} - inducing KL {t['inducing_kl']:,.0f} "
                 f"- conditional KL {t['conditional_kl']:,.0f} | {speed}"
             )
-            bar.update(task, advance=1, terms=text)
+            bar.update(task, completed=len(loop.steps), terms=text)
 
         yield show

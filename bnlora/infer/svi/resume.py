@@ -1,0 +1,254 @@
+r"""Checkpoints of a fit: the state on disk from which the same call goes on, bit for bit.
+
+A checkpoint contains the parameters, the state of the optimiser, the record of the steps and the validation
+looks. Minibatches and guide draws are functions of the fit's key and the number of the step, so a fit that
+goes on from a checkpoint has the same bits as one that was never interrupted. Orbax writes each checkpoint
+under a temporary name, in the background, and renames it when it is complete; it removes the oldest ones.
+
+Every checkpoint carries the mark of its fit: key, rows, model, guide, optimiser, options and versions. A fit
+that finds checkpoints of another fit raises an error that names the differences.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax import Array
+from numpyro import handlers
+
+from bnlora._util.checks import check_at_least
+from bnlora._util.files import room
+from bnlora._util.fingerprint import fingerprint, is_same
+from bnlora.data.batch import Batch
+from bnlora.infer.svi.checkpoint import by_path, constants_of, group, identity, some_weights
+from bnlora.infer.svi.elbo import run_once
+from bnlora.infer.svi.step import State, Step
+from bnlora.infer.svi.stored_rows import row_arrays
+from bnlora.infer.svi.validation import Validation
+from bnlora.priors.declared import runnable
+
+FINISHED = ("steps", "patience", "plateau", "diverged")
+"""Ends of a fit after which its checkpoint has nothing to go on with, unless more steps are asked for."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where a fit keeps its state, and how often.
+
+    The same call of `bnlora.fit` goes on from the last checkpoint in the folder. After a fit has ended, the
+    same call returns its result at once, and a call with a larger `num_steps` goes on with it.
+
+    Attributes:
+        folder: Folder of the checkpoints of one fit; created if needed.
+        every: Steps between checkpoints. The last state is always kept, also after an interrupt.
+        keep: Number of checkpoints to keep.
+
+    Raises:
+        ValueError: If `every` or `keep` is below one.
+
+    Example:
+        >>> kept = bl.Checkpoints(folder / "steps", every=2)
+        >>> short = {"batch_size": 4, "checkpoints": kept}
+        >>> first = bl.fit(key, model, guide, rows, optax.adam(0.01), num_steps=4, **short)
+        >>> again = bl.fit(key, model, guide, rows, optax.adam(0.01), num_steps=6, **short)
+        >>> len(again.history["elbo"]), bool(again.history["elbo"][3] == first.history["elbo"][3])
+        (6, True)
+    """
+
+    folder: str | Path
+    every: int = 500
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        check_at_least({"every": self.every, "keep": self.keep}, 1)
+
+
+class Kept:
+    """The open checkpoints of a fit; without a folder nothing is kept.
+
+    Args:
+        where: Folder and options, or None.
+        mark: What identifies the fit (`mark_of`).
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+
+    def __init__(self, where: Checkpoints | None, mark: Callable[[], Mapping[str, Any]]):
+        self._manager: Any = None
+        self.every = None if where is None else where.every
+        if where is None:
+            return
+        import orbax.checkpoint as ocp  # late: it takes as long as JAX itself to import
+
+        self._folder, self._mark, self._args = Path(where.folder).expanduser().absolute(), mark(), ocp.args
+        if self._folder.exists() and not self._folder.is_dir():
+            raise NotADirectoryError(f"{str(self._folder)!r} is a file; checkpoints need a folder")
+        with room(self._folder):  # or an error in one sentence
+            pass
+        self._manager = ocp.CheckpointManager(
+            self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=where.keep, create=True)
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait until the last checkpoint is complete."""
+        if self._manager is not None:
+            with self._goes_on():
+                self._manager.close()
+
+    @contextmanager
+    def _goes_on(self) -> Iterator[None]:
+        """Warn once if a checkpoint cannot be written, and keep no further ones: the fit is worth more."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 (Orbax and TensorStore raise what they like)
+            self._manager = self.every = None
+            reason = str(error).strip().partition("\n")[0][:200]
+            warnings.warn(
+                f"checkpoints cannot be written to {str(self._folder)!r} ({reason}); the fit goes on without "
+                "them",
+                stacklevel=2,
+            )
+
+    def resumed(self, state: State, loop: Step, look: Validation) -> tuple[State, str | None]:
+        """The state of the last checkpoint, if there is one, and why that fit had ended, if it had.
+
+        The records of loop and validation are filled. A fit that had done all its steps has not ended if it
+        now has more of them.
+
+        Raises:
+            ValueError: If the folder has checkpoints of another fit, or the last one is corrupt.
+        """
+        if self._manager is None or self._manager.latest_step() is None:
+            return state, None
+        record, arrays = self._read()
+        self._require_same(record["mark"])
+        for name, values in record["look"].items():
+            setattr(look, name, values)
+        columns = group("history", arrays)
+        loop.steps[:] = [{n: float(x[i]) for n, x in columns.items()} for i in range(record["steps"])]
+        if look.best_step:
+            look.best_params = _filled("best", state.params, arrays)
+        ended = record["stopped"] if record["stopped"] in FINISHED else None
+        return _filled("state", state, arrays), None if ended == "steps" else ended
+
+    def save(self, state: State, loop: Step, look: Validation, stopped: str | None = None) -> None:
+        """Keep the state if it is time or the fit ends; `stopped` says why it ends."""
+        step = len(loop.steps)
+        if self._manager is None or step in {0, self._manager.latest_step()}:
+            return
+        due = self.every is not None and step % self.every == 0
+        if stopped is None and not due:
+            return
+        history = {name: loop.column(name) for name in loop.steps[0]}
+        named = by_path(jax.device_get({"state": state, "best": look.best_params, "history": history}))
+        arrays = {name: np.asarray(x) for name, x in named.items() if np.size(x)}  # Orbax refuses empty ones
+        record = {"steps": step, "stopped": stopped, "mark": self._mark}
+        record["look"] = {name: getattr(look, name) for name in ("steps", "losses", "best_step")}
+        items = {"arrays": self._args.StandardSave(arrays), "record": self._args.JsonSave(record)}
+        with self._goes_on():
+            self._manager.save(step, args=self._args.Composite(**items))
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        step = self._manager.latest_step()
+        items = {"arrays": self._args.StandardRestore(), "record": self._args.JsonRestore()}
+        try:
+            found = self._manager.restore(step, args=self._args.Composite(**items))
+            return dict(found.record), dict(found.arrays)
+        except Exception as error:  # noqa: BLE001 (Orbax and TensorStore raise what they like)
+            raise ValueError(
+                f"the checkpoint in {str(self._folder / str(step))!r} is corrupt "
+                f"({str(error).partition(chr(10))[0][:200]}); remove it to go on from the one before"
+            ) from error
+
+    def _require_same(self, before: Mapping[str, Any]) -> None:
+        now = json.loads(json.dumps(self._mark))
+        differing = [name for name in {**before, **now} if not _agree(before.get(name), now.get(name))]
+        if differing:
+            pairs = {name: (_brief(before.get(name)), _brief(now.get(name))) for name in differing}
+            shown = "; ".join(f"{name}: {then}, now {new}" for name, (then, new) in pairs.items())
+            raise ValueError(
+                f"{str(self._folder)!r} holds checkpoints of another fit ({shown}); pass the same "
+                "arguments to go on with it, or another folder"
+            )
+
+
+def mark_of(
+    key: Array, loop: Step, state: State, rows: Mapping[str, Batch | None], **options: Any
+) -> dict[str, Any]:
+    """What identifies a fit: everything that its bits depend on.
+
+    Args:
+        key: Random key of the fit.
+        loop: Its step.
+        state: Its first state.
+        rows: Training and validation rows.
+        **options: Further arguments, such as the rules that stop it.
+    """
+    prior = runnable(loop.model.prior)
+    shapes = {name: f"{leaf.shape} {leaf.dtype}" for name, leaf in by_path({"state": state}).items()}
+    update = jax.make_jaxpr(loop.optimizer.update)(state.params, state.optimizer, state.params)
+    marks = {
+        "key": np.asarray(jax.random.key_data(key)).tolist(),
+        "label ids and sites": identity(loop.model),
+        "frozen weights": _numbers(some_weights(loop.model)),
+        "guide": _numbers(fingerprint(constants_of(loop.guide))),
+        "prior": _numbers(fingerprint(run_once(lambda: handlers.seed(prior, jax.random.key(0))()))),
+        "parameters": shapes,
+        "optimiser": hashlib.sha256(str(update).encode()).hexdigest()[:16],
+        "num_particles": loop.num_particles,
+        "versions": {name: version(name) for name in ("bnlora", "jax", "numpyro", "optax")},
+    }
+    marks |= {f"{name} rows": _checksum(batch) for name, batch in rows.items()}
+    return marks | {name: _plain(value) for name, value in options.items()}
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+
+
+def _numbers(vector: np.ndarray) -> dict[str, list[float]]:
+    """A fingerprint as JSON, which is compared up to rounding."""
+    return {"numbers": np.asarray(vector, float).tolist()}
+
+
+def _checksum(batch: Batch | None) -> str | None:
+    if batch is None:
+        return None
+    digest = hashlib.sha256()
+    for name, value in row_arrays(batch).items():
+        digest.update(name.encode() + np.asarray(value).tobytes())
+    return f"{len(batch)} rows {digest.hexdigest()[:16]}"
+
+
+def _agree(then: Any, now: Any) -> bool:
+    if isinstance(then, dict) and isinstance(now, dict) and then.keys() == now.keys() == {"numbers"}:
+        return is_same(np.array(then["numbers"]), np.array(now["numbers"]))
+    return then == now
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _filled(prefix: str, like: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    """The tree `like` with the stored arrays, on its devices."""
+    values = [
+        jax.device_put(arrays[name].astype(leaf.dtype).reshape(leaf.shape), leaf.sharding)
+        if leaf.size
+        else leaf
+        for name, leaf in by_path({prefix: like}).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), values)
