@@ -39,18 +39,30 @@ from bnlora.assess.prior_predictive import PriorPredictive as PriorPredictive
 from bnlora.assess.prior_predictive import prior_predictive as prior_predictive
 from bnlora.assess.prior_predictive import scale_for_spread as scale_for_spread
 from bnlora.data.batch import Batch as Batch
+from bnlora.data.choices import ChoiceData as ChoiceData
+from bnlora.data.choices import multiple_choice as multiple_choice
+from bnlora.data.letters import letter_choices as letter_choices
+from bnlora.data.outcomes import language_modelling as language_modelling
+from bnlora.data.outcomes import text_outcomes as text_outcomes
 from bnlora.data.text import TextData as TextData
 from bnlora.data.text import text_classification as text_classification
 from bnlora.infer.svi.plateau import Plateau as Plateau
 from bnlora.infer.svi.result import Fit as Fit
 from bnlora.infer.svi.result import FitDiverged as FitDiverged
 from bnlora.infer.svi.validation import EarlyStopping as EarlyStopping
+from bnlora.prediction.exported import Export as Export
+from bnlora.prediction.exported import export_peft as export_peft
+from bnlora.prediction.outcomes import TextPrediction as TextPrediction
+from bnlora.prediction.outcomes import ValuePrediction as ValuePrediction
+from bnlora.prediction.outcomes import predict_texts as predict_texts
+from bnlora.prediction.outcomes import predict_values as predict_values
 from bnlora.prediction.posterior import PointPosterior as PointPosterior
 from bnlora.prediction.posterior import Posterior as Posterior
 from bnlora.prediction.predict import Prediction as Prediction
 from bnlora.prediction.predict import predict as predict
 from bnlora.prediction.reading import Reading as Reading
 from bnlora.prediction.reading import read_along as read_along
+from bnlora.program import likelihoods as likelihoods
 from bnlora.program.cache import cache_prefix as cache_prefix
 from bnlora.program.conditional import condition as condition
 from bnlora.program.model import Classifier as Classifier
@@ -58,6 +70,7 @@ from bnlora.program.model import Classifier as Classifier
 if _TYPE_CHECKING:  # what type checkers and editors see of the names in `_LATER`
     from bnlora import plots as plots
     from bnlora.adapters.peft import load_peft as load_peft
+    from bnlora.adapters.peft import peft_sites as peft_sites
     from bnlora.adapters.peft import save_peft as save_peft
     from bnlora.assess import comparison as comparison
     from bnlora.assess import diagnostics as diagnostics
@@ -94,16 +107,23 @@ if _TYPE_CHECKING:  # what type checkers and editors see of the names in `_LATER
     from bnlora.infer.mcmc import sample_smc as sample_smc
     from bnlora.infer.svi.checkpoint import load_fit as load_fit
     from bnlora.infer.svi.checkpoint import save_fit as save_fit
+    from bnlora.infer.svi.estimate import Estimate as Estimate
+    from bnlora.infer.svi.estimate import estimate as estimate
     from bnlora.infer.svi.fit import fit as fit
     from bnlora.infer.svi.options import Memory as Memory
     from bnlora.infer.svi.options import Optimisation as Optimisation
+    from bnlora.infer.svi.resume import Checkpoints as Checkpoints
     from bnlora.infer.svi.step import svi_step as svi_step
+    from bnlora.models.sharding import mesh as mesh
     from bnlora.prediction import selective as selective
+    from bnlora.prediction.generated import Generation as Generation
+    from bnlora.prediction.generation import generate as generate
+    from bnlora.prediction.imported import load_peft_posterior as load_peft_posterior
     from bnlora.program.tangent.frames import frames as frames
     from bnlora.program.tangent.model import Tangent as Tangent
 
 _LATER = {
-    "bnlora.adapters.peft": "load_peft save_peft",
+    "bnlora.adapters.peft": "load_peft peft_sites save_peft",
     "bnlora.assess.comparison": "Comparison compare load_reference save_reference store_reference",
     "bnlora.assess.diagnostics": "diagnose to_arviz",
     "bnlora.base": "Base load",
@@ -115,9 +135,15 @@ _LATER = {
     "bnlora.infer.mcmc": "Certificate Chains Thresholds log_evidence sample_elliptical sample_hmc "
     "sample_mclmc sample_nuts sample_smc",
     "bnlora.infer.svi.checkpoint": "load_fit save_fit",
+    "bnlora.infer.svi.estimate": "Estimate estimate",
     "bnlora.infer.svi.fit": "fit",
     "bnlora.infer.svi.options": "Memory Optimisation",
+    "bnlora.infer.svi.resume": "Checkpoints",
     "bnlora.infer.svi.step": "svi_step",
+    "bnlora.models.sharding": "mesh",
+    "bnlora.prediction.generated": "Generation",
+    "bnlora.prediction.generation": "generate",
+    "bnlora.prediction.imported": "load_peft_posterior",
     "bnlora.program.tangent.frames": "frames",
     "bnlora.program.tangent.model": "Tangent",
 }

@@ -6,7 +6,7 @@ exceed the evidence.
 
 `maximise_bound`: a fit of such a problem to convergence, in one compiled loop.
 
-`tiny_base` and `tiny_rows`: a small language model and task, on which a fit takes seconds.
+`tiny_base`, `tiny_encoder` and `tiny_rows`: small models and a task, on which a fit takes seconds.
 
 `frozen_scale`: a deliberately wrong guide, which every check of a posterior must detect.
 """
@@ -33,7 +33,8 @@ from bnlora.base import Base
 from bnlora.data.batch import Batch
 from bnlora.infer.svi.elbo import initial_parameters
 from bnlora.infer.svi.maximise import maximise
-from bnlora.models.llama import LlamaConfig
+from bnlora.models.decoder_config import DecoderConfig
+from bnlora.models.encoder_config import EncoderConfig
 from bnlora.program.protocol import Program
 
 
@@ -128,7 +129,7 @@ def maximise_bound(
 def tiny_base(key: Array, *, num_layers: int = 4) -> Base:
     """A Llama with a few thousand random weights and grouped heads, to try a prior or a guide."""
     key = check_key(key)
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab_size=40,
         d_model=16,
         d_ff=24,
@@ -137,9 +138,25 @@ def tiny_base(key: Array, *, num_layers: int = 4) -> Base:
         num_kv_heads=2,
         head_dim=4,
         rope_theta=1e4,
-        rms_eps=1e-5,
+        norm_eps=1e-5,
         tied=True,
         max_length=64,
+    )
+    return Base.random(key, config)
+
+
+def tiny_encoder(key: Array, *, num_layers: int = 2, num_labels: int = 2, new_head: bool = False) -> Base:
+    """A BERT with a few thousand random weights; its classification head is zero if it is new."""
+    key = check_key(key)
+    config = EncoderConfig(
+        vocab_size=40,
+        d_model=16,
+        d_ff=24,
+        num_layers=num_layers,
+        num_heads=4,
+        num_labels=num_labels,
+        max_length=64,
+        new_head=new_head,
     )
     return Base.random(key, config)
 

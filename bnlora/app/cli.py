@@ -1,44 +1,39 @@
-"""The command line: `bnlora demo`, `fit`, `predict`, `evaluate`, `diagnose`.
+"""The command line: `bnlora demo`, `fit`, `predict`, `evaluate`, `diagnose`, `audit`, `export`.
 
 Results go to standard output, as text or (`--json`) as one JSON object. Progress and errors go to standard
 error; progress bars appear only on a terminal. `bnlora.app.outcome` has the exit codes.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 import bnlora
 from bnlora import metrics
 from bnlora._util.compilation import keys_from
 from bnlora._util.files import room, room_for
 from bnlora.app import options
+from bnlora.app.audit import audit
 from bnlora.app.demo import SIZES, demo_page, demo_tables, run_demo
-from bnlora.app.kept import exit_if_elsewhere, fit_and_keep, keep
+from bnlora.app.export import export
+from bnlora.app.kept import exit_if_elsewhere, fit_and_keep, keep, restored, unfinished
 from bnlora.app.outcome import (
-    ExitCode,
-    as_json,
     comparison_result,
     diagnosis_result,
     evaluation_page,
     fit_result,
-    prediction_result,
+    following,
     require_free,
     summary_result,
-    with_prediction,
+    with_columns,
 )
+from bnlora.app.printing import exit_if_interrupted, print_result, reporting, write
 from bnlora.app.recipe import LEARNING_RATE, LEARNING_RATE_OF_LORA, Recipe, Schedule
-from bnlora.data.batch import Batch
+from bnlora.app.tasks import column_names, columns_of, outcome_summary, predicted
 from bnlora.data.formats import ENCODING, check_columns
-from bnlora.data.labels import LabelKind
 from bnlora.data.tables import (
     as_strings,
     naming_lines,
@@ -47,12 +42,8 @@ from bnlora.data.tables import (
     require_writable,
     write_table,
 )
-from bnlora.infer.svi.checkpoint import RECORD, load_fit, read_notes
-from bnlora.infer.svi.result import Fit, FitDiverged
+from bnlora.infer.svi.resume import Checkpoints
 from bnlora.prediction.predict import predict
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 app = typer.Typer(
     help="Bayesian low-rank adapters for language models: fit, predict, and measure calibration.",
@@ -103,15 +94,17 @@ def demo(
     methods use the same labelled movie reviews. The test sets are movie reviews and, out of domain, product
     reviews, newspaper editorials and tweets.
     """
-    with _reporting() as progress, room_for(report):
+    with reporting() as progress, room_for(report):
         sizes = {"train": train, "validation": validation, "test": test}
         comparison = run_demo(**sizes, epochs=epochs, num_draws=draws, seed=seed, console=progress)
         settings = sizes | {"epochs": epochs, "draws": draws, "seed": seed}
         command = " ".join(["bnlora demo", *(f"--{name} {value}" for name, value in settings.items())])
         page = demo_page(comparison, command)
-        place = keep(report, lambda path: _write(path, page), progress)
-        _print(comparison_result(comparison, place), *demo_tables(comparison), f"report: {place}", json=json)
-        _exit_if_interrupted(comparison.lora, comparison.core.fit)
+        place = keep(report, lambda path: write(path, page), progress)
+        print_result(
+            comparison_result(comparison, place), *demo_tables(comparison), f"report: {place}", json=json
+        )
+        exit_if_interrupted(comparison.lora, comparison.core.fit)
         exit_if_elsewhere(report, place)
 
 
@@ -119,14 +112,19 @@ def demo(
 def fit_command(
     table: options.Table,
     out: Annotated[Path, typer.Option(help="Folder for the fit.", show_default=False)],
-    word: options.Words,
+    word: options.WordsOfTask = None,
     text: options.TextColumn = "text",
     label: options.LabelColumn = "label",
     labels_are: options.LabelsAre = None,
+    task: options.OfTask = "words",
+    choices: options.ChoicesColumn = None,
+    normalise: options.DividedBy = "none",
+    prompt: options.PromptColumn = None,
     encoding: options.Encoding = ENCODING,
     validation: options.Validation = None,
     base: options.BaseName = Recipe.base,
-    template: options.Template = options.TEMPLATE,
+    template: options.Template = None,
+    pooling: options.HeadReads = None,
     target: options.Targets = options.TARGETS,
     top_layers: options.TopLayers = Recipe.top_layers,
     rank: Annotated[int, typer.Option(help="Rank of each update.")] = Recipe.rank,
@@ -140,18 +138,24 @@ def fit_command(
     learning_rate: options.LearningRate = None,
     max_length: options.MaxLength = None,
     truncate: options.Cut = Recipe.truncate,
+    every: options.Every = Checkpoints.every,
+    resume: options.Resume = False,
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
     """Fit adapters to a table of texts and labels."""
     out = out.expanduser()
-    with _reporting() as progress, room(out) as require:
-        if (out / RECORD).exists():
-            raise ValueError(f"{str(out)!r} already contains a fit; choose another folder or remove it")
+    with reporting() as progress, room(out) as require:
+        checkpoints = unfinished(out, every, resume=resume)
         recipe = Recipe(
-            words=tuple(word),
+            words=tuple(word or ()),
+            task=task,
+            choices=choices,
+            normalise=normalise,
+            prompt=prompt,
             base=base,
-            template=template.replace("\\n", "\n"),
+            template=options.template_of(template, task),
+            pooling=pooling,
             targets=tuple(target),
             top_layers=top_layers,
             rank=rank,
@@ -163,18 +167,20 @@ def fit_command(
             labels_are=labels_are,
         )
         files = {"train": table} if validation is None else {"train": table, "validation": validation}
-        tables = {name: read_table(p, columns=[text, label], encoding=encoding) for name, p in files.items()}
+        read: dict[str, Any] = {"columns": columns_of(recipe, text, label), "encoding": encoding}
+        tables = {name: read_table(p, **read) for name, p in files.items()}
         model = recipe.load_base()
         with naming_lines(files, encoding=encoding):
             data = recipe.read(tables, model, text=text, label=label)
         rate = LEARNING_RATE_OF_LORA if prior == "none" else LEARNING_RATE
         schedule = Schedule(steps, batch_size, rate if learning_rate is None else learning_rate, seed=seed)
-        fit, place, diverged = fit_and_keep(recipe, schedule, model, data, out, require, progress)
+        recipe = recipe.fitted_to(data)
+        fit, place, diverged = fit_and_keep(recipe, schedule, model, data, checkpoints, require, progress)
         if diverged is not None:
-            _print(fit_result(fit, place), f"last finite state: {place}", json=json)
+            print_result(fit_result(fit, place), f"last finite state: {place}", json=json)
             raise diverged
-        _print(fit_result(fit, place), fit, f"next: bnlora predict {place} TABLE --text {text}", json=json)
-        _exit_if_interrupted(fit)
+        print_result(fit_result(fit, place), fit, following(fit, place, text), json=json)
+        exit_if_interrupted(fit)
         exit_if_elsewhere(out, place)
 
 
@@ -192,19 +198,21 @@ def predict_command(
     json: options.Json = False,
 ) -> None:
     """Predict the classes of new texts: probabilities, entropy, and mutual information (epistemic part)."""
-    with _reporting() as progress, room_for(out, source=table):
+    with reporting() as progress, room_for(out, source=table):
         require_writable(out)
         rows = read_columns(table, encoding=encoding)
+        recipe = Recipe.from_folder(folder)
         if not overwrite:
-            require_free(rows.column_names, Recipe.from_folder(folder).words, prefix)
-        check_columns(repr(str(table)), rows.column_names, [text])
-        texts = as_strings(rows.select([text]))
-        fit, recipe, batch = _restored(folder, texts, table, text, None, encoding)
-        prediction = predict(jax.random.key(seed), fit, batch, num_draws=draws, console=progress)
-        predicted = with_prediction(rows, prediction, recipe.words, prefix=prefix)
-        place = keep(out, lambda path: write_table(predicted, path), progress)
-        result = prediction_result(prediction, recipe.words, place)
-        _print(result, f"{len(rows)} predictions: {place}", json=json)
+            require_free(rows.column_names, column_names(recipe), prefix)
+        columns = columns_of(recipe, text, None)
+        check_columns(repr(str(table)), rows.column_names, columns)
+        texts = as_strings(rows.select(columns))
+        fit, _, batch = restored(folder, table, text, None, encoding, rows=texts)
+        prediction = predicted(jax.random.key(seed), recipe, fit, batch, num_draws=draws, console=progress)
+        extended = with_columns(rows, prediction.columns, prefix=prefix)
+        place = keep(out, lambda path: write_table(extended, path), progress)
+        result = {"table": str(place), **prediction.result}
+        print_result(result, f"{len(rows)} predictions: {place}", json=json)
         exit_if_elsewhere(out, place)
 
 
@@ -225,10 +233,15 @@ def evaluate(
     json: options.Json = False,
 ) -> None:
     """Measure accuracy and calibration on labelled texts, with bootstrap intervals."""
-    with _reporting() as progress, room_for(report, source=table):
-        rows = read_table(table, columns=[text, label], encoding=encoding)
-        fit, recipe, batch = _restored(folder, rows, table, text, label, encoding, labels_are)
-        predict_key, summary_key = keys_from(jax.random.key(seed), 2)
+    with reporting() as progress, room_for(report, source=table):
+        fit, recipe, batch = restored(folder, table, text, label, encoding, labels_are=labels_are)
+        predict_key, summary_key = keys = keys_from(jax.random.key(seed), 2)
+        if not fit.model.num_classes:
+            if report is not None:
+                raise ValueError(f"--report draws classes; the task {recipe.task!r} has none")
+            scores = outcome_summary(keys, recipe, fit, batch, num_draws=draws, console=progress)
+            print_result(summary_result(scores), scores, json=json)
+            return
         prediction = predict(predict_key, fit, batch, num_draws=draws, console=progress)
         labels = np.asarray(batch.labels)
         summary = metrics.summary(summary_key, prediction, labels)
@@ -237,10 +250,10 @@ def evaluate(
         if report is not None:
             title = f"{folder.name} on {table.name}"
             page = evaluation_page(title, summary, {recipe.prior: {table.name: prediction}}, labels)
-            place = keep(report, lambda path: _write(path, page), progress)
+            place = keep(report, lambda path: write(path, page), progress)
             result["report"] = str(place)
             shown.append(f"report: {place}")
-        _print(result, *shown, json=json)
+        print_result(result, *shown, json=json)
         if report is not None:
             exit_if_elsewhere(report, place)
 
@@ -269,67 +282,16 @@ def diagnose(
     The rows need labels and should not be rows that were fitted. A problem is a finding, not an error: the
     exit code is 0.
     """
-    with _reporting() as progress:
-        rows = read_table(table, columns=[text, label], encoding=encoding)
-        fit, _, batch = _restored(folder, rows, table, text, label, encoding, labels_are)
+    with reporting() as progress:
+        fit, _, batch = restored(folder, table, text, label, encoding, labels_are=labels_are)
         diagnosis = bnlora.diagnose(
             fit.draw_key, fit, batch, num_draws=draws, families=families, console=progress
         )
-        _print(diagnosis_result(diagnosis), diagnosis, json=json)
+        print_result(diagnosis_result(diagnosis), diagnosis, json=json)
 
 
-@contextmanager
-def _reporting() -> Iterator[Console]:
-    """A console for progress. An error inside the block prints one sentence and exits with its exit code."""
-    progress = Console(stderr=True)
-    try:
-        yield progress
-    except KeyboardInterrupt as error:
-        progress.print("interrupted")
-        raise typer.Exit(ExitCode.INTERRUPTED) from error
-    except (ValueError, OSError) as error:
-        progress.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        diverged = isinstance(error, FitDiverged)
-        raise typer.Exit(ExitCode.DIVERGED if diverged else ExitCode.BAD_INPUT) from error
-
-
-def _print(result: Mapping[str, Any], *shown: Any, json: bool) -> None:
-    """Print to standard output: `result` as one JSON object, or the parts `shown` as text."""
-    if json:
-        typer.echo(as_json(result))
-        return
-    for part in shown:
-        Console().print(part, highlight=False)
-
-
-def _exit_if_interrupted(*fits: Fit) -> None:
-    """Exit with the code of an interrupt if one stopped a fit; call after the result is printed."""
-    if any(fit.stopped == "interrupted" for fit in fits):
-        raise typer.Exit(ExitCode.INTERRUPTED)
-
-
-def _restored(
-    folder: Path,
-    rows: "Dataset",
-    table: Path,
-    text: str,
-    label: str | None,
-    encoding: str,
-    labels_are: LabelKind | None = None,
-) -> tuple[Fit, Recipe, Batch]:
-    """The fit in a folder, its recipe, and the tokenised rows; errors name lines of the table."""
-    recipe = Recipe.from_folder(folder)
-    recipe.require_fitted(read_notes(folder))
-    if labels_are is not None:
-        recipe = replace(recipe, labels_are=labels_are)
-    base = recipe.load_base()
-    with naming_lines({"rows": table}, encoding=encoding):
-        data = recipe.read({"rows": rows}, base, text=text, label=label)
-    return load_fit(folder, *recipe.build(base, data.label_ids)), recipe, data["rows"]
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+app.command()(audit)
+app.command()(export)
 
 
 def main() -> None:

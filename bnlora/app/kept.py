@@ -1,14 +1,15 @@
-"""Files that a command writes: a fit with its recipe, tables, pages.
+"""Files that a command writes, and the fit that it reads again: a fit with its recipe, tables, pages.
 
 A fit takes long, so a full disk must not lose its result. If a result cannot be written to the requested
 path, it goes to the cache folder or the folder of temporary files, and standard error reports the path.
 """
 
+import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -18,10 +19,22 @@ from bnlora._util.caching import cache_folder
 from bnlora._util.files import written
 from bnlora.app.outcome import ExitCode
 from bnlora.app.recipe import Recipe, Schedule
+from bnlora.app.tasks import columns_of
 from bnlora.base import Base
-from bnlora.data.text import TextData
-from bnlora.infer.svi.checkpoint import fit_size, save_fit
+from bnlora.data.batch import Batch
+from bnlora.data.labels import LabelKind
+from bnlora.data.splits import Splits
+from bnlora.data.tables import naming_lines, read_table
+from bnlora.infer.svi.checkpoint import RECORD, fit_size, load_fit, read_notes, save_fit
 from bnlora.infer.svi.result import Fit, FitDiverged
+from bnlora.infer.svi.resume import Checkpoints
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+STEPS = "steps"
+"""Folder of the checkpoints, in the folder of the fit."""
 
 
 class KeptFit(NamedTuple):
@@ -42,28 +55,35 @@ def fit_and_keep(
     recipe: Recipe,
     schedule: Schedule,
     base: Base,
-    data: TextData,
-    out: Path,
+    data: Splits,
+    checkpoints: Checkpoints,
     require: Callable[[int], None],
     console: Console,
 ) -> KeptFit:
-    """Fit and write the fit; if it diverges, write its last finite state.
+    """Fit and write the fit beside its checkpoints, which are removed unless the fit was interrupted.
+
+    If it diverges, its last finite state is written.
 
     Args:
         recipe: How model and guide are built.
         schedule: How they are fitted.
         base: The base model of the recipe.
         data: Rows to fit, and optionally a split `validation`.
-        out: Folder for the fit.
+        checkpoints: Where its state is kept, from `unfinished`.
         require: Raises if a number of bytes does not fit into the folder; called before the fit.
         console: Where to report progress and problems.
     """
-    model, guide = recipe.build(base, data.label_ids)
+    model, guide = recipe.build(base, recipe.likelihood(data))
     require(fit_size(model, guide, data.train, schedule.num_steps))
     diverged = None
     try:
         fit = schedule.fit(
-            model, guide, data.train, validation=data.splits.get("validation"), console=console
+            model,
+            guide,
+            data.train,
+            validation=data.splits.get("validation"),
+            checkpoints=checkpoints,
+            console=console,
         )
     except FitDiverged as error:
         fit, diverged = error.fit, error
@@ -72,7 +92,33 @@ def fit_and_keep(
         save_fit(fit, folder, notes=asdict(recipe))
         recipe.save(folder)
 
-    return KeptFit(fit, keep(out, write, console), diverged)
+    steps = Path(checkpoints.folder)
+    place = keep(steps.parent, write, console)
+    if fit.stopped != "interrupted" and place == steps.parent:
+        shutil.rmtree(steps, ignore_errors=True)
+    return KeptFit(fit, place, diverged)
+
+
+def unfinished(out: Path, every: int, *, resume: bool) -> Checkpoints:
+    """The checkpoints of the fit in a folder.
+
+    Args:
+        out: The folder.
+        every: Steps between checkpoints.
+        resume: Whether to go on with the fit that was interrupted in this folder.
+
+    Raises:
+        ValueError: If there is a fit, or an interrupted one that is not to go on; or none to go on with.
+    """
+    steps = out / STEPS
+    if resume and not steps.is_dir():
+        what = "a fit that has ended" if (out / RECORD).exists() else "no interrupted fit"
+        raise ValueError(f"{str(out)!r} contains {what}; leave out --resume, and choose another folder")
+    if not resume and steps.is_dir():
+        raise ValueError(f"{str(out)!r} contains an interrupted fit; go on with --resume, or remove it")
+    if not resume and (out / RECORD).exists():
+        raise ValueError(f"{str(out)!r} already contains a fit; choose another folder or remove it")
+    return Checkpoints(steps, every=every)
 
 
 def keep(path: Path, write: Callable[[Path], Any], console: Console) -> Path:
@@ -88,3 +134,36 @@ def exit_if_elsewhere(requested: Path, place: Path) -> None:
     """Exit with the code of bad input if a result is not at the requested path."""
     if place != requested:
         raise typer.Exit(ExitCode.BAD_INPUT)
+
+
+def restored(
+    folder: Path,
+    table: Path,
+    text: str,
+    label: str | None,
+    encoding: str,
+    *,
+    labels_are: LabelKind | None = None,
+    rows: "Dataset | None" = None,
+) -> tuple[Fit, Recipe, Batch]:
+    """The fit in a folder, its recipe, and the tokenised rows; errors name lines of the table.
+
+    Args:
+        folder: The folder.
+        table: The file of the rows.
+        text: Column of the texts.
+        label: Column of the labels, or None.
+        encoding: Encoding of the file.
+        labels_are: In place of what the recipe says.
+        rows: The rows, if the file is read already.
+    """
+    recipe = Recipe.from_folder(folder)
+    if rows is None:
+        rows = read_table(table, columns=columns_of(recipe, text, label), encoding=encoding)
+    recipe.require_fitted(read_notes(folder))
+    if labels_are is not None:
+        recipe = replace(recipe, labels_are=labels_are)
+    base = recipe.load_base()
+    with naming_lines({"rows": table}, encoding=encoding):
+        data = recipe.read({"rows": rows}, base, text=text, label=label)
+    return load_fit(folder, *recipe.build(base, recipe.likelihood(data))), recipe, data["rows"]

@@ -43,6 +43,13 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
+def following(fit: Fit, place: Path, text: str) -> str:
+    """What to do after a fit: the next command."""
+    if fit.stopped == "interrupted":
+        return "interrupted: the same command with --resume goes on"
+    return f"next: bnlora predict {place} TABLE --text {text}"
+
+
 def fit_result(fit: Fit, folder: Path) -> dict[str, Any]:
     """Sizes of a fit, why it stopped, and the mean terms of the bound over the last 50 steps, in nats."""
     return {
@@ -55,19 +62,6 @@ def fit_result(fit: Fit, folder: Path) -> dict[str, Any]:
         "best_step": fit.best_step,
         "seconds": float(fit.step_seconds.sum()),
         "terms": {name: float(np.mean(fit.history[name][-50:])) for name in TERMS},
-    }
-
-
-def prediction_result(prediction: Prediction, words: tuple[str, ...], table: Path) -> dict[str, Any]:
-    """Number of rows predicted for each class, and mean entropy and mutual information of a row, in nats."""
-    counts = np.bincount(prediction.log_probs.argmax(1), minlength=len(words))
-    return {
-        "table": str(table),
-        "rows": int(counts.sum()),
-        "draws": len(prediction.draw_log_probs),
-        "predicted": {word.strip(): int(count) for word, count in zip(words, counts, strict=True)},
-        "mean_entropy": float(np.mean(prediction.entropy)),
-        "mean_mutual_information": float(np.mean(prediction.mutual_information)),
     }
 
 
@@ -131,15 +125,9 @@ def evaluation_page(
     return page(title, [summary.table, (figure, plots.RELIABILITY_CAPTION)])
 
 
-def prediction_names(words: Sequence[str], prefix: str = "") -> list[str]:
-    """Names of the columns that a prediction adds to a table."""
-    probabilities = [f"probability {word.strip()}" for word in words]
-    return [prefix + name for name in (*probabilities, "entropy", "mutual information", "prediction")]
-
-
-def require_free(columns: Sequence[str], words: Sequence[str], prefix: str) -> None:
+def require_free(columns: Sequence[str], names: Sequence[str], prefix: str) -> None:
     """Raise `ValueError` if a table has columns that a prediction would replace."""
-    taken = [name for name in prediction_names(words, prefix) if name in columns]
+    taken = [prefix + name for name in names if prefix + name in columns]
     if taken:
         raise ValueError(
             f"the table already has columns {taken}; use --prefix {f'new {prefix}'!r} to rename the new "
@@ -147,16 +135,12 @@ def require_free(columns: Sequence[str], words: Sequence[str], prefix: str) -> N
         )
 
 
-def with_prediction(
-    rows: "pa.Table", prediction: Prediction, words: Sequence[str], *, prefix: str = ""
-) -> "pa.Table":
-    """The rows with the columns of their prediction; columns with the same names are replaced."""
+def with_columns(rows: "pa.Table", columns: Mapping[str, list[Any]], *, prefix: str = "") -> "pa.Table":
+    """The rows with more columns; columns with the same names are replaced."""
     import pyarrow as pa
 
-    names = prediction_names(words, prefix)
-    predicted = np.array([word.strip() for word in words])[prediction.log_probs.argmax(1)]
-    columns = [*prediction.probs.T, prediction.entropy, prediction.mutual_information, predicted]
-    rows = rows.drop_columns([name for name in names if name in rows.column_names])
-    for name, values in zip(names, columns, strict=True):
-        rows = rows.append_column(name, pa.array(values.tolist()))
+    named = {prefix + name: values for name, values in columns.items()}
+    rows = rows.drop_columns([name for name in named if name in rows.column_names])
+    for name, values in named.items():
+        rows = rows.append_column(name, pa.array(values))
     return rows

@@ -1,7 +1,7 @@
 """Settings of a model, a guide and a fit as names and numbers, saved to rebuild the same model later."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -13,14 +13,15 @@ from bnlora import guides, priors
 from bnlora._util.checks import check_at_least, check_option
 from bnlora._util.files import read_json, write_json
 from bnlora.adapters.sites import select
+from bnlora.app.tasks import TaskSettings, likelihood_of, measured, read_rows
 from bnlora.base import Base, load
 from bnlora.data.assets import fetch_smollm2
 from bnlora.data.batch import Batch
-from bnlora.data.labels import LabelKind
-from bnlora.data.text import TextData, Truncate, text_classification
+from bnlora.data.splits import Splits
 from bnlora.infer.svi.fit import fit
 from bnlora.infer.svi.options import Optimisation
 from bnlora.infer.svi.result import Fit
+from bnlora.program.likelihoods import Likelihood, Words
 from bnlora.program.model import Classifier
 
 if TYPE_CHECKING:
@@ -70,13 +71,11 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Settings that define a model and a guide.
+class Recipe(TaskSettings):
+    """Settings that define a task, a model and a guide.
 
     Attributes:
-        words: Word of each class, in the order of the labels.
         base: `"smollm2"`, a `.gguf` file, a Hugging Face folder, or a hub name.
-        template: Text around each row, with `{text}` in it.
         targets: Modules to adapt.
         top_layers: Number of uppermost layers to adapt; all layers if None.
         rank: Rank of each update.
@@ -86,17 +85,12 @@ class Recipe:
         scale_b: Prior scale of factor B.
         inducing: Number of inducing rows and of inducing columns of the sparse GP.
         lam_max: Upper limit of the guide's `lam`; below 1 the family of the guide is restricted.
-        max_length: Longest row in tokens; the limit of the base if None.
-        truncate: Treatment of longer rows: truncate on this side, or raise an error.
-        labels_are: "words" or "integers" if a word is an integer, as in `text_classification`.
 
     Raises:
-        ValueError: If the prior is unknown.
+        ValueError: If the prior is unknown, or the settings of the task do not fit each other.
     """
 
-    words: tuple[str, ...]
     base: str = SMOLLM2
-    template: str = "Review: {text}\nSentiment:"
     targets: tuple[str, ...] = ("q_proj", "k_proj", "lm_head")
     top_layers: int | None = 2
     rank: int = 8
@@ -106,37 +100,42 @@ class Recipe:
     scale_b: float = 3.0
     inducing: int = 9
     lam_max: float = 0.03
-    max_length: int | None = None
-    truncate: Truncate = "error"
-    labels_are: LabelKind | None = None
 
     def __post_init__(self):
-        for name in ("words", "targets"):  # JSON has lists but no tuples
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        super().__post_init__()
+        object.__setattr__(self, "targets", tuple(self.targets))  # JSON has lists but no tuples
         check_option("prior", self.prior, get_args(PriorName))
 
     def load_base(self) -> Base:
-        """Load the frozen base model."""
-        return load(fetch_smollm2() if self.base == SMOLLM2 else self.base)
+        """Load the frozen base model; that of the task "labels" with a head of as many outputs as words."""
+        source = fetch_smollm2() if self.base == SMOLLM2 else self.base
+        if self.task != "labels":
+            return load(source)
+        return load(source, num_labels=len(self.words), pooling=self.pooling)
 
     def read(
         self, rows: "Dataset | Mapping[str, Dataset]", base: Base, *, text: str, label: str | None
-    ) -> TextData:
+    ) -> Any:
         """Tokenise rows from the columns `text` and `label`; if `label` is None, the rows have no labels."""
-        return text_classification(
-            rows,
-            base,
-            text=text,
-            label=label,
-            words=self.words,
-            template=self.template,
-            max_length=self.max_length,
-            truncate=self.truncate,
-            labels_are=self.labels_are,
-        )
+        tables = rows if isinstance(rows, Mapping) else {"train": rows}
+        return read_rows(self, tables, base, text=text, label=label)
 
-    def build(self, base: Base, label_ids: Int[Any, " c"]) -> tuple[Classifier, Callable]:
-        """Build the model for a base, and its guide."""
+    def fitted_to(self, data: Splits) -> Self:
+        """The recipe with what it takes from the training rows."""
+        return replace(self, **measured(self, data))
+
+    def likelihood(self, data: Splits) -> Likelihood:
+        """The likelihood for rows that `read` returned."""
+        return likelihood_of(self, data)
+
+    def build(self, base: Base, classes: Int[Any, " c"] | Likelihood) -> tuple[Classifier, Callable]:
+        """Build the model for a base, and its guide.
+
+        Args:
+            base: The base.
+            classes: Token ids of the label words, or the likelihood.
+        """
+        likelihood = classes if isinstance(classes, Likelihood) else Words(classes)
         if self.top_layers is not None:
             check_at_least({"top_layers": self.top_layers}, 1)  # slice(-0, None) would select all layers
         layers = None if self.top_layers is None else slice(-self.top_layers, None)
@@ -147,7 +146,7 @@ class Recipe:
             "normal": lambda: priors.normal(scale=scale),
             "none": priors.point,
         }
-        model = Classifier(base, sites, by_name[self.prior](), label_ids=label_ids)
+        model = Classifier(base, sites, by_name[self.prior](), likelihood=likelihood)
         lam_init = min(0.01, self.lam_max / 2)
         return model, guides.SiteFlow(model.prior, lam_init=lam_init, lam_max=self.lam_max)
 

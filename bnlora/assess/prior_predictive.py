@@ -37,6 +37,7 @@ from bnlora.data.batch import Batch
 from bnlora.priors import Prior
 from bnlora.priors.declared import declared
 from bnlora.program.cache import tracked_parts
+from bnlora.program.likelihoods import require_softmax
 from bnlora.program.model import Classifier
 
 NAME = "prior predictive"
@@ -207,13 +208,14 @@ def prior_predictive(
     """
     key = check_key(key)
     _check_sizes(data, num_draws, batch_size)
+    require_softmax(model.likelihood, "bl.prior_predictive")
     model.check_tokens(data)
     _check_random(model)
     params_key, draw_key = jax.random.split(key)
     params = prior_parameters(params_key, model) if params is None else params
     draws = jax.jit(lambda k, p: _with_base(model, draw_prior(k, model, p, num_draws)))(draw_key, params)
     compiled = jax.jit(lambda weights, adapters, batch: _logits_by_draw(model, weights, adapters, batch))
-    logits = np.empty((num_draws + 1, len(data), len(model.label_ids)), np.float32)
+    logits = np.empty((num_draws + 1, len(data), model.num_classes), np.float32)
     for part in tracked_parts(data, batch_size, "prior predictive", console):
         computed = np.asarray(compiled(model.base.weights, draws, part.batch))
         logits[:, part.rows] = computed[:, : len(part.rows)]

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import random
 import subprocess
 import sys
 from functools import partial
@@ -12,32 +11,18 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset
-from typer.testing import CliRunner
+from builders.commands import RUN, WORDS, call, reviews
 
 import bnlora
 from bnlora.app import cli, options, recipe
-from bnlora.app.outcome import ExitCode, as_json, require_free, with_prediction
+from bnlora.app.outcome import ExitCode, as_json, require_free, with_columns
 from bnlora.app.recipe import Recipe, Schedule
+from bnlora.app.tasks import column_names
 from bnlora.data.tables import read_table, write_table
 from bnlora.infer.svi.checkpoint import RECORD, load_fit
-from bnlora.prediction.predict import Prediction
 from bnlora.testing import tiny_base
 
-RUN = CliRunner()
-WORDS = ["--word", " bad", "--word", " good"]
 SMALL = ["--steps", "3", "--batch-size", "4", "--rank", "2", "--top-layers", "1", "--target", "lm_head"]
-
-
-def reviews(size: int, seed: int = 0) -> Dataset:
-    """Sentences with label 1 if they contain the word good, and 0 if they contain the word bad."""
-    stream = random.Random(seed)
-    labels = [i % 2 for i in range(size)]
-    texts = [
-        f"the {stream.choice(['plot', 'film'])} {stream.choice(['is', 'was'])} {['bad', 'good'][i]}"
-        for i in labels
-    ]
-    return Dataset.from_dict({"text": texts, "label": labels})
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +36,6 @@ def place(tmp_path_factory, tiny_folder):
     assert "3, 0 skipped" in done.output
     assert "bnlora predict" in done.output
     return folder
-
-
-def call(*words):
-    return RUN.invoke(cli.app, [str(word) for word in words])
 
 
 def test_fit_writes_its_recipe(place, tiny_folder):
@@ -106,17 +87,30 @@ def test_predict_keeps_the_columns_of_a_table_in_another_encoding(place):
 
 def test_overwrite_replaces_columns_and_prefix_keeps_them():
     table = pa.table({"entropy": ["mine", "mine"], "text": ["a", "b"]})
-    prediction = Prediction(np.log([[[0.25, 0.75], [0.9, 0.1]]]))
+    names = column_names(Recipe((" bad", " good")))
+    assert names == ["probability bad", "probability good", "entropy", "mutual information", "prediction"]
     with pytest.raises(
         ValueError, match=r"already has columns \['entropy'\]; .*--prefix 'new '.*--overwrite"
     ):
-        require_free(table.column_names, [" bad", " good"], "")
-    require_free(table.column_names, [" bad", " good"], "new ")
-    predicted = with_prediction(table, prediction, [" bad", " good"])
-    names = ["text", "probability bad", "probability good", "entropy", "mutual information", "prediction"]
-    assert predicted.column_names == names
-    assert predicted["prediction"].to_pylist() == ["good", "bad"]
-    np.testing.assert_allclose(predicted["entropy"], prediction.entropy)
+        require_free(table.column_names, names, "")
+    require_free(table.column_names, names, "new ")
+    extended = with_columns(table, {"entropy": [0.5, 0.25], "prediction": ["good", "bad"]})
+    assert extended.column_names == ["text", "entropy", "prediction"]
+    assert extended["entropy"].to_pylist() == [0.5, 0.25]
+    kept = with_columns(table, {"entropy": [0.5, 0.25]}, prefix="new ")
+    assert kept.column_names == ["entropy", "text", "new entropy"]
+
+
+def test_export_writes_adapters_and_a_card(place):
+    done = call(
+        "export", place / "fit", place / "test.jsonl", "--out", place / "peft", "--draws", 2, "--json"
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert set(result["nll"]) == {"posterior", "mean"}
+    for folder in (result["mean"], *result["draws"]):
+        assert (place / folder / "adapter_model.safetensors").is_file()
+    assert "library_name: peft" in (place / "peft" / "README.md").read_text()
 
 
 def test_errors_name_the_line_of_the_file(place):
@@ -237,6 +231,19 @@ def test_an_interrupted_fit_is_saved_and_has_its_exit_code(place, tiny_folder, m
     assert done.exit_code == ExitCode.INTERRUPTED == 130
     assert json.loads(done.stdout)["stopped"] == "interrupted"
     assert json.loads((place / "half" / RECORD).read_text())["stopped"] == "interrupted"
+    monkeypatch.setattr(cli, "Schedule", Schedule)
+    again = call("fit", place / "train.csv", *options)
+    assert again.exit_code == ExitCode.BAD_INPUT
+    assert "contains an interrupted fit; go on with --resume, or remove it" in again.stderr
+    other = call("fit", place / "train.csv", *options, "--resume", "--seed", "1")
+    assert "holds checkpoints of another fit (key: [0, 0], now [0, 1])" in other.stderr
+    ended = call("fit", place / "train.csv", *options, "--resume")
+    assert json.loads(ended.stdout)["stopped"] == "steps"
+    kept = call("fit", place / "train.csv", *options, "--resume")
+    assert "contains a fit that has ended; leave out --resume" in kept.stderr
+    assert sorted(path.name for path in (place / "half").iterdir()) == sorted(
+        path.name for path in (place / "fit").iterdir()
+    )
 
 
 class InterruptedSchedule(Schedule):
@@ -298,7 +305,7 @@ def test_wrong_usage_and_the_version_have_their_exit_codes():
     [
         ("bnlora fit --target q", {"q_proj"}),
         ("bnlora fit --prior ", {"sparse-gp", "normal", "none"}),
-        ("bnlora ", {"demo", "fit", "predict", "evaluate", "diagnose"}),
+        ("bnlora ", {"demo", "fit", "predict", "evaluate", "diagnose", "audit", "export"}),
     ],
 )
 def test_a_shell_completes_commands_and_values(words, offered):
@@ -329,8 +336,10 @@ def test_a_pipe_gets_plain_lines_and_only_json(place):
 
 def test_help_names_every_command_and_option():
     text = call("--help").output
-    assert all(command in text for command in ("demo", "fit", "predict", "evaluate", "diagnose"))
-    for command in ("demo", "fit", "predict", "evaluate", "diagnose"):
+    assert all(
+        command in text for command in ("demo", "fit", "predict", "evaluate", "diagnose", "audit", "export")
+    )
+    for command in ("demo", "fit", "predict", "evaluate", "diagnose", "audit", "export"):
         assert call(command, "--help").exit_code == 0
 
 

@@ -105,7 +105,7 @@ def test_results_that_cannot_be_written_go_to_the_cache_folder(place, tiny_folde
     done = call("predict", elsewhere, place / "rows.csv", "--out", table, "--draws", 2, "--json")
     assert done.exit_code == ExitCode.BAD_INPUT
     assert len(read_table(json.loads(done.stdout)["table"])) == 8
-    monkeypatch.setattr(cli, "_write", refusing(cli._write, page))
+    monkeypatch.setattr(cli, "write", refusing(cli.write, page))
     done = call("evaluate", elsewhere, place / "rows.csv", "--report", page, "--draws", 2, "--json")
     assert done.exit_code == ExitCode.BAD_INPUT
     assert Path(json.loads(done.stdout)["report"]).read_text().startswith("<!")

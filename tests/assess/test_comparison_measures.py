@@ -136,11 +136,11 @@ def test_classifier_sees_spread():
 def test_classifier_rejects_as_often_as_it_says():
     """And the accuracy scatters no more than its bound; a binomial of all draws would be exceeded."""
     random = RANDOM(9)
-    made = [classifier_test(random, gaussians(random, 40, 2)) for _ in range(300)]
+    made = [classifier_test(random, gaussians(random, 40, 2)) for _ in range(150)]
     for level in (0.05, 0.2, 0.5):
         assert below([m.p_value for m in made], level)
     accuracy = np.array([m.accuracy for m in made])
-    assert abs(accuracy.mean() - 0.5) < 3.5 * accuracy.std(ddof=1) / 300**0.5
+    assert abs(accuracy.mean() - 0.5) < 3.5 * accuracy.std(ddof=1) / 150**0.5
     assert accuracy.std(ddof=1) < made[0].standard_error
 
 

@@ -69,7 +69,9 @@ def test_restarts_are_held_against_it(good):
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "decays"), [(40, True), (100, False)], ids=["too few steps", "too low a rate"]
+    ("num_steps", "decays"),
+    [(40, True), pytest.param(100, False, marks=pytest.mark.thorough)],
+    ids=["too few steps", "too low a rate"],
 )
 def test_a_fit_that_has_not_converged(num_steps, decays):
     given = problem(scale=1.0, rows=400, truth=3.0)  # further away than so many steps can go

@@ -46,13 +46,13 @@ def fit():
 @pytest.fixture
 def passes(monkeypatch):
     """Passes so far, in a list of one number."""
-    total, run = [0], Classifier.compiled_log_probs
+    total, run = [0], Classifier.compiled_outputs
 
     def counted(self, adapters, count, batch, together=1):
         total[0] += count * len(batch)
         return run(self, adapters, count, batch, together)
 
-    monkeypatch.setattr(Classifier, "compiled_log_probs", counted)
+    monkeypatch.setattr(Classifier, "compiled_outputs", counted)
     return total
 
 

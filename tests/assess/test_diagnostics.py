@@ -36,7 +36,7 @@ def prior(sites):
 def fit():
     sites = bl.select(BASE, ["q_proj", "k_proj", "lm_head"], rank=2, layers=[1, 3])
     model = bl.Classifier(BASE, sites, prior, label_ids=(3, 5))
-    guide = bl.guides.SiteFlow(model.prior, hidden=4, blocks=1, init_scale=0.3)
+    guide = bl.guides.Guide(model.prior, bl.guides.mean_field(init_scale=0.3))
     return bl.fit(KEY, model, guide, ROWS, optax.adam(0.02), num_steps=5, batch_size=6)
 
 

@@ -47,7 +47,7 @@ def features():
     hidden = module.blocks(module.embed(ROWS.tokens), ROWS.mask, first_layer=0, stop=2)
     last = np.asarray(ROWS.mask).sum(1) - 1
     hidden = np.asarray(hidden, np.float64)[np.arange(len(ROWS)), last]
-    return hidden / np.sqrt((hidden**2).mean(1, keepdims=True) + BASE.config.rms_eps)
+    return hidden / np.sqrt((hidden**2).mean(1, keepdims=True) + BASE.config.norm_eps)
 
 
 @pytest.mark.parametrize(("ids", "rank"), [((3, 5), 1), ((3, 5, 8), 2)])

@@ -7,6 +7,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from builders.thorough import sample_of
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.calibration import vsbc_diagnostic
@@ -268,16 +269,16 @@ def test_bad_input_gets_one_sentence():
 
 @pytest.mark.slow
 def test_p_values_of_an_exact_inference_are_uniform():
-    """Over 40 repetitions of the whole procedure, the data being read by one of the functions."""
+    """Over 20 repetitions of the whole procedure, the data being read by one of the functions."""
     inference = sbc.importance_inference(MODEL, num_particles=1024, num_draws=15, num_together=256)
-    whole = sbc.run(KEY, MODEL, inference, ROWS, num_simulations=1600)
-    p_values = np.array([[ranks.uniformity(r, 15) for r in part.T] for part in np.split(whole.ranks, 40)])
+    whole = sbc.run(KEY, MODEL, inference, ROWS, num_simulations=800)
+    p_values = np.array([[ranks.uniformity(r, 15) for r in part.T] for part in np.split(whole.ranks, 20)])
     for column in p_values.T:  # each function by itself: together they are dependent
         for level in (0.05, 0.2, 0.5):
-            assert (column <= level).mean() <= level + 3.5 * (level * (1 - level) / 40) ** 0.5
+            assert (column <= level).mean() <= level + 3.5 * (level * (1 - level) / 20) ** 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_numpyro_finds_the_same_probabilities():
     """`vsbc_diagnostic` on entries of `a`, for a guide that is wrong: same law of p, same distance."""
 
@@ -297,7 +298,7 @@ def test_numpyro_finds_the_same_probabilities():
 
     options = {"num_draws": 64, "num_steps": 20}
     inference = sbc.svi_inference(KEY, MODEL, guide, optax.adam(0.02), **options)
-    ours = sbc.run(KEY, MODEL, inference, ROWS, num_simulations=150, functions=entries)
+    ours = sbc.run(KEY, MODEL, inference, ROWS, num_simulations=100, functions=entries)
     theirs = vsbc_diagnostic(
         jax.random.PRNGKey(9),  # it splits keys by hand and takes no typed ones
         generative,
@@ -305,7 +306,7 @@ def test_numpyro_finds_the_same_probabilities():
         numpyro.optim.optax_to_numpyro(optax.adam(0.02)),
         Trace_ELBO(),
         observed_sites=["y"],
-        num_simulations=150,
+        num_simulations=100,
         num_svi_steps=20,
         num_samples=64,
     )
@@ -319,16 +320,20 @@ def test_numpyro_finds_the_same_probabilities():
     assert kstest(together.ravel(), "uniform").pvalue < 0.01  # or the comparison would say nothing
 
 
+GUIDES = {
+    "AutoNormal": lambda prior: AutoNormal(prior, init_loc_fn=bl.guides.init_to_base),
+    "SiteFlow": lambda prior: bl.guides.SiteFlow(prior, hidden=4, blocks=1),
+}
+
+
 @pytest.mark.slow
-def test_autoguides_and_priors_with_frames_run_in_the_same_loop():
+@pytest.mark.parametrize("name", sample_of(GUIDES, ["AutoNormal"]))
+def test_autoguides_and_priors_with_frames_run_in_the_same_loop(name):
     model = replace_prior(bl.priors.sparse_gp(rows=2, cols=2))
-    for guide in (
-        AutoNormal(model.prior, init_loc_fn=bl.guides.init_to_base),
-        bl.guides.SiteFlow(model.prior),
-    ):
-        inference = sbc.svi_inference(KEY, model, guide, optax.adam(0.02), num_steps=20, num_draws=7)
-        result = sbc.run(KEY, model, inference, ROWS, num_simulations=10)
-        assert not result.failed.any()
+    guide = GUIDES[name](model.prior)
+    inference = sbc.svi_inference(KEY, model, guide, optax.adam(0.02), num_steps=5, num_draws=7)
+    result = sbc.run(KEY, model, inference, ROWS, num_simulations=10)
+    assert not result.failed.any()
 
 
 def replace_prior(prior):

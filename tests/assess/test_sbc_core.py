@@ -65,6 +65,7 @@ def test_mean_and_covariance_are_those_of_laplace(made, scales, rows):
     assert_same(tangent, rows, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_in_double_precision_only_the_rounding_of_the_features_is_left():
     tangent = tangent_of(TWO, scale=SCALES)
     with jax.enable_x64(True):
@@ -165,6 +166,7 @@ def test_draws_of_a_chain_are_nearly_independent():
         assert np.abs(lag).max() < 0.1 + stats.norm.isf(RARE / 2 / len(lag)) / count**0.5
 
 
+@pytest.mark.thorough
 def test_a_chain_that_hardly_moves_is_not_taken_for_draws():
     tangent = tangent_of(HEAD, scale=SCALE)
     inference = nuts_inference(tangent, num_draws=20, num_warmup=0, step_size=8.0)
@@ -177,7 +179,7 @@ def gap(mean, covariance, c, log) -> float:
     return float(np.exp(q) @ (q - log))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_fitted_gaussian_comes_near_the_best_one(grid):
     tangent, V, c, log = grid
     gaussian = bl.laplace(tangent, FEW)
@@ -242,7 +244,7 @@ def test_nuts_passes_under_the_posterior(truths):
     assert run_posterior(NUTS, truths).adjusted.min() > RARE
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_whoever_ignores_the_new_labels_is_found_by_the_likelihood_alone(truths):
     """Truths and draws are then both of the first posterior, and exchangeable but for what reads the data."""
 

@@ -109,6 +109,11 @@ def tangent():
 
 
 def others():
+    inner = model(priors.normal(), ["q_proj"])
+    post = fitted(inner, guides.Guide(inner.prior, guides.mean_field()))
+    for mixture in ("token", "sequence"):
+        texts = bl.generate(KEY, post, [[3, 5]], max_new_tokens=3, temperature=1.0, mixture=mixture)
+        assert np.isfinite(texts.log_probs).all()
     point = fitted(HEAD, guides.Guide(HEAD.prior, guides.delta()), num_steps=50)
     for structure in ("full", "diagonal", "kronecker"):
         finite(inference.laplace(point, ROWS, structure=structure))

@@ -27,11 +27,11 @@ from bnlora.assess.comparison.problem import common_problem
 from bnlora.assess.comparison.report import Comparison, Other, compare_draws
 from bnlora.assess.comparison.side import Reference, draws_of, side_of, thinned
 from bnlora.assess.comparison.stored import StoredReference
-from bnlora.data.batch import Batch, check_labels
+from bnlora.data.batch import Batch
 from bnlora.metrics.khat import LEAST_DRAWS, KHat, has_density, khat
 from bnlora.prediction.functions import Functions
 from bnlora.prediction.posterior import Posterior, SitePosterior
-from bnlora.prediction.predict import predict_with_draws
+from bnlora.prediction.predict import log_likelihood_by_draw, predict_with_draws, require_classes
 from bnlora.program.cache import cache_prefix
 
 
@@ -91,7 +91,8 @@ def compare(
     other: Other = "reference" if against == "reference" else "other posterior"
     if against == "reference":
         _require_certificate(reference)
-    check_labels("data", data, len(posterior.model.label_ids))
+    require_classes(posterior.model, "bl.compare")
+    posterior.model.check_outcomes("data", data)
     side = side_of(reference)
     side.check(posterior.model, data, functions)
     problem = common_problem(posterior, side, other)
@@ -163,5 +164,5 @@ def _khat(
     rows = posterior.train
     prediction = predict_with_draws(posterior.model, adapters, rows, batch_size=batch_size, console=console)
     # Sum over training rows: the weights are p(y, theta) / q(theta) in the coordinates of the sites.
-    log_likelihood = prediction.log_probs_of(rows.labels).sum(1)
+    log_likelihood = log_likelihood_by_draw(posterior.model, prediction.draw_log_probs, rows).sum(1)
     return khat(np.asarray(draws.log_prior, np.float64) + log_likelihood, np.asarray(draws.log_q))

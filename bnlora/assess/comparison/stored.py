@@ -27,10 +27,10 @@ from safetensors.numpy import load_file, save_file
 
 from bnlora._util.files import file_checksum, read_json, write_json, write_whole
 from bnlora.assess.comparison.draws import Draws, evenly
-from bnlora.data.batch import Batch, check_labels
+from bnlora.data.batch import Batch
 from bnlora.infer.mcmc.certificate import Certificate
 from bnlora.prediction.functions import PROBES, evaluate, identifiable
-from bnlora.prediction.predict import Prediction, predict_with_draws
+from bnlora.prediction.predict import Prediction, predict_with_draws, require_classes
 from bnlora.program.model import kind_of
 from bnlora.program.protocol import Model
 
@@ -112,7 +112,8 @@ def store_reference(
         (8, 2)
     """
     model = chains.model
-    check_labels("data", data, len(model.label_ids))
+    require_classes(model, "bl.store_reference")
+    model.check_outcomes("data", data)
     adapters = chains.stored_adapters()
     names, values = evaluate(identifiable(model, data[:PROBES]), model, adapters, data)
     chosen = evenly(len(values), min(num_draws, len(values)))
@@ -133,7 +134,8 @@ def _arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def describe(model: Any) -> str:
     """Sites, label words and kind of a classifier, in words."""
-    text = f"{model.sites!r}\nlabel ids {model.label_ids}"
+    classes = f"label ids {model.label_ids}" if model.label_ids else repr(model.likelihood)
+    text = f"{model.sites!r}\n{classes}"
     if kind_of(model) == "network":
         return text
     return f"{text}\ntangent model in the frames {model.checksum[:12]}"

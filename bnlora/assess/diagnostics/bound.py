@@ -305,7 +305,7 @@ def guessing(
 
 
 def _guessing(path: Bound, exam: Examination) -> Finding:
-    rows, classes = len(exam.fit.train), len(exam.fit.model.label_ids)
+    rows, classes = len(exam.fit.train), exam.fit.model.num_classes
     options = {"converged": exam.is_fine("convergence"), "weighable": not exam.weights_failed}
     return guessing(path, rows, classes, exam.about, **options)
 

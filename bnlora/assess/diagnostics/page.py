@@ -33,9 +33,10 @@ from bnlora.assess.diagnostics.shrinkage import SPREAD
 from bnlora.assess.diagnostics.spectrum import RANKS
 from bnlora.assess.diagnostics.steps import STEPS
 from bnlora.assess.diagnostics.weights import FAMILIES, WEIGHTS
-from bnlora.data.batch import Batch, check_labels
+from bnlora.data.batch import Batch
 from bnlora.infer.svi.result import Fit
 from bnlora.prediction.functions import PROBES
+from bnlora.prediction.predict import require_labels
 
 DIAGNOSTICS: tuple[Diagnostic, ...] = (
     STEPS,
@@ -148,11 +149,12 @@ def diagnose(
         'problem'
     """
     key = check_key(key)
+    require_labels(fit.model, "bl.diagnose")
     bar = OneBar(console, 0)
     draws, first_look = (DRAWS, FIRST_LOOK) if num_draws is None else (num_draws, None)
     prepare = partial(sample, num_draws=draws, batch_size=batch_size, console=bar, first_look=first_look)
     fit_sample = prepare(key, fit)
-    check_labels("data", data, len(fit.model.label_ids))
+    fit.model.check_outcomes("data", data)
     others = tuple(prepare(other.draw_key, other) for other in restarts)
     exam = Examination(fit_sample, data, others, Request(tolerance, families, leave_out))
     with bar.bar:

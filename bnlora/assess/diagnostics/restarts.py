@@ -160,7 +160,7 @@ def _require_same(samples: Sequence[Sample]) -> None:
     first = samples[0]
     for number, one in enumerate(samples[1:], start=2):
         model = one.fit.model
-        if model.sites != first.fit.model.sites or model.label_ids != first.fit.model.label_ids:
+        if model.sites != first.fit.model.sites or model.likelihood != first.fit.model.likelihood:
             raise ValueError(
                 f"all fits must have the sites and label words of the first; fit {number} has others"
             )

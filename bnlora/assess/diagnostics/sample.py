@@ -34,7 +34,7 @@ from bnlora._util.typing import Adapters
 from bnlora.data.batch import Batch
 from bnlora.infer.svi.result import Fit
 from bnlora.metrics.khat import LEAST_DRAWS, KHat, has_density, khat
-from bnlora.prediction.predict import Prediction, predict_with_draws
+from bnlora.prediction.predict import Prediction, log_likelihood_by_draw, predict_with_draws
 from bnlora.priors.declared import require_drawable
 from bnlora.program.density import check_parameters
 from bnlora.program.draws import Draw, draw_from_prior
@@ -95,7 +95,7 @@ class Sample:
     @property
     def log_likelihood(self) -> Float[np.ndarray, "s n"]:
         """Log-likelihood of every training row under every used draw, in nats."""
-        return self.train_prediction.log_probs_of(self.fit.train.labels)
+        return self._log_likelihood(self.train_prediction)
 
     @property
     def log_joint(self) -> Float[np.ndarray, " s"]:
@@ -107,8 +107,11 @@ class Sample:
         """Log-density of every used draw under the guide, in nats."""
         return np.asarray(self.drawn[0].log_q, np.float64)[: self.num_used]
 
+    def _log_likelihood(self, prediction: Prediction) -> Float[np.ndarray, "s n"]:
+        return log_likelihood_by_draw(self.fit.model, prediction.draw_log_probs, self.fit.train)
+
     def _log_joint(self, prediction: Prediction) -> Float[np.ndarray, " s"]:
-        log_likelihood = prediction.log_probs_of(self.fit.train.labels).sum(1)
+        log_likelihood = self._log_likelihood(prediction).sum(1)
         return np.asarray(self.drawn[0].log_prior, np.float64)[: len(log_likelihood)] + log_likelihood
 
     def _is_settled(self, prediction: Prediction) -> bool:

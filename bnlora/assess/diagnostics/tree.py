@@ -20,8 +20,10 @@ from jax import Array
 from bnlora._util.checks import check_key
 from bnlora.assess.diagnostics.hyper import Named, log_prior_groups, named_draws
 from bnlora.assess.diagnostics.updates import Summaries, summaries
-from bnlora.data.batch import Batch, check_labels
-from bnlora.prediction.predict import predict_with_draws
+from bnlora.data.batch import Batch
+from bnlora.prediction.outcomes import ValuePrediction
+from bnlora.prediction.predict import log_likelihood_by_draw, outputs_with_draws
+from bnlora.program.likelihoods import Likelihood, Regression
 
 CHAINS = 4  # ArviZ expects chains; independent draws can be split into any number of equal parts
 
@@ -47,7 +49,8 @@ def to_arviz(key: Array, fit: Any, data: Batch, *, num_draws: int = 200, batch_s
         `log_prior`: one variable for the weights of each family, for each hyper-parameter, and for each
         observed site or factor of the prior, for `arviz_stats.psense`, which needs the training rows as
         `data`; absent if the prior has no latent sites;
-        `log_likelihood`, `posterior_predictive`, `observed_data`: `y` over the rows of `data`.
+        `log_likelihood`, `posterior_predictive`, `observed_data`: `y` over the rows of `data`; texts have
+        only the first, and the observed class of a row with votes is the one with most.
 
     Raises:
         ValueError: If `num_draws` is not a positive multiple of 4, or the rows have no labels.
@@ -60,19 +63,20 @@ def to_arviz(key: Array, fit: Any, data: Batch, *, num_draws: int = 200, batch_s
     key = check_key(key)
     if num_draws < CHAINS or num_draws % CHAINS:
         raise ValueError(f"num_draws must be a positive multiple of {CHAINS}; got {num_draws}")
-    check_labels("data", data, len(fit.model.label_ids))
+    model = fit.model
+    model.check_outcomes("data", data)
     draws, adapters = fit.draws(key, num_draws)
-    predict = partial(predict_with_draws, fit.model, adapters, batch_size=batch_size)
-    in_training = predict(fit.train).log_probs_of(fit.train.labels)
-    prediction = predict(data)
+    outputs = partial(outputs_with_draws, model, adapters, batch_size=batch_size)
+    in_training = log_likelihood_by_draw(model, outputs(fit.train), fit.train)
+    predicted = outputs(data)
     stats = {"log_p": np.asarray(draws.log_prior, np.float64) + in_training.sum(1), "log_q": draws.log_q}
     updates = summaries(fit.model.sites, adapters)
     groups = {
         "posterior": updates.values,
         "sample_stats": stats,
-        "log_prior": log_prior_groups(fit.model, draws.log_prior_of),
-        "log_likelihood": {"y": prediction.log_probs_of(data.labels)},
-        "posterior_predictive": {"y": _sample_classes(prediction.draw_log_probs)},
+        "log_prior": log_prior_groups(model, draws.log_prior_of),
+        "log_likelihood": {"y": log_likelihood_by_draw(model, predicted, data)},
+        "posterior_predictive": _sample_outcomes(model.likelihood, predicted),
     }
     groups = {name: group for name, group in groups.items() if group}
     hyper = named_draws(fit.model, draws.sites)
@@ -92,10 +96,24 @@ def tree_of_draws(groups: Mapping[str, Mapping[str, np.ndarray]], **options: Any
     return arviz_base.from_dict(chains, check_conventions=False, **options)
 
 
-def _sample_classes(log_probs: np.ndarray) -> np.ndarray:
-    """One class for each draw and row, by inverting the distribution function at fixed uniform numbers."""
-    uniform = np.random.default_rng(0).random(log_probs.shape[:2])[..., None]
-    return (np.exp(log_probs).cumsum(-1)[..., :-1] < uniform).sum(-1)
+def _sample_outcomes(likelihood: Likelihood, outputs: np.ndarray) -> dict[str, np.ndarray]:
+    """One outcome for each draw and row, by inverting the distribution function at fixed uniform numbers.
+
+    Nothing for texts, which their log-likelihoods do not give.
+    """
+    uniform = np.random.default_rng(0).random(outputs.shape[:2])
+    if likelihood.num_classes:
+        below = np.exp(outputs).cumsum(-1)[..., :-1] < uniform[..., None]
+        return {"y": below.sum(-1)}
+    if isinstance(likelihood, Regression):
+        location, scale = np.moveaxis(outputs, -1, 0)
+        return {"y": ValuePrediction(location, scale, likelihood.noise, likelihood.df).at(uniform)}
+    return {}
+
+
+def _observed(likelihood: Likelihood, data: Batch) -> np.ndarray:
+    """The observed values, or the classes: those with most votes where there are votes."""
+    return np.asarray(data.outcomes if likelihood.outcome == "value" else data.labels)
 
 
 def _by_chain(x: Any) -> np.ndarray:
@@ -110,7 +128,7 @@ def _tree(
     import arviz_base
     import xarray
 
-    groups = {**groups, "observed_data": {"y": np.asarray(data.labels)}}
+    groups = {**groups, "observed_data": {"y": _observed(fit.model.likelihood, data)}}
     dims = updates.dims | {"y": ["row"]}
     # ArviZ expects chains to be longer than their number, as in MCMC; skip this check for few draws.
     tree = arviz_base.from_dict(groups, dims=dims, coords=updates.coords, check_conventions=False)

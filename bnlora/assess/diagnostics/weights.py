@@ -35,6 +35,7 @@ from bnlora.assess.diagnostics.subject import Subject
 from bnlora.infer.svi.result import Fit
 from bnlora.metrics.khat import KHat
 from bnlora.metrics.khat import khat as khat_of
+from bnlora.prediction.predict import log_likelihood_by_draw
 
 HYPER = "hyper-parameters"
 
@@ -121,7 +122,8 @@ def held_log_joint(sample: Sample, names: tuple[str, ...]) -> Float[np.ndarray, 
     values = {n: x if n in names else np.broadcast_to(x.mean(0), x.shape) for n, x in sites.items()}
     log_prior, _, adapters = sample.fit.at(first_draws(values, sample.num_used), sample.num_used)
     prediction = sample.predict(adapters, train, f"k-hat of {', '.join(names[:1])}")
-    return np.asarray(log_prior, np.float64) + prediction.log_probs_of(train.labels).sum(1)
+    log_likelihood = log_likelihood_by_draw(sample.fit.model, prediction.draw_log_probs, train)
+    return np.asarray(log_prior, np.float64) + log_likelihood.sum(1)
 
 
 def judge_weights(measured: KHats, about: Subject, *, converged: bool) -> Finding:

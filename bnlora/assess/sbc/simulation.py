@@ -27,12 +27,10 @@ Vehtari (2025), Posterior SBC, arXiv 2502.03279; `bnlora.metrics.ranks` for the 
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
@@ -41,12 +39,13 @@ from bnlora._util.typing import Adapters, Parameters
 from bnlora.assess.prior_draws import draw_prior, prior_parameters
 from bnlora.assess.sbc.calibration import Calibration
 from bnlora.assess.sbc.ranking import ranked
-from bnlora.data.batch import Batch, check_labels
+from bnlora.data.batch import Batch
 from bnlora.guides.automatic import prepare
 from bnlora.infer.svi.elbo import initial_parameters
 from bnlora.infer.svi.maximise import maximise
 from bnlora.prediction.functions import Functions, log_likelihood
 from bnlora.priors.declared import declared
+from bnlora.program.adapter_prior import parameters_of
 from bnlora.program.density import check_parameters
 from bnlora.program.draws import draw_adapters
 from bnlora.program.model import Classifier
@@ -93,12 +92,13 @@ def simulate(key: Array, model: Classifier, weights: Any, data: Batch, params: P
     key = check_key(key)
     prior_key, label_key = jax.random.split(key)
     adapters = jax.tree.map(lambda x: x[0], draw_prior(prior_key, model, params, 1))
-    return Simulation(adapters, replace(data, labels=_labels(label_key, model, weights, adapters, data)))
+    return Simulation(adapters, _observed(label_key, model, weights, adapters, data))
 
 
-def _labels(key: Array, model: Classifier, weights: Any, adapters: Adapters, rows: Batch) -> Array:
-    """Labels of the rows, drawn from the likelihood."""
-    return jax.random.categorical(key, model.logits(weights, adapters, rows)).astype(rows.labels.dtype)
+def _observed(key: Array, model: Classifier, weights: Any, adapters: Adapters, rows: Batch) -> Batch:
+    """The rows with outcomes drawn from the likelihood."""
+    logits = model.logits(weights, adapters, rows)
+    return model.likelihood.simulate(key, logits, parameters_of(adapters), rows)
 
 
 def svi_inference(
@@ -303,13 +303,13 @@ def run_posterior(
             the model, the level is not in (0, 1), or draws or functions are invalid as in `run`.
     """
     key = check_key(key)
-    check_labels("observed", observed, len(model.label_ids))
+    model.check_outcomes("observed", observed)
     count = _count(model, truths)
     _check_sizes(f"{count} truths", count, observed, level)
 
     def make(key: Array, truth: Adapters, weights: Any, rows: Batch, shared: None) -> Simulation:
-        twice, labels = rows[np.tile(np.arange(len(rows)), 2)], _labels(key, model, weights, truth, rows)
-        return Simulation(truth, replace(twice, labels=jnp.concatenate([rows.labels, labels])))
+        again = _observed(key, model, weights, truth, rows)
+        return Simulation(truth, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), rows, again))
 
     return ranked(
         key,
