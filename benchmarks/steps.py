@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import bnlora as bl
@@ -31,7 +30,7 @@ class Started:
 
     def run(self, state: State, key: jax.Array, indices: np.ndarray) -> State:
         """Run one step on some rows, and record its bound."""
-        return self.step.run(state, key, indices)
+        return self.step.run(state, key, indices[None])
 
     @property
     def bound(self) -> float:
@@ -41,14 +40,13 @@ class Started:
     @property
     def inputs(self) -> tuple[Any, ...]:
         """Arguments of a compiled step."""
-        step, indices = self.step, jnp.arange(self.batch_size)
-        return self.state, jax.random.key(0), step.model.base.weights, step.train, indices
+        return self.step.arguments(self.state, jax.random.key(0), np.arange(self.batch_size)[None])
 
     def lower(self, level: str | None = None) -> jax.stages.Lowered:
         """Trace and lower the step, for a level of `LEVELS`, or with the options of a long fit if None."""
         if level is None:
             return self.step.compiled(self.batch_size).lower(*self.inputs)
-        return jax.jit(self.step.traced, compiler_options=LEVELS[level]).lower(*self.inputs)
+        return jax.jit(self.step.several, compiler_options=LEVELS[level]).lower(*self.inputs)
 
 
 def svi_step(*arguments: Any, batch_size: int, **options: Any) -> Started:

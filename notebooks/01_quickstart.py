@@ -53,7 +53,7 @@ from bnlora._util.display import Table
 from bnlora.data.assets import fetch_smollm2, vader_splits
 
 fast = bool(os.environ.get("BNLORA_FAST"))
-num_train, num_test, size = (48, 32, 4) if fast else (256, 128, 32)
+num_train, num_test, size = (32, 16, 4) if fast else (256, 128, 32)
 num_draws = 100 if fast else 200
 domains = ("movies", "tweets") if fast else ("movies", "amazon", "tweets")
 

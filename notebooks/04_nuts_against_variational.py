@@ -47,7 +47,7 @@ fast = bool(os.environ.get("BNLORA_FAST"))
 size, num_steps, num_draws = (4, 300, 200) if fast else (32, 1000, 400)
 
 
-def reviews(num_train, num_test):
+def reviews(num_train, num_test, max_length=64):
     """Film reviews: training rows and test rows."""
     splits = vader_splits(seed=0, train=num_train, validation=1, test=num_test)
     return bl.text_classification(
@@ -57,7 +57,7 @@ def reviews(num_train, num_test):
         label="label",
         template="Review: {text}\nSentiment:",
         words=[" negative", " positive"],
-        max_length=64,
+        max_length=max_length,
         truncate="right",
     )
 
@@ -65,7 +65,7 @@ def reviews(num_train, num_test):
 # %%
 base = bl.load(fetch_smollm2())
 few_rows = reviews(64, 32)
-data = few_rows if fast else reviews(192, 96)
+data = reviews(32, 16, max_length=32) if fast else reviews(192, 96)
 k_core, k_more, k_chains, k_bridge, k_compare = jax.random.split(jax.random.key(0), 5)
 core = bl.fit_core(k_core, base, data.train, label_ids=data.label_ids, size={"v_proj": size})
 train, test = core.fit.train, bl.cache_prefix(core.model, data["movies"])
@@ -303,7 +303,8 @@ head = bl.fit(
     num_steps=num_steps,
     batch_size=len(rows),
 )
-network = bl.compare(k_compare, head, reference, few_rows["movies"], num_draws=num_draws)
+few_tests = bl.cache_prefix(model, few_rows["movies"])
+network = bl.compare(k_compare, head, reference, few_tests, num_draws=num_draws)
 display(summary_table({"mean field, network": network}))
 print("\n".join(network.sentences))
 

@@ -51,7 +51,7 @@ from bnlora.prediction.selective import risk_coverage, separation
 
 fast = bool(os.environ.get("BNLORA_FAST"))
 num_steps, num_draws = (300, 100) if fast else (2000, 400)
-num_train, num_validation, num_test = (64, 32, 32) if fast else (256, 128, 192)
+num_train, num_validation, num_test = (64, 16, 16) if fast else (256, 128, 192)
 domains = ("movies", "nyt") if fast else ("movies", "amazon", "nyt", "tweets")
 scales = (1.0, 3.0) if fast else (0.3, 1.0, 3.0, 10.0)
 template = "Review: {text}\nSentiment:"
@@ -385,6 +385,8 @@ print(
 
 # %%
 sentences = ("A dull first hour, but the ending is a triumph.", "The central bank left its rates unchanged.")
+if fast:
+    sentences = sentences[:1]
 readings = [
     bl.read_along(k_read, posterior, text, template=template, num_draws=num_draws) for text in sentences
 ]

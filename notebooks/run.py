@@ -18,9 +18,10 @@ from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 
+from bnlora._util.caching import programs_folder
+
 FOLDER = Path(__file__).parent
 BUILD = FOLDER.parent / "build" / "notebooks"
-PROGRAMS = FOLDER.parent / ".cache" / "jax"  # compilation cache, shared with the tests
 QUIET = "import rich\nrich.reconfigure(quiet=True)"
 
 
@@ -70,7 +71,7 @@ def pair(names: Sequence[str]) -> None:
 
 def execute(names: Sequence[str]) -> None:
     """Execute notebooks and print the seconds of each; outputs before a failed cell are written too."""
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs_folder()))
     BUILD.mkdir(parents=True, exist_ok=True)
     failed = []
     for script in scripts(names):

@@ -104,7 +104,7 @@ def features(base: bl.Base, data: bl.TextData, name: str) -> tuple[np.ndarray, n
     rows, module = data[name], base.module
     last = np.asarray(rows.mask).sum(1) - 1
     hidden = layers.rms_norm(
-        rows.cached.hidden[np.arange(len(rows)), last], module.final_norm[...], base.config.rms_eps
+        rows.cached.hidden[np.arange(len(rows)), last], module.final_norm[...], base.config.norm_eps
     )
     head = (module.embedding if module.lm_head is None else module.lm_head)[...][np.asarray(data.label_ids)]
     hidden = np.asarray(hidden, np.float64)

@@ -15,7 +15,7 @@ from benchmarks.report import Report
 from benchmarks.steps import LEVELS, Started, svi_step
 from benchmarks.timing import clock, in_turn, spread
 from bnlora.base import random_base
-from bnlora.models.llama import LlamaConfig
+from bnlora.models.decoder_config import DecoderConfig
 from bnlora.testing import tiny_base, tiny_rows
 
 WIDE = {"d_model": 576, "d_ff": 1536, "num_layers": 4, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64}
@@ -39,7 +39,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace, report: Report) -> None:
     """Compile both steps at each level, then time the compiled steps in alternation."""
     jax.config.update("jax_enable_compilation_cache", False)  # noqa: FBT003
-    wide = random_base(jax.random.key(3), LlamaConfig(vocab_size=49_152, tied=True, **WIDE))
+    wide = random_base(jax.random.key(3), DecoderConfig(vocab_size=49_152, tied=True, **WIDE))
     steps = {
         "width 16, 4 layers": step_of(tiny_base(jax.random.key(3)), length=16, rank=2),
         "width 576, 4 layers": step_of(wide, length=32, rank=8),

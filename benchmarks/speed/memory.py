@@ -15,7 +15,7 @@ from benchmarks.report import Report
 from benchmarks.steps import svi_step
 from benchmarks.timing import in_turn, spread
 from bnlora.base import random_base
-from bnlora.models.llama import LlamaConfig
+from bnlora.models.decoder_config import DecoderConfig
 from bnlora.testing import tiny_rows
 
 SIZES = {"d_model": 576, "d_ff": 1536, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64}
@@ -42,7 +42,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace, report: Report) -> None:
     """Compile every variant of the step, then time them in alternation."""
     size, sizes = given.batch_size, SIZES | {"num_layers": given.layers}
-    base = random_base(jax.random.key(0), LlamaConfig(vocab_size=49_152, tied=True, **sizes))
+    base = random_base(jax.random.key(0), DecoderConfig(vocab_size=49_152, tied=True, **sizes))
     train = tiny_rows(jax.random.key(1), size, length=given.length, vocabulary=49_152)
     sites = bl.select(base, list(base.modules), rank=8)
     model = bl.Classifier(base, sites, bl.priors.normal(), label_ids=(100, 200))
