@@ -21,10 +21,12 @@ EXACT := 64_bits annotations architecture assets checkpoint checkpoint_contract 
 TESTS := $(sort $(wildcard tests/*/test_*.py))
 files = $(foreach name,$(1),$(filter %/test_$(name).py,$(TESTS)))
 
-# What touches the compiler, the kernels, ArviZ and the packages.
-VERSIONED := diagnose diagnostics display execution guides kernels_api kernels_lowering llama mcmc packaging plots predict svi
+# What other packages change from version to version: ArviZ's trees and summaries of a fit (diagnostics), IPython and rich
+# (display), JAX's choice of a kernel and its lowering (kernels_api, kernels_lowering), BlackJAX (mcmc), the builder of the
+# wheel (packaging), matplotlib (plots).
+VERSIONED := diagnostics display kernels_api kernels_lowering mcmc packaging plots
 
-.PHONY: demo test fast seconds rounding versions elsewhere slow thorough lint tpu docs notebooks benchmarks oldest newest clean
+.PHONY: demo test fast seconds rounding versions elsewhere slow thorough lint tpu device docs notebooks benchmarks oldest newest clean
 
 # The demonstration needs the library and nothing that tests need; where those have been set up, that will do.
 demo: $(if $(wildcard $(READY)),$(READY),$(DEMO_READY))
@@ -57,11 +59,15 @@ rounding: $(READY)
 versions: $(READY)
 	$(BIN)/python $(PYTEST) -m "not slow" $(call files,$(VERSIONED))
 
-# Both at once, on what varies with versions and on a sample of the statistics that every result rests on. `make rounding`,
-# which `make slow` runs, has all files; where this fails, `make rounding` and `make versions` say which of the two it was.
-STATISTICS := density elbo gp inference_laplace sbc tangent tangent_gaussian
+# Both at once, on what varies with versions and on the statistics that every result rests on: joint densities and their
+# Jacobians (density), the bound against the evidence (elbo), and the Cholesky factors of the prior (gp).
+# `make rounding`, which `make slow` runs, has all files; where this fails, `make rounding` and `make versions` say which of
+# the two it was.
+STATISTICS := density elbo gp
+# Chains and pages of diagnostics take longest: with another Python they run in `make newest` (BNLORA_MATRIX=1 of .ci/run).
+ELSEWHERE := $(filter-out diagnostics mcmc,$(VERSIONED))
 elsewhere: $(READY)
-	XLA_FLAGS="$(ROUNDING)" $(BIN)/python $(PYTEST) -m "not slow" $(sort $(call files,$(STATISTICS) $(VERSIONED)))
+	XLA_FLAGS="$(ROUNDING)" $(BIN)/python $(PYTEST) -m "not slow" $(sort $(call files,$(STATISTICS) $(ELSEWHERE)))
 
 # What is slow by nature and need not run for every change: what `make test` does on a sample, every fast test under
 # another rounding, and every notebook in full. Budget: two hours on two cores. tests/slow.md has date, seconds and verdict.
@@ -71,12 +77,17 @@ slow: $(READY)
 # All members and pairs of which `make test` takes a sample.
 thorough: $(READY)
 	BNLORA_EVERY=1 $(BIN)/python $(PYTEST) -m thorough
-	BNLORA_EVERY=1 $(BIN)/python $(PYTEST) $(call files,checkpoint_contract)
+	BNLORA_EVERY=1 $(BIN)/python $(PYTEST) $(call files,checkpoint_contract kernels)
 
 # The TPU's own compiler, which needs no TPU: 640 MB of a package that nothing else here uses.
 tpu: $(READY)
 	$(BIN)/python -m pip install --quiet --editable ".[tpu]"
 	$(BIN)/python -m pytest -n $(WORKERS) $(call files,kernels_tpu)
+
+# What a new device should show once, in under eight minutes: kernels against the reference, and speed. One log.
+device: $(READY)
+	mkdir -p build
+	$(BIN)/python -m benchmarks device 2>&1 | tee build/device.log
 
 # Every notebook in full, through a Jupyter kernel, into build/notebooks.
 notebooks: $(READY)

@@ -31,8 +31,8 @@ def test_smc_runs_in_64_bit_mode():
 
 
 PARTS = ("fits", "references", "families", "samplers", "laws", "tangent", "others")
-IN_SHORT = PARTS[:2]
-"""The way from a fit to its diagnosis, and from chains to a comparison."""
+IN_SHORT = PARTS[:1]
+"""The way from a fit to its diagnosis."""
 
 
 @pytest.fixture(scope="module")

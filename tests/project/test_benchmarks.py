@@ -38,6 +38,14 @@ def test_every_benchmark_is_imported_and_has_options(name):
     assert f"python -m benchmarks {name}" in parser(name).format_help()
 
 
+def test_what_a_device_shows_is_shown_on_a_cpu(capsys):
+    assert entry.main(["device", "--size", "tiny", "--rounds", "1", "--draws", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("within 0.05 of the reference") == 3
+    for what in ("| xla: a step |", "| xla: prediction, 16 draws |"):
+        assert what in shown
+
+
 def test_the_list_has_a_line_for_every_benchmark(capsys):
     assert entry.main([]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]

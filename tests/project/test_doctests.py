@@ -12,19 +12,23 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from builders.thorough import sample_of
 
 import bnlora as bl
-from bnlora.testing import tiny_base, tiny_rows
+from bnlora.testing import tiny_base, tiny_encoder, tiny_rows
 
 MODULES = sorted(m.name for m in pkgutil.walk_packages(bl.__path__, "bnlora."))
 SAMPLERS = ("bnlora.infer.mcmc", "bnlora.assess.comparison")
 """Packages whose examples run chains: their programs take a minute to compile."""
+WITH_CHAINS = [name for name in MODULES if name.startswith(SAMPLERS)]
+REPEATED = tuple(f"bnlora.infer.mcmc.{name}" for name in ("elliptical", "mclmc", "smc"))
+"""Their examples count the chains of one more sampler, as that of `hamiltonian` does for two of them."""
 KEY = jax.random.key(0)
 
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory, tokenizer, tiny_folder) -> dict:
-    """What the examples take as given: a base, rows, a model, a guide, and a fit of four steps."""
+    """What the examples take as given: a base, rows, a model, a guide, and short fits."""
     base, rows = tiny_base(KEY, num_layers=2), tiny_rows(jax.random.key(1), 8)
     sites = bl.select(base, ["lm_head"], rank=1)
     model = bl.Classifier(base, sites, bl.priors.normal(), label_ids=(3, 5))
@@ -32,19 +36,21 @@ def names(tmp_path_factory, tokenizer, tiny_folder) -> dict:
     fit = bl.fit(KEY, model, guide, rows, optax.adam(0.01), num_steps=4, batch_size=4)
     given = {"key": KEY, "base": base, "rows": rows, "sites": sites, "model": model, "guide": guide}
     given |= {"fit": fit, "folder": Path(tmp_path_factory.mktemp("examples"))}
-    given |= {"tokenizer": tokenizer, "model_folder": tiny_folder}
+    given |= {"tokenizer": tokenizer, "model_folder": tiny_folder, "encoder": tiny_encoder(KEY)}
     given |= {"text_fit": fit_of_texts(bl.load(tiny_folder), rows), **linear(base, rows)}
     given |= {"bl": bl, "jax": jax, "jnp": jnp, "np": np, "numpyro": numpyro, "dist": dist, "optax": optax}
     return given
 
 
 def linear(base: bl.Base, rows: bl.Batch) -> dict:
-    """Frames of a head, a tangent model under their core prior, and a fit of it."""
+    """Frames of a head, a tangent model under their core prior, a fit of it, and a fit of all of it."""
     frames = bl.frames(KEY, base, ["lm_head"], rows, label_ids=(3, 5), size=4)
     tangent = bl.Tangent(bl.Classifier(base, frames.sites, bl.priors.core(frames), label_ids=(3, 5)))
     guide = bl.guides.Guide(tangent.prior, bl.guides.mean_field())
     fit = bl.fit(KEY, tangent, guide, rows, optax.adam(0.01), num_steps=2, batch_size=4)
-    return {"frames": frames, "tangent": tangent, "tangent_fit": fit}
+    sizes = {"size": {"lm_head": 2}, "num_steps": 4}
+    core_fit = bl.fit_core(KEY, base, rows, label_ids=(3, 5), **sizes)
+    return {"frames": frames, "tangent": tangent, "tangent_fit": fit, "core_fit": core_fit}
 
 
 def fit_of_texts(base: bl.Base, rows: bl.Batch) -> bl.Fit:
@@ -66,7 +72,7 @@ def test_examples(name, names):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith(SAMPLERS)])
+@pytest.mark.parametrize("name", sample_of(WITH_CHAINS, [n for n in WITH_CHAINS if n not in REPEATED]))
 def test_examples_with_chains(name, names, chains):
     assert ran(name, names | {"chains": chains}).failed == 0
 

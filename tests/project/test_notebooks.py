@@ -1,11 +1,16 @@
 """Notebooks: scripts and notebooks agree, no outputs are stored, and the assertions in the notebooks pass."""
 
+import functools
 import importlib.util
 import runpy
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from builders.thorough import sample_of
+
+import bnlora as bl
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 SCRIPTS = sorted(FOLDER.glob("[0-9]*.py"))
@@ -75,8 +80,34 @@ def test_unknown_notebook_names_raise(run):
         run.scripts(["77"])
 
 
+@pytest.fixture(scope="module")
+def shared():
+    """Notebooks load one base and run many of the same rows through its lower layers: here, once."""
+    known, compute = {}, bl.cache_prefix
+
+    def cache_prefix(model, rows, **options):
+        if model.kind != "network":
+            return compute(model, rows, **options)
+        arrays = tuple(np.asarray(x).tobytes() for x in (rows.tokens, rows.mask, rows.labels))
+        case = (model.first_layer, model.trunk.checksum, rows.tokens.shape, arrays)
+        if case not in known:
+            known[case] = compute(model, rows, **options)
+        return known[case]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bl, "load", functools.cache(bl.load))
+        patch.setattr(bl, "cache_prefix", cache_prefix)
+        yield
+
+
+LIKE_OTHERS = ("01_quickstart",)
+"""Its steps are those of the README's script, which `test_documents.py` runs on the same base."""
+NAMES = [path.stem for path in SCRIPTS]
+
+
 @pytest.mark.slow
-@every_notebook
-def test_notebook_runs_and_its_assertions_pass_in_fast_mode(script, monkeypatch):
+@pytest.mark.parametrize("name", sample_of(NAMES, [name for name in NAMES if name not in LIKE_OTHERS]))
+@pytest.mark.usefixtures("shared")
+def test_notebook_runs_and_its_assertions_pass_in_fast_mode(name, monkeypatch):
     monkeypatch.setenv("BNLORA_FAST", "1")
-    runpy.run_path(str(script))
+    runpy.run_path(str(FOLDER / f"{name}.py"))

@@ -21,7 +21,7 @@ from bnlora.assess.prior_predictive import PriorPredictive
 from bnlora.data.text import TextData
 from bnlora.infer.mcmc.certificate import Evidence, certify
 from bnlora.infer.mcmc.chains import Chains
-from bnlora.models.llama import Llama
+from bnlora.models.decoder import Decoder
 from bnlora.prediction.predict import Prediction
 from bnlora.testing import tiny_base, tiny_rows
 
@@ -111,7 +111,7 @@ def cells(overview):
 def no_model(monkeypatch):
     """Fail where any layer, the head or an embedding would run."""
     for name in ("embed", "blocks", "head"):
-        monkeypatch.setattr(Llama, name, lambda *_, **__: pytest.fail("the model was run"))
+        monkeypatch.setattr(Decoder, name, lambda *_, **__: pytest.fail("the model was run"))
 
 
 @pytest.mark.parametrize("name", NAMES)
