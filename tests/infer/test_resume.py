@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -157,8 +158,10 @@ def test_a_checkpoint_that_cannot_be_written_loses_no_fit(tmp_path):
             shutil.rmtree(folder)
             folder.write_text("")
 
+    before = threading.active_count()
     with pytest.warns(UserWarning, match=r"cannot be written to '.*steps' \(.*\); the fit goes on"):
         fit = fitted(folder, on_step=remove)
+    assert threading.active_count() == before  # nothing holds the process at its end
     assert_same(fit, fitted())
 
 

@@ -12,8 +12,8 @@ that finds checkpoints of another fit raises an error that names the differences
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -84,6 +84,7 @@ class Kept:
 
     def __init__(self, where: Checkpoints | None, mark: Callable[[], Mapping[str, Any]]):
         self._manager: Any = None
+        self._writing: Future[Any] | None = None
         self.every = None if where is None else where.every
         if where is None:
             return
@@ -94,8 +95,13 @@ class Kept:
             raise NotADirectoryError(f"{str(self._folder)!r} is a file; checkpoints need a folder")
         with room(self._folder):  # or an error in one sentence
             pass
+        # The thread is ours: after a failed write, Orbax's own wait for five minutes and hold the process.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
         self._manager = ocp.CheckpointManager(
-            self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=where.keep, create=True)
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=where.keep, create=True, enable_async_checkpointing=False
+            ),
         )
 
     def __enter__(self) -> Self:
@@ -103,23 +109,25 @@ class Kept:
 
     def __exit__(self, *_: object) -> None:
         """Wait until the last checkpoint is complete."""
+        self._finish()
         if self._manager is not None:
-            with self._goes_on():
-                self._manager.close()
+            self._manager.close()
+            self._thread.shutdown()
 
-    @contextmanager
-    def _goes_on(self) -> Iterator[None]:
-        """Warn once if a checkpoint cannot be written, and keep no further ones: the fit is worth more."""
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001 (Orbax and TensorStore raise what they like)
-            self._manager = self.every = None
-            reason = str(error).strip().partition("\n")[0][:200]
-            warnings.warn(
-                f"checkpoints cannot be written to {str(self._folder)!r} ({reason}); the fit goes on without "
-                "them",
-                stacklevel=2,
-            )
+    def _finish(self) -> None:
+        """Wait for the last write; if it failed, warn and keep no more: the fit is worth more than these."""
+        writing, self._writing = self._writing, None
+        error = None if writing is None else writing.exception()
+        if error is None:
+            return
+        self._manager.close()
+        self._thread.shutdown()
+        self._manager = self.every = None
+        reason = str(error).strip().partition("\n")[0][:200]
+        warnings.warn(
+            f"checkpoints cannot be written to {str(self._folder)!r} ({reason}); the fit goes on without them",
+            stacklevel=2,
+        )
 
     def resumed(self, state: State, loop: Step, look: Validation) -> tuple[State, str | None]:
         """The state of the last checkpoint, if there is one, and why that fit had ended, if it had.
@@ -146,10 +154,11 @@ class Kept:
     def save(self, state: State, loop: Step, look: Validation, stopped: str | None = None) -> None:
         """Keep the state if it is time or the fit ends; `stopped` says why it ends."""
         step = len(loop.steps)
-        if self._manager is None or step in {0, self._manager.latest_step()}:
-            return
         due = self.every is not None and step % self.every == 0
-        if stopped is None and not due:
+        if self._manager is None or (stopped is None and not due):
+            return
+        self._finish()
+        if self._manager is None or step in {0, self._manager.latest_step()}:
             return
         history = {name: loop.column(name) for name in loop.steps[0]}
         named = by_path(jax.device_get({"state": state, "best": look.best_params, "history": history}))
@@ -157,8 +166,7 @@ class Kept:
         record = {"steps": step, "stopped": stopped, "mark": self._mark}
         record["look"] = {name: getattr(look, name) for name in ("steps", "losses", "best_step")}
         items = {"arrays": self._args.StandardSave(arrays), "record": self._args.JsonSave(record)}
-        with self._goes_on():
-            self._manager.save(step, args=self._args.Composite(**items))
+        self._writing = self._thread.submit(self._manager.save, step, args=self._args.Composite(**items))
 
     def _read(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         step = self._manager.latest_step()
