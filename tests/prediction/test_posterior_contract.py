@@ -91,7 +91,7 @@ def test_it_is_predicted_from_its_draws(name):
 
 @pytest.fixture(scope="module", autouse=True)
 def of_others() -> list:
-    """Tracers that other files left in this process, for instance in the frames of a test that failed."""
+    """Tracers that other files left in this process."""
     return tracers()
 
 
@@ -102,7 +102,7 @@ def test_a_copy_and_a_pickle_give_the_same_draws(name, of_others):
     for again in (copy.deepcopy(posterior), pickle.loads(pickle.dumps(posterior))):
         assert repr(again) == repr(posterior)
         equal(again.draw_adapters(KEY, 2), before)
-    assert [t for t in tracers() if not any(t is other for other in of_others)] == []
+    assert tracers(besides=of_others) == []
 
 
 @EACH
