@@ -26,7 +26,7 @@ from bnlora.models.encoder_config import EncoderConfig, Pooling
 from bnlora.models.loading import Checkpoint
 from bnlora.models.tensors import KeyMap, Part, plain, renamed, take
 
-_PATHS = {
+PATHS = {
     "q_proj": "attention.self.query",
     "k_proj": "attention.self.key",
     "v_proj": "attention.self.value",
@@ -36,6 +36,7 @@ _PATHS = {
     "attention_norm": "attention.output.LayerNorm",
     "mlp_norm": "output.LayerNorm",
 }
+"""Where a layer of transformers has its modules and norms, by our names."""
 _OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _BUFFERS = r"embeddings\.(position_ids|token_type_ids)"
 
@@ -75,11 +76,11 @@ def encoder_keys(config: EncoderConfig, *, pooler: str, head: str, heads: str) -
     width, labels = config.d_model, config.num_labels
     layer: dict[str, Part] = {}
     for name, shape in config.layer_modules.items():
-        layer[name] = Part(f"{_PATHS[name]}.weight", shape[::-1])
-        layer[f"{name}_bias"] = Part(f"{_PATHS[name]}.bias", shape[1:], plain)
+        layer[name] = Part(f"{PATHS[name]}.weight", shape[::-1])
+        layer[f"{name}_bias"] = Part(f"{PATHS[name]}.bias", shape[1:], plain)
     for name in ("attention_norm", "mlp_norm"):
-        layer[name] = Part(f"{_PATHS[name]}.weight", (width,), plain)
-        layer[f"{name}_bias"] = Part(f"{_PATHS[name]}.bias", (width,), plain)
+        layer[name] = Part(f"{PATHS[name]}.weight", (width,), plain)
+        layer[f"{name}_bias"] = Part(f"{PATHS[name]}.bias", (width,), plain)
     offset = config.position_offset
     positions = (config.max_length + offset, width)
     outer = {

@@ -5,6 +5,10 @@ names may give modules another rank r or alpha. The update of a site is `site.sc
 the ratio of the two, so the update is the same for every alpha of the sites. An option that would change the
 update and is not supported raises an error with its name.
 
+peft trains the classification head of an encoder as a whole, and stores it beside the factors. It then is
+the head of the base (`bnlora.load_peft_posterior`). Adapters of an encoder's head are added to it when they
+are saved.
+
 Reference: Hu et al. (2021), LoRA; Kalajdzievski (2023), A rank stabilization scaling factor for fine-tuning
 with LoRA, arXiv 2312.03732.
 """
@@ -12,8 +16,9 @@ with LoRA, arXiv 2312.03732.
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,20 +28,40 @@ from safetensors import SafetensorError
 from bnlora._util.checks import brief, listed
 from bnlora._util.typing import Adapters
 from bnlora.adapters.peft_config import rank_and_scale, read_config
-from bnlora.adapters.peft_files import TENSORS, merged, module_path, write_peft
+from bnlora.adapters.peft_files import ROOT, TENSORS, merged, write_peft
+from bnlora.adapters.peft_names import Place, place_of
 from bnlora.adapters.sites import HEAD, Adaptable, Site, Sites, select
+from bnlora.models.encoder import Encoder
+from bnlora.models.encoder_head import CLASSIFIER, head_tensors
+from bnlora.models.families import ENCODERS
 from bnlora.models.tensors import FLOATS, TensorFiles, safetensors_headers, take
 
 FUSED = ("gpt2", "phi3")
 """Families in which transformers has one module for queries, keys and values."""
 
-_NAME = re.compile(
-    r"base_model\.model\.(?:(?:model\.)?layers\.(\d{1,9})\.(?:\w+\.)?)?(\w+)\.lora_([AB])\.weight"
-)
+_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # With an adapter of the head, peft also saves the frozen weights below it, which the base has too. Without
 # one, it saves them only if the vocabulary was resized; the weights of the base then differ.
 _COPIES = re.compile(r"base_model\.model\.(model\.embed_tokens|lm_head)(\.base_layer)?\.weight")
 Tensors = Mapping[tuple[str, int | None, str], Array]
+
+
+class _Stored(NamedTuple):
+    """What the files of an adapter have.
+
+    Attributes:
+        config: Its configuration.
+        factors: Factors by module, layer (None for the head) and letter.
+        paths: Name in transformers of each module.
+        copies: Numbers of rows of the copied weights of the base.
+        head: Tensors of a classification head, by their names in transformers.
+    """
+
+    config: Mapping[str, Any]
+    factors: Tensors
+    paths: Mapping[Place, str]
+    copies: Mapping[str, int]
+    head: Mapping[str, np.ndarray]
 
 
 def load_peft(folder: str | Path, sites: Sites, *, head_rows: Sequence[int] | None = None) -> Adapters:
@@ -63,24 +88,39 @@ def load_peft(folder: str | Path, sites: Sites, *, head_rows: Sequence[int] | No
         >>> centre["lm_head"]["b"].shape
         (1, 2, 1)
     """
-    path = Path(folder).expanduser()
-    config = read_config(path)
-    tensors, copies = _tensors(path)
-    _require_all_used(tensors, sites)
-    _require_frozen(copies, tensors, sites, head_rows)
+    stored = _read(Path(folder).expanduser())
+    if stored.head:
+        raise ValueError(
+            "the adapter has a classification head of its own, which factors alone do not contain: use "
+            "bl.load_peft_posterior, whose base has that head"
+        )
+    return factors(folder, sites, head_rows=head_rows)
+
+
+def factors(folder: str | Path, sites: Sites, *, head_rows: Sequence[int] | None = None) -> Adapters:
+    """`load_peft`, also for an adapter with a classification head, which is left out."""
+    stored = _read(Path(folder).expanduser())
+    _require_all_used(stored.factors, sites)
+    _require_frozen(stored, sites, head_rows)
     adapters = {}
     for name, site in sites.items():
-        own = [rank_and_scale(config, module_path(site.module, layer)) for layer in site.layers]
+        paths = [stored.paths.get(_place(site, layer), site.module) for layer in site.layers]
+        own = [rank_and_scale(stored.config, path) for path in paths]
         for rank, _ in own:
             if site.rank != rank:
                 raise ValueError(f"the adapter has rank {rank}; the sites of {name!r} have rank {site.rank}")
-        pairs = [_pair(tensors, site, layer, head_rows) for layer in site.layers]
-        factors = jnp.array([scale / site.scale for _, scale in own])[:, None, None]
+        pairs = [_pair(stored.factors, site, layer, head_rows) for layer in site.layers]
+        ratios = jnp.array([scale / site.scale for _, scale in own])[:, None, None]
         adapters[name] = {
             "a": jnp.stack([a for a, _ in pairs]),
-            "b": jnp.stack([b for _, b in pairs]) * factors,
+            "b": jnp.stack([b for _, b in pairs]) * ratios,
         }
     return adapters
+
+
+def stored_head(folder: str | Path) -> Mapping[str, np.ndarray]:
+    """The classification head that was trained with an adapter, by its names in transformers; often empty."""
+    return _read(Path(folder).expanduser()).head
 
 
 def peft_sites(folder: str | Path, base: Adaptable) -> Sites:
@@ -105,11 +145,9 @@ def peft_sites(folder: str | Path, base: Adaptable) -> Sites:
         Sites(56 adapter weights)
           lm_head: 16 -> 1 -> 40, alpha 1, head
     """
-    path = Path(folder).expanduser()
-    config, (tensors, _) = read_config(path), _tensors(path)
-    places = sorted({(module, layer) for module, layer, _ in tensors}, key=str)
-    targets = {}
-    for module, layer in places:
+    stored = _read(Path(folder).expanduser())
+    paths, targets = stored.paths, {}
+    for module, layer in sorted(paths, key=str):
         if module not in base.modules or (layer is not None and layer >= base.num_layers):
             near = difflib.get_close_matches(module, base.modules, n=1, cutoff=0.0)[0]
             raise ValueError(
@@ -117,9 +155,9 @@ def peft_sites(folder: str | Path, base: Adaptable) -> Sites:
                 f"{base.num_layers} layers with the modules {list(base.modules)}, nearest: {near!r}"
             )
         pattern = module if layer is None else rf"layers\.{layer}\.{module}"
-        targets[pattern] = rank_and_scale(config, module_path(module, layer or 0))[0]
+        targets[pattern] = rank_and_scale(stored.config, paths[module, layer])[0]
     if not targets:
-        raise ValueError(f"the adapter in {str(path)!r} has no factors")
+        raise ValueError(f"the adapter in {str(folder)!r} has no factors")
     return select(base, targets)
 
 
@@ -134,7 +172,8 @@ def save_peft(adapters: Adapters, folder: str | Path, *, sites: Sites, base: Ada
 
     Raises:
         ValueError: If `adapters` is a posterior, adapters do not fit the sites, the head's `b` has only the
-            rows of label tokens, the base stores several modules fused, or it is an encoder.
+            rows of label tokens, the base stores several modules fused, or it is an encoder whose head peft
+            cannot have.
 
     Example:
         >>> adapters = {"lm_head": {"a": jnp.ones((1, 1, 16)), "b": jnp.zeros((1, 40, 1))}}
@@ -152,7 +191,31 @@ def save_peft(adapters: Adapters, folder: str | Path, *, sites: Sites, base: Ada
                 f"{name!r} holds {site.d_out} of the {rows} rows of {site.module!r}, those of label tokens; "
                 "an adapter for peft needs them all: bl.export_peft writes zeros for the others"
             )
-    write_peft(folder, merged(adapters, sites), name=getattr(base, "name", None))
+    write(folder, adapters, sites, base)
+
+
+def write(folder: str | Path, adapters: Adapters, sites: Sites, base: Any) -> None:
+    """Write adapters with all rows of the head; that of an encoder is written whole, with its update."""
+    name, family = getattr(base, "name", None), getattr(base, "family", "")
+    if not getattr(base, "is_encoder", False):
+        write_peft(folder, merged(adapters, sites, family), name=name)
+        return
+    inner = replace(sites, families=tuple(s for s in sites.families if s.module != HEAD))
+    if not inner:
+        raise ValueError(
+            f"an adapter for peft needs a module of a layer, such as 'q_proj'; the sites are {list(sites)}"
+        )
+    head = head_tensors(_with_update(base.module, adapters, sites), ENCODERS[family])
+    write_peft(folder, merged(adapters, inner, family), name=name, head=head)
+
+
+def _with_update(encoder: Encoder, adapters: Adapters, sites: Sites) -> Encoder:
+    """The encoder with the adapters of its head added to the head."""
+    for name, site in sites.items():
+        if site.module == HEAD:
+            a, b = adapters[name]["a"][0], adapters[name]["b"][0]
+            encoder.lm_head[...] += site.scale * b @ a
+    return encoder
 
 
 def _require_adapters(adapters: Any) -> None:
@@ -175,10 +238,6 @@ def _require_adapters(adapters: Any) -> None:
 def require_named(base: Any) -> None:
     """Raise `ValueError` if transformers has other modules: those that it stores fused are one to peft."""
     family = getattr(base, "family", "")
-    if getattr(base, "is_encoder", False):
-        raise ValueError(
-            f"adapters of encoders cannot be written for peft yet, only those of decoders; got a {family!r}"
-        )
     if family in FUSED:
         raise ValueError(
             f"adapters of {family!r} models cannot be written for peft: transformers has one module for "
@@ -186,8 +245,9 @@ def require_named(base: Any) -> None:
         )
 
 
-def _tensors(folder: Path) -> tuple[Tensors, dict[str, int]]:
-    """Factors by module, layer (None for the head) and letter; numbers of rows of copied base weights."""
+def _read(folder: Path) -> _Stored:
+    """Read the files of an adapter."""
+    config = read_config(folder)
     if not (folder / TENSORS).is_file():
         raise FileNotFoundError(
             f"{str(folder)!r} has no {TENSORS}; pickled adapters (.bin) are not read, have peft save it anew"
@@ -197,35 +257,36 @@ def _tensors(folder: Path) -> tuple[Tensors, dict[str, int]]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{TENSORS} in {str(folder)!r} is corrupt: {error}") from error
     found: dict[tuple[str, int | None, str], Array] = {}
-    copies = {}
+    paths: dict[Place, str] = {}
+    copies: dict[str, int] = {}
+    head: dict[str, np.ndarray] = {}
     for name, header in tensors.stored.items():
         if _COPIES.fullmatch(name):
             copies[name] = header.shape[0] if header.shape else 0
             continue
-        match = _NAME.fullmatch(name)
-        if match is None and ".encoder.layer." in name:
-            raise ValueError(
-                f"adapters of encoders cannot be read yet, only those of decoders; got {brief(name)}"
-            )
-        if match is None:
+        factor = _FACTOR.fullmatch(name)
+        place = place_of(factor[1]) if factor else None
+        in_head = factor is None and name.startswith(f"{ROOT}{CLASSIFIER}.")
+        if place is None and not in_head:
             raise ValueError(f"{brief(name)} in {TENSORS} is no factor of plain LoRA in a layer or the head")
         if header.kind not in FLOATS:
             raise ValueError(f"{name!r} in {TENSORS} must have floats of 16 to 64 bits; got {header.kind}")
-        layer, module, letter = match.groups()
-        place = module, None if layer is None else int(layer), letter
-        if place in found:
-            raise ValueError(f"{TENSORS} has lora_{letter} of {_label(*place[:2])!r} under two names")
-        found[place] = jnp.asarray(take(tensors, name))
-    return found, copies
+        if in_head:
+            head[name.removeprefix(ROOT)] = take(tensors, name)
+            continue
+        path, letter = cast(re.Match, factor).groups()
+        place = cast(Place, place)
+        if (*place, letter) in found:
+            raise ValueError(f"{TENSORS} has lora_{letter} of {_label(*place)!r} under two names")
+        found[*place, letter], paths[place] = jnp.asarray(take(tensors, name)), path
+    return _Stored(config, found, paths, copies, head)
 
 
-def _require_frozen(
-    copies: Mapping[str, int], tensors: Tensors, sites: Sites, head_rows: Sequence[int] | None
-) -> None:
+def _require_frozen(stored: _Stored, sites: Sites, head_rows: Sequence[int] | None) -> None:
     """Raise `ValueError` for weights that can differ from the base's, as after a resize of its vocabulary."""
     full = {s.d_out for s in sites.values() if s.module == HEAD and head_rows is None}
-    for name, rows in copies.items():
-        if (HEAD, None, "A") not in tensors:
+    for name, rows in stored.copies.items():
+        if (HEAD, None, "A") not in stored.factors:
             raise ValueError(
                 f"{TENSORS} replaces {name!r} of the base without an adapter of {HEAD!r}, as after its "
                 "vocabulary was resized; only adapters of the base as it is are supported"
@@ -242,7 +303,7 @@ def _require_all_used(tensors: Tensors, sites: Sites) -> None:
         raise ValueError(f"the adapter also has {listed(extra)}, which the sites do not; select them too")
 
 
-def _place(site: Site, layer: int) -> tuple[str, int | None]:
+def _place(site: Site, layer: int) -> Place:
     return site.module, None if site.module == HEAD else layer
 
 

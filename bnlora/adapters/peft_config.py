@@ -12,10 +12,12 @@ CONFIG = "adapter_config.json"
 
 # Each of these changes the update of the same tensors, or trains additional parameters.
 _REFUSED = (
-    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save",
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out",
     "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens",
     "arrow_config", "kasa_config", "monteclora_config", "velora_config",
 )  # fmt: skip
+_HEADS = {"classifier", "score"}
+"""Modules that peft stores whole in an adapter of a classifier; a model has one of the two."""
 # Every other initialisation of peft moves part of the base weights into the adapter, which changes the base.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -47,6 +49,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     for name in _REFUSED:
         if config.get(name):
             raise ValueError(f"adapters with {name}={brief(config[name])} are not supported, only plain LoRA")
+    whole = config.get("modules_to_save") or []
+    if not isinstance(whole, list) or not all(name in _HEADS for name in whole):
+        raise ValueError(
+            f"adapters with modules_to_save={brief(whole)} are not supported, only plain LoRA, and with the "
+            "classification head of an encoder"
+        )
     if config.get("bias", "none") != "none":
         raise ValueError(f"adapters with bias={brief(config['bias'])} are not supported, only plain LoRA")
     start = config.get("init_lora_weights", True)

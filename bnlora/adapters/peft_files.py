@@ -16,12 +16,12 @@ from safetensors.numpy import save_file
 
 from bnlora._util.typing import Adapters
 from bnlora.adapters.peft_config import CONFIG
-from bnlora.adapters.sites import HEAD, Sites
+from bnlora.adapters.peft_names import module_path
+from bnlora.adapters.sites import Sites
+from bnlora.models.encoder_head import CLASSIFIER
 
 TENSORS = "adapter_model.safetensors"
 ROOT = "base_model.model."
-PARENTS = {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_attn"}
-"""Submodule of a layer that has a projection, by the first letter of its name; the others are in `mlp`."""
 
 
 class Pair(NamedTuple):
@@ -43,20 +43,19 @@ class Pair(NamedTuple):
         return len(self.a)
 
 
-def module_path(module: str, layer: int) -> str:
-    """Name of a module in the model of transformers."""
-    if module == HEAD:
-        return HEAD
-    return f"model.layers.{layer}.{PARENTS.get(module[0], 'mlp')}.{module}"
+def merged(adapters: Adapters, sites: Sites, family: str) -> dict[str, Pair]:
+    """The adapter of every module by its path, families of the same module side by side.
 
-
-def merged(adapters: Adapters, sites: Sites) -> dict[str, Pair]:
-    """The adapter of every module by its path, families of the same module side by side."""
+    Args:
+        adapters: One pair of factors for each family.
+        sites: The sites.
+        family: Family of the base, which names the paths.
+    """
     pairs: dict[str, Pair] = {}
     for name, site in sites.items():
         for index, layer in enumerate(site.layers):
             a, b = (np.asarray(adapters[name][factor][index], np.float32) for factor in ("a", "b"))
-            path, new = module_path(site.module, layer), Pair(a, b, site.alpha)
+            path, new = module_path(site.module, layer, family), Pair(a, b, site.alpha)
             pairs[path] = _beside(pairs[path], new) if path in pairs else new
     return pairs
 
@@ -67,13 +66,20 @@ def _beside(first: Pair, second: Pair) -> Pair:
     return Pair(a, b, float(len(a)))
 
 
-def write_peft(folder: str | Path, pairs: Mapping[str, Pair], *, name: str | None) -> None:
+def write_peft(
+    folder: str | Path,
+    pairs: Mapping[str, Pair],
+    *,
+    name: str | None,
+    head: Mapping[str, Float[np.ndarray, "..."]] | None = None,
+) -> None:
     """Write an adapter.
 
     Args:
         folder: Folder to write to; it is created if necessary.
-        pairs: The adapter of every module, by its path.
+        pairs: The adapter of every module, by its path; at least one.
         name: Name of the base model.
+        head: Tensors of an encoder's classification head by their names, stored whole.
     """
     path = Path(folder).expanduser()
     path.mkdir(parents=True, exist_ok=True)
@@ -83,16 +89,18 @@ def write_peft(folder: str | Path, pairs: Mapping[str, Pair], *, name: str | Non
         for module, pair in pairs.items()
         for letter, factor in (("A", pair.a), ("B", pair.b))
     }
+    tensors |= {f"{ROOT}{path}": np.array(x, np.float32, order="C") for path, x in (head or {}).items()}
     save_file(tensors, path / TENSORS, metadata={"format": "pt"})
     ((rank, alpha), _), *_ = Counter((pair.rank, pair.alpha) for pair in pairs.values()).most_common(1)
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
         "base_model_name_or_path": name,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": sorted(pairs),
+        **({"modules_to_save": [CLASSIFIER]} if head else {}),
     }
     ranks = {module: pair.rank for module, pair in pairs.items() if pair.rank != rank}
     alphas = {module: pair.alpha for module, pair in pairs.items() if pair.alpha != alpha}

@@ -25,8 +25,7 @@ from rich.console import Console
 from bnlora._util.checks import check_at_least, check_key
 from bnlora._util.display import Showable, Shown, Table, facts
 from bnlora._util.typing import Adapters
-from bnlora.adapters.peft import require_named
-from bnlora.adapters.peft_files import merged, write_peft
+from bnlora.adapters.peft import require_named, write
 from bnlora.adapters.sites import HEAD, Site
 from bnlora.data.batch import Batch
 from bnlora.prediction.posterior import PointPosterior, Posterior
@@ -89,7 +88,7 @@ def export_peft(
 
     Args:
         key: Random key of the draws.
-        posterior: A posterior of a decoder's adapters. Of a tangent posterior only the mean can be written.
+        posterior: A posterior of adapters. Of a tangent posterior only the mean can be written.
         folder: Folder to write to; it is created if necessary.
         num_draws: Number of draws to write, each an adapter of its own.
         mean_of: Number of draws whose mean update is written.
@@ -101,8 +100,8 @@ def export_peft(
         The folders, what the rank of the sites keeps of the mean update, and both negative log-likelihoods.
 
     Raises:
-        ValueError: If a tangent posterior is given without data or with draws, the base is an encoder or
-            stores several modules fused, or a number is out of its range.
+        ValueError: If a tangent posterior is given without data or with draws, the base stores several
+            modules fused or is an encoder whose head peft cannot have, or a number is out of its range.
 
     Example:
         >>> rows_of_words = bl.export_peft(key, fit, folder / "export", num_draws=2, mean_of=4, data=rows)
@@ -200,7 +199,7 @@ def _write(folder: Path, model: Any, adapters: Adapters) -> None:
             b = np.zeros((1, rows, site.rank), np.float32)
             b[:, list(model.label_ids)] = np.asarray(adapters[name]["b"])
             whole[name] = {"a": adapters[name]["a"], "b": jnp.asarray(b)}
-    write_peft(folder, merged(whole, sites.with_head_rows(rows)), name=base.name)
+    write(folder, whole, sites.with_head_rows(rows), base)
 
 
 def _card(posterior: Posterior, export: Export, rows: int | None) -> str:

@@ -5,7 +5,10 @@ from typing import Any
 
 from jaxtyping import Int
 
-from bnlora.adapters.peft import load_peft, peft_sites
+from bnlora.adapters.peft import factors, peft_sites, stored_head
+from bnlora.base import Base
+from bnlora.models.encoder_head import with_head
+from bnlora.models.families import ENCODERS
 from bnlora.prediction.posterior import PointPosterior
 from bnlora.priors import point
 from bnlora.program.likelihoods import Likelihood
@@ -29,7 +32,8 @@ def load_peft_posterior(
         likelihood: Other classes than words, in place of `label_ids`.
 
     Returns:
-        The posterior, with a classifier whose sites are those of the adapter.
+        The posterior, with a classifier whose sites are those of the adapter. If a classification head was
+        trained with the adapter, as peft does for encoders, the base of that classifier has it.
 
     Raises:
         FileNotFoundError: If the folder has no adapter.
@@ -42,7 +46,22 @@ def load_peft_posterior(
         >>> bl.predict(key, imported, rows, num_draws=1).probs.shape
         (8, 2)
     """
+    base = _with_stored_head(folder, base)
     sites = peft_sites(folder, base)
     model = Classifier(base, sites, point(), label_ids=label_ids, likelihood=likelihood)
     rows = model.label_ids or None
-    return PointPosterior(model, load_peft(folder, model.sites, head_rows=rows))
+    return PointPosterior(model, factors(folder, model.sites, head_rows=rows))
+
+
+def _with_stored_head(folder: str | Path, base: Any) -> Any:
+    """The base with the classification head that was trained with the adapter, if there is one."""
+    head = stored_head(folder)
+    if not head:
+        return base
+    if not getattr(base, "is_encoder", False):
+        raise ValueError(
+            f"the adapter has a classification head ({', '.join(sorted(head))}), and the base is no encoder "
+            "that could have it"
+        )
+    encoder = with_head(base.module, ENCODERS[base.family], head)
+    return Base.from_module(encoder, name=base.name, family=base.family, tokenizer=base.tokenizer)

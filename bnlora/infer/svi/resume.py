@@ -125,7 +125,8 @@ class Kept:
         self._manager = self.every = None
         reason = str(error).strip().partition("\n")[0][:200]
         warnings.warn(
-            f"checkpoints cannot be written to {str(self._folder)!r} ({reason}); the fit goes on without them",
+            f"checkpoints cannot be written to {str(self._folder)!r} ({reason}); the fit goes on without "
+            "them",
             stacklevel=2,
         )
 
