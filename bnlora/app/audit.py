@@ -2,9 +2,9 @@
 
 | row | prediction |
 |---|---|
-| base | the base without adapters |
+| base | the base without adapters; not for an encoder without a classification head |
 | adapter | the adapter of the PEFT folder |
-| adapter, temperature | each half of the rows with the temperature that the other half chooses |
+| adapter, temperature | each half of the rows with the temperature that the other half chooses, if any |
 | core posterior | `bnlora.fit_core` on the rows of `--train`, if given; the adapter is not used |
 
 No number depends on the row that it is computed from: the temperature of a row comes from the other half.
@@ -20,8 +20,9 @@ import numpy as np
 import typer
 from jax import Array
 from rich.console import Console
+from rich.markup import escape
 
-from bnlora import metrics
+from bnlora import metrics, priors
 from bnlora._util.checks import numpy_generator
 from bnlora._util.compilation import keys_from
 from bnlora._util.display import Table
@@ -32,16 +33,18 @@ from bnlora.app.outcome import summary_result
 from bnlora.app.printing import print_result, reporting, write
 from bnlora.app.recipe import Recipe
 from bnlora.app.report import page
+from bnlora.app.tasks import Task
 from bnlora.base import Base
 from bnlora.data.batch import Batch
 from bnlora.data.formats import ENCODING
 from bnlora.data.tables import naming_lines, read_table
-from bnlora.data.text import TextData
 from bnlora.infer.approximate.temperature import fit_temperature, tempered
 from bnlora.infer.core.fit import fit_core
 from bnlora.prediction.imported import load_peft_posterior
 from bnlora.prediction.posterior import PointPosterior
 from bnlora.prediction.predict import Prediction, predict
+from bnlora.program.likelihoods import Likelihood
+from bnlora.program.model import Classifier
 
 BASE, ADAPTER, TEMPERED, CORE = "base", "adapter", "adapter, temperature", "core posterior"
 SHOWN = ("accuracy", "nll", "ece", "brier")
@@ -61,6 +64,7 @@ def audit(
     label: options.LabelColumn = "label",
     labels_are: options.LabelsAre = None,
     encoding: options.Encoding = ENCODING,
+    task: Annotated[Task, typer.Option(help="'words', or 'labels' for an adapter of an encoder.")] = "words",
     base: options.BaseName = Recipe.base,
     template: options.Template = None,
     draws: options.Draws = 32,
@@ -70,18 +74,21 @@ def audit(
 ) -> None:
     """Measure the calibration of an existing adapter, and what a temperature or a posterior would gain."""
     with reporting() as progress, room_for(report, source=data):
+        _check_task(task)
         recipe = Recipe(
-            words=tuple(word), base=base, template=options.template_of(template), labels_are=labels_are
-        )
+            words=tuple(word), base=base, template=options.template_of(template, task),
+            labels_are=labels_are, task=task,
+        )  # fmt: skip
         files = {"test": data} if train is None else {"test": data, "train": train}
         tables = {name: read_table(p, columns=[text, label], encoding=encoding) for name, p in files.items()}
         model = recipe.load_base()
         with naming_lines(files, encoding=encoding):
             rows = recipe.read(tables, model, text=text, label=label)
         fit_key, key, summary_key = keys_from(jax.random.key(seed), 3)
-        predictions = audited(key, model, adapter, rows, console=progress)
+        likelihood = recipe.likelihood(rows)
+        predictions = audited(key, model, adapter, rows["test"], likelihood, console=progress)
         if train is not None:
-            core = fit_core(fit_key, model, rows.train, label_ids=rows.label_ids, console=progress)
+            core = fit_core(fit_key, model, rows.train, likelihood=likelihood, console=progress)
             predictions[CORE] = predict(key, core, rows["test"], num_draws=draws, console=progress)
         labels = np.asarray(rows["test"].labels)
         summaries = {n: metrics.summary(summary_key, p, labels) for n, p in predictions.items()}
@@ -93,21 +100,45 @@ def audit(
         exit_if_elsewhere(report, place)
 
 
+def _check_task(task: Task) -> None:
+    if task not in ("words", "labels"):
+        raise ValueError(f"audit measures classes: --task must be 'words' or 'labels'; got {task!r}")
+
+
 def audited(
-    key: Array, base: Base, adapter: Path, rows: TextData, *, console: Console | None = None
+    key: Array,
+    base: Base,
+    adapter: Path,
+    test: Batch,
+    likelihood: Likelihood,
+    *,
+    console: Console | None = None,
 ) -> dict[str, Prediction]:
-    """Predictions of the split `"test"` by the base, the adapter, and the adapter with a temperature."""
-    test = rows["test"]
-    point = load_peft_posterior(adapter, base, label_ids=rows.label_ids)
-    zero = {
-        name: {"a": jnp.zeros_like(pair["a"]), "b": jnp.zeros_like(pair["b"])}
-        for name, pair in point.adapters.items()
-    }
+    """Predictions of rows by the base, the adapter, and the adapter with a temperature.
+
+    Args:
+        key: Random key.
+        base: The base. Without a classification head of its own it has no prediction.
+        adapter: Folder of the adapter.
+        test: Rows with labels.
+        likelihood: The classes.
+        console: Where to draw progress bars.
+    """
+    point = load_peft_posterior(adapter, base, likelihood=likelihood)
+    posteriors = {ADAPTER: point}
+    if not getattr(base.config, "new_head", False):
+        model = Classifier(base, point.model.sites, priors.point(), likelihood=likelihood)
+        posteriors = {BASE: PointPosterior(model, jax.tree.map(jnp.zeros_like, point.adapters)), **posteriors}
     predictions = {
         name: predict(key, posterior, test, num_draws=1, console=console)
-        for name, posterior in ((BASE, PointPosterior(point.model, zero)), (ADAPTER, point))
+        for name, posterior in posteriors.items()
     }
-    return predictions | {TEMPERED: cross_tempered(key, predictions[ADAPTER], test)}
+    try:
+        return predictions | {TEMPERED: cross_tempered(key, predictions[ADAPTER], test)}
+    except ValueError as error:  # an adapter that no temperature improves is a finding, not an end
+        if console is not None:
+            console.print(f"no temperature: {escape(str(error))}", highlight=False, soft_wrap=True)
+        return predictions
 
 
 def cross_tempered(key: Array, prediction: Prediction, rows: Batch) -> Prediction:

@@ -1,4 +1,4 @@
-"""The command line: `bnlora demo`, `fit`, `predict`, `evaluate`, `diagnose`, `audit`, `export`.
+"""The command line: `bnlora demo`, `fit`, `predict`, `evaluate`, `diagnose`, `audit`, `generate`, `export`.
 
 Results go to standard output, as text or (`--json`) as one JSON object. Progress and errors go to standard
 error; progress bars appear only on a terminal. `bnlora.app.outcome` has the exit codes.
@@ -19,6 +19,7 @@ from bnlora.app import options
 from bnlora.app.audit import audit
 from bnlora.app.demo import SIZES, demo_page, demo_tables, run_demo
 from bnlora.app.export import export
+from bnlora.app.generate import generate_command
 from bnlora.app.kept import exit_if_elsewhere, fit_and_keep, keep, restored, unfinished
 from bnlora.app.outcome import (
     comparison_result,
@@ -291,6 +292,7 @@ def diagnose(
 
 
 app.command()(audit)
+app.command("generate")(generate_command)
 app.command()(export)
 
 

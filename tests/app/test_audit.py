@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from builders.commands import WORDS, call, reviews
+from builders.encoder_folder import write_encoder
 from scipy.special import log_softmax
 
 import bnlora as bl
@@ -88,3 +89,30 @@ def test_errors_are_one_sentence(place, tiny_folder):
     assert done.exit_code == 1
     assert "is not an adapter folder" in done.output
     assert not (place / "x.html").exists()
+
+
+def test_an_adapter_of_an_encoder_with_its_head(tmp_path):
+    """The adapter predicts with the head in its folder; the base has none and cannot be measured."""
+    folder = write_encoder(tmp_path / "body")
+    base = bl.load(folder, num_labels=2)
+    sites = bl.select(base, ["q_proj", "lm_head"], rank=2)
+    filled = {n: {f: np.full(shape, 0.3) for f, shape in s.shapes.items()} for n, s in sites.items()}
+    filled["lm_head"]["b"][:, 0] = -0.3  # the classes differ
+    bl.save_peft(filled, tmp_path / "adapter", sites=sites, base=base)
+    write_table(reviews(12), tmp_path / "test.csv")
+    words = ["--task", "labels", "--word", "bad", "--word", "good", "--base", folder]
+    options = ["--data", tmp_path / "test.csv", "--report", tmp_path / "page.html", "--json"]
+    done = call("audit", tmp_path / "adapter", *options, *words)
+    assert done.exit_code == 0, done.output
+    methods = json.loads(done.stdout)["methods"]
+    assert set(methods) == {"adapter"}  # which says the same of every row, so that no temperature helps
+    assert "no temperature: the negative log-likelihood of these rows has no minimum" in done.stderr
+    data = bl.text_classification(reviews(12), base, text="text", label="label", classes=["bad", "good"])
+    point = bl.load_peft_posterior(tmp_path / "adapter", base, likelihood=bl.likelihoods.Labels(2))
+    probs = bl.predict(jax.random.key(0), point, data.train, num_draws=1).probs
+    expected = -np.log(probs[np.arange(12), np.asarray(data.train.labels)]).mean()
+    assert methods["adapter"]["metrics"]["nll"]["value"] == pytest.approx(expected, abs=1e-5)
+    assert abs(expected - np.log(2)) > 1e-3
+    done = call("audit", tmp_path / "adapter", *options, *WORDS, "--task", "votes")
+    assert done.exit_code == 1
+    assert "--task must be 'words' or 'labels'" in done.output

@@ -300,12 +300,15 @@ def test_wrong_usage_and_the_version_have_their_exit_codes():
     assert (done.exit_code, done.stdout) == (0, f"bnlora {bnlora.__version__}\n")
 
 
+COMMANDS = "demo fit predict evaluate diagnose audit generate export".split()
+
+
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
         ("bnlora fit --target q", {"q_proj"}),
         ("bnlora fit --prior ", {"sparse-gp", "normal", "none"}),
-        ("bnlora ", {"demo", "fit", "predict", "evaluate", "diagnose", "audit", "export"}),
+        ("bnlora ", set(COMMANDS)),
     ],
 )
 def test_a_shell_completes_commands_and_values(words, offered):
@@ -337,9 +340,10 @@ def test_a_pipe_gets_plain_lines_and_only_json(place):
 def test_help_names_every_command_and_option():
     text = call("--help").output
     assert all(
-        command in text for command in ("demo", "fit", "predict", "evaluate", "diagnose", "audit", "export")
+        command in text
+        for command in ("demo", "fit", "predict", "evaluate", "diagnose", "audit", "generate", "export")
     )
-    for command in ("demo", "fit", "predict", "evaluate", "diagnose", "audit", "export"):
+    for command in ("demo", "fit", "predict", "evaluate", "diagnose", "audit", "generate", "export"):
         assert call(command, "--help").exit_code == 0
 
 
