@@ -175,10 +175,10 @@ def fit_command(
         rate = LEARNING_RATE_OF_LORA if prior == "none" else LEARNING_RATE
         schedule = Schedule(steps, batch_size, rate if learning_rate is None else learning_rate, seed=seed)
         recipe = recipe.fitted_to(data)
-        fit, place, diverged = fit_and_keep(recipe, schedule, model, data, checkpoints, require, progress)
-        if diverged is not None:
+        fit, place, failed = fit_and_keep(recipe, schedule, model, data, checkpoints, require, progress)
+        if failed is not None:
             print_result(fit_result(fit, place), f"last finite state: {place}", json=json)
-            raise diverged
+            raise failed
         print_result(fit_result(fit, place), fit, following(fit, place, text), json=json)
         exit_if_interrupted(fit)
         exit_if_elsewhere(out, place)

@@ -1,5 +1,6 @@
 """Checkpoints: a fit that goes on has the bits of one that was never stopped, and others are refused."""
 
+import functools
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import optax
 import pytest
 
 import bnlora as bl
+from bnlora.infer.svi import validation
 from bnlora.infer.svi.step import Step
 from bnlora.testing import tiny_base, tiny_rows
 
@@ -19,7 +21,7 @@ KEY = jax.random.key(0)
 BASE = tiny_base(jax.random.key(1), num_layers=2)
 ROWS, OTHERS = tiny_rows(jax.random.key(2), 24), tiny_rows(jax.random.key(3), 12)
 SITES = bl.select(BASE, ["lm_head"], rank=2)
-RULE = bl.EarlyStopping(every=4, patience=100)
+LOOKS = {"validation": OTHERS, "early_stopping": bl.EarlyStopping(every=4, patience=100)}
 
 
 def fitted(folder=None, *, prior=None, rows=ROWS, key=KEY, rate=0.05, base=BASE, every=5, keep=2, **options):
@@ -28,6 +30,12 @@ def fitted(folder=None, *, prior=None, rows=ROWS, key=KEY, rate=0.05, base=BASE,
     kept = None if folder is None else bl.Checkpoints(folder, every=every, keep=keep)
     sizes = {"num_steps": 23, "batch_size": 8} | options
     return bl.fit(key, model, guide, rows, optax.adam(rate), checkpoints=kept, **sizes)
+
+
+@functools.cache
+def unbroken(*, looks: bool = False) -> bl.Fit:
+    """The fit without checkpoints, with or without validation rows."""
+    return fitted(**(LOOKS if looks else {}))
 
 
 def assert_same(first: bl.Fit, second: bl.Fit) -> None:
@@ -51,15 +59,15 @@ def stop_after(step: int, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 8])
-@pytest.mark.parametrize("rules", [{}, {"validation": OTHERS, "early_stopping": RULE}])
-def test_a_fit_goes_on_bit_for_bit(step, rules, tmp_path, monkeypatch):
-    whole = fitted(**rules)
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_fit_goes_on_bit_for_bit(step, looks, tmp_path, monkeypatch):
+    rules = LOOKS if looks else {}
     with monkeypatch.context() as patch:
         stop_after(step, patch)
         partial = fitted(tmp_path, **rules)
     assert partial.stopped == "interrupted"
     assert step <= len(partial.step_seconds) < 23
-    assert_same(fitted(tmp_path, **rules), whole)
+    assert_same(fitted(tmp_path, **rules), unbroken(looks=looks))
 
 
 def test_a_fit_that_has_ended_is_handed_over_at_once(tmp_path, monkeypatch):
@@ -68,6 +76,22 @@ def test_a_fit_that_has_ended_is_handed_over_at_once(tmp_path, monkeypatch):
     again = fitted(tmp_path)
     assert_same(again, first)
     assert again.num_traces == 0
+
+
+def test_an_interrupt_while_rows_are_evaluated_skips_no_evaluation(tmp_path, monkeypatch):
+    evaluate, calls = validation.outputs_with_draws, []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(validation, "outputs_with_draws", interrupted)
+        partial = fitted(tmp_path, **LOOKS)
+    assert (partial.stopped, len(partial.step_seconds)) == ("interrupted", 8)
+    assert_same(fitted(tmp_path, **LOOKS), unbroken(looks=True))
 
 
 @pytest.mark.parametrize("rule", ["patience", "plateau"])
@@ -132,14 +156,14 @@ def test_checkpoints_of_another_fit_are_refused(name, kept):
 
 
 def test_a_corrupt_checkpoint_is_named_and_the_one_before_serves(tmp_path):
-    whole = fitted(tmp_path)
+    fitted(tmp_path)
     for path in (tmp_path / "23").rglob("*"):
         if path.is_file() and path.stat().st_size:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"the checkpoint in '.*23' is corrupt .*; remove it to go on"):
         fitted(tmp_path)
     shutil.rmtree(tmp_path / "23")
-    assert_same(fitted(tmp_path), whole)
+    assert_same(fitted(tmp_path), unbroken())
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):
@@ -159,7 +183,7 @@ def test_a_checkpoint_that_cannot_be_written_loses_no_fit(tmp_path):
 
     with pytest.warns(UserWarning, match=r"cannot be written to '.*steps' \(.*\); the fit goes on"):
         fit = fitted(folder, on_step=remove)
-    assert_same(fit, fitted())
+    assert_same(fit, unbroken())
 
 
 SCRIPT = """
