@@ -5,6 +5,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -207,3 +209,61 @@ def test_a_killed_process_leaves_checkpoints_to_go_on_from(tmp_path):
     last = max(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit())
     assert last < 2000
     assert_same(fitted(tmp_path, every=2, num_steps=last + 7), fitted(num_steps=last + 7))
+
+
+def first_checkpoint(folder: Path, process: subprocess.Popen) -> None:
+    """Wait until there is a complete checkpoint."""
+    while not [p for p in folder.glob("*") if p.name.isdigit()]:
+        assert process.poll() is None
+        time.sleep(0.001)
+
+
+@pytest.mark.thorough
+def test_a_process_killed_at_any_moment_leaves_nothing_but_whole_checkpoints(tmp_path):
+    """SIGKILL at 20 random moments, five before the first checkpoint: each fit goes on bit for bit.
+
+    Moments are shares of the life of a process that is not killed.
+    """
+    sizes, seen = {"every": 2, "num_steps": 120}, Counter()
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1])).replace("2000", "120")
+
+    def started(folder: Path) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-c", script, str(folder)])
+
+    began, whole = time.monotonic(), started(tmp_path / "whole")
+    first_checkpoint(tmp_path / "whole", whole)
+    early = time.monotonic() - began
+    assert whole.wait() == 0
+    late, expected = time.monotonic() - began - early, fitted(num_steps=120)
+    moments = np.random.default_rng(2026).uniform(size=20)
+    for turn, share in enumerate(moments):
+        folder = tmp_path / str(turn)
+        process = started(folder)
+        if turn % 4:
+            first_checkpoint(folder, process)
+        time.sleep(share * (late if turn % 4 else early))
+        process.kill()
+        process.wait()
+        names = [path.name for path in folder.glob("*")]
+        done = max((int(name) for name in names if name.isdigit()), default=0)
+        seen["before the first" if not done else "at the end" if done == 120 else "between"] += 1
+        seen["half-written"] += any("tmp" in name for name in names)
+        assert_same(fitted(folder, **sizes), expected)
+    print(f"killed at 20 moments: {dict(seen)}")
+    assert seen["between"] >= 5
+
+
+@pytest.mark.thorough
+def test_a_second_interrupt_ends_the_process_at_once(tmp_path):
+    """The first lets the fit return and its process end by itself; the second, in the meantime, ends it."""
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1])).replace("2000", "200000")
+    script = script.replace("test_resume.fitted", "fit = test_resume.fitted")
+    script += "import time\nprint(fit.stopped, flush=True)\ntime.sleep(600)\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    first_checkpoint(tmp_path, process)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "interrupted\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) != 0
