@@ -102,7 +102,8 @@ def long_fit(num_steps: int, report: Report) -> None:
     record = sys.getsizeof(one) + len(one) * sys.getsizeof(0.0)
     report.text(
         "A long fit",
-        f"± is a 95 % interval, of a regression of {used} means over {BLOCK:,} steps after a quarter of the steps.",
+        f"± is a 95 % interval, of a regression of {used} means over {BLOCK:,} steps after a quarter of the "
+        "steps.",
         f"By `sys.getsizeof`, the record of the steps, a dictionary of {len(one)} numbers for each, takes "
         f"{record * BLOCK / 2**10:,.0f} KiB per 1,000 steps.",
     )

@@ -132,7 +132,7 @@ def predict_table(
             for added in _predicted(key, recipe, folder, source, columns, num_draws, console):
                 spool.add(added)
                 totals.add(added.to_pydict())
-        place = keep(out, write, console)
+            place = keep(out, write, console)
     return place, {"table": str(place), **totals.result(recipe, num_draws)}
 
 

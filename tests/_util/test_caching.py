@@ -145,6 +145,7 @@ def started(cache: Path, how: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_faults_of_the_programs_folder_cost_only_a_compilation(tmp_path):
     """Two processes at once, a full disk, and programs that were cut short: the number is the same."""
     expected = f"ready\n{float(jax.numpy.sin(0.5) * 2)}\n"

@@ -85,6 +85,19 @@ def test_an_interrupt_keeps_the_rows_so_far(place, sizes, monkeypatch):
     assert part["prediction"].to_pylist() == whole["prediction"].to_pylist()[:8]
 
 
+def test_an_interrupt_while_the_table_is_written_keeps_all_rows(place, sizes, monkeypatch):
+    plain = predicting.write_pieces
+
+    def interrupted(tables, path):
+        if path == place / "late.csv":
+            raise KeyboardInterrupt
+        plain(tables, path)
+
+    monkeypatch.setattr(predicting, "write_pieces", interrupted)
+    assert predict(place, "rows.csv", "late.csv").exit_code == ExitCode.INTERRUPTED
+    assert len(read_columns(place / "late.part.csv")) == 11
+
+
 def test_an_error_in_a_later_piece_names_its_line_and_keeps_the_rows_so_far(place, sizes):
     long = "the plot is good " * 30
     lines = [["text"], *[[text] for text in [*reviews(9)["text"][:], long]]]
