@@ -132,8 +132,7 @@ def test_smaller_steps_are_those_that_take_less():
 def test_rows_of_a_model_without_the_rule_have_an_answer_too():
     """An encoder has no estimate; its error must not hide that of the device."""
     encoder = SimpleNamespace(base=None, sites=None, prior=None, num_classes=2)
-    sizes = {"batch_size": 8, "num_particles": 1}
-    text = exhausted.smaller_step(encoder, None, ROWS, ADAM, bl.Memory(), sizes)
+    text = exhausted.smaller_step(encoder, None, ROWS, ADAM, bl.Memory(), (8, 1))
     assert text.endswith("lower batch_size, or pass memory=bl.Memory(accumulate=...)")
 
 

@@ -16,7 +16,7 @@ def smaller_step(
     train: Batch,
     optimizer: optax.GradientTransformation,
     memory: Memory,
-    sizes: dict[str, int],
+    sizes: tuple[int, int],
 ) -> str:
     """The size of a step and of those with other settings of `Memory`, as the end of a sentence.
 
@@ -26,15 +26,15 @@ def smaller_step(
         train: Training rows.
         optimizer: Optimiser of the locations.
         memory: Settings of the step that did not fit.
-        sizes: `batch_size` and `num_particles`.
+        sizes: Rows of a step, and guide draws averaged in it.
     """
-    rows, length = sizes["batch_size"], train.tokens.shape[-1]
+    (rows, num_particles), length = sizes, train.tokens.shape[-1]
     step = f"a step of batch_size={rows} rows of {length} tokens"
     try:
         size = estimate(
             model.base, model.sites, model.prior, guide=lambda prior: guide, batch=(rows, length),
             num_rows=len(train), num_classes=max(model.num_classes, 2), memory=memory,
-            optimizer=optimizer, num_particles=sizes["num_particles"],
+            optimizer=optimizer, num_particles=num_particles,
         )  # fmt: skip
     except Exception:  # noqa: BLE001 (the rule is for decoders; the first error must not be hidden by another)
         return f"{step} needs more than there is; lower batch_size, or pass memory=bl.Memory(accumulate=...)"

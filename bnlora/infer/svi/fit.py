@@ -129,8 +129,7 @@ def fit(
     rows = minibatches(data_key, len(train), batch_size)
     rules = {"memory": memory, "early_stopping": rule, "plateau": plateau, "batch_size": batch_size}
     rules |= {"skip_budget": optimisation.skip_budget}
-    sizes = {"batch_size": batch_size, "num_particles": num_particles}
-    remedy = partial(smaller_step, model, guide, train, optimizer, memory, sizes)
+    remedy = partial(smaller_step, model, guide, train, optimizer, memory, (batch_size, num_particles))
     mark = partial(mark_of, key, step, state, {"training": train, "validation": validation}, **rules)
     with step_bar(console, num_steps) as show, Kept(checkpoints, mark) as kept:
         watch = Watch(look, plateau, optimisation.skip_budget, on_step, show, kept, remedy)
