@@ -266,4 +266,5 @@ def test_a_second_interrupt_ends_the_process_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "interrupted\n"
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) != 0
+    process.communicate(timeout=60)
+    assert process.returncode != 0
