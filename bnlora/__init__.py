@@ -49,6 +49,7 @@ from bnlora.data.text import text_classification as text_classification
 from bnlora.infer.svi.plateau import Plateau as Plateau
 from bnlora.infer.svi.result import Fit as Fit
 from bnlora.infer.svi.result import FitDiverged as FitDiverged
+from bnlora.infer.svi.result import FitOutOfMemory as FitOutOfMemory
 from bnlora.infer.svi.validation import EarlyStopping as EarlyStopping
 from bnlora.prediction.exported import Export as Export
 from bnlora.prediction.exported import export_peft as export_peft

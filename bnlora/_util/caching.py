@@ -7,6 +7,7 @@ programs in memory only; downloads are then in `~/.cache/bnlora`.
 import os
 import platform
 import tempfile
+import time
 import zlib
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,9 @@ import jax
 
 OFF = "off"
 """Value of `$BNLORA_CACHE` that keeps compiled programs out of the cache folder."""
+
+GRACE = 60.0
+"""Seconds for which a compiled program that looks cut short may still be in the middle of its writing."""
 
 
 def cache_folder() -> Path:
@@ -40,6 +44,7 @@ def keep_programs() -> None:
         return
     folder = programs_folder()
     if _is_writable(folder):
+        _drop_broken(folder)
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
@@ -51,6 +56,36 @@ def _is_writable(folder: Path) -> bool:
             return True
     except OSError:
         return False
+
+
+def _drop_broken(folder: Path) -> None:
+    """Remove programs that a full disk or a killed process has cut short.
+
+    JAX does not replace them, and warns of them in every process. Only files that are new since the last
+    check are read, and not those of the last `GRACE` seconds, which another process may be writing.
+    """
+    mark, until = folder / ".checked", time.time() - GRACE
+    try:
+        since = mark.stat().st_mtime if mark.exists() else 0.0
+        for path in folder.glob("*-cache"):
+            if since <= path.stat().st_mtime < until and _is_broken(path.read_bytes()):
+                path.unlink(missing_ok=True)
+        mark.touch()
+        os.utime(mark, (until, until))
+    except OSError:  # it is only a cache
+        return
+
+
+def _is_broken(content: bytes) -> bool:
+    """Whether a program ends too early; unknown, and no, where JAX compresses in another way than zlib."""
+    if content[:1] not in (b"", b"\x78"):
+        return False
+    try:
+        unpack = zlib.decompressobj()
+        unpack.decompress(content)
+        return not unpack.eof
+    except zlib.error:
+        return True
 
 
 @cache

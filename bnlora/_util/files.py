@@ -14,8 +14,11 @@ _BLOCK = 2**20
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` create the file under a temporary name in the same folder, then rename it."""
-    scratch = path.with_name(f".{path.name}")
+    """Let `write` create the file under a temporary name in the same folder, then rename it.
+
+    The temporary name has the number of the process, because another process may write the same file.
+    """
+    scratch = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         write(scratch)
         os.replace(scratch, path)

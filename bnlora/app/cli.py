@@ -27,21 +27,17 @@ from bnlora.app.outcome import (
     evaluation_page,
     fit_result,
     following,
-    require_free,
     summary_result,
-    with_columns,
 )
+from bnlora.app.predicting import Columns, predict_table
 from bnlora.app.printing import exit_if_interrupted, print_result, reporting, write
 from bnlora.app.recipe import LEARNING_RATE, LEARNING_RATE_OF_LORA, Recipe, Schedule
-from bnlora.app.tasks import column_names, columns_of, outcome_summary, predicted
-from bnlora.data.formats import ENCODING, check_columns
+from bnlora.app.tasks import columns_of, outcome_summary
+from bnlora.data.formats import ENCODING
 from bnlora.data.tables import (
-    as_strings,
     naming_lines,
-    read_columns,
     read_table,
     require_writable,
-    write_table,
 )
 from bnlora.infer.svi.resume import Checkpoints
 from bnlora.prediction.predict import predict
@@ -176,10 +172,10 @@ def fit_command(
         rate = LEARNING_RATE_OF_LORA if prior == "none" else LEARNING_RATE
         schedule = Schedule(steps, batch_size, rate if learning_rate is None else learning_rate, seed=seed)
         recipe = recipe.fitted_to(data)
-        fit, place, diverged = fit_and_keep(recipe, schedule, model, data, checkpoints, require, progress)
-        if diverged is not None:
+        fit, place, failed = fit_and_keep(recipe, schedule, model, data, checkpoints, require, progress)
+        if failed is not None:
             print_result(fit_result(fit, place), f"last finite state: {place}", json=json)
-            raise diverged
+            raise failed
         print_result(fit_result(fit, place), fit, following(fit, place, text), json=json)
         exit_if_interrupted(fit)
         exit_if_elsewhere(out, place)
@@ -201,19 +197,10 @@ def predict_command(
     """Predict the classes of new texts: probabilities, entropy, and mutual information (epistemic part)."""
     with reporting() as progress, room_for(out, source=table):
         require_writable(out)
-        rows = read_columns(table, encoding=encoding)
-        recipe = Recipe.from_folder(folder)
-        if not overwrite:
-            require_free(rows.column_names, column_names(recipe), prefix)
-        columns = columns_of(recipe, text, None)
-        check_columns(repr(str(table)), rows.column_names, columns)
-        texts = as_strings(rows.select(columns))
-        fit, _, batch = restored(folder, table, text, None, encoding, rows=texts)
-        prediction = predicted(jax.random.key(seed), recipe, fit, batch, num_draws=draws, console=progress)
-        extended = with_columns(rows, prediction.columns, prefix=prefix)
-        place = keep(out, lambda path: write_table(extended, path), progress)
-        result = {"table": str(place), **prediction.result}
-        print_result(result, f"{len(rows)} predictions: {place}", json=json)
+        columns = Columns(text, encoding, prefix, overwrite)
+        key = jax.random.key(seed)
+        place, result = predict_table(key, folder, table, out, columns, num_draws=draws, console=progress)
+        print_result(result, f"{result['rows']} predictions: {place}", json=json)
         exit_if_elsewhere(out, place)
 
 

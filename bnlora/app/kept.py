@@ -26,7 +26,7 @@ from bnlora.data.labels import LabelKind
 from bnlora.data.splits import Splits
 from bnlora.data.tables import naming_lines, read_table
 from bnlora.infer.svi.checkpoint import RECORD, fit_size, load_fit, read_notes, save_fit
-from bnlora.infer.svi.result import Fit, FitDiverged
+from bnlora.infer.svi.result import Fit, FitDiverged, FitOutOfMemory
 from bnlora.infer.svi.resume import Checkpoints
 
 if TYPE_CHECKING:
@@ -43,12 +43,12 @@ class KeptFit(NamedTuple):
     Attributes:
         fit: The fit; if it diverged, its last finite state.
         place: The folder that it is in.
-        diverged: The error of a fit that diverged, None for any other.
+        failed: The error of a fit that diverged or had not enough memory, None for any other.
     """
 
     fit: Fit
     place: Path
-    diverged: FitDiverged | None = None
+    failed: FitDiverged | FitOutOfMemory | None = None
 
 
 def fit_and_keep(
@@ -60,9 +60,9 @@ def fit_and_keep(
     require: Callable[[int], None],
     console: Console,
 ) -> KeptFit:
-    """Fit and write the fit beside its checkpoints, which are removed unless the fit was interrupted.
+    """Fit and write the fit beside its checkpoints, which are removed if the fit has ended.
 
-    If it diverges, its last finite state is written.
+    If it diverges or has not enough memory, its last finite state is written.
 
     Args:
         recipe: How model and guide are built.
@@ -75,7 +75,7 @@ def fit_and_keep(
     """
     model, guide = recipe.build(base, recipe.likelihood(data))
     require(fit_size(model, guide, data.train, schedule.num_steps))
-    diverged = None
+    failed, steps = None, Path(checkpoints.folder)
     try:
         fit = schedule.fit(
             model,
@@ -85,18 +85,20 @@ def fit_and_keep(
             checkpoints=checkpoints,
             console=console,
         )
-    except FitDiverged as error:
-        fit, diverged = error.fit, error
+    except (FitDiverged, FitOutOfMemory) as error:
+        fit, failed = error.fit, error
+        if not len(fit.step_seconds):  # there is nothing to keep
+            shutil.rmtree(steps, ignore_errors=True)
+            raise
 
     def write(folder: Path) -> None:
         save_fit(fit, folder, notes=asdict(recipe))
         recipe.save(folder)
 
-    steps = Path(checkpoints.folder)
     place = keep(steps.parent, write, console)
-    if fit.stopped != "interrupted" and place == steps.parent:
+    if fit.stopped not in ("interrupted", "memory") and place == steps.parent:
         shutil.rmtree(steps, ignore_errors=True)
-    return KeptFit(fit, place, diverged)
+    return KeptFit(fit, place, failed)
 
 
 def unfinished(out: Path, every: int, *, resume: bool) -> Checkpoints:

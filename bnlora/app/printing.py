@@ -22,7 +22,7 @@ def reporting() -> Iterator[Console]:
     except KeyboardInterrupt as error:
         progress.print("interrupted")
         raise typer.Exit(ExitCode.INTERRUPTED) from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         progress.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         diverged = isinstance(error, FitDiverged)
         raise typer.Exit(ExitCode.DIVERGED if diverged else ExitCode.BAD_INPUT) from error

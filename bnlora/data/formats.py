@@ -7,13 +7,16 @@ import encodings.aliases
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 if TYPE_CHECKING:  # otherwise imported at first use: it takes as long as the rest of the library
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 ENCODING = "utf-8"
 
@@ -47,11 +50,24 @@ def place(path: Path, row: int, encoding: str) -> str:
     ending = path.suffix.lower()
     if ending == ".parquet":
         return f"row {row} (counted from 0) of {str(path)!r}"
-    text = _decoded(path, encoding)
     if ending == ".csv":
-        return f"line {_csv_records(path, text)[row + 1][0]} of {str(path)!r}"
-    unit, records = _json_records(path, text)
-    return f"{unit} {records[row][0]} of {str(path)!r}"
+        with _opened(path, encoding, newline="") as file:
+            return f"line {next(islice(_csv_records(path, file), row + 1, None))[0]} of {str(path)!r}"
+    with _opened(path, encoding) as file:
+        unit, records = _json_records(path, file)
+        return f"{unit} {next(islice(records, row, None))[0]} of {str(path)!r}"
+
+
+@contextmanager
+def _opened(path: Path, encoding: str, *, newline: str | None = None) -> Iterator[TextIO]:
+    """The text of a file, which is decoded while it is read; errors are those of `_decoded`."""
+    try:
+        known = codecs.lookup(encoding).name
+        with path.open(encoding="utf-8-sig" if known == "utf-8" else known, newline=newline) as file:
+            yield file
+    except (LookupError, UnicodeDecodeError):
+        _decoded(path, encoding)
+        raise
 
 
 def _decoded(path: Path, encoding: str) -> str:
@@ -75,31 +91,54 @@ def _decoded(path: Path, encoding: str) -> str:
 
 
 def _read_csv(path: Path, *, columns: list[str] | None, encoding: str) -> "pa.Table":
+    with csv_rows(path, encoding) as (header, rows):
+        chosen = header if columns is None else columns
+        check_columns(repr(str(path)), header, chosen)
+        return csv_table(header, list(rows), chosen)
+
+
+def csv_table(header: list[str], rows: Sequence[list[str]], columns: Sequence[str]) -> "pa.Table":
+    """Some columns of rows of cells, as strings."""
     import pyarrow as pa
 
-    (_, header), *records = _csv_records(path, _decoded(path, encoding))
-    check_columns(repr(str(path)), header, header if columns is None else columns)
+    places = {name: header.index(name) for name in columns}
+    return pa.table(
+        {name: pa.array([cells[at] for cells in rows], pa.string()) for name, at in places.items()}
+    )
+
+
+@contextmanager
+def csv_rows(path: Path, encoding: str) -> Iterator[tuple[list[str], Iterator[list[str]]]]:
+    """The header of a CSV file, and the cells of each row while the file is read."""
+    with _opened(path, encoding, newline="") as file:
+        records = _csv_records(path, file)
+        first = next(records, None)
+        if first is None:
+            raise ValueError(f"{str(path)!r} has only blank lines")
+        yield first[1], _whole_rows(path, first[1], records)
+
+
+def _whole_rows(
+    path: Path, header: list[str], records: Iterator[tuple[int, list[str]]]
+) -> Iterator[list[str]]:
     for line, cells in records:
         if len(cells) != len(header):
             raise ValueError(
                 f"line {line} of {str(path)!r} has {len(cells)} cells, but the header names {len(header)} "
                 f"columns; put texts with a comma or a new line in double quotes"
             )
-    places = {name: header.index(name) for name in (header if columns is None else columns)}
-    return pa.table(
-        {name: pa.array([cells[at] for _, cells in records], pa.string()) for name, at in places.items()}
-    )
+        yield cells
 
 
-def _csv_records(path: Path, text: str) -> list[tuple[int, list[str]]]:
+def _csv_records(path: Path, file: TextIO) -> Iterator[tuple[int, list[str]]]:
     """Cells of the header and of every row, each with its first line number; blank lines are skipped."""
-    records, line = [], 1
+    line = 1
     limit = csv.field_size_limit(2**31 - 1)  # by default, a text above 131,072 letters is an error
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        reader = csv.reader(file, strict=True)
         for cells in reader:
             if cells:
-                records.append((line, cells))
+                yield line, cells
             line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(
@@ -107,36 +146,48 @@ def _csv_records(path: Path, text: str) -> list[tuple[int, list[str]]]:
         ) from error
     finally:
         csv.field_size_limit(limit)
-    if not records:
-        raise ValueError(f"{str(path)!r} has only blank lines")
-    return records
 
 
 def _read_json(path: Path, *, columns: list[str] | None, encoding: str) -> "pa.Table":
     import pyarrow as pa
 
-    _, records = _json_records(path, _decoded(path, encoding))
+    with json_objects(path, encoding) as objects:
+        records = list(objects)
     if not records:
         raise ValueError(f"{str(path)!r} has no rows")
-    known = list(dict.fromkeys(name for _, record in records for name in record))
+    known = list(dict.fromkeys(name for record in records for name in record))
     check_columns(repr(str(path)), known, known if columns is None else columns)
     chosen = known if columns is None else columns
-    return pa.table({name: _json_column([record.get(name) for _, record in records]) for name in chosen})
+    return pa.table({name: json_column([record.get(name) for record in records]) for name in chosen})
+
+
+@contextmanager
+def json_objects(path: Path, encoding: str) -> Iterator[Iterator[dict[str, Any]]]:
+    """The objects of a JSON file, while it is read if it has one on each line."""
+    with _opened(path, encoding) as file:
+        _, records = _json_records(path, file)
+        yield (record for _, record in records)
 
 
 def _json_records(
-    path: Path, text: str
-) -> tuple[Literal["line", "object"], list[tuple[int, dict[str, Any]]]]:
+    path: Path, file: TextIO
+) -> tuple[Literal["line", "object"], Iterator[tuple[int, dict[str, Any]]]]:
     """Objects of a file, each with its line number or, if the file is one list, its position."""
-    if text.lstrip().startswith("["):
-        whole = _json_value(text, f"{str(path)!r}")
-        return "object", [
-            (number, _json_object(value, f"object {number} of {str(path)!r}"))
-            for number, value in enumerate(whole, 1)
-        ]
-    lines = enumerate(io.StringIO(text, newline=None), 1)
-    places = [(number, line, f"line {number} of {str(path)!r}") for number, line in lines if line.strip()]
-    return "line", [(number, _json_object(_json_value(line, place), place)) for number, line, place in places]
+    begin = ""
+    while not begin.strip():
+        begin = file.readline()
+        if not begin:
+            break
+    file.seek(0)
+    if begin.lstrip().startswith("["):
+        whole = _json_value(file.read(), f"{str(path)!r}")
+        numbered = enumerate(whole, 1)
+        return "object", (
+            (number, _json_object(value, f"object {number} of {str(path)!r}")) for number, value in numbered
+        )
+    lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    places = ((number, line, f"line {number} of {str(path)!r}") for number, line in lines)
+    return "line", ((number, _json_object(_json_value(line, place), place)) for number, line, place in places)
 
 
 def _json_value(text: str, place: str) -> Any:
@@ -160,7 +211,7 @@ def _json_object(value: Any, place: str) -> dict[str, Any]:
     return value
 
 
-def _json_column(values: list[Any]) -> "pa.Array":
+def json_column(values: list[Any]) -> "pa.Array":
     """The values in their common type if that preserves them, otherwise as strings."""
     import pyarrow as pa
 
@@ -175,33 +226,46 @@ def _json_column(values: list[Any]) -> "pa.Array":
 
 
 def _read_parquet(path: Path, *, columns: list[str] | None, encoding: str) -> "pa.Table":
+    with parquet_file(path) as file:
+        check_columns(repr(str(path)), file.schema_arrow.names, columns or file.schema_arrow.names)
+        return valid(file.read(columns=columns))
+
+
+def valid(table: "pa.Table") -> "pa.Table":
+    """The table, if its texts are UTF-8, and its notes, such as names of classes, which are read later."""
+    table.validate(full=True)
+    for note in (table.schema.metadata or {}).values():
+        note.decode()
+    return table
+
+
+@contextmanager
+def parquet_file(path: Path) -> "Iterator[pq.ParquetFile]":
+    """An open Parquet file; what Arrow raises becomes one sentence."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)  # not `read_table`: it would parse columns from the folder's name
-        check_columns(repr(str(path)), file.schema_arrow.names, columns or file.schema_arrow.names)
-        table = file.read(columns=columns)
-        table.validate(full=True)  # texts are UTF-8
-        for note in (table.schema.metadata or {}).values():  # names of classes, for one, which are read later
-            note.decode()
-        return table
+        with pq.ParquetFile(path) as file:  # not `read_table`: it would parse columns from the folder's name
+            yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{str(path)!r} cannot be read as parquet ({reason})") from error
 
 
-def _write_csv(table: "pa.Table", path: Path) -> None:
-    columns = [[as_text(value) for value in column.to_pylist()] for column in table.columns]
+def _write_csv(tables: "Iterable[pa.Table]", path: Path) -> None:
     with path.open("w", encoding=ENCODING, newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(table.column_names)
-        writer.writerows(zip(*columns, strict=True))
+        for number, table in enumerate(tables):
+            if not number:
+                writer.writerow(table.column_names)
+            columns = [[as_text(value) for value in column.to_pylist()] for column in table.columns]
+            writer.writerows(zip(*columns, strict=True))
 
 
-def _write_json(table: "pa.Table", path: Path) -> None:
+def _write_json(tables: "Iterable[pa.Table]", path: Path) -> None:
     with path.open("w", encoding=ENCODING, newline="\n") as file:
-        for row in table.to_pylist():
+        for row in (row for table in tables for row in table.to_pylist()):
             finite = {name: None if _is_infinite(value) else value for name, value in row.items()}
             file.write(json.dumps(finite, ensure_ascii=False, default=as_text) + "\n")
 
@@ -211,15 +275,19 @@ def _is_infinite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _write_parquet(table: "pa.Table", path: Path) -> None:
+def _write_parquet(tables: "Iterable[pa.Table]", path: Path) -> None:
     import pyarrow.parquet as pq
 
-    pq.write_table(table, path)
+    tables = iter(tables)
+    first = next(tables)
+    with pq.ParquetWriter(path, first.schema) as writer:
+        for table in chain([first], tables):
+            writer.write_table(table)
 
 
 READERS: Mapping[str, Callable[..., "pa.Table"]] = MappingProxyType(
     {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json, ".parquet": _read_parquet}
 )
-WRITERS: Mapping[str, Callable[["pa.Table", Path], None]] = MappingProxyType(
+WRITERS: Mapping[str, Callable[["Iterable[pa.Table]", Path], None]] = MappingProxyType(
     {".csv": _write_csv, ".jsonl": _write_json, ".parquet": _write_parquet}
 )

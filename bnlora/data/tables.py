@@ -6,7 +6,7 @@ in JSON or Parquet is None.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -64,19 +64,31 @@ def read_columns(
     path: str | Path, *, columns: Sequence[str] | None = None, encoding: str = ENCODING
 ) -> "pa.Table":
     """Read a table as `read_table` does, but keep the column types of the file."""
+    path = existing(path)
+    read = READERS[ending_of(path, READERS)]
+    table = read(path, columns=None if columns is None else list(dict.fromkeys(columns)), encoding=encoding)
+    if len(table) == 0:
+        raise ValueError(f"{str(path)!r} has no rows")
+    return table
+
+
+def existing(path: str | Path) -> Path:
+    """The path of a table that is there and not empty.
+
+    Raises:
+        FileNotFoundError: If there is no such file; the message names the nearest file in the folder.
+        ValueError: If the ending is unknown, or the file is empty.
+    """
     path = Path(path).expanduser()
     if not path.is_file():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, beside, n=1)
         hint = f"; the nearest is {str(path.parent / near[0])!r}" if near else ""
         raise FileNotFoundError(f"there is no file {str(path)!r}{hint}")
-    read = READERS[_ending(path, READERS)]
+    ending_of(path, READERS)
     if path.stat().st_size == 0:
         raise ValueError(f"{str(path)!r} is empty")
-    table = read(path, columns=None if columns is None else list(dict.fromkeys(columns)), encoding=encoding)
-    if len(table) == 0:
-        raise ValueError(f"{str(path)!r} has no rows")
-    return table
+    return path
 
 
 def as_strings(table: "pa.Table") -> "Dataset":
@@ -99,29 +111,41 @@ def as_strings(table: "pa.Table") -> "Dataset":
 
 def require_writable(path: Path) -> None:
     """Raise `ValueError` unless `write_table` supports the ending of this name."""
-    _ending(path, WRITERS)
+    ending_of(path, WRITERS)
 
 
 def write_table(rows: "Dataset | pa.Table", path: Path) -> None:
     """Write a table to a `.csv`, `.jsonl` or `.parquet` file (in UTF-8); an existing file is replaced."""
     import pyarrow as pa
 
-    ending = _ending(path, WRITERS)
-    table = rows if isinstance(rows, pa.Table) else rows.with_format("arrow")[:]
+    write_pieces([rows if isinstance(rows, pa.Table) else rows.with_format("arrow")[:]], path)
+
+
+def write_pieces(tables: "Iterable[pa.Table]", path: Path) -> None:
+    """Write tables with the same columns, one after the other, as `write_table` writes one."""
+    ending = ending_of(path, WRITERS)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, partial(WRITERS[ending], table))
+    write_whole(path, partial(WRITERS[ending], tables))
 
 
 @contextmanager
-def naming_lines(files: Mapping[str, Path], *, encoding: str = ENCODING) -> Iterator[None]:
-    """Replace a `RowError` by an error that names the line in the file of the split."""
+def naming_lines(
+    files: Mapping[str, Path], *, encoding: str = ENCODING, first_row: int = 0
+) -> Iterator[None]:
+    """Replace a `RowError` by an error that names the line in the file of the split.
+
+    Args:
+        files: Files by split.
+        encoding: Their encoding.
+        first_row: Number of the first row of the split in its file.
+    """
     try:
         yield
     except RowError as error:
-        raise error.at(place(files[error.split], error.row, encoding)) from error
+        raise error.at(place(files[error.split], first_row + error.row, encoding)) from error
 
 
-def _ending(path: Path, known: Mapping[str, Any]) -> str:
+def ending_of(path: Path, known: Mapping[str, Any]) -> str:
     """The ending of a name in lower case; `ValueError` if it is not known."""
     if path.suffix.lower() not in known:
         raise ValueError(f"{path.name!r} must end in one of {', '.join(known)}; got {path.suffix!r}")

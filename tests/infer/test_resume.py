@@ -1,10 +1,13 @@
 """Checkpoints: a fit that goes on has the bits of one that was never stopped, and others are refused."""
 
+import functools
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -13,6 +16,7 @@ import optax
 import pytest
 
 import bnlora as bl
+from bnlora.infer.svi import validation
 from bnlora.infer.svi.step import Step
 from bnlora.testing import tiny_base, tiny_rows
 
@@ -20,7 +24,7 @@ KEY = jax.random.key(0)
 BASE = tiny_base(jax.random.key(1), num_layers=2)
 ROWS, OTHERS = tiny_rows(jax.random.key(2), 24), tiny_rows(jax.random.key(3), 12)
 SITES = bl.select(BASE, ["lm_head"], rank=2)
-RULE = bl.EarlyStopping(every=4, patience=100)
+LOOKS = {"validation": OTHERS, "early_stopping": bl.EarlyStopping(every=4, patience=100)}
 
 
 def fitted(folder=None, *, prior=None, rows=ROWS, key=KEY, rate=0.05, base=BASE, every=5, keep=2, **options):
@@ -29,6 +33,12 @@ def fitted(folder=None, *, prior=None, rows=ROWS, key=KEY, rate=0.05, base=BASE,
     kept = None if folder is None else bl.Checkpoints(folder, every=every, keep=keep)
     sizes = {"num_steps": 23, "batch_size": 8} | options
     return bl.fit(key, model, guide, rows, optax.adam(rate), checkpoints=kept, **sizes)
+
+
+@functools.cache
+def unbroken(*, looks: bool = False) -> bl.Fit:
+    """The fit without checkpoints, with or without validation rows."""
+    return fitted(**(LOOKS if looks else {}))
 
 
 def assert_same(first: bl.Fit, second: bl.Fit) -> None:
@@ -52,15 +62,15 @@ def stop_after(step: int, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 8])
-@pytest.mark.parametrize("rules", [{}, {"validation": OTHERS, "early_stopping": RULE}])
-def test_a_fit_goes_on_bit_for_bit(step, rules, tmp_path, monkeypatch):
-    whole = fitted(**rules)
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_fit_goes_on_bit_for_bit(step, looks, tmp_path, monkeypatch):
+    rules = LOOKS if looks else {}
     with monkeypatch.context() as patch:
         stop_after(step, patch)
         partial = fitted(tmp_path, **rules)
     assert partial.stopped == "interrupted"
     assert step <= len(partial.step_seconds) < 23
-    assert_same(fitted(tmp_path, **rules), whole)
+    assert_same(fitted(tmp_path, **rules), unbroken(looks=looks))
 
 
 def test_a_fit_that_has_ended_is_handed_over_at_once(tmp_path, monkeypatch):
@@ -69,6 +79,22 @@ def test_a_fit_that_has_ended_is_handed_over_at_once(tmp_path, monkeypatch):
     again = fitted(tmp_path)
     assert_same(again, first)
     assert again.num_traces == 0
+
+
+def test_an_interrupt_while_rows_are_evaluated_skips_no_evaluation(tmp_path, monkeypatch):
+    evaluate, calls = validation.outputs_with_draws, []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(validation, "outputs_with_draws", interrupted)
+        partial = fitted(tmp_path, **LOOKS)
+    assert (partial.stopped, len(partial.step_seconds)) == ("interrupted", 8)
+    assert_same(fitted(tmp_path, **LOOKS), unbroken(looks=True))
 
 
 @pytest.mark.parametrize("rule", ["patience", "plateau"])
@@ -133,14 +159,14 @@ def test_checkpoints_of_another_fit_are_refused(name, kept):
 
 
 def test_a_corrupt_checkpoint_is_named_and_the_one_before_serves(tmp_path):
-    whole = fitted(tmp_path)
+    fitted(tmp_path)
     for path in (tmp_path / "23").rglob("*"):
         if path.is_file() and path.stat().st_size:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"the checkpoint in '.*23' is corrupt .*; remove it to go on"):
         fitted(tmp_path)
     shutil.rmtree(tmp_path / "23")
-    assert_same(fitted(tmp_path), whole)
+    assert_same(fitted(tmp_path), unbroken())
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):
@@ -158,11 +184,12 @@ def test_a_checkpoint_that_cannot_be_written_loses_no_fit(tmp_path):
             shutil.rmtree(folder)
             folder.write_text("")
 
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.warns(UserWarning, match=r"cannot be written to '.*steps' \(.*\); the fit goes on"):
         fit = fitted(folder, on_step=remove)
-    assert threading.active_count() == before  # nothing holds the process at its end
-    assert_same(fit, fitted())
+    new = set(threading.enumerate()) - before
+    assert [thread.name for thread in new if not thread.daemon] == []  # nothing holds the process at its end
+    assert_same(fit, unbroken())
 
 
 SCRIPT = """
@@ -186,3 +213,62 @@ def test_a_killed_process_leaves_checkpoints_to_go_on_from(tmp_path):
     last = max(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit())
     assert last < 2000
     assert_same(fitted(tmp_path, every=2, num_steps=last + 7), fitted(num_steps=last + 7))
+
+
+def first_checkpoint(folder: Path, process: subprocess.Popen) -> None:
+    """Wait until there is a complete checkpoint."""
+    while not [p for p in folder.glob("*") if p.name.isdigit()]:
+        assert process.poll() is None
+        time.sleep(0.001)
+
+
+@pytest.mark.thorough
+def test_a_process_killed_at_any_moment_leaves_nothing_but_whole_checkpoints(tmp_path):
+    """SIGKILL at 20 random moments, five before the first checkpoint: each fit goes on bit for bit.
+
+    Moments are shares of the life of a process that is not killed.
+    """
+    sizes, seen = {"every": 2, "num_steps": 120}, Counter()
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1])).replace("2000", "120")
+
+    def started(folder: Path) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-c", script, str(folder)])
+
+    began, whole = time.monotonic(), started(tmp_path / "whole")
+    first_checkpoint(tmp_path / "whole", whole)
+    early = time.monotonic() - began
+    assert whole.wait() == 0
+    late, expected = time.monotonic() - began - early, fitted(num_steps=120)
+    moments = np.random.default_rng(2026).uniform(size=20)
+    for turn, share in enumerate(moments):
+        folder = tmp_path / str(turn)
+        process = started(folder)
+        if turn % 4:
+            first_checkpoint(folder, process)
+        time.sleep(share * (late if turn % 4 else early))
+        process.kill()
+        process.wait()
+        names = [path.name for path in folder.glob("*")]
+        done = max((int(name) for name in names if name.isdigit()), default=0)
+        seen["before the first" if not done else "at the end" if done == 120 else "between"] += 1
+        seen["half-written"] += any("tmp" in name for name in names)
+        assert_same(fitted(folder, **sizes), expected)
+    print(f"killed at 20 moments: {dict(seen)}")
+    assert seen["between"] >= 5
+
+
+@pytest.mark.thorough
+def test_a_second_interrupt_ends_the_process_at_once(tmp_path):
+    """The first lets the fit return and its process end by itself; the second, in the meantime, ends it."""
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1])).replace("2000", "200000")
+    script = script.replace("test_resume.fitted", "fit = test_resume.fitted")
+    script += "import time\nprint(fit.stopped, flush=True)\ntime.sleep(600)\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    first_checkpoint(tmp_path, process)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "interrupted\n"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0

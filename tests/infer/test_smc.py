@@ -9,11 +9,13 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 
+import bnlora as bl
 from bnlora.data.batch import Batch
 from bnlora.infer.mcmc import smc
 from bnlora.infer.mcmc.smc import _needed
 from bnlora.infer.mcmc.target import Target
 from bnlora.program.density import density
+from bnlora.testing import tiny_base, tiny_rows
 
 ROWS, INPUTS, SIZE = 200, 16, 250
 RANDOM = np.random.default_rng(0)
@@ -97,3 +99,41 @@ def test_moves_follow_what_the_last_ones_left():
     assert _needed(40, 0.01, (5, 100)) == 7
     assert _needed(40, -0.1, (5, 100)) == 5
     assert _needed(40, 1.0, (5, 100)) == 100
+
+
+def test_runs_of_a_killed_process_are_read_and_the_others_made(tmp_path, monkeypatch):
+    """The particles are those of an unbroken call; files that were cut short or are of others are refused."""
+    base = tiny_base(jax.random.key(1), num_layers=1)
+    model = bl.Classifier(base, bl.select(base, ["lm_head"], rank=1), bl.priors.normal(), label_ids=(3, 5))
+    rows, sizes = tiny_rows(jax.random.key(2), 6), {"num_runs": 2, "num_draws": 12}
+
+    def sampled(key=0, **options):
+        return bl.sample_smc(jax.random.key(key), model, rows, **sizes, folder=tmp_path, **options)
+
+    made = []
+
+    def run(key, density, stage, num_draws, *_):
+        """In the place of all stages, which take long to compile: a function of the key, like them."""
+        made.append(1)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return smc._Run(smc._start(density, num_draws, key), (1, 2), 0.25)
+
+    monkeypatch.setattr(smc, "_run", run)
+    with pytest.raises(KeyboardInterrupt):
+        sampled()
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "draws-00000.npz"}
+    again = sampled()
+    assert len(made) == 3  # the second run, and not the first one again
+    whole = bl.sample_smc(jax.random.key(0), model, rows, **sizes)
+    for name in ("log_evidence", "correlation", "moves"):
+        assert again.record[name] == whole.record[name]
+    np.testing.assert_array_equal(again.vectors, whole.vectors)
+    with pytest.raises(ValueError, match="holds the pieces of another run .*key"):
+        sampled(key=1)
+    with pytest.raises(ValueError, match="holds the pieces of another run .*step_size"):
+        sampled(step_size=0.25)
+    path = tmp_path / "draws-00001.npz"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="draws-00001.npz' is corrupt .*; remove it to draw it again"):
+        sampled()

@@ -18,7 +18,7 @@ def steps(fit: Fit) -> Finding:
     if fit.stopped == "diverged":
         remedy = f"Fit again: {divergence_remedy(fit)}."
         return Finding("steps", "problem", sentence, skipped, 0, remedy)
-    if fit.stopped == "interrupted":
+    if fit.stopped in ("interrupted", "memory"):
         remedy = "Continue from here with fit(init_params=fit.params)."
         return Finding("steps", "caution", sentence, skipped, 0, remedy)
     if skipped:

@@ -71,16 +71,19 @@ class Pieces:
         """Tuning and state after the warm-up: read if they are stored, else computed and stored."""
         return self._kept(WARM, compute)
 
-    def draws(self, index: int, compute: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-        """State and draws of a piece: read if they are stored, else computed and stored."""
-        return self._kept(f"draws-{index:05d}.npz", compute)
+    def draws(self, index: int, compute: Callable[[], Any], like: Any = None) -> Any:
+        """State and draws of a piece: read if they are stored, else computed and stored.
 
-    def _kept(self, name: str, compute: Callable[[], Any]) -> Any:
+        `like` has their shapes, if `compute` cannot be traced to find them.
+        """
+        return self._kept(f"draws-{index:05d}.npz", compute, like)
+
+    def _kept(self, name: str, compute: Callable[[], Any], like: Any = None) -> Any:
         if self.folder is None:
             return compute()
         path = self.folder / name
         if path.is_file():
-            return self._read(path, jax.eval_shape(compute))
+            return self._read(path, jax.eval_shape(compute) if like is None else like)
         computed = compute()
         arrays = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(computed))}
         arrays[_MARK] = np.array(f"{name} {self.mark}")

@@ -26,6 +26,7 @@ References: Del Moral, Doucet and Jasra (2006), Sequential Monte Carlo samplers;
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +40,7 @@ from bnlora._util.checks import check_at_least, check_key, check_positive
 from bnlora._util.progress import progress_bar
 from bnlora.data.batch import Batch
 from bnlora.infer.mcmc.chains import Chains
+from bnlora.infer.mcmc.pieces import Pieces
 from bnlora.infer.mcmc.run import record
 from bnlora.infer.mcmc.samplers import Particles, Tuning, temper
 from bnlora.infer.mcmc.target import FixAt, Target, target
@@ -65,6 +67,7 @@ def sample_smc(
     max_moves: int = 100,
     num_integration_steps: int = 8,
     step_size: float = 0.5,
+    folder: Path | str | None = None,
     console: Console | None = None,
 ) -> Chains:
     """Sample latent sites by tempered sequential Monte Carlo, starting at the prior.
@@ -85,6 +88,7 @@ def sample_smc(
         num_integration_steps: Leapfrog steps of a transition.
         step_size: Longest step of the first stage, in units of the particles' spread; the shortest is a
             sixteenth of it. Later stages adapt it to an acceptance between 0.65 and 0.9.
+        folder: Where finished runs are stored. The same call reads them and goes on with the next run.
         console: Where to draw the progress bar.
 
     Returns:
@@ -94,8 +98,8 @@ def sample_smc(
         the last stage.
 
     Raises:
-        ValueError: If an option is out of its range, the prior has an improper distribution, or the posterior
-            is not reached in 500 stages.
+        ValueError: If an option is out of its range, the prior has an improper distribution, the posterior is
+            not reached in 500 stages, or the folder has other runs.
 
     Example:
         >>> runs = bl.sample_smc(key, model, rows, num_runs=2, num_draws=20, num_integration_steps=2)
@@ -116,18 +120,22 @@ def sample_smc(
     density = target(fix_key, model, train, sites=sites, given=given, fix_at=fix_at, console=console)
     options = {"num_integration_steps": num_integration_steps, "target_ess": target_ess}
     stage = jax.jit(_stage(density, options))
-    limits = (num_moves, max_moves)
-    runs = []
+    settings = {**options, "num_moves": num_moves, "max_moves": max_moves, "step_size": step_size}
+    plan = {"num_runs": num_runs, "num_draws": num_draws}
+    limits, like = (num_moves, max_moves), jax.eval_shape(partial(_start, density, num_draws), run_key)
+    stored = _opened(folder, record(key, "SMC", "none", settings, plan), density)
+    runs: list[_Run] = []
     with progress_bar(console) as bar:
         for index, k in enumerate(jax.random.split(run_key, num_runs)):
             task = bar.add_task(f"SMC run {index + 1} of {num_runs}", total=100)
             report = partial(_advance, bar, task)
-            runs.append(_run(k, density, stage, num_draws, step_size, limits, report))
+            compute = partial(_run, k, density, stage, num_draws, step_size, limits, report)
+            found = stored.draws(index, lambda compute=compute: compute().packed, _packed_like(like))
+            runs.append(_Run.unpacked(*found))
+            report(1.0)
     vectors = np.stack([np.asarray(run.particles.positions) for run in runs])
     moves = [list(run.moves) for run in runs]
-    plan = {"num_runs": num_runs, "num_draws": num_draws, "stages": [len(m) for m in moves]}
-    settings = {**options, "num_moves": num_moves, "max_moves": max_moves, "step_size": step_size}
-    about = record(key, "SMC", "none", settings, plan)
+    about = record(key, "SMC", "none", settings, plan | {"stages": [len(m) for m in moves]})
     about |= {
         "log_evidence": [float(run.particles.log_evidence) for run in runs],
         "correlation": [run.correlation for run in runs],
@@ -181,6 +189,40 @@ class _Run(NamedTuple):
     moves: tuple[int, ...]
     correlation: float
 
+    @property
+    def packed(self) -> tuple[Particles, np.ndarray, np.ndarray]:
+        """The run as arrays whose shapes do not depend on the number of stages."""
+        moves = np.zeros(MAX_STAGES, np.int32)
+        moves[: len(self.moves)] = self.moves
+        return self.particles, moves, np.asarray(self.correlation, np.float32)
+
+    @classmethod
+    def unpacked(cls, particles: Particles, moves: Any, correlation: Any) -> "_Run":
+        """The run of `packed`; every stage has one move at least."""
+        return cls(particles, tuple(int(m) for m in np.asarray(moves) if m), float(correlation))
+
+
+def _packed_like(particles: Any) -> Any:
+    shapes = {"moves": ((MAX_STAGES,), np.int32), "correlation": ((), np.float32)}
+    return (particles, *(jax.ShapeDtypeStruct(*shape) for shape in shapes.values()))
+
+
+def _opened(folder: Path | str | None, about: dict[str, Any], density: Target) -> Pieces:
+    """The folder of finished runs; the log-density at zero tells models apart."""
+    if folder is None:
+        return Pieces(None)
+    zero = jnp.zeros_like(density.view.draw(jax.random.key(0)))
+    value = float(jax.jit(density.log_density)(zero, density.inputs))
+    known = {"log_density": [value] if np.isfinite(value) else []}
+    return Pieces.open(Path(folder), about | known, density, zero[None])
+
+
+def _start(density: Target, num_draws: int, key: Array) -> Particles:
+    """Particles of the prior."""
+    first = jax.vmap(density.view.draw)(jax.random.split(key, num_draws))
+    weights = jnp.full(num_draws, 1 / num_draws)
+    return Particles(first, weights, jnp.zeros(()), jnp.zeros(()))
+
 
 def _run(
     key: Array,
@@ -193,9 +235,7 @@ def _run(
 ) -> _Run:
     """One run from the prior to the posterior."""
     start_key, key = jax.random.split(key)
-    first = jax.jit(jax.vmap(density.view.draw))(jax.random.split(start_key, num_draws))
-    weights = jnp.full(num_draws, 1 / num_draws)
-    particles = Particles(first, weights, jnp.zeros(()), jnp.zeros(()))
+    particles = jax.jit(partial(_start, density, num_draws))(start_key)
     step, moves = jnp.asarray(step_size), [limits[0]]
     for count in range(1, MAX_STAGES + 1):
         last = float(particles.temperature) >= 1  # weighted for power 1, but not moved at this power yet

@@ -13,4 +13,5 @@
 | `result`     | `Fit`: the fitted guide and its record                               |
 | `maximise`   | a whole fit in one compiled loop, for small problems                 |
 | `checkpoint` | fits on disk                                                         |
+| `exhausted`  | settings that take less memory, for an error                         |
 """

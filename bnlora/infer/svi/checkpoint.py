@@ -38,7 +38,7 @@ from bnlora.program.protocol import Model
 FORMAT, READABLE = 2, (1, 2)
 ARRAYS, RECORD = "fit.safetensors", "fit.json"
 _COUNTS = ("best_step", "skipped_steps", "num_traces")
-_ENDS = ("steps", "patience", "plateau", "interrupted", "diverged")
+_ENDS = ("steps", "patience", "plateau", "interrupted", "diverged", "memory")
 
 
 def save_fit(fit: Fit, folder: str | Path, *, notes: Mapping[str, Any] | None = None) -> None:

@@ -19,9 +19,10 @@ from bnlora._util.typing import Parameters
 from bnlora.data.batch import Batch, check_rows, minibatches
 from bnlora.guides.automatic import check_automatic
 from bnlora.infer.svi.elbo import TERMS
+from bnlora.infer.svi.exhausted import smaller_step
 from bnlora.infer.svi.options import Memory, Optimisation
 from bnlora.infer.svi.plateau import Plateau
-from bnlora.infer.svi.result import Fit, FitDiverged
+from bnlora.infer.svi.result import Fit, FitDiverged, FitOutOfMemory
 from bnlora.infer.svi.resume import Checkpoints, Kept, mark_of
 from bnlora.infer.svi.step import State, Step, prepared_step, running
 from bnlora.infer.svi.validation import EarlyStopping, Validation
@@ -92,6 +93,7 @@ def fit(
             be fitted, or `init_params` differ from the parameters of guide and prior in names or shapes, or
             are outside their constraints.
         FitDiverged: If more than `optimisation.skip_budget` steps were not finite.
+        FitOutOfMemory: If the device has not enough memory for a step or an evaluation.
 
     Example:
         >>> short = bl.fit(key, model, guide, rows, optax.adam(0.01), num_steps=4, batch_size=4)
@@ -127,12 +129,15 @@ def fit(
     rows = minibatches(data_key, len(train), batch_size)
     rules = {"memory": memory, "early_stopping": rule, "plateau": plateau, "batch_size": batch_size}
     rules |= {"skip_budget": optimisation.skip_budget}
+    remedy = partial(smaller_step, model, guide, train, optimizer, memory, (batch_size, num_particles))
     mark = partial(mark_of, key, step, state, {"training": train, "validation": validation}, **rules)
     with step_bar(console, num_steps) as show, Kept(checkpoints, mark) as kept:
-        watch = Watch(look, plateau, optimisation.skip_budget, on_step, show, kept)
-        state, stopped = iterate(step_key, step, state, rows, watch, num_steps)
-    result = _result(model, step, state, look, draw_key, stopped)
-    if stopped == "diverged":
+        watch = Watch(look, plateau, optimisation.skip_budget, on_step, show, kept, remedy)
+        ended = iterate(step_key, step, state, rows, watch, num_steps)
+    result = _result(model, step, ended.state, look, draw_key, ended.stopped)
+    if ended.exhausted is not None:
+        raise FitOutOfMemory(result, str(ended.exhausted)) from ended.exhausted
+    if ended.stopped == "diverged":
         raise FitDiverged(result, optimisation.skip_budget)
     return result
 

@@ -47,7 +47,7 @@ class Fit(Shown):
         step_seconds: Wall time of each step; the first contains compilation.
         draw_key: Random key of the draws that summaries of this fit use.
         stopped: Why it ended: "steps" (all done), "patience", "plateau" (the bound does not grow any more),
-            "interrupted" or "diverged".
+            "interrupted", "diverged" or "memory" (there was not enough).
 
     Example:
         >>> fit.num_parameters, fit.skipped_steps
@@ -189,6 +189,25 @@ class FitDiverged(ValueError):
             f"finite, more than skip_budget={skip_budget}; {divergence_remedy(fit)} "
             "(the last finite state is in this error's `fit`)"
         )
+        self.fit = fit
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return error_parts(self)
+
+
+class FitOutOfMemory(MemoryError):
+    """The device had not enough memory. `fit` has the state before that and the whole record.
+
+    The message has the memory of the step and of other settings, as `bnlora.estimate` computes them.
+
+    Example:
+        >>> error = bl.FitOutOfMemory(fit, "the memory is exhausted")
+        >>> isinstance(error, MemoryError), error.fit is fit
+        (True, True)
+    """
+
+    def __init__(self, fit: Fit, reason: str):
+        super().__init__(f"{reason} (the state after {len(fit.step_seconds)} steps is in this error's `fit`)")
         self.fit = fit
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -67,10 +67,17 @@ class Validation:
         """Steps between evaluations; None without rows."""
         return None if self.rows is None else self.rule.every
 
-    def should_stop(self, step: int, params: dict[str, Array]) -> bool:
-        """Evaluate the rows after `step` steps if it is time; whether the patience is exhausted."""
+    def is_due(self, step: int) -> bool:
+        """Whether the rows should be evaluated after `step` steps, and have not been."""
         if self.rows is None or (step % self.rule.every and step != self.num_steps):
             return False
+        return step not in self.steps[-1:]
+
+    def should_stop(self, step: int, params: dict[str, Array]) -> bool:
+        """Evaluate the rows after `step` steps if it is time; whether the patience is exhausted."""
+        if not self.is_due(step):
+            return False
+        assert self.rows is not None  # otherwise it is never time
         draws = self._draw(params)
         outputs = outputs_with_draws(self.model, draws, self.rows, batch_size=self.rule.batch_size)
         # Predictions that are not finite count as worse than any others, so that the fit continues.

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 from rich.console import Console
 
+from bnlora._util.exhausted import naming_memory
 from bnlora._util.progress import progress_bar
 from bnlora._util.typing import Parameters
 from bnlora.infer.svi.plateau import Plateau
@@ -37,6 +38,7 @@ class Watch(NamedTuple):
         on_step: Called with the number of steps done and the constrained parameters.
         show: Draws the progress.
         kept: Checkpoints of the fit.
+        remedy: What takes less memory than the step, if there is not enough of it.
     """
 
     look: Validation
@@ -45,6 +47,7 @@ class Watch(NamedTuple):
     on_step: Callable[[int, Parameters], None] | None
     show: Callable[[Step], None]
     kept: Kept
+    remedy: Callable[[], str]
 
     def ahead(self, loop: Step, num_steps: int) -> int:
         """How many steps to run before the next look."""
@@ -66,6 +69,17 @@ class Watch(NamedTuple):
                 return step, "plateau"
         return None
 
+    def run(self, loop: Step, state: State, key: Array, rows: np.ndarray) -> State:
+        """`Step.run`, with an error in one sentence if there is not enough memory."""
+        with naming_memory(self.remedy):
+            return loop.run(state, key, rows)
+
+    def late_verdict(self, loop: Step, state: State) -> str | None:
+        """The verdict on the last step of a checkpoint, if an interrupt came before it."""
+        done = len(loop.steps)
+        _, why = self.first_stop(loop, done - 1) or (done, None)
+        return self.verdict(loop, state, why) if why or self.look.is_due(done) else None
+
     def verdict(self, loop: Step, state: State, stopped: str | None) -> str | None:
         """Show the last step; why the fit should end after it: `stopped`, or the validation rows."""
         step = len(loop.steps)
@@ -77,31 +91,48 @@ class Watch(NamedTuple):
         return stopped
 
 
+class Ended(NamedTuple):
+    """How the loop ended.
+
+    Attributes:
+        state: The state after the last step.
+        stopped: As in `Fit`.
+        exhausted: The error, if there was not enough memory.
+    """
+
+    state: State
+    stopped: str
+    exhausted: MemoryError | None
+
+
 def iterate(
     key: Array, loop: Step, state: State, rows: Iterator[np.ndarray], watch: Watch, num_steps: int
-) -> tuple[State, str]:
-    """The state after the last step, and why the loop ended: all steps done, an interrupt, or a rule."""
+) -> Ended:
+    """Run the steps until all are done, an interrupt, a rule, or too little memory."""
     state, stopped = watch.kept.resumed(state, loop, watch.look)
-    done = len(loop.steps)
+    exhausted, done = None, len(loop.steps)
     if done > num_steps:
         raise ValueError(f"num_steps must be at least the {done} steps of the checkpoint; got {num_steps}")
     rows = islice(rows, done, None)
     try:
+        if stopped is None and done:
+            stopped = watch.late_verdict(loop, state)
         while stopped is None and done < num_steps:
             planned = np.stack([next(rows) for _ in range(watch.ahead(loop, num_steps))])
-            after = loop.run(state, key, planned)
+            after = watch.run(loop, state, key, planned)
             last, why = watch.first_stop(loop, done) or (len(loop.steps), None)
             if last < len(loop.steps):
                 del loop.steps[done:]
-                after = loop.run(state, key, planned[: last - done])
+                after = watch.run(loop, state, key, planned[: last - done])
             state, done = after, last
             stopped = watch.verdict(loop, state, why) or ("steps" if done == num_steps else None)
             watch.kept.save(state, loop, watch.look, stopped)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, MemoryError) as error:
         del loop.steps[done:]  # of a call whose state was not kept
-        stopped = "interrupted"
+        exhausted = error if isinstance(error, MemoryError) else None
+        stopped = "interrupted" if exhausted is None else "memory"
         watch.kept.save(state, loop, watch.look, stopped)
-    return state, stopped or "steps"
+    return Ended(state, stopped or "steps", exhausted)
 
 
 @contextmanager
@@ -112,7 +143,8 @@ def step_bar(console: Console | None, num_steps: int) -> Iterator[Callable[[Step
 
         def show(loop: Step) -> None:
             t, recent = loop.steps[-1], [step["seconds"] for step in loop.steps[1:][-20:]]
-            speed = f"{1 / np.mean(recent):.2f} steps/s" if recent else "compiled"
+            seconds = np.mean(recent) if recent else 0.0  # not above 0 if the clock jumped
+            speed = f"{1 / seconds:.2f} steps/s" if seconds > 0 else "compiled"
             text = (
                 f"ELBO {t['elbo']:,.0f} = data {t['data']:,.0f} - inducing KL {t['inducing_kl']:,.0f} "
                 f"- conditional KL {t['conditional_kl']:,.0f} | {speed}"
