@@ -16,7 +16,7 @@ PARITY := $(shell $(PYTHON) -c 'import sys; print(",parity" if sys.version_info[
 EXACT := 64_bits annotations architecture assets checkpoint checkpoint_contract cli comparison_plots comparison_stored \
 	compilation copying data demo display docs docstrings documents experiment files guide_refusals hyper journey kept \
 	kernels_lowering kernels_tpu keys labels loading loading_refusals notebooks packaging parity peft plots \
-	plots_uncertainty prior_refusals progress references reprs sites tables tangent_kinds tangent_refusals \
+	plots_uncertainty prior_refusals progress references reprs scale sites tables tangent_kinds tangent_refusals \
 	tangent_stored text
 TESTS := $(sort $(wildcard tests/*/test_*.py))
 files = $(foreach name,$(1),$(filter %/test_$(name).py,$(TESTS)))

@@ -156,7 +156,8 @@ class Base(Shown):
         """The same model with its weights on the devices of a mesh; what is in memory twice is the caller's.
 
         Models over this base run on all of its devices: rows of a batch along "data", layers along "model",
-        draws of a prediction and chains along "draw" (`bnlora.models.sharding`).
+        draws of a prediction and chains along "draw" (`bnlora.models.sharding`). The shapes of an abstract
+        base receive their place, so that programs of large models can be compiled without their weights.
 
         Args:
             mesh: Mesh of devices, from `bnlora.mesh`.

@@ -31,6 +31,22 @@ class Cost(NamedTuple):
     temporary: int
 
 
+def tpu_devices(topology: str) -> list[jax.Device]:
+    """The devices of a TPU topology, for which programs can be compiled on this host.
+
+    Args:
+        topology: Name of the topology, such as "v5e:2x4".
+
+    Raises:
+        RuntimeError: If `libtpu` is not installed.
+    """
+    # Otherwise the runtime queries the cloud's metadata server for the machine, and waits for an answer.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # The lock of libtpu protects a device, and there is none here.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+
+
 def compile_for_tpu(
     function: Callable[..., Any], *shapes: Any, topology: str = SMALLEST
 ) -> jax.stages.Compiled:
@@ -44,12 +60,7 @@ def compile_for_tpu(
     Raises:
         RuntimeError: If `libtpu` is not installed, or the compiler rejects the program.
     """
-    # Otherwise the runtime queries the cloud's metadata server for the machine, and waits for an answer.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # The lock of libtpu protects a device, and there is none here.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    place = jax.sharding.SingleDeviceSharding(device)
+    place = jax.sharding.SingleDeviceSharding(tpu_devices(topology)[0])
     placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
     lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=("tpu",))
     with warnings.catch_warnings():

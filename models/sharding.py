@@ -71,7 +71,8 @@ def placed(weights: Any, over: Mesh, split: Split) -> Any:
     """The weights on the devices of a mesh, moved array by array.
 
     Args:
-        weights: Frozen weights, a tree of arrays.
+        weights: Frozen weights, a tree of arrays. Shapes without numbers (`jax.ShapeDtypeStruct`) receive
+            only their place.
         over: Mesh.
         split: "tensor" splits weights over the axis "model" only, "fully" also over "data".
     """
@@ -79,7 +80,10 @@ def placed(weights: Any, over: Mesh, split: Split) -> Any:
 
     def one(path: Any, leaf: Array) -> Array:
         spec = spec_of(jax.tree_util.keystr(path), leaf.shape, dict(over.shape), split)
-        return jax.device_put(leaf, NamedSharding(over, spec))
+        place = NamedSharding(over, spec)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        return jax.device_put(leaf, place)
 
     return jax.tree_util.tree_map_with_path(one, weights)
 

@@ -110,6 +110,13 @@ def test_too_many_devices_are_refused():
         tiny_base(jax.random.key(0)).on(bl.mesh(), split="full")
 
 
+def test_shapes_receive_a_place_and_no_numbers():
+    base = bl.Base.abstract(tiny_base(jax.random.key(0)).config).on(bl.mesh(), split="fully")
+    leaves = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(base.weights)}
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values())
+    assert leaves["['layers']['q_proj'].value"].sharding.spec == Spec(None, "data", "model")
+
+
 def test_one_device_is_no_mesh():
     base = tiny_base(jax.random.key(0))
     assert base.mesh is None
