@@ -65,9 +65,8 @@ longest = 60 if fast else 75
 
 # %%
 base = bl.load(fetch_smollm2())
-files, kept = question_files("arc_easy"), distinct_questions("arc_easy")
-for file, table in files.items():
-    print(f"{file}: {len(table):,} questions, {len(table) - len(kept[file])} of them left out as repeats")
+whole = {file: len(numbers) for file, numbers in distinct_questions("arc_easy").items()}
+print("Questions without repeats: " + ", ".join(f"{file} {count:,}" for file, count in whole.items()))
 
 
 def is_short(row):
@@ -75,7 +74,6 @@ def is_short(row):
     return len(row["choices"]) == 4 and len(row["context"]) <= longest and max(map(len, row["choices"])) <= 30
 
 
-whole = {"train": len(kept["train"]), "validation": len(kept["validation"]), "test": len(kept["test"])}
 short = {name: rows.filter(is_short) for name, rows in question_splits("arc_easy", seed=0, **whole).items()}
 sizes = {"train": num_train, "validation": num_validation, "test": num_test}
 questions = {name: short[name].select(range(count)) for name, count in sizes.items()}
@@ -312,11 +310,10 @@ figure
 # size know what the letters stand for hardly better than chance.
 
 # %%
-k_letters = {name: len(kept[name]) for name in kept}
-letters = question_splits("arc_easy", seed=0, **k_letters, form="letters")["test"]
-wanted = set(questions["test"]["id"])
-letters = letters.filter(lambda row: row["id"] in wanted)
-assert letters["id"][:] == questions["test"]["id"][:]
+letters = question_files("arc_easy", form="letters")["test"]
+place = {name: row for row, name in enumerate(letters["id"])}
+letters = letters.select([place[name] for name in questions["test"]["id"]])
+assert letters["gold"][:] == questions["test"]["gold"][:]
 options = {"text": "context", "label": "gold", "template": "{text}", "labels_are": "integers"}
 by_letter = bl.text_classification(
     {"test": letters}, base.tokenizer, **options, words=[" A", " B", " C", " D"]

@@ -228,7 +228,7 @@ SIZES = {
     "socialiqa": ({"train": 33_410, "validation": 1_954}, 187, 0),
 }
 """Rows of each file, and the training and validation rows that are left out, as in docs/guides/data.md."""
-QUICK = ("arc_easy", "openbookqa")
+QUICK = ("arc_easy",)
 
 
 @pytest.mark.slow
