@@ -40,6 +40,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import optax
+from datasets import disable_progress_bars
 from IPython.display import display
 from numpyro import handlers
 from scipy.special import log_softmax
@@ -51,6 +52,7 @@ from bnlora.data.questions import distinct_questions, question_files, question_s
 from bnlora.infer.approximate import fit_temperature, tempered
 from bnlora.plots.base import BLUE, GREY, ORANGE, caption, make_axes
 
+disable_progress_bars()
 fast = bool(os.environ.get("BNLORA_FAST"))
 num_train, num_validation, num_test, size = (4, 4, 4, 2) if fast else (48, 40, 64, 16)
 num_steps, num_epochs, num_draws = (2, 1, 20) if fast else (100, 4, 200)
@@ -245,10 +247,13 @@ header = ("methods", "NLL", "accuracy", "first by NLL")
 display(
     Table("Paired differences with 95 % intervals; NLL below zero: the first is better", header, tuple(lines))
 )
+if not fast:
+    assert verdicts["base", "base, T = 1"] == "better", "the divisor must matter on test rows"
 
 # %%
 shown = ("base, T = 1", "base", "plain LoRA", "posterior")
-display(bl.plots.reliability({name: predictions[name] for name in shown}, {"test": labels["test"]}))
+panels = {f"{num_test} test rows": {name: predictions[name]["test"] for name in shown}}
+display(bl.plots.reliability(panels, dict.fromkeys(shown, labels["test"])))
 print(bl.plots.RELIABILITY_CAPTION)
 
 # %% [markdown]
@@ -379,8 +384,8 @@ print(f"By letter the base is {chance} chance on these rows.")
 # %% [markdown]
 # The lines above are the result for these rows. The following points do not depend on them:
 #
-# - The divisor decides more than the fit may: the log-likelihood of a text is not on the scale of a decision between a few texts. Choose
-#   it on validation rows, give the same one to all methods, and report the base with it.
+# - The log-likelihood of a text is not on the scale of a decision between a few texts, so the divisor matters. Choose it on validation
+#   rows, give the same one to all methods, and report the base with it: otherwise any fit seems to calibrate the model.
 # - The tangent model has no multiple of the scores among its directions here (`"slope"` belongs to classes that are words). A fit
 #   therefore does not repair the scale of the scores.
 # - A gain in evidence of less than a nat or two says that the rows hardly prefer the fit to the untouched base. Epistemic uncertainty is
