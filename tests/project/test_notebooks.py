@@ -102,11 +102,14 @@ def shared():
 
 LIKE_OTHERS = ("01_quickstart",)
 """Its steps are those of the README's script, which `test_documents.py` runs on the same base."""
+LONG = ("08_multiple_choice",)
+"""It takes 100 CPU seconds in the fast mode: programs of whole answers, letters and phrases to compile."""
 NAMES = [path.stem for path in SCRIPTS]
+OFTEN = [name for name in NAMES if name not in LIKE_OTHERS + LONG]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sample_of(NAMES, [name for name in NAMES if name not in LIKE_OTHERS]))
+@pytest.mark.parametrize("name", sample_of(NAMES, OFTEN))
 @pytest.mark.usefixtures("shared")
 def test_notebook_runs_and_its_assertions_pass_in_fast_mode(name, monkeypatch):
     monkeypatch.setenv("BNLORA_FAST", "1")
