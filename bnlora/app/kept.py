@@ -6,7 +6,8 @@ path, it goes to the cache folder or the folder of temporary files, and standard
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bnlora._util.caching import cache_folder
-from bnlora._util.files import written
+from bnlora._util.files import room, written
 from bnlora.app.outcome import ExitCode
 from bnlora.app.recipe import Recipe, Schedule
 from bnlora.app.tasks import columns_of
@@ -28,6 +29,7 @@ from bnlora.data.tables import naming_lines, read_table
 from bnlora.infer.svi.checkpoint import RECORD, fit_size, load_fit, read_notes, save_fit
 from bnlora.infer.svi.result import Fit, FitDiverged
 from bnlora.infer.svi.resume import Checkpoints
+from bnlora.models.hosts import hosts, leads
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,7 +64,7 @@ def fit_and_keep(
 ) -> KeptFit:
     """Fit and write the fit beside its checkpoints, which are removed unless the fit was interrupted.
 
-    If it diverges, its last finite state is written.
+    If it diverges, its last finite state is written. Of several processes the first one writes.
 
     Args:
         recipe: How model and guide are built.
@@ -93,10 +95,44 @@ def fit_and_keep(
         recipe.save(folder)
 
     steps = Path(checkpoints.folder)
+    if not leads(base.mesh):
+        return KeptFit(fit, steps.parent, diverged)
     place = keep(steps.parent, write, console)
     if fit.stopped != "interrupted" and place == steps.parent:
         shutil.rmtree(steps, ignore_errors=True)
     return KeptFit(fit, place, diverged)
+
+
+@contextmanager
+def joined(
+    out: Path, coordinator: str | None, processes: int, process: int
+) -> Iterator[tuple[bool, Callable[[int], None]]]:
+    """Join the processes that fit together, and let process 0 make room for the fit.
+
+    Args:
+        out: Folder of the fit.
+        coordinator: Address of process 0; None for a process that fits alone.
+        processes: Number of processes.
+        process: Number of this one.
+
+    Yields:
+        Whether this process writes and prints, and what raises if a number of bytes does not fit.
+
+    Raises:
+        ValueError: If there is a coordinator for one process, or none for several.
+    """
+    if (coordinator is None) != (processes == 1):
+        raise ValueError(
+            "several processes need both --coordinator HOST:PORT and --processes N; got "
+            f"--processes {processes} {'without' if coordinator is None else 'with'} a coordinator"
+        )
+    if coordinator is not None:
+        hosts(coordinator, num_processes=processes, process_id=process)
+    if process:
+        yield False, lambda _: None
+        return
+    with room(out) as require:
+        yield True, require
 
 
 def unfinished(out: Path, every: int, *, resume: bool) -> Checkpoints:
