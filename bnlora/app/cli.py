@@ -19,7 +19,16 @@ from bnlora.app import options
 from bnlora.app.audit import audit
 from bnlora.app.demo import SIZES, demo_page, demo_tables, run_demo
 from bnlora.app.export import export
-from bnlora.app.kept import STEPS, exit_if_elsewhere, fit_and_keep, joined, keep, restored, unfinished
+from bnlora.app.kept import (
+    STEPS,
+    exit_if_elsewhere,
+    fit_and_keep,
+    joined,
+    keep,
+    over_all,
+    restored,
+    unfinished,
+)
 from bnlora.app.outcome import (
     comparison_result,
     diagnosis_result,
@@ -43,15 +52,14 @@ from bnlora.data.tables import (
     write_table,
 )
 from bnlora.infer.svi.resume import Checkpoints
-from bnlora.models.sharding import mesh
 from bnlora.prediction.predict import predict
 
 app = typer.Typer(
     help="Bayesian low-rank adapters for language models: fit, predict, and measure calibration.",
     epilog="Exit codes: 0 success; 1 bad input, or a result that could not be written to the requested path, "
-    "explained in one sentence; 2 usage; 3 the fit diverged; 4 another process was lost; 130 interrupted. A fit that diverged or was "
-    "interrupted is saved as far as it got. A result that cannot be written to the requested path is written "
-    "to another folder.",
+    "explained in one sentence; 2 usage; 3 the fit diverged; 4 another process was lost; 130 interrupted. "
+    "A fit that diverged or was interrupted is saved as far as it got. A result that cannot be written to "
+    "the requested path is written to another folder.",
     no_args_is_help=True,
     add_completion=True,
     rich_markup_mode="markdown",
@@ -173,9 +181,7 @@ def fit_command(
         files = {"train": table} if validation is None else {"train": table, "validation": validation}
         read: dict[str, Any] = {"columns": columns_of(recipe, text, label), "encoding": encoding}
         tables = {name: read_table(p, **read) for name, p in files.items()}
-        model = recipe.load_base()
-        if coordinator is not None:
-            model = model.on(mesh(data=jax.device_count()))
+        model = over_all(recipe.load_base())
         with naming_lines(files, encoding=encoding):
             data = recipe.read(tables, model, text=text, label=label)
         rate = LEARNING_RATE_OF_LORA if prior == "none" else LEARNING_RATE

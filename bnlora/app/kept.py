@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -30,6 +31,7 @@ from bnlora.infer.svi.checkpoint import RECORD, fit_size, load_fit, read_notes, 
 from bnlora.infer.svi.result import Fit, FitDiverged
 from bnlora.infer.svi.resume import Checkpoints
 from bnlora.models.hosts import hosts, leads
+from bnlora.models.sharding import mesh
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -133,6 +135,11 @@ def joined(
         return
     with room(out) as require:
         yield True, require
+
+
+def over_all(base: Base) -> Base:
+    """The base on the devices of all processes, which split the rows of a batch; unchanged for one."""
+    return base if jax.process_count() == 1 else base.on(mesh(data=jax.device_count()))
 
 
 def unfinished(out: Path, every: int, *, resume: bool) -> Checkpoints:

@@ -115,8 +115,8 @@ def run(
     """Warm up and draw; an interrupt after the first piece returns the draws so far.
 
     Raises:
-        ValueError: If the log-density is not finite where a chain starts, the folder has the pieces of another
-            run, or the base is on devices of several processes.
+        ValueError: If the log-density is not finite where a chain starts, the folder has the pieces of
+            another run, or the base is on devices of several processes.
     """
     began, starts = time.perf_counter(), target.positions(starts)
     density = _check_starts(target, starts)

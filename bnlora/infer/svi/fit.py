@@ -118,7 +118,8 @@ def fit(
         steps = {"num_steps": num_steps, "num_particles": num_particles, "checkpoints": bool(checkpoints)}
         require_same_call(over, partial(call_of, key, model, rows, **rules, **steps))
         if prefix_cache == "memory":
-            train, validation = (b and cache_prefix(model, b, console=console) for b in rows.values())
+            train = cache_prefix(model, train, console=console)
+            validation = validation and cache_prefix(model, validation, console=console)
     start_key, data_key, step_key, look_key, draw_key = keys_from(key, 5)
     step, state = prepared_step(
         start_key, program, guide, train, optimizer, optimisation,
