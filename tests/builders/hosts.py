@@ -30,9 +30,12 @@ def built(base: bl.Base) -> tuple[bl.Classifier, bl.guides.Guide]:
     return model, bl.guides.Guide(model.prior, bl.guides.mean_field())
 
 
-def fitted(base: bl.Base, folder: Path | None = None, seed: int = 2, **options) -> bl.Fit:
+def fitted(
+    base: bl.Base, folder: Path | None = None, seed: int = 2, *, looks: bool = True, **options
+) -> bl.Fit:
     rows, others = tiny_rows(jax.random.key(seed), 24), tiny_rows(jax.random.key(3), 12)
-    options |= {"validation": others, "early_stopping": bl.EarlyStopping(every=4, num_draws=2)}
+    if looks:
+        options |= {"validation": others, "early_stopping": bl.EarlyStopping(every=4, num_draws=2)}
     options |= {"checkpoints": None if folder is None else bl.Checkpoints(folder, every=2)}
     options |= {"num_steps": STEPS, "batch_size": 8}
     return bl.fit(jax.random.key(0), *built(base), rows, optax.adam(0.05), **options)
@@ -98,7 +101,7 @@ def main(folder: Path, port: str, process: str, split: str, victim: str) -> None
     if alone:
         return
     try:
-        fitted(base, folder / "killed", **at(DEAD, int(victim), signal.SIGKILL))
+        fitted(base, folder / "killed", looks=False, **at(DEAD, int(victim), signal.SIGKILL))
     except bl.HostLost as error:
         (folder / "lost.json").write_text(json.dumps(str(error)))
 
