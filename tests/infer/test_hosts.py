@@ -143,8 +143,9 @@ def test_the_command_fits_in_two_processes(tiny_folder, tmp_path):
     command += ["--base", tiny_folder, *WORDS, *SMALL, "--coordinator", f"localhost:{free_port()}"]
     runs = ended(*(started(*command, "--processes", 2, "--process", process) for process in (0, 1)))
     assert [code for code, *_ in runs] == [0, 0], runs
-    assert json.loads(runs[0][1])["steps"] == 4
-    assert runs[1][1] == ""
+    # Gloo itself prints a line before the result.
+    assert json.loads(runs[0][1].splitlines()[-1])["steps"] == 4
+    assert "{" not in runs[1][1]
     assert {path.name for path in (tmp_path / "fit").iterdir()} == {
         "fit.json", "fit.safetensors", "recipe.json",
     }  # fmt: skip
