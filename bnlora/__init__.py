@@ -115,6 +115,8 @@ if _TYPE_CHECKING:  # what type checkers and editors see of the names in `_LATER
     from bnlora.infer.svi.options import Optimisation as Optimisation
     from bnlora.infer.svi.resume import Checkpoints as Checkpoints
     from bnlora.infer.svi.step import svi_step as svi_step
+    from bnlora.models.hosts import HostLost as HostLost
+    from bnlora.models.hosts import hosts as hosts
     from bnlora.models.sharding import mesh as mesh
     from bnlora.prediction import selective as selective
     from bnlora.prediction.generated import Generation as Generation
@@ -141,6 +143,7 @@ _LATER = {
     "bnlora.infer.svi.options": "Memory Optimisation",
     "bnlora.infer.svi.resume": "Checkpoints",
     "bnlora.infer.svi.step": "svi_step",
+    "bnlora.models.hosts": "HostLost hosts",
     "bnlora.models.sharding": "mesh",
     "bnlora.prediction.generated": "Generation",
     "bnlora.prediction.generation": "generate",

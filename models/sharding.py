@@ -49,7 +49,8 @@ def mesh(*, data: int = 1, model: int = 1, draw: int = 1) -> Mesh:
         The mesh, for `bnlora.Base.on`.
 
     Raises:
-        ValueError: If a number is below one, or there are fewer devices than their product.
+        ValueError: If a number is below one, there are fewer devices than their product, or a process has
+            none of them (see `bnlora.hosts`).
 
     Example:
         >>> bl.mesh(data=1).shape["data"]
@@ -63,7 +64,13 @@ def mesh(*, data: int = 1, model: int = 1, draw: int = 1) -> Mesh:
             f"a mesh of {data} x {model} x {draw} devices needs {count}; JAX has {jax.device_count()} "
             f"({jax.devices()[0].platform})"
         )
-    devices = np.array(jax.devices()[:count]).reshape(*shape.values())
+    chosen = jax.devices()[:count]
+    if len({device.process_index for device in chosen}) < jax.process_count():
+        raise ValueError(
+            f"a mesh over {jax.process_count()} processes must have devices of all; the first {count} of "
+            f"{jax.device_count()} are too few"
+        )
+    devices = np.array(chosen).reshape(*shape.values())
     return Mesh(devices, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
@@ -83,7 +90,7 @@ def placed(weights: Any, over: Mesh, split: Split) -> Any:
         place = NamedSharding(over, spec)
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-        return jax.device_put(leaf, place)
+        return put(leaf, place)
 
     return jax.tree_util.tree_map_with_path(one, weights)
 
@@ -107,8 +114,19 @@ def mesh_of(weights: Any) -> Mesh | None:
 
 
 def whole(over: Mesh | None, tree: Any) -> Any:
-    """Arrays as a whole on every device of a mesh; unchanged without a mesh."""
-    return tree if over is None else jax.device_put(tree, NamedSharding(over, Spec()))
+    """Arrays as a whole on every device of a mesh, inside a program or outside; unchanged without a mesh."""
+    return tree if over is None else jax.tree.map(lambda x: put(x, NamedSharding(over, Spec())), tree)
+
+
+def put(x: Any, place: NamedSharding) -> Array:
+    """An array on the devices of a mesh, inside a program or outside; every process puts its own parts."""
+    if isinstance(x, jax.core.Tracer):
+        return jax.lax.with_sharding_constraint(x, place)
+    if place.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
+        return jax.device_put(x, place)
+    # `jax.device_put` would send the whole array between all processes, to compare their values.
+    values = np.asarray(x)
+    return jax.make_array_from_callback(values.shape, place, lambda index: np.asarray(values[index]))
 
 
 def along(over: Mesh | None, axis: Axis, tree: Any) -> Any:
@@ -126,10 +144,6 @@ def along(over: Mesh | None, axis: Axis, tree: Any) -> Any:
         if not x.ndim or x.shape[0] % over.shape[axis]:
             return x
         place = NamedSharding(over, Spec(axis))
-        return (
-            jax.lax.with_sharding_constraint(x, place)
-            if isinstance(x, jax.core.Tracer)
-            else jax.device_put(x, place)
-        )
+        return jax.lax.with_sharding_constraint(x, place) if isinstance(x, jax.core.Tracer) else put(x, place)
 
     return jax.tree.map(one, tree)

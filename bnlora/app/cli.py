@@ -14,13 +14,22 @@ import typer
 import bnlora
 from bnlora import metrics
 from bnlora._util.compilation import keys_from
-from bnlora._util.files import room, room_for
+from bnlora._util.files import room_for
 from bnlora.app import options
 from bnlora.app.audit import audit
 from bnlora.app.demo import SIZES, demo_page, demo_tables, run_demo
 from bnlora.app.export import export
 from bnlora.app.generate import generate_command
-from bnlora.app.kept import exit_if_elsewhere, fit_and_keep, keep, restored, unfinished
+from bnlora.app.kept import (
+    STEPS,
+    exit_if_elsewhere,
+    fit_and_keep,
+    joined,
+    keep,
+    over_all,
+    restored,
+    unfinished,
+)
 from bnlora.app.outcome import (
     comparison_result,
     diagnosis_result,
@@ -45,9 +54,9 @@ from bnlora.prediction.predict import predict
 app = typer.Typer(
     help="Bayesian low-rank adapters for language models: fit, predict, and measure calibration.",
     epilog="Exit codes: 0 success; 1 bad input, or a result that could not be written to the requested path, "
-    "explained in one sentence; 2 usage; 3 the fit diverged; 130 interrupted. A fit that diverged or was "
-    "interrupted is saved as far as it got. A result that cannot be written to the requested path is written "
-    "to another folder.",
+    "explained in one sentence; 2 usage; 3 the fit diverged; 4 another process was lost; 130 interrupted. "
+    "A fit that diverged or was interrupted is saved as far as it got. A result that cannot be written to "
+    "the requested path is written to another folder.",
     no_args_is_help=True,
     add_completion=True,
     rich_markup_mode="markdown",
@@ -137,13 +146,16 @@ def fit_command(
     truncate: options.Cut = Recipe.truncate,
     every: options.Every = Checkpoints.every,
     resume: options.Resume = False,
+    coordinator: options.Coordinator = None,
+    processes: options.Processes = 1,
+    process: options.Process = 0,
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
     """Fit adapters to a table of texts and labels."""
     out = out.expanduser()
-    with reporting() as progress, room(out) as require:
-        checkpoints = unfinished(out, every, resume=resume)
+    with reporting() as progress, joined(out, coordinator, processes, process) as (leads, require):
+        checkpoints = unfinished(out, every, resume=resume) if leads else Checkpoints(out / STEPS, every)
         recipe = Recipe(
             words=tuple(word or ()),
             task=task,
@@ -166,17 +178,18 @@ def fit_command(
         files = {"train": table} if validation is None else {"train": table, "validation": validation}
         read: dict[str, Any] = {"columns": columns_of(recipe, text, label), "encoding": encoding}
         tables = {name: read_table(p, **read) for name, p in files.items()}
-        model = recipe.load_base()
+        model = over_all(recipe.load_base())
         with naming_lines(files, encoding=encoding):
             data = recipe.read(tables, model, text=text, label=label)
         rate = LEARNING_RATE_OF_LORA if prior == "none" else LEARNING_RATE
         schedule = Schedule(steps, batch_size, rate if learning_rate is None else learning_rate, seed=seed)
         recipe = recipe.fitted_to(data)
         fit, place, failed = fit_and_keep(recipe, schedule, model, data, checkpoints, require, progress)
+        ended = [fit, following(fit, place, text)] if failed is None else [f"last finite state: {place}"]
+        if leads:
+            print_result(fit_result(fit, place), *ended, json=json)
         if failed is not None:
-            print_result(fit_result(fit, place), f"last finite state: {place}", json=json)
             raise failed
-        print_result(fit_result(fit, place), fit, following(fit, place, text), json=json)
         exit_if_interrupted(fit)
         exit_if_elsewhere(out, place)
 

@@ -6,17 +6,19 @@ path, it goes to the cache folder or the folder of temporary files, and standard
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from bnlora._util.caching import cache_folder
-from bnlora._util.files import written
+from bnlora._util.files import room, written
 from bnlora.app.outcome import ExitCode
 from bnlora.app.recipe import Recipe, Schedule
 from bnlora.app.tasks import columns_of
@@ -28,6 +30,8 @@ from bnlora.data.tables import naming_lines, read_table
 from bnlora.infer.svi.checkpoint import RECORD, fit_size, load_fit, read_notes, save_fit
 from bnlora.infer.svi.result import Fit, FitDiverged, FitOutOfMemory
 from bnlora.infer.svi.resume import Checkpoints
+from bnlora.models.hosts import hosts, leads
+from bnlora.models.sharding import mesh
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,7 +66,8 @@ def fit_and_keep(
 ) -> KeptFit:
     """Fit and write the fit beside its checkpoints, which are removed if the fit has ended.
 
-    If it diverges or has not enough memory, its last finite state is written.
+    If it diverges or has not enough memory, its last finite state is written. Of several processes, the first
+    one writes.
 
     Args:
         recipe: How model and guide are built.
@@ -95,10 +100,49 @@ def fit_and_keep(
         save_fit(fit, folder, notes=asdict(recipe))
         recipe.save(folder)
 
+    if not leads(base.mesh):
+        return KeptFit(fit, steps.parent, failed)
     place = keep(steps.parent, write, console)
     if fit.stopped not in ("interrupted", "memory") and place == steps.parent:
         shutil.rmtree(steps, ignore_errors=True)
     return KeptFit(fit, place, failed)
+
+
+@contextmanager
+def joined(
+    out: Path, coordinator: str | None, processes: int, process: int
+) -> Iterator[tuple[bool, Callable[[int], None]]]:
+    """Join the processes that fit together, and let process 0 make room for the fit.
+
+    Args:
+        out: Folder of the fit.
+        coordinator: Address of process 0; None for a process that fits alone.
+        processes: Number of processes.
+        process: Number of this one.
+
+    Yields:
+        Whether this process writes and prints, and what raises if a number of bytes does not fit.
+
+    Raises:
+        ValueError: If there is a coordinator for one process, or none for several.
+    """
+    if (coordinator is None) != (processes == 1):
+        raise ValueError(
+            "several processes need both --coordinator HOST:PORT and --processes N; got "
+            f"--processes {processes} {'without' if coordinator is None else 'with'} a coordinator"
+        )
+    if coordinator is not None:
+        hosts(coordinator, num_processes=processes, process_id=process)
+    if process:
+        yield False, lambda _: None
+        return
+    with room(out) as require:
+        yield True, require
+
+
+def over_all(base: Base) -> Base:
+    """The base on the devices of all processes, which split the rows of a batch; unchanged for one."""
+    return base if jax.process_count() == 1 else base.on(mesh(data=jax.device_count()))
 
 
 def unfinished(out: Path, every: int, *, resume: bool) -> Checkpoints:

@@ -97,6 +97,16 @@ Resume = Annotated[
         "--resume", help="Go on with the interrupted fit in this folder; all other options must be the same."
     ),
 ]
+Coordinator = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Address of process 0, where several processes fit together; each runs the same command.",
+        show_default=False,
+    ),
+]
+Processes = Annotated[int, typer.Option(help="Number of processes that fit together.", min=1)]
+Process = Annotated[int, typer.Option(help="Number of this process; 0 writes and prints.", min=0)]
 Cut = Annotated[Truncate, typer.Option(help="Truncate longer texts on this side, or stop with an error.")]
 
 Predictions = Annotated[Path, typer.Option(help="Table to write: .csv, .jsonl or .parquet.")]

@@ -6,6 +6,7 @@
 | 1 | bad input, or a result that could not be written to the requested path; one sentence states which |
 | 2 | usage: an unknown command or option, or an invalid value of an option |
 | 3 | the fit diverged; its last finite state is saved |
+| 4 | another process of the fit was lost; its checkpoints are there to go on from |
 | 130 | interrupted (Ctrl-C); a fit is saved as far as it got |
 
 Numbers that JSON cannot represent (not a number, infinities) are null.
@@ -40,6 +41,7 @@ class ExitCode(IntEnum):
     BAD_INPUT = 1
     USAGE = 2
     DIVERGED = 3
+    LOST = 4
     INTERRUPTED = 130
 
 

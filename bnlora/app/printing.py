@@ -1,16 +1,20 @@
 """What all commands share: progress and errors on standard error, results on standard output."""
 
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from bnlora.app.outcome import ExitCode, as_json
 from bnlora.infer.svi.result import Fit, FitDiverged
+from bnlora.models.hosts import HostLost
 
 
 @contextmanager
@@ -21,11 +25,19 @@ def reporting() -> Iterator[Console]:
         yield progress
     except KeyboardInterrupt as error:
         progress.print("interrupted")
-        raise typer.Exit(ExitCode.INTERRUPTED) from error
+        raise _exit(ExitCode.INTERRUPTED) from error
     except (ValueError, OSError, MemoryError) as error:
         progress.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        diverged = isinstance(error, FitDiverged)
-        raise typer.Exit(ExitCode.DIVERGED if diverged else ExitCode.BAD_INPUT) from error
+        codes = {FitDiverged: ExitCode.DIVERGED, HostLost: ExitCode.LOST}
+        raise _exit(codes.get(type(error), ExitCode.BAD_INPUT)) from error
+
+
+def _exit(code: ExitCode) -> typer.Exit:
+    """The end of a command; one of several processes ends here, for JAX would wait for the others."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)
+    return typer.Exit(code)
 
 
 def print_result(result: Mapping[str, Any], *shown: Any, json: bool) -> None:

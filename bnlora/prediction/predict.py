@@ -243,7 +243,7 @@ def outputs_with_draws(
         for part in tracked_parts(data, batch_size, "predict", console, narrow=narrow):
             batch, begin = model.prepare(part.batch), 0
             for piece, count in on_device:
-                computed = np.asarray(model.compiled_outputs(piece, count, batch, together))
+                computed = np.asarray(whole(over, model.compiled_outputs(piece, count, batch, together)))
                 if not outputs.shape[2]:  # the likelihood decides how many numbers a row has
                     outputs = np.empty((num_draws, len(data), computed.shape[2]))
                 outputs[begin : begin + count, part.rows] = computed[:count, : len(part.rows)]

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from bnlora._util.progress import speaker, track
 from bnlora.data.batch import Batch, CachedActivations, Features, Part, parts
+from bnlora.models.sharding import whole
 from bnlora.program.protocol import Model
 
 
@@ -62,7 +63,7 @@ def cache_prefix(
     rows, made = batch if known else batch.plain, _Cache(batch)
     widths: Literal["few", "many"] = "few" if known else "many"
     for part in tracked_parts(rows, batch_size, _LABELS[model.kind], console, widths=widths):
-        made.write(model.prepare(part.batch), part)
+        made.write(whole(model.base.mesh, model.prepare(part.batch)), part)
     return made.added_to(rows)
 
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from jaxtyping import Float
 from rich.console import Console
 
@@ -28,6 +29,7 @@ from bnlora.infer.mcmc.chains import Chains
 from bnlora.infer.mcmc.pieces import Pieces
 from bnlora.infer.mcmc.samplers import LogDensity, Report, Sampler, Tuning
 from bnlora.infer.mcmc.target import Target
+from bnlora.models.hosts import is_shared
 from bnlora.models.sharding import along, mesh_of
 
 Tune = Callable[[Array, LogDensity, Array], Tuning]
@@ -113,13 +115,13 @@ def run(
     """Warm up and draw; an interrupt after the first piece returns the draws so far.
 
     Raises:
-        ValueError: If the log-density is not finite where a chain starts, or the folder has the pieces of
-            another run.
+        ValueError: If the log-density is not finite where a chain starts, the folder has the pieces of
+            another run, or the base is on devices of several processes.
     """
     began, starts = time.perf_counter(), target.positions(starts)
     density = _check_starts(target, starts)
     warm_key, draw_key = jax.random.split(key)
-    over = partial(along, mesh_of(target.inputs), "draw")
+    over = partial(along, _own_mesh(target), "draw")
     starts, keys = over((starts, jax.random.split(draw_key, plan.num_chains)))
     sizes = {n: getattr(plan, n) for n in ("num_chains", "num_draws", "thinning", "size")}
     about = record(key, method.name, method.bias, method.options, sizes)
@@ -145,6 +147,17 @@ def run(
     tuned = jax.tree.map(np.asarray, tuning)
     vectors = target.vectors(joined.position)
     return Chains(target, vectors, joined.report._asdict(), tuned, about, plan.thinning)
+
+
+def _own_mesh(target: Target) -> Mesh | None:
+    """The mesh of the base, which must be one of this process."""
+    over = mesh_of(target.inputs)
+    if is_shared(over):
+        raise ValueError(
+            f"chains need a base on devices of one process; got devices of {jax.process_count()} processes, "
+            "over which bl.fit and bl.predict run"
+        )
+    return over
 
 
 def _check_starts(target: Target, starts: Array) -> list[float]:

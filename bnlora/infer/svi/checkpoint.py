@@ -31,6 +31,7 @@ from bnlora.data.batch import Batch
 from bnlora.infer.svi.elbo import parameter_shapes
 from bnlora.infer.svi.result import Fit
 from bnlora.infer.svi.stored_rows import ROWS, row_arrays, rows_from
+from bnlora.models.hosts import leads
 from bnlora.priors.core import frames_of
 from bnlora.program.model import kind_of
 from bnlora.program.protocol import Model
@@ -43,6 +44,8 @@ _ENDS = ("steps", "patience", "plateau", "interrupted", "diverged", "memory")
 
 def save_fit(fit: Fit, folder: str | Path, *, notes: Mapping[str, Any] | None = None) -> None:
     """Write a fit into a folder, which is created if needed; a fit in it is replaced.
+
+    All processes of a fit over several call this, and process 0 writes.
 
     Both files are written under other names and then moved, the record last, so that an interrupted write
     leaves no incomplete fit that looks complete.
@@ -67,7 +70,6 @@ def save_fit(fit: Fit, folder: str | Path, *, notes: Mapping[str, Any] | None = 
 def write_fit(fit: Fit, folder: str | Path, notes: Mapping[str, Any], more: Mapping[str, np.ndarray]) -> None:
     """`save_fit` with further named arrays in the same file."""
     folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     trees = {name: getattr(fit, name) for name in ("params", "last_params", "history", "validation")}
     arrays = by_path(trees) | {f"train.{name}": value for name, value in row_arrays(fit.train).items()}
     arrays |= {"step_seconds": fit.step_seconds, "draw_key": jax.random.key_data(fit.draw_key)}
@@ -79,7 +81,10 @@ def write_fit(fit: Fit, folder: str | Path, notes: Mapping[str, Any], more: Mapp
     record |= {"notes": dict(notes)}
     record |= {"versions": {name: version(name) for name in ("bnlora", "jax", "numpyro", "flax")}}
     # safetensors needs contiguous arrays; `np.ascontiguousarray` would turn a scalar into a vector.
-    _write(folder, {name: np.asarray(value, order="C") for name, value in arrays.items()}, record)
+    whole = {name: np.asarray(value, order="C") for name, value in arrays.items()}
+    if leads(fit.model.base.mesh):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder, whole, record)
 
 
 def load_fit(folder: str | Path, model: Model, guide: Callable) -> Fit:

@@ -23,10 +23,11 @@ from bnlora.infer.svi.exhausted import smaller_step
 from bnlora.infer.svi.options import Memory, Optimisation
 from bnlora.infer.svi.plateau import Plateau
 from bnlora.infer.svi.result import Fit, FitDiverged, FitOutOfMemory
-from bnlora.infer.svi.resume import Checkpoints, Kept, mark_of
+from bnlora.infer.svi.resume import Checkpoints, Kept, call_of, mark_of, require_same_call
 from bnlora.infer.svi.step import State, Step, prepared_step, running
 from bnlora.infer.svi.validation import EarlyStopping, Validation
 from bnlora.infer.svi.watch import Watch, iterate, step_bar
+from bnlora.models.hosts import guarded, leads
 from bnlora.priors.declared import declared
 from bnlora.program.cache import cache_prefix
 
@@ -94,6 +95,7 @@ def fit(
             are outside their constraints.
         FitDiverged: If more than `optimisation.skip_budget` steps were not finite.
         FitOutOfMemory: If the device has not enough memory for a step or an evaluation.
+        HostLost: If the base is on devices of several processes, and one of them ended or does not answer.
 
     Example:
         >>> short = bl.fit(key, model, guide, rows, optax.adam(0.01), num_steps=4, batch_size=4)
@@ -108,32 +110,30 @@ def fit(
     _check_rows(model, train, validation, early_stopping)
     declared(model.prior).check()  # before the cache, which takes long
     check_automatic(guide)
-    program = running(model, memory)
-    if prefix_cache == "memory":
-        train = cache_prefix(model, train, console=console)
-        validation = None if validation is None else cache_prefix(model, validation, console=console)
-    start_key, data_key, step_key, look_key, draw_key = keys_from(key, 5)
-    step, state = prepared_step(
-        start_key,
-        program,
-        guide,
-        train,
-        optimizer,
-        optimisation,
-        num_particles=num_particles,
-        num_steps=num_steps,
-        init_params=init_params,
-    )
+    program, over = running(model, memory), model.base.mesh
+    console = console if leads(over) else Console(quiet=True)
     rule = early_stopping or EarlyStopping()
-    look = Validation(model, guide, step.constrain, validation, rule, look_key, num_steps)
-    rows = minibatches(data_key, len(train), batch_size)
     rules = {"memory": memory, "early_stopping": rule, "plateau": plateau, "batch_size": batch_size}
     rules |= {"skip_budget": optimisation.skip_budget}
+    rows = {"training": train, "validation": validation}
+    with guarded(over):
+        steps = {"num_steps": num_steps, "num_particles": num_particles, "checkpoints": bool(checkpoints)}
+        require_same_call(over, partial(call_of, key, model, rows, **rules, **steps))
+        if prefix_cache == "memory":
+            train = cache_prefix(model, train, console=console)
+            validation = validation and cache_prefix(model, validation, console=console)
+    start_key, data_key, step_key, look_key, draw_key = keys_from(key, 5)
+    step, state = prepared_step(
+        start_key, program, guide, train, optimizer, optimisation,
+        num_particles=num_particles, num_steps=num_steps, init_params=init_params,
+    )  # fmt: skip
+    look = Validation(model, guide, step.constrain, validation, rule, look_key, num_steps)
+    stream = minibatches(data_key, len(train), batch_size)
+    mark = partial(mark_of, key, step, state, rows, **rules)
     remedy = partial(smaller_step, model, guide, train, optimizer, memory, (batch_size, num_particles))
-    mark = partial(mark_of, key, step, state, {"training": train, "validation": validation}, **rules)
-    with step_bar(console, num_steps) as show, Kept(checkpoints, mark) as kept:
+    with step_bar(console, num_steps) as show, guarded(over), Kept(checkpoints, mark, over) as kept:
         watch = Watch(look, plateau, optimisation.skip_budget, on_step, show, kept, remedy)
-        ended = iterate(step_key, step, state, rows, watch, num_steps)
+        ended = iterate(step_key, step, state, stream, watch, num_steps)
     result = _result(model, step, ended.state, look, draw_key, ended.stopped)
     if ended.exhausted is not None:
         raise FitOutOfMemory(result, str(ended.exhausted)) from ended.exhausted

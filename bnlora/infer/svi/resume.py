@@ -22,7 +22,9 @@ from typing import Any, Self
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from numpyro import handlers
+from safetensors.numpy import load, save
 
 from bnlora._util.checks import check_at_least
 from bnlora._util.files import room
@@ -33,7 +35,12 @@ from bnlora.infer.svi.elbo import run_once
 from bnlora.infer.svi.step import State, Step
 from bnlora.infer.svi.stored_rows import row_arrays
 from bnlora.infer.svi.validation import Validation
+from bnlora.models.hosts import gathered, handed, is_shared, leads
+from bnlora.models.sharding import put
 from bnlora.priors.declared import runnable
+
+RECORD = "record"
+"""Name of the record among the arrays of a checkpoint."""
 
 FINISHED = ("steps", "patience", "plateau", "diverged")
 """Ends of a fit after which its checkpoint has nothing to go on with, unless more steps are asked for."""
@@ -74,35 +81,50 @@ class Checkpoints:
 class Kept:
     """The open checkpoints of a fit; without a folder nothing is kept.
 
+    Of several processes the first one reads and writes the folder, and hands the others what it read.
+
     Args:
         where: Folder and options, or None.
         mark: What identifies the fit (`mark_of`).
+        over: Mesh of the fit, which may span several processes.
 
     Raises:
         OSError: If the folder cannot be written.
     """
 
-    def __init__(self, where: Checkpoints | None, mark: Callable[[], Mapping[str, Any]]):
+    def __init__(
+        self, where: Checkpoints | None, mark: Callable[[], Mapping[str, Any]], over: Mesh | None = None
+    ):
         self._manager: Any = None
+        self._over, self._where = over, where
         self._writing: Future[Any] | None = None
         self.every = None if where is None else where.every
         if where is None:
             return
+        self._folder, self._mark = Path(where.folder).expanduser().absolute(), mark()
+        if leads(over):
+            self._open(where.keep)
+
+    def _open(self, keep: int) -> None:
         import orbax.checkpoint as ocp  # late: it takes as long as JAX itself to import
 
-        self._folder, self._mark, self._args = Path(where.folder).expanduser().absolute(), mark(), ocp.args
         if self._folder.exists() and not self._folder.is_dir():
             raise NotADirectoryError(f"{str(self._folder)!r} is a file; checkpoints need a folder")
         with room(self._folder):  # or an error in one sentence
             pass
+        self._folder.mkdir(exist_ok=True)  # Orbax does not where only one of several processes writes
         # The thread is ours: after a failed write, Orbax's own wait for five minutes and hold the process.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
-        self._manager = ocp.CheckpointManager(
-            self._folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=where.keep, create=True, enable_async_checkpointing=False
-            ),
+        alone = (
+            {"active_processes": {0}, "barrier_sync_key_prefix": "bnlora"} if is_shared(self._over) else {}
         )
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=False,
+            enable_async_checkpointing=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(**alone),
+        )
+        self._manager, self._args = ocp.CheckpointManager(self._folder, options=options), ocp.args
 
     def __enter__(self) -> Self:
         return self
@@ -139,9 +161,13 @@ class Kept:
         Raises:
             ValueError: If the folder has checkpoints of another fit, or the last one is corrupt.
         """
-        if self._manager is None or self._manager.latest_step() is None:
+        if self._where is None:
             return state, None
-        record, arrays = self._read()
+        content = handed(self._over, self._last)
+        if not content:
+            return state, None
+        arrays = load(content)
+        record = json.loads(arrays.pop(RECORD).tobytes())
         self._require_same(record["mark"])
         for name, values in record["look"].items():
             setattr(look, name, values)
@@ -169,12 +195,16 @@ class Kept:
         items = {"arrays": self._args.StandardSave(arrays), "record": self._args.JsonSave(record)}
         self._writing = self._thread.submit(self._manager.save, step, args=self._args.Composite(**items))
 
-    def _read(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def _last(self) -> bytes:
+        """The last checkpoint as the bytes of a file of safetensors; none if there is no checkpoint."""
         step = self._manager.latest_step()
+        if step is None:
+            return b""
         items = {"arrays": self._args.StandardRestore(), "record": self._args.JsonRestore()}
         try:
             found = self._manager.restore(step, args=self._args.Composite(**items))
-            return dict(found.record), dict(found.arrays)
+            record = np.frombuffer(json.dumps(found.record).encode(), np.uint8)
+            return save({RECORD: record} | {n: np.asarray(x, order="C") for n, x in found.arrays.items()})
         except Exception as error:  # noqa: BLE001 (Orbax and TensorStore raise what they like)
             raise ValueError(
                 f"the checkpoint in {str(self._folder / str(step))!r} is corrupt "
@@ -182,15 +212,50 @@ class Kept:
             ) from error
 
     def _require_same(self, before: Mapping[str, Any]) -> None:
-        now = json.loads(json.dumps(self._mark))
-        differing = [name for name in {**before, **now} if not _agree(before.get(name), now.get(name))]
-        if differing:
-            pairs = {name: (_brief(before.get(name)), _brief(now.get(name))) for name in differing}
-            shown = "; ".join(f"{name}: {then}, now {new}" for name, (then, new) in pairs.items())
+        shown = _differences(before, self._mark)
+        if shown:
             raise ValueError(
                 f"{str(self._folder)!r} holds checkpoints of another fit ({shown}); pass the same "
                 "arguments to go on with it, or another folder"
             )
+
+
+def require_same_call(over: Mesh | None, about: Callable[[], Mapping[str, Any]]) -> None:
+    """Raise `ValueError` in every process of a mesh unless all of them make the same call.
+
+    Args:
+        over: Mesh of the fit.
+        about: What must be the same, as JSON values.
+    """
+    if not is_shared(over):
+        return
+    own = about()
+    shown = _differences(json.loads(handed(over, json.dumps(own).encode)), own, "here")
+    differing = np.flatnonzero(gathered(over, bool(shown)))
+    if differing.size:
+        what = f" ({shown})" if shown else ""
+        raise ValueError(
+            f"all processes must make the same call; process {differing[0]} differs from process 0{what}"
+        )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], word: str = "now") -> str:
+    """The entries of two marks that differ, in words."""
+    now = json.loads(json.dumps(now))
+    differing = [name for name in {**before, **now} if not _agree(before.get(name), now.get(name))]
+    pairs = {name: (_brief(before.get(name)), _brief(now.get(name))) for name in differing}
+    return "; ".join(f"{name}: {then}, {word} {new}" for name, (then, new) in pairs.items())
+
+
+def call_of(key: Array, model: Any, rows: Mapping[str, Batch | None], **options: Any) -> dict[str, Any]:
+    """What of a call can be compared before anything is computed; the arguments are those of `mark_of`."""
+    marks = {
+        "key": np.asarray(jax.random.key_data(key)).tolist(),
+        "label ids and sites": identity(model),
+        "frozen weights": _numbers(some_weights(model)),
+    }
+    marks |= {f"{name} rows": _checksum(batch) for name, batch in rows.items()}
+    return marks | {name: _plain(value) for name, value in options.items()}
 
 
 def mark_of(
@@ -208,10 +273,7 @@ def mark_of(
     prior = runnable(loop.model.prior)
     shapes = {name: f"{leaf.shape} {leaf.dtype}" for name, leaf in by_path({"state": state}).items()}
     update = jax.make_jaxpr(loop.optimizer.update)(state.params, state.optimizer, state.params)
-    marks = {
-        "key": np.asarray(jax.random.key_data(key)).tolist(),
-        "label ids and sites": identity(loop.model),
-        "frozen weights": _numbers(some_weights(loop.model)),
+    return call_of(key, loop.model, rows, **options) | {
         "guide": _numbers(fingerprint(constants_of(loop.guide))),
         "prior": _numbers(fingerprint(run_once(lambda: handlers.seed(prior, jax.random.key(0))()))),
         "parameters": shapes,
@@ -219,8 +281,6 @@ def mark_of(
         "num_particles": loop.num_particles,
         "versions": {name: version(name) for name in ("bnlora", "jax", "numpyro", "optax")},
     }
-    marks |= {f"{name} rows": _checksum(batch) for name, batch in rows.items()}
-    return marks | {name: _plain(value) for name, value in options.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -255,9 +315,7 @@ def _brief(value: Any) -> str:
 def _filled(prefix: str, like: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     """The tree `like` with the stored arrays, on its devices."""
     values = [
-        jax.device_put(arrays[name].astype(leaf.dtype).reshape(leaf.shape), leaf.sharding)
-        if leaf.size
-        else leaf
+        put(arrays[name].astype(leaf.dtype).reshape(leaf.shape), leaf.sharding) if leaf.size else leaf
         for name, leaf in by_path({prefix: like}).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(like), values)

@@ -254,7 +254,8 @@ class Step:
             return state, {n: x.at[turn].set(terms[n].astype(x.dtype)) for n, x in record.items()}
 
         record = {name: jnp.zeros(len(rows)) for name in (*TERMS, "skipped")}
-        return jax.lax.fori_loop(0, count, one, (state, record))
+        # Whole on every device, so that each of several processes can read it.
+        return whole(self.model.base.mesh, jax.lax.fori_loop(0, count, one, (state, record)))
 
     def traced(
         self, state: State, key: Array, weights: Any, train: Batch, rows: Array

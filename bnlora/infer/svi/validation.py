@@ -11,6 +11,7 @@ from jax import Array
 from bnlora._util.checks import check_at_least
 from bnlora._util.compilation import options
 from bnlora.data.batch import Batch
+from bnlora.models.hosts import told
 from bnlora.prediction.predict import log_likelihood_by_draw, log_mixture, outputs_with_draws
 from bnlora.program.draws import draw_adapters
 from bnlora.program.protocol import Model
@@ -86,6 +87,7 @@ class Validation:
         else:
             by_draw = log_likelihood_by_draw(self.model, outputs, self.rows)
             loss = -float(log_mixture(by_draw).mean())
+        loss = told(self.model.base.mesh, loss)[0]  # processors differ in last digits, processes must not
         if not self.losses or loss < min(self.losses):
             self.best_params, self.best_step = params, step
         self.steps.append(step)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from rich.console import Console
 
 from bnlora._util.exhausted import naming_memory
@@ -20,12 +21,16 @@ from bnlora.infer.svi.plateau import Plateau
 from bnlora.infer.svi.resume import Kept
 from bnlora.infer.svi.step import CHUNK, State, Step
 from bnlora.infer.svi.validation import Validation
+from bnlora.models import hosts
 
 LOOK = 0.2
 """Seconds between two looks at a fit, in which an interrupt waits and the bar stands still."""
 
 TIMED = 2
 """Steps that run alone: one that is compiled and one that is timed."""
+
+REASONS = (None, "diverged", "plateau")
+"""Why the record of the steps may end a fit."""
 
 
 class Watch(NamedTuple):
@@ -59,15 +64,22 @@ class Watch(NamedTuple):
         until = min([num_steps, *((done // every + 1) * every for every in periods)])
         return max(1, min(in_time, until - done))
 
-    def first_stop(self, loop: Step, begin: int) -> tuple[int, str] | None:
-        """The first step after `begin` steps at which the record says that the fit should end, and why."""
+    def first_stop(self, loop: Step, begin: int) -> tuple[int, str | None]:
+        """The first step after `begin` steps at which the record says that the fit should end, and why.
+
+        The last step and None if it should not. Of several processes the first one decides.
+        """
+        step, why = next(self._stops(loop, begin), (len(loop.steps), None))
+        last, reason = hosts.told(loop.model.base.mesh, step, REASONS.index(why))
+        return int(last), REASONS[int(reason)]
+
+    def _stops(self, loop: Step, begin: int) -> Iterator[tuple[int, str]]:
         bound = np.empty(0) if self.plateau is None else loop.bound
         for step in range(begin + 1, len(loop.steps) + 1):
             if loop.steps[step - 1]["skipped"] > self.skip_budget:
-                return step, "diverged"
+                yield step, "diverged"
             if self.plateau is not None and self.plateau.reached(bound[:step]):
-                return step, "plateau"
-        return None
+                yield step, "plateau"
 
     def run(self, loop: Step, state: State, key: Array, rows: np.ndarray) -> State:
         """`Step.run`, with an error in one sentence if there is not enough memory."""
@@ -77,7 +89,7 @@ class Watch(NamedTuple):
     def late_verdict(self, loop: Step, state: State) -> str | None:
         """The verdict on the last step of a checkpoint, if an interrupt came before it."""
         done = len(loop.steps)
-        _, why = self.first_stop(loop, done - 1) or (done, None)
+        _, why = self.first_stop(loop, done - 1)
         return self.verdict(loop, state, why) if why or self.look.is_due(done) else None
 
     def verdict(self, loop: Step, state: State, stopped: str | None) -> str | None:
@@ -113,26 +125,42 @@ def iterate(
     exhausted, done = None, len(loop.steps)
     if done > num_steps:
         raise ValueError(f"num_steps must be at least the {done} steps of the checkpoint; got {num_steps}")
-    rows = islice(rows, done, None)
+    rows, over = islice(rows, done, None), loop.model.base.mesh
     try:
-        if stopped is None and done:
-            stopped = watch.late_verdict(loop, state)
-        while stopped is None and done < num_steps:
-            planned = np.stack([next(rows) for _ in range(watch.ahead(loop, num_steps))])
-            after = watch.run(loop, state, key, planned)
-            last, why = watch.first_stop(loop, done) or (len(loop.steps), None)
-            if last < len(loop.steps):
-                del loop.steps[done:]
-                after = watch.run(loop, state, key, planned[: last - done])
-            state, done = after, last
-            stopped = watch.verdict(loop, state, why) or ("steps" if done == num_steps else None)
-            watch.kept.save(state, loop, watch.look, stopped)
-    except (KeyboardInterrupt, MemoryError) as error:
+        with hosts.guarded(over), hosts.deferred(over) as interrupted:
+            if stopped is None and done:
+                stopped = watch.late_verdict(loop, state)
+            while stopped is None and done < num_steps:
+                count = agreed_count(over, watch.ahead(loop, num_steps), interrupted=interrupted())
+                planned = np.stack([next(rows) for _ in range(count)])
+                after = watch.run(loop, state, key, planned)
+                last, why = watch.first_stop(loop, done)
+                if last < len(loop.steps):
+                    del loop.steps[done:]
+                    after = watch.run(loop, state, key, planned[: last - done])
+                state, done = after, last
+                stopped = watch.verdict(loop, state, why) or ("steps" if done == num_steps else None)
+                watch.kept.save(state, loop, watch.look, stopped)
+    except (KeyboardInterrupt, MemoryError, hosts.HostLost) as error:
         del loop.steps[done:]  # of a call whose state was not kept
         exhausted = error if isinstance(error, MemoryError) else None
         stopped = "interrupted" if exhausted is None else "memory"
         watch.kept.save(state, loop, watch.look, stopped)
+        if isinstance(error, hosts.HostLost):
+            raise
     return Ended(state, stopped or "steps", exhausted)
+
+
+def agreed_count(over: Mesh | None, count: int, *, interrupted: bool) -> int:
+    """The number of steps that process 0 has planned.
+
+    Raises:
+        KeyboardInterrupt: In every process, if one of them was interrupted.
+    """
+    counts, interrupts = hosts.gathered(over, count, int(interrupted)).T
+    if interrupts.any():
+        raise KeyboardInterrupt
+    return int(counts[0])
 
 
 @contextmanager
