@@ -6,11 +6,11 @@ Weights, rows and state are `jax.ShapeDtypeStruct`s with a place on the mesh; no
 """
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -284,8 +284,14 @@ def measured(case: Case, island: int = 8) -> dict[str, Any]:
         "collectives": sum(c.turns for c in found),
         "seconds": took,
         "allocated": sum(x.nbytes for x in jax.live_arrays()),
-        "process": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "process": peak_memory(),
     }
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process in bytes; `ru_maxrss` would include that of its parent."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
 
 
 def main() -> None:

@@ -23,20 +23,10 @@ import numpy as np
 from bnlora._util.checks import check_option
 from bnlora.models.encoder import Encoder
 from bnlora.models.encoder_config import EncoderConfig, Pooling
+from bnlora.models.encoder_names import PATHS
 from bnlora.models.loading import Checkpoint
 from bnlora.models.tensors import KeyMap, Part, plain, renamed, take
 
-PATHS = {
-    "q_proj": "attention.self.query",
-    "k_proj": "attention.self.key",
-    "v_proj": "attention.self.value",
-    "o_proj": "attention.output.dense",
-    "up_proj": "intermediate.dense",
-    "down_proj": "output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "mlp_norm": "output.LayerNorm",
-}
-"""Where a layer of transformers has its modules and norms, by our names."""
 _OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _BUFFERS = r"embeddings\.(position_ids|token_type_ids)"
 

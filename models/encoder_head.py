@@ -13,10 +13,8 @@ import numpy as np
 from bnlora.models.encoder import Encoder
 from bnlora.models.encoder_checkpoint import EncoderFamily
 from bnlora.models.encoder_config import EncoderConfig
+from bnlora.models.encoder_names import CLASSIFIER
 from bnlora.models.tensors import Part
-
-CLASSIFIER = "classifier"
-"""Module of transformers that is the head."""
 
 
 def head_parts(family: EncoderFamily, config: EncoderConfig) -> dict[str, Part]:

@@ -85,7 +85,7 @@ def placed(weights: Any, over: Mesh, split: Split) -> Any:
     """
     check_option("split", split, ("tensor", "fully"))
 
-    def one(path: Any, leaf: Array) -> Array:
+    def one(path: Any, leaf: Any) -> Any:
         spec = spec_of(jax.tree_util.keystr(path), leaf.shape, dict(over.shape), split)
         place = NamedSharding(over, spec)
         if isinstance(leaf, jax.ShapeDtypeStruct):

@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,10 +31,11 @@ from bnlora.adapters.peft_config import rank_and_scale, read_config
 from bnlora.adapters.peft_files import ROOT, TENSORS, merged, write_peft
 from bnlora.adapters.peft_names import Place, place_of
 from bnlora.adapters.sites import HEAD, Adaptable, Site, Sites, select
-from bnlora.models.encoder import Encoder
-from bnlora.models.encoder_head import CLASSIFIER, head_tensors
-from bnlora.models.families import ENCODERS
+from bnlora.models.encoder_names import CLASSIFIER
 from bnlora.models.tensors import FLOATS, TensorFiles, safetensors_headers, take
+
+if TYPE_CHECKING:
+    from bnlora.models.encoder import Encoder
 
 FUSED = ("gpt2", "phi3")
 """Families in which transformers has one module for queries, keys and values."""
@@ -196,20 +197,24 @@ def save_peft(adapters: Adapters, folder: str | Path, *, sites: Sites, base: Ada
 
 def write(folder: str | Path, adapters: Adapters, sites: Sites, base: Any) -> None:
     """Write adapters with all rows of the head; that of an encoder is written whole, with its update."""
-    name, family = getattr(base, "name", None), getattr(base, "family", "")
+    name = getattr(base, "name", None)
     if not getattr(base, "is_encoder", False):
-        write_peft(folder, merged(adapters, sites, family), name=name)
+        write_peft(folder, merged(adapters, sites), name=name)
         return
+    from bnlora.models.encoder_head import head_tensors  # late: models take long to import
+    from bnlora.models.families import ENCODERS
+
     inner = replace(sites, families=tuple(s for s in sites.families if s.module != HEAD))
     if not inner:
         raise ValueError(
             f"an adapter for peft needs a module of a layer, such as 'q_proj'; the sites are {list(sites)}"
         )
-    head = head_tensors(_with_update(base.module, adapters, sites), ENCODERS[family])
-    write_peft(folder, merged(adapters, inner, family), name=name, head=head)
+    family = ENCODERS[base.family]
+    head = head_tensors(_with_update(base.module, adapters, sites), family)
+    write_peft(folder, merged(adapters, inner, family.PREFIX), name=name, head=head)
 
 
-def _with_update(encoder: Encoder, adapters: Adapters, sites: Sites) -> Encoder:
+def _with_update(encoder: "Encoder", adapters: Adapters, sites: Sites) -> "Encoder":
     """The encoder with the adapters of its head added to the head."""
     for name, site in sites.items():
         if site.module == HEAD:

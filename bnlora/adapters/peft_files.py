@@ -18,7 +18,7 @@ from bnlora._util.typing import Adapters
 from bnlora.adapters.peft_config import CONFIG
 from bnlora.adapters.peft_names import module_path
 from bnlora.adapters.sites import Sites
-from bnlora.models.encoder_head import CLASSIFIER
+from bnlora.models.encoder_names import CLASSIFIER
 
 TENSORS = "adapter_model.safetensors"
 ROOT = "base_model.model."
@@ -43,19 +43,19 @@ class Pair(NamedTuple):
         return len(self.a)
 
 
-def merged(adapters: Adapters, sites: Sites, family: str) -> dict[str, Pair]:
+def merged(adapters: Adapters, sites: Sites, prefix: str | None = None) -> dict[str, Pair]:
     """The adapter of every module by its path, families of the same module side by side.
 
     Args:
         adapters: One pair of factors for each family.
         sites: The sites.
-        family: Family of the base, which names the paths.
+        prefix: As in `module_path`.
     """
     pairs: dict[str, Pair] = {}
     for name, site in sites.items():
         for index, layer in enumerate(site.layers):
             a, b = (np.asarray(adapters[name][factor][index], np.float32) for factor in ("a", "b"))
-            path, new = module_path(site.module, layer, family), Pair(a, b, site.alpha)
+            path, new = module_path(site.module, layer, prefix), Pair(a, b, site.alpha)
             pairs[path] = _beside(pairs[path], new) if path in pairs else new
     return pairs
 

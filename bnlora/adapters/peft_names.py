@@ -9,9 +9,7 @@
 import re
 
 from bnlora.adapters.sites import HEAD
-from bnlora.models.encoder_checkpoint import PATHS
-from bnlora.models.encoder_head import CLASSIFIER
-from bnlora.models.families import ENCODERS
+from bnlora.models.encoder_names import CLASSIFIER, PATHS
 
 Place = tuple[str, int | None]
 """Module of this library, and its layer; None for the head."""
@@ -24,19 +22,19 @@ _HEADS = (CLASSIFIER, f"{CLASSIFIER}.out_proj")
 _MODULES = {path: module for module, path in PATHS.items()}
 
 
-def module_path(module: str, layer: int, family: str) -> str:
+def module_path(module: str, layer: int, prefix: str | None) -> str:
     """Name of a module in the model of transformers.
 
     Args:
         module: Module of this library; the head only of a decoder, because that of an encoder is not adapted
             in peft's format but stored whole.
         layer: Number of the layer, which the head ignores.
-        family: Family of the base.
+        prefix: What precedes the names of an encoder's body, such as "bert."; None for a decoder.
     """
     if module == HEAD:
         return HEAD
-    if family in ENCODERS:
-        return f"{ENCODERS[family].PREFIX}encoder.layer.{layer}.{PATHS[module]}"
+    if prefix is not None:
+        return f"{prefix}encoder.layer.{layer}.{PATHS[module]}"
     return f"model.layers.{layer}.{_PARENTS.get(module[0], 'mlp')}.{module}"
 
 

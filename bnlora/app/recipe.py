@@ -114,7 +114,7 @@ class Recipe(TaskSettings):
         return load(source, num_labels=len(self.words), pooling=self.pooling)
 
     def read(
-        self, rows: "Dataset | Mapping[str, Dataset]", base: Base, *, text: str, label: str | None
+        self, rows: "Dataset | Mapping[str, Dataset]", base: Any, *, text: str, label: str | None
     ) -> Any:
         """Tokenise rows from the columns `text` and `label`; if `label` is None, the rows have no labels."""
         tables = rows if isinstance(rows, Mapping) else {"train": rows}

@@ -6,9 +6,6 @@ from typing import Any
 from jaxtyping import Int
 
 from bnlora.adapters.peft import factors, peft_sites, stored_head
-from bnlora.base import Base
-from bnlora.models.encoder_head import with_head
-from bnlora.models.families import ENCODERS
 from bnlora.prediction.posterior import PointPosterior
 from bnlora.priors import point
 from bnlora.program.likelihoods import Likelihood
@@ -58,6 +55,10 @@ def _with_stored_head(folder: str | Path, base: Any) -> Any:
     head = stored_head(folder)
     if not head:
         return base
+    from bnlora.base import Base  # late: models take long to import
+    from bnlora.models.encoder_head import with_head
+    from bnlora.models.families import ENCODERS
+
     if not getattr(base, "is_encoder", False):
         raise ValueError(
             f"the adapter has a classification head ({', '.join(sorted(head))}), and the base is no encoder "

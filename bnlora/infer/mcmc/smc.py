@@ -130,8 +130,7 @@ def sample_smc(
             task = bar.add_task(f"SMC run {index + 1} of {num_runs}", total=100)
             report = partial(_advance, bar, task)
             compute = partial(_run, k, density, stage, num_draws, step_size, limits, report)
-            found = stored.draws(index, lambda compute=compute: compute().packed, _packed_like(like))
-            runs.append(_Run.unpacked(*found))
+            runs.append(_Run.unpacked(*stored.draws(index, partial(_packed, compute), _packed_like(like))))
             report(1.0)
     vectors = np.stack([np.asarray(run.particles.positions) for run in runs])
     moves = [list(run.moves) for run in runs]
@@ -200,6 +199,10 @@ class _Run(NamedTuple):
     def unpacked(cls, particles: Particles, moves: Any, correlation: Any) -> "_Run":
         """The run of `packed`; every stage has one move at least."""
         return cls(particles, tuple(int(m) for m in np.asarray(moves) if m), float(correlation))
+
+
+def _packed(compute: Callable[[], _Run]) -> tuple[Particles, np.ndarray, np.ndarray]:
+    return compute().packed
 
 
 def _packed_like(particles: Any) -> Any:
