@@ -26,7 +26,7 @@ files = $(foreach name,$(1),$(filter %/test_$(name).py,$(TESTS)))
 # wheel (packaging), matplotlib (plots).
 VERSIONED := diagnostics display kernels_api kernels_lowering mcmc packaging plots
 
-.PHONY: demo test fast seconds rounding versions elsewhere slow thorough lint tpu device docs notebooks benchmarks oldest newest clean
+.PHONY: demo test fast seconds rounding versions elsewhere slow thorough lint audit tpu device docs notebooks benchmarks oldest newest clean
 
 # The demonstration needs the library and nothing that tests need; where those have been set up, that will do.
 demo: $(if $(wildcard $(READY)),$(READY),$(DEMO_READY))
@@ -114,6 +114,17 @@ newest:
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[test,notebooks]"
 	.venv-newest/bin/python $(PYTEST) -m "not slow"
 
+# What an installation consists of (build/sbom.json, CycloneDX), and which of it has known vulnerabilities. The tools have an
+# environment of their own. PyPI's service knows the vulnerabilities; of other indexes pip-audit says that it cannot tell.
+audit:
+	mkdir -p build
+	$(PYTHON) -m venv --clear .venv-installed
+	.venv-installed/bin/python -m pip install --quiet .
+	$(PYTHON) -m venv --clear .venv-audit
+	.venv-audit/bin/python -m pip install --quiet cyclonedx-bom pip-audit
+	.venv-audit/bin/cyclonedx-py environment --pyproject pyproject.toml --output-format JSON -o build/sbom.json .venv-installed
+	.venv-audit/bin/pip-audit --path $$(.venv-installed/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -145,4 +156,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-installed .venv-audit build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

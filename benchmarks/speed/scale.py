@@ -6,7 +6,7 @@ prediction. Weights are bfloat16 shapes (`jax.ShapeDtypeStruct`) on a mesh, so n
 model exists. Memory is XLA's account. Operations are XLA's too, but XLA counts the body of a loop once: the
 products of the further turns are added (`benchmarks.hlo`), and the sum is compared with a closed form.
 Exchanges are read from the compiled text, times the turns of their loops. The compiler for CPUs computes in
-float32 what others compute in bfloat16; temporaries are therefore too large rather than too small.
+float32 what others compute in bfloat16, and fuses otherwise, so the temporaries of others differ.
 
 Times are rooflines from the data sheets of chips (`benchmarks.chips`): lower bounds, never measured.
 """
