@@ -147,7 +147,7 @@ def _fetch_members(members: list[Asset]) -> None:
         archive = _download(members, Path(scratch))
         _check(members[0], archive)
         if [asset.member for asset in members] == [archive.name]:
-            os.replace(archive, _cached(members[0]))
+            _move(archive, _cached(members[0]))
             return
         with zipfile.ZipFile(archive) as package:
             for asset in members:
