@@ -113,7 +113,7 @@ def test_steps_by_hand_are_those_of_a_fit(monkeypatch):
     step, state = bl.svi_step(KEY, MODEL, guide, ROWS, optax.adam(0.05), batch_size=8)
     rows = np.arange(24).reshape(3, 8)
     together = step.run(state, KEY, rows)
-    step.steps.clear()
+    step.steps.cut(0)
     one = state
     for row in rows:
         one = step.run(one, KEY, row[None])

@@ -4,6 +4,7 @@
 |--------------|----------------------------------------------------------------------|
 | `fit`        | `fit`: runs the step on minibatches and records it                   |
 | `step`       | `svi_step`: the compiled step                                        |
+| `record`     | the numbers of every step                                            |
 | `elbo`       | the bound and its terms                                              |
 | `parts`      | a minibatch in equal parts, one after the other                      |
 | `watch`      | the loop of the steps: progress, hook and stopping rules             |

@@ -172,7 +172,8 @@ class Kept:
         for name, values in record["look"].items():
             setattr(look, name, values)
         columns = group("history", arrays)
-        loop.steps[:] = [{n: float(x[i]) for n, x in columns.items()} for i in range(record["steps"])]
+        loop.steps.cut(0)
+        loop.steps.add(columns)
         if look.best_step:
             look.best_params = _filled("best", state.params, arrays)
         ended = record["stopped"] if record["stopped"] in FINISHED else None
@@ -187,7 +188,7 @@ class Kept:
         self._finish()
         if self._manager is None or step in {0, self._manager.latest_step()}:
             return
-        history = {name: loop.column(name) for name in loop.steps[0]}
+        history = {name: loop.steps.column(name) for name in loop.steps.names}
         named = by_path(jax.device_get({"state": state, "best": look.best_params, "history": history}))
         arrays = {name: np.asarray(x) for name, x in named.items() if np.size(x)}  # Orbax refuses empty ones
         record = {"steps": step, "stopped": stopped, "mark": self._mark}

@@ -30,6 +30,7 @@ from bnlora.infer.svi.elbo import TERMS, elbo_terms, initial_parameters, run_onc
 from bnlora.infer.svi.options import Memory, Optimisation
 from bnlora.infer.svi.packing import packing
 from bnlora.infer.svi.parts import InParts
+from bnlora.infer.svi.record import Record
 from bnlora.models.sharding import whole
 
 GROUPS = {"lam": (".lam",), "scale": (".scale", "_scale", "_tril")}
@@ -182,7 +183,7 @@ class Step:
     num_particles: int
     num_steps: int | None = None
     num_traces: int = 0
-    steps: list[dict[str, float]] = field(default_factory=list)
+    steps: Record = field(default_factory=Record)
 
     def __post_init__(self):
         self._compiled: Any = None
@@ -220,8 +221,7 @@ class Step:
         state, terms = program(*arguments)
         found = {name: values[:count] for name, values in jax.device_get(terms).items()}
         seconds = (time.perf_counter() - began) / count
-        records = [{name: float(x[i]) for name, x in found.items()} for i in range(count)]
-        self.steps += [record | {"seconds": seconds} for record in records]
+        self.steps.add(found | {"seconds": np.full(count, seconds)})
         return state
 
     def arguments(self, state: State, key: Array, rows: np.ndarray) -> tuple[Any, ...]:
@@ -288,8 +288,4 @@ class Step:
     @property
     def bound(self) -> np.ndarray:
         """The bound of every step so far."""
-        return self.column("elbo")
-
-    def column(self, name: str) -> np.ndarray:
-        """One entry of the record, over the steps so far."""
-        return np.array([step[name] for step in self.steps])
+        return self.steps.column("elbo")

@@ -17,6 +17,7 @@ from rich.console import Console
 from bnlora._util.exhausted import naming_memory
 from bnlora._util.progress import progress_bar
 from bnlora._util.typing import Parameters
+from bnlora.infer.svi.elbo import TERMS
 from bnlora.infer.svi.plateau import Plateau
 from bnlora.infer.svi.resume import Kept
 from bnlora.infer.svi.step import CHUNK, State, Step
@@ -59,7 +60,7 @@ class Watch(NamedTuple):
         done = len(loop.steps)
         if self.on_step is not None or done < TIMED:
             return 1
-        in_time = int(LOOK / max(loop.steps[-1]["seconds"], LOOK / CHUNK))
+        in_time = int(LOOK / max(loop.steps.column("seconds", -1)[0], LOOK / CHUNK))
         periods = [every for every in (self.look.every, self.kept.every) if every is not None]
         until = min([num_steps, *((done // every + 1) * every for every in periods)])
         return max(1, min(in_time, until - done))
@@ -75,8 +76,8 @@ class Watch(NamedTuple):
 
     def _stops(self, loop: Step, begin: int) -> Iterator[tuple[int, str]]:
         bound = np.empty(0) if self.plateau is None else loop.bound
-        for step in range(begin + 1, len(loop.steps) + 1):
-            if loop.steps[step - 1]["skipped"] > self.skip_budget:
+        for step, skipped in enumerate(loop.steps.column("skipped", begin), begin + 1):
+            if skipped > self.skip_budget:
                 yield step, "diverged"
             if self.plateau is not None and self.plateau.reached(bound[:step]):
                 yield step, "plateau"
@@ -136,13 +137,13 @@ def iterate(
                 after = watch.run(loop, state, key, planned)
                 last, why = watch.first_stop(loop, done)
                 if last < len(loop.steps):
-                    del loop.steps[done:]
+                    loop.steps.cut(done)
                     after = watch.run(loop, state, key, planned[: last - done])
                 state, done = after, last
                 stopped = watch.verdict(loop, state, why) or ("steps" if done == num_steps else None)
                 watch.kept.save(state, loop, watch.look, stopped)
     except (KeyboardInterrupt, MemoryError, hosts.HostLost) as error:
-        del loop.steps[done:]  # of a call whose state was not kept
+        loop.steps.cut(done)  # of a call whose state was not kept
         exhausted = error if isinstance(error, MemoryError) else None
         stopped = "interrupted" if exhausted is None else "memory"
         watch.kept.save(state, loop, watch.look, stopped)
@@ -170,8 +171,9 @@ def step_bar(console: Console | None, num_steps: int) -> Iterator[Callable[[Step
         task = bar.add_task("fit", total=num_steps, terms="compiling")
 
         def show(loop: Step) -> None:
-            t, recent = loop.steps[-1], [step["seconds"] for step in loop.steps[1:][-20:]]
-            seconds = np.mean(recent) if recent else 0.0  # not above 0 if the clock jumped
+            t = {name: loop.steps.column(name, -1)[0] for name in TERMS}
+            recent = loop.steps.column("seconds", max(1, len(loop.steps) - 20))
+            seconds = recent.mean() if len(recent) else 0.0  # not above 0 if the clock jumped
             speed = f"{1 / seconds:.2f} steps/s" if seconds > 0 else "compiled"
             text = (
                 f"ELBO {t['elbo']:,.0f} = data {t['data']:,.0f} - inducing KL {t['inducing_kl']:,.0f} "
