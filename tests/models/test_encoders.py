@@ -21,7 +21,6 @@ from builders.families import (
     tangent_features_are_the_jacobian,
 )
 from datasets import Dataset
-from safetensors.numpy import save_file
 from transformers import AutoConfig
 
 import bnlora as bl
@@ -388,19 +387,3 @@ def test_impossible_sizes_are_refused():
         EncoderConfig(**sizes | {"num_labels": 0})
     with pytest.raises(ValueError, match="position_offset"):
         EncoderConfig(**sizes, position_offset=-1)
-
-
-def test_adapters_for_peft_are_refused(tmp_path):
-    base = base_of("bert")
-    sites = bl.select(base, ["q_proj"], rank=2, layers=[2])
-    adapters = {"q_proj": {"a": jnp.ones((1, 2, 32)), "b": jnp.zeros((1, 32, 2))}}
-    with pytest.raises(
-        ValueError, match="adapters of encoders cannot be written for peft yet.* got a 'bert'"
-    ):
-        bl.save_peft(adapters, tmp_path, sites=sites, base=base)
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    name = "base_model.model.bert.encoder.layer.2.attention.self.query.lora_A.weight"
-    save_file({name: np.ones((2, 32), np.float32)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="adapters of encoders cannot be read yet"):
-        bl.load_peft(tmp_path, sites)
