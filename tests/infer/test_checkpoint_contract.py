@@ -41,7 +41,7 @@ AUTO = {
 def model_of(prior: str) -> SimpleNamespace:
     """A model without a language model: a prior of the table."""
     member = prior_members.MEMBERS[prior]
-    base = SimpleNamespace(weights=None, config=SimpleNamespace(vocab_size=40))
+    base = SimpleNamespace(weights=None, mesh=None, config=SimpleNamespace(vocab_size=40))
     prior = AdapterPrior(member.sites, member.prior)
     return SimpleNamespace(
         prior=prior, sites=member.sites, base=base, likelihood=Words((3, 5)), num_classes=2
