@@ -47,10 +47,11 @@ _COPIES = re.compile(r"base_model\.model\.(model\.embed_tokens|lm_head)(\.base_l
 Tensors = Mapping[tuple[str, int | None, str], Array]
 
 
-class _Stored(NamedTuple):
+class Stored(NamedTuple):
     """What the files of an adapter have.
 
     Attributes:
+        folder: Their folder.
         config: Its configuration.
         factors: Factors by module, layer (None for the head) and letter.
         paths: Name in transformers of each module.
@@ -58,6 +59,7 @@ class _Stored(NamedTuple):
         head: Tensors of a classification head, by their names in transformers.
     """
 
+    folder: Path
     config: Mapping[str, Any]
     factors: Tensors
     paths: Mapping[Place, str]
@@ -89,18 +91,17 @@ def load_peft(folder: str | Path, sites: Sites, *, head_rows: Sequence[int] | No
         >>> centre["lm_head"]["b"].shape
         (1, 2, 1)
     """
-    stored = _read(Path(folder).expanduser())
+    stored = read_adapter(folder)
     if stored.head:
         raise ValueError(
             "the adapter has a classification head of its own, which factors alone do not contain: use "
             "bl.load_peft_posterior, whose base has that head"
         )
-    return factors(folder, sites, head_rows=head_rows)
+    return factors(stored, sites, head_rows=head_rows)
 
 
-def factors(folder: str | Path, sites: Sites, *, head_rows: Sequence[int] | None = None) -> Adapters:
-    """`load_peft`, also for an adapter with a classification head, which is left out."""
-    stored = _read(Path(folder).expanduser())
+def factors(stored: Stored, sites: Sites, *, head_rows: Sequence[int] | None = None) -> Adapters:
+    """The adapters of `load_peft`; a classification head is left out."""
     _require_all_used(stored.factors, sites)
     _require_frozen(stored, sites, head_rows)
     adapters = {}
@@ -117,11 +118,6 @@ def factors(folder: str | Path, sites: Sites, *, head_rows: Sequence[int] | None
             "b": jnp.stack([b for _, b in pairs]) * ratios,
         }
     return adapters
-
-
-def stored_head(folder: str | Path) -> Mapping[str, np.ndarray]:
-    """The classification head that was trained with an adapter, by its names in transformers; often empty."""
-    return _read(Path(folder).expanduser()).head
 
 
 def peft_sites(folder: str | Path, base: Adaptable) -> Sites:
@@ -146,7 +142,11 @@ def peft_sites(folder: str | Path, base: Adaptable) -> Sites:
         Sites(56 adapter weights)
           lm_head: 16 -> 1 -> 40, alpha 1, head
     """
-    stored = _read(Path(folder).expanduser())
+    return sites_of(read_adapter(folder), base)
+
+
+def sites_of(stored: Stored, base: Adaptable) -> Sites:
+    """The sites of `peft_sites`."""
     paths, targets = stored.paths, {}
     for module, layer in sorted(paths, key=str):
         if module not in base.modules or (layer is not None and layer >= base.num_layers):
@@ -158,7 +158,7 @@ def peft_sites(folder: str | Path, base: Adaptable) -> Sites:
         pattern = module if layer is None else rf"layers\.{layer}\.{module}"
         targets[pattern] = rank_and_scale(stored.config, paths[module, layer])[0]
     if not targets:
-        raise ValueError(f"the adapter in {str(folder)!r} has no factors")
+        raise ValueError(f"the adapter in {str(stored.folder)!r} has no factors")
     return select(base, targets)
 
 
@@ -173,8 +173,8 @@ def save_peft(adapters: Adapters, folder: str | Path, *, sites: Sites, base: Ada
 
     Raises:
         ValueError: If `adapters` is a posterior, adapters do not fit the sites, the head's `b` has only the
-            rows of label tokens, the base stores several modules fused, or it is an encoder whose head peft
-            cannot have.
+            rows of label tokens, the base stores several modules fused, or it is an encoder whose head does
+            not read the pooling layer.
 
     Example:
         >>> adapters = {"lm_head": {"a": jnp.ones((1, 1, 16)), "b": jnp.zeros((1, 40, 1))}}
@@ -250,8 +250,9 @@ def require_named(base: Any) -> None:
         )
 
 
-def _read(folder: Path) -> _Stored:
+def read_adapter(place: str | Path) -> Stored:
     """Read the files of an adapter."""
+    folder = Path(place).expanduser()
     config = read_config(folder)
     if not (folder / TENSORS).is_file():
         raise FileNotFoundError(
@@ -284,10 +285,10 @@ def _read(folder: Path) -> _Stored:
         if (*place, letter) in found:
             raise ValueError(f"{TENSORS} has lora_{letter} of {_label(*place)!r} under two names")
         found[*place, letter], paths[place] = jnp.asarray(take(tensors, name)), path
-    return _Stored(config, found, paths, copies, head)
+    return Stored(folder, config, found, paths, copies, head)
 
 
-def _require_frozen(stored: _Stored, sites: Sites, head_rows: Sequence[int] | None) -> None:
+def _require_frozen(stored: Stored, sites: Sites, head_rows: Sequence[int] | None) -> None:
     """Raise `ValueError` for weights that can differ from the base's, as after a resize of its vocabulary."""
     full = {s.d_out for s in sites.values() if s.module == HEAD and head_rows is None}
     for name, rows in stored.copies.items():

@@ -1,5 +1,6 @@
 """`bnlora generate`: texts that a fit writes after prompts, with what it does not know at every token."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,6 +113,7 @@ def _fit(folder: Path) -> Fit:
 
     recipe = Recipe.from_folder(folder)
     recipe.require_fitted(read_notes(folder))
+    recipe = replace(recipe, max_length=None)  # a limit of rows, and not of prompts
     base = recipe.load_base()
     columns: dict[str, Any] = {"text": ["a text of some words"]}
     columns |= {} if recipe.choices is None else {recipe.choices: [["a choice", "another choice"]]}

@@ -101,7 +101,8 @@ def export_peft(
 
     Raises:
         ValueError: If a tangent posterior is given without data or with draws, the base stores several
-            modules fused or is an encoder whose head peft cannot have, or a number is out of its range.
+            modules fused or is an encoder whose head does not read the pooling layer, or a number is out of
+            its range.
 
     Example:
         >>> rows_of_words = bl.export_peft(key, fit, folder / "export", num_draws=2, mean_of=4, data=rows)

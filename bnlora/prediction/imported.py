@@ -1,11 +1,12 @@
 """Somebody's existing LoRA as a posterior of one point: predict with it, measure it, compare it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int
 
-from bnlora.adapters.peft import factors, peft_sites, stored_head
+from bnlora.adapters.peft import factors, read_adapter, sites_of
 from bnlora.prediction.posterior import PointPosterior
 from bnlora.priors import point
 from bnlora.program.likelihoods import Likelihood
@@ -43,16 +44,15 @@ def load_peft_posterior(
         >>> bl.predict(key, imported, rows, num_draws=1).probs.shape
         (8, 2)
     """
-    base = _with_stored_head(folder, base)
-    sites = peft_sites(folder, base)
-    model = Classifier(base, sites, point(), label_ids=label_ids, likelihood=likelihood)
+    stored = read_adapter(folder)
+    base = _with_head(base, stored.head)
+    model = Classifier(base, sites_of(stored, base), point(), label_ids=label_ids, likelihood=likelihood)
     rows = model.label_ids or None
-    return PointPosterior(model, factors(folder, model.sites, head_rows=rows))
+    return PointPosterior(model, factors(stored, model.sites, head_rows=rows))
 
 
-def _with_stored_head(folder: str | Path, base: Any) -> Any:
+def _with_head(base: Any, head: Mapping[str, Any]) -> Any:
     """The base with the classification head that was trained with the adapter, if there is one."""
-    head = stored_head(folder)
     if not head:
         return base
     from bnlora.base import Base  # late: models take long to import

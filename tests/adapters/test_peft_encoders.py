@@ -11,7 +11,7 @@ from builders.families import base_of, reference, rows_of
 from safetensors.numpy import load_file, save_file
 
 import bnlora as bl
-from bnlora.adapters.peft import stored_head
+from bnlora.adapters.peft import read_adapter
 from bnlora.models import families
 from bnlora.models.loading import Checkpoint
 from bnlora.testing import tiny_base, tiny_encoder
@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         bl.load_peft_posterior(tmp_path, mean, likelihood=LABELS)
     with pytest.raises(ValueError, match=r"the base is no encoder"):
         bl.load_peft_posterior(tmp_path, tiny_base(jax.random.key(0)), label_ids=(3, 5))
-    head = stored_head(tmp_path)
+    head = read_adapter(tmp_path).head
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"base_model.model.classifier.weight": head["classifier.weight"][:2].copy()}, file)
