@@ -250,9 +250,9 @@ def require_named(base: Any) -> None:
         )
 
 
-def read_adapter(place: str | Path) -> Stored:
+def read_adapter(where: str | Path) -> Stored:
     """Read the files of an adapter."""
-    folder = Path(place).expanduser()
+    folder = Path(where).expanduser()
     config = read_config(folder)
     if not (folder / TENSORS).is_file():
         raise FileNotFoundError(
