@@ -33,6 +33,7 @@ INSIDE: tuple[str, ...] = (
     "app.recipe",
     "assess.sbc.core",
     "data.assets",
+    "data.catalogue",
     "data.medical",
     "data.questions",
     "data.tables",

@@ -12,6 +12,7 @@
 | `questions` | multiple-choice questions of public sets, with training files          |
 | `medical`   | multiple-choice questions of medicine and science, to test on          |
 | `olmo`      | the files of questions that both of these read                         |
+| `catalogue` | `overview`: every data set that can be downloaded, in one table        |
 | `fetching`  | downloads, checks and caches them                                      |
 | `choices`   | `multiple_choice`: contexts and completions to batches                 |
 | `letters`   | `letter_choices`: choices in the text, answered by letter              |

@@ -18,6 +18,7 @@ import pytest
 from datasets import concatenate_datasets
 
 from bnlora.data import assets, fetching
+from bnlora.data.catalogue import DATA_SETS
 from bnlora.data.text import text_classification
 from bnlora.models.loading import read_checkpoint
 
@@ -278,6 +279,7 @@ def test_the_real_sentences(monkeypatch):
     monkeypatch.delenv("BNLORA_CACHE")
     sizes = {name: len(rows) for name, rows in assets.vader_domains().items()}
     assert sizes == {"movies": 10_070, "amazon": 2_976, "nyt": 2_924, "tweets": 3_432}
+    assert sizes == DATA_SETS["vader"].rows
 
 
 @pytest.fixture
@@ -346,7 +348,8 @@ def test_a_broken_file_of_news_is_one_sentence(monkeypatch, reuters, lines, mess
 def test_the_real_news(monkeypatch):
     monkeypatch.delenv("BNLORA_CACHE")
     files = assets.reuters_documents()
-    assert {name: len(rows) for name, rows in files.items()} == {"train": 5_485, "test": 2_189, "unseen": 379}
+    sizes = {name: len(rows) for name, rows in files.items()}
+    assert sizes == {"train": 5_485, "test": 2_189, "unseen": 379} == DATA_SETS["reuters"].rows
     counts = {name: Counter(rows["topic"]) for name, rows in files.items()}
     assert [counts["train"][c] for c in assets.REUTERS_CLASSES] == [1596, 253, 2840, 41, 190, 206, 108, 251]
     assert [counts["test"][c] for c in assets.REUTERS_CLASSES] == [696, 121, 1083, 10, 81, 87, 36, 75]

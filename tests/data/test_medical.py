@@ -9,6 +9,7 @@ from builders.thorough import sample_of
 
 import bnlora as bl
 from bnlora.data import medical
+from bnlora.data.catalogue import DATA_SETS
 from bnlora.data.questions import question_files
 
 ASKED = [
@@ -158,6 +159,12 @@ FIRST = {
     ),
 }
 """Beginning and end of the first question, its choices, the right one and its name."""
+
+
+def test_the_catalogue_has_these_sizes():
+    assert {name: DATA_SETS[name].rows for name in REAL} == {
+        n: {f: rows} for n, (f, rows, *_) in REAL.items()
+    }
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from builders.thorough import sample_of
 
 import bnlora as bl
 from bnlora.data import questions
+from bnlora.data.catalogue import DATA_SETS
 
 COLUMNS = {"context": "context", "choices": "choices", "label": "gold"}
 
@@ -194,6 +195,12 @@ SIZES = {
 }
 """Rows of each file, and the training and validation rows that are left out, as in docs/guides/data.md."""
 QUICK = ("arc_easy",)
+
+
+def test_the_catalogue_has_these_sizes():
+    assert {name: DATA_SETS[name].rows for name in SIZES} == {
+        name: sizes for name, (sizes, *_) in SIZES.items()
+    }
 
 
 @pytest.mark.slow
