@@ -213,7 +213,7 @@ mcmc.sample_nuts(
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_killed_process_loses_no_piece_and_changes_no_draw(tmp_path):
     """SIGKILL in the middle of a run, then again in another process: the draws of an unbroken run."""
     broken, whole = tmp_path / "broken", tmp_path / "whole"
@@ -305,7 +305,7 @@ SAMPLERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sample_of(SAMPLERS, [name for name in SAMPLERS if "dense" not in name]))
+@pytest.mark.parametrize("name", sample_of(SAMPLERS, ("NUTS", "elliptical slice", "SMC")))
 def test_every_exact_sampler_agrees_with_importance_sampling(name, exact):
     chains = SAMPLERS[name](classifier())
     _, values = chains.values()
