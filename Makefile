@@ -152,7 +152,7 @@ $(DEMO_READY): pyproject.toml
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[test,lint,notebooks$(PARITY)]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,lint,notebooks,ray$(PARITY)]"
 	touch $@
 
 clean:

@@ -4,7 +4,7 @@ Every benchmark of the core prior takes its rows from here, so the trunk of the 
 `python -m benchmarks pool` computes all activations.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -39,8 +39,7 @@ class Pool(NamedTuple):
 
 def pool(domains: Sequence[str] = DOMAINS, *, console: Console | None = None) -> Pool:
     """The sentences of some domains. Activations that are not on disk are computed, which takes minutes."""
-    base = RECIPE.load_base()
-    data = RECIPE.read(vader_domains(), base, text="text", label="label")
+    base, data = sentences()
     sites = bl.select(base, ["v_proj"], rank=1, layers=slice(-(RECIPE.top_layers or 0), None))
     model = bl.Classifier(base, sites, bl.priors.point(), label_ids=data.label_ids)
     folder = cache_folder() / "pool"
@@ -50,6 +49,12 @@ def pool(domains: Sequence[str] = DOMAINS, *, console: Console | None = None) ->
         for name in domains
     }
     return Pool(base, rows, tuple(data.label_ids.tolist()))
+
+
+def sentences() -> tuple[Base, bl.TextData]:
+    """The base of the demonstration and all sentences by domain, without activations."""
+    base = RECIPE.load_base()
+    return base, RECIPE.read(vader_domains(), base, text="text", label="label")
 
 
 def _cached(model: bl.Classifier, batch: bl.Batch, file, console: Console | None) -> bl.Batch:
@@ -62,11 +67,23 @@ def drawn(
     pooled: Pool, seed: int, *, labelled: int = LABELLED, test: int = 0
 ) -> tuple[bl.Batch, dict[str, bl.Batch]]:
     """Labelled movie sentences of a seed, and other sentences of each domain for tests."""
+    sizes = {name: len(batch) for name, batch in pooled.rows.items()}
+    train, tests = places(sizes, seed, labelled=labelled, test=test)
+    return rows_of(pooled.rows["movies"], train), {n: rows_of(pooled.rows[n], at) for n, at in tests.items()}
+
+
+def places(
+    sizes: Mapping[str, int], seed: int, *, labelled: int = LABELLED, test: int = 0
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Numbers of the labelled movie sentences of a seed, and of the test sentences of each domain.
+
+    With up to `LABELLED` labelled rows, the test rows of a seed do not depend on how many there are.
+    """
     random = np.random.default_rng(seed)
-    order = {name: random.permutation(len(batch)) for name, batch in pooled.rows.items()}
-    skip = {name: LABELLED if name == "movies" else 0 for name in order}
-    tests = {n: rows_of(pooled.rows[n], order[n][skip[n] : skip[n] + test]) for n in order} if test else {}
-    return rows_of(pooled.rows["movies"], order["movies"][:labelled]), tests
+    order = {name: random.permutation(size) for name, size in sizes.items()}
+    skip = {name: max(LABELLED, labelled) if name == "movies" else 0 for name in order}
+    tests = {n: order[n][skip[n] : skip[n] + test] for n in order} if test else {}
+    return order["movies"][:labelled], tests
 
 
 def rows_of(batch: bl.Batch, rows: np.ndarray) -> bl.Batch:

@@ -9,7 +9,7 @@
 | Bayesian-LoRA, NUTS | all rows: the same posterior, sampled by NUTS                                        |
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from bnlora.assess.comparison import compare as compare_posteriors
 from bnlora.assess.comparison import store_reference
 from bnlora.base import Base
 from bnlora.data.batch import Batch
-from bnlora.guides import Guide, SiteFlow, delta
+from bnlora.guides import Family, Guide, SiteFlow, delta
 from bnlora.infer.approximate.temperature import tempered
 from bnlora.infer.core.fit import SIZES, CoreFit, fit_core, fit_near
 from bnlora.infer.core.start import start_at
@@ -38,8 +38,9 @@ from bnlora.infer.svi.result import Fit
 from bnlora.infer.svi.validation import EarlyStopping
 from bnlora.prediction.posterior import Posterior
 from bnlora.prediction.predict import Prediction, predict
-from bnlora.priors import point
+from bnlora.priors import Prior, point
 from bnlora.program.cache import cache_prefix
+from bnlora.program.likelihoods import Likelihood
 from bnlora.program.model import Classifier
 
 BASE, LORA, CAREFUL = "base", "LoRA", "LoRA, careful"
@@ -83,26 +84,37 @@ def fit_lora(
     base: Base,
     train: Batch,
     *,
-    label_ids: tuple[int, ...],
+    label_ids: tuple[int, ...] | None = None,
+    likelihood: Likelihood | None = None,
     epochs: int = EPOCHS,
     layers: int = 2,
+    targets: Sequence[str] = TARGETS,
+    rank: int = RANK,
+    prior: Prior | None = None,
+    family: Family | Mapping[str, Family] | None = None,
     validation: Batch | None = None,
     console: Console | None = None,
 ) -> Fit:
-    """Fit plain LoRA by maximum likelihood with the published recipe.
+    """Fit plain LoRA with the published recipe: by maximum likelihood, unless there is a prior.
 
     Args:
         key: Random key of start values and the order of rows.
         base: The frozen base.
         train: Rows to fit.
         label_ids: Token id of each class.
+        likelihood: Other classes than words, in place of `label_ids`.
         epochs: Passes over the rows.
         layers: Number of uppermost layers to adapt.
+        targets: Modules to adapt.
+        rank: Rank of every module.
+        prior: A prior of the factors; none if omitted.
+        family: Guide of the factors under that prior; the mode if omitted.
         validation: Rows that choose the best step; evaluated ten times during the fit.
         console: Where to report progress.
     """
-    sites = select(base, TARGETS, rank=RANK, layers=slice(-layers, None))
-    model = Classifier(base, sites, point(), label_ids=label_ids)
+    sites = select(base, targets, rank=rank, layers=slice(-layers, None))
+    prior = point() if prior is None else prior
+    model = Classifier(base, sites, prior, label_ids=label_ids, likelihood=likelihood)
     steps = max(epochs * len(train) // BATCH, 1)
     warm_up = max(int(WARM_UP * steps), 1)
     rate = optax.join_schedules(
@@ -113,7 +125,7 @@ def fit_lora(
     return fit(
         key,
         model,
-        Guide(model.prior, delta()),
+        Guide(model.prior, delta() if family is None else family),
         train,
         optax.adamw(rate),
         num_steps=steps,

@@ -1,0 +1,80 @@
+"""The grids by name: lists of cells. `benchmarks/protocol.md` says what each is for."""
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import product
+
+from benchmarks.cells.rows import Cell
+
+SEEDS = (3, 4, 5, 6, 7)
+"""Seeds 0 to 2 are for development: placement, sizes and the scale prior were chosen on them."""
+
+MINIMUM = (
+    "untouched base",
+    "LoRA, 20 epochs",
+    "LoRA, careful",
+    "core Laplace",
+    "core Gaussian",
+    "core MAP",
+    "core NUTS",
+    "LoRA, 3 epochs",
+    "Laplace-LoRA",
+    "MAP",
+    "MC dropout",
+    "core network",
+)
+"""Methods of the grid that is committed; those that share a fit follow one another."""
+
+OTHERS = ("BLoB", "deep ensemble", "SWAG", "TFB", "core SiteFlow")
+SIZES: Mapping[str, int] = {"vader": 560, "arc_easy": 320, "openbookqa": 320}
+"""Labelled rows of each task in the minimal grid."""
+
+
+def _cells(
+    methods: Iterable[str], sizes: Iterable[tuple[str, int]], seeds: Iterable[int] = SEEDS, **options: object
+) -> list[Cell]:
+    crossed = product(sizes, seeds, methods)
+    return [Cell(task, method, size, seed, options) for (task, size), seed, method in crossed]
+
+
+def smoke() -> list[Cell]:
+    """A few cells of few rows, to see that everything works."""
+    methods = ("untouched base", "LoRA, 3 epochs", "core Laplace")
+    return _cells(methods, [("vader", 80)], seeds=(0,))
+
+
+def minimum() -> list[Cell]:
+    """Three tasks, one size, five seeds, twelve methods."""
+    return _cells(MINIMUM, SIZES.items())
+
+
+def methods() -> list[Cell]:
+    """The methods that the minimal grid leaves out."""
+    return _cells(OTHERS, SIZES.items())
+
+
+def sizes() -> list[Cell]:
+    """The cheap methods at other numbers of labelled rows."""
+    cheap = ("untouched base", "LoRA, 20 epochs", "LoRA, careful", "core Laplace", "core Gaussian")
+    return _cells(cheap, product(SIZES, (80, 320, 1280)))
+
+
+def ablations() -> list[Cell]:
+    """What the core prior depends on: size of the frames, placement, layers, and draws of a prediction."""
+    rows = [("vader", SIZES["vader"])]
+    changes: list[dict[str, object]] = [
+        *({"size": {"q_proj": 8, "k_proj": 8, "v_proj": n}} for n in (8, 16, 64)),
+        {"targets": ["v_proj", "o_proj"]},
+        {"targets": ["q_proj", "lm_head"]},
+        {"targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "slope"]},
+        *({"layers": n} for n in (1, 4)),
+        *({"draws": n} for n in (4, 16, 256)),
+        *({"within": n} for n in (1.0, 4.0)),
+    ]
+    cells = [cell for change in changes for cell in _cells(["core Laplace"], rows, **change)]
+    return cells + [cell for rank in (2, 32) for cell in _cells(["LoRA, 20 epochs"], rows, rank=rank)]
+
+
+GRIDS: Mapping[str, Callable[[], list[Cell]]] = {
+    grid.__name__: grid for grid in (smoke, minimum, methods, sizes, ablations)
+}
+"""A function that lists the cells, by the name of its grid."""
