@@ -19,7 +19,7 @@ from benchmarks import tables
 from benchmarks.report import Report
 
 HERE = Path(__file__).parent
-GROUPS = ("speed", "posterior", "calibration")
+GROUPS = ("grid", "speed", "posterior", "calibration")
 OPTIONAL = ("torch", "peft", "libtpu")
 
 
