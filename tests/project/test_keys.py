@@ -20,6 +20,9 @@ NAMES = (
     ".guides.flows",
     ".infer.approximate",
     ".infer.mcmc",
+    ".prediction.conformal",
+    ".prediction.decisions",
+    ".prediction.selective",
     ".priors",
     ".testing",
 )
