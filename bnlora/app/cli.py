@@ -1,4 +1,6 @@
-"""The command line: `bnlora demo`, `fit`, `predict`, `evaluate`, `diagnose`, `audit`, `generate`, `export`.
+"""The command line: `bnlora demo`, `fit`, `predict`, `evaluate`, `diagnose`, `audit`, and more.
+
+The commands `audit`, `generate`, `export` and `serve` have files of their own.
 
 Results go to standard output, as text or (`--json`) as one JSON object. Progress and errors go to standard
 error; progress bars appear only on a terminal. `bnlora.app.outcome` has the exit codes.
@@ -41,6 +43,7 @@ from bnlora.app.outcome import (
 from bnlora.app.predicting import Columns, predict_table
 from bnlora.app.printing import exit_if_interrupted, print_result, reporting, write
 from bnlora.app.recipe import LEARNING_RATE, LEARNING_RATE_OF_LORA, Recipe, Schedule
+from bnlora.app.serve.command import serve_command
 from bnlora.app.tasks import columns_of, outcome_summary
 from bnlora.data.formats import ENCODING
 from bnlora.data.tables import (
@@ -294,6 +297,7 @@ def diagnose(
 app.command()(audit)
 app.command("generate")(generate_command)
 app.command()(export)
+app.command("serve")(serve_command)
 
 
 def main() -> None:

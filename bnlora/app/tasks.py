@@ -34,7 +34,7 @@ from bnlora.data.text import Truncate, text_classification
 from bnlora.models.encoder_config import Pooling
 from bnlora.prediction.outcomes import predict_texts, predict_values
 from bnlora.prediction.posterior import Posterior
-from bnlora.prediction.predict import predict
+from bnlora.prediction.predict import Prediction, predict
 from bnlora.program.likelihoods import (
     Completions,
     Labels,
@@ -216,9 +216,14 @@ def predicted(
         text = predict_texts(key, posterior, rows, **options)
         arrays = [text.log_likelihood, text.num_tokens]
     else:
-        classes, known = predict(key, posterior, rows, **options), class_names(recipe)
-        best = classes.log_probs.argmax(1)
-        arrays = [*classes.probs.T, classes.entropy, classes.mutual_information, np.array(known)[best]]
+        return class_columns(recipe, predict(key, posterior, rows, **options))
+    return {name: array.tolist() for name, array in zip(column_names(recipe), arrays, strict=True)}
+
+
+def class_columns(recipe: TaskSettings, classes: Prediction) -> dict[str, list[Any]]:
+    """The columns that a prediction of classes adds to rows."""
+    best = np.array(class_names(recipe))[classes.log_probs.argmax(1)]
+    arrays = [*classes.probs.T, classes.entropy, classes.mutual_information, best]
     return {name: array.tolist() for name, array in zip(column_names(recipe), arrays, strict=True)}
 
 

@@ -11,7 +11,7 @@ the weights.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -226,12 +226,18 @@ def outputs_with_draws(
     batch_size: int = 32,
     draws_together: int | None = None,
     console: Console | None = None,
+    widths: Literal["many", "few"] = "many",
 ) -> Float[np.ndarray, "s n m"]:
-    """What the likelihood's predictions keep of every draw and row (`Likelihood.outputs`)."""
+    """What the likelihood's predictions keep of every draw and row (`Likelihood.outputs`).
+
+    With `widths="few"`, rows are padded to powers of two, so that fewer programs are compiled.
+    """
     model.check_tokens(data)
     num_draws = len(jax.tree.leaves(draws)[0])
     if num_draws > 1 and all_equal(draws):  # those of a point: one pass serves all
-        options: Any = {"batch_size": batch_size, "draws_together": draws_together, "console": console}
+        options: Any = {
+            "batch_size": batch_size, "draws_together": draws_together, "console": console, "widths": widths
+        }  # fmt: skip
         one = outputs_with_draws(model, jax.tree.map(lambda x: np.asarray(x)[:1], draws), data, **options)
         return np.repeat(one, num_draws, axis=0)
     over = model.base.mesh
@@ -240,7 +246,7 @@ def outputs_with_draws(
     with naming_memory(partial(_smaller, data, num_draws, batch_size, together)):
         on_device = [(whole(over, jax.device_put(x)), count) for x, count in pieces(draws, multiple=together)]
         narrow = model.numbers((batch_size, *data.row_shape)) > SMALL
-        for part in tracked_parts(data, batch_size, "predict", console, narrow=narrow):
+        for part in tracked_parts(data, batch_size, "predict", console, narrow=narrow, widths=widths):
             batch, begin = model.prepare(part.batch), 0
             for piece, count in on_device:
                 computed = np.asarray(whole(over, model.compiled_outputs(piece, count, batch, together)))

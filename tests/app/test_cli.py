@@ -302,7 +302,7 @@ def test_wrong_usage_and_the_version_have_their_exit_codes():
     assert (done.exit_code, done.stdout) == (0, f"bnlora {bnlora.__version__}\n")
 
 
-COMMANDS = "demo fit predict evaluate diagnose audit generate export".split()
+COMMANDS = "demo fit predict evaluate diagnose audit generate export serve".split()
 
 
 @pytest.mark.parametrize(
@@ -341,11 +341,8 @@ def test_a_pipe_gets_plain_lines_and_only_json(place):
 
 def test_help_names_every_command_and_option():
     text = call("--help").output
-    assert all(
-        command in text
-        for command in ("demo", "fit", "predict", "evaluate", "diagnose", "audit", "generate", "export")
-    )
-    for command in ("demo", "fit", "predict", "evaluate", "diagnose", "audit", "generate", "export"):
+    assert all(command in text for command in COMMANDS)
+    for command in COMMANDS:
         assert call(command, "--help").exit_code == 0
 
 

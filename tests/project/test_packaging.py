@@ -101,9 +101,32 @@ def test_what_the_library_imports_is_what_it_depends_on():
     named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     named |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     imported = {name.split(".")[0] for name in named} - {"bnlora", *sys.stdlib_module_names}
-    stated = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in PROJECT["project"]["dependencies"]}
+    stated = distributions(PROJECT["project"]["dependencies"])
     packages = {"ot": "pot", "sklearn": "scikit_learn", "orbax": "orbax_checkpoint"}
-    assert {packages.get(name, name) for name in imported} <= stated
+    served = distributions(PROJECT["project"]["optional-dependencies"]["serve"])
+    assert {packages.get(name, name) for name in imported} <= stated | served
+
+
+def distributions(lines: list[str]) -> set[str]:
+    """Names of the distributions of a list of dependencies."""
+    return {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in lines}
+
+
+def test_only_the_service_imports_its_extra_and_only_inside_functions():
+    served = distributions(PROJECT["project"]["optional-dependencies"]["serve"])
+    for path in modules():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        users = [
+            n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) and names(n) & served
+        ]
+        assert not users or path.parent.name == "serve", path
+        assert not [node for node in tree.body if node in users], path
+
+
+def names(node: ast.Import | ast.ImportFrom) -> set[str]:
+    """Top packages that a statement imports."""
+    whole = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+    return {name.split(".")[0] for name in whole}
 
 
 UV = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
@@ -168,7 +191,7 @@ def test_the_citation_file_says_what_the_project_file_says():
 
 
 HEAVY = (
-    "arviz_base arviz_plots arviz_stats blackjax datasets flax gguf huggingface_hub IPython "
+    "arviz_base arviz_plots arviz_stats blackjax datasets fastapi flax gguf huggingface_hub IPython "
     "jax.experimental.pallas jinja2 matplotlib optax orbax ot pandas pyarrow scipy.optimize scipy.stats "
     "sklearn tokenizers torch transformers typer xarray"
 ).split()
