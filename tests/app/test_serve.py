@@ -310,7 +310,7 @@ def test_missing_packages_and_a_port_in_use_are_named(place, monkeypatch):
     assert f"cannot listen on '127.0.0.1', port {port}" in done.output
     taken.close()
     monkeypatch.setattr(command, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs fastapi, uvicorn, prometheus-client: pip install 'bnlora"):
+    with pytest.raises(ValueError, match=r"needs fastapi, uvicorn, prometheus-client: pip install fastapi"):
         require_packages()
 
 

@@ -83,7 +83,7 @@ def serve_command(
 ) -> None:
     """Answer texts over HTTP: probabilities, uncertainty, prediction sets, actions.
 
-    Needs the extra packages of `pip install 'bnlora[serve]'`.
+    Needs the packages of the extra `serve`: pip install fastapi uvicorn prometheus-client.
     """
     with reporting() as progress:
         require_packages()
@@ -108,7 +108,7 @@ def require_packages() -> None:
     """Raise `ValueError` with the command that installs them if packages of the extra are missing."""
     missing = [name.replace("_", "-") for name in NEEDS if find_spec(name) is None]
     if missing:
-        raise ValueError(f"bnlora serve needs {', '.join(missing)}: pip install 'bnlora[serve]'")
+        raise ValueError(f"bnlora serve needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def token_for(host: str, file: Path | None, environment: Mapping[str, str]) -> str | None:
