@@ -1,5 +1,6 @@
 """The service: its probabilities, limits, token, counts and labels, and what hostile requests get."""
 
+import asyncio
 import base64
 import json
 import os
@@ -21,8 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bnlora import metrics
-from bnlora.app.serve import command, queue
-from bnlora.app.serve.bodies import Limits
+from bnlora.app.serve import command, queue, web
+from bnlora.app.serve.bodies import Limits, Refused
 from bnlora.app.serve.command import bound, require_packages, token_for
 from bnlora.app.serve.log import PredictionLog
 from bnlora.app.serve.service import load_service
@@ -176,6 +177,29 @@ def test_a_body_that_states_no_length_is_read_up_to_the_limit(client):
     answer = client.post("/predict", content=body(), headers={"Content-Type": "application/json"})
     assert answer.status_code == 413
     assert "4,000 bytes" in refusal(answer)
+
+
+class Slow:
+    """A request whose body comes in two parts, of which the second never comes or is an end of connection."""
+
+    def __init__(self, last):
+        self.headers = {"content-type": "application/json"}
+        self.messages = [{"type": "http.request", "body": b"{", "more_body": True}, *last]
+
+    async def receive(self):
+        if not self.messages:
+            await asyncio.sleep(60)
+        return self.messages.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("last", "status"), [([], 408), ([{"type": "http.disconnect"}], 400)], ids=["slow", "closed"]
+)
+def test_a_body_that_does_not_end_is_given_up(last, status, monkeypatch):
+    monkeypatch.setattr(web, "BODY_SECONDS", 0.05)
+    with pytest.raises(Refused) as refused:
+        asyncio.run(web.body_of(Slow(last), LIMITS))
+    assert refused.value.status == status
 
 
 def test_a_form_or_text_of_another_site_is_refused(client):

@@ -3,6 +3,7 @@
 | status | meaning                                                                    |
 |--------|----------------------------------------------------------------------------|
 | 200    | answered                                                                   |
+| 400    | the connection was closed before the whole body came                       |
 | 401    | no token, or another one                                                   |
 | 403    | without a token only `localhost` and loopback addresses may name the host  |
 | 408    | the body came too slowly                                                   |
@@ -200,7 +201,7 @@ async def body_of(request: "Request", limits: Limits) -> bytes:
     """The body of a request, which is read only up to the limit.
 
     Raises:
-        Refused: If it is too large, too slow, or not declared as JSON.
+        Refused: If it is too large, too slow, broken off, or not declared as JSON.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -212,8 +213,13 @@ async def body_of(request: "Request", limits: Limits) -> bytes:
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            async for part in request.stream():
-                body += part
+            more = True
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise Refused(400, "the connection was closed before the whole body came")
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
                 if len(body) > limits.max_bytes:
                     raise too_large
     except TimeoutError:
