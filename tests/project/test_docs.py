@@ -121,7 +121,8 @@ def test_every_public_plot_is_in_the_gallery():
 
 
 PACKAGES = (
-    "approximate", "comparison", "diagnostics", "guides", "mcmc", "metrics", "plots", "priors", "sbc",
+    "approximate", "comparison", "diagnostics", "guides", "mcmc", "metrics", "monitor", "plots", "priors",
+    "sbc",
 )  # fmt: skip
 
 
