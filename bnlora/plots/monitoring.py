@@ -42,8 +42,9 @@ def monitoring(monitor: Monitor, *, ax: Sequence[Axes] | None = None) -> Figure:
             figure,
             "Left: accuracy of the labelled rows so far with its confidence sequence, which holds at every "
             f"row together with probability {monitor.level:g} if accuracy is constant; dashed: the floor. "
-            "Right: evidence of each test as a multiple of its alarm level, cut off above and below; above the "
-            f"dashed line is an alarm; dotted: the first one. P(any false alarm, ever) is at most {monitor.alpha:g}.",
+            "Right: evidence of each test as a multiple of its alarm level, cut off above and below. Above "
+            "the dashed line is an alarm; dotted: the first one. P(any false alarm, ever) is at most "
+            f"{monitor.alpha:g}.",
         )
     return figure
 

@@ -222,7 +222,6 @@ def test_bins_are_the_expected_calibration_error():
 SCORES = {
     "continuous": lambda random, size: random.gamma(1.0, size=size),
     "ties": lambda random, size: random.integers(0, 4, size).astype(float),
-    "half zero": lambda random, size: np.maximum(random.normal(size=size), 0.0),
     "constant": lambda random, size: np.zeros(size),
 }
 

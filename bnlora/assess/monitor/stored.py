@@ -193,7 +193,8 @@ def _record(path: Path) -> _Reader:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+    # Not `math.isfinite`: an integer may be too large for a float.
+    return isinstance(value, float | int) and not isinstance(value, bool) and -1e308 < value < 1e308
 
 
 def _sequence_record(sequence: MeanSequence) -> dict[str, Any]:
