@@ -72,6 +72,7 @@ KINDS = {
     "adapter's sites": Kind(150, 100_000, ("adapter_config.json",), lambda f: peft_sites(f, BASE)),
     "fit": Kind(150, 50_000, (RECORD, ARRAYS), read_stored),
     "recipe": Kind(300, 100_000, (FILE,), Recipe.from_folder),
+    "monitor": Kind(100, 20_000, ("monitor.json",), lambda f: bl.monitor.load_monitor(f / "monitor.json")),
     "csv": Kind(150, 20_000, ("rows.csv",), lambda f: read_table(f / "rows.csv")),
     "jsonl": Kind(150, 20_000, ("rows.jsonl",), lambda f: read_table(f / "rows.jsonl")),
     "parquet": Kind(150, 20_000, ("rows.parquet",), lambda f: read_table(f / "rows.parquet")),
@@ -93,6 +94,9 @@ def valid(tmp_path_factory) -> dict[str, bytes]:
     fit = bl.fit(KEY, MODEL, guide, rows, optax.adam(0.01), num_steps=2, batch_size=4)
     bl.save_fit(fit, folder)
     Recipe(words=(" bad", " good")).save(folder)
+    seen = bl.Prediction(np.log(np.random.default_rng(0).dirichlet([1, 1], (2, 40))))
+    monitor = bl.monitor.Monitor.start(KEY, seen, np.arange(40) % 2).update(seen, np.zeros(40, int), "today")
+    bl.monitor.save_monitor(monitor, folder / "monitor.json")
     table = Dataset.from_dict({"text": ["good", 'a "quoted", bad\none', "ü"] * 4, "label": [0, 1, 0] * 4})
     for ending in ("csv", "jsonl", "parquet"):
         write_table(table, folder / f"rows.{ending}")

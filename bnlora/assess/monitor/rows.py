@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -14,6 +14,7 @@ UNLABELLED = -1
 """Label of a row without a label."""
 
 
+@runtime_checkable
 class Observed(Protocol):
     """What the monitor needs of a prediction; `Prediction` and `Logged` have it."""
 
@@ -59,7 +60,7 @@ class Logged:
     def entropy(self) -> Float[np.ndarray, " n"]:
         """Entropy of each row in nats."""
         log_probs = self.log_probs
-        return -(np.exp(log_probs) * np.maximum(log_probs, np.finfo(np.float64).min)).sum(1)
+        return 0.0 - (np.exp(log_probs) * np.maximum(log_probs, np.finfo(np.float64).min)).sum(1)
 
 
 class Labelled(NamedTuple):

@@ -54,7 +54,7 @@ class MeanSequence:
     Example:
         >>> sequence = MeanSequence.start(0.0, 1.0).update(np.tile([1.0, 1.0, 1.0, 0.0], 100))
         >>> sequence.mean, [round(end, 2) for end in sequence.interval]
-        (0.75, [0.67, 0.82])
+        (0.75, [0.67, 0.83])
     """
 
     low: float

@@ -57,7 +57,7 @@ class Ranks:
         >>> ranks = Ranks.start(np.random.default_rng(0), np.arange(90.0))
         >>> ranks, p = ranks.update(np.array([1000.0, -5.0]), np.array([0.5, 0.5]))
         >>> p.round(2), int(ranks.counts.sum())
-        (array([0.02, 0.97]), 62)
+        (array([0.02, 0.96]), 62)
     """
 
     edges: Float[np.ndarray, " e"]

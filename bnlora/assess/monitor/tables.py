@@ -1,7 +1,7 @@
 """What a monitor shows: its findings, its recommendation, and its tables."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from bnlora._util.display import Showable, Table
 from bnlora._util.finding import Finding, Findings, count_words
@@ -20,6 +20,7 @@ _REMEDIES = {
 }
 
 
+@runtime_checkable
 class Monitored(Protocol):
     """The part of a `Monitor` that is shown."""
 
@@ -73,11 +74,6 @@ class Monitored(Protocol):
         """The alarms."""
         ...
 
-    @property
-    def findings(self) -> tuple[Finding, ...]:
-        """One finding for each test."""
-        ...
-
 
 def findings(monitor: Monitored) -> tuple[Finding, ...]:
     """One finding for each test; those that do not run say what they need."""
@@ -128,7 +124,7 @@ def recommendation(monitor: Monitored) -> str:
 
 def overview(monitor: Monitored) -> tuple[Showable, ...]:
     """Recommendation, findings, running means, and calibration by confidence."""
-    found = monitor.findings
+    found = findings(monitor)
     title = (
         f"Monitor: {monitor.num_rows:,} rows, {monitor.num_labelled:,} labelled; {count_words(found)}; "
         f"P(any false alarm, ever) at most {monitor.alpha:g}"

@@ -60,8 +60,8 @@ class Watch:
 
     Example:
         >>> watch = Watch("calibration", Evidence.start(1), 2.0)
-        >>> watch.update(np.log([[2.0], [2.0]]), np.array([1, 2]), ["Monday", "Tuesday"]).alert
-        Alert(test='calibration', row=2, time='Tuesday', evidence=2.3676...)
+        >>> watch.update(np.log([[2.0], [2.0]]), np.array([1, 2]), ["Monday", "Tuesday"]).alert.time
+        'Tuesday'
     """
 
     test: str
