@@ -145,7 +145,7 @@ class _Reader:
     def optional(self, name: str, read: Callable[[], T]) -> T | None:
         return None if self.get(name) is None else read()
 
-    def number(self, name: str, low: float, high: float) -> float:
+    def number(self, name: str, low: float | int, high: float | int) -> float:
         value = self.get(name)
         if not _is_number(value) or not low < value < high:
             raise self.refuse(name, f"a number in ({low}, {high})")
@@ -164,7 +164,7 @@ class _Reader:
         return value
 
     def floats(
-        self, name: str, size: int | None, low: float, high: float, *, whole: bool = False
+        self, name: str, size: int | None, low: float | int, high: float | int, *, whole: bool = False
     ) -> Float[np.ndarray, " n"]:
         values = self.items(name, 2 * shift.EDGES + 1 if size is None else size)
         right = all((is_integer(x) if whole else _is_number(x)) and low <= x < high for x in values)
