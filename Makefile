@@ -64,8 +64,9 @@ versions: $(READY)
 # `make rounding`, which `make slow` runs, has all files; where this fails, `make rounding` and `make versions` say which of
 # the two it was.
 STATISTICS := density elbo gp
-# Chains and pages of diagnostics take longest: with another Python they run in `make newest` (BNLORA_MATRIX=1 of .ci/run).
-ELSEWHERE := $(filter-out diagnostics mcmc,$(VERSIONED))
+# Chains, pages of diagnostics, pictures and wheels take longest: with another Python they run in `make newest`
+# (BNLORA_MATRIX=1 of .ci/run).
+ELSEWHERE := $(filter-out diagnostics mcmc packaging plots,$(VERSIONED))
 elsewhere: $(READY)
 	XLA_FLAGS="$(ROUNDING)" $(BIN)/python $(PYTEST) -m "not slow" $(sort $(call files,$(STATISTICS) $(ELSEWHERE)))
 

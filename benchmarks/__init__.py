@@ -1,6 +1,6 @@
 """Measurements of the library: `python -m benchmarks` lists them, `python -m benchmarks NAME` runs one.
 
-A benchmark is a module in one of the three folders. The list shows the first line of its docstring. Its
+A benchmark is a module in one of the four folders. The list shows the first line of its docstring. Its
 function `options` adds arguments to a parser; `run` measures and writes tables into a `Report`.
 
 | module    | contents                                                           |
@@ -12,4 +12,5 @@ function `options` adds arguments to a parser; `run` measures and writes tables 
 | `data`    | the rows of the demonstration with cached activations              |
 | `heads`   | small adapters whose exact posterior MCMC can sample               |
 | `steps`   | the compiled step of a fit                                         |
+| `cells`   | the results of the grid, their metrics, tests, tables and pictures |
 """

@@ -119,6 +119,9 @@ if _TYPE_CHECKING:  # what type checkers and editors see of the names in `_LATER
     from bnlora.models.hosts import HostLost as HostLost
     from bnlora.models.hosts import hosts as hosts
     from bnlora.models.sharding import mesh as mesh
+    from bnlora.prediction import conformal as conformal
+    from bnlora.prediction import decisions as decisions
+    from bnlora.prediction import risk_control as risk_control
     from bnlora.prediction import selective as selective
     from bnlora.prediction.generated import Generation as Generation
     from bnlora.prediction.generation import generate as generate
@@ -158,10 +161,13 @@ _HOME = {name: module for module, names in _LATER.items() for name in names.spli
 _PACKAGES = {
     "approximate": "bnlora.infer.approximate",
     "comparison": "bnlora.assess.comparison",
+    "conformal": "bnlora.prediction.conformal",
+    "decisions": "bnlora.prediction.decisions",
     "diagnostics": "bnlora.assess.diagnostics",
     "mcmc": "bnlora.infer.mcmc",
     "monitor": "bnlora.assess.monitor",
     "plots": "bnlora.plots",
+    "risk_control": "bnlora.prediction.risk_control",
     "sbc": "bnlora.assess.sbc",
     "selective": "bnlora.prediction.selective",
 }

@@ -158,6 +158,12 @@ def read_parts(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
 
 
 def _tensors(path: Path, reader: CheckedReader) -> list[GgufTensor]:
+    scalars = [header.name for header in reader.tensors if not header.data.ndim]
+    if scalars:
+        raise ValueError(
+            f"{str(path)!r} is corrupt, copy or download it again (tensor {brief(scalars[0])} has no "
+            "dimensions)"
+        )
     return [GgufTensor(path, header) for header in reader.tensors]
 
 

@@ -24,9 +24,10 @@ MINIMUM = (
 )
 """Methods of the grid that is committed; those that share a fit follow one another."""
 
+CHEAP = ("untouched base", "LoRA, 20 epochs", "LoRA, careful", "core Laplace", "core Gaussian")
 OTHERS = ("BLoB", "deep ensemble", "SWAG", "TFB", "core SiteFlow")
-SIZES: Mapping[str, int] = {"vader": 560, "arc_easy": 320, "openbookqa": 320}
-"""Labelled rows of each task in the minimal grid."""
+SIZES: Mapping[str, int] = {"vader": 560, "arc_easy": 80, "openbookqa": 80}
+"""Labelled rows of each task in the minimal grid. Steps on questions take far longer."""
 
 
 def _cells(
@@ -54,8 +55,17 @@ def methods() -> list[Cell]:
 
 def sizes() -> list[Cell]:
     """The cheap methods at other numbers of labelled rows."""
-    cheap = ("untouched base", "LoRA, 20 epochs", "LoRA, careful", "core Laplace", "core Gaussian")
-    return _cells(cheap, product(SIZES, (80, 320, 1280)))
+    return _cells(CHEAP, product(SIZES, (80, 320, 1280)))
+
+
+def sets() -> list[Cell]:
+    """The cheap methods on the other sets of the paper, at sizes of its own where it has them."""
+    return _cells(CHEAP, [("arc_challenge", 320), ("winogrande", 640), ("boolq", 320)])
+
+
+def shifts() -> list[Cell]:
+    """The cheap methods under far shifts: medical questions, and news of unseen topics."""
+    return _cells(CHEAP, [("medical", 320), ("reuters", 320)])
 
 
 def ablations() -> list[Cell]:
@@ -75,6 +85,6 @@ def ablations() -> list[Cell]:
 
 
 GRIDS: Mapping[str, Callable[[], list[Cell]]] = {
-    grid.__name__: grid for grid in (smoke, minimum, methods, sizes, ablations)
+    grid.__name__: grid for grid in (smoke, minimum, methods, sizes, sets, shifts, ablations)
 }
 """A function that lists the cells, by the name of its grid."""

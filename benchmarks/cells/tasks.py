@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,9 @@ from benchmarks.data import places, sentences
 from bnlora._util.caching import cache_folder
 from bnlora._util.files import write_whole
 from bnlora.base import Base
-from bnlora.data.assets import DOMAINS, fetch_smollm2
+from bnlora.data.assets import DOMAINS, REUTERS_WORDS, fetch_smollm2, reuters_splits
 from bnlora.data.batch import CachedActivations
+from bnlora.data.medical import MedicalSet, held_out_questions
 from bnlora.data.questions import QuestionSet, distinct_questions, question_splits
 from bnlora.infer.approximate.temperature import tempered
 from bnlora.infer.core.fit import SIZES
@@ -41,8 +42,8 @@ LAYERS = 2
 LONGEST = 64
 """Most tokens of a question with a choice; longer questions lose their beginning."""
 
-CHOICES, QUESTIONS, SENTENCES = 4, 500, 500
-"""Choices of a question, predicted questions of a set, and predicted sentences of a domain."""
+QUESTIONS, SENTENCES = 500, 500
+"""Predicted questions of a set, and predicted sentences of a domain."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,19 +89,44 @@ def film_reviews(size: int, seed: int, layers: int, *, rows: int = SENTENCES) ->
     )
 
 
+def news(size: int, seed: int, layers: int, *, rows: int = SENTENCES) -> Rows:
+    """News of eight topics, and news of topics that are none of these, which have no class."""
+    base = _smollm2()
+    splits = reuters_splits(seed=seed, train=size, validation=0, test=rows)
+    options = {"text": "text", "words": list(REUTERS_WORDS), "labels_are": "integers", "max_length": 128}
+    known = bl.text_classification(
+        {name: splits[name] for name in ("train", "test")}, base.tokenizer, label="label", **options
+    )
+    unseen = bl.text_classification({"unseen": splits["unseen"]}, base.tokenizer, label=None, **options)
+    likelihood = bl.likelihoods.Words(tuple(known.label_ids.tolist()))
+    cached = partial(bl.cache_prefix, _model_below(base, likelihood, layers), console=QUIET)
+    tests = {"R8": cached(known["test"]), "unseen topics": cached(unseen["unseen"])}
+    return Rows(base, likelihood, cached(known.train), tests, (*SIZES, "lm_head"), layers, {})
+
+
 def questions(
-    size: int, seed: int, layers: int, *, name: QuestionSet, shifts: tuple[QuestionSet, ...]
+    size: int,
+    seed: int,
+    layers: int,
+    *,
+    name: str,
+    shifts: tuple[str, ...] = (),
+    choices: int = 4,
+    longest: int = LONGEST,
 ) -> Rows:
     """Questions of a set: labelled ones of its training file, and test questions of it and of other sets.
 
     The seed draws the labelled questions only. The predicted questions are the same for all seeds.
     """
-    base, likelihood = _smollm2(), bl.likelihoods.Completions(CHOICES)
+    base, likelihood = _smollm2(), bl.likelihoods.Completions(choices)
     model = _model_below(base, likelihood, layers)
-    train = bl.cache_prefix(model, _batch(base, _four(name, "train", seed, size)), console=QUIET)
+
+    def rows_from(other: str, split: str, seed: int, count: int) -> bl.Batch:
+        return _batch(base, with_choices(choices, other, split, seed, count), longest)
+
+    train = bl.cache_prefix(model, rows_from(name, "train", seed, size), console=QUIET)
     tests = {
-        other: on_disk(model, _batch(base, _four(other, "test", 0, QUESTIONS)), other)
-        for other in (name, *shifts)
+        other: on_disk(model, rows_from(other, "test", 0, QUESTIONS), other) for other in (name, *shifts)
     }
     temperature = best_temperature(predict_with_draws(model, untouched(model), train, console=QUIET), train)
     scaled = partial(_divided, temperature=temperature)
@@ -110,8 +136,13 @@ def questions(
 
 TASKS: Mapping[str, Callable[[int, int, int], Rows]] = {
     "vader": film_reviews,
+    "reuters": news,
     "arc_easy": partial(questions, name="arc_easy", shifts=("arc_challenge",)),
+    "arc_challenge": partial(questions, name="arc_challenge", shifts=("arc_easy",)),
     "openbookqa": partial(questions, name="openbookqa", shifts=("arc_challenge",)),
+    "medical": partial(questions, name="arc_easy", shifts=("openbookqa", "sciq", "medmcqa")),
+    "winogrande": partial(questions, name="winogrande", choices=2),
+    "boolq": partial(questions, name="boolq", choices=2, longest=192),
 }
 """A function of size, seed and number of adapted layers, by the name of its task."""
 
@@ -150,25 +181,32 @@ def _smollm2() -> Base:
     return bl.load(fetch_smollm2())
 
 
-def _four(name: QuestionSet, split: str, seed: int, count: int) -> Any:
-    """Questions with four choices, of a file in the order of a seed."""
-    everything = {"train": 0, "validation": 0, "test": 0}
-    sizes = everything | {split: _total(name, split)}
-    rows = question_splits(name, seed=seed, **sizes)[split]
-    kept = [row for row, choices in enumerate(rows["choices"]) if len(choices) == CHOICES]
+def with_choices(choices: int, name: str, split: str, seed: int, count: int) -> Any:
+    """Questions with this number of choices, of a file in the order of a seed."""
+    rows = _file(name, split, seed)
+    kept = [row for row, found in enumerate(rows["choices"]) if len(found) == choices]
     if len(kept) < count:
-        raise ValueError(f"{name} has {len(kept)} {split} questions of four choices; {count} were requested")
+        raise ValueError(
+            f"{name} has {len(kept)} {split} questions of {choices} choices; {count} were requested"
+        )
     return rows.select(kept[:count])
 
 
-@lru_cache(maxsize=8)
-def _total(name: QuestionSet, split: str) -> int:
-    return len(distinct_questions(name)[split])
+def _file(name: str, split: str, seed: int) -> Any:
+    """All questions of a file without repeats, in the order of a seed; medical sets have a test file only."""
+    if name in get_args(MedicalSet):
+        return held_out_questions(cast(MedicalSet, name)).shuffle(seed=seed)
+    chosen = cast(QuestionSet, name)
+    files = distinct_questions(chosen)
+    # Test rows of a set without a test file come from its validation file.
+    file = split if split in files else "validation"
+    nothing = {"train": 0, "validation": 0, "test": 0}
+    return question_splits(chosen, seed=seed, **nothing | {split: len(files[file])})[split]
 
 
-def _batch(base: Base, rows: Any) -> bl.Batch:
+def _batch(base: Base, rows: Any, longest: int) -> bl.Batch:
     options = {"context": "context", "choices": "choices", "label": "gold", "normalise": "tokens"}
-    return bl.multiple_choice({"rows": rows}, base, **options, max_length=LONGEST).splits["rows"]
+    return bl.multiple_choice({"rows": rows}, base, **options, max_length=longest).splits["rows"]
 
 
 def _divided(rows: bl.Batch, temperature: float) -> bl.Batch:

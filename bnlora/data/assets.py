@@ -167,7 +167,7 @@ def vader_splits(*, seed: int, train: int, validation: int, test: int) -> "Datas
 def _take(rows: "Dataset", start: int, size: int, domain: str) -> "Dataset":
     if start + size > len(rows):
         raise ValueError(f"{domain} has {len(rows)} rows; {start + size} were requested")
-    return rows.select(range(start, start + size))
+    return rows.select(range(start, start + size) if size else [])
 
 
 def _sentences(archive: tarfile.TarFile, stem: str) -> dict[str, float]:

@@ -138,7 +138,7 @@ def _span(rows: "Mapping[str, Dataset]", file: str, start: int, size: int) -> "D
         raise ValueError(
             f"the {file} file has {len(rows[file]):,} rows without repeats; {start + size:,} were requested"
         )
-    return rows[file].select(range(start, start + size))
+    return rows[file].select(range(start, start + size) if size else [])
 
 
 def _read(name: str, form: str) -> dict[str, list[Question]]:

@@ -248,14 +248,21 @@ def checked(log_probs: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
 
     A `Prediction` is replaced by its log-probabilities, a `Batch` by its labels.
     """
-    labels = getattr(labels, "labels", labels)
+    log_probs = checked_log_probs(log_probs)
+    return log_probs, class_numbers("the predicted rows", getattr(labels, "labels", labels), *log_probs.shape)
+
+
+def checked_log_probs(log_probs: Any) -> np.ndarray:
+    """Log-probabilities in float64 as a NumPy array; `ValueError` unless every row is a distribution.
+
+    A `Prediction` is replaced by its log-probabilities.
+    """
     log_probs = np.asarray(getattr(log_probs, "log_probs", log_probs), np.float64)
     if log_probs.ndim != 2 or not log_probs.size:
         raise ValueError(
             "expected log-probabilities of shape (n, c) with n >= 1 rows and c >= 1 classes; got shape "
             f"{log_probs.shape}"
         )
-    labels = class_numbers("the predicted rows", labels, *log_probs.shape)
     with np.errstate(invalid="ignore"):  # NaN is reported below, with its row
         total = np.logaddexp.reduce(log_probs, axis=1)
     worst = int(np.argmax(np.where(np.isnan(total), np.inf, np.abs(total))))
@@ -264,7 +271,7 @@ def checked(log_probs: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
             f"row {worst} is not a distribution: its probabilities sum to {np.exp(total[worst]):.6g}, not 1 "
             "(logarithms of probabilities are expected)"
         )
-    return log_probs, labels
+    return log_probs
 
 
 def confidences(log_probs: np.ndarray) -> np.ndarray:

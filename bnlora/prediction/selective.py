@@ -7,7 +7,7 @@ in increasing order of doubt. At coverage i/n,
 
 and rows of equal doubt enter together, with their expected error. `separation` measures how well the doubt
 detects rows of another domain: P(u of one outside > u of one inside), ties counting half, which is the area
-under the ROC curve.
+under the ROC curve. `bnlora.prediction.risk_control` chooses a threshold on the doubt with a guarantee.
 
 References: El-Yaniv and Wiener (2010), JMLR 11; Geifman, Uziel and El-Yaniv (2019), arXiv 1805.08206.
 """
@@ -57,7 +57,22 @@ class RiskCoverage:
 
 
 def doubt(prediction: Prediction, by: Doubt = "confidence") -> Float[np.ndarray, " n"]:
-    """Doubt of every row: one minus the largest probability, or entropy or mutual information in nats."""
+    """Doubt of every row: one minus the largest probability, or entropy or mutual information in nats.
+
+    Args:
+        prediction: The prediction.
+        by: The doubt.
+
+    Returns:
+        One number for each row.
+
+    Raises:
+        ValueError: If `by` is unknown.
+
+    Example:
+        >>> doubt(Prediction(np.log([[[0.9, 0.1], [0.5, 0.5]]]))).round(3)
+        array([0.1, 0.5])
+    """
     check_option("by", by, get_args(Doubt))
     return DOUBTS[by](prediction)
 
@@ -105,7 +120,19 @@ def risk_coverage(
 
 
 def separation(inside: Float[np.ndarray, " n"], outside: Float[np.ndarray, " m"]) -> float:
-    """Probability that a row of `outside` has more doubt than one of `inside`, ties counting half."""
+    """Probability that a row of `outside` has more doubt than one of `inside`, ties counting half.
+
+    Args:
+        inside: Doubt of the rows of the domain.
+        outside: Doubt of the rows of another domain.
+
+    Returns:
+        A number in [0, 1]; one half if the doubt does not tell them apart.
+
+    Example:
+        >>> separation(np.array([0.1, 0.2]), np.array([0.2, 0.3]))
+        0.875
+    """
     ordered = np.sort(inside)
     # Twice the number of inside rows below each outside row; a tie counts once, which is half of two.
     below = np.searchsorted(ordered, outside, "left") + np.searchsorted(ordered, outside, "right")

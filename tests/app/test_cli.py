@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pytest
+import typer
 from builders.commands import RUN, WORDS, call, reviews
 
 import bnlora
 from bnlora.app import cli, options, recipe
 from bnlora.app.outcome import ExitCode, as_json, require_free, with_columns
+from bnlora.app.printing import reporting
 from bnlora.app.recipe import Recipe, Schedule
 from bnlora.app.tasks import column_names
 from bnlora.data.tables import read_table, write_table
@@ -353,3 +355,19 @@ def test_recipes_of_another_version_and_unknown_priors_raise(tmp_path):
         Recipe.from_folder(tmp_path)
     with pytest.raises(ValueError, match="got 'sparse_gp', nearest is 'sparse-gp'"):
         Recipe((" bad", " good"), prior="sparse_gp")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (bnlora.HostLost("process 1 ended"), ExitCode.LOST),
+        (ValueError("a wrong row"), ExitCode.BAD_INPUT),
+        (KeyboardInterrupt(), ExitCode.INTERRUPTED),
+    ],
+    ids=["lost", "bad input", "interrupted"],
+)
+def test_an_error_has_its_exit_code_and_one_sentence(error, code, capsys):
+    with pytest.raises(typer.Exit) as ended, reporting():
+        raise error
+    assert ended.value.exit_code == code
+    assert capsys.readouterr().err.count("\n") == 1

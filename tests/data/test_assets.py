@@ -270,6 +270,8 @@ def test_splits_share_no_sentence_and_depend_on_the_seed(vader):
     assert list(splits) == ["train", "validation", "movies", "amazon", "nyt", "tweets"]
     texts = [splits[name]["text"][0] for name in ("train", "validation", "movies")]
     assert len(set(texts)) == 3
+    whole = assets.vader_splits(seed=1, train=3, validation=0, test=0)
+    assert [len(rows) for rows in whole.values()] == [3, 0, 0, 0, 0, 0]
     with pytest.raises(ValueError, match="movies has 3 rows; 4 were requested"):
         assets.vader_splits(seed=1, train=2, validation=1, test=1)
 

@@ -117,6 +117,8 @@ def test_sets_without_a_test_file_report_the_validation_file(serve):
     assert list(splits) == ["train", "validation", "test"]
     assert splits["test"]["context"][0] == ["the film was bad so the plot", "the film was bad so the film"]
     assert {splits["train"]["id"][0], splits["validation"]["id"][0]} == {"1", "2"}
+    whole = questions.question_splits("winogrande", seed=0, train=2, validation=0, test=0)
+    assert {name: len(rows) for name, rows in whole.items()} == {"train": 2, "validation": 0, "test": 0}
 
 
 @pytest.mark.parametrize(

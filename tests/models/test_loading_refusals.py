@@ -322,3 +322,9 @@ def test_metadata_of_a_gguf_has_its_types(tmp_path, key):
     """Neither another exception nor acceptance of a model with this value."""
     for i, value in enumerate(METADATA[key]):
         refused(write_gguf(tmp_path / f"tiny{i}.gguf", stated={key: value}))
+
+
+def test_a_gguf_tensor_without_dimensions_is_refused(tmp_path):
+    """Found by `tests/project/test_fuzz.py`: a changed byte had made the number of dimensions zero."""
+    path = write_gguf(tmp_path / "tiny.gguf", extra={"blk.0.x": np.array(1.0, np.float32)})
+    assert refused(path).endswith("(tensor 'blk.0.x' has no dimensions)")

@@ -17,6 +17,7 @@ from scipy.stats import norm
 import bnlora as bl
 from bnlora.data.batch import Choices
 from bnlora.infer.svi.stored_rows import row_arrays, rows_from
+from bnlora.program.likelihoods import Upper, completions
 from bnlora.program.likelihoods.completions import ABSENT
 from bnlora.testing import tiny_base
 
@@ -82,6 +83,51 @@ def test_scores_are_those_of_the_whole_model(size):
     adapters = adapters_of(model)
     got = logits_of(model)(BASE.weights, adapters, model.prepare(rows))
     np.testing.assert_allclose(got, scores(rows, model, adapters), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [["v_proj"], pytest.param(["v_proj", "lm_head"], marks=pytest.mark.thorough)],
+    ids=["frozen head", "adapted head"],
+)
+def test_pieces_change_neither_scores_nor_derivatives(modules, monkeypatch):
+    model, rows = model_of(modules), ROWS[:4]
+    adapters = adapters_of(model)
+    along = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), adapters)
+    there = rows.choices.scored.any(-1)
+
+    def everything(piece: int) -> list:
+        monkeypatch.setattr(completions, "PIECE", piece)
+
+        def total(adapters):
+            return jnp.where(there, jnp.sin(model.logits(BASE.weights, adapters, rows)), 0.0).sum()
+
+        two = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), adapters)
+        values = [total(adapters), jax.grad(total)(adapters), jax.jvp(total, (adapters,), (along,))[1]]
+        twice = jax.jvp(jax.grad(total), (adapters,), (along,))[1]
+        return jax.tree.leaves([*values, jax.vmap(jax.grad(total))(two), twice])
+
+    whole = jax.jit(lambda: everything(10_000))()
+    for got, expected in zip(jax.jit(lambda: everything(7))(), whole, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert max(float(np.abs(x).max()) for x in whole) > 1e-2
+
+
+def test_pieces_without_completions_are_skipped(monkeypatch):
+    ran, head = [], Upper.head
+
+    def counted(self, final, rows=None):
+        jax.debug.callback(lambda: ran.append(len(final)))
+        return head(self, final, rows)
+
+    monkeypatch.setattr(Upper, "head", counted)
+    monkeypatch.setattr(completions, "PIECE", 8)
+    model = model_of(["v_proj"])
+    rows = bl.cache_prefix(model, ROWS)
+    jax.block_until_ready(model.logits(BASE.weights, adapters_of(model), rows))
+    jax.effects_barrier()
+    scored, positions = int(rows.choices.scored.sum()), len(ROWS) * CHOICES * SPAN
+    assert len(ran) == -(-scored // 8) < positions // 8
 
 
 def test_completions_of_one_token_are_label_words():

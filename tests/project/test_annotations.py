@@ -19,7 +19,8 @@ import jaxtyping
 
 NAMES = "data metrics prediction.predict assess.prior_predictive priors.gp program.draws guides.affine"
 NAMES += " infer.approximate.temperature _util.fingerprint adapters.frames infer.svi.plateau priors.core"
-NAMES += " assess.monitor guides.around program.tangent infer.core infer.mcmc.whitened"
+NAMES += " prediction.selective prediction.risk_control prediction.class_scores prediction.conformal"
+NAMES += " prediction.decisions assess.monitor guides.around program.tangent infer.core infer.mcmc.whitened"
 hook = jaxtyping.install_import_hook([f"bnlora.{name}" for name in NAMES.split()], "beartype.beartype")
 import jax, numpy as np, numpyro.distributions as dist, optax
 import bnlora as bl
@@ -43,6 +44,14 @@ labels = np.asarray(rows.labels)
 bl.metrics.summary(key, prediction, labels, num_resamples=10)
 bl.metrics.reliability(prediction, labels)
 prediction.entropy, prediction.mutual_information
+rule = bl.conformal.calibrate_sets(prediction, labels, level=0.5, score="adaptive", key=key)
+rule.report(prediction, labels, key=key).mean_size
+bl.conformal.coverage_range(8)
+bl.risk_control.control_risk(prediction, labels, max_risk=0.5).answers(prediction)
+costs = bl.decisions.zero_one(2, review=0.2)
+bl.decisions.decide(prediction, costs)
+bl.decisions.posterior_value(key, prediction, prediction, labels, costs, num_resamples=10)
+bl.selective.risk_coverage(key, prediction, labels, num_resamples=10)
 bl.prior_predictive(key, model, rows, num_draws=3).spread
 frames = bl.frames(key, base, ["q_proj", "slope"], rows, label_ids=np.array([3, 5]), size=2)
 for scale in (1.0, dist.HalfNormal(1.0)):

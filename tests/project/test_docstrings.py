@@ -20,6 +20,10 @@ PACKAGES = (
     "infer.mcmc",
     "metrics",
     "plots",
+    "prediction.conformal",
+    "prediction.decisions",
+    "prediction.risk_control",
+    "prediction.selective",
     "priors",
 )
 

@@ -21,6 +21,9 @@ NAMES = (
     ".guides.flows",
     ".infer.approximate",
     ".infer.mcmc",
+    ".prediction.conformal",
+    ".prediction.decisions",
+    ".prediction.selective",
     ".priors",
     ".testing",
 )
