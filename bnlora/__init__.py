@@ -75,6 +75,7 @@ if _TYPE_CHECKING:  # what type checkers and editors see of the names in `_LATER
     from bnlora.adapters.peft import save_peft as save_peft
     from bnlora.assess import comparison as comparison
     from bnlora.assess import diagnostics as diagnostics
+    from bnlora.assess import monitor as monitor
     from bnlora.assess import sbc as sbc
     from bnlora.assess.comparison import Comparison as Comparison
     from bnlora.assess.comparison import compare as compare
@@ -164,6 +165,7 @@ _PACKAGES = {
     "decisions": "bnlora.prediction.decisions",
     "diagnostics": "bnlora.assess.diagnostics",
     "mcmc": "bnlora.infer.mcmc",
+    "monitor": "bnlora.assess.monitor",
     "plots": "bnlora.plots",
     "risk_control": "bnlora.prediction.risk_control",
     "sbc": "bnlora.assess.sbc",

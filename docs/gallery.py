@@ -190,6 +190,22 @@ def covered() -> Any:
     return bl.plots.risk_coverage(jax.random.key(14), {"mean field": dict(predicted())}, labels())
 
 
+def monitored() -> Any:
+    """A classifier that becomes too confident after 600 rows."""
+    random = np.random.default_rng(0)
+
+    def rows(count: int, temperature: float = 1.0) -> tuple[bl.Prediction, np.ndarray]:
+        logits = 2 * random.normal(size=(count, 2)) + 0.5 * random.normal(size=(8, count, 2))
+        prediction = bl.Prediction(logits - np.logaddexp.reduce(logits, -1, keepdims=True))
+        labels = (random.random(count) < prediction.probs[:, 1]).astype(int)
+        return bl.approximate.tempered(prediction, temperature), labels
+
+    monitor = bl.monitor.Monitor.start(jax.random.key(0), *rows(500))
+    for step in range(60):
+        monitor = monitor.update(*rows(20, 1.0 if step < 30 else 0.4))
+    return bl.plots.monitoring(monitor)
+
+
 def diagnosed() -> bl.diagnostics.Diagnosis:
     """The diagnosis of the fit on rows that were not fitted."""
     _, rows = problem()
@@ -222,6 +238,13 @@ PICTURES: Mapping[str, Picture] = MappingProxyType(
             "of another domain is more uncertain than a row of the training domain. Here both sets come from "
             "one domain, so it should be about one half.",
             lambda: bl.plots.domains(predicted()),
+        ),
+        "monitoring": Picture(
+            "A classifier over time",
+            "running accuracy and the evidence of each test of [`bl.monitor`](guides/monitor.md). From row "
+            "600 on the confidence is too high: entropy, mutual information and calibration raise alarms. "
+            "The accuracy does not change, and its test stays below its alarm level.",
+            monitored,
         ),
         "read_along": Picture(
             "Prediction after every word",

@@ -125,6 +125,21 @@ def targets(found: Sequence[Target]) -> Table:
     return Table("Targets", header, tuple(rows), texts=frozenset(range(1, 6)))
 
 
+SEEDS = 5
+"""Seeds that the protocol requires of every method."""
+
+
+def provisional(problems: Sequence[Problem]) -> str:
+    """Which problems have methods with fewer seeds than the protocol requires; empty if none has."""
+    few = [one.title for one in problems if any(len(seeds) < SEEDS for seeds in one.results.values())]
+    if not few:
+        return ""
+    return (
+        f"**Provisional**: the protocol requires {SEEDS} seeds of every method, and these have fewer: "
+        f"{'; '.join(few)}."
+    )
+
+
 NOTES = {
     "metrics": "Means over the seeds that each method has. AUROC and AUPR are about telling rows of the set "
     "(positive) from rows in domain; the AUPR depends on the numbers of rows. ACC at 80 %: accuracy of the "

@@ -47,6 +47,11 @@ class Findings:
         return [judged.problem for judged in self.judged]
 
     @property
+    def about_targets(self) -> list[str]:
+        """Sentences below the targets."""
+        return [text for text in (shown.provisional(self.problems), shown.NOTES["targets"]) if text]
+
+    @property
     def tests(self) -> str:
         """How many tests there are, and the smallest p-value that they can have."""
         number = len(self.comparisons)
@@ -101,7 +106,7 @@ def find(every: Sequence[Problem], draws: int | None, report: Report) -> Finding
 def tables(found: Findings, report: Report) -> None:
     """Write all tables as Markdown."""
     _table(report, shown.overview(found.problems))
-    _table(report, shown.targets(found.targets), shown.NOTES["targets"])
+    _table(report, shown.targets(found.targets), *found.about_targets)
     for judged in found.judged:
         _table(report, shown.metrics(judged), shown.NOTES["metrics"])
         _table(report, shown.costs(judged.problem), shown.NOTES["costs"])
@@ -128,7 +133,7 @@ def pages(found: Findings, folder: Path) -> Path:
     parts: list[Part] = [
         *(Link(task, file) for task, file in files.items()),
         shown.overview(found.problems),
-        *(shown.targets(found.targets), shown.NOTES["targets"]),
+        *(shown.targets(found.targets), *found.about_targets),
         *(shown.gains(found.gains), shown.NOTES["gains"]),
         *(shown.leads(found.leads), shown.NOTES["paired"]),
         *(shown.comparisons(found.comparisons), found.tests, shown.NOTES["paired"]),

@@ -6,6 +6,7 @@ A result is one Parquet file of `grid` in the cache folder. A stopped run goes o
 """
 
 import argparse
+import difflib
 from collections import defaultdict
 from pathlib import Path
 
@@ -38,28 +39,42 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ray", action="store_true", help="run on Ray's workers instead")
     parser.add_argument("--address", help="address of a Ray cluster; without one Ray starts here")
     parser.add_argument("--save", action="store_true", help="write results into benchmarks/results/grid")
-    parser.add_argument("--list", action="store_true", help="list the cells that have no result yet")
+    parser.add_argument("--list", action="store_true", help="only list the cells that have no result yet")
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
     """Run, list or save cells."""
-    chosen = [cell for cell in GRIDS[given.grid]() if _wanted(cell, given)]
+    chosen = chosen_cells(GRIDS[given.grid](), given)
     restore(folder())
     waiting = unfinished(chosen, folder())
     report.progress(f"{len(chosen)} cells, of which {len(chosen) - len(waiting)} have a result")
+    failed = 0
     if given.list:
         print(*(cell.name for cell in waiting), sep="\n")
-        return
-    failed = _run(chosen, len(waiting), executor(given), report)
+    else:
+        failed = _run(chosen, len(waiting), executor(given), report)
     if given.save:
         save(folder(), SAVED)
     if failed:
         raise SystemExit(f"{failed} of {len(waiting)} cells failed; run again to try them again")
 
 
-def _wanted(cell: Cell, given: argparse.Namespace) -> bool:
-    pairs = ((given.tasks, cell.task), (given.methods, cell.method), (given.seeds, cell.seed))
-    return all(chosen is None or value in chosen for chosen, value in pairs)
+def chosen_cells(cells: list[Cell], given: argparse.Namespace) -> list[Cell]:
+    """The cells of the given tasks, methods and seeds.
+
+    Raises:
+        SystemExit: If the grid has no cell of one of them.
+    """
+    for name in ("task", "method", "seed"):
+        wanted, known = getattr(given, f"{name}s"), list(dict.fromkeys(getattr(cell, name) for cell in cells))
+        if absent := [value for value in wanted or () if value not in known]:
+            near = difflib.get_close_matches(str(absent[0]), map(str, known), n=1, cutoff=0.3) or known
+            raise SystemExit(
+                f"the grid {given.grid!r} has no {name} {absent[0]!r}; nearest is {near[0]!r} "
+                f"of {', '.join(map(str, known))}"
+            )
+        cells = [cell for cell in cells if wanted is None or getattr(cell, name) in wanted]
+    return cells
 
 
 def executor(given: argparse.Namespace) -> Executor:

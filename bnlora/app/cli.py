@@ -1,6 +1,6 @@
 """The command line: `bnlora demo`, `fit`, `predict`, `evaluate`, `diagnose`, `audit`, and more.
 
-The commands `audit`, `generate`, `export` and `serve` have files of their own.
+The commands `audit`, `generate`, `export`, `serve` and `monitor` have files of their own.
 
 Results go to standard output, as text or (`--json`) as one JSON object. Progress and errors go to standard
 error; progress bars appear only on a terminal. `bnlora.app.outcome` has the exit codes.
@@ -32,6 +32,7 @@ from bnlora.app.kept import (
     restored,
     unfinished,
 )
+from bnlora.app.monitor import monitor
 from bnlora.app.outcome import (
     comparison_result,
     diagnosis_result,
@@ -57,9 +58,9 @@ from bnlora.prediction.predict import predict
 app = typer.Typer(
     help="Bayesian low-rank adapters for language models: fit, predict, and measure calibration.",
     epilog="Exit codes: 0 success; 1 bad input, or a result that could not be written to the requested path, "
-    "explained in one sentence; 2 usage; 3 the fit diverged; 4 another process was lost; 130 interrupted. "
-    "A fit that diverged or was interrupted is saved as far as it got. A result that cannot be written to "
-    "the requested path is written to another folder.",
+    "explained in one sentence; 2 usage; 3 the fit diverged; 4 another process was lost; 5 a monitored "
+    "classifier raised an alarm; 130 interrupted. A fit that diverged or was interrupted is saved as far as "
+    "it got. A result that cannot be written to the requested path is written to another folder.",
     no_args_is_help=True,
     add_completion=True,
     rich_markup_mode="markdown",
@@ -298,6 +299,7 @@ app.command()(audit)
 app.command("generate")(generate_command)
 app.command()(export)
 app.command("serve")(serve_command)
+app.command()(monitor)
 
 
 def main() -> None:

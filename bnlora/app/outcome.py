@@ -7,6 +7,7 @@
 | 2 | usage: an unknown command or option, or an invalid value of an option |
 | 3 | the fit diverged; its last finite state is saved |
 | 4 | another process of the fit was lost; its checkpoints are there to go on from |
+| 5 | a test of a monitored classifier has raised an alarm |
 | 130 | interrupted (Ctrl-C); a fit is saved as far as it got |
 
 Numbers that JSON cannot represent (not a number, infinities) are null.
@@ -42,6 +43,7 @@ class ExitCode(IntEnum):
     USAGE = 2
     DIVERGED = 3
     LOST = 4
+    ALARM = 5
     INTERRUPTED = 130
 
 

@@ -6,6 +6,7 @@ from html import escape
 from io import BytesIO
 
 from bnlora._util.display import Table
+from bnlora._util.finding import Findings
 from bnlora.plots import Figure
 
 _STYLE = """
@@ -22,12 +23,12 @@ figure { margin: 1rem 0 } img { max-width: 100% } figcaption { color: #444; font
 """
 
 
-def page(title: str, parts: Sequence[str | Table | tuple[Figure, str]]) -> str:
+def page(title: str, parts: Sequence[str | Table | Findings | tuple[Figure, str]]) -> str:
     """A self-contained HTML page.
 
     Args:
         title: Title and main heading.
-        parts: Text (text that starts with `# ` is a heading), tables, and figures with their captions.
+        parts: Text (text that starts with `# ` is a heading), tables, findings, and figures with captions.
     """
     body = "\n".join(map(_html, parts))
     return (
@@ -38,8 +39,8 @@ def page(title: str, parts: Sequence[str | Table | tuple[Figure, str]]) -> str:
     )
 
 
-def _html(part: str | Table | tuple[Figure, str]) -> str:
-    if isinstance(part, Table):
+def _html(part: str | Table | Findings | tuple[Figure, str]) -> str:
+    if isinstance(part, Table | Findings):
         return f"<div class=wide>{part.html()}</div>"
     if isinstance(part, str):
         return f"<h2>{escape(part[2:])}</h2>" if part.startswith("# ") else f"<p>{escape(part)}</p>"

@@ -6,4 +6,5 @@
 | `diagnostics`      | is this fit sound?                                             |
 | `comparison`       | how far is a posterior from a reference?                       |
 | `sbc`              | is the inference calibrated on data drawn from the prior?      |
+| `monitor`          | is a deployed classifier still as good as it was?              |
 """

@@ -21,6 +21,7 @@ from bnlora.plots.comparison import rank_difference as rank_difference
 from bnlora.plots.comparison import worst_pairs as worst_pairs
 from bnlora.plots.frames import FRAME_CAPTION as FRAME_CAPTION
 from bnlora.plots.frames import frame_energies as frame_energies
+from bnlora.plots.monitoring import monitoring as monitoring
 from bnlora.plots.prior import prior_predictive as prior_predictive
 from bnlora.plots.reliability import RELIABILITY_CAPTION as RELIABILITY_CAPTION
 from bnlora.plots.reliability import reliability as reliability

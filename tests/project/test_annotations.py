@@ -20,7 +20,7 @@ import jaxtyping
 NAMES = "data metrics prediction.predict assess.prior_predictive priors.gp program.draws guides.affine"
 NAMES += " infer.approximate.temperature _util.fingerprint adapters.frames infer.svi.plateau priors.core"
 NAMES += " prediction.selective prediction.risk_control prediction.class_scores prediction.conformal"
-NAMES += " prediction.decisions guides.around program.tangent infer.core infer.mcmc.whitened"
+NAMES += " prediction.decisions assess.monitor guides.around program.tangent infer.core infer.mcmc.whitened"
 hook = jaxtyping.install_import_hook([f"bnlora.{name}" for name in NAMES.split()], "beartype.beartype")
 import jax, numpy as np, numpyro.distributions as dist, optax
 import bnlora as bl
@@ -37,6 +37,8 @@ guide = bl.guides.SiteFlow(model.prior, hidden=4, blocks=1)
 """
 RUN = """
 fit = bl.fit(key, model, guide, rows, optax.adam(0.01), num_steps=2, batch_size=4)
+many = bl.Prediction(np.log(np.full((2, 40, 2), 0.5)))
+bl.monitor.Monitor.start(key, many, np.zeros(40, int)).update(many, np.ones(40, int)).overview
 prediction = bl.predict(key, fit, rows, num_draws=3)
 labels = np.asarray(rows.labels)
 bl.metrics.summary(key, prediction, labels, num_resamples=10)

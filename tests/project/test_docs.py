@@ -122,7 +122,7 @@ def test_every_public_plot_is_in_the_gallery():
 
 PACKAGES = (
     "approximate", "comparison", "conformal", "decisions", "diagnostics", "guides", "mcmc", "metrics",
-    "plots", "priors", "risk_control", "sbc", "selective",
+    "monitor", "plots", "priors", "risk_control", "sbc", "selective",
 )  # fmt: skip
 
 

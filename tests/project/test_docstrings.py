@@ -13,6 +13,7 @@ import bnlora as bl
 
 PACKAGES = (
     "assess.comparison",
+    "assess.monitor",
     "assess.sbc",
     "guides",
     "infer.approximate",

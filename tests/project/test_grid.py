@@ -182,3 +182,10 @@ def test_the_command_lists_runs_and_saves(tmp_path, monkeypatch, capsys, marks):
         file.unlink()
     assert entry.main(["run", "smoke", "--list"]) == 0  # from what is saved
     assert capsys.readouterr().out == "task, a, 10 rows, seed 0\n"
+
+
+def test_what_a_grid_does_not_have_gets_the_nearest():
+    with pytest.raises(SystemExit, match="has no method 'core Laplas'; nearest is 'core Laplace'"):
+        entry.main(["run", "minimum", "--methods", "core Laplas"])
+    with pytest.raises(SystemExit, match="has no seed 0; nearest is 3"):
+        entry.main(["run", "minimum", "--seeds", "0"])

@@ -450,3 +450,8 @@ def test_the_folder_of_pages_has_a_default():
     assert parser.parse_args(["--html"]).html == Path("build/grid")
     with pytest.raises(SystemExit):
         parser.parse_args(["--draws", "0"])
+
+
+def test_fewer_seeds_than_the_protocol_requires_are_said(problem):
+    assert "fewer: topics, 100 rows." in shown.provisional([problem])
+    assert shown.provisional(problems([result(LORA, seed) for seed in range(5)])) == ""

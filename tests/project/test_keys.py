@@ -15,6 +15,7 @@ NAMES = (
     "",
     ".assess.comparison",
     ".assess.diagnostics",
+    ".assess.monitor",
     ".assess.sbc",
     ".guides",
     ".guides.flows",

@@ -73,6 +73,9 @@ def objects():
         "summary": bl.metrics.summary(
             jax.random.key(0), prediction, np.asarray(rows.labels), num_resamples=5
         ),
+        "monitor": bl.monitor.Monitor.start(KEY, floor=0.5).update(
+            prediction, np.asarray(rows.labels), HOSTILE
+        ),
         "comparison": compare_draws(jax.random.key(0), *pair),
         "certificate": certify(evidence, bl.Thresholds()),
         "chains": chains(),
@@ -89,7 +92,7 @@ def objects():
 
 NAMES = ["base", "sites", "model", "conditional", "guide", "fit", "prediction", "summary", "comparison",
          "certificate", "chains", "prior predictive", "batch", "frames", "tangent", "conditional tangent",
-         "scales", "gaussian", "text"]  # fmt: skip
+         "scales", "gaussian", "text", "monitor"]  # fmt: skip
 
 
 def cells(overview):
