@@ -92,13 +92,15 @@ def existing(path: str | Path) -> Path:
 
 
 def as_strings(table: "pa.Table") -> "Dataset":
-    """A data set of strings, as `read_table` returns; named classes, lists and objects keep their types."""
-    import pyarrow as pa
-    from datasets import ClassLabel, Dataset, Features
+    """A data set of strings, as `read_table` returns; named classes, lists and objects keep their types.
 
-    named = (
-        Features.from_arrow_schema(table.schema) if b"huggingface" in (table.schema.metadata or {}) else {}
-    )
+    Raises:
+        ValueError: If the description of the columns that `datasets` writes into a file is damaged.
+    """
+    import pyarrow as pa
+    from datasets import ClassLabel, Dataset
+
+    named = _described(table.schema)
     arrays = [
         column
         if isinstance(named.get(name), ClassLabel) or pa.types.is_nested(column.type)
@@ -107,6 +109,21 @@ def as_strings(table: "pa.Table") -> "Dataset":
     ]
     strings = pa.table(dict(zip(table.column_names, arrays, strict=True)))
     return Dataset(strings.replace_schema_metadata(table.schema.metadata))
+
+
+def _described(schema: "pa.Schema") -> "Mapping[str, Any]":
+    """The types of the columns that `datasets` wrote into the file, if it did."""
+    from datasets import Features
+
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
+    try:
+        return Features.from_arrow_schema(schema)
+    except Exception as error:  # a damaged description can raise any exception
+        raise ValueError(
+            f"the description of the columns in the table is damaged ({type(error).__name__}: {error}); "
+            "write the table again"
+        ) from error
 
 
 def require_writable(path: Path) -> None:

@@ -260,3 +260,12 @@ def test_bad_files(tmp_path, name, content, message, capfd):
     with pytest.raises(ValueError, match=message):
         read_table(tmp_path / name, columns=["text"])
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("description", ['{"info": {"features": {"text": ["x"]}}}', '{"info": 1}', "{"])
+def test_a_damaged_description_of_the_columns_is_refused(tmp_path, description):
+    """Found by `tests/project/test_fuzz.py`: a changed byte in what `datasets` writes into the file."""
+    table = pa.table({"text": ["good"]}).replace_schema_metadata({b"huggingface": description.encode()})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match="the description of the columns in the table is damaged"):
+        read_table(tmp_path / "rows.parquet")
