@@ -82,6 +82,7 @@ def test_a_killed_worker_loses_nothing(tmp_path, marks):
     assert not [*tmp_path.glob(".*")]
 
 
+@pytest.mark.thorough
 def test_a_killed_worker_of_ray_loses_nothing(tmp_path, marks):
     pytest.importorskip("ray")
     cells = [cell("a"), cell("killed once"), cell("b")]
