@@ -241,7 +241,9 @@ def test_too_many_requests_at_a_time_are_refused_and_the_others_answered(service
         found: list = []
         ask = lambda: found.append(client.post("/predict", json={"texts": TEXTS[:1]}))  # noqa: E731
         threads = [threading.Thread(target=ask) for _ in range(LIMITS.max_requests)]
-        for thread in threads:
+        threads[0].start()
+        wait_for(lambda: groups == [1])  # it runs alone, and the others wait behind it
+        for thread in threads[1:]:
             thread.start()
         wait_for(lambda: "bnlora_open_requests 3.0" in client.get("/metrics").text)
         refused = client.post("/predict", json={"texts": TEXTS[:1]})
