@@ -154,13 +154,14 @@ def test_a_method_predicts_both_sets(method, of_rows):
 
 def test_what_is_shared_is_made_once_and_counted_in_each_cell(of_rows, rows):
     options = {"size": {"v_proj": 2}, "draws": 4}
-    first, again = (running.run_cell(Cell("words", "core Laplace", 28, 1, options)).result for _ in range(2))
-    made = [name for name in rows.made if name.startswith("core")]
-    assert len(made) == len({*made})
-    core = next(rows.made[name][0] for name in made if "v_proj" in name)
+    cell_of = Cell("words", "core Laplace", 28, 1, options)
+    first = running.run_cell(cell_of).result
+    made = dict(rows.made)
+    again = running.run_cell(cell_of).result
+    assert rows.made == made
+    (core,) = (value for name, (value, _) in made.items() if name.startswith("core") and "v_proj" in name)
     least = sum(core.fit.seconds[part] for part in ("frames", "features", "scales by evidence", "Laplace"))
-    assert first.seconds["fit"] >= least
-    assert again.seconds["fit"] == pytest.approx(least, abs=0.5 + 0.2 * least)
+    assert min(first.seconds["fit"], again.seconds["fit"]) >= least > 0
     np.testing.assert_array_equal(first.predicted["here"].log_probs, again.predicted["here"].log_probs)
 
 
