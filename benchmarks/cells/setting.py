@@ -81,12 +81,19 @@ class Fitted(NamedTuple):
 
 
 def by_posterior(
-    setting: Setting, posterior: Any, num_draws: int, parameters: int, about: Mapping[str, Any]
+    setting: Setting,
+    posterior: Any,
+    num_draws: int,
+    parameters: int,
+    about: Mapping[str, Any],
+    *,
+    tests: Mapping[str, bl.Batch] | None = None,
 ) -> Fitted:
-    """Predictions from draws of a posterior."""
+    """Predictions of the rows of a cell, or of `tests` in their place, from draws of a posterior."""
     key, draws = setting.key("predictions"), setting.option("draws", num_draws)
+    rows = setting.rows.tests if tests is None else tests
 
     def predict(name: str) -> bl.Prediction:
-        return bl.predict(key, posterior, setting.rows.tests[name], num_draws=draws, console=QUIET)
+        return bl.predict(key, posterior, rows[name], num_draws=draws, console=QUIET)
 
     return Fitted(predict, parameters, about)

@@ -10,39 +10,19 @@ import argparse
 
 import jax
 import numpy as np
-import optax
 from rich.console import Console
 
 import bnlora as bl
+from benchmarks.core_network import bound_of, network_fit
 from benchmarks.data import Pool, drawn, pool
 from benchmarks.report import Report, Table
 from benchmarks.timing import clock
 from bnlora.data.assets import DOMAINS
 from bnlora.infer.core.fit import fit_core
-from bnlora.prediction.predict import predict_with_draws
 
 QUIET = Console(quiet=True)
 FACTORS = (0.03, 0.1, 0.2)
-STEPS, BATCH, RATE = 400, 16, 1e-2
-
-
-def bound_of(key, fit, rows, draws: int = 16) -> tuple[float, float]:
-    """The bound on all rows and its Monte Carlo standard error, in nats."""
-    drawn, adapters = fit.draws(key, draws)
-    predicted = predict_with_draws(fit.model, adapters, rows, batch_size=32, console=QUIET)
-    log_likelihood = predicted.log_probs_of(rows.labels).sum(1)
-    terms = log_likelihood + np.asarray(drawn.log_prior, np.float64) - np.asarray(drawn.log_q, np.float64)
-    return float(terms.mean()), float(terms.std(ddof=1) / draws**0.5)
-
-
-def network_fit(key, core, base, rows, label_ids, factor: float):
-    """A fit of the network at a multiple of the scales."""
-    scale = {name: factor * value for name, value in core.scales.values.items()}
-    prior = bl.priors.core(core.frames, scale=scale)
-    model = bl.Classifier(base, core.frames.sites, prior, label_ids=label_ids)
-    guide = bl.guides.Guide(model.prior, bl.guides.mean_field(init_scale=1.0))
-    rate = optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
-    return bl.fit(key, model, guide, rows, rate, num_steps=STEPS, batch_size=BATCH, console=QUIET)
+STEPS = 400
 
 
 def scores(key: jax.Array, posterior: object, tests: dict[str, bl.Batch], draws: int) -> list[str]:
@@ -59,6 +39,7 @@ def scores(key: jax.Array, posterior: object, tests: dict[str, bl.Batch], draws:
 def run_seed(table: Table, seed: int, found: Pool, num_test: int, draws: int) -> None:
     """The rows of one seed."""
     base, label_ids = found.base, found.label_ids
+    words = bl.likelihoods.Words(label_ids)
     train, tests = drawn(found, seed, test=num_test)
     key, fit_key, bound_key, draw_key = jax.random.split(jax.random.key(seed), 4)
     with clock() as took:
@@ -69,8 +50,8 @@ def run_seed(table: Table, seed: int, found: Pool, num_test: int, draws: int) ->
     best = None
     for factor in FACTORS:
         with clock() as took:
-            fit = network_fit(fit_key, core, base, train, label_ids, factor)
-        value, stderr = bound_of(bound_key, fit, train)
+            fit = network_fit(fit_key, core, base, train, words, multiple=factor, num_steps=STEPS)
+        value, stderr = bound_of(bound_key, fit, train, num_draws=16)
         empty = [""] * (len(DOMAINS) + 1)
         table.row(seed, "network", factor, f"{value:.1f} ({stderr:.1f})", f"{took.wall:.0f}", *empty)
         if best is None or value > best[0]:
