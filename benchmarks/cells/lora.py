@@ -7,7 +7,6 @@ sevenths of the labelled ones; all others fit every labelled row.
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,9 +14,9 @@ import numpy as np
 
 import bnlora as bl
 from benchmarks.cells.setting import Fitted, Setting, by_posterior
-from benchmarks.cells.tasks import QUIET, best_temperature, untouched
+from benchmarks.cells.tasks import QUIET, untouched
 from bnlora import guides
-from bnlora.app.experiment import BATCH, EPOCHS, RANK, fit_lora
+from bnlora.app.experiment import BATCH, EPOCHS, RANK, best_temperature, fit_lora, last_step
 from bnlora.infer import approximate
 from bnlora.infer.approximate import tempered
 
@@ -60,11 +59,6 @@ def parted(setting: Setting) -> tuple[bl.Batch, bl.Batch]:
     return train[:first], train[first:]
 
 
-def last(fitted: bl.Fit) -> bl.Fit:
-    """The fit after its last step, whatever validation rows chose."""
-    return replace(fitted, params=fitted.last_params, best_step=len(fitted.step_seconds))
-
-
 def base(setting: Setting) -> Fitted:
     """The base as it is."""
     rows = setting.rows
@@ -95,7 +89,7 @@ def careful(setting: Setting) -> Fitted:
     fitted = fit(setting, "LoRA", train, validation=held_out)
     key = setting.key("predictions")
     chosen = bl.predict(key, fitted, held_out, num_draws=1, console=QUIET)
-    temperature = best_temperature(chosen, held_out)
+    temperature = best_temperature(chosen, held_out, most=100)
     about = {"step": fitted.best_step, "temperature": temperature}
     raw = by_posterior(setting, fitted, 1, fitted.num_parameters + 1, about)
     return raw._replace(predict=lambda name: tempered(raw.predict(name), temperature))
@@ -165,7 +159,7 @@ def swag(setting: Setting) -> Fitted:
 def training_free(setting: Setting) -> Fitted:
     """Noise on LoRA's update, as much as the validation rows allow (Shi et al. 2024, TFB)."""
     train, held_out = parted(setting)
-    fitted = last(fit(setting, "LoRA", train))
+    fitted = last_step(fit(setting, "LoRA", train))
     tolerance = setting.option("tolerance", 0.003)
     found = approximate.training_free(
         setting.key("TFB"), fitted, held_out, tolerance=tolerance, num_draws=NETWORK_DRAWS, console=QUIET

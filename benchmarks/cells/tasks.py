@@ -18,19 +18,18 @@ from typing import Any, cast, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy
 from rich.console import Console
 
 import bnlora as bl
 from benchmarks.data import places, sentences
 from bnlora._util.caching import cache_folder
 from bnlora._util.files import write_whole
+from bnlora.app.experiment import best_temperature
 from bnlora.base import Base
 from bnlora.data.assets import DOMAINS, REUTERS_WORDS, fetch_smollm2, reuters_splits
 from bnlora.data.batch import CachedActivations
 from bnlora.data.medical import MedicalSet, held_out_questions
 from bnlora.data.questions import QuestionSet, distinct_questions, question_splits
-from bnlora.infer.approximate.temperature import tempered
 from bnlora.infer.core.fit import SIZES
 from bnlora.prediction.predict import predict_with_draws
 from bnlora.program.likelihoods import Likelihood
@@ -41,6 +40,9 @@ LAYERS = 2
 
 LONGEST = 64
 """Most tokens of a question with a choice; longer questions lose their beginning."""
+
+MOST_DIVISOR = 100
+"""Largest T of the scores of questions, and the inverse of the smallest."""
 
 QUESTIONS, SENTENCES = 500, 500
 """Predicted questions of a set, and predicted sentences of a domain."""
@@ -73,7 +75,7 @@ class Rows:
 
 def film_reviews(size: int, seed: int, layers: int, *, rows: int = SENTENCES) -> Rows:
     """Sentences of four domains: labelled ones of films, and others of each domain to predict."""
-    base, data = sentences()
+    base, data = _sentences()
     train, tests = places({name: len(data[name]) for name in DOMAINS}, seed, labelled=size, test=rows)
     likelihood = bl.likelihoods.Words(tuple(data.label_ids.tolist()))
     model = _model_below(base, likelihood, layers)
@@ -128,7 +130,8 @@ def questions(
     tests = {
         other: on_disk(model, rows_from(other, "test", 0, QUESTIONS), other) for other in (name, *shifts)
     }
-    temperature = best_temperature(predict_with_draws(model, untouched(model), train, console=QUIET), train)
+    scores = predict_with_draws(model, untouched(model), train, console=QUIET)
+    temperature = best_temperature(scores, train, most=MOST_DIVISOR)
     scaled = partial(_divided, temperature=temperature)
     tests = {other: scaled(rows) for other, rows in tests.items()}
     return Rows(base, likelihood, scaled(train), tests, tuple(SIZES), layers, {"T": temperature})
@@ -165,15 +168,10 @@ def untouched(model: bl.Classifier) -> Any:
     return jax.tree.map(lambda shape: jnp.zeros((1, *shape)), shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def best_temperature(prediction: bl.Prediction, rows: bl.Batch) -> float:
-    """The temperature between 0.01 and 100 with the lowest negative log-likelihood of the rows."""
-    labels = np.asarray(rows.labels)
-
-    def loss(log_temperature: float) -> float:
-        return bl.metrics.nll(tempered(prediction, float(np.exp(log_temperature))).log_probs, labels)
-
-    bounds = (-np.log(100), np.log(100))
-    return float(np.exp(scipy.optimize.minimize_scalar(loss, bounds=bounds, method="bounded").x))
+@lru_cache(maxsize=1)
+def _sentences() -> tuple[Base, bl.TextData]:
+    """The base and all sentences, read and tokenised once for all seeds."""
+    return sentences()
 
 
 @lru_cache(maxsize=1)

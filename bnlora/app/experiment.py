@@ -256,7 +256,7 @@ def _predictions(
 ) -> dict[str, dict[str, Prediction]]:
     """Prediction by method and set of rows."""
     temperature = temperature_of(key, best, validation, console=console)
-    last = _last(best)
+    last = last_step(best)
     predictions: dict[str, dict[str, Prediction]] = {m: {} for m in (BASE, LORA, CAREFUL, BAYES, NUTS)}
     for name, rows in tests.items():
         predictions[BASE][name] = untouched(rows)
@@ -279,15 +279,20 @@ def untouched(rows: Batch) -> Prediction:
 def temperature_of(key: Array, fitted: Fit, validation: Batch, *, console: Console | None) -> float:
     """The temperature, between 0.1 and 10, with the lowest negative log-likelihood on validation rows."""
     prediction = predict(key, fitted, validation, num_draws=1, console=console)
-    labels = np.asarray(validation.labels)
+    return best_temperature(prediction, validation, most=10)
+
+
+def best_temperature(prediction: Prediction, rows: Batch, *, most: float) -> float:
+    """The temperature, between `1 / most` and `most`, with the lowest negative log-likelihood of the rows."""
+    labels = np.asarray(rows.labels)
 
     def loss(log_temperature: float) -> float:
         return metrics.nll(tempered(prediction, float(np.exp(log_temperature))).log_probs, labels)
 
-    optimum = scipy.optimize.minimize_scalar(loss, bounds=(-np.log(10), np.log(10)), method="bounded")
+    optimum = scipy.optimize.minimize_scalar(loss, bounds=(-np.log(most), np.log(most)), method="bounded")
     return float(np.exp(optimum.x))
 
 
-def _last(best: Fit) -> Fit:
+def last_step(best: Fit) -> Fit:
     """The same fit with the parameters of its last step."""
     return replace(best, params=best.last_params, best_step=len(best.step_seconds))
