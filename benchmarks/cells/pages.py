@@ -1,19 +1,18 @@
 """Web pages of the report: one file each, with its pictures inside and nothing from the network.
 
-`bnlora.app.report` writes pages without links and on a white ground only, so the frame of a page is here.
+The frame of a page is that of `bnlora.app.report`; links, and styles for a dark ground, are here.
 """
 
-from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from io import BytesIO
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from bnlora._util.display import Table
 from bnlora._util.files import write_whole
+from bnlora.app.report import document, embedded
 
 STYLE = """
 :root { color-scheme: light dark }
@@ -55,13 +54,7 @@ def page(title: str, parts: Sequence[Part]) -> str:
         title: Title and main heading.
         parts: The content in order.
     """
-    body = "\n".join(map(_html, parts))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
-        f"<body><h1>{escape(title)}</h1>\n{body}\n</body></html>\n"
-    )
+    return document(title, "\n".join(map(_html, parts)), style=STYLE)
 
 
 def write(folder: Path, file: str, title: str, parts: Sequence[Part]) -> Path:
@@ -82,11 +75,8 @@ def _html(part: Part) -> str:
             f"<h2>{escape(part[2:])}</h2>" if part.startswith("# ") else f"<p class=note>{escape(part)}</p>"
         )
     figure, caption = part
-    picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    source = b64encode(picture.getvalue()).decode("ascii")
     text = escape(caption)
     return (
-        f'<figure><div class=wide><img src="data:image/png;base64,{source}" alt="{text}"></div>'
+        f'<figure><div class=wide><img src="{embedded(figure, dpi=110)}" alt="{text}"></div>'
         f"<figcaption>{text}</figcaption></figure>"
     )

@@ -30,13 +30,31 @@ def page(title: str, parts: Sequence[str | Table | Findings | tuple[Figure, str]
         title: Title and main heading.
         parts: Text (text that starts with `# ` is a heading), tables, findings, and figures with captions.
     """
-    body = "\n".join(map(_html, parts))
+    return document(title, "\n".join(map(_html, parts)), style=_STYLE)
+
+
+def document(title: str, body: str, *, style: str, head: str = "") -> str:
+    """A page in HTML, with its styles inside.
+
+    Args:
+        title: Title and main heading, as text.
+        body: The content, as HTML.
+        style: Styles of the page.
+        head: Further entries of the head, as HTML.
+    """
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>"
+        f"{head}<title>{escape(title)}</title><style>{style}</style></head>"
         f"<body><h1>{escape(title)}</h1>\n{body}\n</body></html>\n"
     )
+
+
+def embedded(figure: Figure, *, dpi: int) -> str:
+    """The address of a picture that contains the picture itself."""
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=dpi)
+    return f"data:image/png;base64,{b64encode(picture.getvalue()).decode('ascii')}"
 
 
 def _html(part: str | Table | Findings | tuple[Figure, str]) -> str:
@@ -45,11 +63,8 @@ def _html(part: str | Table | Findings | tuple[Figure, str]) -> str:
     if isinstance(part, str):
         return f"<h2>{escape(part[2:])}</h2>" if part.startswith("# ") else f"<p>{escape(part)}</p>"
     figure, caption = part
-    picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=130)
-    source = b64encode(picture.getvalue()).decode("ascii")
     text = escape(caption)
     return (
-        f'<figure><img src="data:image/png;base64,{source}" alt="{text}">'
+        f'<figure><img src="{embedded(figure, dpi=130)}" alt="{text}">'
         f"<figcaption>{text}</figcaption></figure>"
     )

@@ -7,6 +7,7 @@ from html import escape
 import numpy as np
 
 from bnlora._util.display import Table, facts
+from bnlora.app.report import document
 from bnlora.app.serve.counts import Counts, History, Labelled
 from bnlora.app.serve.service import Service
 from bnlora.metrics.scores import confidences, is_correct, width_bin
@@ -61,13 +62,8 @@ def status_page(service: Service, counts: Counts, history: History, labelled: La
         "Limits of a request": _table(limits),
     }
     body = "\n".join(f"<h2>{escape(name)}</h2>\n{part}" for name, part in parts.items())
-    title = escape(f"bnlora: {service.name}")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta http-equiv="refresh" content="30">'
-        f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>\n{body}\n</body></html>\n"
-    )
+    reload = '<meta http-equiv="refresh" content="30">'
+    return document(f"bnlora: {service.name}", body, style=_STYLE, head=reload)
 
 
 def _model(service: Service) -> dict[str, str]:
