@@ -1,6 +1,5 @@
 """The results of a grid, read from files and grouped by task and number of labelled rows."""
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -48,8 +47,7 @@ def _read(path: Path) -> list[Result]:
 
 def shown(cell: Cell) -> str:
     """Name of a method in tables; an ablation has its options in brackets."""
-    changed = [f"{key}={json.dumps(value)}" for key, value in sorted(cell.options.items())]
-    return f"{cell.method} ({', '.join(changed)})" if changed else cell.method
+    return f"{cell.method} ({', '.join(cell.changes)})" if cell.options else cell.method
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from benchmarks.cells.rows import Predicted
 from benchmarks.cells.weighted import auroc, selective_accuracy
 from bnlora import metrics
 from bnlora.metrics.scores import BINS, confidences, is_correct, width_bin
+from bnlora.prediction.predict import Prediction
 
 COVERAGE = 0.8
 """Share of the rows that are answered for the selective accuracy."""
@@ -60,14 +61,9 @@ def labelled(of: Predicted) -> tuple[Float[np.ndarray, "n c"], Int[np.ndarray, "
     return of.log_probs[kept], of.labels[kept]
 
 
-def entropy(log_probs: Float[np.ndarray, "n c"]) -> Float[np.ndarray, " n"]:
-    """Entropy of each row in nats."""
-    return -(np.exp(log_probs) * log_probs).sum(1)  # stored log-probabilities are finite
-
-
 def doubt(of: Predicted, by: str) -> Float[np.ndarray, " n"]:
     """Doubt of each row, by one of `DOUBTS`."""
-    return of.mutual_information if by == "MI" else entropy(of.log_probs)
+    return of.mutual_information if by == "MI" else Prediction(of.log_probs[None]).entropy
 
 
 def scores(of: Predicted) -> dict[str, float]:

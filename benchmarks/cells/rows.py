@@ -43,8 +43,12 @@ class Cell:
     @property
     def name(self) -> str:
         """The name of the cell, which no other cell has, as in `vader, core Laplace, 560 rows, seed 3`."""
-        changed = [f"{key}={json.dumps(value)}" for key, value in sorted(self.options.items())]
-        return ", ".join([self.task, self.method, f"{self.size} rows", f"seed {self.seed}", *changed])
+        return ", ".join([self.task, self.method, f"{self.size} rows", f"seed {self.seed}", *self.changes])
+
+    @property
+    def changes(self) -> list[str]:
+        """The options as text, as in `rank=4`."""
+        return [f"{key}={json.dumps(value)}" for key, value in sorted(self.options.items())]
 
     @property
     def file(self) -> str:

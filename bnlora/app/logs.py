@@ -92,7 +92,7 @@ class Log:
         wanted = [*self._probabilities, self._information, self._label, self._time]
         check_columns(repr(str(path)), known, [name for name in wanted if name is not None])
         self.classes = tuple(name.removeprefix(start) for name in self._probabilities)
-        self._columns, self.num_rows = columns, self._source.num_rows
+        self._columns = columns
 
     def pieces(self, size: int) -> Iterator[LogPiece]:
         """Pieces of at most `size` rows, in order.
