@@ -47,8 +47,7 @@ def fit(setting: Setting, purpose: str, train: bl.Batch | None = None, **changes
 
 def plain(setting: Setting) -> tuple[bl.Fit, float]:
     """LoRA on all labelled rows, and its seconds; made once for the methods that start from it."""
-    names = ("targets", "rank", "epochs")
-    options = {name: setting.options[name] for name in names if name in setting.options}
+    options = setting.given("targets", "rank", "epochs")
     return setting.shared(f"LoRA {json.dumps(options, sort_keys=True)}", lambda: fit(setting, "LoRA"))
 
 

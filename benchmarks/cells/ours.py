@@ -39,8 +39,7 @@ class Core(NamedTuple):
 
 def core_of(setting: Setting) -> Core:
     """The core fit of a seed, made once for the cells that follow one another."""
-    names = ("size", "targets", "within")
-    options = {name: value for name in names if (value := setting.option(name, None)) is not None}
+    options = setting.given("size", "targets", "within")
     make = partial(_core, setting.rows, setting.key("core"), options)
     return setting.shared(f"core {json.dumps(options, sort_keys=True)}", make)[0]
 

@@ -38,6 +38,11 @@ class Setting:
         self.read.add(name)
         return self.options.get(name, default)
 
+    def given(self, *names: str) -> dict[str, Any]:
+        """The options of this cell among these, which count as read whether they are there or not."""
+        self.read.update(names)
+        return {name: self.options[name] for name in names if name in self.options}
+
     def key(self, purpose: str) -> Array:
         """A random key of this seed for a purpose; the same in every process."""
         return jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(purpose.encode()) % 2**31)
