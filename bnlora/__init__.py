@@ -41,6 +41,7 @@ from bnlora.assess.prior_predictive import scale_for_spread as scale_for_spread
 from bnlora.data.batch import Batch as Batch
 from bnlora.data.choices import ChoiceData as ChoiceData
 from bnlora.data.choices import multiple_choice as multiple_choice
+from bnlora.data.joined import join as join
 from bnlora.data.letters import letter_choices as letter_choices
 from bnlora.data.outcomes import language_modelling as language_modelling
 from bnlora.data.outcomes import text_outcomes as text_outcomes
@@ -92,6 +93,7 @@ if _TYPE_CHECKING:  # what type checkers and editors see of the names in `_LATER
     from bnlora.infer.core.fit import fit_core as fit_core
     from bnlora.infer.core.gaussian import Gaussian as Gaussian
     from bnlora.infer.core.gaussian import laplace as laplace
+    from bnlora.infer.core.refit import refit as refit
     from bnlora.infer.core.scales import Scales as Scales
     from bnlora.infer.core.scales import choose_scales as choose_scales
     from bnlora.infer.core.start import start_at as start_at
@@ -136,6 +138,7 @@ _LATER = {
     "bnlora.base": "Base load",
     "bnlora.infer.core.fit": "CoreFit fit_core",
     "bnlora.infer.core.gaussian": "Gaussian laplace",
+    "bnlora.infer.core.refit": "refit",
     "bnlora.infer.core.scales": "Scales choose_scales",
     "bnlora.infer.core.start": "start_at",
     "bnlora.infer.core.stored": "load_core load_frames save_core",

@@ -3,6 +3,7 @@ r"""Priors over adapters: any function that maps sites to adapters and calls `nu
 | prior                                | law of a factor W (d_o x d_i), sigma = scale / sqrt(d_i)          |
 |--------------------------------------|-------------------------------------------------------------------|
 | `core`                               | `b a`, not a factor, is a normal matrix between fixed frames      |
+| `carried`                            | `core` after earlier rows, whose posterior is the new prior       |
 | `sparse_gp`                          | iid N(0, sigma^2), with inducing variables inside the weights     |
 | `normal`                             | iid N(0, sigma^2)                                                 |
 | `laplace`                            | iid Laplace with standard deviation sigma                         |
@@ -27,6 +28,8 @@ from bnlora.priors.base import each_factor as each_factor
 from bnlora.priors.base import layers as layers
 from bnlora.priors.base import sample_matrices as sample_matrices
 from bnlora.priors.base import width_factor as width_factor
+from bnlora.priors.carried import Earlier as Earlier
+from bnlora.priors.carried import carried as carried
 from bnlora.priors.centered import centered as centered
 from bnlora.priors.compose import by_family as by_family
 from bnlora.priors.compose import per_factor as per_factor

@@ -18,11 +18,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
+from jax import Array
+from jaxtyping import Float
 
 from bnlora._util.checks import listed
 from bnlora._util.typing import FACTORS, WEIGHT, Adapters
-from bnlora.adapters.frames import Frames
-from bnlora.adapters.sites import Sites
+from bnlora.adapters.frames import Frame, Frames
+from bnlora.adapters.sites import Site, Sites
 from bnlora.priors.base import Prior, layers
 from bnlora.priors.hyper import Hyper, hyper_value, require_positive
 
@@ -89,10 +91,15 @@ def _adapter(frames: Frames, name: str, sites: Sites, scale: Hyper, *, by_layer:
     with layers(site):
         law = dist.Normal(jnp.zeros(frame.size), 1.0).to_event(2)
         U = numpyro.sample(f"{name}.U", law, infer={"init": "zero", WEIGHT: True})
+    return filled(frame, site, spread, U)
+
+
+def filled(frame: Frame, site: Site, scale: Any, U: Float[Array, "l m_o m_i"]) -> Mapping[str, Array]:
+    """The adapter of a family whose cores are `U`, at a scale for all layers or one for each."""
     # In nats: `unit` is the standard deviation of a logit contrast under a standard normal U.
-    weight = jnp.broadcast_to(spread / frame.unit, (site.depth,))
+    weight = jnp.broadcast_to(scale / frame.unit, (site.depth,))
     left, right = jnp.asarray(frame.left), jnp.asarray(frame.right)
-    scaled = numpyro.deterministic(core_name(name), weight[:, None, None] * U)
+    scaled = numpyro.deterministic(core_name(site.name), weight[:, None, None] * U)
     # Divide by alpha / rank, so that the update does not depend on LoRA's alpha.
     return {"a": jnp.swapaxes(right, 1, 2), "b": left @ scaled / site.scale}
 

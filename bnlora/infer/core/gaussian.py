@@ -32,6 +32,7 @@ from bnlora._util.typing import Adapters, Parameters
 from bnlora.data.batch import Batch, check_rows
 from bnlora.guides.affine import Affine
 from bnlora.infer.core.scales import Evidence, check_classes, linear_of
+from bnlora.priors.carried import carried_of
 from bnlora.program.cache import cache_prefix
 from bnlora.program.density import Density, density, require_inside
 from bnlora.program.likelihoods import require_softmax
@@ -155,7 +156,7 @@ def laplace(
     check_classes(train)
     view = density(tangent, params or {})
     _require_memory(len(train) * (tangent.num_classes - 1), view.size)
-    model, _ = linear_of(tangent, cache_prefix(tangent, train, console=console), by="layer")
+    model = _linear(tangent, cache_prefix(tangent, train, console=console))
     where = Where.of(view)
     with jax.enable_x64(new_val=True):
         laws = _Posterior(where, model)
@@ -180,6 +181,18 @@ def laplace(
     # Copy: JAX caches the 64-bit version of an array that was used in double precision.
     affine = Affine(centre, keep, whole, (1 + values) ** -0.5, block, where.scales.copy())
     return Gaussian(view, affine, informed, evidence)
+
+
+def _linear(tangent: Tangent, batch: Batch) -> Linear:
+    """The linear model of the standard normals of the prior: one group for each layer, or one in all."""
+    model, _ = linear_of(tangent, batch, by="layer")
+    carried = carried_of(tangent.prior)
+    if carried is None:
+        return model
+    # eta = z + Phi D (m + S w) = (z + Phi D m) + (Phi D S) w, with the scales D and u = m + S w.
+    design = np.concatenate(model.groups, axis=2) * np.exp(carried.log_scales)
+    offset = model.offset + design @ np.asarray(carried.earlier.mean, np.float64)
+    return model._replace(offset=offset, groups=[carried.earlier.spread(design)])
 
 
 def _require_memory(rows: int, coordinates: int) -> None:

@@ -5,6 +5,7 @@
 | `frames.*`                      | the frames, as for every fit under a core prior                   |
 | `core.scales`, `.without`, ...  | the chosen scales, their evidence and standard deviations         |
 | `core.affine`, `core.informed`  | Laplace's Gaussian, which defines the coordinates of the guide    |
+| `core.earlier`                  | of a refit, what earlier rows taught (`bnlora.priors.carried`)    |
 | `core.seconds`                  | seconds of every step                                             |
 
 The Gaussian is stored because it cannot be recomputed exactly: its directions are eigenvectors, which can
@@ -12,7 +13,7 @@ rotate or change sign on another machine. The guide's parameters would then have
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ from bnlora.infer.core.fit import CoreFit
 from bnlora.infer.core.gaussian import Gaussian
 from bnlora.infer.core.scales import Scales
 from bnlora.infer.svi.checkpoint import by_path, fit_from, group, read_stored, write_fit
+from bnlora.priors import Earlier, carried
 from bnlora.priors import core as core_prior
+from bnlora.priors.carried import carried_of
 from bnlora.program.density import density
 from bnlora.program.likelihoods import likelihood_from
 from bnlora.program.model import Classifier
@@ -86,7 +89,11 @@ def load_core(folder: str | Path, base: Base) -> CoreFit:
         )
     frames = _frames(record, arrays, base, folder)
     scales = _scales(arrays, tuple(frames), numbers)
-    prior = core_prior(frames, scale=scales.values)
+    earlier = group("core.earlier", arrays)
+    if earlier:  # a refit: what earlier rows taught is the prior
+        prior = carried(frames, scale=scales.values, earlier=Earlier(**earlier))
+    else:
+        prior = core_prior(frames, scale=scales.values)
     tangent = Tangent(Classifier(base, frames.sites, prior, likelihood=frames.likelihood))
     log_evidence = float(numbers["gaussian"])
     gaussian = Gaussian(density(tangent, {}), Affine(**affine), Informed(**informed), log_evidence)
@@ -152,6 +159,9 @@ def _arrays(core: CoreFit) -> dict[str, np.ndarray]:
         # Number the steps, because a file does not keep their order.
         "core.seconds": {f"{i} {name}": x for i, (name, x) in enumerate(core.seconds.items())},
     }
+    before = carried_of(core.model.prior)
+    if before is not None:
+        parts["core.earlier"] = asdict(before.earlier)
     return {name: np.asarray(x) for name, x in by_path(parts).items()}
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from bnlora._util.checks import listed
 from bnlora._util.compilation import options
 from bnlora._util.typing import AnyArray
+from bnlora.priors.carried import carried_of
 from bnlora.program.density import Density
 
 
@@ -52,7 +53,12 @@ class Where:
         return jnp.zeros(self.view.size).at[self.scales].set(t).at[self.cores].set(cores)
 
     def log_scales(self, t: Float[AnyArray, " t"]) -> Float[Array, " g"]:
-        """Log scale of every family and layer, read from the update that a core of ones gives."""
+        """Log scale of every family and layer, read from the update that a core of ones gives.
+
+        A carried prior has one group of coordinates, which has its scales in it (`linear_of`).
+        """
+        if carried_of(self.view.model.prior) is not None:
+            return jnp.zeros(1)
         frames = [self.view.model.frames[name] for name in self.view.model.sites]
         units = np.concatenate([np.full(frame.size[0], frame.unit) for frame in frames])
         sizes = [frame.size for frame in frames]

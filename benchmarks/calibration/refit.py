@@ -1,0 +1,77 @@
+"""How far a refit from a summary of the earlier rows is from a fit of all rows.
+
+The labelled rows of the demonstration come in parts. Frames and scales are those of the first half. "Summary"
+fits the second half with the Gaussian posterior of the first as its prior; "ten parts" does so for each tenth
+of the rows, nine times. Both never see earlier rows again. The distance of predictions is the mean total
+variation to the refit that keeps all rows.
+"""
+
+import argparse
+from collections import defaultdict
+
+import jax
+import numpy as np
+from rich.console import Console
+
+import bnlora as bl
+from benchmarks.cells.tasks import LAYERS, Rows, film_reviews
+from benchmarks.report import Report
+
+QUIET = Console(quiet=True)
+KEPT = "all rows kept"
+DRAWS = 64
+
+
+def posteriors(seed: int, found: Rows) -> dict[str, bl.CoreFit]:
+    """All fits of one seed, by name."""
+    key, train = jax.random.key(seed), found.train
+    half, options = len(train) // 2, {"likelihood": found.likelihood, "console": QUIET}
+    first, second = train[:half], train[half:]
+    fits = {"first half": bl.fit_core(key, found.base, first, **options)}
+    start = fits["first half"]
+    fits[KEPT] = bl.refit(key, start, second, kept=first, console=QUIET)
+    fits["summary"] = bl.refit(key, start, second, console=QUIET)
+    fits["summary, half of it forgotten"] = bl.refit(key, start, second, keep=0.5, console=QUIET)
+    fits["second half only"] = bl.refit(key, start, second, keep=0.0, console=QUIET)
+    tenth = len(train) // 10
+    parts = bl.refit(key, start, train[:tenth], keep=0.0, console=QUIET)  # the same frames and scales
+    for begin in range(tenth, len(train), tenth):
+        parts = bl.refit(key, parts, train[begin : begin + tenth], console=QUIET)
+    fits["summaries of ten parts"] = parts
+    fits["all rows at once, own frames and scales"] = bl.fit_core(key, found.base, train, **options)
+    return fits
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Sizes."""
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 3 on")
+    parser.add_argument("--rows", type=int, default=560, help="labelled rows")
+    parser.add_argument("--test", type=int, default=500, help="test rows of each domain")
+
+
+def run(given: argparse.Namespace, report: Report) -> None:
+    """One row for each posterior, as means over the seeds, with the smallest and largest distance."""
+    domains = ["movies", "tweets"]
+    values = defaultdict(list)
+    for seed in range(3, 3 + given.seeds):
+        found = film_reviews(given.rows, seed, LAYERS, rows=given.test)
+        fits = posteriors(seed, found)
+        for domain in domains:
+            rows = found.tests[domain]
+            predicted = {
+                name: bl.predict(jax.random.key(1), fit, rows, num_draws=DRAWS, console=QUIET)
+                for name, fit in fits.items()
+            }
+            for name, prediction in predicted.items():
+                apart = 0.5 * np.abs(prediction.probs - predicted[KEPT].probs).sum(1).mean()
+                values[name, domain].append((bl.metrics.nll(prediction.log_probs, rows.labels), apart))
+        report.progress(f"seed {seed} is done")
+    header = ("posterior", *(f"{d}: {what}" for d in domains for what in ("NLL", "distance")))
+    table = report.table("Refits", header)
+    for name in fits:
+        cells = []
+        for domain in domains:
+            nll, apart = np.transpose(values[name, domain])
+            spread = "" if name == KEPT else f"{apart.mean():.4f} ({apart.min():.4f} to {apart.max():.4f})"
+            cells += [f"{nll.mean():.3f}", spread]
+        table.row(name, *cells)
