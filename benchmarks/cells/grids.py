@@ -25,7 +25,7 @@ MINIMUM = (
 """Methods of the grid that is committed; those that share a fit follow one another."""
 
 CHEAP = ("untouched base", "LoRA, 20 epochs", "LoRA, careful", "core Laplace", "core Gaussian")
-OTHERS = ("BLoB", "deep ensemble", "SWAG", "TFB", "core SiteFlow")
+OTHERS = ("LoRA, label smoothing", "BLoB", "deep ensemble", "SWAG", "TFB", "core SiteFlow")
 SIZES: Mapping[str, int] = {"vader": 560, "arc_easy": 80, "openbookqa": 80}
 """Labelled rows of each task in the minimal grid. Steps on questions take far longer."""
 
@@ -69,13 +69,15 @@ def shifts() -> list[Cell]:
 
 
 def ablations() -> list[Cell]:
-    """What the core prior depends on: size of the frames, placement, layers, and draws of a prediction."""
+    """What the core prior depends on: size and source of the frames, scales, placement, layers, draws."""
     rows = [("vader", SIZES["vader"])]
     changes: list[dict[str, object]] = [
         *({"size": {"q_proj": 8, "k_proj": 8, "v_proj": n}} for n in (8, 16, 64)),
         {"targets": ["v_proj", "o_proj"]},
         {"targets": ["q_proj", "lm_head"]},
         {"targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "slope"]},
+        *({"source": source} for source in ("activations", "weights", "random")),
+        {"scales_by": "validation"},
         *({"layers": n} for n in (1, 4)),
         *({"draws": n} for n in (4, 16, 256)),
         *({"within": n} for n in (1.0, 4.0)),

@@ -7,6 +7,7 @@ sevenths of the labelled ones; all others fit every labelled row.
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -26,6 +27,9 @@ NETWORK_DRAWS = 10
 MAP_SCALES = (1.0, 0.3, 0.1)
 """Prior scales of the mode, of which validation rows choose one."""
 
+SMOOTHING = 0.1
+"""Part of a label that label smoothing spreads over all classes."""
+
 FACTORS = (r".*\.a", r".*\.b")
 
 
@@ -36,12 +40,11 @@ def fit(setting: Setting, purpose: str, train: bl.Batch | None = None, **changes
         setting.key(purpose),
         rows.base,
         rows.train if train is None else train,
-        likelihood=rows.likelihood,
         layers=rows.layers,
         targets=setting.option("targets", rows.targets),
         rank=setting.option("rank", RANK),
         console=QUIET,
-        **{"epochs": setting.option("epochs", EPOCHS)} | changes,
+        **{"epochs": setting.option("epochs", EPOCHS), "likelihood": rows.likelihood} | changes,
     )
 
 
@@ -92,6 +95,16 @@ def careful(setting: Setting) -> Fitted:
     about = {"step": fitted.best_step, "temperature": temperature}
     raw = by_posterior(setting, fitted, 1, fitted.num_parameters + 1, about)
     return raw._replace(predict=lambda name: tempered(raw.predict(name), temperature))
+
+
+def smoothed(setting: Setting) -> Fitted:
+    """LoRA on labels of which a part is spread evenly over all classes (Szegedy et al. 2016)."""
+    rows = setting.rows
+    part, count = setting.option("smoothing", SMOOTHING), rows.likelihood.num_classes
+    votes = (1 - part) * jax.nn.one_hot(rows.train.labels, count) + part / count
+    soft = bl.likelihoods.SoftLabels(rows.likelihood)
+    fitted = fit(setting, "LoRA", replace(rows.train, outcomes=votes), likelihood=soft)
+    return by_posterior(setting, fitted, 1, fitted.num_parameters, {"smoothing": part})
 
 
 def mode(setting: Setting) -> Fitted:

@@ -11,6 +11,7 @@ METHODS: Mapping[str, Callable[[Setting], Fitted]] = {
     "LoRA, 3 epochs": lora.epochs(3),
     "LoRA, 20 epochs": lora.epochs(20),
     "LoRA, careful": lora.careful,
+    "LoRA, label smoothing": lora.smoothed,
     "MAP": lora.mode,
     "Laplace-LoRA": lora.laplace_lora,
     "MC dropout": lora.randomised(guides.dropout()),

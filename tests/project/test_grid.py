@@ -180,6 +180,14 @@ def test_what_is_shared_is_made_once_and_counted_in_each_cell(of_rows, rows):
     np.testing.assert_array_equal(first.predicted["here"].log_probs, again.predicted["here"].log_probs)
 
 
+def test_scales_by_validation_are_one_number_for_all_families(of_rows):
+    options = {"size": {"v_proj": 2}, "draws": 4, "source": "weights", "scales_by": "validation"}
+    result = running.run_cell(Cell("words", "core Laplace", 28, 3, options)).result
+    scales = result.about["scales"]
+    assert set(scales) == {"v_proj", "slope"}
+    assert len(set(scales.values())) == 1
+
+
 def test_options_of_what_is_shared_are_read_by_every_cell(of_rows):
     for method in ("LoRA, 20 epochs", "LoRA, 20 epochs"):  # the second finds the fit of the first
         assert not running.run_cell(Cell("words", method, 28, 2, {"rank": 1})).error

@@ -20,7 +20,7 @@ from bnlora._util.checks import check_key
 from bnlora._util.display import Showable, Shown, Table
 from bnlora._util.progress import timed
 from bnlora._util.typing import Adapters, Parameters
-from bnlora.adapters.frames import Frames
+from bnlora.adapters.frames import Frames, Source
 from bnlora.adapters.sites import HEAD, Sites
 from bnlora.base import Base
 from bnlora.data.batch import Batch
@@ -108,6 +108,7 @@ def fit_core(
     size: Size | None = None,
     targets: Sequence[str] | None = None,
     layers: slice | Iterable[int] | None = slice(-2, None),
+    source: Source = "jacobian",
     scale_prior: dist.Distribution | None = SCALE_PRIOR,
     within: float = 0.0,
     num_steps: int = STEPS,
@@ -127,6 +128,7 @@ def fit_core(
             mapping, else `"slope"` and the modules of `SIZES`; with completions without those of the head.
             With a new classification head, which is zero, the head and `"bias"`.
         layers: Layers to adapt; the two uppermost by default.
+        source: What the frames are computed from, as in `bnlora.frames`.
         scale_prior: Distribution of every scale, for the choice of scales by evidence.
         within: Nats of evidence to trade for smaller scales, as in `bnlora.choose_scales`.
         num_steps: Steps of the variational fit.
@@ -154,9 +156,8 @@ def fit_core(
         trunk = Classifier(base, sites, point(), likelihood=classes)
         train = cache_prefix(trunk, train, console=console)
     with timed(seconds, "frames"):
-        directions = frames(
-            frame_key, base, chosen, train, likelihood=classes, size=size, layers=layers, console=console
-        )
+        options = {"likelihood": classes, "size": size, "layers": layers, "source": source}
+        directions = frames(frame_key, base, chosen, train, **options, console=console)
     with timed(seconds, "features"):
         tangent = Tangent(Classifier(base, directions.sites, core(directions), likelihood=classes))
         rows = cache_prefix(tangent, train, console=console)
