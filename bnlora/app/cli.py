@@ -1,6 +1,6 @@
 """The command line: `bnlora demo`, `fit`, `predict`, `evaluate`, `diagnose`, `audit`, and more.
 
-The commands `audit`, `generate`, `export`, `serve` and `monitor` have files of their own.
+The commands `refit`, `audit`, `generate`, `export`, `serve` and `monitor` have files of their own.
 
 Results go to standard output, as text or (`--json`) as one JSON object. Progress and errors go to standard
 error; progress bars appear only on a terminal. `bnlora.app.outcome` has the exit codes.
@@ -19,6 +19,7 @@ from bnlora._util.compilation import keys_from
 from bnlora._util.files import room_for
 from bnlora.app import options
 from bnlora.app.audit import audit
+from bnlora.app.core import fit_core_and_keep, is_given, print_core, refit_command, require_used
 from bnlora.app.demo import SIZES, demo_page, demo_tables, run_demo
 from bnlora.app.export import export
 from bnlora.app.generate import generate_command
@@ -120,6 +121,7 @@ def demo(
 
 @app.command("fit")
 def fit_command(
+    context: typer.Context,
     table: options.Table,
     out: Annotated[Path, typer.Option(help="Folder for the fit.", show_default=False)],
     word: options.WordsOfTask = None,
@@ -185,6 +187,14 @@ def fit_command(
         model = over_all(recipe.load_base())
         with naming_lines(files, encoding=encoding):
             data = recipe.read(tables, model, text=text, label=label)
+        if prior == "core":
+            require_used(context)
+            modules = target if is_given(context, "target") else None
+            key = jax.random.key(seed)
+            core, place = fit_core_and_keep(key, recipe, model, data, out, targets=modules, console=progress)
+            print_core(core, place, text, core.scales.overview, json=json)
+            exit_if_elsewhere(out, place)
+            return
         rate = LEARNING_RATE_OF_LORA if prior == "none" else LEARNING_RATE
         schedule = Schedule(steps, batch_size, rate if learning_rate is None else learning_rate, seed=seed)
         recipe = recipe.fitted_to(data)
@@ -295,6 +305,7 @@ def diagnose(
         print_result(diagnosis_result(diagnosis), diagnosis, json=json)
 
 
+app.command("refit")(refit_command)
 app.command()(audit)
 app.command("generate")(generate_command)
 app.command()(export)

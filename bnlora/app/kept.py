@@ -27,6 +27,7 @@ from bnlora.data.batch import Batch
 from bnlora.data.labels import LabelKind
 from bnlora.data.splits import Splits
 from bnlora.data.tables import naming_lines, read_table
+from bnlora.infer.core.stored import load_core
 from bnlora.infer.svi.checkpoint import RECORD, fit_size, load_fit, read_notes, save_fit
 from bnlora.infer.svi.result import Fit, FitDiverged, FitOutOfMemory
 from bnlora.infer.svi.resume import Checkpoints
@@ -192,16 +193,38 @@ def restored(
     labels_are: LabelKind | None = None,
     rows: "Dataset | None" = None,
 ) -> tuple[Fit, Recipe, Batch]:
-    """The fit in a folder, its recipe, and the tokenised rows; errors name lines of the table.
+    """The fit in a folder, its recipe, and the tokenised rows; arguments and errors of `read_again`."""
+    recipe, base, data = read_again(folder, table, text, label, encoding, labels_are=labels_are, rows=rows)
+    if recipe.prior == "core":
+        return load_core(folder, base).fit, recipe, data["rows"]
+    return load_fit(folder, *recipe.build(base, recipe.likelihood(data))), recipe, data["rows"]
+
+
+def read_again(
+    folder: Path,
+    table: Path,
+    text: str,
+    label: str | None,
+    encoding: str,
+    *,
+    labels_are: LabelKind | None = None,
+    rows: "Dataset | None" = None,
+    base: Base | None = None,
+) -> tuple[Recipe, Base, Splits]:
+    """The recipe of a fit, its base, and rows as the fit read its own; errors name lines of the table.
 
     Args:
-        folder: The folder.
+        folder: Folder of the fit.
         table: The file of the rows.
         text: Column of the texts.
         label: Column of the labels, or None.
         encoding: Encoding of the file.
         labels_are: In place of what the recipe says.
         rows: The rows, if the file is read already.
+        base: The base, if it is loaded already.
+
+    Returns:
+        The recipe, the base, and the rows under the name `rows`.
     """
     recipe = Recipe.from_folder(folder)
     if rows is None:
@@ -209,7 +232,6 @@ def restored(
     recipe.require_fitted(read_notes(folder))
     if labels_are is not None:
         recipe = replace(recipe, labels_are=labels_are)
-    base = recipe.load_base()
+    base = recipe.load_base() if base is None else base
     with naming_lines({"rows": table}, encoding=encoding):
-        data = recipe.read({"rows": rows}, base, text=text, label=label)
-    return load_fit(folder, *recipe.build(base, recipe.likelihood(data))), recipe, data["rows"]
+        return recipe, base, recipe.read({"rows": rows}, base, text=text, label=label)

@@ -86,7 +86,13 @@ HeadReads = Annotated[
 ]
 Targets = Annotated[list[str], typer.Option(help="Modules to adapt.", autocompletion=_module_names)]
 TopLayers = Annotated[int | None, typer.Option(help="Number of uppermost layers to adapt.", min=1)]
-Prior = Annotated[PriorName, typer.Option(help="Prior of the adapters; 'none' is plain LoRA.")]
+Prior = Annotated[
+    PriorName,
+    typer.Option(
+        help="Prior of the adapters. 'core': the tangent model, with scales by evidence, for classes. On the "
+        "network: 'sparse-gp', 'normal', or 'none', which is plain LoRA."
+    ),
+]
 Scale = Annotated[float, typer.Option(help="Prior scale of an update for an input of unit variance.")]
 LearningRate = Annotated[float | None, typer.Option(help="Learning rate of Adam.", min=0, show_default=RATES)]
 MaxLength = Annotated[int | None, typer.Option(help="Longest row in tokens.", show_default="the base's")]

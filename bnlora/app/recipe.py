@@ -27,7 +27,7 @@ from bnlora.program.model import Classifier
 if TYPE_CHECKING:
     from datasets import Dataset
 
-PriorName = Literal["sparse-gp", "normal", "none"]
+PriorName = Literal["core", "sparse-gp", "normal", "none"]
 FILE = "recipe.json"
 _FREE = ("base", "max_length", "truncate", "labels_are")  # entries that may change after the fit
 LEARNING_RATE, LEARNING_RATE_OF_LORA = 3e-2, 1e-3
@@ -80,7 +80,8 @@ class Recipe(TaskSettings):
         top_layers: Number of uppermost layers to adapt; all layers if None.
         rank: Rank of each update.
         alpha: LoRA's alpha; equal to the rank if None.
-        prior: `"sparse-gp"`, `"normal"`, or `"none"` for plain LoRA by maximum likelihood.
+        prior: `"core"` on the tangent model (`bnlora.fit_core`); on the network `"sparse-gp"`, `"normal"`, or
+            `"none"` for plain LoRA by maximum likelihood.
         scale_a: Prior scale of factor A: standard deviation of its output for an input of unit variance.
         scale_b: Prior scale of factor B.
         inducing: Number of inducing rows and of inducing columns of the sparse GP.
@@ -129,7 +130,7 @@ class Recipe(TaskSettings):
         return likelihood_of(self, data)
 
     def build(self, base: Base, classes: Int[Any, " c"] | Likelihood) -> tuple[Classifier, Callable]:
-        """Build the model for a base, and its guide.
+        """Build the model for a base, and its guide. The core prior needs rows too: `bnlora.app.core`.
 
         Args:
             base: The base.

@@ -302,7 +302,7 @@ def test_wrong_usage_and_the_version_have_their_exit_codes():
     assert (done.exit_code, done.stdout) == (0, f"bnlora {bnlora.__version__}\n")
 
 
-COMMANDS = "demo fit predict evaluate diagnose audit generate export serve monitor".split()
+COMMANDS = "demo fit predict evaluate diagnose refit audit generate export serve monitor".split()
 
 
 @pytest.mark.parametrize(
