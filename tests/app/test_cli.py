@@ -309,7 +309,7 @@ COMMANDS = "demo fit predict evaluate diagnose refit audit generate export serve
     ("words", "offered"),
     [
         ("bnlora fit --target q", {"q_proj"}),
-        ("bnlora fit --prior ", {"sparse-gp", "normal", "none"}),
+        ("bnlora fit --prior ", {"core", "sparse-gp", "normal", "none"}),
         ("bnlora ", set(COMMANDS)),
     ],
 )
