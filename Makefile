@@ -10,6 +10,9 @@ WORKERS ?= 2
 # The reference implementations that parity tests run live; wheels of this version are CPU builds on 3.11 alone.
 PARITY := $(shell $(PYTHON) -c 'import sys; print(",parity" if sys.version_info[:2] == (3, 11) else "")')
 
+# What tests and lint need. `.ci/run` leaves out what the few tests of its second Python do without.
+EXTRAS ?= test,lint,notebooks,serve$(PARITY)
+
 # Test files whose verdict rounding cannot move: they hold names, messages, files, shapes and pages against each other.
 # `make rounding` runs all others under another rounding too, a new file among them: they hold statistics, or compare
 # long computations.
@@ -64,9 +67,9 @@ versions: $(READY)
 # `make rounding`, which `make slow` runs, has all files; where this fails, `make rounding` and `make versions` say which of
 # the two it was.
 STATISTICS := density elbo gp
-# Chains, pages of diagnostics, pictures and wheels take longest: with another Python they run in `make newest`
-# (BNLORA_MATRIX=1 of .ci/run).
-ELSEWHERE := $(filter-out diagnostics mcmc packaging plots,$(VERSIONED))
+# Chains, pages of diagnostics, pictures, wheels and the lowering of kernels take longest: with another Python they run in
+# `make newest` (BNLORA_MATRIX=1 of .ci/run).
+ELSEWHERE := $(filter-out diagnostics kernels_lowering mcmc packaging plots,$(VERSIONED))
 elsewhere: $(READY)
 	XLA_FLAGS="$(ROUNDING)" $(BIN)/python $(PYTEST) -m "not slow" $(sort $(call files,$(STATISTICS) $(ELSEWHERE)))
 
@@ -77,6 +80,7 @@ slow: $(READY)
 
 # All members and pairs of which `make test` takes a sample.
 thorough: $(READY)
+	$(BIN)/python -m pip install --quiet --editable ".[ray]"
 	BNLORA_EVERY=1 $(BIN)/python $(PYTEST) -m thorough
 	BNLORA_EVERY=1 $(BIN)/python $(PYTEST) $(call files,checkpoint_contract kernels)
 
@@ -153,7 +157,7 @@ $(DEMO_READY): pyproject.toml
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[test,lint,notebooks,ray,serve$(PARITY)]"
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
 	touch $@
 
 clean:
