@@ -148,7 +148,7 @@ def test_nuts_has_the_moments_of_quadrature_and_draws_of_the_prior_elsewhere(gri
     assert np.abs(np.corrcoef(rest.T, found.reshape(-1, 2).T)[:3, 3:]).max() < limit
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_draws_of_a_chain_are_nearly_independent():
     tangent = tangent_of(frames("v_proj", "lm_head", size=5), scale=3.0)
     view, count = density(tangent, {}), 2000
@@ -239,7 +239,7 @@ def run_posterior(inference, truths, **options):
     return sbc.run_posterior(jax.random.key(6), SMALL, inference, EIGHT, truths, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_nuts_passes_under_the_posterior(truths):
     assert run_posterior(NUTS, truths).adjusted.min() > RARE
 

@@ -367,7 +367,8 @@ def test_a_likelihood_of_ones_own():
     assert np.isfinite(chains.vectors).all()
 
 
-@pytest.mark.parametrize("name", sample_of(["ordinal", "soft labels"], ["ordinal"]))
+@pytest.mark.thorough  # comparisons and diagnoses read likelihoods through functions that other tests call
+@pytest.mark.parametrize("name", ["ordinal", "soft labels"])
 def test_grades_and_votes_are_compared_and_grades_are_diagnosed(name):
     rows, model = MEMBERS[name].rows, model_of(name, ("lm_head",), bl.priors.normal())
     guide = bl.guides.Guide(model.prior, bl.guides.mean_field())

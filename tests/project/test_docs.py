@@ -19,13 +19,11 @@ from bnlora.app.cli import app
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^([ ]*)```(python|pycon)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
-SLOW = {
-    "guides/diagnose.md",
-    "guides/likelihoods.md",
-    "guides/nuts.md",
-    "guides/memory.md",
-    "guides/resume.md",
-}  # several programs to compile each
+SLOW = {"guides/diagnose.md", "guides/nuts.md"}
+"""Pages with several programs to compile."""
+
+THOROUGH = {"guides/likelihoods.md", "guides/memory.md", "guides/resume.md"}
+"""Such pages whose steps are also those of one test file."""
 
 
 def blocks(path: Path) -> list[tuple[str, str]]:
@@ -35,8 +33,14 @@ def blocks(path: Path) -> list[tuple[str, str]]:
     ]
 
 
+def _marks(name: str) -> list[pytest.MarkDecorator]:
+    if name in THOROUGH:
+        return [pytest.mark.thorough]
+    return [pytest.mark.slow] if name in SLOW else []
+
+
 PAGES = [
-    pytest.param(path, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+    pytest.param(path, id=name, marks=_marks(name))
     for path in sorted(DOCS.rglob("*.md"))
     if blocks(path)
     for name in [path.relative_to(DOCS).as_posix()]
