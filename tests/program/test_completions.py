@@ -230,6 +230,19 @@ def test_rows_of_any_width_and_order_have_the_same_predictions():
     np.testing.assert_allclose(some, expected[[4, 1]], atol=1e-4)
 
 
+def test_short_rows_are_read_beside_a_completion_that_is_longer_than_they_are():
+    """Large models get short rows in parts of few columns, fewer than the longest completion may have."""
+    long, missing = 30, ((0, 0), (0, 0), (40 - LENGTH, 0))
+    tokens, mask, scored = (jnp.pad(x, missing) for x in (ROWS.tokens, ROWS.mask, ROWS.choices.scored))
+    choices = replace(ROWS.choices, scored=scored.at[0, 0, -long:].set(True), span=long)  # noqa: FBT003
+    rows = replace(ROWS, tokens=tokens, mask=mask.at[0, 0].set(True), choices=choices)  # noqa: FBT003
+    model = model_of()
+    adapters = adapters_of(model)
+    short = rows[1:].cut(slice(-LENGTH, None))
+    expected = scores(ROWS, model, adapters)[1:]
+    np.testing.assert_allclose(model.logits(BASE.weights, adapters, short), expected, rtol=1e-5, atol=1e-4)
+
+
 def test_from_a_fit_to_its_diagnosis(tmp_path):
     rows, model = rows_of(8), model_of(["v_proj", "lm_head"])
     guide = bl.guides.Guide(model.prior, bl.guides.mean_field())

@@ -104,7 +104,7 @@ def completion_scores(upper: Upper, batch: Batch) -> Float[Array, "n c"]:
     """
     assert batch.choices is not None  # the caller has checked the rows
     rows, choices, length = batch.tokens.shape
-    span = batch.choices.span
+    span = min(batch.choices.span, length - 1)  # columns that these rows do not use may have been cut
     # Choices end at the last column, so the tokens before their completions are at fixed positions.
     before = jnp.arange(length - span - 1, length - 1)
     final = upper.final(jnp.broadcast_to(before, (rows * choices, span)))
