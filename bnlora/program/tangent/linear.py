@@ -131,19 +131,22 @@ def laplace_mode(model: Linear, kernel: Array, *, in_rows: bool, start: Array | 
     zero = jnp.zeros(kernel.shape[1], kernel.dtype)
     fixed = jax.lax.stop_gradient(kernel)
 
-    def penalty(kernel: Array, weights: Array) -> Array:
-        return 0.5 * (weights @ kernel @ weights if in_rows else weights @ weights)
+    def penalty(change: Array, weights: Array) -> Array:
+        """|u|^2 / 2, where `change` is the kernel times the weights."""
+        return 0.5 * (weights @ change if in_rows else weights @ weights)
 
-    def penalised(weights: Array) -> Array:
-        return log_likelihood(_eta(model, fixed, weights), model.labels) - penalty(fixed, weights)
+    def penalised(change: Array, weights: Array) -> Array:
+        eta = change.reshape(model.offset.shape) + model.offset
+        return log_likelihood(eta, model.labels) - penalty(change, weights)
 
     def improve(carry: tuple) -> tuple:
         weights, value, _, count = carry
         step = _newton(model, fixed, weights, in_rows=in_rows) - weights
         # Line search by halving. If the base is confident and wrong, the first Newton step at a large scale
-        # can be 10^4 times too long.
+        # can be 10^4 times too long. Two products with the kernel serve steps of every length.
+        here, along = fixed @ weights, fixed @ step
         shares = 0.5 ** jnp.arange(40.0, dtype=kernel.dtype)
-        values = jax.lax.map(lambda t: penalised(weights + t * step), shares)
+        values = jax.vmap(lambda t: penalised(here + t * along, weights + t * step))(shares)
         first = jnp.argmax(values > value)  # the longest step that improves
         better = values[first] > value
         weights = jnp.where(better, weights + shares[first] * step, weights)
@@ -154,7 +157,7 @@ def laplace_mode(model: Linear, kernel: Array, *, in_rows: bool, start: Array | 
         return (carry[2] > 1e-9) & (carry[3] < MAX_STEPS)
 
     begin = zero if start is None else start
-    carry = begin, penalised(begin), jnp.asarray(jnp.inf, kernel.dtype), 0
+    carry = begin, penalised(fixed @ begin, begin), jnp.asarray(jnp.inf, kernel.dtype), 0
     optimum = jax.lax.stop_gradient(jax.lax.while_loop(goes_on, improve, carry)[0])
     # At the mode, the derivative of one Newton step in `kernel` is the derivative of the mode itself.
     weights = _newton(model, kernel, optimum, in_rows=in_rows)
@@ -162,7 +165,7 @@ def laplace_mode(model: Linear, kernel: Array, *, in_rows: bool, start: Array | 
     likelihood = log_likelihood(eta, model.labels)
     _, root = residual_and_root(eta, model.labels)
     half_log_det = jnp.log(jnp.diag(_cholesky(kernel, root, in_rows=in_rows))).sum()  # log|B| / 2
-    evidence = likelihood - penalty(kernel, weights) - half_log_det
+    evidence = likelihood - penalty(kernel @ weights, weights) - half_log_det
     return Mode(evidence, likelihood, weights, root)
 
 
@@ -230,6 +233,32 @@ def posterior(
     half = _times_root(mode.root, design, transpose=True)
     _, singular, vectors = jnp.linalg.svd(half, full_matrices=False)
     return mean, vectors.T, singular**2
+
+
+def predicted(
+    mode: Mode,
+    kernel: Float[Array, "m w"],
+    cross: Float[Array, "j w"],
+    own: Float[Array, "i k k"],
+    *,
+    in_rows: bool,
+) -> tuple[Float[Array, "i k"], Float[Array, "i k k"]]:
+    """Posterior mean of the change of the contrasts of other rows, and its covariance within each row.
+
+    Args:
+        mode: The result of `laplace_mode` with this kernel.
+        kernel: K or Phi of the rows that were fitted.
+        cross: Phi_* Phi^T if `in_rows`, else Phi_*, for the other rows, with j = other rows x contrasts.
+        own: Prior covariance of the contrasts of each other row; used only if `in_rows`.
+        in_rows: Whether the kernel is in rows.
+    """
+    shape = (len(own), mode.root.shape[1])
+    chol = _cholesky(kernel, mode.root, in_rows=in_rows)
+    columns = _times_root(mode.root, cross.T, transpose=True) if in_rows else cross.T
+    half = jax.scipy.linalg.solve_triangular(chol, columns, lower=True).reshape(-1, *shape)
+    inner = jnp.einsum("rik,ril->ikl", half, half)
+    # In rows: K_** - K_* V B^-1 V^T K_*^T, algorithm 3.2 of Rasmussen and Williams; else Phi_* B^-1 Phi_*^T.
+    return (cross @ mode.weights).reshape(shape), own - inner if in_rows else inner
 
 
 def in_float64(model: Linear) -> Linear:
