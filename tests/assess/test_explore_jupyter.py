@@ -51,7 +51,7 @@ def notebook(cell: str) -> str:
 
 
 @contextmanager
-def served(folder: Path, cell: str) -> Iterator[str]:
+def served(folder: Path, cell: str, theme: str = "JupyterLab Light") -> Iterator[str]:
     """The address of JupyterLab with a notebook of one cell, whose kernel is this Python."""
     spec = folder / "jupyter" / "kernels" / "tested"
     spec.mkdir(parents=True)
@@ -59,6 +59,10 @@ def served(folder: Path, cell: str) -> Iterator[str]:
     env = {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
     about = {"argv": argv, "display_name": "tested", "language": "python", "env": env}
     (spec / "kernel.json").write_text(json.dumps(about), encoding="utf-8")
+    settings = folder / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}', encoding="utf-8")
+    (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme}), encoding="utf-8")
     (folder / "work").mkdir()
     (folder / "work" / "explore.ipynb").write_text(notebook(cell), encoding="utf-8")
     with socket.socket() as free:

@@ -150,7 +150,7 @@ class Explorer:
                 off. Families that are left out keep their scale at the start.
             layers: Numbers of the layers in use; all by default. Families of the head are not in a layer.
             law: `"fixed"`, or how scales are chosen by evidence: `"flat"`, `"half-normal"`, `"half-Cauchy"`
-                or `"log-normal"`. Scales then only matter in being zero or not.
+                or `"log-normal"`. The search starts at `scales`, from which they differ unless they are zero.
             width: Width of the density of the scales, in nats.
             rows: Number of training rows in use, the first ones; all by default.
 
@@ -199,7 +199,8 @@ class Explorer:
         if settings.law != "fixed":
             require_label_free(self.tangent)
             whole = np.concatenate(list(on.values()))
-            chosen = self._programs.chosen(whole, settings.rows, settings.law, settings.width)
+            start = np.array(list(values.values()))
+            chosen = self._programs.chosen(start, whole, settings.rows, settings.law, settings.width)
             values = {name: rounded(scale) for name, scale in zip(values, chosen, strict=True)}
         return {name: np.where(used, values[name], OFF) for name, used in on.items()}
 

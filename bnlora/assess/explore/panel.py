@@ -16,8 +16,14 @@ from bnlora.infer.core.scales import HIGHEST, LOWEST
 PAUSE = 0.08
 """Seconds without a further change before a result is computed: a key that is held down asks only once."""
 
+STEP = 0.05
+"""Step of a slider, in powers of ten. The page moves a slider to the nearest step."""
+
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
 """Shares of the training rows to choose from."""
+
+WIDTH = "width (nats)"
+"""Label of the slider of the width."""
 
 HELP = (
     "<p style='margin:.2em 0;line-height:1.35'>Tab moves to the next control, arrow keys move a slider, "
@@ -62,12 +68,13 @@ class Panel:
         self._waiting: asyncio.TimerHandle | None = None
         self._following = False
         self.result: Explored | None = None
+        self._shown: dict[str, Any] | None = None
         self._scales = {name: self._scale(name, value) for name, value in explorer.start.scales.items()}
         self._boxes = {
             name: self._box(name, value=value > 0) for name, value in explorer.start.scales.items()
         }
         self._layers = {layer: self._box(f"layer {layer}", value=True) for layer in explorer.start.layers}
-        self._law, self._width, self._rows = self._how(), self._scale("width (nats)", 5.0), self._count()
+        self._law, self._width, self._rows = self._how(), self._scale(WIDTH, 5.0), self._count()
         self._out, self._code = self._widgets.HTML(), self._text()
         for control in self._controls():
             control.observe(self._changed, names="value")
@@ -85,7 +92,7 @@ class Panel:
             value=float(np.clip(value or 1.0, np.exp(LOWEST), np.exp(HIGHEST))),
             min=low,
             max=high,
-            step=0.05,
+            step=STEP,
             description=name,
             readout_format=".3g",
             style={"description_width": "7.5em"},
@@ -156,27 +163,43 @@ class Panel:
         """Compute and show the result of the present state."""
         before, began = self.result, time.perf_counter()
         try:
-            self.result = self._computed()
+            result = self._computed()
         except ValueError as error:
             self._out.value = f"<p role='alert'><b>Not possible:</b> {escape(str(error))}</p>"
+            self._shown = None
             return
-        page = self.result.html(before)
-        self._follow(self.result)
+        if result is None:
+            return
+        page = result.html(before)
+        self.result = result
+        self._follow(result)
         self._out.value = f"{page}<p>{time.perf_counter() - began:.2f} s for this change.</p>"
-        self._code.value = self.result.code
+        self._code.value = result.code
 
-    def _computed(self) -> Explored:
-        scales = {
-            name: rounded(scale.value) if self._boxes[name].value else 0.0
-            for name, scale in self._scales.items()
+    def _computed(self) -> Explored | None:
+        """The result of the present state; None if it is shown already."""
+        now = {name: self._moved(name) for name in self._exact}
+        if self._law.value == "fixed":
+            self._fixed = now
+        state: dict[str, Any] = {
+            "scales": {name: self._fixed[name] * box.value for name, box in self._boxes.items()},
+            "layers": [layer for layer, box in self._layers.items() if box.value],
+            "law": self._law.value,
+            "width": now[WIDTH],
+            "rows": self._rows.value,
         }
-        return self.explorer.at(
-            scales=scales,
-            layers=[layer for layer, box in self._layers.items() if box.value],
-            law=self._law.value,
-            width=rounded(self._width.value),
-            rows=self._rows.value,
-        )
+        if state == self._shown:
+            return None
+        result = self.explorer.at(**state)
+        self._shown = state
+        return result
+
+    def _moved(self, name: str) -> float:
+        """The value of a slider: the exact one, unless somebody has moved it by more than the page does."""
+        slider = self._width if name == WIDTH else self._scales[name]
+        if abs(np.log10(slider.value / self._exact[name])) > 0.51 * STEP:
+            self._exact[name] = rounded(slider.value)
+        return self._exact[name]
 
     def _follow(self, result: Explored) -> None:
         """Show chosen scales on the sliders, and enable what has an effect."""
@@ -186,7 +209,7 @@ class Panel:
             scale.disabled = not (fixed and self._boxes[name].value)
             highest = float(np.max(result.scale[name]))
             if not fixed and highest >= np.exp(LOWEST):
-                scale.value = highest
+                scale.value = self._exact[name] = highest
         self._width.disabled = self._law.value not in LAWS
         self._following = False
 

@@ -18,10 +18,16 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from bnlora.assess.explore.settings import LAWS, OFF
-from bnlora.infer.core.scales import HIGHEST, STARTS, Objective, maximise
+from bnlora.infer.core.scales import HIGHEST, Objective, maximise
 from bnlora.program.tangent.linear import Linear, Mode, laplace_mode, predicted
 
-FAMILIES = tuple(LAWS)
+NAMES = tuple(LAWS)
+
+SLOPE = 1e-2
+"""Slope of the evidence, in nats for a factor e, at which a choice of scales ends."""
+
+NEAR = (0.3, 5.0)
+"""Range of the scales at the start of such a choice. At a scale near zero the evidence has no slope."""
 
 
 class Known(NamedTuple):
@@ -76,7 +82,9 @@ class Programs:
     """
 
     def __init__(self, data: Known, family: Int[np.ndarray, " g"]):
-        self.data, self.family = data, family
+        with jax.enable_x64(new_val=True):
+            self.data = Known(*map(jnp.asarray, data))
+        self.family = family
         self.in_rows = data.train.ndim == 3
         self._moments = jax.jit(partial(_moments, in_rows=self.in_rows))
         value = partial(_objective, family=jnp.asarray(family), in_rows=self.in_rows)
@@ -87,10 +95,13 @@ class Programs:
         with jax.enable_x64(new_val=True):
             return Moments(*map(np.asarray, self._moments(self.data, scales, self._used(rows))))
 
-    def chosen(self, on: np.ndarray, rows: int, law: str, width: float) -> Float[np.ndarray, " f"]:
+    def chosen(
+        self, start: Float[np.ndarray, " f"], on: np.ndarray, rows: int, law: str, width: float
+    ) -> Float[np.ndarray, " f"]:
         """The scale of every family that the evidence and a law choose.
 
         Args:
+            start: Scale of every family from which the search starts.
             on: Whether each group is in use.
             rows: Number of rows in use.
             law: `"flat"`, or a name of `LAWS`.
@@ -99,19 +110,22 @@ class Programs:
         Raises:
             ValueError: If the evidence has no maximum, as on separable rows without a law.
         """
-        used, number = self._used(rows), FAMILIES.index(law) if law in FAMILIES else len(FAMILIES)
+        used, number = self._used(rows), NAMES.index(law) if law in NAMES else len(NAMES)
+
+        weights = np.zeros(self.data.train.shape[-1])
 
         def value(log_scales: np.ndarray, _: np.ndarray) -> tuple[float, np.ndarray, float]:
+            nonlocal weights  # Newton's method starts where it ended for the scales before
             with jax.enable_x64(new_val=True):
-                (total, evidence), slope = self._value(
-                    jnp.asarray(log_scales), self.data, used, on, number, jnp.asarray(width, float)
+                (total, (evidence, weights)), slope = self._value(
+                    jnp.asarray(log_scales), self.data, used, on, number, np.float64(width), weights
                 )
                 return float(total), np.asarray(slope), float(evidence)
 
         count = int(self.family.max()) + 1
         active = np.bincount(self.family, weights=on, minlength=count) > 0
         objective: Objective = value
-        best = maximise(objective, active, [np.full(count, np.log(s)) for s in STARTS])
+        best = maximise(objective, active, [np.log(np.clip(start, *NEAR))], slope=SLOPE)
         if law not in LAWS and (best[active] > HIGHEST - 0.01).any():
             raise ValueError(
                 f"the evidence has no maximum: it still grows at a scale of {np.exp(HIGHEST):.0f} nats, as "
@@ -123,7 +137,9 @@ class Programs:
         return (np.arange(len(self.data.labels)) < rows).astype(np.float64)
 
 
-def _fitted(data: Known, scales: Array, used: Array, *, in_rows: bool) -> tuple[Mode, Array]:
+def _fitted(
+    data: Known, scales: Array, used: Array, *, in_rows: bool, start: Array | None = None
+) -> tuple[Mode, Array]:
     """The mode, with the evidence of the rows in use, and the kernel."""
     seen = jnp.repeat(used, data.offset.shape[1])
     if in_rows:
@@ -131,7 +147,7 @@ def _fitted(data: Known, scales: Array, used: Array, *, in_rows: bool) -> tuple[
     else:
         kernel = data.train * scales[data.group] * seen[:, None]
     model = Linear(data.offset * used[:, None], (), data.labels)
-    mode = laplace_mode(model, kernel, in_rows=in_rows)
+    mode = laplace_mode(model, kernel, in_rows=in_rows, start=start)
     unused = (1 - used).sum() * jnp.log(data.offset.shape[1] + 1.0)
     return mode._replace(log_evidence=mode.log_evidence + unused), kernel
 
@@ -153,13 +169,14 @@ def _objective(
     on: Array,
     law: Array,
     width: Array,
+    start: Array,
     *,
     family: Array,
     in_rows: bool,
-) -> tuple[Array, Array]:
-    """The evidence times the density of the scales of the families in use, and the evidence."""
+) -> tuple[Array, tuple[Array, Array]]:
+    """The evidence times the density of the scales of the families in use, the evidence, and the mode."""
     scales = jnp.where(on, jnp.exp(log_scales)[family], OFF)
-    evidence = _fitted(data, scales, used, in_rows=in_rows)[0].log_evidence
+    mode, _ = _fitted(data, scales, used, in_rows=in_rows, start=start)
     active = jnp.zeros(len(log_scales), bool).at[family].max(on)
 
     def density(of: Callable) -> Callable[[Array], Array]:
@@ -167,4 +184,5 @@ def _objective(
         return lambda s: jnp.where(active, of(width).log_prob(jnp.exp(s)) + s, 0.0).sum()
 
     laws = [*map(density, LAWS.values()), lambda s: jnp.zeros_like(s).sum()]
-    return evidence + jax.lax.switch(law, laws, log_scales), evidence
+    total = mode.log_evidence + jax.lax.switch(law, laws, log_scales)
+    return total, (mode.log_evidence, jax.lax.stop_gradient(mode.weights))

@@ -44,7 +44,7 @@ class Settings:
 
     Attributes:
         scales: Prior standard deviation of a logit contrast in nats, by family; zero switches a family off.
-            Under another law than `"fixed"` it only matters which of them are zero.
+            Under another law than `"fixed"` the search for the scales starts there.
         layers: Layers in use, by their number in the base. Families of the head are not in a layer.
         law: How the scales come about; see the table of this file.
         width: Width of the density of the scales in nats, for a law that has one.

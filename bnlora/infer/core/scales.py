@@ -281,8 +281,10 @@ def _objective(model: Linear, prior: dist.Distribution | None) -> Objective:
     return value
 
 
-def maximise(value: Objective, on: np.ndarray, starts: Sequence[np.ndarray]) -> np.ndarray:
-    """The log scales at the best maximum over all starts; inactive groups keep their start values."""
+def maximise(
+    value: Objective, on: np.ndarray, starts: Sequence[np.ndarray], *, slope: float = 1e-5
+) -> np.ndarray:
+    """The best log scales of all climbs, each up to a `slope` in nats; inactive groups keep their start."""
     best: tuple[np.ndarray, float] = starts[0], np.inf
     if not on.any():
         return best[0]
@@ -292,8 +294,8 @@ def maximise(value: Objective, on: np.ndarray, starts: Sequence[np.ndarray]) -> 
             objective, slope, _ = value(np.where(on, _spread(x, on), first), on)
             return -objective, -slope[on]
 
-        bounds = [(LOWEST, HIGHEST)] * int(on.sum())
-        optimum = scipy.optimize.minimize(negative, first[on], jac=True, method="L-BFGS-B", bounds=bounds)
+        options = {"bounds": [(LOWEST, HIGHEST)] * int(on.sum()), "options": {"gtol": slope}}
+        optimum = scipy.optimize.minimize(negative, first[on], jac=True, method="L-BFGS-B", **options)
         if optimum.fun < best[1] - 1e-6:
             best = np.where(on, _spread(optimum.x, on), first), optimum.fun
     return best[0]

@@ -9,8 +9,8 @@ computations are in rows or in coordinates, whichever are fewer. In rows, u = Ph
 K = Phi Phi^T.
 
 The evidence is a JAX function of the log scales s of groups of columns, Phi = [s_g Phi_g]. The mode is
-computed by damped Newton steps without derivatives. One more step, with derivatives, gives the exact
-gradient.
+computed by damped Newton steps without derivatives. One more step, with derivatives of the gradient but not
+of the Hessian, gives the exact gradient.
 
 References: Rasmussen and Williams (2006), Gaussian processes for machine learning, algorithms 3.1, 3.3 and
 5.1; MacKay (1992), the evidence framework.
@@ -159,12 +159,11 @@ def laplace_mode(model: Linear, kernel: Array, *, in_rows: bool, start: Array | 
     begin = zero if start is None else start
     carry = begin, penalised(fixed @ begin, begin), jnp.asarray(jnp.inf, kernel.dtype), 0
     optimum = jax.lax.stop_gradient(jax.lax.while_loop(goes_on, improve, carry)[0])
-    # At the mode, the derivative of one Newton step in `kernel` is the derivative of the mode itself.
-    weights = _newton(model, kernel, optimum, in_rows=in_rows)
+    weights = _differentiable(model, kernel, optimum, in_rows=in_rows)
     eta = _eta(model, kernel, weights)
     likelihood = log_likelihood(eta, model.labels)
     _, root = residual_and_root(eta, model.labels)
-    half_log_det = jnp.log(jnp.diag(_cholesky(kernel, root, in_rows=in_rows))).sum()  # log|B| / 2
+    half_log_det = _half_log_det(_matrix(kernel, root, in_rows=in_rows))
     evidence = likelihood - penalty(kernel @ weights, weights) - half_log_det
     return Mode(evidence, likelihood, weights, root)
 
@@ -182,13 +181,52 @@ def _times_root(root: Array, columns: Array, *, transpose: bool) -> Array:
 
 
 def _cholesky(kernel: Array, root: Array, *, in_rows: bool) -> Array:
-    """Cholesky root of B = I + V^T K V in rows, or of I + Phi^T W Phi in coordinates.
+    """Cholesky root of B. The eigenvalues of B are at least one, so it needs no jitter."""
+    return jnp.linalg.cholesky(_matrix(kernel, root, in_rows=in_rows))
 
-    The eigenvalues of B are at least one, so the factorisation needs no jitter.
-    """
+
+def _matrix(kernel: Array, root: Array, *, in_rows: bool) -> Array:
+    """B = I + V^T K V in rows, or I + Phi^T W Phi in coordinates."""
     half = _times_root(root, kernel, transpose=True)
     inner = _times_root(root, half.T, transpose=True) if in_rows else half.T @ half
-    return jnp.linalg.cholesky(jnp.eye(len(inner), dtype=kernel.dtype) + inner)
+    return jnp.eye(len(inner), dtype=kernel.dtype) + inner
+
+
+@jax.custom_jvp
+def _half_log_det(B: Array) -> Array:
+    """log|B| / 2; its derivative tr(B^-1 dB) / 2 costs half as much as that of a Cholesky root."""
+    return jnp.log(jnp.diag(jnp.linalg.cholesky(B))).sum()
+
+
+@_half_log_det.defjvp
+def _half_log_det_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    chol = jnp.linalg.cholesky(primals[0])
+    inverse = _solved(chol, jnp.eye(len(chol), dtype=chol.dtype))
+    return jnp.log(jnp.diag(chol)).sum(), 0.5 * jnp.sum(inverse * tangents[0])
+
+
+def _differentiable(model: Linear, kernel: Array, optimum: Array, *, in_rows: bool) -> Array:
+    """The mode with its derivative in `kernel`.
+
+    The gradient g vanishes at the mode, so the derivative of the mode is H^-1 dg/d kernel: that of one more
+    Newton step, whose Hessian H needs no derivative.
+    """
+    fixed = jax.lax.stop_gradient(kernel)
+    _, root = residual_and_root(_eta(model, fixed, optimum), model.labels)
+    chol = _cholesky(fixed, root, in_rows=in_rows)
+    residual, _ = residual_and_root(_eta(model, kernel, optimum), model.labels)
+    if not in_rows:
+        return optimum + _solved(chol, kernel.T @ residual.reshape(-1) - optimum)
+    # In rows: (I + W K)^-1 = I - V B^-1 V^T K.
+    gap = residual.reshape(-1) - optimum
+    inner = _solved(chol, _times_root(root, fixed @ gap, transpose=True))
+    return optimum + gap - _times_root(root, inner, transpose=False)
+
+
+def _solved(chol: Array, x: Array) -> Array:
+    """B^-1 x from the Cholesky root of B."""
+    half = jax.scipy.linalg.solve_triangular(chol, x, lower=True)
+    return jax.scipy.linalg.solve_triangular(chol.T, half, lower=False)
 
 
 def _newton(model: Linear, kernel: Array, weights: Array, *, in_rows: bool) -> Array:
@@ -196,19 +234,14 @@ def _newton(model: Linear, kernel: Array, weights: Array, *, in_rows: bool) -> A
     eta = _eta(model, kernel, weights)
     residual, root = residual_and_root(eta, model.labels)
     chol = _cholesky(kernel, root, in_rows=in_rows)
-
-    def solve(x: Array) -> Array:
-        half = jax.scipy.linalg.solve_triangular(chol, x, lower=True)
-        return jax.scipy.linalg.solve_triangular(chol.T, half, lower=False)
-
     # target = W (eta - z) + residual, shape (m,): algorithm 3.1 of Rasmussen and Williams.
     centred = (kernel @ weights).reshape(-1)
     curved = _times_root(root, _times_root(root, centred, transpose=True), transpose=False)
     target = curved + residual.reshape(-1)
     if not in_rows:
-        return solve(kernel.T @ target)
+        return _solved(chol, kernel.T @ target)
     # In rows: a = target - V B^-1 V^T K target.
-    inner = solve(_times_root(root, kernel @ target, transpose=True))
+    inner = _solved(chol, _times_root(root, kernel @ target, transpose=True))
     return target - _times_root(root, inner, transpose=False)
 
 
