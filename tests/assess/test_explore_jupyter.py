@@ -146,7 +146,8 @@ def changed(page, before: str) -> str:
 def label(page) -> str:
     """The label of the control that has the focus."""
     return page.evaluate(
-        """() => { const e = document.activeElement, w = e.closest('.widget-inline-hbox, .jupyter-widgets');
+        """() => { const e = document.activeElement; if (e.tagName === 'BUTTON') return e.innerText.trim();
+        const w = e.closest('.widget-inline-hbox, .jupyter-widgets');
         return w ? w.innerText.split('\\n')[0].trim() : e.tagName; }"""
     )
 
@@ -174,12 +175,11 @@ def test_every_control_is_moved_by_keys(page):
     to(page, "layer 0")
     page.keyboard.press("Space")
     before = changed(page, before)
-    to(page, "scales")
-    page.keyboard.press("ArrowDown")
-    page.keyboard.press("ArrowDown")
+    to(page, "evidence, half-normal")
+    page.keyboard.press("Space")
     before = changed(page, before)
     to(page, "rows in use")
-    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowLeft")
     changed(page, before)
     to(page, "code")
     assert "train[:45]" in page.evaluate("document.activeElement.value")

@@ -37,8 +37,8 @@ def controls(panel) -> dict:
 def test_every_control_has_a_label(panel):
     assert list(controls(panel)) == [
         "v_proj Checkbox", "v_proj FloatLogSlider", "lm_head Checkbox", "lm_head FloatLogSlider",
-        "layer 0 Checkbox", "layer 1 Checkbox", "scales Dropdown", "width (nats) FloatLogSlider",
-        "rows in use Dropdown", "code Textarea",
+        "layer 0 Checkbox", "layer 1 Checkbox", "scales from ToggleButtons", "width (nats) FloatLogSlider",
+        "rows in use SelectionSlider", "code Textarea",
     ]  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def test_a_change_of_a_control_is_a_change_of_the_setting(panel, explorer):
     by_name["v_proj FloatLogSlider"].value = 0.31622
     by_name["lm_head Checkbox"].value = False
     by_name["layer 0 Checkbox"].value = False
-    by_name["rows in use Dropdown"].value = 12
+    by_name["rows in use SelectionSlider"].value = 12
     expected = explorer.at(scales={"v_proj": 0.3162, "lm_head": 0.0}, layers=[1], rows=12)
     assert panel.result.settings == expected.settings
     assert panel.result.log_evidence == expected.log_evidence
@@ -61,14 +61,14 @@ def test_a_change_of_a_control_is_a_change_of_the_setting(panel, explorer):
 def test_sliders_follow_the_evidence_and_keep_what_it_chose(panel, explorer):
     by_name = controls(panel)
     assert by_name["width (nats) FloatLogSlider"].disabled
-    by_name["scales Dropdown"].value = "half-normal"
+    by_name["scales from ToggleButtons"].value = "half-normal"
     chosen = explorer.at(law="half-normal").scale
     assert panel.result.scale == chosen
     for name, value in chosen.items():
         slider = by_name[f"{name} FloatLogSlider"]
         assert slider.disabled
         assert slider.value == pytest.approx(value, rel=1e-6)
-    by_name["scales Dropdown"].value = "fixed"
+    by_name["scales from ToggleButtons"].value = "fixed"
     assert panel.result.settings.law == "fixed"
     assert {n: s for n, s in panel.result.scale.items()} == pytest.approx(chosen, rel=1e-4)
 
@@ -76,7 +76,7 @@ def test_sliders_follow_the_evidence_and_keep_what_it_chose(panel, explorer):
 def test_an_error_is_a_sentence_and_the_result_stays(explorer):
     panel = bl.explore(explorer.tangent, explorer.train[np.argsort(ROWS.labels)], NEW).panel()
     before = panel.result
-    controls(panel)["rows in use Dropdown"].value = 2
+    controls(panel)["rows in use SelectionSlider"].value = 2
     assert panel.result is before
     assert panel._out.value.startswith("<p role='alert'>")
     assert "at least two classes" in panel._out.value

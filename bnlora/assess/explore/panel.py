@@ -22,13 +22,19 @@ STEP = 0.05
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
 """Shares of the training rows to choose from."""
 
+LABEL = "7.5em"
+"""Width of the labels."""
+
+SLIDER = {"width": "auto", "flex": "1 1 17em", "max_width": "34em"}
+"""Layout of a slider, which shares a line with others where there is room."""
+
 WIDTH = "width (nats)"
 """Label of the slider of the width."""
 
 HELP = (
-    "<p style='margin:.2em 0;line-height:1.35'>Tab moves to the next control, arrow keys move a slider, "
-    "space ticks a box. A scale is the prior standard deviation of a logit contrast, in nats; you may also "
-    "type it.</p>"
+    "<p style='margin:.2em 0;line-height:1.35'>Tab moves to the next control, the left and right arrows move "
+    "a slider, space ticks a box or presses a button. A scale is the prior standard deviation of a logit "
+    "contrast, in nats; you may also type it.</p>"
 )
 
 
@@ -95,8 +101,8 @@ class Panel:
             step=STEP,
             description=name,
             readout_format=".3g",
-            style={"description_width": "7.5em"},
-            layout={"width": "auto", "flex": "1 1 17em", "max_width": "34em"},
+            style={"description_width": LABEL},
+            layout=SLIDER,
         )
 
     def _box(self, name: str, *, value: bool) -> Any:
@@ -105,22 +111,26 @@ class Panel:
         )
 
     def _how(self) -> Any:
-        options = [("as the sliders say", "fixed"), ("by evidence, no law", "flat")]
-        options += [(f"by evidence, {law} law", law) for law in LAWS]
-        return self._dropdown("scales", options, "fixed")
+        """Buttons, not a list: JupyterLab takes the up and down arrows of a list for its cells."""
+        options = [("the sliders", "fixed"), ("evidence", "flat")]
+        options += [(f"evidence, {law}", law) for law in LAWS]
+        return self._widgets.ToggleButtons(
+            options=options,
+            value="fixed",
+            description="scales from",
+            style={"description_width": LABEL, "button_width": "auto"},
+            layout={"width": "auto"},
+        )
 
     def _count(self) -> Any:
         total = len(self.explorer.train)
         counts = sorted({max(round(share * total), 2) for share in SHARES})
-        return self._dropdown("rows in use", [(f"{n:,} of {total:,}", n) for n in counts], total)
-
-    def _dropdown(self, name: str, options: list, value: Any) -> Any:
-        return self._widgets.Dropdown(
-            options=options,
-            value=value,
-            description=name,
-            style={"description_width": "7.5em"},
-            layout={"width": "auto", "flex": "1 1 17em", "max_width": "34em"},
+        return self._widgets.SelectionSlider(
+            options=[(f"{n:,} of {total:,}", n) for n in counts],
+            value=total,
+            description="rows in use",
+            style={"description_width": LABEL},
+            layout=SLIDER,
         )
 
     def _text(self) -> Any:
@@ -143,7 +153,8 @@ class Panel:
         ]
         if len(self._layers) > 1:
             lines.append(self._widgets.Box([*self._layers.values()], layout=line))
-        lines.append(self._widgets.Box([self._law, self._width, self._rows], layout=line))
+        lines.append(self._law)
+        lines.append(self._widgets.Box([self._width, self._rows], layout=line))
         return self._widgets.VBox([self._widgets.HTML(HELP), *lines, self._out, self._code])
 
     def _changed(self, _: Any) -> None:
