@@ -73,6 +73,20 @@ def test_sliders_follow_the_evidence_and_keep_what_it_chose(panel, explorer):
     assert {n: s for n, s in panel.result.scale.items()} == pytest.approx(chosen, rel=1e-4)
 
 
+def test_the_step_to_which_the_page_moves_a_slider_changes_nothing(panel):
+    by_name, before = controls(panel), panel.result
+    by_name["scales from ToggleButtons"].value = "half-normal"
+    chosen = panel.result
+    for name in before.scale:
+        slider = by_name[f"{name} FloatLogSlider"]
+        slider.value = 10 ** (0.05 * round(np.log10(slider.value) / 0.05))
+    assert panel.result is chosen
+    by_name["scales from ToggleButtons"].value = "fixed"
+    assert panel.result.scale == chosen.scale
+    slider.value *= 10**0.05
+    assert panel.result.scale != chosen.scale
+
+
 def test_an_error_is_a_sentence_and_the_result_stays(explorer):
     panel = bl.explore(explorer.tangent, explorer.train[np.argsort(ROWS.labels)], NEW).panel()
     before = panel.result

@@ -75,11 +75,13 @@ class Panel:
         self._following = False
         self.result: Explored | None = None
         self._shown: dict[str, Any] | None = None
-        self._scales = {name: self._scale(name, value) for name, value in explorer.start.scales.items()}
-        self._boxes = {
-            name: self._box(name, value=value > 0) for name, value in explorer.start.scales.items()
-        }
-        self._layers = {layer: self._box(f"layer {layer}", value=True) for layer in explorer.start.layers}
+        start = explorer.start
+        # The page moves a slider to its nearest step, so exact values are kept beside the sliders.
+        self._exact = {name: value or 1.0 for name, value in start.scales.items()} | {WIDTH: 5.0}
+        self._fixed = dict(self._exact)
+        self._scales = {name: self._scale(name, value) for name, value in start.scales.items()}
+        self._boxes = {name: self._box(name, value=value > 0) for name, value in start.scales.items()}
+        self._layers = {layer: self._box(f"layer {layer}", value=True) for layer in start.layers}
         self._law, self._width, self._rows = self._how(), self._scale(WIDTH, 5.0), self._count()
         self._out, self._code = self._widgets.HTML(), self._text()
         for control in self._controls():
