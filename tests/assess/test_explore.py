@@ -191,7 +191,7 @@ def test_the_page_shows_numbers_pictures_and_rows(explorers):
     entropy = found.prediction.entropy
     assert (np.diff(entropy[found.most_uncertain]) <= 0).all()
     page = found.html(before)
-    for what in ("untouched base", "<th>before", f"{found.log_evidence:,.1f}", f"{before.log_evidence:,.1f}"):
+    for what in ("<th>base", "<th>before", f"{found.log_evidence:,.1f}", f"{before.log_evidence:,.1f}"):
         assert what in page
     assert f"text &lt;{found.most_uncertain[0]}&gt;" in page
     assert "<script" not in page
@@ -201,7 +201,9 @@ def test_the_page_shows_numbers_pictures_and_rows(explorers):
     ]  # fmt: skip
     curve = bl.metrics.reliability(found.prediction, NEW)
     assert words[2].count("rows") == len(curve.count)
-    assert "before" not in found._repr_html_()
+    assert "<th>before" not in found._repr_html_()
+    first = found.most_uncertain[0]
+    assert f"Row {first}, label {NEW.labels[first]}: p(label) " in page
     assert f"log evidence {found.log_evidence:,.1f}" in repr(found)
 
 

@@ -15,7 +15,7 @@ from bnlora import metrics
 from bnlora.prediction.predict import Prediction
 
 WIDTH, HEIGHT = 320, 230
-LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 40
+LEFT, RIGHT, TOP, BOTTOM = 58, 10, 10, 40
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#808080"
 """Colours of Okabe and Ito (2008), which are distinguishable with any common colour vision."""
@@ -91,7 +91,7 @@ def confidences(by_name: Mapping[str, Float[np.ndarray, " n"]], lowest: float) -
     styles = ((GREY, 'stroke-dasharray="2 3"'), (ORANGE, 'stroke-dasharray="7 3"'), (BLUE, ""))
     for index, ((name, share), (colour, style)) in enumerate(zip(shares.items(), styles, strict=True)):
         marks.append(axes.line(_steps(edges, share), colour, style))
-        left, top_line = LEFT + 8 + index * 88, TOP + 8
+        left, top_line = LEFT + 8 + index * 84, TOP + 8
         marks.append(
             f'<line x1="{left}" x2="{left + 18}" y1="{top_line}" y2="{top_line}" stroke="{colour}" '
             f'stroke-width="2" {style}/>{_text(left + 22, top_line + 4, name, "start")}'
@@ -127,7 +127,8 @@ def _picture(axes: Axes, marks: Sequence[str], names: tuple[str, str], words: st
         x = axes.x[0] + share * (axes.x[1] - axes.x[0])
         y = axes.y[0] + share * (axes.y[1] - axes.y[0])
         left, top = axes.at(x, y)
-        parts.append(_text(float(left), high + 15, f"{x:.3g}", "middle"))
+        anchor = "end" if share == 1 else "middle"
+        parts.append(_text(float(left), high + 15, f"{x:.2g}", anchor))
         parts.append(_text(LEFT - 6, float(top) + 4, f"{y:.2g}", "end"))
     parts.append(_text((LEFT + low) / 2, HEIGHT - 6, x_name, "middle"))
     turned = f'transform="rotate(-90 11 {(TOP + high) / 2})"'

@@ -25,6 +25,12 @@ SCORES = {
 SHOWN = 8
 """Number of the most uncertain rows in the table."""
 
+TITLE = "Most uncertain validation rows; entropy and its part from the weights in nats"
+"""Title of the most uncertain rows."""
+
+STYLE = "<style>.explored td:not(:first-child) { white-space: nowrap }</style>"
+"""Numbers do not break on a narrow page."""
+
 LONGEST = 140
 """Largest number of letters of a text in the table."""
 
@@ -133,8 +139,7 @@ class Explored(Shown):
         )  # fmt: skip
         header = ("row", "label", "p(label)", "entropy", "from the weights", "text")
         shown = slice(None) if len(self.texts) else slice(-1)
-        title = "Most uncertain validation rows; entropy and its part from the weights in nats"
-        return Table(title, header[shown], tuple(row[shown] for row in cells), texts=frozenset({5}))
+        return Table(TITLE, header[shown], tuple(row[shown] for row in cells), texts=frozenset({5}))
 
     @property
     def overview(self) -> tuple[Showable, ...]:
@@ -164,7 +169,17 @@ class Explored(Shown):
             ),
         )
         top = as_html((numbers(self, before), f"Prior: {self.prior.verdict}"))
-        return f"{top}{drawing.side_by_side(figures)}{as_html((self.uncertain,))}"
+        rows = as_html((TITLE, self._sentences))
+        return f"<div class=explored>{STYLE}{top}{drawing.side_by_side(figures)}{rows}</div>"
+
+    @property
+    def _sentences(self) -> tuple[str, ...]:
+        """The table of the most uncertain rows as sentences, which fit a narrow page."""
+        return tuple(
+            f"Row {row}, label {label}: p(label) {p}, entropy {entropy}, from the weights {part}. "
+            + "".join(text)
+            for row, label, p, entropy, part, *text in self.uncertain.rows
+        )
 
     def _repr_html_(self) -> str:
         return self.html()
@@ -179,7 +194,7 @@ class Explored(Shown):
 
 def numbers(explored: Explored, before: Explored | None = None) -> Table:
     """Evidence, spreads and scores of the untouched base, of a setting before, and of this one."""
-    columns = {"untouched base": _base_column(explored)}
+    columns = {"base": _base_column(explored)}
     if before is not None:
         columns["before"] = _column(before)
     columns["now"] = _column(explored)
@@ -194,9 +209,9 @@ def _column(explored: Explored) -> dict[str, str]:
     prior = explored.prior
     return {
         "log evidence (nats)": f"{explored.log_evidence:,.1f}",
-        "prior spread of a contrast (nats)": f"{_mean_square(explored.prior_spread):.2f}",
-        "posterior spread of a contrast (nats)": f"{_mean_square(explored.spread):.2f}",
-        "surer than 99 % under the prior": f"{prior.decided:.0%}",
+        "prior spread (nats)": f"{_mean_square(explored.prior_spread):.2f}",
+        "posterior spread (nats)": f"{_mean_square(explored.spread):.2f}",
+        "prior surer than 99 %": f"{prior.decided:.0%}",
     } | {name: f"{value:.3f}" for name, value in explored.scores.items()}
 
 
@@ -204,9 +219,9 @@ def _base_column(explored: Explored) -> dict[str, str]:
     sure = (explored.prior.base_probs.max(-1) > 0.99).mean()
     return {
         "log evidence (nats)": f"{explored.base_evidence:,.1f}",
-        "prior spread of a contrast (nats)": "",
-        "posterior spread of a contrast (nats)": "",
-        "surer than 99 % under the prior": f"{sure:.0%}",
+        "prior spread (nats)": "",
+        "posterior spread (nats)": "",
+        "prior surer than 99 %": f"{sure:.0%}",
     } | {name: f"{value:.3f}" for name, value in explored.base_scores.items()}
 
 
