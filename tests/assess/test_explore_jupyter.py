@@ -136,7 +136,7 @@ def evidence(page) -> str:
 
 def changed(page, before: str) -> str:
     """The evidence after it has changed."""
-    for _ in range(100):
+    for _ in range(300):  # the first choice of scales by evidence compiles
         if evidence(page) != before:
             return evidence(page)
         page.wait_for_timeout(100)
