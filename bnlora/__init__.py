@@ -85,6 +85,9 @@ if _TYPE_CHECKING:  # what type checkers and editors see of the names in `_LATER
     from bnlora.assess.comparison import store_reference as store_reference
     from bnlora.assess.diagnostics import diagnose as diagnose
     from bnlora.assess.diagnostics import to_arviz as to_arviz
+    from bnlora.assess.explore import Explored as Explored
+    from bnlora.assess.explore import Explorer as Explorer
+    from bnlora.assess.explore import explore as explore
     from bnlora.base import Base as Base
     from bnlora.base import load as load
     from bnlora.infer import approximate as approximate
@@ -135,6 +138,7 @@ _LATER = {
     "bnlora.adapters.peft": "load_peft peft_sites save_peft",
     "bnlora.assess.comparison": "Comparison compare load_reference save_reference store_reference",
     "bnlora.assess.diagnostics": "diagnose to_arviz",
+    "bnlora.assess.explore": "Explored Explorer explore",
     "bnlora.base": "Base load",
     "bnlora.infer.core.fit": "CoreFit fit_core",
     "bnlora.infer.core.gaussian": "Gaussian laplace",

@@ -80,18 +80,9 @@ def fitted() -> bl.Fit:
     model, rows = problem()
     guide = bl.guides.Guide(model.prior, bl.guides.mean_field())
     adam = optax.adam(optax.cosine_decay_schedule(0.05, 400))
-    return bl.fit(
-        jax.random.key(3),
-        model,
-        guide,
-        rows["training rows"],
-        adam,
-        optimisation=bl.Optimisation(scale_optimizer=adam),
-        num_steps=400,
-        batch_size=16,
-        validation=rows["new rows"],
-        console=SILENT,
-    )
+    steps = {"num_steps": 400, "batch_size": 16, "optimisation": bl.Optimisation(scale_optimizer=adam)}
+    given = {"validation": rows["new rows"], "console": SILENT}
+    return bl.fit(jax.random.key(3), model, guide, rows["training rows"], adam, **steps, **given)
 
 
 @cache
@@ -123,15 +114,8 @@ def framed() -> Frames:
 def compared() -> bl.Comparison:
     """The fit compared with NUTS chains, long enough for a picture but too short for a certificate."""
     model, rows = problem()
-    chains = bl.sample_nuts(
-        jax.random.key(5),
-        model,
-        rows["training rows"],
-        given=fitted(),
-        num_warmup=300,
-        num_draws=300,
-        console=SILENT,
-    )
+    few = {"num_warmup": 300, "num_draws": 300, "console": SILENT}
+    chains = bl.sample_nuts(jax.random.key(5), model, rows["training rows"], given=fitted(), **few)
     return bl.compare(
         jax.random.key(6), fitted(), chains, rows["new rows"][:32], against="anything", console=SILENT
     )
@@ -217,6 +201,15 @@ def read() -> bl.Reading:
     return bl.read_along(jax.random.key(12), fitted(), REVIEW, template="{text}", console=SILENT)
 
 
+def explored() -> bl.Explored:
+    """What follows from scales by evidence, on a tangent model of the same rows."""
+    model, rows = problem()
+    prior = bl.priors.core(framed())
+    network = bl.Classifier(model.base, framed().sites, prior, label_ids=model.label_ids)
+    train, new = rows["training rows"].plain, rows["new rows"].plain
+    return bl.explore(bl.Tangent(network), train, new, console=SILENT).at(law="half-normal")
+
+
 PICTURES: Mapping[str, Picture] = MappingProxyType(
     {
         "elbo": Picture(
@@ -259,6 +252,14 @@ PICTURES: Mapping[str, Picture] = MappingProxyType(
             "every diagnostic of a fit on one page: problems first, each with a remedy. [Diagnose "
             "a fit](guides/diagnose.md) explains each line.",
             diagnosed,
+            home="bnlora",
+        ),
+        "explore": Picture(
+            "What follows from a prior",
+            "evidence, prior predictive, posterior spread, reliability and the most uncertain rows of one "
+            "prior on the tangent model. In Jupyter they stand below controls that move the prior: [Explore "
+            "a prior](guides/explore.md).",
+            explored,
             home="bnlora",
         ),
         "posterior_spread": Picture(

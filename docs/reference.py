@@ -22,7 +22,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "Base, data and sites": ("base", "data", "adapters"),
         "Model": ("program",),
         "Fit": ("infer.svi", "infer.core"),
-        "Predict": ("assess.prior_predictive", "prediction"),
+        "Predict": ("assess.prior_predictive", "assess.explore", "prediction"),
         "Save, load and exchange": ("infer.svi.checkpoint", "infer.core.stored", "adapters.peft"),
     }
 )

@@ -19,7 +19,7 @@ import bnlora as bl
 from benchmarks.data import LABELLED, drawn, pool
 from benchmarks.report import Report
 from bnlora.data.assets import DOMAINS
-from bnlora.infer.core.scales import STARTS, Evidence, _maximise, _objective, linear_of
+from bnlora.infer.core.scales import STARTS, Evidence, _objective, linear_of, maximise
 from bnlora.program.tangent.linear import posterior
 from bnlora.program.tangent.targets import SLOPE
 
@@ -49,7 +49,7 @@ def scores(tangent, train, tests, placement, prior) -> tuple[np.ndarray, float]:
         return model._replace(groups=[model.groups[i] for i in kept])
 
     model, on = part(whole), np.ones(len(kept), bool)
-    log_scales = _maximise(_objective(model, prior), on, [np.full(len(kept), np.log(s)) for s in STARTS])
+    log_scales = maximise(_objective(model, prior), on, [np.full(len(kept), np.log(s)) for s in STARTS])
     with jax.enable_x64(new_val=True):
         evidence = Evidence.of(model)
         mode = evidence.mode(jnp.asarray(log_scales), evidence.model)

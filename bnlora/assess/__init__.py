@@ -7,4 +7,5 @@
 | `comparison`       | how far is a posterior from a reference?                       |
 | `sbc`              | is the inference calibrated on data drawn from the prior?      |
 | `monitor`          | is a deployed classifier still as good as it was?              |
+| `explore`          | what would another prior, or fewer rows, have given?           |
 """

@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-from collections import Counter
-from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 
@@ -13,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from builders.compilations import counting
 from builders.unfitted import unfitted
 from numpyro.infer.util import log_density
 from rich.console import Console
@@ -30,24 +29,6 @@ KEY = jax.random.key(0)
 BASE = tiny_base(jax.random.key(1))
 ROWS = tiny_rows(jax.random.key(2), 40)
 QUIET = Console(quiet=True)
-COMPILED = "/jax/core/compile/backend_compile_duration"
-
-
-@contextmanager
-def counting():
-    """Names of the programs that are compiled inside, with counts."""
-    found: Counter[str] = Counter()
-    inside = True
-
-    def heard(event: str, _: float, **about) -> None:
-        if inside and event == COMPILED:
-            found[about["fun_name"]] += 1
-
-    jax.monitoring.register_event_duration_secs_listener(heard)
-    try:
-        yield found
-    finally:
-        inside = False
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ FLOORS = {
     "infer.svi": 9, "infer.mcmc": 10, "infer.approximate": 11, "infer.core": 11, "infer": 11,
     "testing": 10,
     "assess": 12, "assess.comparison": 13, "assess.sbc": 13, "assess.diagnostics": 13, "assess.monitor": 13,
+    "assess.explore": 13,
     "plots": 14,
     "__init__": 15, "app": 16, "__main__": 17,
 }  # fmt: skip

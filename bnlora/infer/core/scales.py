@@ -156,7 +156,7 @@ def choose_scales(
     model, names = linear_of(tangent, cache_prefix(tangent, train, console=console), by=by)
     check_classes(train)
     value, all_on = _objective(model, prior), np.ones(len(names), bool)
-    optimum = _maximise(value, all_on, [np.full(len(names), np.log(s)) for s in STARTS])
+    optimum = maximise(value, all_on, [np.full(len(names), np.log(s)) for s in STARTS])
     if prior is None and (optimum > HIGHEST - 0.01).any():
         where = names[int(optimum.argmax())]
         raise ValueError(
@@ -171,7 +171,7 @@ def choose_scales(
     for index, name in enumerate(names):
         on = np.arange(len(names)) != index
         off = np.exp(optimum[index]) <= OFF
-        best = highest if off else value(_maximise(value, on, [optimum]), on)[2]
+        best = highest if off else value(maximise(value, on, [optimum]), on)[2]
         without[name] = best - (highest - evidence)  # subtract the same loss as for the chosen scales
     scales = np.exp(lowered)
     return Scales(_by_family(tangent, names, scales, by), evidence, without, base_evidence(model), stderr)
@@ -281,8 +281,10 @@ def _objective(model: Linear, prior: dist.Distribution | None) -> Objective:
     return value
 
 
-def _maximise(value: Objective, on: np.ndarray, starts: Sequence[np.ndarray]) -> np.ndarray:
-    """The log scales at the best maximum over all starts; inactive groups keep their start values."""
+def maximise(
+    value: Objective, on: np.ndarray, starts: Sequence[np.ndarray], *, slope: float = 1e-5
+) -> np.ndarray:
+    """The best log scales of all climbs, each up to a `slope` in nats; inactive groups keep their start."""
     best: tuple[np.ndarray, float] = starts[0], np.inf
     if not on.any():
         return best[0]
@@ -292,8 +294,8 @@ def _maximise(value: Objective, on: np.ndarray, starts: Sequence[np.ndarray]) ->
             objective, slope, _ = value(np.where(on, _spread(x, on), first), on)
             return -objective, -slope[on]
 
-        bounds = [(LOWEST, HIGHEST)] * int(on.sum())
-        optimum = scipy.optimize.minimize(negative, first[on], jac=True, method="L-BFGS-B", bounds=bounds)
+        options = {"bounds": [(LOWEST, HIGHEST)] * int(on.sum()), "options": {"gtol": slope}}
+        optimum = scipy.optimize.minimize(negative, first[on], jac=True, method="L-BFGS-B", **options)
         if optimum.fun < best[1] - 1e-6:
             best = np.where(on, _spread(optimum.x, on), first), optimum.fun
     return best[0]

@@ -9,8 +9,8 @@ computations are in rows or in coordinates, whichever are fewer. In rows, u = Ph
 K = Phi Phi^T.
 
 The evidence is a JAX function of the log scales s of groups of columns, Phi = [s_g Phi_g]. The mode is
-computed by damped Newton steps without derivatives. One more step, with derivatives, gives the exact
-gradient.
+computed by damped Newton steps without derivatives. One more step, with derivatives of the gradient but not
+of the Hessian, gives the exact gradient.
 
 References: Rasmussen and Williams (2006), Gaussian processes for machine learning, algorithms 3.1, 3.3 and
 5.1; MacKay (1992), the evidence framework.
@@ -131,19 +131,22 @@ def laplace_mode(model: Linear, kernel: Array, *, in_rows: bool, start: Array | 
     zero = jnp.zeros(kernel.shape[1], kernel.dtype)
     fixed = jax.lax.stop_gradient(kernel)
 
-    def penalty(kernel: Array, weights: Array) -> Array:
-        return 0.5 * (weights @ kernel @ weights if in_rows else weights @ weights)
+    def penalty(change: Array, weights: Array) -> Array:
+        """|u|^2 / 2, where `change` is the kernel times the weights."""
+        return 0.5 * (weights @ change if in_rows else weights @ weights)
 
-    def penalised(weights: Array) -> Array:
-        return log_likelihood(_eta(model, fixed, weights), model.labels) - penalty(fixed, weights)
+    def penalised(change: Array, weights: Array) -> Array:
+        eta = change.reshape(model.offset.shape) + model.offset
+        return log_likelihood(eta, model.labels) - penalty(change, weights)
 
     def improve(carry: tuple) -> tuple:
         weights, value, _, count = carry
         step = _newton(model, fixed, weights, in_rows=in_rows) - weights
         # Line search by halving. If the base is confident and wrong, the first Newton step at a large scale
-        # can be 10^4 times too long.
+        # can be 10^4 times too long. Two products with the kernel serve steps of every length.
+        here, along = fixed @ weights, fixed @ step
         shares = 0.5 ** jnp.arange(40.0, dtype=kernel.dtype)
-        values = jax.lax.map(lambda t: penalised(weights + t * step), shares)
+        values = jax.vmap(lambda t: penalised(here + t * along, weights + t * step))(shares)
         first = jnp.argmax(values > value)  # the longest step that improves
         better = values[first] > value
         weights = jnp.where(better, weights + shares[first] * step, weights)
@@ -154,15 +157,14 @@ def laplace_mode(model: Linear, kernel: Array, *, in_rows: bool, start: Array | 
         return (carry[2] > 1e-9) & (carry[3] < MAX_STEPS)
 
     begin = zero if start is None else start
-    carry = begin, penalised(begin), jnp.asarray(jnp.inf, kernel.dtype), 0
+    carry = begin, penalised(fixed @ begin, begin), jnp.asarray(jnp.inf, kernel.dtype), 0
     optimum = jax.lax.stop_gradient(jax.lax.while_loop(goes_on, improve, carry)[0])
-    # At the mode, the derivative of one Newton step in `kernel` is the derivative of the mode itself.
-    weights = _newton(model, kernel, optimum, in_rows=in_rows)
+    weights = _differentiable(model, kernel, optimum, in_rows=in_rows)
     eta = _eta(model, kernel, weights)
     likelihood = log_likelihood(eta, model.labels)
     _, root = residual_and_root(eta, model.labels)
-    half_log_det = jnp.log(jnp.diag(_cholesky(kernel, root, in_rows=in_rows))).sum()  # log|B| / 2
-    evidence = likelihood - penalty(kernel, weights) - half_log_det
+    half_log_det = _half_log_det(_matrix(kernel, root, in_rows=in_rows))
+    evidence = likelihood - penalty(kernel @ weights, weights) - half_log_det
     return Mode(evidence, likelihood, weights, root)
 
 
@@ -179,13 +181,52 @@ def _times_root(root: Array, columns: Array, *, transpose: bool) -> Array:
 
 
 def _cholesky(kernel: Array, root: Array, *, in_rows: bool) -> Array:
-    """Cholesky root of B = I + V^T K V in rows, or of I + Phi^T W Phi in coordinates.
+    """Cholesky root of B. The eigenvalues of B are at least one, so it needs no jitter."""
+    return jnp.linalg.cholesky(_matrix(kernel, root, in_rows=in_rows))
 
-    The eigenvalues of B are at least one, so the factorisation needs no jitter.
-    """
+
+def _matrix(kernel: Array, root: Array, *, in_rows: bool) -> Array:
+    """B = I + V^T K V in rows, or I + Phi^T W Phi in coordinates."""
     half = _times_root(root, kernel, transpose=True)
     inner = _times_root(root, half.T, transpose=True) if in_rows else half.T @ half
-    return jnp.linalg.cholesky(jnp.eye(len(inner), dtype=kernel.dtype) + inner)
+    return jnp.eye(len(inner), dtype=kernel.dtype) + inner
+
+
+@jax.custom_jvp
+def _half_log_det(B: Array) -> Array:
+    """log|B| / 2; its derivative tr(B^-1 dB) / 2 costs half as much as that of a Cholesky root."""
+    return jnp.log(jnp.diag(jnp.linalg.cholesky(B))).sum()
+
+
+@_half_log_det.defjvp
+def _half_log_det_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    chol = jnp.linalg.cholesky(primals[0])
+    inverse = _solved(chol, jnp.eye(len(chol), dtype=chol.dtype))
+    return jnp.log(jnp.diag(chol)).sum(), 0.5 * jnp.sum(inverse * tangents[0])
+
+
+def _differentiable(model: Linear, kernel: Array, optimum: Array, *, in_rows: bool) -> Array:
+    """The mode with its derivative in `kernel`.
+
+    The gradient g vanishes at the mode, so the derivative of the mode is H^-1 dg/d kernel: that of one more
+    Newton step, whose Hessian H needs no derivative.
+    """
+    fixed = jax.lax.stop_gradient(kernel)
+    _, root = residual_and_root(_eta(model, fixed, optimum), model.labels)
+    chol = _cholesky(fixed, root, in_rows=in_rows)
+    residual, _ = residual_and_root(_eta(model, kernel, optimum), model.labels)
+    if not in_rows:
+        return optimum + _solved(chol, kernel.T @ residual.reshape(-1) - optimum)
+    # In rows: (I + W K)^-1 = I - V B^-1 V^T K.
+    gap = residual.reshape(-1) - optimum
+    inner = _solved(chol, _times_root(root, fixed @ gap, transpose=True))
+    return optimum + gap - _times_root(root, inner, transpose=False)
+
+
+def _solved(chol: Array, x: Array) -> Array:
+    """B^-1 x from the Cholesky root of B."""
+    half = jax.scipy.linalg.solve_triangular(chol, x, lower=True)
+    return jax.scipy.linalg.solve_triangular(chol.T, half, lower=False)
 
 
 def _newton(model: Linear, kernel: Array, weights: Array, *, in_rows: bool) -> Array:
@@ -193,19 +234,14 @@ def _newton(model: Linear, kernel: Array, weights: Array, *, in_rows: bool) -> A
     eta = _eta(model, kernel, weights)
     residual, root = residual_and_root(eta, model.labels)
     chol = _cholesky(kernel, root, in_rows=in_rows)
-
-    def solve(x: Array) -> Array:
-        half = jax.scipy.linalg.solve_triangular(chol, x, lower=True)
-        return jax.scipy.linalg.solve_triangular(chol.T, half, lower=False)
-
     # target = W (eta - z) + residual, shape (m,): algorithm 3.1 of Rasmussen and Williams.
     centred = (kernel @ weights).reshape(-1)
     curved = _times_root(root, _times_root(root, centred, transpose=True), transpose=False)
     target = curved + residual.reshape(-1)
     if not in_rows:
-        return solve(kernel.T @ target)
+        return _solved(chol, kernel.T @ target)
     # In rows: a = target - V B^-1 V^T K target.
-    inner = solve(_times_root(root, kernel @ target, transpose=True))
+    inner = _solved(chol, _times_root(root, kernel @ target, transpose=True))
     return target - _times_root(root, inner, transpose=False)
 
 
@@ -230,6 +266,32 @@ def posterior(
     half = _times_root(mode.root, design, transpose=True)
     _, singular, vectors = jnp.linalg.svd(half, full_matrices=False)
     return mean, vectors.T, singular**2
+
+
+def predicted(
+    mode: Mode,
+    kernel: Float[Array, "m w"],
+    cross: Float[Array, "j w"],
+    own: Float[Array, "i k k"],
+    *,
+    in_rows: bool,
+) -> tuple[Float[Array, "i k"], Float[Array, "i k k"]]:
+    """Posterior mean of the change of the contrasts of other rows, and its covariance within each row.
+
+    Args:
+        mode: The result of `laplace_mode` with this kernel.
+        kernel: K or Phi of the rows that were fitted.
+        cross: Phi_* Phi^T if `in_rows`, else Phi_*, for the other rows, with j = other rows x contrasts.
+        own: Prior covariance of the contrasts of each other row; used only if `in_rows`.
+        in_rows: Whether the kernel is in rows.
+    """
+    shape = (len(own), mode.root.shape[1])
+    chol = _cholesky(kernel, mode.root, in_rows=in_rows)
+    columns = _times_root(mode.root, cross.T, transpose=True) if in_rows else cross.T
+    half = jax.scipy.linalg.solve_triangular(chol, columns, lower=True).reshape(-1, *shape)
+    inner = jnp.einsum("rik,ril->ikl", half, half)
+    # In rows: K_** - K_* V B^-1 V^T K_*^T, algorithm 3.2 of Rasmussen and Williams; else Phi_* B^-1 Phi_*^T.
+    return (cross @ mode.weights).reshape(shape), own - inner if in_rows else inner
 
 
 def in_float64(model: Linear) -> Linear:
