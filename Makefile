@@ -153,7 +153,7 @@ $(DEMO_READY): pyproject.toml
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[test,lint,notebooks,ray,serve$(PARITY)]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,lint,notebooks,ray,serve,fuzz$(PARITY)]"
 	touch $@
 
 clean:
