@@ -271,9 +271,15 @@ def test_the_command_requires_a_token_where_others_can_reach_it(place, tmp_path,
     assert token_for("0.0.0.0", file, {}) == TOKEN
     assert token_for("0.0.0.0", None, {command.TOKEN: TOKEN}) == TOKEN
     assert token_for("127.0.0.1", None, {}) is None
-    file.write_text("short")
-    with pytest.raises(ValueError, match="at least 16 characters"):
-        token_for("127.0.0.1", file, {})
+    for bad in (
+        b"short",
+        b"a token that has spaces",
+        b"a-token-with-\xff-in-it",
+        b"two-lines-of-it\nthe-second",
+    ):
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match="at least 16 characters, all of them visible ASCII"):
+            token_for("127.0.0.1", file, {})
 
 
 def test_missing_packages_and_a_port_in_use_are_named(place, monkeypatch):

@@ -168,14 +168,17 @@ def token_for(host: str, file: Path | None, environment: Mapping[str, str]) -> s
         ValueError: If a token is required and there is none, or it is too short.
         OSError: If the file cannot be read.
     """
-    token = environment.get(TOKEN) if file is None else file.read_text(encoding="utf-8")
+    token = environment.get(TOKEN) if file is None else file.read_text(encoding="ascii", errors="replace")
     if token is None:
         if is_loopback(host):
             return None
         raise ValueError(f"other machines can reach {host!r}: give a token with --token-file or {TOKEN}")
     token = token.strip()
-    if len(token) < SHORTEST_TOKEN or not token.isascii():
-        raise ValueError(f"the token must have at least {SHORTEST_TOKEN} characters, all of them ASCII")
+    if len(token) < SHORTEST_TOKEN or not all("!" <= letter <= "~" for letter in token):
+        raise ValueError(
+            f"the token must have at least {SHORTEST_TOKEN} characters, all of them visible ASCII; "
+            "python -c 'import secrets; print(secrets.token_hex())' makes one"
+        )
     return token
 
 

@@ -16,8 +16,10 @@
 | 500    | the service failed                                                         |
 | 503    | there is not enough memory or space, or the service stops                  |
 
-Every answer but 200 is `{"error": "one sentence"}`. A page of another site cannot send `application/json` or
-another host name to a service on this machine, so it cannot use the service through the user's browser.
+Every answer but 200 is `{"error": "one sentence"}`. Only what is no HTTP (400) and connections beyond the
+limit (503) are answered by uvicorn itself, in plain text. A page of another site cannot send
+`application/json` or another host name to a service on this machine, so it cannot use the service through the
+user's browser.
 """
 
 import asyncio
