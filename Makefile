@@ -80,7 +80,7 @@ slow: $(READY)
 
 # All members and pairs of which `make test` takes a sample.
 thorough: $(READY)
-	$(BIN)/python -m pip install --quiet --editable ".[ray]"
+	$(BIN)/python -m pip install --quiet --editable ".[ray,fuzz]"
 	BNLORA_EVERY=1 $(BIN)/python $(PYTEST) -m thorough
 	BNLORA_EVERY=1 $(BIN)/python $(PYTEST) $(call files,checkpoint_contract kernels)
 

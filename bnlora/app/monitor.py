@@ -4,11 +4,11 @@ The command reads a log once, piece by piece. With `--state` it goes on tomorrow
 only, and a log that was read before is refused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from bnlora.app.logs import Log, LogFormat, LogPiece
 from bnlora.app.outcome import ExitCode
 from bnlora.app.printing import print_result, reporting, write
 from bnlora.app.report import page
-from bnlora.assess.monitor import Logged, Monitor, load_monitor, read_notes, save_monitor
+from bnlora.assess.monitor import Logged, Monitor, Observed, load_monitor, read_notes, save_monitor
 from bnlora.assess.monitor.tables import means
 from bnlora.data.formats import ENCODING
 
@@ -29,6 +29,20 @@ REMEMBERED = 1000
 """Logs that a state remembers, so that none is read twice."""
 
 _START = {"alpha": 0.05, "floor": None, "tolerance": 0.0}
+
+
+class Reference(NamedTuple):
+    """Rows like those that are expected.
+
+    Attributes:
+        path: Their file.
+        classes: Names of the classes.
+        read: Gives their prediction, and their labels or None.
+    """
+
+    path: Path
+    classes: tuple[str, ...]
+    read: Callable[[], tuple[Observed, Any]]
 
 
 def monitor(
@@ -64,17 +78,9 @@ def monitor(
         typer.Option(help="Column of the mutual information.", show_default="'mutual information', if any"),
     ] = None,
     encoding: options.Encoding = ENCODING,
-    alpha: Annotated[
-        float | None, typer.Option(help="Probability of any false alarm, ever.", show_default="0.05")
-    ] = None,
-    floor: Annotated[
-        float | None,
-        typer.Option(help="Accuracy to keep.", show_default="that of the labelled reference"),
-    ] = None,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(help="Decrease of accuracy below the reference that is no alarm.", show_default="0"),
-    ] = None,
+    alpha: options.Alpha = None,
+    floor: options.Floor = None,
+    tolerance: options.Tolerance = None,
     every: Annotated[int, typer.Option(help="Rows per point of the chart.", min=1)] = 100,
     late_labels: Annotated[
         bool, typer.Option("--late-labels", help="The rows were monitored before; read their labels only.")
@@ -97,7 +103,8 @@ def monitor(
             raise ValueError("--late-labels reads labels: name their column with --label")
         start = {"alpha": alpha, "floor": floor, "tolerance": tolerance}
         source = Log(log, columns)
-        begun, notes = started(jax.random.key(seed), state, reference, columns, start, source.classes)
+        known = None if reference is None else reference_log(reference, columns)
+        begun, notes = started(jax.random.key(seed), state, known, start, source.classes)
         notes = remembering(notes, source)
         after = monitored(begun, source, every, late_labels=late_labels)
         if state is not None:
@@ -115,11 +122,21 @@ def monitor(
             raise typer.Exit(ExitCode.ALARM)
 
 
+def reference_log(path: Path, columns: LogFormat) -> Reference:
+    """The reference of a log, which may lack labels and times."""
+    source = Log(path, columns, optional=_names(columns))
+
+    def read() -> tuple[Observed, Any]:
+        whole = joined(list(source.pieces(4096)))
+        return whole.prediction, whole.labels
+
+    return Reference(path, source.classes, read)
+
+
 def started(
     key: jax.Array,
     state: Path | None,
-    reference: Path | None,
-    columns: LogFormat,
+    reference: Reference | None,
     start: Mapping[str, float | None],
     classes: tuple[str, ...],
 ) -> tuple[Monitor, dict[str, Any]]:
@@ -128,27 +145,25 @@ def started(
     Args:
         key: Random key of a new monitor.
         state: Its file, if it is kept.
-        reference: Log of the reference rows.
-        columns: Columns of both logs. The reference may lack labels and times.
+        reference: The reference, which is read for a new monitor alone.
         start: Options of a new monitor, None where they were not given.
-        classes: Classes of the new log.
+        classes: Classes of the new rows.
 
     Raises:
         ValueError: If the classes differ, or an option is not that of the state.
     """
-    source = None if reference is None else Log(reference, columns, optional=_names(columns))
-    checksum = None if source is None else file_checksum(source.path)
+    checksum = None if reference is None else file_checksum(reference.path)
     if state is not None and state.exists():
         notes, kept = read_notes(state), load_monitor(state)
-        _check_same(state, kept, notes, reference, checksum, start, classes)
+        path = None if reference is None else reference.path
+        _check_same(state, kept, notes, path, checksum, start, classes)
         return kept, notes
     notes = {"classes": list(classes), "reference": checksum, "start": dict(start), "logs": []}
     given: dict[str, Any] = {name: value for name, value in start.items() if value is not None}
-    if source is None:
+    if reference is None:
         return Monitor.start(key, **given), notes
-    _check_classes(source.path, source.classes, classes)
-    whole = joined(list(source.pieces(4096)))
-    return Monitor.start(key, whole.prediction, whole.labels, **given), notes
+    _check_classes(reference.path, reference.classes, classes)
+    return Monitor.start(key, *reference.read(), **given), notes
 
 
 def monitored(monitor: Monitor, source: Log, every: int, *, late_labels: bool = False) -> Monitor:
@@ -234,7 +249,7 @@ def _check_same(
     """Raise `ValueError` unless the options are those with which the state was started."""
     if notes.get("classes") != list(classes):
         raise ValueError(
-            f"{str(state)!r} has the classes {notes.get('classes')}; the log has {list(classes)}"
+            f"{str(state)!r} has the classes {notes.get('classes')}; the new rows have {list(classes)}"
         )
     if reference is not None and checksum != notes.get("reference"):
         raise ValueError(

@@ -115,6 +115,17 @@ Processes = Annotated[int, typer.Option(help="Number of processes that fit toget
 Process = Annotated[int, typer.Option(help="Number of this process; 0 writes and prints.", min=0)]
 Cut = Annotated[Truncate, typer.Option(help="Truncate longer texts on this side, or stop with an error.")]
 
+Alpha = Annotated[
+    float | None, typer.Option(help="Probability of any false alarm, ever.", show_default="0.05")
+]
+Floor = Annotated[
+    float | None, typer.Option(help="Accuracy to keep.", show_default="that of the labelled reference")
+]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(help="Decrease of accuracy below the reference that is no alarm.", show_default="0"),
+]
+
 Predictions = Annotated[Path, typer.Option(help="Table to write: .csv, .jsonl or .parquet.")]
 Prefix = Annotated[str, typer.Option(help="Prefix of the names of the new columns.")]
 Overwrite = Annotated[

@@ -253,9 +253,28 @@ def parquet_file(path: Path) -> "Iterator[pq.ParquetFile]":
         raise ValueError(f"{str(path)!r} cannot be read as parquet ({reason})") from error
 
 
+class _PlainLineEnds:
+    """Text whose rows end with a line feed, whatever the writer of the rows ends them with."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def write(self, row: str) -> int:
+        """Write one row."""
+        return self._file.write(row.removesuffix("\r\n") + "\n")
+
+
+def csv_writer(file: TextIO) -> Any:
+    """A writer of CSV rows that end with a line feed.
+
+    Python before 3.13 quotes a cell for the carriage return in it only if rows end with one.
+    """
+    return csv.writer(_PlainLineEnds(file), lineterminator="\r\n")
+
+
 def _write_csv(tables: "Iterable[pa.Table]", path: Path) -> None:
     with path.open("w", encoding=ENCODING, newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv_writer(file)
         for number, table in enumerate(tables):
             if not number:
                 writer.writerow(table.column_names)

@@ -41,6 +41,13 @@ def test_a_csv_file_holds_strings(tmp_path):
     assert read_columns(tmp_path / "rows.csv").to_pydict() == expected == read_table(tmp_path / "rows.csv")[:]
 
 
+def test_a_csv_file_holds_every_line_end(tmp_path):
+    texts = ["a\rb", "a\r\nb", "\r", "a\nb", "plain"]
+    write_table(Dataset.from_dict({"text": texts, "n": [1, 2, 3, 4, 5]}), tmp_path / "rows.csv")
+    assert read_table(tmp_path / "rows.csv")["text"][:] == texts
+    assert (tmp_path / "rows.csv").read_bytes().endswith(b"plain,5\n")
+
+
 def save(path, rows):
     """Write rows without this library, each format by another library."""
     if path.suffix == ".csv":

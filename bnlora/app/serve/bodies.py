@@ -85,8 +85,9 @@ def labels_of(body: bytes, names: Sequence[str], limits: Limits) -> dict[str, in
 def _class_of(row: int, label: Any, names: Sequence[str]) -> int:
     if isinstance(label, str) and label.strip() in names:
         return names.index(label.strip())
-    if type(label) is int and 0 <= label < len(names):
-        return label
+    # JSON has one kind of numbers: 1.0 is a whole number in it, as some languages write it.
+    if type(label) in (int, float) and 0 <= label < len(names) and label == int(label):
+        return int(label)
     raise Refused(
         422, f"the label of labels[{row}] must be a class, one of {list(names)}; got {_shown(label)}"
     )

@@ -1,15 +1,12 @@
-"""`bnlora serve`: the command, and the process that listens until it is asked to stop."""
+"""`bnlora serve`: the command and its options."""
 
 import os
-import signal
-import socket
-import sys
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import jax
 import typer
@@ -17,17 +14,18 @@ from rich.console import Console
 from rich.markup import escape
 
 from bnlora._util.checks import check_level
+from bnlora._util.files import room_for
 from bnlora.app import options
+from bnlora.app.kept import exit_if_elsewhere, keep
 from bnlora.app.printing import print_result, reporting
 from bnlora.app.serve.bodies import Limits
 from bnlora.app.serve.log import PredictionLog
-from bnlora.app.serve.service import load_service
+from bnlora.app.serve.server import bound, run, server_of
+from bnlora.app.serve.service import Service, load_service
+from bnlora.app.serve.watch import Watching, reference_of, start_watching
 from bnlora.app.serve.web import Site, build_app, is_loopback
 from bnlora.app.tasks import column_names
 from bnlora.data.formats import ENCODING
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
 
 NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 TOKEN = "BNLORA_TOKEN"
@@ -66,6 +64,23 @@ def serve_command(
         Path | None,
         typer.Option(help="File (.csv, .jsonl) to append texts and predictions to.", show_default=False),
     ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="Table of texts like those that are expected, with or without labels: a monitor watches.",
+            show_default=False,
+        ),
+    ] = None,
+    monitor_state: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file of the monitor; read if it exists, and written each minute and at the end.",
+            show_default=False,
+        ),
+    ] = None,
+    alpha: options.Alpha = None,
+    floor: options.Floor = None,
+    tolerance: options.Tolerance = None,
     max_bytes: Annotated[int, typer.Option(help="Largest body.", min=1)] = Limits.max_bytes,
     max_rows: Annotated[int, typer.Option(help="Most texts of a request.", min=1)] = Limits.max_rows,
     max_characters: Annotated[int, typer.Option(help="Longest text.", min=1)] = Limits.max_characters,
@@ -85,23 +100,53 @@ def serve_command(
 
     Needs the packages of the extra `serve`: pip install fastapi uvicorn prometheus-client.
     """
-    with reporting() as progress:
+    with reporting() as progress, ExitStack() as opened:
         require_packages()
         check_level(level)
         token = token_for(host, token_file, os.environ)
+        opened.enter_context(room_for(monitor_state))
+        start = {"alpha": alpha, "floor": floor, "tolerance": tolerance}
+        is_watched = reference is not None or monitor_state is not None
+        if not is_watched and any(value is not None for value in start.values()):
+            raise ValueError("--alpha, --floor and --tolerance are of a monitor: give --reference too")
         limits = Limits(max_bytes, max_rows, max_characters, max_tokens, max_requests, batch_rows)
-        with closing(bound(host, port)) as listening:
-            service = load_service(jax.random.key(seed), folder, limits, draws, costs)
-            written = None if log is None else PredictionLog(log, column_names(service.recipe))
-            if calibration is not None:
-                service = service.with_rule(calibration, text, label, encoding, level)
-                _warn(progress, "" if service.rule is None else service.rule.caution)
-            service.warm()
-            address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-            result = {"address": address, "kind": service.kind, "token": token is not None}
-            shown = f"{service.name} answers at {address}; Ctrl-C stops it"
-            started = partial(print_result, result, shown, json=json)
-            run(build_app(Site(service, written, token)), listening, grace, limits.max_requests, started)
+        listening = opened.enter_context(closing(bound(host, port)))
+        service = load_service(jax.random.key(seed), folder, limits, draws, costs)
+        written = None if log is None else PredictionLog(log, column_names(service.recipe))
+        if calibration is not None:
+            service = service.with_rule(calibration, text, label, encoding, level)
+            _warn(progress, "" if service.rule is None else service.rule.caution)
+        watching = None
+        if is_watched:
+            known = None if reference is None else reference_of(service, reference, text, label, encoding)
+            key = jax.random.fold_in(jax.random.key(seed), 1)
+            watching = start_watching(key, folder, service, monitor_state, known, start, seed)
+        service.warm()
+        result, shown = _started(service, host, listening.getsockname()[1], token, watching)
+        app = build_app(Site(service, written, token, watching))
+        started = partial(print_result, result, shown, json=json)
+        run(server_of(app, grace, limits.max_requests, started), listening)
+        if watching is not None:
+            _keep(watching, progress)
+
+
+def _started(
+    service: Service, host: str, port: int, token: str | None, watching: Watching | None
+) -> tuple[dict[str, Any], str]:
+    """What is printed once the service listens."""
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    shown = f"{service.name} answers at {address}; Ctrl-C stops it"
+    result = {"address": address, "kind": service.kind, "token": token is not None}
+    if watching is not None:
+        result["monitored"] = watching.monitor.num_rows
+        shown += f"\na monitor watches, with {watching.monitor.num_rows:,} rows so far"
+    return result, shown
+
+
+def _keep(watching: Watching, console: Console) -> None:
+    """Store the monitor at the end, elsewhere if its file cannot be written."""
+    if watching.file is not None and watching.monitor is not watching.saved:
+        exit_if_elsewhere(watching.file, keep(watching.file, watching.write, console))
 
 
 def require_packages() -> None:
@@ -123,74 +168,18 @@ def token_for(host: str, file: Path | None, environment: Mapping[str, str]) -> s
         ValueError: If a token is required and there is none, or it is too short.
         OSError: If the file cannot be read.
     """
-    token = environment.get(TOKEN) if file is None else file.read_text(encoding="utf-8")
+    token = environment.get(TOKEN) if file is None else file.read_text(encoding="ascii", errors="replace")
     if token is None:
         if is_loopback(host):
             return None
         raise ValueError(f"other machines can reach {host!r}: give a token with --token-file or {TOKEN}")
     token = token.strip()
-    if len(token) < SHORTEST_TOKEN or not token.isascii():
-        raise ValueError(f"the token must have at least {SHORTEST_TOKEN} characters, all of them ASCII")
-    return token
-
-
-def bound(host: str, port: int) -> socket.socket:
-    """A socket at an address, so that a port in use is known before the fit is loaded.
-
-    Raises:
-        OSError: If the address cannot be used.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, kind, protocol)
-        try:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            made.bind(address)
-        except OSError:
-            made.close()
-            raise
-    except OSError as error:
-        raise OSError(f"cannot listen on {host!r}, port {port} ({error.strerror or error})") from error
-    return made
-
-
-def run(app: "FastAPI", listening: socket.socket, grace: int, most: int, started: Callable[[], None]) -> None:
-    """Serve until SIGTERM or SIGINT; requests that are open then are answered first.
-
-    Args:
-        app: The application.
-        listening: The socket.
-        grace: Seconds after which open requests are given up.
-        most: Most requests for predictions at a time; some more connections are accepted.
-        started: Called once the service listens.
-    """
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if self.started:
-                started()
-                sys.stdout.flush()  # a pipe keeps the line otherwise
-
-    server = Server(
-        uvicorn.Config(
-            app, loop="asyncio", http="h11", ws="none", lifespan="on", log_level="warning", access_log=False,
-            proxy_headers=False, server_header=False, limit_concurrency=4 * most + 16,
-            timeout_graceful_shutdown=grace,
+    if len(token) < SHORTEST_TOKEN or not all("!" <= letter <= "~" for letter in token):
+        raise ValueError(
+            f"the token must have at least {SHORTEST_TOKEN} characters, all of them visible ASCII; "
+            "python -c 'import secrets; print(secrets.token_hex())' makes one"
         )
-    )  # fmt: skip
-
-    def stop(number: int, frame: Any) -> None:
-        server.should_exit = True
-
-    # Uvicorn raises a signal again after it has stopped; then and before it listens, these handlers take it.
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        server.run(sockets=[listening])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return token
 
 
 def _warn(console: Console, caution: str) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from bnlora import metrics
 from bnlora.app.serve.bodies import Refused
+from bnlora.assess.monitor import Monitor
 from bnlora.metrics.scores import confidences
 from bnlora.prediction.predict import Prediction
 
@@ -22,7 +23,7 @@ MINUTES = 24 * 60
 KEPT = 10_000
 """Predictions that can still get a label, and labelled predictions that count."""
 
-ROUTES = ("/predict", "/labels", "/health", "/metrics", "/")
+ROUTES = ("/predict", "/labels", "/monitor", "/health", "/metrics", "/openapi.json", "/")
 
 
 @dataclass
@@ -62,7 +63,7 @@ class History:
 
     def add(self, prediction: Prediction) -> None:
         """Add the rows of a prediction, now."""
-        now = int(time.time() // 60)
+        now = int(time.monotonic() // 60)  # the clock of the machine may be set back
         self.total.add(prediction)
         self.minutes.setdefault(now, Sums()).add(prediction)
         while len(self.minutes) > MINUTES:
@@ -102,8 +103,11 @@ class Feedback:
         while len(self._predicted) > KEPT:
             self._predicted.popitem(last=False)
 
-    def label(self, labels: Mapping[str, int]) -> None:
+    def label(self, labels: Mapping[str, int]) -> Labelled | None:
         """Add labels by id; a second label of an id replaces the first.
+
+        Returns:
+            The rows that had no label before, in the order of the ids; None if there are none.
 
         Raises:
             Refused: If an id is unknown. Then no label is added.
@@ -112,25 +116,32 @@ class Feedback:
         for name, log_probs in known.items():
             if log_probs is None:
                 raise Refused(
-                    422, f"{name[:40]!r} is no id of one of the last {KEPT:,} predictions; no label was added"
+                    404, f"{name[:40]!r} is no id of one of the last {KEPT:,} predictions; no label was added"
                 )
+        new = [name for name in known if name in self._predicted]
         for name, log_probs in known.items():
             self._predicted.pop(name, None)
             self._labelled[name] = (log_probs, labels[name])  # type: ignore[assignment]
+        first = _stacked([self._labelled[name] for name in new])
         while len(self._labelled) > KEPT:
             self._labelled.popitem(last=False)
+        return first
 
     def labelled(self) -> Labelled | None:
         """Predictions with labels; None if there are none."""
-        if not self._labelled:
-            return None
-        log_probs, labels = zip(*self._labelled.values(), strict=True)
-        return Labelled(np.stack(log_probs), np.array(labels))
+        return _stacked([*self._labelled.values()])
 
     def _log_probs(self, name: str) -> np.ndarray | None:
         if name in self._labelled:
             return self._labelled[name][0]
         return self._predicted.get(name)
+
+
+def _stacked(rows: Sequence[tuple[np.ndarray, int]]) -> Labelled | None:
+    if not rows:
+        return None
+    log_probs, labels = zip(*rows, strict=True)
+    return Labelled(np.stack(log_probs), np.array(labels))
 
 
 class Counts:
@@ -153,6 +164,14 @@ class Counts:
         self._accuracy = Gauge("bnlora_accuracy", "Accuracy of the labelled predictions.", **own)
         self._nll = Gauge("bnlora_nll", "Negative log-likelihood of the labelled predictions.", **own)
         self._labelled = Gauge("bnlora_labelled", "Labelled predictions.", **own)
+        tests = {
+            "alarm": "1 if a test of the monitor has raised an alarm, 0 otherwise.",
+            "log_evidence": "Natural logarithm of the evidence of a test of the monitor.",
+            "log_threshold": "Natural logarithm of the evidence at which a test raises an alarm.",
+        }
+        self._tests = {
+            name: Gauge(f"bnlora_monitor_{name}", text, ["test"], **own) for name, text in tests.items()
+        }
         self.requests, self.errors = 0, 0
 
     def request(self, route: str, status: int, seconds: float) -> None:
@@ -176,6 +195,13 @@ class Counts:
         self._labelled.set(scores["labelled"])
         self._accuracy.set(scores["accuracy"])
         self._nll.set(scores["nll"])
+
+    def watch(self, monitor: Monitor) -> None:
+        """Set what is known from the monitor."""
+        for test, watch in monitor.watches.items():
+            self._tests["alarm"].labels(test).set(watch.alert is not None)
+            self._tests["log_evidence"].labels(test).set(watch.evidence.log_value)
+            self._tests["log_threshold"].labels(test).set(np.log(watch.threshold))
 
     def text(self) -> bytes:
         """All metrics as text."""

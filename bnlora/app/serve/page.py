@@ -1,69 +1,91 @@
-"""The page of the service: model, limits, counts, means over time, and reliability, without any script."""
+"""The page of the service, without a script: monitor, reliability, means over time, counts, model, limits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from html import escape
-
-import numpy as np
 
 from bnlora._util.display import Table, facts
 from bnlora.app.report import document
 from bnlora.app.serve.counts import Counts, History, Labelled
+from bnlora.app.serve.drawings import diagonal, dot, drawing, key, line
 from bnlora.app.serve.service import Service
-from bnlora.metrics.scores import confidences, is_correct, width_bin
+from bnlora.app.serve.watch_page import alarm, watch_section
+from bnlora.assess.monitor import Bins, Monitor
+from bnlora.metrics.scores import confidences, is_correct
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
 """Content security policy of the page: it has styles, and loads nothing."""
 
-BINS = 10
-WIDE, HIGH, EDGE = 320, 160, 28
+RELOAD_SECONDS = 30
 
 _STYLE = """
-:root { color-scheme: light dark }
+:root { color-scheme: light dark; --a: #0072b2; --b: #b34700; --c: #00795a; --d: #a04a83; --bad: #b3261e }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 1.5rem auto; padding: 0 1rem }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin: 1.5rem 0 .3rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }
-caption { display: none } td { padding: .1rem .8rem .1rem 0; vertical-align: top; overflow-wrap: anywhere }
+h1 { font-size: 1.4rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin: 1.5rem 0 .3rem }
+p { margin: .4rem 0 } p.state { border-left: .3rem solid var(--c); padding: .1rem .7rem }
+p.state.bad { border-color: var(--bad) } .small { font-size: .88rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; margin: .3rem 0 }
+caption { display: none } th, td { padding: .1rem .8rem .1rem 0; text-align: left; vertical-align: top }
+td { overflow-wrap: anywhere } th { font-weight: 600 } details { margin: .3rem 0 }
 svg { width: 100%; max-width: 30rem; height: auto } svg text { font-size: 10px; fill: currentColor }
-.axis { stroke: currentColor; stroke-opacity: .4; fill: none }
-.a { stroke: #0072b2; fill: none; stroke-width: 1.5 } .b { stroke: #d55e00; fill: none; stroke-width: 1.5 }
-.dot { fill: #0072b2; fill-opacity: .7 } .key-a { color: #0072b2 } .key-b { color: #d55e00 }
+svg.sample { width: 1.5rem; height: .5rem; vertical-align: middle }
+.key { white-space: nowrap; margin-right: .8rem }
+.axis { stroke: currentColor; stroke-opacity: .5; fill: none } .level { stroke-dasharray: 2 3 }
+.line { fill: none; stroke-width: 1.6 } .line.a { stroke: var(--a) }
+.line.b { stroke: var(--b); stroke-dasharray: 6 2 }
+.line.c { stroke: var(--c); stroke-dasharray: 2 2 } .line.d { stroke: var(--d); stroke-dasharray: 8 2 2 2 }
+.dot.a { fill: var(--a) } .dot.b { fill: var(--b) } .dot.c { fill: var(--c) } .dot.d { fill: var(--d) }
+.dot { fill-opacity: .75 } .band { fill: var(--a); fill-opacity: .18 }
+.wide { overflow-x: auto } .means td + td { white-space: nowrap }
+@media (max-width: 34rem) { .findings td { display: block } .findings td.text { padding: 0 0 .5rem 1rem } }
 @media (prefers-color-scheme: dark) {
-  .a { stroke: #56b4e9 } .b { stroke: #e69f00 } .dot { fill: #56b4e9 }
-  .key-a { color: #56b4e9 } .key-b { color: #e69f00 }
+  :root { --a: #56b4e9; --b: #f0a050; --c: #3fc79a; --d: #df9cc6; --bad: #ff8a80 }
 }
 """
 
 
-def status_page(service: Service, counts: Counts, history: History, labelled: Labelled | None) -> str:
-    """The page as HTML; it reloads every 30 seconds.
+def status_page(
+    service: Service,
+    counts: Counts,
+    history: History,
+    labelled: Labelled | None,
+    monitor: Monitor | None = None,
+    *,
+    reloads: bool = True,
+) -> str:
+    """The page as HTML.
 
     Args:
         service: The fit that answers.
         counts: Requests and errors.
         history: Means over time.
         labelled: Predictions with labels, if there are any.
+        monitor: The monitor, if there is one.
+        reloads: Whether the page reloads by itself.
     """
     limits = {name.replace("_", " "): f"{value:,}" for name, value in asdict(service.limits).items()}
-    total = history.total
-    work = {
-        "requests": f"{counts.requests:,}",
-        "errors": f"{counts.errors:,}",
-        "rows": f"{total.rows:,}",
-        "mean confidence": f"{total.mean('confidence'):.3f}",
-        "mean entropy": f"{total.mean('entropy'):.3f} nats",
-        "of which epistemic": f"{total.mean('epistemic'):.3f} nats",
-    }
-    parts = {
-        "Model": _table(_model(service)),
-        "Work": _table(work),
+    parts = {"Monitor": watch_section(monitor)} if monitor is not None else {}
+    parts |= {
+        "Labels": _labels(labelled, monitor),
         "Over time": _over_time(history),
-        "Labels": _labels(labelled),
+        "Work": _table(_work(counts, history)),
+        "Model": _table(_model(service)),
         "Limits of a request": _table(limits),
     }
-    body = "\n".join(f"<h2>{escape(name)}</h2>\n{part}" for name, part in parts.items())
-    reload = '<meta http-equiv="refresh" content="30">'
-    return document(f"bnlora: {service.name}", body, style=_STYLE, head=reload)
+    sections = "\n".join(f"<h2>{escape(name)}</h2>\n{part}" for name, part in parts.items())
+    body = f"<main>\n{alarm(monitor)}{sections}\n{_reloading(reloads=reloads)}</main>"
+    reload = f'<meta http-equiv="refresh" content="{RELOAD_SECONDS}">' if reloads else ""
+    title = f"bnlora: {service.name}" + (" (alarm)" if monitor is not None and monitor.alerts else "")
+    return document(title, body, style=_STYLE, head=reload)
+
+
+def _reloading(*, reloads: bool) -> str:
+    """Whether the page changes by itself, which a reader can stop."""
+    if reloads:
+        text = f'This page reloads every {RELOAD_SECONDS} seconds. <a href="?reload=off">Stop that</a>.'
+    else:
+        text = f'This page stays as it is. <a href="?reload=on">Reload it every {RELOAD_SECONDS} seconds</a>.'
+    return f'<p class="small">{text}</p>'
 
 
 def _model(service: Service) -> dict[str, str]:
@@ -81,6 +103,22 @@ def _model(service: Service) -> dict[str, str]:
     return about
 
 
+def _work(counts: Counts, history: History) -> dict[str, str]:
+    total = history.total
+    work = {
+        "requests": f"{counts.requests:,}",
+        "errors": f"{counts.errors:,}",
+        "rows": f"{total.rows:,}",
+    }
+    if not total.rows:
+        return work
+    return work | {
+        "mean confidence": f"{total.mean('confidence'):.3f}",
+        "mean entropy": f"{total.mean('entropy'):.3f} nats",
+        "of which epistemic": f"{total.mean('epistemic'):.3f} nats",
+    }
+
+
 def _table(values: Mapping[str, str]) -> str:
     table: Table = facts("", values)
     return table.html()
@@ -92,71 +130,54 @@ def _over_time(history: History) -> str:
     if not minutes:
         return "<p>No rows yet.</p>"
     sums = [*history.minutes.values()]
-    confidence = [one.mean("confidence") for one in sums]
-    entropy = [one.mean("entropy") for one in sums]
-    top = max(1.0, *entropy)
-    span = max(minutes[-1] - minutes[0], 1)
-    where = [(minute - minutes[0]) / span for minute in minutes]
+    means = {name: [one.mean(name) for one in sums] for name in ("confidence", "entropy")}
+    top = max(1.0, *means["entropy"])
+    span = minutes[-1] - minutes[0]
+    where = [(minute - minutes[0]) / max(span, 1) for minute in minutes]
     lines = "".join(
-        f'<polyline class={name} points="{_points(where, [y / top for y in values])}"/>'
-        + "".join(_dot(x, y / top, 2) for x, y in zip(where, values, strict=True) if len(where) == 1)
-        for name, values in (("a", confidence), ("b", entropy))
+        line(kind, where, [y / top for y in means[name]])
+        for kind, name in (("a", "confidence"), ("b", "entropy"))
     )
-    ends = (f"{minutes[-1] - minutes[0]} minutes ago", "last")
-    return (
-        "<p>Mean of each minute: <b class=key-a>confidence</b>, <b class=key-b>entropy</b> (nats).</p>"
-        + _drawing("Mean confidence and entropy over time", lines, ends, top)
+    first = "1 minute" if span == 1 else f"{span:,} minutes"
+    return f"<p>Mean of each minute: {key('a', 'confidence')}{key('b', 'entropy (nats)')}</p>" + drawing(
+        "Mean confidence and entropy over time",
+        lines,
+        (f"{first} before" if span else "", "last rows"),
+        ("0", f"{top:.3g}"),
     )
 
 
-def _labels(labelled: Labelled | None) -> str:
-    """Accuracy, negative log-likelihood and a reliability diagram."""
-    if labelled is None:
+def _labels(labelled: Labelled | None, monitor: Monitor | None) -> str:
+    """Accuracy, negative log-likelihood and a reliability diagram; that of the monitor if there is one."""
+    if monitor is not None and monitor.num_labelled:
+        since = f"of {monitor.num_labelled:,} labels since the monitor was started"
+        diagram = reliability(monitor.bins, since)
+    elif labelled is not None:
+        correct = is_correct(labelled.log_probs, labelled.labels)
+        diagram = reliability(Bins.start().update(confidences(labelled.log_probs), correct), "")
+    else:
         return "<p>No labels yet; POST /labels takes them.</p>"
+    if labelled is None:
+        return diagram
     scores = labelled.scores()
     shown = {
         "labelled predictions": f"{scores['labelled']:,}",
         "accuracy": f"{scores['accuracy']:.3f}",
         "negative log-likelihood": f"{scores['nll']:.3f} nats",
     }
-    sure, right = confidences(labelled.log_probs), is_correct(labelled.log_probs, labelled.labels)
-    bins = width_bin(sure, BINS)
-    dots = ""
-    for index in np.unique(bins):
-        mine = bins == index
-        size = 2 + 7 * float(mine.mean()) ** 0.5
-        dots += _dot(float(sure[mine].mean()), float(right[mine].mean()), size)
-    lines = f'<polyline class=axis points="{_points([0, 1], [0, 1])}"/>{dots}'
-    return (
-        _table(shown)
-        + "<p>Accuracy by confidence; calibrated predictions are on the line.</p>"
-        + _drawing("Reliability diagram", lines, ("confidence 0", "1"), 1.0)
+    return _table(shown) + diagram
+
+
+def reliability(bins: Bins, what: str) -> str:
+    """Accuracy by confidence, drawn and as numbers; the size of a dot shows the number of rows."""
+    total = bins.count.sum()
+    dots = "".join(
+        dot(float(sure / count), float(right / count), 2 + 7 * float(count / total) ** 0.5)
+        for count, sure, right in zip(bins.count, bins.confidence, bins.correct, strict=True)
+        if count
     )
-
-
-def _drawing(title: str, inside: str, ends: tuple[str, str], top: float) -> str:
-    """Lines and dots between two axes from 0 to 1; `top` is the number at the upper end."""
-    left, right, low, high = EDGE, WIDE - EDGE / 2, HIGH - EDGE, EDGE / 2
-    return (
-        f'<svg viewBox="0 0 {WIDE} {HIGH}" role="img" aria-label="{escape(title)}">'
-        f'<polyline class=axis points="{left},{high} {left},{low} {right},{low}"/>'
-        f'<text x="{left - 4}" y="{low}" text-anchor="end">0</text>'
-        f'<text x="{left - 4}" y="{high + 8}" text-anchor="end">{top:.3g}</text>'
-        f'<text x="{left}" y="{HIGH - 10}">{escape(ends[0])}</text>'
-        f'<text x="{right}" y="{HIGH - 10}" text-anchor="end">{escape(ends[1])}</text>{inside}</svg>'
-    )
-
-
-def _place(x: float, y: float) -> tuple[float, float]:
-    """Coordinates in the drawing of a point of the unit square."""
-    return EDGE + x * (WIDE - 1.5 * EDGE), HIGH - EDGE - y * (HIGH - 1.5 * EDGE)
-
-
-def _points(xs: Sequence[float], ys: Sequence[float]) -> str:
-    places = [_place(x, y) for x, y in zip(xs, ys, strict=True)]
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-
-
-def _dot(x: float, y: float, radius: float) -> str:
-    across, down = _place(x, y)
-    return f'<circle class=dot cx="{across:.1f}" cy="{down:.1f}" r="{radius:.1f}"/>'
+    title = "Reliability diagram: accuracy (up) by confidence (across)"
+    text = f"Accuracy by confidence{f' {what}' if what else ''}; calibrated predictions are on the line."
+    table = f'<div class="wide" tabindex="0" role="region" aria-label="Numbers">{bins.table.html()}</div>'
+    numbers = f"<details><summary>The same as numbers</summary>{table}</details>"
+    return f"<p>{text}</p>" + drawing(title, diagonal() + dots, ("confidence 0", "1")) + numbers

@@ -68,7 +68,7 @@ class Queue:
             return answers
         for index, waiting in enumerate(group):
             answer = answers[index]
-            if isinstance(answer, Answer):
+            if isinstance(answer, Answer) and not waiting.result.done():  # it was given up otherwise
                 try:
                     self._log.append(waiting.texts, answer.columns)
                 except OSError:

@@ -9,6 +9,7 @@ probabilities up to rounding. Rows run with a fixed number of rows, and with wid
 few programs are compiled: two for each power of two up to the limit of tokens.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -139,8 +140,9 @@ class Service:
             lengths = np.asarray(self._read(texts).used).sum(1)
         except RowError as error:
             return Refused(422, str(error.at(f"texts[{error.row}]")))
-        except ValueError as error:
-            return Refused(422, str(error))
+        except ValueError:  # its sentence may name files of this machine
+            logging.getLogger(__name__).exception("a request could not be read")
+            return Refused(422, "the fit cannot read these texts; the service's standard error says why")
         row, most = int(lengths.argmax()), self.limits.max_tokens
         if lengths[row] > most:
             return Refused(413, f"texts[{row}] has {lengths[row]:,} tokens; a row may have at most {most:,}")

@@ -6,15 +6,20 @@
 | 400    | the connection was closed before the whole body came                       |
 | 401    | no token, or another one                                                   |
 | 403    | without a token only `localhost` and loopback addresses may name the host  |
+| 404    | no such route, id or monitor                                               |
+| 405    | the route has another method                                               |
 | 408    | the body came too slowly                                                   |
 | 413    | more bytes, rows, characters or tokens than the limits allow               |
 | 415    | the body is not declared as `application/json`                             |
 | 422    | the body is not what the route takes                                       |
 | 429    | too many requests at a time; try again later                               |
-| 503    | the prediction could not be computed or logged for lack of memory or space |
+| 500    | the service failed                                                         |
+| 503    | there is not enough memory or space, or the service stops                  |
 
-Every answer but 200 is `{"error": "one sentence"}`. A page of another site cannot send `application/json` or
-another host name to a service on this machine, so it cannot use the service through the user's browser.
+Every answer but 200 is `{"error": "one sentence"}`. Only what is no HTTP (400) and connections beyond the
+limit (503) are answered by uvicorn itself, in plain text. A page of another site cannot send
+`application/json` or another host name to a service on this machine, so it cannot use the service through the
+user's browser.
 """
 
 import asyncio
@@ -30,13 +35,16 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from bnlora.app.monitor import monitor_result
 from bnlora.app.outcome import as_json
 from bnlora.app.serve.bodies import Limits, Refused, labels_of, texts_of
 from bnlora.app.serve.counts import Counts, Feedback, History
 from bnlora.app.serve.log import PredictionLog
 from bnlora.app.serve.page import POLICY, status_page
 from bnlora.app.serve.queue import Queue
+from bnlora.app.serve.schema import description
 from bnlora.app.serve.service import Service
+from bnlora.app.serve.watch import SAVE_SECONDS, Watching
 
 if TYPE_CHECKING:  # the extra `serve` need not be installed
     from fastapi import FastAPI, Request, Response
@@ -62,23 +70,33 @@ class Site:
         service: The fit that answers.
         log: Where predictions are appended, if anywhere.
         token: What a client must send; None if any client of this machine may ask.
+        watching: The monitor, if there is one.
     """
 
-    def __init__(self, service: Service, log: PredictionLog | None = None, token: str | None = None):
-        self.service, self.token = service, token
+    def __init__(
+        self,
+        service: Service,
+        log: PredictionLog | None = None,
+        token: str | None = None,
+        watching: Watching | None = None,
+    ):
+        self.service, self.token, self.watching = service, token, watching
         self.counts, self.history, self.feedback = Counts(), History(), Feedback()
         self.queue = Queue(service, log)
         self._open = 0
+        if watching is not None:
+            self.counts.watch(watching.monitor)
 
     async def predict(self, request: "Request") -> dict[str, Any]:
         """Probabilities, uncertainty, sets and actions of texts."""
         limits = self.service.limits
-        if self._open >= limits.max_requests:
-            raise Refused(429, f"{limits.max_requests} requests wait or run already; try again later")
+        self._check_room()  # before the body is read
+        texts = texts_of(await body_of(request, limits), limits)
+        self._check_room()
         self._open += 1
         self.counts.open.set(self._open)
         try:
-            answer = await self.queue.ask(texts_of(await body_of(request, limits), limits))
+            answer = await self.queue.ask(texts)
         finally:
             self._open -= 1
             self.counts.open.set(self._open)
@@ -86,18 +104,36 @@ class Site:
         self.counts.rows(len(answer.rows), self.history.total)
         ids = [secrets.token_hex(8) for _ in answer.rows]
         self.feedback.remember(ids, answer.prediction)
+        if self.watching is not None:
+            self.watching.predicted(answer.prediction)
+            self.counts.watch(self.watching.monitor)
         rows = [{"id": name, **row} for name, row in zip(ids, answer.rows, strict=True)]
         return {"kind": self.service.kind, "draws": self.service.num_draws, "rows": rows}
+
+    def _check_room(self) -> None:
+        """Refuse a request beyond the limit; one whose body still comes does not count."""
+        most = self.service.limits.max_requests
+        if self._open >= most:
+            raise Refused(429, f"{most} requests wait or run already; try again later")
 
     async def labels(self, request: "Request") -> dict[str, Any]:
         """Take labels of earlier predictions; the answer has the scores so far."""
         limits = self.service.limits
-        self.feedback.label(labels_of(await body_of(request, limits), self.service.names, limits))
+        first = self.feedback.label(labels_of(await body_of(request, limits), self.service.names, limits))
         labelled = self.feedback.labelled()
         assert labelled is not None  # a request has at least one label
         scores = labelled.scores()
         self.counts.labels(scores)
+        if self.watching is not None and first is not None:
+            self.watching.labelled(first)
+            self.counts.watch(self.watching.monitor)
         return scores
+
+    async def monitor(self, request: "Request") -> dict[str, Any]:
+        """Alarms, findings and running means of the monitor."""
+        if self.watching is None:
+            raise Refused(404, "this service has no monitor; --reference or --monitor-state starts one")
+        return monitor_result(self.watching.monitor)
 
     async def health(self, request: "Request") -> dict[str, Any]:
         """Whether the service answers."""
@@ -114,8 +150,19 @@ class Site:
         """The page."""
         from fastapi.responses import HTMLResponse
 
-        page = status_page(self.service, self.counts, self.history, self.feedback.labelled())
+        page = status_page(
+            self.service,
+            self.counts,
+            self.history,
+            self.feedback.labelled(),
+            None if self.watching is None else self.watching.monitor,
+            reloads=request.query_params.get("reload") != "off",
+        )
         return HTMLResponse(page, headers={**HEADERS, "Content-Security-Policy": POLICY})
+
+    async def openapi(self, request: "Request") -> dict[str, Any]:
+        """The routes, for programs."""
+        return description(self.service, has_token=self.token is not None)
 
     def check(self, request: "Request", route: str) -> None:
         """Raise `Refused` unless the client may use a route."""
@@ -133,17 +180,20 @@ def build_app(site: Site) -> "FastAPI":
 
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
-        task = asyncio.create_task(site.queue.run())
+        tasks = [asyncio.create_task(site.queue.run()), asyncio.create_task(_saving(site.watching))]
         yield
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     app = FastAPI(lifespan=running, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     routes: list[tuple[str, str, Callable[[Any], Awaitable[Any]]]] = [
         ("POST", "/predict", site.predict),
         ("POST", "/labels", site.labels),
+        ("GET", "/monitor", site.monitor),
         ("GET", "/health", site.health),
         ("GET", "/metrics", site.metrics),
+        ("GET", "/openapi.json", site.openapi),
         ("GET", "/", site.page),
     ]
     for method, route, handle in routes:
@@ -151,13 +201,21 @@ def build_app(site: Site) -> "FastAPI":
 
     async def unknown(request: Request, error: Exception) -> JSONResponse:
         status = getattr(error, "status_code", 404)
-        site.counts.request(request.url.path, status, 0.0)
+        site.counts.request(request.scope["path"], status, 0.0)  # `request.url` may be no address
         known = ", ".join(f"{method} {route}" for method, route, _ in routes)
-        return JSONResponse({"error": f"the routes are {known}"}, status, headers=HEADERS)
+        headers = HEADERS | dict(getattr(error, "headers", None) or {})  # those of 405 name the methods
+        return JSONResponse({"error": f"the routes are {known}"}, status, headers=headers)
 
     app.add_exception_handler(404, unknown)
     app.add_exception_handler(405, unknown)
     return app
+
+
+async def _saving(watching: Watching | None) -> None:
+    """Store the monitor now and then, in another thread."""
+    while watching is not None:
+        await asyncio.sleep(SAVE_SECONDS)
+        await asyncio.to_thread(watching.try_to_save)
 
 
 def _endpoint(site: Site, route: str, handle: Callable[[Any], Awaitable[Any]]) -> Callable[..., Any]:
@@ -173,6 +231,8 @@ def _endpoint(site: Site, route: str, handle: Callable[[Any], Awaitable[Any]]) -
             response = found if isinstance(found, Response) else _json(200, found)
         except Refused as error:
             response = _json(error.status, {"error": error.sentence}, **_headers(error.status, route))
+        except asyncio.CancelledError:  # `--grace` is over
+            response = _json(503, {"error": "the service stopped before it could answer"})
         except MemoryError:
             response = _json(503, {"error": "there is not enough memory for this request; send fewer rows"})
         except Exception:

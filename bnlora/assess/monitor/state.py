@@ -179,6 +179,8 @@ class Monitor(Shown, Judged):
                 although the reference has it, or labels or times do not fit.
         """
         log_probs, times = self._checked(prediction), None
+        if INFORMATION in self.ranks and prediction.mutual_information is None:
+            raise ValueError("the reference has mutual information, but these rows have none")
         count = len(log_probs)
         times, numbers = times_of(time, count), self.num_rows + np.arange(1, count + 1)
         known = None if labels is None else labelled_rows(log_probs, labels, numbers, times)
@@ -196,7 +198,7 @@ class Monitor(Shown, Judged):
         """The monitor after labels of rows that `update` has seen before without labels.
 
         Args:
-            prediction: The same prediction of these rows.
+            prediction: The same prediction of these rows; its mutual information is not read.
             labels: Their classes, -1 for a row that still has none.
             time: As in `update`.
 
@@ -204,7 +206,7 @@ class Monitor(Shown, Judged):
             A new monitor; this one does not change.
 
         Raises:
-            ValueError: Under the same conditions as `update`.
+            ValueError: If the prediction has other classes, or labels or times do not fit.
         """
         log_probs = self._checked(prediction)
         times = times_of(time, len(log_probs))
@@ -248,8 +250,6 @@ class Monitor(Shown, Judged):
             raise ValueError(
                 f"the monitored classifier has {self.num_classes} classes; got {log_probs.shape[1]}"
             )
-        if INFORMATION in self.ranks and prediction.mutual_information is None:
-            raise ValueError("the reference has mutual information, but these rows have none")
         return log_probs
 
     def _labelled(self, rows: Labelled) -> "Monitor":
