@@ -152,8 +152,8 @@ def cross_tempered(key: Array, prediction: Prediction, rows: Batch) -> Predictio
     halves = order[::2], order[1::2]
     result = np.array(prediction.draw_log_probs, np.float64)
     for own, other in (halves, halves[::-1]):
-        temperature = fit_temperature(Prediction(prediction.draw_log_probs[:, other]), labels[other])
-        result[:, own] = tempered(Prediction(prediction.draw_log_probs[:, own]), temperature).draw_log_probs
+        temperature = fit_temperature(prediction[other], labels[other])
+        result[:, own] = tempered(prediction[own], temperature).draw_log_probs
     return Prediction(result)
 
 
