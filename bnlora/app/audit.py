@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import typer
 from jax import Array
@@ -128,7 +127,7 @@ def audited(
     posteriors = {ADAPTER: point}
     if not getattr(base.config, "new_head", False):
         model = Classifier(base, point.model.sites, priors.point(), likelihood=likelihood)
-        posteriors = {BASE: PointPosterior(model, jax.tree.map(jnp.zeros_like, point.adapters)), **posteriors}
+        posteriors = {BASE: PointPosterior.untouched(model), **posteriors}
     predictions = {
         name: predict(key, posterior, test, num_draws=1, console=console)
         for name, posterior in posteriors.items()
