@@ -48,17 +48,17 @@ from bnlora.plots.base import COLOURS, GREY, caption, legend_above, make_axes
 
 disable_progress_bars()
 fast = bool(os.environ.get("BNLORA_FAST"))
-sizes = {"fit": 48, "choose": 64, "calibrate": 150, "test": 150}
+sizes = {"fit": 40, "choose": 40, "calibrate": 85, "test": 85}
 if fast:
     sizes = {"fit": 4, "choose": 4, "calibrate": 30, "test": 8}
-num_new, weekly = (8, 4) if fast else (150, 25)
+num_new, weekly, longest = (8, 4, 16) if fast else (85, 17, 24)
 size, num_steps, num_epochs, num_draws = (2, 2, 1, 20) if fast else (16, 100, 4, 200)
 
 # %% [markdown]
 # ## The questions
 #
-# MedMCQA (Pal et al. 2022): questions of entrance examinations for medical schools in India, with four choices. Only short questions with
-# short choices, because they run faster. They are split at random into four parts, and each part has one purpose:
+# MedMCQA (Pal et al. 2022): questions of entrance examinations for medical schools in India, with four choices. Only short questions, because they
+# run faster. They are split at random into four parts, and each part has one purpose:
 #
 # | part | what it is for |
 # |---|---|
@@ -74,12 +74,12 @@ base = bl.load(fetch_smollm2())
 
 
 def short_questions(name, count):
-    """Short questions of a set in a random order; in the fast mode with choices of equal length."""
-    longest = (70, 12) if fast else (100, 30)
+    """Questions of a set in a random order, of few tokens with each of their choices."""
     rows = held_out_questions(name).shuffle(seed=0)
 
     def is_short(row):
-        return len(row["context"]) <= longest[0] and max(map(len, row["choices"])) <= longest[1]
+        texts = [row["context"] + choice for choice in row["choices"]]
+        return max(map(len, base.tokenizer(texts)["input_ids"])) <= longest
 
     return rows.filter(is_short).select(range(count))
 
@@ -104,13 +104,7 @@ sites = bl.select(base, ["q_proj", "v_proj"], rank=4, layers=slice(-1, None))
 lora = bl.Classifier(base, sites, bl.priors.point(), likelihood=likelihood)
 cached = {name: bl.cache_prefix(lora, data[name]) for name in questions}
 labels = {name: np.asarray(rows.labels) for name, rows in cached.items()}
-untouched = bl.PointPosterior(
-    lora,
-    {
-        name: {factor: np.zeros(shape, np.float32) for factor, shape in site.shapes.items()}
-        for name, site in lora.sites.items()
-    },
-)
+untouched = bl.PointPosterior.untouched(lora)
 key = jax.random.key(0)  # of bootstrap samples
 raw = {name: bl.predict(key, untouched, cached[name], num_draws=1) for name in questions if name != "fit"}
 for name in ("choose", "calibrate", "test", "science"):

@@ -250,7 +250,7 @@ bl.plots.domains({name: predictions[name] for name in ("reference", "tweets")})
 
 # %% [markdown]
 # The picture compares what the unlabelled tests will see. The more the two rows of histograms overlap, the later the alarm. An AUC of one
-# half means that no test on this score can tell the two apart.
+# half means that the score does not order the two. Only a posterior has the right panel: a point has no mutual information.
 #
 # ## Two streams, with labels that are a week late
 #
