@@ -148,7 +148,7 @@ ready = {name: with_temperature(rows) for name, rows in cached.items()}
 # ## The fits
 #
 # The posterior of `bl.fit_core`, and an ordinary adapter for comparison: maximum likelihood by Adam on the same questions, one point.
-# The adapter also gets a temperature afterwards, on the same part as before, because that is what a careful user would do.
+# Both use the temperature from above. `base, T = 1` keeps the scores as they are and shows what would happen without it.
 
 # %%
 k_core, k_lora, k_predict, k_monitor = jax.random.split(jax.random.key(1), 4)
@@ -188,13 +188,10 @@ ordinary = bl.fit(
 
 # %%
 parts = ("calibrate", "test", "science")
-adapted = {part: bl.predict(k_predict, ordinary, ready[part], num_draws=1) for part in ("choose", *parts)}
-again = best_temperature(adapted["choose"], labels["choose"])
-print(f"temperature of the adapter, on top of T: {again:.2f}")
 predictions = {
+    "base, T = 1": {part: raw[part] for part in parts},
     "base": {part: tempered(raw[part], T) for part in parts},
-    "adapter": {part: adapted[part] for part in parts},
-    "adapter + T": {part: tempered(adapted[part], again) for part in parts},
+    "adapter": {part: bl.predict(k_predict, ordinary, ready[part], num_draws=1) for part in parts},
     "posterior": {
         part: bl.predict(k_predict, core, bl.cache_prefix(core.model, ready[part]), num_draws=num_draws)
         for part in parts
@@ -209,9 +206,8 @@ for method, by_part in predictions.items():
     lines.append((method, *map(str, summary.values()), f"{null:.3f}"))
 header = ("method", "accuracy", "NLL", "ECE", "ECE if calibrated")
 display(Table(f"{sizes['test']} test questions, 95 % bootstrap intervals; nats", header, tuple(lines)))
-shown = ("base", "adapter", "posterior")
-panels = {"test": {method: predictions[method]["test"] for method in shown}}
-display(bl.plots.reliability(panels, dict.fromkeys(shown, labels["test"])))
+panels = {"test": {method: by_part["test"] for method, by_part in predictions.items()}}
+display(bl.plots.reliability(panels, dict.fromkeys(predictions, labels["test"])))
 print(bl.plots.RELIABILITY_CAPTION)
 
 # %% [markdown]
@@ -311,7 +307,7 @@ values = {
     method: bl.decisions.posterior_value(
         key, posterior["test"], predictions[method]["test"], labels["test"], costs
     )
-    for method in ("adapter", "adapter + T", "base")
+    for method in ("base, T = 1", "base", "adapter")
 }
 for method, value in values.items():
     verdict = "pays" if value.saving.low > 0 else "costs" if value.saving.high < 0 else "undecided"
@@ -321,8 +317,8 @@ for method, value in values.items():
     )
 
 # %% [markdown]
-# Where the action is the same for all questions, the posterior has nothing to save. That is a result: with this model, at this price, the
-# decision is the person's, and it takes no posterior to see that after a temperature on held-out questions.
+# Where no action differs, the posterior has nothing to save. If it saves only against `T = 1`, one number from held-out questions has the
+# same value as the posterior: both say that the model does not know, and the decision is the person's.
 #
 # ## Questions of another source arrive
 #
@@ -365,19 +361,22 @@ for part in ("test", "science"):
 # ## A new temperature for the new source
 #
 # The temperature of the medical questions is not that of the new ones. Half of these choose a new one, and the other half shows what it
-# changes. The posterior stays as it is.
+# changes, at two prices. The posterior stays as it is.
 
 # %%
 middle = num_new // 2
 first, second = posterior["science"][:middle], posterior["science"][middle:]
 truth = labels["science"][middle:]
 fresh = best_temperature(first, labels["science"][:middle])
-for name, prediction in {"as it was": second, f"temperature {fresh:.2f}": tempered(second, fresh)}.items():
-    reviewed = (bl.decisions.decide(prediction, costs).actions == 4).mean()
-    realised = bl.decisions.realised_cost(key, prediction, truth, costs)
-    print(
-        f"science, {name}: to the person {reviewed:.2f}, realised cost {realised}; a person for all {price:.3f}"
-    )
+for price_at in (price, 0.5):
+    at = bl.decisions.zero_one(4, review=price_at)
+    for name, prediction in {
+        "as it was": second,
+        f"temperature {fresh:.2f}": tempered(second, fresh),
+    }.items():
+        reviewed = (bl.decisions.decide(prediction, at).actions == 4).mean()
+        realised = bl.decisions.realised_cost(key, prediction, truth, at)
+        print(f"price {price_at:g}, {name}: to the person {reviewed:.2f}, realised cost {realised}")
 
 # %% [markdown]
 # ## What to conclude, and what not
@@ -398,8 +397,8 @@ print(f"Alarms of the monitor: {raised}.")
 #   This is what such a tool is for. It does not make the model better.
 # - Sets, error rates and decisions keep their promises for any model, good or bad. A poor model pays in size of sets, in unanswered
 #   questions and in reviews.
-# - Compare a posterior with a point that has a temperature, not only with a point. Much of what an overconfident adapter costs can be
-#   had back by one number.
+# - Compare a posterior with a point that has a temperature, not only with a point. Much of what overconfidence costs can be had back by
+#   one number.
 # - The guarantees are for questions like those of the calibration part. The monitor says when that ends.
 #
 # **Not** shown: a larger model; questions longer than these; costs that depend on the question; persons, who also make errors; and any
