@@ -342,7 +342,7 @@ bl.plots.monitoring(monitor)
 bl.plots.domains({part: posterior[part] for part in ("test", "science")})
 
 # %% [markdown]
-# The first picture shows when each test noticed, and the second why: entropy and mutual information of the two sources. A shift is not a
+# The first picture shows which test noticed and when, and the second why: entropy and mutual information of the two sources. A shift is not a
 # harm by itself. What the same rules do on the new questions:
 
 # %%
