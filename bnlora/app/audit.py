@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import typer
 from jax import Array
@@ -128,7 +127,7 @@ def audited(
     posteriors = {ADAPTER: point}
     if not getattr(base.config, "new_head", False):
         model = Classifier(base, point.model.sites, priors.point(), likelihood=likelihood)
-        posteriors = {BASE: PointPosterior(model, jax.tree.map(jnp.zeros_like, point.adapters)), **posteriors}
+        posteriors = {BASE: PointPosterior.untouched(model), **posteriors}
     predictions = {
         name: predict(key, posterior, test, num_draws=1, console=console)
         for name, posterior in posteriors.items()
@@ -152,8 +151,8 @@ def cross_tempered(key: Array, prediction: Prediction, rows: Batch) -> Predictio
     halves = order[::2], order[1::2]
     result = np.array(prediction.draw_log_probs, np.float64)
     for own, other in (halves, halves[::-1]):
-        temperature = fit_temperature(Prediction(prediction.draw_log_probs[:, other]), labels[other])
-        result[:, own] = tempered(Prediction(prediction.draw_log_probs[:, own]), temperature).draw_log_probs
+        temperature = fit_temperature(prediction[other], labels[other])
+        result[:, own] = tempered(prediction[own], temperature).draw_log_probs
     return Prediction(result)
 
 

@@ -73,7 +73,7 @@ class Batch(Shown):
 
     def __getitem__(self, rows: Any) -> "Batch":
         """The given rows, by slice, list of indices, or mask; `ValueError` if a row does not exist."""
-        rows = _chosen(rows, len(self))
+        rows = chosen_rows(rows, len(self))
         return jax.tree.map(lambda x: _taken(x, rows), self)
 
     def cut(self, columns: slice) -> "Batch":
@@ -173,8 +173,13 @@ def check_form(name: str, rows: Batch) -> None:
         )
 
 
-def _chosen(rows: Any, count: int) -> Any:
-    """Rows in a form that JAX indexes correctly; `ValueError` for what JAX would clamp."""
+def chosen_rows(rows: Any, count: int) -> Any:
+    """Rows in a form that JAX indexes correctly; `ValueError` for what JAX would clamp.
+
+    Args:
+        rows: A slice, a list of indices, or a mask.
+        count: Number of rows that there are.
+    """
     if isinstance(rows, slice | jax.core.Tracer):
         return rows
     found = np.asarray(rows)

@@ -110,6 +110,27 @@ class PointPosterior(Shown):
     def __post_init__(self) -> None:
         _check_adapters(self.model, self.adapters)
 
+    @classmethod
+    def untouched(cls, model: Model) -> "PointPosterior":
+        """The base itself: all adapters are zero.
+
+        Args:
+            model: The classifier, whose adapters are left out.
+
+        Raises:
+            ValueError: If the likelihood has parameters of its own, which no value leaves out.
+
+        Example:
+            >>> base = bl.predict(key, bl.PointPosterior.untouched(model), rows, num_draws=1)
+            >>> base.probs.shape
+            (8, 2)
+        """
+        zeros = {
+            name: {factor: jnp.zeros(shape) for factor, shape in site.shapes.items()}
+            for name, site in model.sites.items()
+        }
+        return cls(model, zeros)
+
     def draw_adapters(self, key: Array, num_draws: int) -> Adapters:
         """The point, repeated along a leading draw axis; the key has no effect.
 

@@ -26,7 +26,7 @@ from bnlora._util.compilation import SMALL, pieces
 from bnlora._util.display import Showable, Shown, Table
 from bnlora._util.exhausted import naming_memory
 from bnlora._util.typing import Adapters
-from bnlora.data.batch import Batch, check_form
+from bnlora.data.batch import Batch, check_form, chosen_rows
 from bnlora.models.sharding import whole
 from bnlora.prediction.posterior import Posterior
 from bnlora.program.cache import tracked_parts
@@ -45,9 +45,18 @@ class Prediction(Shown):
         >>> prediction = bl.Prediction(np.log([[[0.9, 0.1]], [[0.5, 0.5]]]))  # two draws of one row
         >>> prediction.probs.round(3)
         array([[0.7, 0.3]])
+        >>> prediction[[0, 0]]  # some of its rows, as of a `Batch`
+        Prediction(2 rows, 2 classes, 2 draws)
     """
 
     draw_log_probs: Float[np.ndarray, "s n c"]
+
+    def __len__(self) -> int:
+        return self.draw_log_probs.shape[1]
+
+    def __getitem__(self, rows: Any) -> "Prediction":
+        """The given rows, by slice, list of indices, or mask; `ValueError` if a row does not exist."""
+        return Prediction(self.draw_log_probs[:, chosen_rows(rows, len(self))])
 
     @property
     def log_probs(self) -> Float[np.ndarray, "n c"]:

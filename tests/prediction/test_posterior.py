@@ -36,6 +36,15 @@ def test_an_imported_adapter_is_predicted_as_the_network_with_it(tmp_path):
     np.testing.assert_allclose(prediction.mutual_information, 0, atol=1e-7)
 
 
+def test_the_untouched_base_predicts_as_it_does_without_adapters():
+    """Against the full forward pass of the base, whose head has all tokens."""
+    prediction = bl.predict(KEY, bl.PointPosterior.untouched(MODEL), ROWS, num_draws=1)
+    logits = jax.jit(lambda weights, batch: BASE.bind(weights)(batch.tokens, batch.mask))(BASE.weights, ROWS)
+    last = np.asarray(ROWS.mask).sum(1) - 1
+    whole = np.asarray(logits)[np.arange(len(ROWS)), last][:, np.array([3, 5])]
+    np.testing.assert_allclose(prediction.log_probs, jax.nn.log_softmax(whole), atol=1e-5)
+
+
 def test_adapters_of_other_sites_are_refused():
     good = random_adapters(MODEL.sites)
     wide = random_adapters(SITES)

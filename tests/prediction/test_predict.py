@@ -158,6 +158,21 @@ def test_uncertainties_by_hand():
     assert "1 rows, 2 classes, 2 draws" in repr(prediction)
 
 
+def test_rows_of_a_prediction_have_their_own_probabilities():
+    probs = np.random.default_rng(0).dirichlet(np.ones(3), size=(2, 4))
+    prediction, mask = Prediction(np.log(probs)), np.array([True, False, True, False])
+    assert len(prediction) == 4
+    for chosen, rows in ((slice(1, 3), [1, 2]), ([3, -4], [3, 0]), (mask, [0, 2])):
+        np.testing.assert_allclose(prediction[chosen].probs, probs.mean(0)[rows])
+        assert len(prediction[chosen].draw_log_probs) == 2
+
+
+@pytest.mark.parametrize("rows", [4, [4], [True, False]])
+def test_rows_that_a_prediction_does_not_have(rows):
+    with pytest.raises(ValueError, match="rows"):
+        Prediction(np.log(np.full((2, 4, 2), 0.5)))[rows]
+
+
 def test_certain_probabilities_have_no_entropy():
     prediction = Prediction(np.array([[[0.0, -np.inf]]]))
     np.testing.assert_array_equal(prediction.entropy, 0)

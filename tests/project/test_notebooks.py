@@ -102,8 +102,9 @@ def shared():
 
 LIKE_OTHERS = ("01_quickstart",)
 """Its steps are those of the README's script, which `test_documents.py` runs on the same base."""
-LONG = ("08_multiple_choice",)
-"""It takes 100 CPU seconds in the fast mode: programs of whole answers, letters and phrases to compile."""
+LONG = ("08_multiple_choice", "09_medical_triage", "10_prior_on_a_network")
+"""They take minutes in the fast mode, to compile: 08 and 09 programs of whole answers, 10 two priors in two
+models with three kinds of inference."""
 NAMES = [path.stem for path in SCRIPTS]
 OFTEN = [name for name in NAMES if name not in LIKE_OTHERS + LONG]
 
