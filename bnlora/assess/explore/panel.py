@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from html import escape
 from types import ModuleType
 from typing import Any, Protocol
@@ -41,8 +41,15 @@ HELP = (
 class Explores(Protocol):
     """What the controls need: an `Explorer`."""
 
-    start: Settings
-    train: Sized
+    @property
+    def start(self) -> Settings:
+        """The settings at the start."""
+        ...
+
+    @property
+    def train(self) -> Any:
+        """The training rows."""
+        ...
 
     def at(
         self,
