@@ -19,12 +19,13 @@ from bnlora._util.compilation import keys_from
 from bnlora._util.files import room_for
 from bnlora.app import options
 from bnlora.app.audit import audit
-from bnlora.app.core import fit_core_and_keep, is_given, print_core, refit_command, require_used
+from bnlora.app.core import fit_and_print_core, is_given, refit_command, require_used
 from bnlora.app.demo import SIZES, demo_page, demo_tables, run_demo
 from bnlora.app.export import export
 from bnlora.app.generate import generate_command
 from bnlora.app.kept import (
     STEPS,
+    KeptFit,
     exit_if_elsewhere,
     fit_and_keep,
     joined,
@@ -161,6 +162,7 @@ def fit_command(
     """Fit adapters to a table of texts and labels."""
     out = out.expanduser()
     with reporting() as progress, joined(out, coordinator, processes, process) as (leads, require):
+        require_used(context, prior)
         checkpoints = unfinished(out, every, resume=resume) if leads else Checkpoints(out / STEPS, every)
         recipe = Recipe(
             words=tuple(word or ()),
@@ -188,24 +190,27 @@ def fit_command(
         with naming_lines(files, encoding=encoding):
             data = recipe.read(tables, model, text=text, label=label)
         if prior == "core":
-            require_used(context)
             modules = target if is_given(context, "target") else None
-            key = jax.random.key(seed)
-            core, place = fit_core_and_keep(key, recipe, model, data, out, targets=modules, console=progress)
-            print_core(core, place, text, core.scales.overview, json=json)
-            exit_if_elsewhere(out, place)
+            printed = {"text": text, "json": json, "console": progress}
+            fit_and_print_core(recipe, model, data, out, targets=modules, seed=seed, **printed)
             return
         rate = LEARNING_RATE_OF_LORA if prior == "none" else LEARNING_RATE
         schedule = Schedule(steps, batch_size, rate if learning_rate is None else learning_rate, seed=seed)
         recipe = recipe.fitted_to(data)
-        fit, place, failed = fit_and_keep(recipe, schedule, model, data, checkpoints, require, progress)
+        kept = fit_and_keep(recipe, schedule, model, data, checkpoints, require, progress)
+        _end(kept, out, text, leads=leads, json=json)
+
+
+def _end(kept: KeptFit, out: Path, text: str, *, leads: bool, json: bool) -> None:
+    """Print a fit if this process leads, and exit as its end says."""
+    fit, place, failed = kept
+    if leads:
         ended = [fit, following(fit, place, text)] if failed is None else [f"last finite state: {place}"]
-        if leads:
-            print_result(fit_result(fit, place), *ended, json=json)
-        if failed is not None:
-            raise failed
-        exit_if_interrupted(fit)
-        exit_if_elsewhere(out, place)
+        print_result(fit_result(fit, place), *ended, json=json)
+    if failed is not None:
+        raise failed
+    exit_if_interrupted(fit)
+    exit_if_elsewhere(out, place)
 
 
 @app.command("predict")

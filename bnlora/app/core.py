@@ -19,7 +19,7 @@ from bnlora.app import options
 from bnlora.app.kept import exit_if_elsewhere, keep, read_again, unfinished
 from bnlora.app.outcome import fit_result
 from bnlora.app.printing import exit_if_interrupted, print_result, reporting
-from bnlora.app.recipe import Recipe
+from bnlora.app.recipe import PriorName, Recipe
 from bnlora.base import Base
 from bnlora.data.formats import ENCODING
 from bnlora.data.splits import Splits
@@ -51,45 +51,51 @@ def is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def require_used(context: typer.Context) -> None:
+def require_used(context: typer.Context, prior: PriorName) -> None:
     """Raise `ValueError` if an option was typed that the core prior does not read."""
     typed = [name for name in UNUSED if is_given(context, name)]
-    if typed:
+    if prior == "core" and typed:
         option = f"--{typed[0].replace('_', '-')}"
         raise ValueError(f"{option} has no effect with --prior core; leave it out, or choose another prior")
 
 
-def fit_core_and_keep(
-    key: jax.Array,
+def fit_and_print_core(
     recipe: Recipe,
     base: Base,
     data: Splits,
     out: Path,
     *,
     targets: Sequence[str] | None,
+    seed: int,
+    text: str,
+    json: bool,
     console: Console,
-) -> tuple[CoreFit, Path]:
-    """Fit the core prior and write the fit with its recipe.
+) -> None:
+    """Fit the core prior, write the fit with its recipe, and print it.
 
     Args:
-        key: Random key.
         recipe: Task and base.
         base: The base.
         data: Rows to fit.
         out: Folder of the fit.
         targets: Modules, or None for those of `bnlora.fit_core`.
+        seed: Random seed.
+        text: Column of the texts, for the next command.
+        json: Whether to print JSON.
         console: Where to report progress.
 
-    Returns:
-        The fit, and where it is.
+    Raises:
+        ValueError: If `bnlora.fit_core` raises it.
     """
     layers = None if recipe.top_layers is None else slice(-recipe.top_layers, None)
-    likelihood = recipe.likelihood(data)
+    likelihood, key = recipe.likelihood(data), jax.random.key(seed)
     core = fit_core(
         key, base, data.train, likelihood=likelihood, targets=targets, layers=layers, console=console
     )
     recipe = replace(recipe, targets=tuple(core.frames))
-    return core, keep(out, lambda folder: _write(core, recipe, folder), console)
+    place = keep(out, lambda folder: _write(core, recipe, folder), console)
+    print_core(core, place, text, core.scales.overview, json=json)
+    exit_if_elsewhere(out, place)
 
 
 def _write(core: CoreFit, recipe: Recipe, folder: Path) -> None:
