@@ -68,12 +68,10 @@ def refit(
             rows cannot be joined.
 
     Example:
-        >>> first, later = rows[:5], rows[5:]
-        >>> before = bl.fit_core(key, base, first, label_ids=(3, 5), size={"v_proj": 2}, num_steps=4)
-        >>> after = bl.refit(key, before, later)  # the first rows are not needed any more
-        >>> exact = bl.refit(key, before, later, kept=first)
-        >>> len(after.fit.train), len(exact.fit.train)
-        (3, 8)
+        >>> after = bl.refit(key, core_fit, rows[:3], num_steps=4)  # its own rows are not needed any more
+        >>> exact = bl.refit(key, core_fit, rows[:3], kept=core_fit.fit.train, num_steps=4)
+        >>> len(after.fit.train), len(exact.fit.train) - len(core_fit.fit.train)
+        (3, 3)
     """
     check_key(key)
     check_rows("new", new, old.model)
