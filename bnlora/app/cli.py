@@ -191,7 +191,7 @@ def fit_command(
             data = recipe.read(tables, model, text=text, label=label)
         if prior == "core":
             modules = target if is_given(context, "target") else None
-            printed = {"text": text, "json": json, "console": progress}
+            printed: dict[str, Any] = {"text": text, "json": json, "console": progress}
             fit_and_print_core(recipe, model, data, out, targets=modules, seed=seed, **printed)
             return
         rate = LEARNING_RATE_OF_LORA if prior == "none" else LEARNING_RATE

@@ -140,8 +140,9 @@ class Explored(Shown):
             for i, text in zip(rows, texts, strict=True)
         )  # fmt: skip
         header = ("row", "label", "p(label)", "entropy", "from the weights", "text")
-        shown = slice(None) if len(self.texts) else slice(-1)
-        return Table(TITLE, header[shown], tuple(row[shown] for row in cells), texts=frozenset({5}))
+        if not len(self.texts):
+            return Table(TITLE, header[:-1], tuple(row[:-1] for row in cells))
+        return Table(TITLE, header, cells, texts=frozenset({5}))
 
     @property
     def overview(self) -> tuple[Showable, ...]:

@@ -102,10 +102,10 @@ def explore(
     check_settings(start, tangent.sites, len(train))
     start = replace(start, scales={name: float(by_family[name]) for name in tangent.sites})
     _require_memory(tangent, len(train), len(validation))
-    rows = [cache_prefix(tangent, batch, console=console) for batch in (train, validation)]
-    models = [linear_of(tangent, batch, by="layer")[0] for batch in rows]
+    train, new = (cache_prefix(tangent, batch, console=console) for batch in (train, validation))
+    fitted, predicted = (linear_of(tangent, batch, by="layer")[0] for batch in (train, new))
     shown = tuple(texts) if texts is not None else _decoded(tangent, validation)
-    return Explorer(tangent, *rows, start, shown, *models)
+    return Explorer(tangent, train, new, start, shown, fitted, predicted)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -160,7 +160,7 @@ class Explorer:
                 frames were computed from labels, or the evidence has no maximum.
         """
         settings = Settings(
-            self.start.scales | dict(scales or {}),
+            {**self.start.scales, **(scales or {})},
             self.start.layers if layers is None else tuple(layers),
             law,
             width,

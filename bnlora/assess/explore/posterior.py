@@ -83,7 +83,7 @@ class Programs:
 
     def __init__(self, data: Known, family: Int[np.ndarray, " g"]):
         with jax.enable_x64(new_val=True):
-            self.data = Known(*map(jnp.asarray, data))
+            self.data: Known = jax.tree.map(jnp.asarray, data)
         self.family = family
         self.in_rows = data.train.ndim == 3
         self._moments = jax.jit(partial(_moments, in_rows=self.in_rows))
@@ -143,9 +143,9 @@ def _fitted(
     """The mode, with the evidence of the rows in use, and the kernel."""
     seen = jnp.repeat(used, data.offset.shape[1])
     if in_rows:
-        kernel = jnp.tensordot(scales**2, data.train, 1) * seen[:, None] * seen
+        kernel = jnp.tensordot(scales**2, jnp.asarray(data.train), 1) * seen[:, None] * seen
     else:
-        kernel = data.train * scales[data.group] * seen[:, None]
+        kernel = jnp.asarray(data.train) * scales[data.group] * seen[:, None]
     model = Linear(data.offset * used[:, None], (), data.labels)
     mode = laplace_mode(model, kernel, in_rows=in_rows, start=start)
     unused = (1 - used).sum() * jnp.log(data.offset.shape[1] + 1.0)
@@ -155,7 +155,8 @@ def _fitted(
 def _moments(data: Known, scales: Array, used: Array, *, in_rows: bool) -> tuple[Array, ...]:
     mode, kernel = _fitted(data, scales, used, in_rows=in_rows)
     prior = jnp.tensordot(scales**2, data.own, 1)
-    cross = jnp.tensordot(scales**2, data.cross, 1) if in_rows else data.cross * scales[data.group]
+    given = jnp.asarray(data.cross)
+    cross = jnp.tensordot(scales**2, given, 1) if in_rows else given * scales[data.group]
     if in_rows:
         cross = cross * jnp.repeat(used, data.offset.shape[1])
     mean, covariance = predicted(mode, kernel, cross, prior, in_rows=in_rows)

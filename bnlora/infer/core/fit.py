@@ -156,7 +156,7 @@ def fit_core(
         trunk = Classifier(base, sites, point(), likelihood=classes)
         train = cache_prefix(trunk, train, console=console)
     with timed(seconds, "frames"):
-        options = {"likelihood": classes, "size": size, "layers": layers, "source": source}
+        options: dict[str, Any] = {"likelihood": classes, "size": size, "layers": layers, "source": source}
         directions = frames(frame_key, base, chosen, train, **options, console=console)
     with timed(seconds, "features"):
         tangent = Tangent(Classifier(base, directions.sites, core(directions), likelihood=classes))
