@@ -98,6 +98,7 @@ def test_adapters_and_predictions_of_chains_are_of_whole_vectors(few):
     np.testing.assert_allclose(prediction.probs, np.exp(expected).mean(0), atol=1e-4)
 
 
+@pytest.mark.thorough  # the coordinates have tests against quadrature, and sbc_core has the whole
 def test_random_scales_in_the_coordinates_of_the_gaussian_are_those_of_plain_coordinates():
     tangent = tangent_of(frames("lm_head"), scale=dist.HalfNormal(2.0))
     gaussian = bl.laplace(tangent, ROWS)

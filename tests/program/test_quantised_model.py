@@ -164,7 +164,7 @@ def test_frames_of_a_quantised_base(source):
     assert chosen.num_coordinates == near.num_coordinates
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_chains_on_the_head():
     model = classifier(base_of("int8"), [HEAD])
     chains = bl.sample_nuts(KEY, model, TRAIN, num_warmup=20, num_draws=10, num_chains=2)

@@ -23,6 +23,9 @@ SAMPLERS = ("bnlora.infer.mcmc", "bnlora.assess.comparison")
 WITH_CHAINS = [name for name in MODULES if name.startswith(SAMPLERS)]
 REPEATED = tuple(f"bnlora.infer.mcmc.{name}" for name in ("elliptical", "mclmc", "smc"))
 """Their examples count the chains of one more sampler, as that of `hamiltonian` does for two of them."""
+PLAIN = [name for name in MODULES if name not in WITH_CHAINS]
+LONG = ("bnlora.assess.sbc.core",)
+"""Its examples compile whole inferences, which `test_sbc_core.py` runs."""
 KEY = jax.random.key(0)
 
 
@@ -66,7 +69,7 @@ def ran(module: str, names: dict) -> doctest.TestResults:
     return doctest.testmod(importlib.import_module(module), optionflags=flags, extraglobs=names)
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith(SAMPLERS)])
+@pytest.mark.parametrize("name", sample_of(PLAIN, [name for name in PLAIN if name not in LONG]))
 def test_examples(name, names):
     assert ran(name, names).failed == 0
 
