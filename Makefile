@@ -10,7 +10,7 @@ WORKERS ?= 2
 # The reference implementations that parity tests run live; wheels of this version are CPU builds on 3.11 alone.
 PARITY := $(shell $(PYTHON) -c 'import sys; print(",parity" if sys.version_info[:2] == (3, 11) else "")')
 
-# What tests and lint need. `.ci/run` leaves out what the few tests of its second Python do without.
+# What tests and lint need.
 EXTRAS ?= test,lint,notebooks,serve$(PARITY)
 
 # Test files whose verdict rounding cannot move: they hold names, messages, files, shapes and pages against each other.
@@ -29,7 +29,7 @@ files = $(foreach name,$(1),$(filter %/test_$(name).py,$(TESTS)))
 # wheel (packaging), matplotlib (plots).
 VERSIONED := diagnostics display kernels_api kernels_lowering mcmc packaging plots
 
-.PHONY: demo test fast seconds rounding versions elsewhere slow thorough lint audit tpu device docs notebooks benchmarks oldest newest clean
+.PHONY: demo test fast seconds rounding versions elsewhere smoke slow thorough lint audit tpu device docs notebooks benchmarks oldest newest clean
 
 # The demonstration needs the library and nothing that tests need; where those have been set up, that will do.
 demo: $(if $(wildcard $(READY)),$(READY),$(DEMO_READY))
@@ -72,6 +72,10 @@ STATISTICS := density elbo gp
 ELSEWHERE := $(filter-out diagnostics kernels_lowering mcmc packaging plots,$(VERSIONED))
 elsewhere: $(READY)
 	XLA_FLAGS="$(ROUNDING)" $(BIN)/python $(PYTEST) -m "not slow" $(sort $(call files,$(STATISTICS) $(ELSEWHERE)))
+
+# The main path alone, which `.ci/run` takes on a second Python.
+smoke: $(DEMO_READY)
+	$(BIN)/python tests/smoke.py
 
 # What is slow by nature and need not run for every change: what `make test` does on a sample, every fast test under
 # another rounding, and every notebook in full. Budget: two hours on two cores. tests/slow.md has date, seconds and verdict.
