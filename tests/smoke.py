@@ -1,7 +1,7 @@
 """The main path on a tiny model, in a second Python: `make smoke`.
 
-From rows to two fits, their predictions, chains, a diagnosis and a tree of ArviZ. It finds what another version of
-Python, JAX or ArviZ breaks at once; `make elsewhere` finds more.
+From rows to two fits, chains, their predictions and a tree of ArviZ. It finds what another version of Python,
+JAX or ArviZ breaks at once; `make elsewhere` finds more.
 """
 
 import jax
