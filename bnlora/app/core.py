@@ -17,7 +17,7 @@ from bnlora._util.display import Showable
 from bnlora._util.files import room
 from bnlora.app import options
 from bnlora.app.kept import exit_if_elsewhere, keep, read_again, unfinished
-from bnlora.app.outcome import fit_result
+from bnlora.app.outcome import fit_result, next_command
 from bnlora.app.printing import exit_if_interrupted, print_result, reporting
 from bnlora.app.recipe import PriorName, Recipe
 from bnlora.base import Base
@@ -110,8 +110,7 @@ def print_core(core: CoreFit, place: Path, text: str, shown: Sequence[Showable],
         "log_evidence": core.gaussian.log_evidence,
         "seconds": sum(core.seconds.values()),
     }
-    following = f"next: bnlora predict {place} TABLE --text {text}"
-    print_result(result, *shown, following, json=json)
+    print_result(result, *shown, next_command(place, text), json=json)
     exit_if_interrupted(core.fit)
 
 
@@ -137,13 +136,13 @@ def refit_command(
     out = out.expanduser()
     with reporting() as progress, room(out):
         unfinished(out, Checkpoints.every, resume=False)
+        prior = Recipe.from_folder(folder).prior  # before tables are read and the base is loaded
+        if prior != "core":
+            raise ValueError(
+                f"{str(folder)!r} has the prior {prior!r}; a refit needs a fit of `bnlora fit --prior core`"
+            )
         columns = text, label, encoding
         recipe, base, data = read_again(folder, table, *columns, labels_are=labels_are)
-        if recipe.prior != "core":
-            raise ValueError(
-                f"{str(folder)!r} has the prior {recipe.prior!r}; a refit needs a fit of "
-                "`bnlora fit --prior core`"
-            )
         earlier = None
         if kept is not None:
             earlier = read_again(folder, kept, *columns, labels_are=labels_are, base=base)[2]["rows"]

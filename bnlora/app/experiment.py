@@ -273,7 +273,7 @@ def untouched(rows: Batch) -> Prediction:
     if rows.features is None:
         raise ValueError("the rows have no features; call cache_prefix on them with a tangent model first")
     logits = np.asarray(rows.features.offset, np.float64)
-    return Prediction((logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))[None])
+    return Prediction(scipy.special.log_softmax(logits, axis=1)[None])
 
 
 def temperature_of(key: Array, fitted: Fit, validation: Batch, *, console: Console | None) -> float:

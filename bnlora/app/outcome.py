@@ -51,6 +51,11 @@ def following(fit: Fit, place: Path, text: str) -> str:
     """What to do after a fit: the next command."""
     if fit.stopped == "interrupted":
         return "interrupted: the same command with --resume goes on"
+    return next_command(place, text)
+
+
+def next_command(place: Path, text: str) -> str:
+    """The command that predicts with a fit."""
     return f"next: bnlora predict {place} TABLE --text {text}"
 
 

@@ -67,7 +67,7 @@ def explore(
     reliability and the most uncertain rows follow every change, and so does code that reproduces them.
 
     Args:
-        tangent: A tangent model; the scales of its own prior are not used.
+        tangent: A tangent model. Its own prior is not used: neither scales nor what a carried prior knows.
         train: Training rows with labels, in random order, because settings use the first ones.
         validation: Other rows with labels, for predictions and scores. Not test rows: who moves a prior until
             the scores please chooses it by them.
@@ -224,8 +224,8 @@ class Explorer:
             spread=_deviations(moments.covariance),
             prior_spread=_deviations(moments.prior),
             prior=PriorPredictive(_logits(offset, moments.prior, self._points), base),
-            base=Prediction(_log_probs(base[None])),
-            prediction=Prediction(_log_probs(drawn)),
+            base=Prediction(scipy.special.log_softmax(base, axis=-1)[None]),
+            prediction=Prediction(scipy.special.log_softmax(drawn, axis=-1)),
             labels=np.asarray(self.validation.labels),
             texts=self.texts,
         )
@@ -260,10 +260,6 @@ def _logits(
     root = vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]
     contrasts = mean + np.einsum("ikl,sl->sik", root, points)
     return np.pad(contrasts, ((0, 0), (0, 0), (1, 0)))
-
-
-def _log_probs(logits: Float[np.ndarray, "s i c"]) -> Float[np.ndarray, "s i c"]:
-    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
 
 
 def _deviations(covariance: Float[np.ndarray, "i k k"]) -> Float[np.ndarray, "i k"]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from html import escape
 from types import ModuleType
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from bnlora.assess.explore.explored import Explored
-from bnlora.assess.explore.settings import LAWS, Law, Settings, rounded
+from bnlora.assess.explore.settings import LAWS, Settings, rounded
 from bnlora.infer.core.scales import HIGHEST, LOWEST
 
 PAUSE = 0.08
@@ -51,15 +51,8 @@ class Explores(Protocol):
         """The training rows."""
         ...
 
-    def at(
-        self,
-        *,
-        scales: Mapping[str, float] | None = None,
-        layers: Sequence[int] | None = None,
-        law: Law = "fixed",
-        width: float = 5.0,
-        rows: int | None = None,
-    ) -> Explored:
+    @property
+    def at(self) -> Callable[..., Explored]:
         """What follows from one prior."""
         ...
 

@@ -256,7 +256,7 @@ def _curvature(local: _Local, structure: Structure, rank: int | None) -> tuple[a
     log_probs = np.empty((len(local.train), local.classes))
     rooted, total = [], np.zeros(len(local.root))
     for rows, logits, jacobian in local.pieces():
-        log_probs[rows] = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        log_probs[rows] = scipy.special.log_softmax(logits, axis=1)
         R = algebra.rooted_jacobian(jacobian, algebra.softmax_hessians(np.exp(log_probs[rows])))
         if structure == "diagonal":
             total += algebra.diagonal(R).values

@@ -73,7 +73,7 @@ def refit(
         >>> len(after.fit.train), len(exact.fit.train) - len(core_fit.fit.train)
         (3, 3)
     """
-    check_key(key)
+    key = check_key(key)
     check_rows("new", new, old.model)
     if kept is not None and keep != 1.0:
         raise ValueError(

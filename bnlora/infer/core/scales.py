@@ -122,7 +122,7 @@ def choose_scales(
     """Choose the scales of the core prior by Laplace's evidence.
 
     Args:
-        tangent: A tangent model; the scales of its own prior are not used.
+        tangent: A tangent model. Its own prior is not used: neither scales nor what a carried prior knows.
         train: Rows with labels.
         by: One scale for each family, or one for each layer of a family.
         prior: Distribution of each scale, independently; no prior if omitted.
@@ -224,7 +224,7 @@ def _blocks(depth: int, size: int, by: By) -> list[tuple[int | None, int]]:
 def base_evidence(model: Linear) -> float:
     """Log-likelihood of the untouched base, in nats."""
     logits = np.pad(model.offset, ((0, 0), (1, 0)))
-    log_probs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    log_probs = scipy.special.log_softmax(logits, axis=1)
     return float(np.take_along_axis(log_probs, np.asarray(model.labels)[:, None], axis=1).sum())
 
 
@@ -291,8 +291,8 @@ def maximise(
     for first in starts:
 
         def negative(x: np.ndarray, first: np.ndarray = first) -> tuple[float, np.ndarray]:
-            objective, slope, _ = value(np.where(on, _spread(x, on), first), on)
-            return -objective, -slope[on]
+            objective, gradient, _ = value(np.where(on, _spread(x, on), first), on)
+            return -objective, -gradient[on]
 
         options = {"bounds": [(LOWEST, HIGHEST)] * int(on.sum()), "options": {"gtol": slope}}
         optimum = scipy.optimize.minimize(negative, first[on], jac=True, method="L-BFGS-B", **options)

@@ -55,7 +55,8 @@ class Where:
     def log_scales(self, t: Float[AnyArray, " t"]) -> Float[Array, " g"]:
         """Log scale of every family and layer, read from the update that a core of ones gives.
 
-        A carried prior has one group of coordinates, which has its scales in it (`linear_of`).
+        A carried prior has one group of coordinates, whose scales are in its columns already
+        (`bnlora.infer.core.gaussian`).
         """
         if carried_of(self.view.model.prior) is not None:
             return jnp.zeros(1)
