@@ -124,6 +124,18 @@ def test_a_planted_fault_is_found_and_named(test):
         assert f"alarm at row {alert.row} (after)" in after[test].sentence
 
 
+def test_labels_are_doubted_where_only_they_raised_an_alarm():
+    """Wrong labels of unchanged texts, the same with other texts, and a monitor that cannot compare texts."""
+    random = np.random.default_rng(5)
+    monitor, (wrong, labels) = started(random), rows(random, 400, noise=0.4)
+    doubt = "Check first how these rows were labelled"
+    assert doubt in monitor.update(wrong, labels).recommendation
+    both = monitor.update(*rows(random, 400, noise=0.4, scale=0.7))
+    assert "entropy" in {alert.test for alert in both.alerts}
+    assert both.recommendation == "Refit on recent labelled rows: accuracy has fallen below its floor."
+    assert doubt not in Monitor.start(KEY, floor=0.9).update(wrong, labels).recommendation
+
+
 def test_a_shift_without_harm_asks_for_nothing_once_there_are_labels():
     random = np.random.default_rng(3)
     monitor = started(random, floor=0.5)

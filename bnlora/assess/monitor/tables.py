@@ -96,16 +96,16 @@ def findings(monitor: Monitored) -> tuple[Finding, ...]:
 
 
 def recommendation(monitor: Monitored) -> str:
-    """What to do, in one sentence."""
+    """What to do, in a sentence or two."""
     raised = {alert.test: alert for alert in monitor.alerts}
     if ACCURACY in raised:
-        return "Refit on recent labelled rows: accuracy has fallen below its floor."
+        return "Refit on recent labelled rows: accuracy has fallen below its floor." + _labels_first(monitor)
     if CALIBRATION in raised:
         gap = monitor.bins.confidence.sum() - monitor.bins.correct.sum()
         how = "high" if gap > 0 else "low"
         return (
             "Recalibrate by a temperature on recent labelled rows (bl.approximate.fit_temperature): "
-            f"confidence is too {how}, and no decrease of accuracy was found."
+            f"confidence is too {how}, and no decrease of accuracy was found." + _labels_first(monitor)
         )
     if raised:
         first = min(alert.row for alert in raised.values())
@@ -120,6 +120,14 @@ def recommendation(monitor: Monitored) -> str:
     if not monitor.num_labelled:
         return "Nothing to do: no test has raised an alarm. Labels would test accuracy and calibration."
     return "Nothing to do: no test has raised an alarm."
+
+
+def _labels_first(monitor: Monitored) -> str:
+    """A warning where only tests that read labels found something, though others that read none also ran."""
+    unlabelled = [watch for name, watch in monitor.watches.items() if name in (ENTROPY, INFORMATION)]
+    if not unlabelled or any(watch.alert for watch in unlabelled):
+        return ""
+    return " Check first how these rows were labelled: the predictions by themselves raised no alarm."
 
 
 def overview(monitor: Monitored) -> tuple[Showable, ...]:
