@@ -158,7 +158,7 @@ def counted(counts: ClassCounts, *, of_training: bool) -> Finding:
     short = np.sign(counts.observed[c, b] - counts.expected[c, b]) < 0
     remedy = (
         f"Class {c} is {'less' if short else 'more'} frequent than predicted in that bin: check that these "
-        "rows are like the training rows. inference.fit_temperature corrects only the confidence."
+        "rows are like the training rows. bl.approximate.fit_temperature corrects only the confidence."
     )
     return Finding("class counts", "caution", sentence, counts.p_value, LEAST_P, remedy)
 

@@ -166,7 +166,8 @@ def _shape(values: Float[np.ndarray, " n"]) -> str:
         return f", the {'last' if lean > 0 else 'first'} classes are more frequent than predicted"
     spread = ((centred**2).mean() - 1 / 12) * root * 180**0.5
     if abs(spread) > 2:
-        return f", they are too {'confident' if spread > 0 else 'cautious'} (inference.fit_temperature helps)"
+        how = "confident" if spread > 0 else "cautious"
+        return f", they are too {how} (bl.approximate.fit_temperature helps)"
     return ""
 
 
