@@ -25,7 +25,16 @@ MINIMUM = (
 """Methods of the grid that is committed; those that share a fit follow one another."""
 
 CHEAP = ("untouched base", "LoRA, 20 epochs", "LoRA, careful", "core Laplace", "core Gaussian")
-OTHERS = ("LoRA, label smoothing", "BLoB", "deep ensemble", "SWAG", "TFB", "core SiteFlow")
+OTHERS = (
+    "Bayesian-LoRA, published",
+    "ScalaBL",
+    "LoRA, label smoothing",
+    "BLoB",
+    "deep ensemble",
+    "SWAG",
+    "TFB",
+    "core SiteFlow",
+)
 SIZES: Mapping[str, int] = {"vader": 560, "arc_easy": 80, "openbookqa": 80}
 """Labelled rows of each task in the minimal grid. Steps on questions take far longer."""
 
@@ -69,7 +78,7 @@ def shifts() -> list[Cell]:
 
 
 def ablations() -> list[Cell]:
-    """What the core prior depends on: size and source of the frames, scales, placement, layers, draws."""
+    """What results depend on: frames, scales, placement, layers and draws; the source of noise; the rank."""
     rows = [("vader", SIZES["vader"])]
     changes: list[dict[str, object]] = [
         *({"size": {"q_proj": 8, "k_proj": 8, "v_proj": n}} for n in (8, 16, 64)),
@@ -83,6 +92,8 @@ def ablations() -> list[Cell]:
         *({"within": n} for n in (1.0, 4.0)),
     ]
     cells = [cell for change in changes for cell in _cells(["core Laplace"], rows, **change)]
+    sources = ("both", "inducing", "conditional")
+    cells += [cell for n in sources for cell in _cells(["Bayesian-LoRA, published"], rows, noise=n)]
     return cells + [cell for rank in (2, 32) for cell in _cells(["LoRA, 20 epochs"], rows, rank=rank)]
 
 

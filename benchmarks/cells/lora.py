@@ -15,11 +15,12 @@ import numpy as np
 
 import bnlora as bl
 from benchmarks.cells.setting import Fitted, Setting, by_posterior
-from benchmarks.cells.tasks import QUIET, untouched
+from benchmarks.cells.tasks import QUIET, Rows, untouched
 from bnlora import guides
 from bnlora.app.experiment import BATCH, EPOCHS, RANK, best_temperature, fit_lora, last_step
 from bnlora.infer import approximate
 from bnlora.infer.approximate import tempered
+from bnlora.program.likelihoods import Likelihood
 
 NETWORK_DRAWS = 10
 """Draws of a prediction where each runs the adapted layers; as many as BLoB and MC dropout report."""
@@ -97,13 +98,18 @@ def careful(setting: Setting) -> Fitted:
     return raw._replace(predict=lambda name: tempered(raw.predict(name), temperature))
 
 
+def softened(rows: Rows, part: float) -> tuple[bl.Batch, Likelihood]:
+    """Labelled rows and likelihood with a part of every label spread evenly over all classes."""
+    count = rows.likelihood.num_classes
+    votes = (1 - part) * jax.nn.one_hot(rows.train.labels, count) + part / count
+    return replace(rows.train, outcomes=votes), bl.likelihoods.SoftLabels(rows.likelihood)
+
+
 def smoothed(setting: Setting) -> Fitted:
     """LoRA on labels of which a part is spread evenly over all classes (Szegedy et al. 2016)."""
-    rows = setting.rows
-    part, count = setting.option("smoothing", SMOOTHING), rows.likelihood.num_classes
-    votes = (1 - part) * jax.nn.one_hot(rows.train.labels, count) + part / count
-    soft = bl.likelihoods.SoftLabels(rows.likelihood)
-    fitted = fit(setting, "LoRA", replace(rows.train, outcomes=votes), likelihood=soft)
+    part = setting.option("smoothing", SMOOTHING)
+    train, likelihood = softened(setting.rows, part)
+    fitted = fit(setting, "LoRA", train, likelihood=likelihood)
     return by_posterior(setting, fitted, 1, fitted.num_parameters, {"smoothing": part})
 
 
@@ -146,6 +152,13 @@ def randomised(family: guides.Family) -> Any:
         return by_posterior(setting, fitted, NETWORK_DRAWS, fitted.num_parameters, {"scale": scale})
 
     return method
+
+
+def scalabl(setting: Setting) -> Fitted:
+    """A random diagonal core between fitted factors (Samplawski et al. 2025, ScalaBL)."""
+    scale = setting.option("scale", 1.0)
+    fitted = fit(setting, "LoRA", prior=bl.priors.subspace(scale=scale), family=guides.mean_field())
+    return by_posterior(setting, fitted, NETWORK_DRAWS, fitted.num_parameters, {"scale": scale})
 
 
 def ensemble(setting: Setting) -> Fitted:

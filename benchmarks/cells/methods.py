@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from benchmarks.cells import lora, ours
+from benchmarks.cells import lora, ours, published
 from benchmarks.cells.setting import Fitted, Setting
 from bnlora import guides
 
@@ -16,6 +16,8 @@ METHODS: Mapping[str, Callable[[Setting], Fitted]] = {
     "Laplace-LoRA": lora.laplace_lora,
     "MC dropout": lora.randomised(guides.dropout()),
     "BLoB": lora.randomised(guides.blob()),
+    "ScalaBL": lora.scalabl,
+    "Bayesian-LoRA, published": published.bayesian_lora,
     "deep ensemble": lora.ensemble,
     "SWAG": lora.swag,
     "TFB": lora.training_free,

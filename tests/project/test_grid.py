@@ -180,6 +180,18 @@ def test_what_is_shared_is_made_once_and_counted_in_each_cell(of_rows, rows):
     np.testing.assert_array_equal(first.predicted["here"].log_probs, again.predicted["here"].log_probs)
 
 
+def test_a_source_of_noise_is_the_only_one(of_rows):
+    """Predictions by the inducing matrix alone and by the conditional noise alone share a fit and differ."""
+    found = {}
+    for source in ("both", "inducing", "conditional"):
+        options = {"rank": 2, "epochs": 1, "draws": 3, "noise": source}
+        found[source] = running.run_cell(Cell("words", "Bayesian-LoRA, published", 28, 0, options)).result
+    assert len({result.about["elbo"] for result in found.values()}) == 1
+    information = {source: found[source].predicted["here"].mutual_information.max() for source in found}
+    assert min(information.values()) > 0
+    assert len(set(information.values())) == 3
+
+
 def test_scales_by_validation_are_one_number_for_all_families(of_rows):
     options = {"size": {"v_proj": 2}, "draws": 4, "source": "weights", "scales_by": "validation"}
     result = running.run_cell(Cell("words", "core Laplace", 28, 3, options)).result
