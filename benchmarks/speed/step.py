@@ -1,8 +1,9 @@
 """Ratio of a Bayesian step to a plain one, of many draws to one, and compile time at three depths.
 
-    bayes     time of a step of the Bayesian fit relative to plain LoRA, on SmolLM2-135M
-    predict   time of a prediction with S draws relative to S predictions with one draw, all from the tokens
-    compile   tracing and compiling the Bayesian step of small random models of 12, 24 and 48 layers
+    bayes        time of a step of the Bayesian fit relative to plain LoRA, on SmolLM2-135M
+    completions  time of a step on questions with four choices, relative to one on as many rows of words
+    predict      time of a prediction with S draws relative to S predictions with one, all from the tokens
+    compile      tracing and compiling the Bayesian step of small random models of 12, 24 and 48 layers
 
 The compared programs alternate in one process. `step_torch` compares the step of plain LoRA with that of
 torch and peft.
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import datasets
 import jax
 import numpy as np
 import optax
@@ -102,6 +104,50 @@ def predict(given: argparse.Namespace, report: Report) -> None:
     report.text(title, f"{len(rows)} rows of {given.length} tokens.")
 
 
+def completions(given: argparse.Namespace, report: Report) -> None:
+    """Time a step of plain LoRA on the log-likelihood of completions, and on label words of as many rows."""
+    base, random = RECIPE.load_base(), np.random.default_rng(0)
+    count, choices = given.batch_size, 4
+
+    def text(tokens: int) -> str:
+        return base.tokenizer.decode(random.integers(1000, 40_000, tokens))
+
+    rows = {
+        "context": [text(given.length - 6) for _ in range(count)],
+        "choices": [[text(6) for _ in range(choices)] for _ in range(count)],
+        "label": random.integers(0, choices, count).tolist(),
+    }
+    columns = {"context": "context", "choices": "choices", "label": "label"}
+    questions = bl.multiple_choice(
+        datasets.Dataset.from_dict(rows), base.tokenizer, **columns, max_length=given.length
+    ).train
+    words = tiny_rows(jax.random.key(0), choices * count, length=given.length, vocabulary=49_152)
+    layers = None if given.top_layers is None else slice(-given.top_layers, None)
+    kinds = {
+        "words": (words, bl.likelihoods.Words((100, 200))),
+        "completions": (questions, bl.likelihoods.Completions(choices)),
+    }
+    steps, states = {}, {}
+    for name, (batch, likelihood) in kinds.items():
+        sites = bl.select(base, ["q_proj", "k_proj", "v_proj"], rank=8, layers=layers)
+        model = bl.Classifier(base, sites, bl.priors.point(), likelihood=likelihood)
+        cached, guide = bl.cache_prefix(model, batch), bl.guides.Guide(model.prior, bl.guides.delta())
+        steps[name] = svi_step(
+            jax.random.key(0), model, guide, cached, optax.adam(RATE), batch_size=len(batch)
+        )
+        states[name] = steps[name].state
+
+    def run(name: str, number: int) -> None:
+        rows = np.arange(steps[name].batch_size)
+        states[name] = steps[name].run(states[name], jax.random.key(number), rows)
+
+    times = in_turn({name: partial(run, name) for name in kinds}, given.rounds)
+    title = f"Completions over words, {layers_text(given.top_layers)}"
+    show(report, title, times, unit="step")
+    about = f"{count} questions of {choices} choices, {given.length} tokens; {choices * count} rows of words."
+    report.text(title, about)
+
+
 def compiling(given: argparse.Namespace, report: Report) -> None:
     """Time tracing and lowering, and compiling, of the Bayesian step at three depths."""
     jax.config.update("jax_enable_compilation_cache", False)  # noqa: FBT003
@@ -129,7 +175,7 @@ def compiling(given: argparse.Namespace, report: Report) -> None:
         table.row(depth, f"{len(lower(depth).as_text()):,}")
 
 
-JOBS = {"bayes": bayes, "predict": predict, "compile": compiling}
+JOBS = {"bayes": bayes, "completions": completions, "predict": predict, "compile": compiling}
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -88,7 +88,13 @@ def opened(
 
 
 def check_split(name: str, rows: "Dataset", columns: Sequence[str]) -> None:
-    """Raise `ValueError` unless a split has these columns and at least one row."""
+    """Raise `ValueError` unless a split is a data set with these columns and at least one row."""
+    if not hasattr(rows, "column_names"):
+        raise ValueError(
+            f"split {name!r} must be a datasets.Dataset; got {type(rows).__name__}. Make one by "
+            "datasets.Dataset.from_dict(columns) or datasets.Dataset.from_pandas(frame), and pass it in place "
+            "of the columns or of the frame"
+        )
     check_columns(f"split {name!r}", rows.column_names, columns)
     if len(rows) == 0:
         raise ValueError(f"split {name!r} is empty")

@@ -6,11 +6,13 @@ import re
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import bnlora as bl
 from bnlora.data.text import text_classification
 from bnlora.prediction.reading import tokens_of
 
@@ -81,6 +83,28 @@ def test_rows_without_labels_and_splits_of_one_class_may_be_predicted(tokenizer)
     one_class = Dataset.from_dict({"sentence": ["good", "good"], "label": [1, 1]})
     data = text_classification({"test": one_class}, tokenizer, **OPTIONS)
     np.testing.assert_array_equal(data.test.labels, [1, 1])
+
+
+READERS = {
+    "text_classification": (bl.text_classification, OPTIONS),
+    "text_outcomes": (
+        bl.text_outcomes,
+        {"text": "sentence", "outcome": "label", "kind": "values", "words": [" bad", " good"]},
+    ),
+    "multiple_choice": (bl.multiple_choice, {"context": "sentence", "choices": "label", "label": "label"}),
+    "letter_choices": (bl.letter_choices, {"question": "sentence", "choices": "label", "label": "label"}),
+    "language_modelling": (bl.language_modelling, {"text": "sentence"}),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_columns_and_frames_that_are_no_data_set_are_one_sentence(reader, tokenizer):
+    read_rows, options = READERS[reader]
+    for rows, kind in ((ROWS, "list"), (pd.DataFrame(ROWS), "DataFrame")):
+        with pytest.raises(
+            ValueError, match=rf"split '\w+' must be a datasets.Dataset; got {kind}. Make one"
+        ):
+            read_rows(rows, tokenizer, **options)
 
 
 @pytest.mark.parametrize(("side", "kept"), [("right", "the the"), ("left", "plot is bad")])
