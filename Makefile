@@ -29,19 +29,25 @@ files = $(foreach name,$(1),$(filter %/test_$(name).py,$(TESTS)))
 # wheel (packaging), matplotlib (plots).
 VERSIONED := diagnostics display kernels_api kernels_lowering mcmc packaging plots
 
-.PHONY: demo test fast seconds rounding versions elsewhere smoke slow thorough lint audit tpu device docs notebooks benchmarks oldest newest clean
+.PHONY: demo test whole fast seconds rounding versions elsewhere smoke slow thorough lint audit tpu device docs notebooks benchmarks oldest newest clean
 
 # The demonstration needs the library and nothing that tests need; where those have been set up, that will do.
 demo: $(if $(wildcard $(READY)),$(READY),$(DEMO_READY))
 	$(BIN)/bnlora demo
 
 # Workers are as many as cores: LAPACK's own threads would only wait for each other (a quarter of the time of some files).
-test fast seconds rounding versions elsewhere slow thorough oldest newest: export OPENBLAS_NUM_THREADS ?= 1
+test whole fast seconds rounding versions elsewhere slow thorough oldest newest: export OPENBLAS_NUM_THREADS ?= 1
 
 # A file stays with one worker, for its tests share programs and fits. `tests/conftest.py` starts the slowest first.
 PYTEST := -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=25
 
+# All fast tests, and the slow ones of a third of the files: which third, the commit decides (tests/builders/turns.py).
+test: export BNLORA_PART ?= commit
 test: $(READY)
+	$(BIN)/python $(PYTEST)
+
+# All of them.
+whole: $(READY)
 	$(BIN)/python $(PYTEST)
 
 # The same, and writes the seconds of each file into tests/seconds.json: workers end together only while it is about right.
@@ -77,10 +83,10 @@ elsewhere: $(READY)
 smoke: $(DEMO_READY)
 	$(BIN)/python tests/smoke.py
 
-# What is slow by nature and need not run for every change: what `make test` does on a sample, every fast test under
-# another rounding, and every notebook in full. Budget: two hours on two cores. tests/slow.md has date, seconds and verdict.
+# What need not run for every change: all that `make test` takes in turns or on a sample, every fast test under another
+# rounding, and every notebook in full. Budget: three hours on two cores. tests/slow.md has date, seconds and verdict.
 slow: $(READY)
-	$(BIN)/python tests/slow.py thorough rounding notebooks
+	$(BIN)/python tests/slow.py whole thorough rounding notebooks
 
 # All members and pairs of which `make test` takes a sample.
 thorough: $(READY)

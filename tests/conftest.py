@@ -5,6 +5,7 @@ JAX runs on the CPU, programs are compiled once for all tests, pictures need no 
 
 import collections
 import gc
+import itertools
 import json
 import os
 import runpy
@@ -17,6 +18,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from builders.thorough import EVERY
+from builders.turns import PARTS, part, part_of
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -73,11 +75,26 @@ SECONDS = Path(__file__).parent / "seconds.json"
 """Seconds of each test file in one run; `make seconds` writes them anew."""
 
 
+def pytest_report_header() -> str:
+    """Which of the slow tests run."""
+    if part() is None:
+        return "slow tests: all"
+    return f"slow tests: those of part {part()} of 0 to {PARTS - 1}; `make whole` takes all"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is thorough, and start the slowest files first, so that the workers end together."""
-    if not EVERY:
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("thorough")])
-        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+    """Leave out what is thorough or has not its turn, and start the slowest files first.
+
+    Then the workers end together.
+    """
+    turn = part()
+
+    def left_out(item: pytest.Item) -> bool:
+        waits = turn is not None and item.get_closest_marker("slow") and part_of(item.nodeid) != turn
+        return bool(waits or (not EVERY and item.get_closest_marker("thorough")))
+
+    config.hook.pytest_deselected(items=list(filter(left_out, items)))
+    items[:] = itertools.filterfalse(left_out, items)
     known = json.loads(SECONDS.read_text(encoding="utf-8"))
     items.sort(key=lambda item: -known.get(item.nodeid.partition("::")[0], 0))
 

@@ -92,8 +92,7 @@ def check_split(name: str, rows: "Dataset", columns: Sequence[str]) -> None:
     if not hasattr(rows, "column_names"):
         raise ValueError(
             f"split {name!r} must be a datasets.Dataset; got {type(rows).__name__}. Make one by "
-            "datasets.Dataset.from_dict(columns) or datasets.Dataset.from_pandas(frame), and pass it in place "
-            "of the columns or of the frame"
+            "datasets.Dataset.from_dict(columns) or datasets.Dataset.from_pandas(frame), and pass that"
         )
     check_columns(f"split {name!r}", rows.column_names, columns)
     if len(rows) == 0:

@@ -40,6 +40,7 @@ def fit():
     return bl.fit(KEY, model, guide, ROWS, optax.adam(1e-2), num_steps=12, batch_size=8, console=QUIET)
 
 
+@pytest.mark.slow
 def test_one_program_for_every_call_and_every_number_of_draws(fit):
     """The five functions share what they run: guide, prior, and the forward pass of each shape of rows."""
     with counting() as first:

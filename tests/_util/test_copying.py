@@ -22,6 +22,7 @@ from bnlora.infer.svi.elbo import initial_parameters, parameter_shapes
 from bnlora.testing import frozen_scale
 
 
+@pytest.mark.slow
 def test_a_copy_shares_the_frozen_base():
     guide = bl.guides.Guide(MODEL.prior, bl.guides.mean_field())
     made = at_start(guide)
@@ -37,6 +38,7 @@ def of_others() -> list:
     return tracers()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", ["fixed", "computed"])
 def test_a_guide_keeps_no_tracer(support, of_others):
     def prior(*_):
@@ -50,6 +52,7 @@ def test_a_guide_keeps_no_tracer(support, of_others):
     assert repr(again) == repr(made)
 
 
+@pytest.mark.slow
 def test_parameters_whose_ends_are_computed_keep_no_tracer(of_others):
     def prior(*_):
         end = jnp.exp(jnp.ones(()))

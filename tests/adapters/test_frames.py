@@ -199,6 +199,7 @@ def test_given_frames_are_orthonormalised_and_keep_their_mark():
 # -- the unit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("label_ids", "scale"), [(TWO, 1.7), (THREE, 0.4)])
 def test_a_scale_is_the_prior_deviation_of_a_contrast_between_two_classes(label_ids, scale):
     frames = made(("v_proj", HEAD, "slope"), label_ids=label_ids)
@@ -269,6 +270,7 @@ def head_inputs(rows) -> np.ndarray:
     return final / np.sqrt((final**2).mean(1, keepdims=True) + module.config.norm_eps) * gain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label_ids", [TWO, THREE])
 def test_the_bias_is_the_direction_of_the_head_that_is_most_nearly_constant(label_ids):
     frames = made(("bias",), label_ids=label_ids)

@@ -33,6 +33,7 @@ def place(tmp_path_factory, tiny_folder):
     return folder
 
 
+@pytest.mark.slow
 def test_every_method_is_measured_on_the_same_rows(place, tiny_folder, monkeypatch):
     monkeypatch.setattr(audit, "fit_core", partial(bl.fit_core, size={"v_proj": 4}))  # less to compile
     words = ["--data", place / "test.csv", *WORDS, "--base", tiny_folder, "--report", place / "audit.html"]

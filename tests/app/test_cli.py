@@ -327,6 +327,7 @@ def test_completion_offers_the_modules_of_the_models():
     assert set(options.MODULES) == set(tiny_base(jax.random.key(0)).modules)
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_plain_lines_and_only_json(place):
     """In a separate process whose output is not a terminal."""
     words = ["evaluate", place / "fit", place / "test.jsonl", "--draws", "2", "--json"]

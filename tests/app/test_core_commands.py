@@ -55,6 +55,7 @@ def refitted(place, name: str, *more: object) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_refit_has_the_old_posterior_as_its_prior(place, tiny_folder):
     base = bl.load(tiny_folder)
     assert refitted(place, "after")["rows"] == 8

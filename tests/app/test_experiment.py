@@ -41,11 +41,13 @@ def comparison():
         )
 
 
+@pytest.mark.slow
 def test_every_method_predicts_every_test_set(comparison):
     draws = {m: {n: len(p.draw_log_probs) for n, p in by.items()} for m, by in comparison.predictions.items()}
     assert draws == {m: dict.fromkeys(("near", "far"), 4 if m in (BAYES, NUTS) else 1) for m in METHODS}
 
 
+@pytest.mark.slow
 def test_the_base_predicts_like_a_model_with_zero_adapters(comparison):
     model = comparison.core.model.network
     rows = tiny_rows(jax.random.key(1), 16)
@@ -57,12 +59,14 @@ def test_the_base_predicts_like_a_model_with_zero_adapters(comparison):
     np.testing.assert_allclose(comparison.predictions[BASE]["far"].log_probs, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_methods_share_their_labelled_rows(comparison):
     assert len(comparison.lora.train) == 24
     assert len(comparison.core.fit.train) == 36
     np.testing.assert_array_equal(comparison.core.fit.train.tokens[:24], comparison.lora.train.tokens)
 
 
+@pytest.mark.slow
 def test_careful_lora_is_the_best_step_of_the_same_fit_with_a_temperature(comparison):
     fit = comparison.lora
     assert fit.best_step == fit.validation["step"][np.argmin(fit.validation["nll"])]
@@ -70,6 +74,7 @@ def test_careful_lora_is_the_best_step_of_the_same_fit_with_a_temperature(compar
     assert plain.draw_log_probs.shape == careful.draw_log_probs.shape
 
 
+@pytest.mark.slow
 def test_chains_and_fit_have_the_same_posterior(comparison):
     assert comparison.chains.model is comparison.core.model
     assert comparison.core.model.kind == "tangent"
@@ -79,6 +84,7 @@ def test_chains_and_fit_have_the_same_posterior(comparison):
     assert inputs == {"q_proj": 8, "k_proj": 8, "v_proj": 8, "slope": 1}
 
 
+@pytest.mark.slow
 def test_tables_show_the_metrics_of_the_predictions(comparison):
     scores = results.scores(comparison)
     assert len(scores.rows) == 2 * len(METHODS)
@@ -95,6 +101,7 @@ def test_tables_show_the_metrics_of_the_predictions(comparison):
     assert float(costs["of which frames"][1]) == pytest.approx(comparison.core.seconds["frames"], abs=0.06)
 
 
+@pytest.mark.slow
 def test_approximations_are_compared_with_the_draws_of_nuts(comparison):
     table = results.agreements(comparison)
     assert [row[0] for row in table.rows] == ["Laplace", "Gaussian by SVI", "SiteFlow by SVI"]
@@ -105,6 +112,7 @@ def test_approximations_are_compared_with_the_draws_of_nuts(comparison):
         assert row[5] == (", ".join(agreement.differences) or "nothing")
 
 
+@pytest.mark.slow
 def test_the_headline_agrees_with_the_intervals(comparison):
     headline = results.headline(comparison)
     for rival in (BASE, LORA, CAREFUL):
@@ -124,6 +132,7 @@ def test_the_headline_agrees_with_the_intervals(comparison):
         assert re.search(rf"{word} that of {re.escape(rival)} on [^.;]*near", headline)
 
 
+@pytest.mark.slow
 def test_report_is_self_contained(comparison):
     html = demo_page(comparison, "bnlora demo --seed 0")
     assert html.count("data:image/png;base64,") == 3
@@ -133,6 +142,7 @@ def test_report_is_self_contained(comparison):
     assert sum(isinstance(part, Table) for part in demo_tables(comparison)) == 4
 
 
+@pytest.mark.slow
 def test_the_result_as_json_has_scores_scales_and_bound(comparison, tmp_path):
     result = comparison_result(comparison, tmp_path / "report.html")
     assert set(result["scores"]["near"]) == set(METHODS)
@@ -152,6 +162,7 @@ def test_reliability_panels_show_the_value_of_the_metric():
     np.testing.assert_allclose(axes.lines[1].get_xydata(), np.stack([curve.confidence, curve.accuracy], 1))
 
 
+@pytest.mark.slow
 def test_curves_of_the_objective_are_the_history(comparison):
     fit = comparison.core.fit
     bound, data, divergences = plots.elbo({BAYES: fit}).axes
@@ -162,6 +173,7 @@ def test_curves_of_the_objective_are_the_history(comparison):
     assert divergences.lines
 
 
+@pytest.mark.slow
 def test_the_figure_of_frames_shows_the_energy_left_out(comparison):
     frames = comparison.core.frames
     figure = plots.frame_energies(frames)

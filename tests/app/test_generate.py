@@ -33,6 +33,7 @@ def place(tmp_path_factory, tiny_folder):
 OPTIONS = ["--max-new-tokens", 6, "--temperature", 1, "--draws", 3]
 
 
+@pytest.mark.slow
 def test_the_texts_are_those_of_the_library(place):
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
     done = call("generate", place / "texts", *prompts, *OPTIONS, "--seed", 4, "--json")

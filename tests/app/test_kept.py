@@ -133,6 +133,7 @@ def test_the_report_of_the_demonstration_goes_to_the_cache_folder(cache, tmp_pat
 FITTED = SimpleNamespace(stopped="steps")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 2])
 def test_a_fit_without_memory_keeps_what_it_has(steps, place, tiny_folder, monkeypatch):
     """After some steps there are a fit and its checkpoint; before the first step there is nothing."""

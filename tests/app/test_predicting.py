@@ -47,6 +47,7 @@ def sizes(monkeypatch):
     return counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
 def test_pieces_are_the_whole_table(ending, place, sizes):
     done = predict(place, f"rows.{ending}", f"pieces.{ending}")

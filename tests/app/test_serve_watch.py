@@ -169,6 +169,7 @@ def test_the_service_predicts_its_reference_itself(served_place, service, tmp_pa
         reference_of(service, tmp_path / "hal.csv", "text", "label", "utf-8")
 
 
+@pytest.mark.slow
 def test_the_command_keeps_the_state_which_both_commands_read(served_place, tmp_path, monkeypatch):
     state, seen = tmp_path / "new" / "state.json", []
 

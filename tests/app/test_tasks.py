@@ -49,6 +49,7 @@ TABLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", sample_of(TABLES, ["choices", "values"]))
 @pytest.mark.parametrize("ending", ["csv"])
 def test_from_a_table_to_scores(task, ending, tmp_path, tiny_folder):
@@ -72,6 +73,7 @@ def test_from_a_table_to_scores(task, ending, tmp_path, tiny_folder):
     assert np.isfinite(json.loads(done.stdout)["metrics"][score]["value"])
 
 
+@pytest.mark.slow
 def test_labels_of_an_encoder(tmp_path):
     """A checkpoint without a head gets a new one, and rows are the texts alone."""
     folder = write_encoder(tmp_path / "body")

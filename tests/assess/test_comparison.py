@@ -216,6 +216,7 @@ def exact():
     return [jax.jit(infer)(jax.random.key(seed), BASE.weights, ROWS) for seed in (0, 1)]
 
 
+@pytest.mark.slow
 def test_exact_draws_agree_with_exact_draws(exact):
     """At a level that one seed in a thousand would miss: at 5 % it would be one in twenty."""
     found = bl.compare(KEY, Stored(exact[0]), Run(exact[1]), ROWS, level=1e-3)

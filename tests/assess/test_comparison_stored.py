@@ -66,6 +66,7 @@ def run(draws):
     return Run(draws[0], certify(evidence, thresholds))
 
 
+@pytest.mark.slow
 def test_a_reference_comes_back_as_it_was(run, draws, tmp_path):
     stored = bl.store_reference(run, ROWS, num_draws=100)
     bl.save_reference(stored, tmp_path)

@@ -45,6 +45,7 @@ def tree(fit):
     return bl.to_arviz(fit.draw_key, fit, ROWS[:7], num_draws=120)
 
 
+@pytest.mark.slow
 def test_groups_dimensions_and_coordinates(tree):
     assert set(tree.children) == {
         "posterior",

@@ -43,6 +43,7 @@ def deep_fit():
     return bl.fit(KEY, model, guide, rows, optax.adam(0.02), num_steps=5, batch_size=6)
 
 
+@pytest.mark.slow
 def test_divergence_of_normals_by_site_and_layer(deep_fit):
     found = {one.sites[0]: one for one in diagnostics.divergence(deep_fit)}
     assert set(found) == {"q_proj.a", "q_proj.b", "lm_head.a", "lm_head.b"}
@@ -56,6 +57,7 @@ def test_divergence_of_normals_by_site_and_layer(deep_fit):
         assert (one.family, one.factor, one.error) == (family, factor, 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("over", sample_of(["layer", "all"], ["layer"]))
 def test_divergence_of_tied_sites_is_that_of_the_bound(over):
     base = tiny_base(jax.random.key(1))
@@ -116,6 +118,7 @@ def test_spectrum_is_that_of_the_products(deep_fit):
     np.testing.assert_allclose(one.effective_rank, np.exp(entropy.sum(1)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_densities_with_the_other_families_held(deep_fit):
     drawn = diagnostics.sample(deep_fit.draw_key, deep_fit, num_draws=25)
     got = held_log_joint(drawn, ("q_proj.a", "q_proj.b"))
@@ -144,6 +147,7 @@ def test_k_hat_by_family_needs_a_guide_that_parts_them(deep_fit):
     assert found.families == {"q_proj": None, "lm_head": None}
 
 
+@pytest.mark.slow
 def test_leave_one_out_is_that_of_quadrature(head, head_fit):
     expected = exact(head, scale=SCALE).log_loo
     keys = jax.random.split(jax.random.key(3), 6)

@@ -113,6 +113,7 @@ def test_transforms_lie_where_the_class_has_its_mass():
     np.testing.assert_allclose(found.ecdf[-1], (found.values <= found.grid[-1]).mean())
 
 
+@pytest.mark.slow
 def test_bands_of_transforms_and_counts_hold_as_often_as_they_say():
     """For labels from the predictions: 100 repetitions, of which 10 should leave a band of 90 %."""
     probs = some_probs(0, rows=80)

@@ -51,6 +51,7 @@ def described(prior, guide, **known):
     return subject(SimpleNamespace(fit=fit, **({"has_prior": True, "has_density": True} | known)))
 
 
+@pytest.mark.slow
 def test_advice_knows_what_the_fit_is():
     def of(family):
         return lambda prior: bl.guides.Guide(prior, family)

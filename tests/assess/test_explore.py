@@ -47,6 +47,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_posterior_is_that_of_laplace_on_the_rows_in_use(case, explorers):
     explorer = explorers[case.partition(",")[0]]

@@ -117,6 +117,7 @@ def test_without_ipywidgets_a_sentence_says_what_to_do(explorer, monkeypatch, ca
     assert "pip install ipywidgets" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_library_does_not_import_ipywidgets():
     code = "import sys, bnlora as bl; bl.explore; assert 'ipywidgets' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -59,6 +59,7 @@ def moments(around) -> tuple[np.ndarray, np.ndarray]:
 # ---- Laplace --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("made", "scales", "rows"), CASES.values(), ids=CASES)
 def test_mean_and_covariance_are_those_of_laplace(made, scales, rows):
     tangent = tangent_of(made, scale=scales)

@@ -73,6 +73,7 @@ LABELS = {
 TEXTS = st.lists(st.text(min_size=1, max_size=12).filter(str.strip), min_size=2, max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(texts=TEXTS, labels=st.sampled_from(sorted(LABELS)))
 @example(texts=["null", "None", "NA", '"null"', "nan", "NULL", "N/A"], labels="None")

@@ -56,6 +56,7 @@ LAMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lam", LAMS.values(), ids=LAMS)
 def test_the_lam_of_a_guide_is_relative_to_that_of_the_prior_in_every_form(lam):
     """KL(q(W|U) || p(W|U)) is the closed form in the guide's lam, for every lam of the prior."""

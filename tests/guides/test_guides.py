@@ -54,6 +54,7 @@ def test_two_keys_give_two_starts():
     assert not np.allclose(first["q_proj.a.V.q.loc"], constrain(start)["q_proj.a.V.q.loc"])
 
 
+@pytest.mark.slow
 def test_start_location_is_honoured_and_the_flow_starts_near_the_identity():
     value = jnp.arange(3 * 6 * 2.0).reshape(3, 6, 2) / 10
     model, guide, params = start_of(
@@ -269,6 +270,7 @@ def test_any_numpyro_autoguide_fits_the_prior(name):
     assert mean + 4 * error + 0.03 > evidence - gap
 
 
+@pytest.mark.slow
 def test_building_a_guide_never_runs_the_language_model():
     def forbidden(*_):
         raise AssertionError("the language model was run")

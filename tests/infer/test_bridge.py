@@ -32,6 +32,7 @@ def by_quadrature(tangent, rows):
     return lambda scale: quad(joint, -12, 12, args=(scale,), epsabs=1e-14, limit=400)[0]
 
 
+@pytest.mark.slow
 def test_bridge_sampling_finds_the_evidence_of_fixed_scales():
     tangent, rows = tangent_of(4.0)
     gaussian = bl.laplace(tangent, rows)
@@ -44,6 +45,7 @@ def test_bridge_sampling_finds_the_evidence_of_fixed_scales():
     assert 0 < found.stderr < 0.05
 
 
+@pytest.mark.slow
 def test_bridge_sampling_finds_the_evidence_of_random_scales():
     tangent, rows = tangent_of(dist.HalfNormal(2.0))
     gaussian = bl.laplace(tangent, rows)

@@ -107,6 +107,7 @@ def test_priors_with_scalars(tmp_path, prior):
         assert any(np.shape(leaf) == () for leaf in jax.tree.leaves(fit.params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sample_of(AUTO, [name for name in AUTO if not name.startswith("block")]))
 def test_autoguides(tmp_path, name):
     def prior(*_):

@@ -46,6 +46,7 @@ def assert_near(sizes, targets, batch, weights, **memory) -> None:
 PLAIN = pytest.param({}, marks=pytest.mark.thorough)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [PLAIN, {"remat": "layers", "accumulate": 4}], ids=str)
 def test_a_small_step_is_near_the_compilers_account(memory):
     assert_near(SMALL, None, (16, 32), "float32", **memory)
@@ -65,6 +66,7 @@ def test_a_large_step_is_near_the_compilers_account(targets, weights, memory):
     assert_near(LARGE, targets, (8, 128), weights, **memory)
 
 
+@pytest.mark.slow
 def test_parts_are_those_of_real_arrays():
     base, train = tiny_base(KEY, num_layers=3), tiny_rows(KEY, 24)
     sites = bl.select(base, ["q_proj", "lm_head"], rank=2, layers=[2])
@@ -100,6 +102,7 @@ def test_an_abstract_base_has_the_shapes_of_a_real_one(weights, tied):
     assert repr(empty).replace("abstract", "random") == repr(real)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "inner", "depth", "published"),
     [

@@ -79,6 +79,7 @@ def test_a_fit_of_three_families_is_compared_with_chains_on_one(said, fit):
     np.testing.assert_allclose(again.reference.values, found.reference.values, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_stored_reference_holds_what_its_chains_held(said, fit, tmp_path):
     chains, certificate, found = said
     bl.save_reference(bl.store_reference(_certified(chains, certificate), NEW, num_draws=60), tmp_path)

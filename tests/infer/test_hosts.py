@@ -73,6 +73,7 @@ def found(request, tmp_path_factory) -> dict[str, Any]:
     return {"0": first, "1": second, "alone": alone, "ends": both, "folder": folder, "victim": int(victim)}
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_numbers_of_one(found):
     """They went on from a checkpoint. Sums in another order: some tens of roundings of float32."""
     for what in ("bound", "nll"):
@@ -81,27 +82,32 @@ def test_two_processes_have_the_numbers_of_one(found):
     assert found["0"]["fit"]["traces"] == 1
 
 
+@pytest.mark.slow
 def test_both_processes_have_the_same_bits(found):
     for what in ("fit", "probabilities", "interrupted"):
         assert found["0"][what] == found["1"][what]
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_one_process_stops_both_at_the_same_step(found):
     for process in ("0", "1"):
         stopped = found[process]["interrupted"]
         assert (stopped["stopped"], len(stopped["bound"])) == ("interrupted", script.STOP)
 
 
+@pytest.mark.slow
 def test_processes_with_other_rows_are_refused(found):
     sentence = "all processes must make the same call; process 1 differs from process 0"
     assert found["0"]["other rows"] == sentence
     assert found["1"]["other rows"].startswith(f'{sentence} (training rows: "24 rows ')
 
 
+@pytest.mark.slow
 def test_chains_are_refused(found):
     assert "chains need a base on devices of one process; got devices of 2" in found["0"]["chains"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_with_a_sentence(found):
     """JAX itself ends the others: at once where its coordinator, process 0, is gone."""
     survivor = 1 - found["victim"]
@@ -115,6 +121,7 @@ def test_a_killed_process_ends_the_other_with_a_sentence(found):
         assert "start all of them again" in sentence
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_from_the_checkpoint_of_two(found):
     folder = found["folder"] / "killed"
     steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
@@ -125,6 +132,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(found):
     np.testing.assert_allclose(fit.history["elbo"], found["alone"]["fit"]["bound"], rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_fit_of_two_processes_is_read_by_one(found):
     base = tiny_base(jax.random.key(1), num_layers=1 if found["victim"] else 2)
     kept = bl.load_fit(found["folder"] / "fit", *script.built(base))

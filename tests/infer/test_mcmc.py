@@ -112,6 +112,7 @@ def test_conjugate_posterior_is_the_closed_form(kind, mass):
     assert chains.num_gradients["warm-up"] > 2000
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_where_it_was(tmp_path):
     model = classifier()
     options = {"num_warmup": 30, "num_draws": 12, "piece": 4, "num_chains": 2}

@@ -131,6 +131,7 @@ def layout_of(values, constrain, optimizer=None):
     return packing.packing(values, constrain, lambda name: "b" if name.endswith("scale") else "a", rules)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["site flow", "triangular"])
 def test_constrained_parameters_and_their_derivatives_are_those_by_name(kind):
     model, guide = made()

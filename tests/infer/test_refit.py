@@ -49,6 +49,7 @@ def model_of(fit, rows):
     return exact(fit.model, rows, dict(fit.scales.values))
 
 
+@pytest.mark.slow
 def test_with_the_rows_kept_two_halves_in_turn_are_all_rows_at_once(before):
     in_turn = bl.refit(KEY, before, LATER, kept=OLD, num_steps=4, console=QUIET)
     linear = model_of(before, ROWS[:18])
@@ -130,6 +131,7 @@ def test_a_summary_of_a_summary_forgets_towards_the_core_prior(before, after):
     np.testing.assert_allclose(gone.excess, 0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_it_is_a_prior_like_others(after):
     """The density and NUTS read it through its sample sites."""
     view = density(after.model, {})

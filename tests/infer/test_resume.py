@@ -61,6 +61,7 @@ def stop_after(step: int, monkeypatch) -> None:
     monkeypatch.setattr(Step, "run", interrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 8])
 @pytest.mark.parametrize("looks", [False, True])
 def test_a_fit_goes_on_bit_for_bit(step, looks, tmp_path, monkeypatch):
@@ -151,6 +152,7 @@ def kept(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_checkpoints_of_another_fit_are_refused(name, kept):
     changes, message = CHANGES[name]
@@ -202,6 +204,7 @@ test_resume.fitted(sys.argv[1], every=2, num_steps=2000)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_checkpoints_to_go_on_from(tmp_path):
     """SIGKILL while checkpoints are written; what is left is loaded and goes on bit for bit."""
     tests = str(Path(__file__).parents[1])

@@ -40,6 +40,7 @@ def step_of(kind):
     return loop, loop.arguments(state, KEY, np.arange(8)[None]), prior, guide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SIZES)
 def test_the_text_of_a_step_stays_small(kind):
     loop, arguments, prior, guide = step_of(kind)

@@ -64,6 +64,7 @@ def test_one_compilation_and_a_base_that_stays_as_it_was():
     jax.tree.map(np.testing.assert_array_equal, before, base.weights)
 
 
+@pytest.mark.slow
 def test_trained_are_the_parameters_of_guide_and_prior_alone(whole):
     guide, prior = (
         {n for n, s in handlers.trace(handlers.seed(f, KEY)).get_trace().items() if s["type"] == "param"}
@@ -105,6 +106,7 @@ def test_repr_averages_the_finite_ones_of_the_last_steps(whole):
     assert repr(replace(whole, history=empty)).endswith("mean of the last 50 steps: none")
 
 
+@pytest.mark.slow
 def test_same_key_same_fit():
     first, second = (run(*make(flow=True)) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
@@ -123,6 +125,7 @@ def test_point_estimate_learns_the_task():
     assert bl.metrics.accuracy(prediction.log_probs, TRAIN.labels) > 0.9
 
 
+@pytest.mark.slow
 def test_prefix_cache_changes_nothing():
     cached, plain = (run(*make(), prefix_cache=where) for where in ("memory", "off"))
     np.testing.assert_allclose(cached.history["elbo"], plain.history["elbo"], rtol=1e-4)
@@ -163,6 +166,7 @@ def test_head_alone_leaves_nothing_of_the_layers_to_run():
     assert np.isfinite(fit.history["elbo"]).all()
 
 
+@pytest.mark.slow
 def test_the_program_of_a_step_does_not_grow_with_depth():
     def equations(num_layers: int) -> int:
         base = tiny_base(jax.random.key(1), num_layers=num_layers)
@@ -211,6 +215,7 @@ def test_scales_have_their_own_optimizer(name):
     np.testing.assert_allclose(start.params["lm_head.a.E.q.lam"], 0.01, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_group_is_clipped_to_its_own_norm():
     """Plain gradient descent with rate 1 moves each group by at most the clipping norm."""
     options = {
@@ -395,6 +400,7 @@ def test_start_of_other_parameters_is_refused():
             run(model, guide, num_steps=1, init_params=start)
 
 
+@pytest.mark.slow
 def test_every_step_is_shown_with_its_parameters():
     seen = []
     fit = run(

@@ -27,6 +27,7 @@ def gaussians():
     return {"random": bl.laplace(random, ROWS), "fixed": bl.laplace(fixed, FEW)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sample_of(["random", "fixed"], ["random"]))
 def test_around_starts_as_the_gaussian(gaussians, name):
     gaussian = gaussians[name]

@@ -178,6 +178,7 @@ def test_the_network_of_a_head_may_be_sampled_in_the_same_coordinates(few):
 KINDS = {"fixed": SCALE, "random": dist.HalfNormal(2.0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sample_of(KINDS, ["fixed"]))
 def test_chains_go_on_from_a_folder(kind, tmp_path):
     tangent = tangent_of(HEAD, scale=KINDS[kind])
@@ -193,6 +194,7 @@ def test_chains_go_on_from_a_folder(kind, tmp_path):
         bl.sample_nuts(KEY, tangent, FEW, folder=tmp_path, **options)
 
 
+@pytest.mark.slow
 def test_chains_on_a_family_hold_the_rest_of_a_fit():
     tangent = tangent_of(frames("v_proj", "lm_head"), scale=2.0)
     guide = bl.guides.Guide(tangent.prior, bl.guides.full(over="all"))

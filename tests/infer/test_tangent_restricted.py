@@ -54,6 +54,7 @@ def test_scales_are_those_of_the_closest_diagonal(informed):
     np.testing.assert_allclose(diagonal(P), np.exp(best.x), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("informed", [1, 3, 9])
 def test_diagonal_plus_low_rank_is_close_to_the_closest(informed):
     """Turns approach the minimum slowly: within a twentieth of a nat, where the diagonal is nats away."""

@@ -32,6 +32,7 @@ def folder(made, tmp_path_factory):
     return where
 
 
+@pytest.mark.slow
 def test_all_of_it_comes_back(made, folder):
     again = bl.load_core(folder, BASE)
     assert read_notes(folder) == {"words": [" bad", " good"]}

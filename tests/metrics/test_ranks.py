@@ -73,6 +73,7 @@ def null_p_values(null_ranks):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("test", ["uniformity", "symmetry"])
 def test_p_values_are_uniform_under_the_null(null_p_values, test):
     """At most a share `level` of p-values is below `level`, and not much less despite discreteness."""

@@ -40,6 +40,7 @@ def test_attention_is_the_formula(window, cap):
     np.testing.assert_allclose(got, plain(*inputs, np.asarray(allowed), scale=0.7, cap=cap), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [8, 11, 13])
 def test_blocks_of_queries_have_the_same_values_and_gradients(monkeypatch, length):
     inputs, allowed = heads(length), local_mask(MASK[:, :length], 5)

@@ -73,6 +73,7 @@ def stepwise(base: Base, weights, tokens, mask, adapters, first_layer: int, slot
     return jnp.concatenate([first, jnp.moveaxis(rest[:, :, 0], 0, 1)], axis=1)
 
 
+@pytest.mark.slow
 @every_model
 def test_steps_give_the_logits_of_the_whole_row(name):
     """With adapters above the lowest layer."""

@@ -80,6 +80,7 @@ def test_a_classifier_reads_the_logits_of_the_whole_model(name):
     close(got, expected[:, LABELS])
 
 
+@pytest.mark.slow
 @every_family
 def test_tangent_features_are_the_jacobian(name):
     """The derivative of the whole model's logits in the entries of two kernels."""

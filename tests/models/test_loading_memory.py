@@ -88,6 +88,7 @@ def peak(tiny: Path, large: Path, weights: str) -> dict[str, float]:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.slow
 def test_a_small_checkpoint_takes_little_more_than_its_weights(folders):
     got = peak(*folders(8, 512, np.float32), "float32")
     assert 100e6 < got["size"] < got["peak"] < LIMIT * got["size"]

@@ -174,6 +174,7 @@ def outputs(model, values, weights):
     return jnp.concatenate([jnp.ravel(leaf) for leaf in [value, *jax.tree.leaves(gradient)]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", sample_of(STORAGE, ["4bit"]))
 def test_the_log_joint_and_its_gradient_change_by_the_roundings(weights):
     values, (errors, sizes) = draw(), along(weights)

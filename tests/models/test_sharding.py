@@ -36,6 +36,7 @@ def found() -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sample_of(MESHES, ["data", "fully, with draws"]))
 def test_the_numbers_are_those_of_one_device(name, found):
     """Sums in another order: some tens of roundings of float32."""
@@ -44,16 +45,19 @@ def test_the_numbers_are_those_of_one_device(name, found):
     assert found[name]["traces"] == 1
 
 
+@pytest.mark.slow
 def test_chains_are_those_of_one_device(found):
     np.testing.assert_allclose(found["fully, with draws"]["chains"], found["one"]["chains"], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_rows_over_devices_gather_nothing(found):
     """With whole weights the step only sums: gradients of the adapters and terms of the bound, together."""
     assert found["one"]["collectives"]["kinds"] == {}
     assert set(found["data"]["collectives"]["kinds"]) == {"all-reduce"}
 
 
+@pytest.mark.slow
 def test_fully_split_weights_are_gathered_layer_by_layer(found):
     """Kernels of one layer are gathered, never the stack of three, nor the embedding of 40 tokens."""
     gathered = found["fully, with draws"]["collectives"]["gathered"]
@@ -63,6 +67,7 @@ def test_fully_split_weights_are_gathered_layer_by_layer(found):
     }
 
 
+@pytest.mark.slow
 def test_weights_are_split_as_the_rules_say(found):
     split = found["fully, with draws"]["split"]
     assert split["['layers']['q_proj'].value"] == [None, "data", "model"]

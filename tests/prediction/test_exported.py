@@ -67,6 +67,7 @@ def fit() -> bl.Fit:
     return bl.fit(KEY, model, guide, ROWS, optax.adam(0.05), num_steps=20, batch_size=6)
 
 
+@pytest.mark.slow
 def test_draws_predict_as_the_posterior_does(fit, tmp_path):
     """Each draw is read back with all rows of the head, and has the probabilities of its draw."""
     export = bl.export_peft(KEY, fit, tmp_path, num_draws=3, mean_of=8, data=ROWS)
@@ -89,6 +90,7 @@ def test_draws_predict_as_the_posterior_does(fit, tmp_path):
     assert "lm_head" in card
 
 
+@pytest.mark.slow
 def test_of_a_tangent_posterior_only_the_mean_is_written(tmp_path):
     core = bl.fit_core(KEY, BASE, ROWS, label_ids=IDS, num_steps=4)
     with pytest.raises(ValueError, match="of a tangent posterior only the mean can be exported, with `data`"):

@@ -35,6 +35,7 @@ def expected(row, tokens):
     return log_probs_by_draw(writer(), draws(writer()), PROMPTS[row], tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", range(3))
 def test_numbers_of_a_shared_text_are_those_of_whole_passes(row):
     found = generation()
@@ -128,6 +129,7 @@ def test_the_order_of_the_draws_changes_a_shared_text_in_nothing():
     np.testing.assert_array_equal(alone.tokens, generation("sequence", temperature=0.0).tokens[rows])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixture", ["token", "sequence"])
 def test_neither_padding_nor_other_prompts_nor_batches_matter(mixture):
     """The first prompt has four tokens: beside one of twenty, and alone, where it is padded to sixteen."""
@@ -355,6 +357,7 @@ def test_bad_input_gets_one_sentence(change, message):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_tangent_posterior_and_a_head_of_label_words_are_refused():
     base = writer().model.base
     rows = bl.testing.tiny_rows(KEY, 6)

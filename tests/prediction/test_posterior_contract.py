@@ -32,6 +32,7 @@ def equal(first, second) -> None:
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
+@pytest.mark.slow
 @EACH
 def test_it_is_a_posterior_of_its_kind_of_model(name):
     posterior = made(name)
@@ -95,6 +96,7 @@ def of_others() -> list:
     return tracers()
 
 
+@pytest.mark.slow
 @EACH
 def test_a_copy_and_a_pickle_give_the_same_draws(name, of_others):
     posterior = made(name)

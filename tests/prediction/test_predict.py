@@ -92,6 +92,7 @@ def test_label_rows_of_the_head_are_exactly_those_of_the_whole_head():
     np.testing.assert_allclose(*both(BASE.weights), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_mixture_of_softmaxes_by_hand(fit):
     draws = draw_adapters(KEY, fit.model, fit.guide, fit.params, 3)
     prediction = bl.predict(KEY, fit, ROWS, num_draws=3, batch_size=4)

@@ -166,6 +166,7 @@ def tree(fit):
     return bl.to_arviz(fit.draw_key, fit, ROWS, num_draws=8)
 
 
+@pytest.mark.slow
 def test_names_that_a_file_cannot_hold_are_replaced_and_said(fit, tree):
     posterior = tree["posterior"].to_dataset()
     by_site = {x.attrs["site"]: name for name, x in posterior.items() if "site" in x.attrs}

@@ -100,6 +100,7 @@ def test_what_the_prior_weighs_is_in_its_density():
     assert plain.log_observed(vectors[0]) == 0
 
 
+@pytest.mark.slow
 def test_what_the_prior_weighs_is_in_the_priors_part_of_the_bound(made, plain):
     terms = elbo_terms(KEY, plain.params, made.model, made.guide, BASE.weights, TRAIN)
     expected = elbo_terms(KEY, plain.params, plain.model, plain.guide, BASE.weights, TRAIN)
@@ -112,6 +113,7 @@ def test_what_the_prior_weighs_is_in_the_priors_part_of_the_bound(made, plain):
     np.testing.assert_allclose(terms["inducing_kl"], by_hand, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_draws_and_diagnostics_of_a_fit_count_it(made, plain):
     """At the same draws, the log prior is that of the plain prior plus the constant; the rest is equal."""
     still = optax.adam(0.0)
@@ -141,6 +143,7 @@ def test_draws_and_diagnostics_of_a_fit_count_it(made, plain):
     assert abs(sum(part.total for part in parts) - exact_kl) < 4 * error
 
 
+@pytest.mark.slow
 def test_evidence_of_smc_is_that_of_quadrature():
     given = problem(scale=1.0, rank=1, rows=40)
     grid = exact(given, scale=1.0)

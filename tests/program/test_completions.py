@@ -172,6 +172,7 @@ def line(sites):
     return fixed
 
 
+@pytest.mark.slow
 def test_the_posterior_is_that_of_quadrature():
     rows = rows_of(12)
     model = model_of(["lm_head"], line, rank=1)
@@ -283,6 +284,7 @@ def test_broken_choices_in_a_file_are_refused(name, tmp_path):
         rows_from(arrays, model_of(["v_proj"]), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_core_prior_on_completions():
     """The head is left out by default, and refused where it is asked for."""
     rows = rows_of(8)

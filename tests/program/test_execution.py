@@ -112,6 +112,7 @@ def of_policy(remat: str):
     return compiled(DEEP.weights, adapters_of(model)), compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["elementwise", "attention", "layers"])
 def test_running_again_changes_neither_value_nor_gradient(remat):
     got, expected = of_policy(remat)[0], of_policy("none")[0]
@@ -320,6 +321,7 @@ def fit(**options) -> bl.Fit:
     return bl.fit(KEY, *make(), TRAIN, rate, optimisation=plain, num_steps=6, batch_size=8, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, pytest.param({"num_particles": 2}, marks=pytest.mark.thorough)], ids=["", "particles"]
 )
@@ -349,6 +351,7 @@ def bound(parts: int, base=DEEP, rows: int = 16):
     return jax.value_and_grad(value), (params, base.weights)
 
 
+@pytest.mark.slow
 def test_parts_take_less_memory_and_no_more_products():
     taken, products = {}, {}
     for parts in (1, 4):

@@ -32,6 +32,7 @@ def kernels(function, *args) -> list[str]:
     return [call["name"] for call in kernel_calls(function, *args)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "remat", sample_of(["elementwise", "attention", "layers"], ["elementwise", "layers"])
 )

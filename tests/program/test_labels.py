@@ -73,6 +73,7 @@ def test_a_cut_row_keeps_both_ends(base):
         assert rows.mask.sum() == 5
 
 
+@pytest.mark.slow
 def test_from_a_folder_to_every_result(base, data, tmp_path):
     model = model_of(base)
     guide = bl.guides.Guide(model.prior, bl.guides.mean_field())
@@ -91,6 +92,7 @@ def test_from_a_folder_to_every_result(base, data, tmp_path):
         bl.read_along(KEY, fit, "the plot is good")
 
 
+@pytest.mark.slow
 def test_the_tangent_model_of_a_trained_head(trained, data, tmp_path):
     core = bl.fit_core(
         KEY, trained, data.train, likelihood=LIKELIHOOD, size={"v_proj": 2, "lm_head": 2}, num_steps=4
@@ -103,6 +105,7 @@ def test_the_tangent_model_of_a_trained_head(trained, data, tmp_path):
     np.testing.assert_array_equal(bl.predict(KEY, again, data["test"], num_draws=4).probs, probs)
 
 
+@pytest.mark.slow
 def test_the_tangent_model_of_a_new_head(base, data):
     """Only the head and a bias change its logits to first order, so they are the default."""
     core = bl.fit_core(KEY, base, data.train, likelihood=LIKELIHOOD, num_steps=4)
@@ -166,6 +169,7 @@ def line(sites):
     return fixed
 
 
+@pytest.mark.slow
 def test_the_posterior_of_a_head_is_that_of_quadrature(base, data):
     """NUTS on the one position that the head reads, against the logits of the whole model."""
     rows = shifted(data.train)

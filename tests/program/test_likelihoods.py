@@ -170,6 +170,7 @@ def test_the_density_is_that_of_scipy(name):
         assert float(density(s)) == pytest.approx(expected, abs=2e-3)
 
 
+@pytest.mark.slow
 @each
 def test_log_prob_of_outputs_is_the_density_of_the_distribution(name):
     member, model = MEMBERS[name], model_of(name)
@@ -221,6 +222,7 @@ def quadrature(name: str) -> tuple[float, float]:
     return mean, ((weights * (grid - mean) ** 2).sum() / weights.sum()) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sample_of(MEMBERS, ["ordinal"]))
 def test_nuts_has_the_posterior_of_quadrature(name):
     mean, sd = quadrature(name)
@@ -233,6 +235,7 @@ def test_nuts_has_the_posterior_of_quadrature(name):
     assert draws.std() == pytest.approx(sd, rel=0.25)
 
 
+@pytest.mark.slow
 def test_regression_on_the_tangent_model_has_the_gaussian_posterior():
     """With intercept and scale fixed the posterior of the core is Gaussian, in closed form."""
     options = {"likelihood": REGRESSION, "size": 2, "layers": slice(-1, None)}
@@ -263,6 +266,7 @@ def prior_sd(tangent) -> np.ndarray:
         return np.asarray(tangent.coordinates(tangent.prior()), np.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sample_of(MEMBERS, ["student", "texts"]))
 def test_from_a_fit_to_its_file(name, tmp_path):
     rows, model = MEMBERS[name].rows, model_of(name, ("v_proj", "lm_head"), bl.priors.normal())
@@ -354,6 +358,7 @@ class Poisson(bl.likelihoods.Likelihood):
         return {"kind": "counts"}
 
 
+@pytest.mark.slow
 def test_a_likelihood_of_ones_own():
     rows = replace(PLAIN, outcomes=jnp.asarray(RANDOM.poisson(2.0, ROWS)))
     sites = bl.select(BASE, ["lm_head"], rank=1)

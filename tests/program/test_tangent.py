@@ -62,6 +62,7 @@ def slope(tangent, base, adapters, rows, exponents) -> float:
     return float(np.polyfit(np.log(sizes), np.log(gaps), 1)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [MANY, THREE], ids=["all kinds of modules", "three classes"])
 def test_the_distance_to_the_network_falls_with_the_square_of_the_update(made):
     tangent = tangent_of(made)
@@ -106,6 +107,7 @@ def test_draws_in_one_program_are_those_of_a_loop(together):
     np.testing.assert_allclose(by_draw, found, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_predictions_do_not_depend_on_batches_or_on_what_is_cached():
     tangent = tangent_of(frames("o_proj", "lm_head"))
     gaussian = bl.laplace(tangent, ROWS)
@@ -213,6 +215,7 @@ def test_a_bound_in_parts_or_without_a_cache_is_the_same():
     np.testing.assert_allclose(found[1:], found[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_held_sites_are_those_of_a_tangent_model():
     tangent = tangent_of(frames("v_proj", "lm_head"), scale=dist.HalfNormal(1.0))
     held = {"lm_head.scale": jnp.asarray(0.7), "v_proj.scale": jnp.asarray(1.3)}

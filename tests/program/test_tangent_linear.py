@@ -73,6 +73,7 @@ def test_evidence_and_gradient_are_those_of_dense_algebra_in_both_forms(rows, cl
         np.testing.assert_allclose(gradient, slopes, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "classes", "sizes"), SHAPES[:4])
 def test_the_smaller_form_is_chosen_and_both_have_one_mode(rows, classes, sizes):
     model = problem(rows, classes, sizes)
@@ -208,6 +209,7 @@ def test_the_error_vanishes_with_the_fourth_power_of_small_scales(classes, sizes
     np.testing.assert_allclose(np.divide(errors[:-1], errors[1:]), 16.0, rtol=0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("classes", "sizes"),
     [pytest.param(2, (1,), marks=pytest.mark.thorough), (4, (1,)), (2, (1, 1)), (3, (1, 1))],

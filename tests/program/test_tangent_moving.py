@@ -77,6 +77,7 @@ def test_gradients_are_those_of_differences(many):
     np.testing.assert_allclose(together[1], [g for _, g in alone], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["many", "few"])
 def test_vectors_and_positions_are_inverse(name, many, few):
     made = many if name == "many" else few[2]
@@ -119,6 +120,7 @@ def grid(tangent, made: WithScales) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return t, c, np.stack(found)
 
 
+@pytest.mark.slow
 def test_chains_and_evidence_are_those_of_quadrature(few):
     tangent, gaussian, made = few
     options = {"num_warmup": 200, "num_draws": 1500, "target_acceptance": 0.8}

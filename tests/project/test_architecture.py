@@ -171,6 +171,7 @@ def users(library: str) -> set[str]:
     return {m for m, path in sources().items() if any(n.split(".")[0] == library for n in imports(path))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["arviz_base", "arviz_stats", "blackjax", "ot", "sklearn"])
 def test_a_heavy_library_is_imported_in_one_file(library):
     assert len(users(library)) <= 1

@@ -38,6 +38,7 @@ def test_every_benchmark_is_imported_and_has_options(name):
     assert f"python -m benchmarks {name}" in parser(name).format_help()
 
 
+@pytest.mark.slow
 def test_what_a_device_shows_is_shown_on_a_cpu(capsys):
     assert entry.main(["device", "--size", "tiny", "--rounds", "1", "--draws", "0"]) == 0
     shown = capsys.readouterr().out

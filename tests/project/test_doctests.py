@@ -69,6 +69,7 @@ def ran(module: str, names: dict) -> doctest.TestResults:
     return doctest.testmod(importlib.import_module(module), optionflags=flags, extraglobs=names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sample_of(PLAIN, [name for name in PLAIN if name not in LONG]))
 def test_examples(name, names):
     assert ran(name, names).failed == 0

@@ -72,6 +72,7 @@ def test_cells_of_the_same_rows_follow_one_another(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing(tmp_path, marks):
     cells = [cell("a"), cell("killed once"), *(cell(f"c{i}") for i in range(4)), cell("killed")]
     errors = done(cells, tmp_path, running.in_processes(2))
@@ -149,6 +150,7 @@ OPTIONS["core MAP"] = {"size": {"v_proj": 2}}
 OPTIONS["core network"] |= {"epochs": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sample_of(METHODS, ("untouched base", "LoRA, careful", "core Gaussian")))
 def test_a_method_predicts_both_sets(method, rows, of_rows, monkeypatch):
     if method == "TFB":  # it refuses rows on which any noise is an improvement
@@ -192,6 +194,7 @@ def test_a_source_of_noise_is_the_only_one(of_rows):
     assert len(set(information.values())) == 3
 
 
+@pytest.mark.slow
 def test_scales_by_validation_are_one_number_for_all_families(of_rows):
     options = {"size": {"v_proj": 2}, "draws": 4, "source": "weights", "scales_by": "validation"}
     result = running.run_cell(Cell("words", "core Laplace", 28, 3, options)).result

@@ -117,6 +117,7 @@ def no_model(monkeypatch):
         monkeypatch.setattr(Decoder, name, lambda *_, **__: pytest.fail("the model was run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_everything_is_shown_escaped_and_no_model_runs(objects, name, no_model):
     shown = objects[name]
@@ -139,6 +140,7 @@ def test_everything_is_shown_escaped_and_no_model_runs(objects, name, no_model):
     assert repr(shown)[0] != "<"  # plain text, and not the default of Python
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_everything_survives_copy_and_pickle(objects, name):
     for again in (copy.deepcopy(objects[name]), pickle.loads(pickle.dumps(objects[name]))):
@@ -153,6 +155,7 @@ def shown_facts(shown):
     return {row[0]: row[1] for table in tables for row in table.rows}
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_objects(objects):
     base, fit, rows = objects["base"], objects["fit"], objects["batch"]
     count = sum(x.size for x in jax.tree.leaves(base.weights))
@@ -176,6 +179,7 @@ def test_numbers_are_those_of_the_objects(objects):
     assert sum(int(row[-1].replace(",", "")) for row in guide.rows) == sum(objects["guide"].counts.values())
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_said(objects):
     empty = objects["batch"][:0]
     assert shown_facts(empty)["rows of each class"] == shown_facts(empty)["tokens in a row"] == "none"
@@ -190,6 +194,7 @@ def test_what_is_missing_is_said(objects):
     assert found["lowest validation NLL"] == "no validation rows"
 
 
+@pytest.mark.slow
 def test_chains_are_judged_only_where_they_were(objects):
     drawn = chains()
     assert "not been checked yet" in drawn._repr_html_()
