@@ -8,7 +8,7 @@ from benchmarks.cells.costs import fit_seconds, mean_of, relative_seconds
 from benchmarks.cells.gathered import CAREFUL, LORA, Problem
 from benchmarks.cells.judged import COLUMNS, Judged
 from benchmarks.cells.paired import Comparison
-from benchmarks.cells.targets import GOALS, Gain, Lead, Target, equal
+from benchmarks.cells.targets import DEFAULT, GOALS, Gain, Lead, Target, equal
 from bnlora._util.display import Table
 from bnlora.metrics import Estimate
 
@@ -119,10 +119,16 @@ def leads(found: Sequence[Lead]) -> Table:
 
 
 def targets(found: Sequence[Target]) -> Table:
-    """Each target with its verdict."""
-    rows = [(t.what, t.method, t.verdict, t.value, GOALS[t.what], t.about) for t in found]
-    header = ("target", "method", "verdict", "value", "goal", "about")
-    return Table("Targets", header, tuple(rows), texts=frozenset(range(1, 6)))
+    """A row for each target: the value and the verdict of each method, and what the default's rests on."""
+    methods = sorted({t.method for t in found}, key=lambda name: (name != DEFAULT, name))
+    by = {(t.what, t.method): t for t in found}
+    rows = []
+    for what, goal in GOALS.items():
+        first, *others = (by[what, method] for method in methods)
+        cells = [f"{t.value}: {t.verdict}" if t.value else t.verdict for t in (first, *others)]
+        rows.append((what, goal, *cells, first.about))
+    header = ("target", "goal", *(name or "no method" for name in methods), "about the first method")
+    return Table("Targets", header, tuple(rows), texts=frozenset(range(1, len(header))))
 
 
 SEEDS = 5

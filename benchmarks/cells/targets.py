@@ -19,6 +19,9 @@ ECE_RATIO, NLL_SHARE, SECONDS_RATIO = 0.40, 2 / 3, 1.2
 ONE_POINT = 0.01
 """Accuracies within one point count as equal."""
 
+DEFAULT = "core Gaussian"
+"""The library's default, which is judged."""
+
 PAPER = "paper: up to 84 % lower ECE"
 
 CALIBRATION = "debiased ECE / LoRA's"

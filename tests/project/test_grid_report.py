@@ -428,7 +428,7 @@ def test_one_seed_without_lora_is_reported(tmp_path):
         result(method, 4).write(tmp_path)
     report = Report("python -m benchmarks report")
     command.run(argparse.Namespace(folder=tmp_path, draws=None, html=None), report)
-    verdicts = {row["target"]: row["verdict"] for row in section(report, "Targets")}
+    verdicts = {row["target"]: row[CORE] for row in section(report, "Targets")}
     absent = (targets.CALIBRATION, targets.DETECTION, targets.SELECTIVE, targets.SECONDS)
     assert {verdicts[what] for what in absent} == {"no data"}
     assert verdicts[targets.LIKELIHOOD] != "no data"
@@ -440,7 +440,7 @@ def test_a_grid_without_our_methods_has_no_data_for_any_target(tmp_path):
     result(LORA, 0).write(tmp_path)
     report = Report("python -m benchmarks report")
     command.run(argparse.Namespace(folder=tmp_path, draws=None, html=None), report)
-    assert [row["verdict"] for row in section(report, "Targets")] == ["no data"] * len(targets.GOALS)
+    assert [row["no method"] for row in section(report, "Targets")] == ["no data"] * len(targets.GOALS)
 
 
 def test_the_folder_of_pages_has_a_default():
