@@ -20,7 +20,7 @@ from benchmarks.report import Report
 
 HERE = Path(__file__).parent
 GROUPS = ("grid", "speed", "posterior", "calibration")
-OPTIONAL = ("torch", "peft", "laplace", "libtpu")
+OPTIONAL = ("torch", "peft", "libtpu")
 
 
 def names() -> dict[str, Path]:

@@ -25,7 +25,6 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from laplace.baselaplace import FullLaplace, KronLaplace
 
 import bnlora as bl
 from benchmarks.calibration.family import features
@@ -119,8 +118,18 @@ def _prediction(
     return times, f"probabilities within {apart:.0e}"
 
 
+def _structures() -> dict[str, Callable[..., Any]]:
+    """Laplace's approximations of laplace-torch by name; only this part needs the package."""
+    try:
+        from laplace.baselaplace import FullLaplace, KronLaplace
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"side_by_side needs {error.name}; --help says how to install it") from error
+    return {"full": FullLaplace, "Kronecker": KronLaplace}
+
+
 def last_layer(given: argparse.Namespace) -> dict[str, tuple[dict[str, Times], str]]:
     """Laplace's approximation of the output layer: from features to mode, evidence and Gaussian."""
+    structures = _structures()
     tangent, train, arrays = _head(given.labelled)
     unit = tangent.frames["lm_head"].unit
     evidences: dict[str, float] = {}
@@ -128,20 +137,21 @@ def last_layer(given: argparse.Namespace) -> dict[str, tuple[dict[str, Times], s
     def ours(_: int) -> None:
         evidences["bnlora"] = bl.laplace(tangent, train, console=QUIET).log_evidence
 
-    def theirs(structure: Callable[..., Any], _: int) -> None:
-        evidences[structure.__name__] = _by_torch(structure, *arrays, precision=(unit / SCALE) ** 2)
+    def theirs(name: str, _: int) -> None:
+        precision = (unit / SCALE) ** 2
+        evidences[name] = _by_torch(structures[name], *arrays, precision=precision)
 
-    programs = {
-        "bnlora": ours,
-        "laplace-torch, full": partial(theirs, FullLaplace),
-        "laplace-torch, Kronecker": partial(theirs, KronLaplace),
-    }
+    programs = {"bnlora": ours} | {name: partial(theirs, name) for name in structures}
     times = in_turn(programs, max(given.rounds // 3, 1))
-    assert abs(evidences["bnlora"] - evidences["FullLaplace"]) < 0.05
-    values = ", ".join(f"{value:.2f}" for value in evidences.values())
-    shared = {name: (dict(bnlora=times["bnlora"]) | {name: times[name]}) for name in [*programs][1:]}
-    about = f"log evidences {values} nats (bnlora, full, Kronecker)"
-    return {f"Laplace, {given.labelled} rows, by {name}": (pair, about) for name, pair in shared.items()}
+    assert abs(evidences["bnlora"] - evidences["full"]) < 0.05
+    values = ", ".join(f"{name} {evidences[name]:.2f}" for name in programs)
+    return {
+        f"Laplace, {given.labelled} rows, by laplace-torch {name}": (
+            {"bnlora": times["bnlora"], name: times[name]},
+            f"log evidence in nats: {values}",
+        )
+        for name in structures
+    }
 
 
 def _head(labelled: int) -> tuple[bl.Tangent, bl.Batch, tuple[np.ndarray, np.ndarray, np.ndarray]]:
