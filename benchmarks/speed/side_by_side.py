@@ -5,7 +5,7 @@ r"""Seconds of the main operations over those of torch and peft, laplace-torch, 
 | step       | plain LoRA on SmolLM2-135M, as `step_torch` has it                   | torch + peft          |
 | prediction | a mixture of 16 draws of those adapters                              | torch + peft          |
 | Laplace    | mode, evidence and Gaussian of the output layer's rows of two words  | laplace-torch 0.3     |
-| NUTS       | a head with two numbers for each of 576 inputs, as `nuts` has it     | NumPyro               |
+| NUTS       | the output layer by an update of rank 1, 578 numbers, as `nuts` has it | NumPyro             |
 
 Both sides compute the same thing: losses, probabilities and evidences are compared before any time counts.
 laplace-torch also has Kronecker factors, which approximate what the others compute exactly; its evidence is
