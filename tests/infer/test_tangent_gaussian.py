@@ -11,6 +11,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 import scipy
+from builders.compilations import counting
 from builders.linearised import BASE, FEW, KEY, ROWS, Exact, exact, frames, tangent_of
 
 import bnlora as bl
@@ -64,6 +65,20 @@ def test_the_evidence_is_that_by_which_scales_are_chosen():
     assert gaussian.log_evidence == pytest.approx(
         exact(tangent, ROWS, chosen.values).log_evidence(), abs=1e-6
     )
+
+
+def test_another_prior_of_the_same_frames_needs_no_new_program_of_the_mode():
+    """What compiles anew reads the scales and the law of the prior; for scales by evidence not even that."""
+    first, second = (tangent_of(TWO, scale=scale) for scale in (0.4, 0.9))
+    bl.laplace(first, ROWS)
+    bl.choose_scales(first, ROWS, prior=dist.HalfNormal(1.0))
+    with counting() as compiled:
+        bl.laplace(second, ROWS)
+    assert "_moments" not in compiled
+    assert compiled.total() <= 2, compiled
+    with counting() as compiled:
+        bl.choose_scales(second, ROWS, prior=dist.HalfNormal(2.0))
+    assert not compiled
 
 
 def test_scales_that_a_fit_learned_are_taken_from_its_parameters():

@@ -15,6 +15,7 @@ References: Rue, Martino and Chopin (2009), integrated nested Laplace approximat
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -213,22 +214,24 @@ class _Posterior:
         self.where, self.model = where, model
         self.evidence = Evidence.of(model)
         self.value = jax.jit(jax.value_and_grad(self._value))
-        self.moments = jax.jit(self._mode)
         self.log_scales, self.log_prior = jax.jit(where.log_scales), jax.jit(where.log_prior)
 
     def start(self) -> np.ndarray:
         """Start values of the unconstrained scales."""
+        if not len(self.where.scales):
+            return np.zeros(0)
         view = self.where.view
         start = require_inside(jax.jit(view.start)(jax.random.key(0)))
         return np.asarray(start, np.float64)[self.where.scales]
 
     def _value(self, t: Array, data: Linear) -> Array:
-        return self.evidence.mode(self.where.log_scales(t), data).log_evidence + self.where.log_prior(t)
+        evidence = self.evidence._replace(model=data)
+        return evidence.mode(self.where.log_scales(t)).log_evidence + self.where.log_prior(t)
 
-    def _mode(self, t: Array, data: Linear, groups: Sequence[Array]) -> tuple[Mode, Array, Array]:
-        mode, log_scales = self.evidence.mode(self.where.log_scales(t), data), self.where.log_scales(t)
-        design = data._replace(groups=groups).design(log_scales)
-        return mode, design, design.T @ mode.weights if self.evidence.in_rows else mode.weights
+    def moments(self, t: np.ndarray) -> tuple[Mode, Array, Array]:
+        """The mode of the cores at some scales, the design there, and the mode in coordinates."""
+        log_scales, evidence = self.log_scales(jnp.asarray(t)), self.evidence
+        return _moments(log_scales, evidence.model, self.model.groups, in_rows=evidence.in_rows)
 
     def mode(self) -> np.ndarray:
         """Mode of the marginal posterior of the unconstrained scales."""
@@ -243,7 +246,7 @@ class _Posterior:
 
     def at(self, t: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
         """Evidence, mode, and those eigenvectors and eigenvalues of Phi^T W Phi that change a contrast."""
-        mode, design, _ = self.moments(jnp.asarray(t), self.evidence.model, self.model.groups)
+        mode, design, _ = self.moments(t)
         moments = posterior(design, mode, in_rows=self.evidence.in_rows)
         mean, vectors, values = (np.asarray(x) for x in moments)
         moves = ((np.asarray(design) @ vectors) ** 2).sum(0) > NULL
@@ -264,7 +267,7 @@ class _Posterior:
 
     def mean(self, t: np.ndarray) -> np.ndarray:
         """The mode of the cores at some scales."""
-        return np.asarray(self.moments(jnp.asarray(t), self.evidence.model, self.model.groups)[2])
+        return np.asarray(self.moments(t)[2])
 
     def covariance(self, t: np.ndarray) -> np.ndarray:
         """Covariance of the unconstrained scales, with a variance of at most 10 in every direction."""
@@ -275,6 +278,15 @@ class _Posterior:
     def slope(self, t: np.ndarray) -> np.ndarray:
         """Derivative of the mode of the cores in the unconstrained scales."""
         return _differences(self.mean, t)
+
+
+@partial(jax.jit, static_argnames="in_rows")  # one program for all priors and rows of these shapes
+def _moments(
+    log_scales: Array, data: Linear, groups: Sequence[Array], *, in_rows: bool
+) -> tuple[Mode, Array, Array]:
+    mode = Evidence(data, in_rows).mode(log_scales)
+    design = data._replace(groups=groups).design(log_scales)
+    return mode, design, design.T @ mode.weights if in_rows else mode.weights
 
 
 def _differences(function: Callable[[np.ndarray], np.ndarray], t: np.ndarray) -> np.ndarray:

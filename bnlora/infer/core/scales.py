@@ -10,6 +10,7 @@ on separable rows too.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -205,20 +206,16 @@ def check_classes(train: Batch) -> None:
 def linear_of(tangent: Tangent, batch: Batch, *, by: By) -> tuple[Linear, tuple[str, ...]]:
     """The linear model of prepared rows, with one group at scale one for each family or layer, and names."""
     offset, phi = (np.asarray(x, np.float64) for x in tangent.features(tangent.base.weights, batch))
-    groups, names, begin = [], [], 0
+    groups, begin = [], 0
+    names: list[str] = []
     for name in tangent.sites:
         frame = tangent.frames[name]
-        depth, *core = frame.size
-        for index, size in _blocks(depth, int(np.prod(core)), by):
-            groups.append(phi[:, :, begin : begin + size] / frame.unit)
-            names.append(name if index is None else f"{name}[{index}]")
-            begin += size
+        labels = [name] if by == "family" else [f"{name}[{index}]" for index in range(frame.size[0])]
+        end = begin + int(np.prod(frame.size))
+        groups += np.split(phi[:, :, begin:end] / frame.unit, len(labels), axis=2)
+        names, begin = names + labels, end
     model = Linear(offset[:, 1:] - offset[:, :1], groups, np.asarray(batch.labels))
     return in_float64(model), tuple(names)
-
-
-def _blocks(depth: int, size: int, by: By) -> list[tuple[int | None, int]]:
-    return [(None, depth * size)] if by == "family" else [(index, size) for index in range(depth)]
 
 
 def base_evidence(model: Linear) -> float:
@@ -229,7 +226,7 @@ def base_evidence(model: Linear) -> float:
 
 
 class Evidence(NamedTuple):
-    """Laplace's log evidence as a JAX function of the log scales, with its data as an argument.
+    """Laplace's log evidence as a JAX function of the log scales.
 
     Attributes:
         model: The linear model. If `in_rows`, its groups are replaced by Gram matrices, shape (g, m, m).
@@ -247,13 +244,13 @@ class Evidence(NamedTuple):
         flat = [np.asarray(group).reshape(model.offset.size, -1) for group in model.groups]
         return cls(model._replace(groups=np.stack([x @ x.T for x in flat])), in_rows=True)
 
-    def mode(self, log_scales: Array, model: Linear) -> Mode:
+    def mode(self, log_scales: Array) -> Mode:
         """The mode at some log scales; call it in double precision."""
         if self.in_rows:
-            kernel = jnp.tensordot(jnp.exp(2 * log_scales), jnp.asarray(model.groups), 1)
+            kernel = jnp.tensordot(jnp.exp(2 * log_scales), jnp.asarray(self.model.groups), 1)
         else:
-            kernel = model.design(log_scales)
-        return laplace_mode(model, kernel, in_rows=self.in_rows)
+            kernel = self.model.design(log_scales)
+        return laplace_mode(self.model, kernel, in_rows=self.in_rows)
 
 
 Objective = Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray, float]]
@@ -264,21 +261,26 @@ def _objective(model: Linear, prior: dist.Distribution | None) -> Objective:
     """The evidence plus the log-density of the log scales, by one compiled program for all sets of groups."""
     evidence = Evidence.of(model)
 
-    def total(log_scales: Array, on: Array, data: Linear) -> tuple[Array, Array]:
-        log_p = evidence.mode(jnp.where(on, log_scales, ABSENT), data).log_evidence
-        if prior is None:
-            return log_p, log_p
-        # Density of log s: p(s) times the Jacobian s.
-        return log_p + jnp.where(on, prior.log_prob(jnp.exp(log_scales)) + log_scales, 0.0).sum(), log_p
-
-    run = jax.jit(jax.value_and_grad(total, has_aux=True))
-
     def value(log_scales: np.ndarray, on: np.ndarray) -> tuple[float, np.ndarray, float]:
         with jax.enable_x64(new_val=True):
-            (objective, log_p), slope = run(jnp.asarray(log_scales, jnp.float64), on, evidence.model)
+            at = jnp.asarray(log_scales, jnp.float64)
+            (objective, log_p), slope = _total(at, on, evidence.model, prior, in_rows=evidence.in_rows)
             return float(objective), np.asarray(slope), float(log_p)
 
     return value
+
+
+@partial(jax.jit, static_argnames="in_rows")  # one program for all rows and priors of these shapes
+@partial(jax.value_and_grad, has_aux=True)
+def _total(
+    log_scales: Array, on: Array, data: Linear, prior: dist.Distribution | None, *, in_rows: bool
+) -> tuple[Array, Array]:
+    """Objective, evidence, and the derivative of the objective."""
+    log_p = Evidence(data, in_rows).mode(jnp.where(on, log_scales, ABSENT)).log_evidence
+    if prior is None:
+        return log_p, log_p
+    # Density of log s: p(s) times the Jacobian s.
+    return log_p + jnp.where(on, prior.log_prob(jnp.exp(log_scales)) + log_scales, 0.0).sum(), log_p
 
 
 def maximise(
