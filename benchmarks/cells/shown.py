@@ -136,13 +136,16 @@ SEEDS = 5
 
 
 def provisional(problems: Sequence[Problem]) -> str:
-    """Which problems have methods with fewer seeds than the protocol requires; empty if none has."""
-    few = [one.title for one in problems if any(len(seeds) < SEEDS for seeds in one.results.values())]
+    """Which methods have fewer seeds than the protocol requires; empty if none has."""
+    few = [
+        f"{one.title} ({', '.join(names)})"
+        for one in problems
+        if (names := [name for name, seeds in one.results.items() if len(seeds) < SEEDS])
+    ]
     if not few:
         return ""
     return (
-        f"**Provisional**: the protocol requires {SEEDS} seeds of every method, and these have fewer: "
-        f"{'; '.join(few)}."
+        f"**Provisional**: the protocol requires {SEEDS} seeds of every method; fewer have {'; '.join(few)}."
     )
 
 

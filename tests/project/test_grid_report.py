@@ -453,5 +453,7 @@ def test_the_folder_of_pages_has_a_default():
 
 
 def test_fewer_seeds_than_the_protocol_requires_are_said(problem):
-    assert "fewer: topics, 100 rows." in shown.provisional([problem])
-    assert shown.provisional(problems([result(LORA, seed) for seed in range(5)])) == ""
+    assert f"fewer have topics, 100 rows ({', '.join(problem.results)})." in shown.provisional([problem])
+    enough, few = [result(LORA, seed) for seed in range(5)], [result(CORE, seed) for seed in range(4)]
+    assert shown.provisional(problems(enough)) == ""
+    assert shown.provisional(problems(enough + few)).endswith(f"rows ({CORE}).")
