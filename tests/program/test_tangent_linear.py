@@ -81,7 +81,7 @@ def test_the_smaller_form_is_chosen_and_both_have_one_mode(rows, classes, sizes)
     assert model.in_rows == (rows * (classes - 1) < sum(sizes))
     chosen = Evidence.of(model)
     assert chosen.in_rows == model.in_rows
-    found = chosen.mode(jnp.asarray(LOG_SCALES), chosen.model)
+    found = chosen.mode(jnp.asarray(LOG_SCALES))
     design = model.design(jnp.asarray(LOG_SCALES))
     value, mode, covariance = dense(model, LOG_SCALES)
     np.testing.assert_allclose(found.log_evidence, value, atol=1e-8)
@@ -109,7 +109,7 @@ def test_the_gradient_is_right_where_probabilities_round_to_one(rows, classes, s
     model = model._replace(offset=40.0 * np.sign(eta), labels=np.pad(eta, ((0, 0), (1, 0))).argmax(1))
     slopes = [(dense(model, at + d)[0] - dense(model, at - d)[0]) / (2 * step) for d in step * np.eye(2)]
     found = Evidence.of(model)
-    gradient = jax.jit(jax.grad(lambda s: found.mode(s, found.model).log_evidence))(jnp.asarray(at))
+    gradient = jax.jit(jax.grad(lambda s: found.mode(s).log_evidence))(jnp.asarray(at))
     np.testing.assert_allclose(gradient, slopes, atol=1e-4)
 
 
