@@ -99,6 +99,13 @@ def scores(log_probs: np.ndarray, data: bl.TextData) -> tuple[str, str]:
     return tuple(f"{f(log_probs, labels):.4f}" for f in (bl.metrics.nll, bl.metrics.ece))
 
 
+def label_rows(base: bl.Base, label_ids: np.ndarray) -> np.ndarray:
+    """Rows of the output layer that belong to the label words, shape (class, d)."""
+    module = base.module
+    head = (module.embedding if module.lm_head is None else module.lm_head)[...]
+    return np.asarray(head[np.asarray(label_ids)])
+
+
 def features(base: bl.Base, data: bl.TextData, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Normalised last hidden states (n, d), log-odds of the base (n,), and labels (n,)."""
     rows, module = data[name], base.module
@@ -106,7 +113,7 @@ def features(base: bl.Base, data: bl.TextData, name: str) -> tuple[np.ndarray, n
     hidden = layers.rms_norm(
         rows.cached.hidden[np.arange(len(rows)), last], module.final_norm[...], base.config.norm_eps
     )
-    head = (module.embedding if module.lm_head is None else module.lm_head)[...][np.asarray(data.label_ids)]
+    head = label_rows(base, data.label_ids)
     hidden = np.asarray(hidden, np.float64)
     return hidden, hidden @ np.asarray(head[1] - head[0], np.float64), np.asarray(rows.labels)
 

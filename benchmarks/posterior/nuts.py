@@ -7,6 +7,8 @@ gradients.
 """
 
 import argparse
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,7 +19,7 @@ from rich.console import Console
 import bnlora as bl
 from benchmarks.heads import HEADS, smollm2
 from benchmarks.report import Report
-from benchmarks.timing import clock, in_turn, spread
+from benchmarks.timing import Took, clock, in_turn, spread
 from bnlora import guides
 from bnlora.infer.mcmc.target import Target, starts, target
 from bnlora.metrics.monte_carlo import bulk_ess
@@ -59,18 +61,37 @@ def numpyro(
     return float(bulk_ess(values.reshape(4, draws, -1)).min()), gradients
 
 
+class Run(NamedTuple):
+    """One call of a sampler: its name, the round, its smallest effective sample size, gradients and times."""
+
+    sampler: str
+    number: int
+    ess: float
+    gradients: int
+    took: Took
+
+
+def in_rounds(
+    model: bl.Classifier, train: bl.Batch, rounds: int, *, warmup: int, draws: int
+) -> Iterator[Run]:
+    """Both samplers in alternating rounds."""
+    for number in range(rounds):
+        for name, sampler in {"blackjax": blackjax, "numpyro": numpyro}.items():
+            with clock() as took:
+                ess, gradients = sampler(jax.random.key(number), model, train, warmup, draws)
+            yield Run(name, number, ess, gradients, took)
+
+
 def rounds(report: Report, model: bl.Classifier, made: Target, given: argparse.Namespace) -> None:
     """Effective draws per second of both samplers in alternating rounds."""
     rates: dict[str, list[float]] = {"blackjax": [], "numpyro": []}
     title = f"Effective draws, {given.draws:,} draws a chain"
     table = report.table(title, ("sampler", "round", "least ESS", "s", "ESS / s", "gradients"))
-    for number in range(given.rounds):
-        for name, sampler in (("blackjax", blackjax), ("numpyro", numpyro)):
-            with clock() as took:
-                ess, gradients = sampler(jax.random.key(number), model, made.train, given.warmup, given.draws)
-            rates[name].append(ess / took.wall)
-            cells = f"{ess:.0f}", f"{took.wall:.1f}", f"{ess / took.wall:.2f}", f"{gradients:,}"
-            table.row(name, number, *cells)
+    sizes = {"warmup": given.warmup, "draws": given.draws}
+    for name, number, ess, gradients, took in in_rounds(model, made.train, given.rounds, **sizes):
+        rates[name].append(ess / took.wall)
+        cells = f"{ess:.0f}", f"{took.wall:.1f}", f"{ess / took.wall:.2f}", f"{gradients:,}"
+        table.row(name, number, *cells)
     ratio = np.array(rates["blackjax"]) / np.array(rates["numpyro"])
     report.text(title, f"BlackJAX over NumPyro, round by round: {spread(ratio)}, median and middle 80 %.")
 
@@ -79,7 +100,8 @@ def trunk(report: Report, made: Target, train: bl.Batch) -> None:
     """Seconds of a gradient of one chain, on rows with and without cached activations."""
     vector = starts(jax.random.key(0), made, None, "zero", 1)[0]
     gradient = jax.jit(jax.grad(made.log_density))
-    plain = made.inputs[0], train
+    weights, _, affine = made.inputs
+    plain = weights, train, affine
     programs = {
         "cached rows": (lambda _: gradient(vector, made.inputs), 30),
         "plain rows": (lambda _: gradient(vector, plain), 3),

@@ -8,6 +8,8 @@ r"""Seconds of the main operations over those of torch and peft, laplace-torch, 
 | NUTS       | the output layer by an update of rank 1, 578 numbers, as `nuts` has it | NumPyro             |
 
 Both sides compute the same thing: losses, probabilities and evidences are compared before any time counts.
+That both kinds of NUTS have one posterior is what `tests/infer/test_mcmc.py` tests.
+
 laplace-torch also has Kronecker factors, which approximate what the others compute exactly; its evidence is
 reported and not compared. Its mode is found by torch's L-BFGS. Only the times of NUTS include compiling.
 
@@ -27,58 +29,40 @@ import numpy as np
 import torch
 
 import bnlora as bl
-from benchmarks.calibration.family import features
+from benchmarks.calibration.family import features, label_rows
 from benchmarks.cells.tasks import QUIET
 from benchmarks.heads import HEADS, REVIEW, smollm2
-from benchmarks.posterior.nuts import blackjax, numpyro
+from benchmarks.posterior.nuts import in_rounds
 from benchmarks.report import Report
-from benchmarks.speed.step import step_of
-from benchmarks.speed.step_torch import parameters_of, peft_model, peft_step
-from benchmarks.timing import Times, clock, in_turn, spread
+from benchmarks.speed.step_torch import Both, both, place
+from benchmarks.timing import Times, in_turn, spread
 from bnlora.data.assets import vader_splits
 from bnlora.prediction.predict import predict_with_draws
-from bnlora.testing import tiny_rows
+
+Compared = tuple[dict[str, Times], str]
+"""Times of the library and of the other side, in this order, and what was compared."""
 
 DRAWS = 16
 SCALE = 1.0
 """Prior standard deviation of a logit contrast, in nats."""
 
 
-def lora(given: argparse.Namespace) -> dict[str, tuple[dict[str, Times], str]]:
+def lora(given: argparse.Namespace) -> dict[str, Compared]:
     """A step, and a prediction of many draws of the same adapters."""
     size = given.batch_size
-    train = tiny_rows(jax.random.key(0), 4 * size, length=given.length, vocabulary=49_152)
-    # The label words are read at the last position, so padding must be on the left.
-    train = replace(train, tokens=train.tokens[:, ::-1], mask=train.mask[:, ::-1])
-    model = peft_model(None)
-    theirs = peft_step(model, train)
-    start = parameters_of(model)
-    own = step_of(smollm2(), train, "none", top_layers=None, batch_size=size, init_params=start)
-    states, losses = [own.state], ([], [])
-
-    def rows_of(number: int) -> np.ndarray:
-        return (np.arange(size) + number) % len(train)
-
-    def ours(number: int) -> None:
-        states[0] = own.run(states[0], jax.random.key(number), rows_of(number))
-        losses[0].append(-own.bound / len(train))
-
-    steps = {"bnlora": ours, "torch + peft": lambda number: losses[1].append(theirs(rows_of(number)))}
-    times = in_turn(steps, given.rounds)
-    first, second = (np.array(values)[:5] for values in losses)
-    np.testing.assert_allclose(first, second, rtol=1e-4)  # Adam amplifies differences of rounding
+    found = both(given.rounds, size, given.length, None)
+    first, second = (values[:5] for values in found.losses.values())
     apart = np.abs(first / second - 1).max()
+    times = {name: found.times[name] for name in ("bnlora", "torch + peft")}
     return {
         f"a step, {size} rows of {given.length} tokens": (times, f"losses within {apart:.0e}"),
-        f"a prediction, {size} rows, {DRAWS} draws": _prediction(given, own.step.model, model, train[:size]),
+        f"a prediction, {size} rows, {DRAWS} draws": _prediction(given, found),
     }
 
 
-def _prediction(
-    given: argparse.Namespace, ours: Any, theirs: torch.nn.Module, rows: bl.Batch
-) -> tuple[dict[str, Times], str]:
+def _prediction(given: argparse.Namespace, steps: Both) -> Compared:
     """One mixture over draws of adapters, which torch makes in one pass for each draw."""
-    random = np.random.default_rng(0)
+    random, rows, theirs = np.random.default_rng(0), steps.train[: given.batch_size], steps.model
     factors = {name: param for name, param in theirs.named_parameters() if param.requires_grad}
     drawn = {
         name: (0.02 * random.normal(size=(DRAWS, *param.shape))).astype(np.float32)
@@ -86,7 +70,7 @@ def _prediction(
     }
     stacks: dict[str, dict[str, list[np.ndarray]]] = {}
     for name, values in drawn.items():
-        family, factor = name.split(".")[-4], name.split(".")[-3].removeprefix("lora_").lower()
+        family, factor = place(name)
         stacks.setdefault(family, {}).setdefault(factor, []).append(values)
     adapters = jax.tree.map(
         lambda values: np.stack(values, 1), stacks, is_leaf=lambda value: isinstance(value, list)
@@ -98,7 +82,7 @@ def _prediction(
     found: dict[str, np.ndarray] = {}
 
     def own(_: int) -> None:
-        prediction = predict_with_draws(ours, adapters, rows, batch_size=len(rows))
+        prediction = predict_with_draws(steps.own.step.model, adapters, rows, batch_size=len(rows))
         found["bnlora"] = np.exp(prediction.log_probs)
 
     @torch.no_grad()
@@ -127,7 +111,7 @@ def _structures() -> dict[str, Callable[..., Any]]:
     return {"full": FullLaplace, "Kronecker": KronLaplace}
 
 
-def last_layer(given: argparse.Namespace) -> dict[str, tuple[dict[str, Times], str]]:
+def last_layer(given: argparse.Namespace) -> dict[str, Compared]:
     """Laplace's approximation of the output layer: from features to mode, evidence and Gaussian."""
     structures = _structures()
     tangent, train, arrays = _head(given.labelled)
@@ -175,9 +159,7 @@ def _head(labelled: int) -> tuple[bl.Tangent, bl.Batch, tuple[np.ndarray, np.nda
     )
     cached = bl.cache_prefix(plain, data.train, console=QUIET)
     inputs, _, labels = features(base, replace(data, splits={"train": cached}), "train")
-    module = base.module
-    head = (module.embedding if module.lm_head is None else module.lm_head)[...]
-    return tangent, train, (inputs, np.asarray(head)[np.asarray(data.label_ids)], labels)
+    return tangent, train, (inputs, label_rows(base, data.label_ids), labels)
 
 
 def _by_torch(
@@ -205,20 +187,18 @@ def _by_torch(
     return float(found.log_marginal_likelihood())
 
 
-def chains(given: argparse.Namespace) -> dict[str, tuple[dict[str, Times], str]]:
+def chains(given: argparse.Namespace) -> dict[str, Compared]:
     """A whole call of NUTS, divided by the smallest effective sample size."""
     model, train, _ = HEADS["two-words"].load(smollm2())
     train = bl.cache_prefix(model, train, console=QUIET)
-    taken: dict[str, list[tuple[float, float]]] = {"bnlora (BlackJAX)": [], "NumPyro": []}
-    least: dict[str, list[float]] = {name: [] for name in taken}
-    for number in range(given.chains):
-        for name, sampler in zip(taken, (blackjax, numpyro), strict=True):
-            with clock() as took:
-                ess, _ = sampler(jax.random.key(number), model, train, given.warmup, given.draws)
-            taken[name].append((took.wall / ess, took.cpu / ess))
-            least[name].append(ess)
-    times = {name: Times(*np.array(values).T) for name, values in taken.items()}
-    about = ", ".join(f"{np.median(values):.0f}" for values in least.values())
+    sizes = {"warmup": given.warmup, "draws": given.draws}
+    found = list(in_rounds(model, train, given.chains, **sizes))
+    times, least = {}, []
+    for name in ("blackjax", "numpyro"):
+        runs = [run for run in found if run.sampler == name]
+        times[name] = Times(*np.array([(run.took.wall / run.ess, run.took.cpu / run.ess) for run in runs]).T)
+        least.append(f"{np.median([run.ess for run in runs]):.0f}")
+    about = ", ".join(least)
     title = f"an effective draw of NUTS, 4 x {given.draws:,} draws"
     return {title: (times, f"least effective sizes {about} (medians)")}
 

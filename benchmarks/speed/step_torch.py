@@ -12,6 +12,7 @@ With `--top-layers`, bnlora starts from cached activations below the adapters; p
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,8 @@ from transformers import AutoModelForCausalLM
 import bnlora as bl
 from benchmarks.report import Report
 from benchmarks.speed.step import LABEL_IDS, RATE, layers_text, step_of
-from benchmarks.timing import in_turn, show
+from benchmarks.steps import Started
+from benchmarks.timing import Times, in_turn, show
 from bnlora.app.demo import RECIPE
 from bnlora.data.assets import fetch_smollm2
 from bnlora.testing import tiny_rows
@@ -63,34 +65,47 @@ def peft_step(model: torch.nn.Module, train: bl.Batch) -> Callable[[np.ndarray],
     return step
 
 
+def place(name: str) -> tuple[str, str]:
+    """Family and factor of a parameter of peft, named "...<family>.lora_<factor>.default.weight"."""
+    *_, family, factor, _, _ = name.split(".")
+    return family, factor.removeprefix("lora_").lower()
+
+
 def parameters_of(model: torch.nn.Module) -> dict[str, jax.Array]:
     """Adapters of peft as parameters of `bl.priors.point`: {"<family>.<factor>": (layer, out, in)}."""
     factors: dict[str, list[np.ndarray]] = {}
     for name, value in model.named_parameters():
-        if value.requires_grad:  # "...<family>.lora_<factor>.default.weight", layer after layer
-            family, factor = name.split(".")[-4], name.split(".")[-3].removeprefix("lora_").lower()
-            factors.setdefault(f"{family}.{factor}", []).append(value.detach().numpy().copy())
+        if value.requires_grad:  # layer after layer
+            factors.setdefault(".".join(place(name)), []).append(value.detach().numpy().copy())
     return {name: jnp.asarray(np.stack(values)) for name, values in factors.items()}
 
 
-def options(parser: argparse.ArgumentParser) -> None:
-    """Sizes of a step."""
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--length", type=int, default=32, help="tokens of a row")
-    parser.add_argument("--top-layers", type=int, help="default: all")
+class Both(NamedTuple):
+    """The steps of both, after their rounds.
+
+    Attributes:
+        times: Times of "torch + peft" and "bnlora".
+        losses: Losses of both in all rounds, each of which adds a step.
+        model: The model of torch.
+        own: The step of bnlora.
+        train: The rows, padded on the left.
+    """
+
+    times: dict[str, Times]
+    losses: dict[str, np.ndarray]
+    model: torch.nn.Module
+    own: Started
+    train: bl.Batch
 
 
-def run(given: argparse.Namespace, report: Report) -> None:
-    """Check that both compute the same losses, then time both steps in turn."""
-    torch.manual_seed(0)
-    size = given.batch_size
-    train = tiny_rows(jax.random.key(0), 4 * size, length=given.length, vocabulary=49_152)
+def both(rounds: int, size: int, length: int, top_layers: int | None) -> Both:
+    """Time both steps in turn; raise `AssertionError` unless they compute the same losses."""
+    train = tiny_rows(jax.random.key(0), 4 * size, length=length, vocabulary=49_152)
     # The label words are read at the last position, so padding must be on the left.
     train = replace(train, tokens=train.tokens[:, ::-1], mask=train.mask[:, ::-1])
-    model = peft_model(given.top_layers)
+    model = peft_model(top_layers)
     theirs = peft_step(model, train)
-    about = {"top_layers": given.top_layers, "batch_size": size, "init_params": parameters_of(model)}
+    about = {"top_layers": top_layers, "batch_size": size, "init_params": parameters_of(model)}
     own = step_of(RECIPE.load_base(), train, "none", **about)
     states, losses = [own.state], {"torch + peft": [], "bnlora": []}
 
@@ -105,11 +120,29 @@ def run(given: argparse.Namespace, report: Report) -> None:
         "torch + peft": lambda number: losses["torch + peft"].append(theirs(rows_of(number))),
         "bnlora": ours,
     }
-    times = in_turn(programs, given.rounds)
-    first, second = (np.array(values) for values in losses.values())
-    np.testing.assert_allclose(first[:5], second[:5], rtol=1e-4)  # Adam amplifies differences of rounding
+    times = in_turn(programs, rounds)
+    found = {name: np.array(values) for name, values in losses.items()}
+    # Adam amplifies differences of rounding, so only the first losses count.
+    np.testing.assert_allclose(found["torch + peft"][:5], found["bnlora"][:5], rtol=1e-4)
+    return Both(times, found, model, own, train)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Sizes of a step."""
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--length", type=int, default=32, help="tokens of a row")
+    parser.add_argument("--top-layers", type=int, help="default: all")
+
+
+def run(given: argparse.Namespace, report: Report) -> None:
+    """Check that both compute the same losses, and show the times of their steps."""
+    torch.manual_seed(0)
+    size = given.batch_size
+    found = both(given.rounds, size, given.length, given.top_layers)
+    first, second = found.losses.values()
     title = f"Plain step over torch and peft, {layers_text(given.top_layers)}"
-    show(report, title, times, unit="step")
+    show(report, title, found.times, unit="step")
     report.text(
         title,
         f"{size} rows of {given.length} tokens, {torch.get_num_threads()} threads. Losses of the first three "

@@ -6,11 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from builders.report_tables import section
 
+import bnlora as bl
 from benchmarks import entry, tables, timing
+from benchmarks.cells.tasks import QUIET
+from benchmarks.posterior import nuts
 from benchmarks.report import RESULTS, Report, Stored
+from bnlora.infer.mcmc.target import target
+from bnlora.testing import tiny_base, tiny_rows
+
+BASE = tiny_base(jax.random.key(0), num_layers=2)
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(entry.names())
@@ -19,8 +28,9 @@ COMMAND = re.compile(r"`python -m benchmarks ([a-z_]+[^`\n]*)`")
 
 
 def parser(name: str):
-    module = pytest.importorskip("torch") and entry.load(name) if name == "step_torch" else entry.load(name)
-    return entry.parser_of(name, module)
+    if name in ("step_torch", "side_by_side"):
+        pytest.importorskip("torch")
+    return entry.parser_of(name, entry.load(name))
 
 
 def commands() -> list[str]:
@@ -45,6 +55,18 @@ def test_what_a_device_shows_is_shown_on_a_cpu(capsys):
     assert shown.count("within 0.05 of the reference") == 3
     for what in ("| xla: a step |", "| xla: prediction, 16 draws |"):
         assert what in shown
+
+
+def test_a_gradient_is_timed_on_rows_with_and_without_the_cache():
+    sites = bl.select(BASE, ["lm_head"], rank=1)
+    model = bl.Classifier(BASE, sites, bl.priors.normal(), label_ids=(3, 5))
+    rows, report = tiny_rows(jax.random.key(1), 12), Report("python -m benchmarks nuts")
+    options = {"sites": None, "given": None, "fix_at": "mean", "console": QUIET}
+    made = target(jax.random.key(0), model, rows, **options)
+    nuts.trunk(report, made, rows)
+    found = {row["rows"]: float(row["ms"]) for row in section(report, "A gradient of one chain")}
+    assert list(found) == ["cached rows", "plain rows"]
+    assert min(found.values()) > 0
 
 
 def test_the_list_has_a_line_for_every_benchmark(capsys):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders.report_tables import section
 
 from benchmarks import entry
 from benchmarks.cells import costs, judged, paired, pictures, shown, targets, weighted
@@ -388,12 +389,6 @@ def test_a_damaged_file_is_named(tmp_path, damage):
         path.write_bytes(path.read_bytes()[:-40] if damage == "short" else b"no table")
     with pytest.raises(SystemExit, match=f"{re.escape(str(path))} cannot be read"):
         entry.main(["report", "--folder", str(tmp_path)])
-
-
-def section(report, title):
-    """Rows of a table of the report, as dictionaries."""
-    head, _, *rows = [x.strip("| ").split(" | ") for x in report.sections[title] if x.startswith("|")]
-    return [dict(zip(head, [cell.strip() for cell in row], strict=False)) for row in rows]
 
 
 def test_the_whole_report_with_pages(tmp_path):
