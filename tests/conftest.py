@@ -77,15 +77,16 @@ SECONDS = Path(__file__).parent / "seconds.json"
 
 def pytest_report_header() -> str:
     """Which of the slow tests run."""
-    if part() is None:
+    turn = part()
+    if turn is None:
         return "slow tests: all"
-    return f"slow tests: those of part {part()} of 0 to {PARTS - 1}; `make whole` takes all"
+    return f"slow tests: those of part {turn} of 0 to {PARTS - 1}; `make whole` takes all"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is thorough or has not its turn, and start the slowest files first.
+    """Leave out thorough tests, and slow ones whose turn it is not; start with the slowest files.
 
-    Then the workers end together.
+    So the workers end together.
     """
     turn = part()
 

@@ -41,7 +41,7 @@ NOISE = {"inducing": ".E", "conditional": ".V"}
 
 @dataclass(frozen=True, eq=False)
 class OneSource:
-    """A fit whose draws keep the sites of one kind at their mean.
+    """A fit whose draws keep the sites of one kind at the mean of these draws.
 
     Attributes:
         fit: The fit.
@@ -59,8 +59,10 @@ class OneSource:
     def draw_adapters(self, key: Array, num_draws: int) -> dict[str, dict[str, Array]]:
         """Adapters with a leading draw axis."""
         draw, _ = self.fit.draws(key, num_draws)
-        means = {n: jnp.broadcast_to(x.mean(0), x.shape) for n, x in draw.sites.items()}
-        sites = {n: means[n] if n.endswith(self.fixed) else x for n, x in draw.sites.items()}
+        sites = {
+            name: jnp.broadcast_to(x.mean(0), x.shape) if name.endswith(self.fixed) else x
+            for name, x in draw.sites.items()
+        }
         return self.fit.at(sites, num_draws)[2]
 
 
